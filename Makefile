@@ -1,0 +1,29 @@
+# What a person and CI both run. The virtual environment is made once and again when the requirements change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := lora_llava tools tests
+
+.PHONY: quickstart test check bench clean
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/lora-llava quickstart
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(VENV)/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info quickstart runs

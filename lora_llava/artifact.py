@@ -1,0 +1,176 @@
+"""What a stage leaves behind: one directory with everything it trained, and a manifest that says what it is.
+
+`adapter_model.safetensors` holds LoRA and projector, in PEFT's own layout; plain `PeftModel.from_pretrained`
+loads it. The manifest identifies an artifact by what it holds, never by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lora_llava.errors import ArtifactError
+from lora_llava.modeling.assemble import save_processor
+from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, locate
+from lora_llava.recipe import StageName
+
+MANIFEST = "manifest.json"
+WEIGHTS = "adapter_model.safetensors"
+RECIPE = "recipe.yaml"
+FORMAT = 1
+"""Version of the manifest; a reader refuses a newer one."""
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
+_PROJECTOR_KEY = f"base_model.model.{PROJECTOR}."
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The manifest of an artifact; field names are the keys of `manifest.json`."""
+
+    stage: StageName
+    base: dict[str, Any]
+    """`name`, `revision`, `weights_sha256`, and `path` from the artifact's directory if the base is local."""
+    parent_sha256: str | None
+    """Hash of the adapter this stage started from."""
+    adapter_sha256: str
+    quantization: dict[str, Any]
+    template: dict[str, Any]
+    images: dict[str, Any]
+    data: dict[str, Any]
+    seen: dict[str, Any]
+    """Optimizer steps, conversations, supervised and computed tokens."""
+    metrics: dict[str, float]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what a run computes."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of an artifact; ArtifactError names what is wrong with it."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(
+            f"{directory} is not an artifact: it has no {MANIFEST}. Give the directory of a stage, such as "
+            "runs/NAME/instruct."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] > FORMAT:
+            raise ArtifactError(f"{path}: format {data['format']} is newer than this program's {FORMAT}; update it")
+        manifest = Manifest(**data)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); take the artifact from its source again") from error
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise ArtifactError(f"{directory}: {WEIGHTS} is missing")
+    if (found := file_sha256(weights)) != manifest.adapter_sha256:
+        raise ArtifactError(f"{weights} was altered: its sha256 is {found}, the manifest has {manifest.adapter_sha256}")
+    return manifest
+
+
+def save_artifact(
+    directory: Path, model: PeftModel, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str
+) -> Manifest:
+    """Write an artifact; the directory appears by rename when it is complete.
+
+    `facts` are the manifest's fields other than `base`, `adapter_sha256` and `versions`.
+    """
+    staging = directory.with_name(directory.name + ".partial")
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    location = base_location(loaded, directory)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = location["path"] or location["name"]
+        config.revision = location["revision"]
+    model.save_pretrained(staging, save_embedding_layers=False)
+    # PEFT's generic card claims things that are not so (task, library tags); a card is made on publishing.
+    (staging / "README.md").unlink(missing_ok=True)
+    save_processor(
+        staging, loaded.tokenizer, loaded.config, {"image_mean": loaded.image_mean, "image_std": loaded.image_std}
+    )
+    (staging / RECIPE).write_text(recipe_yaml, encoding="utf-8")
+    manifest = Manifest(
+        base=location, adapter_sha256=file_sha256(staging / WEIGHTS), versions=library_versions(), **facts
+    )
+    (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    if directory.exists():
+        shutil.rmtree(directory)
+    staging.rename(directory)
+    return manifest
+
+
+def base_location(loaded: LoadedModel, artifact: Path) -> dict[str, Any]:
+    """Describe the base so that it can be found again from the artifact: a hub id, or a relative path."""
+    local = loaded.identity.revision is None
+    path = os.path.relpath(loaded.directory, artifact) if local else None
+    return {**asdict(loaded.identity), "path": path}
+
+
+def load_artifact(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, base: str | None = None
+) -> tuple[LoadedModel, Manifest]:
+    """Load an artifact onto its base, quantised as it was trained, ready to answer.
+
+    `base` replaces the place where the manifest says the base is. Raises ArtifactError if the weights found
+    there are not those the artifact was trained on.
+    """
+    manifest = read_manifest(directory)
+    here = manifest.base["path"] and str(directory / manifest.base["path"])
+    base_directory, _ = locate(base or here or manifest.base["name"], manifest.base["revision"])
+    check_base(manifest, hash_weights(base_directory), str(base_directory), directory)
+    loaded = load_base(
+        base_directory,
+        BaseIdentity(manifest.base["name"], manifest.base["revision"], manifest.base["weights_sha256"]),
+        nf4=manifest.quantization["type"] == "nf4",
+        double_quant=manifest.quantization["double_quant"],
+        dtype=dtype,
+        device=device,
+    )
+    loaded.model = PeftModel.from_pretrained(loaded.model, str(directory), torch_device=str(device))
+    loaded.model.eval()
+    return loaded, manifest
+
+
+def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path) -> None:
+    """Refuse a base other than the one the artifact was trained on."""
+    wanted = manifest.base["weights_sha256"]
+    if weights_sha256 != wanted:
+        raise ArtifactError(
+            f"{artifact} was trained on another base: weights {wanted} ({manifest.base['name']}), but those at "
+            f"{found_at} are {weights_sha256}. Give the right one with --base."
+        )
+
+
+def load_projector(artifact: Path, model: Any) -> None:
+    """Copy the projector of an artifact into a bare base model."""
+    state = {
+        name.removeprefix(_PROJECTOR_KEY): tensor
+        for name, tensor in load_file(artifact / WEIGHTS).items()
+        if name.startswith(_PROJECTOR_KEY)
+    }
+    projector = model.get_submodule(PROJECTOR)
+    if set(state) != set(projector.state_dict()):
+        raise ArtifactError(f"{artifact}: its projector has {sorted(state)}, needed {sorted(projector.state_dict())}")
+    projector.load_state_dict(state)

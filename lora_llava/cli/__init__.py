@@ -1,0 +1,27 @@
+"""The command line: a thin layer over functions, which it imports inside its commands, so that help is quick."""
+
+from __future__ import annotations
+
+import click
+
+from lora_llava import __version__
+from lora_llava.cli.answer import chat, evaluate
+from lora_llava.cli.common import KitGroup
+from lora_llava.cli.look import env, inspect
+from lora_llava.cli.train import finetune, quickstart, recipes
+
+
+@click.group(cls=KitGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the full traceback of an error, and what libraries warn of.")
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli(debug: bool) -> None:
+    """Fine-tune LLaVA-1.5-style models on your own images, on one GPU."""
+
+
+for command in (quickstart, finetune, evaluate, chat, inspect, recipes, env):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; exits with the error's code."""
+    cli(prog_name="lora-llava")

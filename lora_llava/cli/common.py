@@ -1,0 +1,107 @@
+"""What the commands share: errors as one line, quiet libraries, the console, opening a recipe."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_llava.errors import LoraLlavaError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_llava.recipe import Recipe
+
+INTERRUPTED = 130
+"""Exit code of a command that was stopped from the keyboard, as shells have it."""
+_PLAIN_WIDTH = 160
+
+
+class KitGroup(click.Group):
+    """Commands in the order given; an error is one message on stderr and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands in the order in which a user meets them."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take --debug after a command's name too: that is where one adds it to a line that failed."""
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an exception becomes a message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("\nstopped", err=True)
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            # A closed pipe (`| head`) is click's to end quietly.
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            click.echo(f"Error: {describe(error, debug=ctx.params['debug'])}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, LoraLlavaError) else 1)
+
+
+def describe(error: Exception, *, debug: bool) -> str:
+    """Write an error for the user: the kit's own in full, any other as one line that names it."""
+    if isinstance(error, LoraLlavaError):
+        return str(error)
+    text = " ".join(str(error).split())
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        line += " Lower tokens_per_micro_batch, or set gradient_checkpointing: true; --dry-run shows what to expect."
+    return line if debug else f"{line} (run again with --debug for the traceback)"
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' warnings and bars off the screen, unless --debug was given."""
+    if click.get_current_context().find_root().params.get("debug"):
+        return
+    import logging
+    import os
+    import warnings
+
+    # The tokenizers' own advice on forks, which this variable alone turns off.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    for library in ("bitsandbytes", "torch", "accelerate", "huggingface_hub", "httpx"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Make the console of a command: as wide as the terminal, and wide enough for a line elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+
+
+def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Load the recipe file `name`; RecipeError tells apart a wrong path and the name of a bundled recipe."""
+    from lora_llava.recipe_file import bundled_recipes, load_recipe
+
+    path = Path(name)
+    if not path.is_file():
+        bundled = bundled_recipes()
+        key = path.name.removesuffix(".yaml")
+        if key in bundled:
+            raise RecipeError(
+                f"there is no file {name}; {key} is a recipe of the kit. Copy it first: lora-llava recipes copy {key}"
+            )
+        raise RecipeError(f"there is no recipe file {name}; the kit's own are {', '.join(sorted(bundled))}")
+    return load_recipe(path, overrides)

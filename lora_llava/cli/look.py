@@ -1,0 +1,36 @@
+"""Commands that look: inspect a sample, show the environment."""
+
+from __future__ import annotations
+
+import click
+
+from lora_llava.cli.common import make_console, open_recipe, quiet_libraries
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Which training record.")
+@click.option("--stage", type=click.Choice(["align", "instruct"]), help="Which stage [the recipe's last].")
+def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | None) -> None:
+    """Show what RECIPE makes of a training record: each token, coloured by whether it is learnt, and the tensors.
+
+    Reads the tokenizer and the data, not the model.
+    """
+    settings = open_recipe(recipe, overrides)
+    quiet_libraries()
+    from lora_llava.training.inspection import inspect_record
+
+    make_console().print(inspect_record(settings, stage, index))
+
+
+@click.command()
+def env() -> None:
+    """Show versions, device and memory, to put into a report of a problem."""
+    quiet_libraries()
+    from lora_llava.environment import describe_environment
+
+    rows = describe_environment()
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        click.echo(f"{name:<{width}}  {value}")

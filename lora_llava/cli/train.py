@@ -1,0 +1,97 @@
+"""Commands that train: finetune, quickstart, and the recipes they run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from lora_llava.cli.common import make_console, open_recipe, quiet_libraries
+from lora_llava.errors import RecipeError
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Show the plan, the parameters and the memory; train and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in output_dir.")
+def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: bool) -> None:
+    """Train the stages of RECIPE, a YAML file; KEY=VALUE replaces a setting, such as stages.instruct.max_steps=20.
+
+    If the recipe has an evaluation, the result is then compared with its base.
+    """
+    settings = open_recipe(recipe, overrides)
+    quiet_libraries()
+    console = make_console()
+    if dry_run:
+        from lora_llava.training.dry_run import print_dry_run
+
+        print_dry_run(settings, console)
+        return
+    from lora_llava.workflow import finetune_and_evaluate, print_outcome
+
+    finetune_and_evaluate(settings, console, overwrite=overwrite)
+    print_outcome(settings, console)
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("quickstart"),
+    show_default=True,
+    help="Where everything goes; deleting it undoes everything.",
+)
+def quickstart(directory: Path) -> None:
+    """Fetch a small model and easy-VQA (93 MiB), train both stages on the CPU, and compare with the base."""
+    quiet_libraries()
+    from lora_llava.quickstart import run_quickstart
+
+    run_quickstart(directory, make_console())
+
+
+@click.group()
+def recipes() -> None:
+    """List or copy the recipes that ship with the kit."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """List the names of the recipes, each with the first line of its header."""
+    from lora_llava.recipe_file import bundled_recipes
+
+    found = bundled_recipes()
+    width = max(len(name) for name in found)
+    for name, path in sorted(found.items()):
+        click.echo(f"{name:<{width}}  {header(path)}".rstrip())
+
+
+def header(path: Path) -> str:
+    """Return the first comment line of a recipe."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and (text := line.strip("# ")):
+            return text
+    return ""
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="File or directory to copy to [NAME.yaml here].")
+def copy_recipe(name: str, target: Path | None) -> None:
+    """Copy recipe NAME, to be edited and run; an existing file is never overwritten."""
+    from lora_llava.recipe_file import bundled_recipes
+
+    found = bundled_recipes()
+    source = found.get(name.removesuffix(".yaml"))
+    if source is None:
+        raise RecipeError(f"there is no recipe {name}; the kit's own are {', '.join(sorted(found))}")
+    target = target or Path(source.name)
+    if target.is_dir():
+        target /= source.name
+    if target.exists():
+        raise RecipeError(f"{target} exists already and is not overwritten; give another file with --to")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    click.echo(f"copied to {target}; run it with: lora-llava finetune {target}")

@@ -1,0 +1,155 @@
+"""Rows of the plan as tensors. Shapes: T tokens of a row, S supervised targets, I images, H = W pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+
+from lora_llava.conversation import IGNORE_INDEX, Encoded, Template, Tokenizer, encode
+from lora_llava.data.images import open_image, preprocess
+from lora_llava.data.packing import PlanItem, Row
+from lora_llava.data.records import Record
+
+Batch = dict[str, torch.Tensor]
+"""What one forward pass takes; see `build_row`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTransform:
+    """How pixels become `pixel_values`; the same in training, evaluation, chat and export."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    aspect_ratio: str
+
+    def __call__(self, record: Record) -> torch.Tensor:
+        """Read the image of `record`, which must have one, as (3, size, size) fp32."""
+        assert record.image is not None
+        image = open_image(record.image)
+        return preprocess(image, size=self.size, mean=self.mean, std=self.std, aspect_ratio=self.aspect_ratio)
+
+
+def encode_records(
+    records: Sequence[Record],
+    template: Template,
+    tokenizer: Tokenizer,
+    *,
+    image_token_id: int,
+    num_image_tokens: int,
+    max_length: int,
+) -> list[Encoded]:
+    """Encode every record; DataError names the first that cannot be trained on."""
+    return [
+        encode(
+            record.turns,
+            template,
+            tokenizer,
+            image_token_id=image_token_id,
+            num_image_tokens=num_image_tokens,
+            max_length=max_length,
+            where=record.where,
+        )
+        for record in records
+    ]
+
+
+def plan_items(records: Sequence[Record], encoded: Sequence[Encoded]) -> list[PlanItem]:
+    """Describe encoded conversations to the planner; conversations of one image get one group number."""
+    numbers: dict[str, int] = {}
+    items = []
+    for record, one in zip(records, encoded, strict=True):
+        group = -1 if record.image is None else numbers.setdefault(record.image.key, len(numbers))
+        items.append(PlanItem(len(one.input_ids), one.prefix_length, group))
+    return items
+
+
+class PackedRows(Dataset[Batch]):
+    """The rows of a plan, in its order; images are decoded when a row is asked for."""
+
+    def __init__(
+        self, rows: Sequence[Row], records: Sequence[Record], encoded: Sequence[Encoded], transform: ImageTransform
+    ) -> None:
+        self.rows = rows
+        self.records = records
+        self.encoded = encoded
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        row = self.rows[index]
+        if not row:
+            # Contract: a step has a fixed number of rows. An empty one computes one conversation of the
+            # data set with no target: loss and gradients are exactly zero.
+            return self._build(((0,),), supervised=False)
+        return self._build(row, supervised=True)
+
+    def _build(self, row: Row, supervised: bool) -> Batch:
+        batch = build_row([[self.encoded[index] for index in tree] for tree in row], supervised=supervised)
+        images = [self.transform(self.records[tree[0]]) for tree in row if self.records[tree[0]].image is not None]
+        if images:
+            batch["pixel_values"] = torch.stack(images)
+        return batch
+
+
+def build_row(trees: Sequence[Sequence[Encoded]], *, supervised: bool = True) -> Batch:
+    """Lay trees back to back in one sequence.
+
+    Returns `input_ids` and `position_ids` (1, T); `attention_mask` (1, 1, T, T), bool, True where a query (row)
+    may see a key (column): earlier tokens of its own conversation and of its tree's prefix, nothing else;
+    `predict_positions` (S,), the places whose logits are compared with `shift_labels` (S,), token ids.
+    `labels` is `shift_labels` again, under the name by which the Trainer finds what to count.
+
+    Contract: positions restart at 0 for each tree and, for each branch, at the prefix length, so every
+    conversation computes what it would compute alone.
+    """
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    tree_numbers: list[int] = []
+    branch_numbers: list[int] = []
+    predict: list[int] = []
+    targets: list[int] = []
+    for number, tree in enumerate(trees):
+        prefix_length = tree[0].prefix_length
+        prefix = tree[0].input_ids[:prefix_length]
+        start = len(input_ids)
+        input_ids += prefix
+        position_ids += range(prefix_length)
+        branch_numbers += [0] * prefix_length
+        for branch_number, branch in enumerate(tree, start=1):
+            if branch.input_ids[:prefix_length] != prefix or branch.prefix_length != prefix_length:
+                raise ValueError("conversations of one tree must share their prefix")
+            own_start = len(input_ids) - prefix_length
+            for position in range(max(prefix_length, 1), len(branch.input_ids)):
+                if branch.labels[position] != IGNORE_INDEX:
+                    previous = position - 1
+                    predict.append(start + previous if previous < prefix_length else own_start + previous)
+                    targets.append(branch.labels[position])
+            input_ids += branch.input_ids[prefix_length:]
+            position_ids += range(prefix_length, len(branch.input_ids))
+            branch_numbers += [branch_number] * (len(branch.input_ids) - prefix_length)
+        tree_numbers += [number] * (len(input_ids) - start)
+    if not supervised:
+        predict, targets = [], []
+    labels = torch.tensor(targets, dtype=torch.long)
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position_ids]),
+        "attention_mask": _tree_mask(torch.tensor(tree_numbers), torch.tensor(branch_numbers)),
+        "predict_positions": torch.tensor(predict, dtype=torch.long),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+def _tree_mask(tree: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """(1, 1, T, T) bool from the tree and the branch (0 = prefix) each token belongs to, both (T,)."""
+    same_tree = tree[:, None] == tree[None, :]
+    visible_branch = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
+    causal = torch.ones(len(tree), len(tree), dtype=torch.bool).tril()
+    return (same_tree & visible_branch & causal)[None, None]

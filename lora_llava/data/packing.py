@@ -1,0 +1,200 @@
+"""The plan of a stage: which conversations make up which row, micro-batch and optimizer step.
+
+Pure Python, a function of its arguments alone. Words: a *tree* is the conversations of a step that share one
+image, and with it one prefix (system text, image tokens); a *row* holds trees back to back and is one
+micro-batch; a *step* is one optimizer step.
+
+Contract: every step but an epoch's last holds exactly `batch_size` conversations whatever the packing, every
+conversation appears once an epoch, and every step has the same number of rows, so that gradient accumulation
+and data-parallel ranks do the same number of forward passes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Tree = tuple[int, ...]
+"""Indices of conversations that share one prefix."""
+Row = tuple[Tree, ...]
+"""Trees of one sequence; empty where a short step has fewer trees than the others have rows."""
+Step = tuple[Row, ...]
+
+Packing = Literal["tree", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanItem:
+    """One conversation as the planner sees it."""
+
+    length: int
+    """Tokens of the conversation, prefix included."""
+    prefix_length: int
+    """Leading tokens that every conversation of the same group shares; 0 if it shares nothing."""
+    group: int
+    """Number of the image; conversations with another group never share a prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All steps of a stage, and what they cost."""
+
+    steps: tuple[Step, ...]
+    rows_per_step: int
+    num_conversations: int
+    num_computed_tokens: int
+    """Tokens that pass through the model."""
+    num_separate_tokens: int
+    """Tokens that would, with every conversation in a row of its own."""
+
+    @property
+    def share_saved(self) -> float:
+        """Share of the separate tokens that packing does not compute, 0 to 1."""
+        return 1.0 - self.num_computed_tokens / self.num_separate_tokens if self.num_separate_tokens else 0.0
+
+
+def tree_length(tree: Tree, items: Sequence[PlanItem]) -> int:
+    """Tokens of a tree: its prefix once, then each conversation's own tokens."""
+    prefix = items[tree[0]].prefix_length
+    return prefix + sum(items[index].length - prefix for index in tree)
+
+
+def make_plan(
+    items: Sequence[PlanItem],
+    *,
+    batch_size: int,
+    tokens_per_row: int,
+    branches_per_tree: int,
+    packing: Packing,
+    num_train_epochs: float,
+    max_steps: int,
+    seed: int,
+) -> Plan:
+    """Plan every step of a stage.
+
+    Raises ValueError if a conversation alone is longer than `tokens_per_row`.
+    """
+    for index, item in enumerate(items):
+        if item.length > tokens_per_row:
+            raise ValueError(f"conversation {index} has {item.length} tokens, a row holds {tokens_per_row}")
+    steps_wanted = max_steps if max_steps > 0 else math.ceil(len(items) / batch_size * num_train_epochs)
+    batches: list[list[Tree]] = []
+    epoch = 0
+    while len(batches) < steps_wanted:
+        trees = _epoch_trees(items, packing, branches_per_tree, tokens_per_row, f"{seed}/{epoch}")
+        batches.extend(_batches(trees, batch_size))
+        epoch += 1
+    batches = batches[:steps_wanted]
+    separate = packing == "none"
+    packed = [[[tree] for tree in batch] if separate else _first_fit(batch, items, tokens_per_row) for batch in batches]
+    rows_per_step = max(len(rows) for rows in packed)
+    steps = tuple(
+        _balance(batch, rows, items, rows_per_step, tokens_per_row)
+        for batch, rows in zip(batches, packed, strict=True)
+    )
+    used = [index for batch in batches for tree in batch for index in tree]
+    return Plan(
+        steps=steps,
+        rows_per_step=rows_per_step,
+        num_conversations=len(used),
+        num_computed_tokens=sum(tree_length(tree, items) for batch in batches for tree in batch),
+        num_separate_tokens=sum(items[index].length for index in used),
+    )
+
+
+def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row]:
+    """Rows for evaluation: every conversation once, trees whole where a row holds them, no shuffling."""
+    groups: dict[int, list[int]] = {}
+    alone: list[Tree] = []
+    for index, item in enumerate(items):
+        if item.prefix_length:
+            groups.setdefault(item.group, []).append(index)
+        else:
+            alone.append((index,))
+    trees = [tree for members in groups.values() for tree in _chunks(members, items, len(members), tokens_per_row)]
+    return [tuple(row) for row in _first_fit(trees + alone, items, tokens_per_row)]
+
+
+def _epoch_trees(
+    items: Sequence[PlanItem], packing: Packing, branches_per_tree: int, tokens_per_row: int, seed: str
+) -> list[Tree]:
+    rng = random.Random(seed)
+    groups: dict[int, list[int]] = {}
+    trees: list[Tree] = []
+    for index, item in enumerate(items):
+        if packing == "tree" and item.prefix_length:
+            groups.setdefault(item.group, []).append(index)
+        else:
+            trees.append((index,))
+    for members in groups.values():
+        rng.shuffle(members)
+        trees.extend(_chunks(members, items, branches_per_tree, tokens_per_row))
+    rng.shuffle(trees)
+    return trees
+
+
+def _chunks(members: Sequence[int], items: Sequence[PlanItem], most: int, tokens_per_row: int) -> Iterator[Tree]:
+    """Cut one image's conversations into trees of at most `most` branches that fit a row."""
+    tree: list[int] = []
+    length = 0
+    for index in members:
+        own = items[index].length - items[index].prefix_length
+        if tree and (len(tree) == most or length + own > tokens_per_row):
+            yield tuple(tree)
+            tree = []
+        length = (length if tree else items[index].prefix_length) + own
+        tree.append(index)
+    if tree:
+        yield tuple(tree)
+
+
+def _batches(trees: Sequence[Tree], batch_size: int) -> Iterator[list[Tree]]:
+    """Group trees into batches of exactly `batch_size` conversations, cutting the tree that crosses the border."""
+    batch: list[Tree] = []
+    room = batch_size
+    for tree in trees:
+        rest = tree
+        while rest:
+            batch.append(rest[:room])
+            room -= len(batch[-1])
+            rest = rest[len(batch[-1]) :]
+            if room == 0:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch
+
+
+def _first_fit(trees: Sequence[Tree], items: Sequence[PlanItem], tokens_per_row: int) -> list[list[Tree]]:
+    """First-fit decreasing: the longest tree first, each into the first row with room."""
+    rows: list[list[Tree]] = []
+    room: list[int] = []
+    for tree in sorted(trees, key=lambda tree: -tree_length(tree, items)):
+        length = tree_length(tree, items)
+        place = next((row for row, free in enumerate(room) if free >= length), None)
+        if place is None:
+            rows.append([])
+            room.append(tokens_per_row)
+            place = len(rows) - 1
+        rows[place].append(tree)
+        room[place] -= length
+    return rows
+
+
+def _balance(
+    trees: Sequence[Tree], fallback: list[list[Tree]], items: Sequence[PlanItem], num_rows: int, tokens_per_row: int
+) -> Step:
+    """Spread a step's trees over `num_rows` rows of like length; `fallback` if that overfills a row."""
+    rows: list[list[Tree]] = [[] for _ in range(num_rows)]
+    heap = [(0, row) for row in range(num_rows)]
+    for tree in sorted(trees, key=lambda tree: -tree_length(tree, items)):
+        filled, row = heapq.heappop(heap)
+        rows[row].append(tree)
+        heapq.heappush(heap, (filled + tree_length(tree, items), row))
+    if max(filled for filled, _ in heap) > tokens_per_row:
+        rows = fallback + [[] for _ in range(num_rows - len(fallback))]
+    return tuple(tuple(row) for row in rows)

@@ -1,0 +1,34 @@
+"""Where and how precisely to compute, and the most memory that it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from lora_llava.errors import ModelError
+
+
+def pick_device() -> torch.device:
+    """Take the CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Choose the compute precision: bf16 on CUDA, fp32 on a CPU, where bf16 is a hundred times slower.
+
+    Raises ModelError if bf16 is asked for on a device without it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not has_bf16:
+        raise ModelError(f"precision: bf16 is not to be had on this {device.type}; use auto or fp32")
+    return torch.bfloat16 if precision != "fp32" and has_bf16 else torch.float32
+
+
+def peak_memory_bytes() -> int:
+    """Most memory the process has held so far, in bytes: the device's on CUDA, else the process's own."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,39 @@
+"""The kit's exceptions: whatever a user can cause is raised as one of these.
+
+LoraLlavaError
+├── RecipeError      a recipe, an override or a command line that cannot be used; exit code 2
+├── DataError        a data file, a record or an image
+├── ModelError       a base model, or a built model that is not what its stage states
+├── ArtifactError    a directory that is not what its manifest says, or belongs to another base
+└── TrainingError    a run that cannot go on
+"""
+
+from __future__ import annotations
+
+
+class LoraLlavaError(Exception):
+    """Base of every error the kit raises on purpose; the message is for the user."""
+
+    exit_code = 1
+
+
+class RecipeError(LoraLlavaError):
+    """A recipe or override is wrong; nothing has been loaded yet."""
+
+    exit_code = 2
+
+
+class DataError(LoraLlavaError):
+    """A data file, record or image cannot be used; the message names file, record and field."""
+
+
+class ModelError(LoraLlavaError):
+    """A base model cannot be had or built, or is not what its stage states."""
+
+
+class ArtifactError(LoraLlavaError):
+    """An artifact is incomplete, altered, or was trained on another base."""
+
+
+class TrainingError(LoraLlavaError):
+    """Training cannot go on."""

@@ -1,0 +1,233 @@
+"""Pictures of a run: the loss, and test images with the answers of two models."""
+
+from __future__ import annotations
+
+import logging
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_llava.evaluation.metrics import exact_match
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from PIL.Image import Image
+
+_RIGHT, _WRONG, _PLAIN, _QUIET = "#1a7f37", "#c62828", "#1f2328", "#6e7781"
+_RAW, _SMOOTH, _VALIDATION, _RATE = "#9ec5e8", "#14507f", "#d9730d", "#8c959f"
+_COLUMN_INCHES = 3.4
+_IMAGE_INCHES = 2.6
+_LINE_INCHES = 0.19
+_LINE_CHARACTERS = 40
+_BOLD_CHARACTERS = 36
+
+
+@dataclass(frozen=True, slots=True)
+class SheetItem:
+    """One test question of a contact sheet."""
+
+    image: Image
+    question: str
+    answer: str
+    base: str | None
+    """The base model's answer; None if it was not asked."""
+    tuned: str
+    """The trained model's answer."""
+
+
+def contact_sheet(path: Path, items: Sequence[SheetItem], *, columns: int = 4, title: str = "") -> None:
+    """Write a PNG: test images, each with its question, the true answer and both models' answers marked.
+
+    Raises ValueError if there is nothing to show.
+    """
+    if not items:
+        raise ValueError("a contact sheet needs at least one item")
+    texts = [_sheet_lines(item) for item in items]
+    columns = min(columns, len(items))
+    rows = math.ceil(len(items) / columns)
+    # Every row of the sheet is as high as its own longest text.
+    lines = [max(len(text) for text in texts[row * columns : (row + 1) * columns]) for row in range(rows)]
+    heights = [_IMAGE_INCHES + (count + 1.2) * _LINE_INCHES for count in lines]
+    head = 0.5 if title else 0.1
+    size = (columns * _COLUMN_INCHES, sum(heights) + head)
+    with _figure(path, size) as figure:
+        if title:
+            style: dict[str, Any] = {"size": 13, "weight": "bold", "color": _PLAIN, "parse_math": False}
+            figure.text(0.5, 1 - 0.16 / size[1], title, va="top", ha="center", **style)
+        top = size[1] - head
+        for row in range(rows):
+            for column, place in enumerate(range(row * columns, min((row + 1) * columns, len(items)))):
+                _sheet_cell(
+                    figure, size, column * _COLUMN_INCHES + 0.15, top, items[place].image, texts[place]
+                )
+            top -= heights[row]
+
+
+def _sheet_lines(item: SheetItem) -> list[tuple[str, str, bool]]:
+    """Lay out the text below an image: lines of (text, colour, bold)."""
+    lines = [(line, _PLAIN, True) for line in _wrapped("", item.question, 3, _BOLD_CHARACTERS)]
+    lines += [(line, _PLAIN, False) for line in _wrapped("answer: ", item.answer, 2)]
+    for name, prediction in (("base", item.base), ("tuned", item.tuned)):
+        if prediction is None:
+            continue
+        correct = exact_match(prediction, item.answer)
+        mark, colour = ("\N{CHECK MARK}", _RIGHT) if correct else ("\N{BALLOT X}", _WRONG)
+        lines += [
+            (line, colour, False) for line in _wrapped(f"{mark} {name}: ", prediction or "(nothing)", 2)
+        ]
+    return lines
+
+
+def _wrapped(label: str, text: str, max_lines: int, width: int = _LINE_CHARACTERS) -> list[str]:
+    """Wrap text to the width of a cell and cut it, visibly, after `max_lines`."""
+    # Dataset text: control characters have no glyph, and runs of white space no meaning here.
+    clean = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return textwrap.wrap(label + clean, width, max_lines=max_lines, placeholder=" \N{HORIZONTAL ELLIPSIS}",
+                         subsequent_indent="   " if label else "")  # fmt: skip
+
+
+def _sheet_cell(
+    figure: Figure,
+    size: tuple[float, float],
+    left: float,
+    top: float,
+    image: Image,
+    text: Sequence[tuple[str, str, bool]],
+) -> None:
+    """Draw one image, its box's upper left corner at (left, top) inches, and the text below it."""
+    width, height = size
+    axes = figure.add_axes(
+        (left / width, (top - _IMAGE_INCHES) / height, _IMAGE_INCHES / width, _IMAGE_INCHES / height),
+        anchor="SW",
+    )
+    # Small images keep their pixels: interpolation would show a model's input as it never was.
+    small = max(image.size) < _IMAGE_INCHES * figure.dpi
+    axes.imshow(image.convert("RGB"), interpolation="nearest" if small else "antialiased")
+    axes.set_axis_off()
+    for number, (line, colour, bold) in enumerate(text):
+        figure.text(
+            left / width,
+            (top - _IMAGE_INCHES - (number + 0.45) * _LINE_INCHES) / height,
+            line,
+            va="top",
+            size=9,
+            weight="bold" if bold else "normal",
+            color=colour,
+            parse_math=False,
+        )
+
+
+def plot_loss(path: Path, log_rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a PNG with a panel for each stage: loss raw and smoothed, validation loss, and the learning rate.
+
+    `log_rows` are those of `train_log.jsonl`: "stage", "step", and "loss", "learning_rate" or "eval_loss".
+    """
+    stages = list(dict.fromkeys(str(row["stage"]) for row in log_rows)) or ["no step was logged"]
+    with _figure(path, (6.4 * len(stages), 4.2)) as figure:
+        for place, stage in enumerate(stages):
+            panel = figure.add_subfigure(figure.add_gridspec(1, len(stages))[0, place])
+            _loss_panel(panel, stage, [row for row in log_rows if row["stage"] == stage])
+
+
+def _loss_panel(panel: SubFigure, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the loss of one stage."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes = panel.add_axes((0.12, 0.15, 0.74, 0.72))
+    rates = axes.twinx()
+    steps, losses = _series(rows, "loss")
+    marker = "." if len(steps) < 2 else ""  # a line of one point is invisible
+    axes.plot(steps, losses, color=_RAW, linewidth=1, marker=marker, label="loss")
+    axes.plot(steps, smoothed(losses), color=_SMOOTH, linewidth=1.8, label="loss, smoothed")
+    axes.plot(
+        *_series(rows, "eval_loss"),
+        color=_VALIDATION,
+        marker="o",
+        markersize=4.5,
+        linewidth=1,
+        label="validation",
+    )
+    rates.plot(
+        *_series(rows, "learning_rate"),
+        color=_RATE,
+        linewidth=0.8,
+        linestyle=":",
+        marker=marker,
+        label="learning rate",
+    )
+    axes.set_title(stage, loc="left", weight="bold", parse_math=False)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("loss per supervised token")
+    rates.set_ylabel("learning rate", color=_RATE)
+    rates.tick_params(axis="y", colors=_RATE, labelsize=8)
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.set_ylim(bottom=0)
+    axes.set_zorder(rates.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.grid(color="#e7eaed", linewidth=0.8)
+    for side in (axes, rates):
+        side.spines["top"].set_visible(False)
+    _legend(axes, rates)
+
+
+def _legend(axes: Axes, rates: Axes) -> None:
+    """Name the lines that have points, of both scales."""
+    lines = [line for line in (*axes.get_lines(), *rates.get_lines()) if len(line.get_xdata(orig=True))]  # type: ignore[arg-type]
+    if lines:
+        axes.legend(
+            lines, [str(line.get_label()) for line in lines], loc="upper right", fontsize=8, framealpha=0.85
+        )
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of the rows that have `key`; a value that is not finite leaves a gap."""
+    points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and its neighbours, weighted by a bell curve; NaN stays where it is.
+
+    Centred, so that a falling loss is not drawn later than it fell. The curve widens with the series.
+    """
+    width = max(1.0, min(12.0, len(values) / 30))
+    reach = math.ceil(3 * width)
+    averages: list[float] = []
+    for place, value in enumerate(values):
+        near = [
+            (math.exp(-(((other - place) / width) ** 2) / 2), values[other])
+            for other in range(max(0, place - reach), min(len(values), place + reach + 1))
+            if not math.isnan(values[other])
+        ]
+        total = sum(weight for weight, _ in near)
+        averages.append(math.nan if math.isnan(value) else sum(weight * v for weight, v in near) / total)
+    return averages
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """Give a white figure of `size` inches to draw on, then write it to `path` as PNG."""
+    # The figure's own canvas, not pyplot: no display, no global state, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    yield figure
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    fonts.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Dataset text can be in any script; a letter the font lacks is drawn as a box.
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
+            figure.savefig(path, format="png")
+    finally:
+        fonts.setLevel(level)

@@ -1,0 +1,151 @@
+"""Answers of a model to the last questions of records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import takewhile
+from typing import Any, Literal, Protocol
+
+import torch
+
+from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Template, Turn, encode, encode_prompt
+from lora_llava.data.images import mean_colour, open_image, preprocess
+from lora_llava.data.records import ImageSource, Record
+from lora_llava.evaluation.decoding import Progress, Prompt, greedy_decode
+
+_BLIND = "the mean colour"
+
+
+class GenerationModel(Protocol):
+    """What is needed of a loaded model; `LoadedModel` has it."""
+
+    @property
+    def model(self) -> Any:
+        """`LlavaForConditionalGeneration`, or a `PeftModel` around one."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its fast tokenizer."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the vision tower sees, in pixels."""
+
+    @property
+    def image_mean(self) -> tuple[float, ...]:
+        """Mean of each channel."""
+
+    @property
+    def image_std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens that stand for one image."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `<image>`."""
+
+
+def generate_answers(
+    loaded: GenerationModel,
+    records: Sequence[Record],
+    *,
+    template: Template,
+    aspect_ratio: Literal["pad", "square"],
+    max_new_tokens: int,
+    max_rows: int = 64,
+    blind: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Answer the last question of each record greedily; its own answer is not shown, earlier turns are.
+
+    `max_rows` bounds the questions in a forward pass (see `greedy_decode` for what a row costs). `blind` puts
+    the mean colour in place of every image: what is still right then was known without looking. Raises
+    DataError for a record or image that cannot be used.
+    """
+
+    # An image whose questions do not fit in one batch is still in here when the next batch asks for it.
+    @lru_cache(maxsize=max_rows)
+    def pixels(source: ImageSource | None) -> torch.Tensor:
+        image = mean_colour(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
+        tensor: torch.Tensor = preprocess(
+            image,
+            size=loaded.image_size,
+            mean=loaded.image_mean,
+            std=loaded.image_std,
+            aspect_ratio=aspect_ratio,
+        )
+        return tensor
+
+    ends = end_token_ids(loaded, template)
+    answers = greedy_decode(
+        loaded.model,
+        [_prompt(loaded, record, template, pixels, blind) for record in records],
+        eos_token_ids=ends,
+        # Any id will do: padding is masked. Llama's tokenizers have no pad token of their own.
+        pad_token_id=min(ends, default=0),
+        max_new_tokens=max_new_tokens,
+        max_rows=max_rows,
+        progress=progress,
+    )
+    return [_text(loaded.tokenizer, answer, ends) for answer in answers]
+
+
+def end_token_ids(loaded: GenerationModel, template: Template) -> frozenset[int]:
+    """Return the tokens that end an answer: the tokenizer's own end, and the one that training taught.
+
+    The latter is read off `encode`, so that it cannot differ from what was supervised.
+    """
+    taught = [_supervised(loaded, template, answer) for answer in ("x", "2")]
+    endings = zip(*(reversed(labels) for labels in taught), strict=False)
+    common = [pair[0] for pair in takewhile(lambda pair: pair[0] == pair[1], endings)]
+    own = loaded.tokenizer.eos_token_id
+    return frozenset(common[-1:]) | (frozenset() if own is None else frozenset({int(own)}))
+
+
+def _supervised(loaded: GenerationModel, template: Template, answer: str) -> list[int]:
+    encoded = encode(
+        [Turn("user", f"{IMAGE_PLACEHOLDER}\n?"), Turn("assistant", answer)],
+        template,
+        loaded.tokenizer,
+        image_token_id=loaded.image_token_id,
+        num_image_tokens=1,
+        max_length=10_000,
+        where="end of an answer",
+    )
+    return [label for label in encoded.labels if label != IGNORE_INDEX]
+
+
+def _prompt(
+    loaded: GenerationModel,
+    record: Record,
+    template: Template,
+    pixels: Callable[[ImageSource | None], torch.Tensor],
+    blind: bool,
+) -> Prompt:
+    """Encode the turns before a record's last answer."""
+    turns = record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns
+    encoded = encode_prompt(
+        turns,
+        template,
+        loaded.tokenizer,
+        image_token_id=loaded.image_token_id,
+        num_image_tokens=loaded.num_image_tokens,
+        where=record.where,
+    )
+    if record.image is None:
+        return Prompt(encoded.input_ids, 0, None, None)
+    source = None if blind else record.image
+    key = _BLIND if blind else record.image.key
+    return Prompt(encoded.input_ids, encoded.prefix_length, partial(pixels, source), key)
+
+
+def _text(tokenizer: Any, answer: list[int], ends: frozenset[int]) -> str:
+    """Decode an answer without its end token, which need not be a special one (plain: a line feed)."""
+    if answer and answer[-1] in ends:
+        answer = answer[:-1]
+    text: str = tokenizer.decode(answer, skip_special_tokens=True)
+    return text.strip()

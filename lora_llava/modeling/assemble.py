@@ -1,0 +1,181 @@
+"""A fresh LLaVA from its parts: a Llama-family language model, a CLIP vision tower and a new projector."""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    GgufConfig,
+    LlavaConfig,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+
+from lora_llava.conversation import IMAGE_PLACEHOLDER
+from lora_llava.errors import ModelError
+from lora_llava.modeling.base import (
+    LANGUAGE_MODEL,
+    LM_HEAD,
+    PROJECTOR,
+    VISION_TOWER,
+    hub_errors,
+    meta_model,
+    num_image_tokens,
+)
+from lora_llava.recipe import BaseModelSettings
+
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this, as llava-hf does (32,000 + `<image>` + `<pad>` -> 32,064)."""
+
+_PROJECTOR_ACTIVATION = {"mlp2x_gelu": "gelu", "linear": "linear"}
+_PACKAGED = "package:"
+
+
+def vision_tower_source(name: str) -> str:
+    """Resolve `package:NAME` to the directory of a tower that ships with the package."""
+    if not name.startswith(_PACKAGED):
+        return name
+    directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
+    if not directory.is_dir():
+        raise ModelError(f"base.vision_tower: the package holds no tower {name!r}; it holds package:vision_tower")
+    return str(directory)
+
+
+def assembled_config(settings: BaseModelSettings, text_config: Any, vision_config: Any, tokenizer: Any) -> LlavaConfig:
+    """Make the configuration of the whole from those of its parts; adds `<image>` to `tokenizer`."""
+    if text_config.model_type != "llama":
+        raise ModelError(
+            f"base.language_model {settings.language_model!r} is a {text_config.model_type!r} model; needed: one of "
+            "the Llama architecture (Llama 2, Vicuna, TinyLlama, SmolLM2, ...)"
+        )
+    if vision_config.model_type != "clip_vision_model":
+        raise ModelError(f"base.vision_tower {settings.vision_tower!r} is not a CLIP vision tower")
+    text_config = copy.deepcopy(text_config)
+    if hasattr(text_config, "quantization_config"):
+        del text_config.quantization_config
+    # Where the parts lay on this machine is nobody's business.
+    text_config._name_or_path = vision_config._name_or_path = ""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    size = max(int(text_config.vocab_size), len(tokenizer))
+    text_config.vocab_size = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        projector_hidden_act=_PROJECTOR_ACTIVATION[settings.mm_projector_type],
+        vision_feature_layer=settings.vision_feature_layer,
+        vision_feature_select_strategy=settings.vision_feature_select_strategy,
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )
+    config.image_seq_length = num_image_tokens(config)
+    return config
+
+
+def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
+    """Write a LLaVA with a fresh projector to `directory`, in the llava-hf layout, with tokenizer and processor.
+
+    Raises ModelError if a part cannot be had or is of another architecture.
+    """
+    assert settings.language_model and settings.vision_tower
+    tower_source = vision_tower_source(settings.vision_tower)
+    with hub_errors("language model", settings.language_model):
+        tokenizer = AutoTokenizer.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
+        language_model = AutoModelForCausalLM.from_pretrained(
+            settings.language_model,
+            gguf_file=settings.gguf_file,
+            dtype=torch.float32 if settings.gguf_file else "auto",
+            quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,
+        )
+    with hub_errors("vision tower", settings.vision_tower):
+        tower = CLIPVisionModel.from_pretrained(tower_source)
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower_source)
+    config = assembled_config(settings, language_model.config, tower.config, tokenizer)
+    state = _language_model_state(language_model, int(config.text_config.vocab_size))
+    dtype = state[f"{LANGUAGE_MODEL}.embed_tokens.weight"].dtype
+    for name, tensor in tower.state_dict().items():
+        state[f"{VISION_TOWER}.{name}"] = tensor.to(dtype)
+    model = meta_model(config)
+    for name, tensor in _fresh_projector(model.get_submodule(PROJECTOR), config, seed).items():
+        state[f"{PROJECTOR}.{name}"] = tensor.to(dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    save_processor(directory, tokenizer, config, pixels)
+
+
+def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
+    """Return the configuration and tokenizer that `assemble` would write, without reading any weight."""
+    assert settings.language_model and settings.vision_tower
+    with hub_errors("language model", settings.language_model):
+        tokenizer = AutoTokenizer.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
+        text_config = AutoConfig.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
+    with hub_errors("vision tower", settings.vision_tower):
+        vision_config = AutoConfig.from_pretrained(vision_tower_source(settings.vision_tower))
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    return assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
+
+
+def save_processor(directory: Path, tokenizer: Any, config: LlavaConfig, pixels: dict[str, Any]) -> None:
+    """Write tokenizer and processor files beside a model or an adapter, so that `AutoProcessor` loads them."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = int(config.vision_config.image_size)
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(pixels["image_mean"]),
+        image_std=list(pixels["image_std"]),
+    )
+    LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=int(config.vision_config.patch_size),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=tokenizer.chat_template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+
+
+def _language_model_state(language_model: nn.Module, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Rename the language model's weights to their place in LLaVA, the vocabulary padded with the mean row."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in language_model.state_dict().items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight") and tensor.shape[0] < vocabulary:
+            mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
+            tensor = torch.cat([tensor, mean.expand(vocabulary - tensor.shape[0], -1)])
+        place = name if name.startswith(LM_HEAD) else f"{LANGUAGE_MODEL}.{name.removeprefix('model.')}"
+        state[place] = tensor
+    state.setdefault("lm_head.weight", state[f"{LANGUAGE_MODEL}.embed_tokens.weight"])
+    return state
+
+
+def _fresh_projector(shapes: nn.Module, config: LlavaConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Initialise the projector as LLaVA-1.5 does (`nn.Linear`'s own initialisation).
+
+    For `linear`, linear_2 is the identity and stays frozen: one trained linear map in a layout that every
+    reader of LLaVA knows.
+    """
+    generator = torch.random.fork_rng(devices=[])
+    with generator:
+        torch.manual_seed(seed)
+        fresh = {}
+        for name in ("linear_1", "linear_2"):
+            part = getattr(shapes, name)
+            fresh[name] = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
+    if config.projector_hidden_act == "linear":
+        nn.init.eye_(fresh["linear_2"].weight)
+        if fresh["linear_2"].bias is not None:
+            nn.init.zeros_(fresh["linear_2"].bias)
+    return {f"{name}.{key}": value for name, layer in fresh.items() for key, value in layer.state_dict().items()}

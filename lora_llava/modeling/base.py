@@ -1,0 +1,208 @@
+"""The base model: found, or assembled from parts, then loaded in the precision a run asks for.
+
+Whatever a recipe names as its base becomes a directory in the llava-hf layout first; loading and quantising
+know that one form only, and so does plain `LlavaForConditionalGeneration.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.image_processing_base import ImageProcessingMixin
+
+from lora_llava.errors import ModelError
+
+VISION_TOWER = "model.vision_tower"
+PROJECTOR = "model.multi_modal_projector"
+LANGUAGE_MODEL = "model.language_model"
+LM_HEAD = "lm_head"
+PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, LM_HEAD)
+"""Names of the four parts in memory; every selection of modules is anchored on these alone."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """What an artifact remembers of the base it was trained on."""
+
+    name: str
+    """Hub id, or the name of the directory; for reading, never compared."""
+    revision: str | None
+    weights_sha256: str
+    """Hash of every weight, by name; the same however the weights are sharded."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model and what is needed to feed it."""
+
+    model: Any
+    """`LlavaForConditionalGeneration`, or a `PeftModel` around one."""
+    tokenizer: Any
+    directory: Path
+    identity: BaseIdentity
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    config: LlavaConfig
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the vision tower sees, in pixels."""
+        return int(self.config.vision_config.image_size)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens that stand for one image."""
+        return num_image_tokens(self.config)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `<image>`."""
+        return int(self.config.image_token_id)
+
+
+def num_image_tokens(config: LlavaConfig) -> int:
+    """Count the vision tower's output tokens: one a patch, and the class token where the strategy keeps it."""
+    patches = (int(config.vision_config.image_size) // int(config.vision_config.patch_size)) ** 2
+    return patches + (1 if config.vision_feature_select_strategy == "full" else 0)
+
+
+@contextmanager
+def hub_errors(what: str, name: str) -> Iterator[None]:
+    """Turn the many errors of a missing file, hub or network into one ModelError that names `name`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{what} {name!r} cannot be loaded: {reason}. Check the name, or the network.") from error
+
+
+def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the local directory of a base and the commit it came from (None for a directory).
+
+    Raises ModelError if it is neither a directory nor to be had from the hub.
+    """
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory, None
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"base directory {name!r} does not exist")
+    with hub_errors("base", name):
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    return snapshot, snapshot.name
+
+
+def read_config(directory: Path) -> LlavaConfig:
+    """Read the configuration of a LLaVA directory; ModelError if it holds something else."""
+    with hub_errors("base", str(directory)):
+        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if data.get("model_type") != "llava":
+        raise ModelError(
+            f"{directory}: model_type is {data.get('model_type')!r}, needed 'llava'. Name a converted LLaVA-1.5 "
+            "(such as llava-hf/llava-1.5-7b-hf) in base.model_name_or_path, or the parts in base.language_model "
+            "and base.vision_tower."
+        )
+    config = LlavaConfig.from_dict(data)
+    if config.text_config.model_type != "llama":
+        raise ModelError(f"{directory}: the language model is {config.text_config.model_type!r}, needed 'llama'")
+    return config
+
+
+def hash_weights(directory: Path) -> str:
+    """Hash all tensors of a directory's safetensors files: names, types, shapes and bytes, in name order."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{directory}: no .safetensors file. Pickled weights are not read; convert them first.")
+    places: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            places.update(dict.fromkeys(handle.keys(), file))
+    digest = hashlib.sha256()
+    for name in sorted(places):
+        with safe_open(places[name], framework="pt") as handle:
+            tensor = handle.get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 for the language model's linear layers alone.
+
+    The skip list needs full names: bitsandbytes matches them from the start or as a suffix, and a name that
+    matches nothing is ignored without a word. `check_stage` counts the outcome.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[VISION_TOWER, PROJECTOR, LM_HEAD],
+    )
+
+
+def load_base(
+    directory: Path,
+    identity: BaseIdentity,
+    *,
+    nf4: bool,
+    double_quant: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadedModel:
+    """Load a LLaVA directory onto `device`, quantised if `nf4`, everything else in `dtype`."""
+    config = read_config(directory)
+    with hub_errors("base", str(directory)):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(directory)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            directory,
+            dtype=dtype,
+            quantization_config=quantization_config(double_quant, dtype) if nf4 else None,
+            # Contract: the packed forward hands over a bool mask, which eager attention would silently *add*.
+            attn_implementation="sdpa",
+            device_map={"": device},
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
+    model.config.use_cache = False
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        directory=directory,
+        identity=identity,
+        image_mean=tuple(pixels["image_mean"]),
+        image_std=tuple(pixels["image_std"]),
+        config=config,
+    )
+
+
+def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """Build the model's shapes without its memory."""
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config)
+
+
+def part_of(name: str) -> str:
+    """Name the part that a parameter or module of the (unwrapped) model belongs to; ModelError if none."""
+    for part in PARTS:
+        if name == part or name.startswith(part + "."):
+            return part
+    raise ModelError(f"{name!r} belongs to none of the parts {', '.join(PARTS)}")
+
+
+def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the projector's weights by their names inside it."""
+    return dict(model.get_submodule(PROJECTOR).state_dict())

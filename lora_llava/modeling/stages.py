@@ -1,0 +1,193 @@
+"""What each stage freezes, trains, adapts and quantises; and the check that the built model is just that."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from lora_llava.errors import ModelError
+from lora_llava.modeling.base import LANGUAGE_MODEL, PARTS, PROJECTOR, part_of
+from lora_llava.recipe import AdapterSettings, StageName
+
+_PEFT_PREFIX = "base_model.model."
+_WRAPPED = re.compile(r"\.(modules_to_save\.default|original_module)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """What one part of a built model holds; counts are of elements, `bytes` of memory."""
+
+    part: str
+    total: int
+    trainable: int
+    quantized: int
+    adapter: int
+    dtypes: str
+    bytes: int
+
+
+def build_stage(model: Any, stage: StageName, adapter: AdapterSettings) -> PeftModel:
+    """Wrap a loaded base for one stage: everything frozen but what the stage trains, in fp32.
+
+    `align` trains the projector alone; `instruct` LoRA on the language model and the projector.
+    """
+    if stage == "align":
+        # PEFT's own word for "no target": the projector is the only thing in the adapter.
+        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["multi_modal_projector"])
+    else:
+        config = LoraConfig(
+            r=adapter.r,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=adapter.lora_dropout,
+            use_rslora=adapter.type == "rslora",
+            use_dora=adapter.type == "dora",
+            # Anchored on the language model: a bare suffix would match the vision tower's layers too.
+            target_modules=target_pattern(model, adapter.target_modules),
+            modules_to_save=["multi_modal_projector"],
+            task_type="CAUSAL_LM",
+        )
+    wrapped = get_peft_model(model, config)
+    train_only_what_is_saved(wrapped)
+    return wrapped
+
+
+def train_only_what_is_saved(model: PeftModel) -> None:
+    """Put the trained parameters in fp32, and hold still the half of a linear projector that is the identity."""
+    identity = model.get_base_model().config.projector_hidden_act == "linear"
+    for name, parameter in model.named_parameters():
+        if identity and ".multi_modal_projector." in name and "linear_2" in name:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def target_pattern(model: nn.Module, target_modules: str | tuple[str, ...] | list[str]) -> str:
+    """Return the regular expression of the language model's layers to adapt.
+
+    Raises ModelError if a named layer does not exist in it.
+    """
+    language_model = model.get_submodule(LANGUAGE_MODEL)
+    linears = {name.rsplit(".", 1)[-1] for name, module in language_model.named_modules() if _is_linear(module)}
+    wanted = linears if isinstance(target_modules, str) else set(target_modules)
+    if unknown := wanted - linears:
+        raise ModelError(
+            f"adapter.target_modules: no linear layer {', '.join(sorted(unknown))} in the language model; "
+            f"it has {', '.join(sorted(linears))}"
+        )
+    return rf"{re.escape(LANGUAGE_MODEL)}\..*\.({'|'.join(sorted(wanted))})"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # bitsandbytes' Linear4bit is a subclass.
+    return isinstance(module, nn.Linear)
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Tell a 4-bit weight from a plain one."""
+    return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Params4bit"
+
+
+def _elements(parameter: torch.Tensor) -> int:
+    if is_quantized(parameter) and parameter.dtype == torch.uint8:
+        return parameter.numel() * 2
+    return parameter.numel()
+
+
+def _memory(parameter: torch.Tensor) -> int:
+    size = parameter.numel() * parameter.element_size()
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        tensors = [state.absmax, state.code]
+        if state.nested:
+            tensors += [state.state2.absmax, state.state2.code, state.offset]
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return size
+
+
+def _named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield part, plain name and parameter, with PEFT's wrapping taken off the names."""
+    for name, parameter in model.named_parameters():
+        plain = _WRAPPED.sub(".", name.removeprefix(_PEFT_PREFIX) if isinstance(model, PeftModel) else name)
+        yield part_of(plain), name, parameter
+
+
+def parameter_table(model: nn.Module) -> list[PartRow]:
+    """Count, per part, the parameters of a built model. The projector's frozen original is counted in its bytes only."""
+    sums: dict[str, dict[str, int]] = {part: defaultdict(int) for part in PARTS}
+    dtypes: dict[str, set[str]] = {part: set() for part in PARTS}
+    for part, name, parameter in _named_parts(model):
+        row = sums[part]
+        row["bytes"] += _memory(parameter)
+        if ".original_module." in name:
+            continue
+        is_adapter = ".lora_" in name
+        row["adapter" if is_adapter else "total"] += _elements(parameter)
+        row["trainable"] += _elements(parameter) if parameter.requires_grad else 0
+        row["quantized"] += _elements(parameter) if is_quantized(parameter) else 0
+        dtypes[part].add("nf4" if is_quantized(parameter) else str(parameter.dtype).removeprefix("torch."))
+    return [
+        PartRow(
+            part=part,
+            total=row["total"],
+            trainable=row["trainable"],
+            quantized=row["quantized"],
+            adapter=row["adapter"],
+            dtypes=", ".join(sorted(dtypes[part])),
+            bytes=row["bytes"],
+        )
+        for part, row in sums.items()
+    ]
+
+
+def check_stage(model: PeftModel, stage: StageName, *, nf4: bool) -> list[PartRow]:
+    """Check the built model against its stage and return its table of parameters.
+
+    Selecting modules by name fails without a word, so the outcome is counted: nothing but LoRA in the language
+    model and the projector is trained, no adapter lies elsewhere, and every linear layer of the language model,
+    nothing else, is in 4 bits. Raises ModelError with every difference.
+    """
+    problems = [f"trained although it must be frozen: {name}" for name in _wrongly_trained(model, stage)]
+    table = parameter_table(model)
+    for row in table:
+        adapted = row.part == LANGUAGE_MODEL and stage == "instruct"
+        if bool(row.adapter) != adapted:
+            problems.append(f"{row.part} has {row.adapter:,} adapter parameters")
+        if row.part == PROJECTOR and not row.trainable:
+            problems.append("the projector is not trained")
+        if adapted and row.trainable != row.adapter:
+            problems.append(f"{row.part}: {row.trainable:,} of {row.adapter:,} adapter parameters are trained")
+        if row.part != LANGUAGE_MODEL and row.quantized:
+            problems.append(f"{row.part} has {row.quantized:,} parameters in 4 bits")
+    problems += _wrongly_plain(model, nf4)
+    if problems:
+        raise ModelError(f"stage {stage}: the built model is not what the stage states: {'; '.join(problems[:8])}")
+    return table
+
+
+def _wrongly_trained(model: PeftModel, stage: StageName) -> list[str]:
+    allowed = {"align": (PROJECTOR,), "instruct": (PROJECTOR, LANGUAGE_MODEL)}[stage]
+    return [
+        name
+        for part, name, parameter in _named_parts(model)
+        if parameter.requires_grad
+        and (part not in allowed or (part == LANGUAGE_MODEL and ".lora_" not in name) or ".original_module." in name)
+    ]
+
+
+def _wrongly_plain(model: PeftModel, nf4: bool) -> list[str]:
+    """Name the language model's linear layers whose weight is in the wrong form."""
+    language_model = model.get_base_model().get_submodule(LANGUAGE_MODEL)
+    wrong = [
+        name
+        for name, module in language_model.named_modules()
+        if _is_linear(module) and "lora_" not in name and is_quantized(module.weight) != nf4
+    ]
+    return [f"{len(wrong)} linear layers of the language model are {'not ' if nf4 else ''}in 4 bits"] if wrong else []

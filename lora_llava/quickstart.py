@@ -1,0 +1,70 @@
+"""From nothing to a tuned model on a CPU: fetch, prepare, train both stages, compare with the base."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_llava.quickstart_assets import prepare_assets
+from lora_llava.recipe_file import bundled_recipes, load_recipe
+from lora_llava.training.run import write_summary
+from lora_llava.workflow import finetune_and_evaluate, print_outcome, shown_path
+
+RECIPE = "quickstart"
+FULL_RECIPE = "easy_vqa"
+MEDICAL_RECIPE = "vqa_rad"
+RUN = "run"
+
+
+def run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
+    """Run the bundled quickstart recipe inside `directory`, from the start; only what is fetched is kept.
+
+    Returns the run's summary. Raises LoraLlavaError's subclasses.
+    """
+    directory = directory.resolve()
+    clock = time.monotonic()
+    prepare_assets(directory, lambda line: console.print(line, soft_wrap=True, markup=False))
+    for name in (RECIPE, FULL_RECIPE):
+        place_recipe(bundled_recipes()[name], directory, console)
+    seconds = round(time.monotonic() - clock, 1)
+    recipe = load_recipe(directory / f"{RECIPE}.yaml")
+    recipe = recipe.model_copy(update={"output_dir": directory / RUN})
+    summary = finetune_and_evaluate(recipe, console, overwrite=True)
+    summary["seconds"] = {"prepare": seconds, **summary["seconds"]}
+    write_summary(directory / RUN, summary)
+    print_outcome(recipe, console)
+    print_next(directory, recipe.stage_names[-1], console)
+    return summary
+
+
+def place_recipe(source: Path, directory: Path, console: Console) -> None:
+    """Copy a recipe beside the data; one that was edited there is kept under another name."""
+    target = directory / source.name
+    if target.exists() and target.read_bytes() != source.read_bytes():
+        kept = target.with_name(f"{target.name}.old")
+        target.replace(kept)
+        console.print(f"{target.name} had been edited: it is now {kept.name}")
+    shutil.copyfile(source, target)
+
+
+def print_next(directory: Path, stage: str, console: Console) -> None:
+    """Print the commands to try next."""
+    here = shown_path(directory)
+    artifact = f"{here}/{RUN}/{stage}"
+    commands = {
+        "ask it something": f'chat {artifact} --image {here}/data/images/test/0.png "what color is the shape?"',
+        "see what it was taught": f"inspect {here}/{RECIPE}.yaml --index 0",
+        "test it again": (
+            f"eval {artifact} --data {here}/data/test.json --image-root {here}/data/images/test "
+            f"--max-records 500 --output {here}/evaluation"
+        ),
+        "train on all of easy-VQA": f"finetune {here}/{FULL_RECIPE}.yaml",
+        "train on medical images, on a GPU": f"recipes copy {MEDICAL_RECIPE}",
+    }
+    console.print("\nNext:")
+    for what, command in commands.items():
+        console.print(f"  # {what}\n  lora-llava {command}", soft_wrap=True, markup=False)

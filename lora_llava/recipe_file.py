@@ -1,0 +1,206 @@
+"""Recipes as files: YAML in, overrides applied, paths resolved, every problem reported at once; YAML out."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lora_llava.errors import RecipeError
+from lora_llava.recipe import Recipe, Settings
+
+MAX_BYTES = 1 << 20
+"""Largest recipe file, in bytes."""
+
+_PATH_KEYS = ("output_dir", "start_from")
+_NAME_OR_PATH_KEYS = ("base.model_name_or_path", "base.language_model", "base.vision_tower")
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: `1e-4` is a number, a key stands once, aliases are refused."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise RecipeError(f"line {mark.line + 1}: aliases (*name) are not supported; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                raise RecipeError(f"line {key.start_mark.line + 1}: a key must be a plain word")
+            if key.value in seen:
+                raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} stands twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides.
+
+    Relative paths in the file are resolved against its directory, those in overrides against the current one.
+    Raises RecipeError with every problem, one a line.
+    """
+    data = _read(path)
+    _resolve_paths(data, path.resolve().parent)
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_problems(error, path))) from error
+
+
+def dump_resolved(recipe: Recipe, directory: Path) -> str:
+    """Write the whole recipe as YAML that works from `directory`, where its relative paths start."""
+    data = recipe.plain()
+    data["output_dir"] = os.path.relpath(recipe.resolved_output_dir, directory)
+    for holder, key, value in _paths_in(data):
+        if os.path.isabs(value):
+            holder[key] = _dotted(os.path.relpath(value, directory))
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Return the recipes that ship with the package, by name."""
+    directory = Path(str(resources.files("lora_llava.recipes")))
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"recipe {path} has {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}")
+    try:
+        data = yaml.load(raw.decode("utf-8-sig"), _Loader)  # noqa: S506 - a SafeLoader
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}, {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise RecipeError(f"{path}{place}: not valid YAML: {problem}") from error
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values; the file holds {found}")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise RecipeError(f"override {override!r}: write it as key.sub=value")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecipeError) as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+    _check_key(key)
+    place = data
+    for name in names[:-1]:
+        if not isinstance(place.get(name), dict):
+            place[name] = {}
+        place = place[name]
+    place[names[-1]] = value
+    if isinstance(value, str):
+        for holder, last, path in _paths_in(data):
+            if holder is place and last == names[-1]:
+                holder[last] = _resolve(path, Path.cwd(), always=last in _PATH_KEYS or last == "image_root")
+
+
+def _check_key(key: str) -> None:
+    """Refuse an override of a key that no recipe has."""
+    model: type[BaseModel] | None = Recipe
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        if model is None or name not in model.model_fields:
+            where = ".".join(names[: depth + 1])
+            raise RecipeError(f"override {key}: unknown key {where}{_near(name, model)}")
+        model = _settings_in(model.model_fields[name].annotation)
+
+
+def _settings_in(annotation: Any) -> type[BaseModel] | None:
+    """Find the settings class in an annotation such as `DataSettings | None`."""
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, Settings):
+            return one
+    return None
+
+
+def _near(name: str, model: type[BaseModel] | None) -> str:
+    fields = list(model.model_fields) if model else []
+    near = difflib.get_close_matches(name, fields, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(fields)}" if fields else ""
+
+
+def _problems(error: ValidationError, path: Path) -> list[str]:
+    lines = []
+    for one in error.errors():
+        where = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
+            model: type[BaseModel] | None = Recipe
+            for part in one["loc"][:-1]:
+                field = model.model_fields.get(str(part)) if model else None
+                model = _settings_in(field.annotation) if field else None
+            text = f"unknown key{_near(str(one['loc'][-1]), model)}"
+        else:
+            text = one["msg"].removeprefix("Value error, ")
+            if one["type"] not in ("missing", "value_error"):
+                text += f", got {one['input']!r}"
+        lines.append(f"{path}: {where}: {text}" if where else f"{path}: {text}")
+    return lines
+
+
+def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
+    """List every string that may be a path: its mapping, its key, and it."""
+    found = [(data, key, data[key]) for key in _PATH_KEYS if key in data]
+    for dotted in _NAME_OR_PATH_KEYS:
+        section, key = dotted.split(".")
+        if isinstance(data.get(section), dict):
+            found.append((data[section], key, data[section].get(key)))
+    stages = data.get("stages")
+    holders = list(stages.values()) if isinstance(stages, dict) else []
+    for holder in [*holders, data.get("evaluation")]:
+        source = holder.get("data") if isinstance(holder, dict) else None
+        if isinstance(source, dict):
+            found += [(source, "path", source.get("path")), (source, "image_root", source.get("image_root"))]
+            if isinstance(source.get("validation"), dict):
+                found.append((source["validation"], "path", source["validation"].get("path")))
+    return [(holder, key, value) for holder, key, value in found if isinstance(value, str)]
+
+
+def _resolve_paths(data: dict[str, Any], directory: Path) -> None:
+    for holder, key, value in _paths_in(data):
+        holder[key] = _resolve(value, directory, always=key in _PATH_KEYS or key == "image_root")
+
+
+def _resolve(value: str, directory: Path, *, always: bool) -> str:
+    """Make a path absolute; a name that could be a hub id stays as it is unless such a path exists."""
+    path = Path(value).expanduser()
+    looks_local = value.startswith((".", "/", "~")) or value.endswith(_DATA_SUFFIXES)
+    if always or looks_local or (":" not in value and (directory / path).exists()):
+        return os.path.normpath(directory / path)
+    return value
+
+
+def _dotted(path: str) -> str:
+    """Mark a relative path as one, so that it is not taken for a hub id."""
+    return path if path.startswith(".") else f"./{path}"

@@ -1,0 +1,1 @@
+"""A run: the stages of a recipe, one after the other, each ending in an artifact."""

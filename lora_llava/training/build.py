@@ -1,0 +1,130 @@
+"""From the settings of a stage to its trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainingArguments
+
+from lora_llava.conversation import IMAGE_PLACEHOLDER
+from lora_llava.data.batch import ImageTransform, PackedRows
+from lora_llava.data.records import Record
+from lora_llava.evaluation.generation import generate_answers
+from lora_llava.modeling.base import LoadedModel
+from lora_llava.recipe import Recipe, StageName, StageSettings
+from lora_llava.training import output
+from lora_llava.training.plan import StageData
+from lora_llava.training.progress import TrainLog
+from lora_llava.training.trainer import PackedTrainer
+
+SAMPLE_TOKENS = 32
+"""Longest sample answer, in tokens."""
+
+
+def image_transform(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) -> ImageTransform:
+    """Make the image transform of a stage."""
+    return ImageTransform(
+        size=loaded.image_size,
+        mean=loaded.image_mean,
+        std=loaded.image_std,
+        aspect_ratio=settings.image_aspect_ratio or recipe.images.image_aspect_ratio,
+    )
+
+
+def image_facts(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) -> dict[str, Any]:
+    """Describe, for the manifest, how images are turned into tokens."""
+    transform = image_transform(recipe, settings, loaded)
+    return {
+        "size": transform.size,
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+        "image_aspect_ratio": transform.aspect_ratio,
+        "vision_feature_layer": loaded.config.vision_feature_layer,
+        "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
+        "num_image_tokens": loaded.num_image_tokens,
+    }
+
+
+def make_trainer(
+    recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, dtype: torch.dtype, console: Console
+) -> PackedTrainer:
+    """Build the trainer of a stage over its planned rows."""
+    settings = recipe.stage(stage)
+    transform = image_transform(recipe, settings, loaded)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rows = [row for step in data.plan.steps for row in step[rank::world]]
+    validation = None
+    if data.validation_records:
+        validation = PackedRows(data.validation_rows, data.validation_records, data.validation_encoded, transform)
+    sampled = data.validation_records[: settings.num_sample_answers]
+
+    def sample_answers() -> list[dict[str, str]]:
+        answers = generate_answers(
+            loaded,
+            sampled,
+            template=data.template,
+            aspect_ratio=transform.aspect_ratio,
+            max_new_tokens=32,
+        )
+        return [
+            {"question": question_of(record), "answer": record.turns[-1].text, "prediction": answer}
+            for record, answer in zip(sampled, answers, strict=True)
+        ]
+
+    directory = recipe.resolved_output_dir
+    return PackedTrainer(
+        loaded.model,
+        training_arguments(recipe, settings, data, directory / stage, dtype),
+        PackedRows(rows, data.records, data.encoded, transform),
+        validation,
+        mm_projector_lr=getattr(settings, "mm_projector_lr", None),
+        sample_answers=sample_answers if sampled else None,
+        callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console)],
+    )
+
+
+def question_of(record: Record) -> str:
+    """The last question of a record, without the image placeholder."""
+    return record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def training_arguments(
+    recipe: Recipe, settings: StageSettings, data: StageData, directory: Path, dtype: torch.dtype
+) -> TrainingArguments:
+    """Translate the settings of a stage to `transformers`."""
+    evaluates = bool(data.validation_records) and settings.eval_steps is not None
+    return TrainingArguments(
+        output_dir=str(directory),
+        # The plan is the data loader: one pass over it is the whole stage.
+        max_steps=len(data.plan.steps),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=data.plan.rows_per_step // int(os.environ.get("WORLD_SIZE", "1")),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        optim=settings.optim,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_num_workers=settings.dataloader_num_workers,
+        logging_steps=settings.logging_steps,
+        # The default hides a NaN loss by repeating the last finite one.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_steps if evaluates else None,
+        save_strategy="no",
+        seed=recipe.seed,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=recipe.report_to,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+    )

@@ -1,0 +1,120 @@
+"""What a person sees of a stage while it trains, and `train_log.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """What one optimizer step holds, known from the plan."""
+
+    conversations: int
+    supervised_tokens: int
+    computed_tokens: int
+
+
+class TrainLog(TrainerCallback):  # type: ignore[misc]
+    """Writes one JSON line for each log of the Trainer, and shows it: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, stage: str, path: Path, counts: Sequence[StepCounts], console: Console) -> None:
+        self.stage = stage
+        self.path = path
+        self.console = console
+        self.conversations = [0, *accumulate(step.conversations for step in counts)]
+        self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
+        self.started = self.last_time = 0.0
+        self.last_step = 0
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(stage, total=len(counts), status="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock and the display."""
+        self.started = self.last_time = time.monotonic()
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the display down."""
+        self.progress.stop()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write and show one log of the Trainer; its closing summary is left out."""
+        logs = dict(logs or {})
+        if "train_runtime" in logs:
+            return
+        step = state.global_step
+        row: dict[str, Any] = {"stage": self.stage, "step": step, **logs}
+        row.pop("epoch", None)
+        if "loss" in logs:
+            row |= self._rates(step)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._show(row)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = max(now - self.last_time, 1e-9)
+        questions = self.conversations[step] - self.conversations[self.last_step]
+        tokens = self.supervised[step] - self.supervised[self.last_step]
+        self.last_time, self.last_step = now, step
+        return {
+            "questions_per_second": round(questions / seconds, 3),
+            "supervised_tokens_per_second": round(tokens / seconds, 3),
+            "seconds": round(now - self.started, 3),
+        }
+
+    def _show(self, row: dict[str, Any]) -> None:
+        step, total = row["step"], len(self.conversations) - 1
+        if "eval_loss" in row:
+            self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}")
+            for sample in row.get("samples", []):
+                texts = {key: escape(text) for key, text in sample.items()}
+                self.console.print(
+                    f"  {texts['question']} [dim]->[/dim] {texts['prediction'] or '(nothing)'} "
+                    f"[dim](true: {texts['answer']})[/dim]"
+                )
+            return
+        left = (total - step) * row["seconds"] / max(step, 1)
+        status = (
+            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            f"{row['questions_per_second']:.1f} questions/s  {row['supervised_tokens_per_second']:.0f} supervised tokens/s"
+        )
+        self.progress.update(self.task, status=status)
+        if not self.console.is_terminal:
+            self.console.print(f"{self.stage} {step}/{total}: {status}  {left:.0f} s left")

@@ -1,0 +1,170 @@
+"""The assembly of a run, from a recipe to its artifacts, in the order in which things happen."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import set_seed
+
+from lora_llava.artifact import WEIGHTS, check_base, file_sha256, load_projector, read_manifest, save_artifact
+from lora_llava.data.records import fingerprint
+from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.evaluation.figures import plot_loss
+from lora_llava.modeling.assemble import assemble
+from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
+from lora_llava.modeling.stages import PartRow, build_stage, check_stage, train_only_what_is_saved
+from lora_llava.recipe import Recipe, StageName
+from lora_llava.recipe_file import dump_resolved
+from lora_llava.training import output
+from lora_llava.training.plan import StageData, prepare_data
+from lora_llava.training.build import image_facts, make_trainer
+from lora_llava.training.tables import parameter_table_view
+from lora_llava.training.trainer import PackedTrainer
+
+
+def run_recipe(recipe: Recipe, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
+    """Train every stage of `recipe`; each starts from the artifact of the one before.
+
+    Returns the run's summary, which is also written to `summary.json`. Raises LoraLlavaError's subclasses.
+    """
+    directory = recipe.resolved_output_dir
+    output.claim_output_dir(directory, overwrite=overwrite)
+    recipe_yaml = dump_resolved(recipe, directory)
+    (directory / output.RECIPE).write_text(recipe_yaml, encoding="utf-8")
+    clock = time.monotonic()
+    base_directory, identity = prepare_base(recipe, directory)
+    summary: dict[str, Any] = {"name": recipe.name, "seconds": {"base": round(time.monotonic() - clock, 1)}}
+    parent = recipe.start_from
+    for stage in recipe.stage_names:
+        clock = time.monotonic()
+        summary[stage] = train_stage(recipe, stage, base_directory, identity, parent, console)
+        summary["seconds"][stage] = round(time.monotonic() - clock, 1)
+        parent = directory / stage
+        plot_loss(directory / output.LOSS_PLOT, read_log(directory))
+    summary["peak_memory_bytes"] = peak_memory_bytes()
+    write_summary(directory, summary)
+    return summary
+
+
+def prepare_base(recipe: Recipe, directory: Path) -> tuple[Path, BaseIdentity]:
+    """Find the base, or assemble it from its parts inside the run's directory, and hash its weights."""
+    settings = recipe.base
+    if settings.model_name_or_path:
+        base_directory, revision = locate(settings.model_name_or_path, settings.revision)
+        name = settings.model_name_or_path if revision else base_directory.resolve().name
+    else:
+        base_directory, revision = directory / output.BASE, None
+        assemble(settings, base_directory, recipe.seed)
+        name = f"{recipe.name}-{output.BASE}"
+    return base_directory, BaseIdentity(name, revision, hash_weights(base_directory))
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: StageName,
+    base_directory: Path,
+    identity: BaseIdentity,
+    parent: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Train one stage from `parent`'s artifact (None: from the base as it is) and save its own."""
+    settings = recipe.stage(stage)
+    device = pick_device()
+    dtype = pick_dtype(recipe.precision, device)
+    set_seed(recipe.seed)
+    loaded = load_base(
+        base_directory,
+        identity,
+        nf4=recipe.quantization.type == "nf4",
+        double_quant=recipe.quantization.double_quant,
+        dtype=dtype,
+        device=device,
+    )
+    data = prepare_data(
+        settings,
+        loaded.tokenizer,
+        image_token_id=loaded.image_token_id,
+        num_image_tokens=loaded.num_image_tokens,
+        seed=recipe.seed,
+    )
+    model = start_stage(recipe, stage, loaded, parent)
+    table = check_stage(model, stage, nf4=recipe.quantization.type == "nf4")
+    announce(stage, data, table, console)
+    directory = recipe.resolved_output_dir
+    trainer = make_trainer(recipe, stage, loaded, data, dtype, console)
+    trainer.train()
+    metrics = closing_metrics(trainer)
+    parent_hash = file_sha256(parent / WEIGHTS) if parent else None
+    facts = {
+        "stage": stage,
+        "parent_sha256": parent_hash,
+        "quantization": recipe.quantization.model_dump(),
+        "template": {"name": settings.template, "system": settings.system},
+        "images": image_facts(recipe, settings, loaded),
+        "data": {
+            "sha256": fingerprint(data.records),
+            "records": len(data.records),
+            "validation_records": len(data.validation_records),
+            "answer_prompt": settings.data.answer_prompt,
+        },
+        "seen": {
+            "steps": trainer.state.global_step,
+            "conversations": data.plan.num_conversations,
+            "supervised_tokens": sum(step.supervised_tokens for step in data.counts),
+            "computed_tokens": data.plan.num_computed_tokens,
+        },
+        "metrics": metrics,
+    }
+    # The artifact's copy of the recipe sits one level below the run's.
+    save_artifact(directory / stage, model, loaded, facts, dump_resolved(recipe, directory / stage))
+    return {**facts["seen"], **metrics, "parameters": [asdict(row) for row in table]}
+
+
+def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: Path | None) -> Any:
+    """Give the base the projector (and, going on from an instruct artifact, the LoRA) of `parent`; wrap it."""
+    if parent is not None:
+        manifest = read_manifest(parent)
+        check_base(manifest, loaded.identity.weights_sha256, str(loaded.directory), parent)
+        if manifest.stage == "instruct" and stage == "instruct":
+            loaded.model = PeftModel.from_pretrained(loaded.model, str(parent), is_trainable=True)
+            train_only_what_is_saved(loaded.model)
+            return loaded.model
+        load_projector(parent, loaded.model)
+    loaded.model = build_stage(loaded.model, stage, recipe.adapter)
+    return loaded.model
+
+
+def announce(stage: StageName, data: StageData, table: list[PartRow], console: Console) -> None:
+    """Print what is about to be trained, on what."""
+    console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
+    plan = data.plan
+    console.print(
+        f"{stage}: {len(data.records):,} conversations, {len(plan.steps):,} steps of {plan.rows_per_step} "
+        f"micro-batches, {plan.num_computed_tokens:,} tokens ({plan.share_saved:.0%} saved by packing)"
+    )
+
+
+def closing_metrics(trainer: PackedTrainer) -> dict[str, float]:
+    """Return the last logged training loss and, with a validation set, the loss on it at the end."""
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    metrics = {"train_loss": float(losses[-1])} if losses else {}
+    if trainer.eval_dataset is not None:
+        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    return metrics
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """Read the run's log."""
+    path = directory / output.TRAIN_LOG
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def write_summary(directory: Path, summary: dict[str, Any]) -> None:
+    """Write the run's summary."""
+    (directory / output.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

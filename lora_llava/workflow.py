@@ -1,0 +1,103 @@
+"""From a recipe to a trained and tested artifact: what both `finetune` and `quickstart` do."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lora_llava.artifact import load_artifact
+from lora_llava.conversation import get_template
+from lora_llava.data.records import Record, load_records
+from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.evaluation.compare import SAMPLES, compare
+from lora_llava.recipe import Recipe
+from lora_llava.training import output
+from lora_llava.training.run import run_recipe, write_summary
+
+
+def finetune_and_evaluate(recipe: Recipe, console: Console, *, overwrite: bool) -> dict[str, Any]:
+    """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
+
+    Returns the run's summary, which is also in `summary.json`: what each stage saw and measured, `evaluation`
+    (see `compare`), seconds by phase, and the peak memory in bytes.
+    """
+    settings = recipe.evaluation
+    # Before training: a mistake in the test data must not come to light hours later.
+    records = load_records(settings.data) if settings else []
+    summary = run_recipe(recipe, console, overwrite=overwrite)
+    if settings is None:
+        return summary
+    directory = recipe.resolved_output_dir
+    clock = time.monotonic()
+    summary["evaluation"] = evaluate_artifact(
+        directory / recipe.stage_names[-1],
+        records,
+        directory=directory / output.EVALUATION,
+        console=console,
+        precision=recipe.precision,
+        max_new_tokens=settings.max_new_tokens,
+        max_rows=settings.max_rows,
+        blind_questions=settings.blind_questions,
+    )
+    summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
+    summary["peak_memory_bytes"] = peak_memory_bytes()
+    write_summary(directory, summary)
+    return summary
+
+
+def evaluate_artifact(
+    artifact: Path,
+    records: Sequence[Record],
+    *,
+    directory: Path,
+    console: Console,
+    precision: str,
+    max_new_tokens: int,
+    max_rows: int,
+    blind_questions: int | None,
+    compare_base: bool = True,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Load an artifact, ask it `records` in the template and image form of its training, and score it.
+
+    `base` replaces the place where the artifact says its base is. Returns what `compare` does.
+    """
+    # The trained model is no longer needed: on a small card there is no room for two.
+    gc.collect()
+    torch.cuda.empty_cache()
+    device = pick_device()
+    loaded, manifest = load_artifact(artifact, device=device, dtype=pick_dtype(precision, device), base=base)
+    return compare(
+        loaded,
+        records,
+        template=get_template(**manifest.template),
+        aspect_ratio=manifest.images["image_aspect_ratio"],
+        max_new_tokens=max_new_tokens,
+        max_rows=max_rows,
+        blind_questions=blind_questions,
+        directory=directory,
+        console=console,
+        base=compare_base,
+    )
+
+
+def print_outcome(recipe: Recipe, console: Console) -> None:
+    """Say where the results of a run are."""
+    directory = recipe.resolved_output_dir
+    places = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}"]
+    console.print(f"\nIn {shown_path(directory)}:")
+    for place in places:
+        if (directory / place).exists():
+            console.print(f"  {place}")
+
+
+def shown_path(path: Path) -> str:
+    """Write a path relative to the current directory if it lies below it, to be pasted into a command."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lora_llava.evaluation.metrics import (
+    Accuracy,
+    accuracy_by_type,
+    answer_type,
+    exact_match,
+    normalize_answer,
+    wilson_interval,
+)
+
+# Worked out by hand from the published rules: processPunctuation, then processDigitArticle.
+GOLDEN = {
+    "": "",
+    "Yes": "yes",
+    "Yes.": "yes",
+    "  Yes\n": "yes",
+    "yes,": "yes",
+    "No, it is not.": "no it is not",  # "," next to a space goes without leaving one
+    "black/white": "black white",
+    "black / white": "black white",
+    "x-ray": "x ray",
+    "x-ray, chest": "x ray chest",  # each mark is judged by itself
+    "1,000": "1000",
+    "1,000 left-sided": "1000 leftsided",  # a comma in a number makes every mark go without a space
+    "2.5 cm.": "2.5 cm",
+    ".5": ".5",
+    "5.": "5",
+    "e.g. this": "eg this",
+    "The left lung": "left lung",
+    "a an the": "",
+    "THE cat and a dog": "cat and dog",
+    "two": "2",
+    "None": "0",
+    "Ten lobes": "10 lobes",
+    "eleven": "eleven",
+    "twenty one": "twenty 1",
+    "dont know": "don't know",
+    "don't know": "don't know",
+    "couldnt've": "couldn't've",
+    "couldn'tve": "couldn't've",
+    "couldntve": "couldntve",  # two apostrophes lost: not in the official table
+    "yalld've": "yalld've",
+    "yall'd've": "y'all'd've",
+    "Im": "im",  # the official table has "Im", but looks words up in lower case
+    "its": "its",
+    "somebody'd": "somebodyd",
+    "Anterior\tand\nposterior": "anterior and posterior",
+    "what?!": "what",
+    "(left) [side]": "left side",
+    "$5 & 50%": "$5 & 50%",
+    "it's": "it's",
+    "Café": "café",
+}
+
+
+@pytest.mark.parametrize("text", GOLDEN)
+def test_normalization_follows_the_official_rules(text: str) -> None:
+    assert normalize_answer(text) == GOLDEN[text]
+
+
+@pytest.mark.parametrize("text", GOLDEN)
+def test_normalized_references_match_themselves(text: str) -> None:
+    assert exact_match(text, text)
+    assert exact_match(f" {text.upper()}", text)
+
+
+def test_exact_match_is_strict_about_words() -> None:
+    assert exact_match("The right lung.", "right lung")
+    assert not exact_match("right lung base", "right lung")
+    assert not exact_match("normal", "no")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Yes", "yes/no"),
+        ("no.", "yes/no"),
+        ("not seen", "other"),
+        ("two", "number"),
+        ("none", "number"),
+        ("12", "number"),
+        ("2.5", "number"),
+        ("5.", "number"),
+        (".5", "number"),
+        ("1,000", "number"),
+        ("2 cm", "other"),
+        ("t2", "other"),
+        ("", "other"),
+    ],
+)
+def test_answer_type(answer: str, expected: str) -> None:
+    assert answer_type(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_interval_gives_published_values(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_interval_is_bounded_and_symmetric() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    for total in (1, 3, 451):
+        for correct in range(total + 1):
+            low, high = wilson_interval(correct, total)
+            assert 0.0 <= low <= correct / total <= high <= 1.0
+            mirrored = wilson_interval(total - correct, total)
+            assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 3), (4, 3)])
+def test_wilson_interval_refuses_impossible_counts(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match=f"correct={correct}, total={total}"):
+        wilson_interval(correct, total)
+
+
+def test_accuracy_by_type_counts_each_group() -> None:
+    table = accuracy_by_type(
+        ["yes", "No.", "two", "left", "the heart"], ["Yes", "yes", "2", "right", "heart"]
+    )
+    assert {group: (a.correct, a.total) for group, a in table.items()} == {
+        "all": (3, 5),
+        "closed": (1, 2),
+        "open": (2, 3),
+        "yes/no": (1, 2),
+        "number": (1, 1),
+        "other": (1, 2),
+    }
+    assert list(table) == ["all", "closed", "open", "yes/no", "number", "other"]
+    assert table["all"] == Accuracy(3, 5, *wilson_interval(3, 5))
+    assert table["all"].share == pytest.approx(0.6)
+
+
+def test_accuracy_by_type_leaves_out_empty_groups_but_never_all() -> None:
+    assert list(accuracy_by_type(["a"], ["left"])) == ["all", "open", "other"]
+    assert accuracy_by_type([], []) == {"all": Accuracy(0, 0, 0.0, 1.0)}
+    assert accuracy_by_type([], [])["all"].share == 0.0
+
+
+def test_accuracy_by_type_refuses_different_lengths() -> None:
+    with pytest.raises(ValueError, match="got 1 predictions for 2 answers"):
+        accuracy_by_type(["yes"], ["yes", "no"])
+
+
+def test_metrics_need_no_torch() -> None:
+    code = "import sys, lora_llava.evaluation.metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from lora_llava.evaluation.figures import SheetItem, contact_sheet, plot_loss, smoothed
+from lora_llava.evaluation.metrics import accuracy_by_type
+from lora_llava.evaluation.report import (
+    accuracy_markdown,
+    accuracy_rows,
+    accuracy_table,
+    prediction_row,
+    write_predictions,
+)
+
+ANSWERS = ["yes", "no", "2", "left lung"]
+RESULTS = {
+    "base": accuracy_by_type(["Yes", "yes", "3", "right"], ANSWERS),
+    "tuned": accuracy_by_type(["Yes", "no", "two", "right"], ANSWERS),
+}
+
+
+def test_predictions_are_one_json_object_a_line(tmp_path: Path) -> None:
+    row = prediction_row("7", "a/b.png", "Où ?\n", "the left", {"base": "Right.", "tuned": "Left."})
+    write_predictions(tmp_path / "predictions.jsonl", [row, prediction_row("8", None, "q", "a b", {})])
+    raw = (tmp_path / "predictions.jsonl").read_bytes()
+    assert raw.count(b"\n") == 2
+    assert b"\r" not in raw
+    assert "Où".encode() in raw
+    assert [json.loads(line) for line in raw.splitlines()] == [
+        {
+            "id": "7",
+            "image": "a/b.png",
+            "question": "Où ?\n",
+            "answer": "the left",
+            "base": {"prediction": "Right.", "correct": False},
+            "tuned": {"prediction": "Left.", "correct": True},
+        },
+        {"id": "8", "image": None, "question": "q", "answer": "a b"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["id", "image", "question", "answer"])
+def test_a_model_named_like_a_field_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        prediction_row("7", None, "q", "a", {name: "x"})
+
+
+def test_accuracy_rows_show_each_question_group_once() -> None:
+    assert accuracy_rows(RESULTS) == [
+        ["answers", "questions", "base", "tuned"],
+        ["all", "4", "25.0 (4.6-69.9)", "75.0 (30.1-95.4)"],
+        ["closed (yes/no)", "2", "50.0 (9.5-90.5)", "100.0 (34.2-100.0)"],
+        ["open", "2", "0.0 (0.0-65.8)", "50.0 (9.5-90.5)"],
+        ["open: number", "1", "0.0 (0.0-79.3)", "100.0 (20.7-100.0)"],
+        ["open: other", "1", "0.0 (0.0-79.3)", "0.0 (0.0-79.3)"],
+    ]
+    assert accuracy_rows({"base": accuracy_by_type([], [])})[1] == ["all", "0", "-"]
+
+
+def test_accuracy_table_and_markdown_show_the_rows() -> None:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(accuracy_table({"[red]base": RESULTS["base"]}))
+    shown = capture.get()
+    assert "[red]base" in shown
+    assert "25.0 (4.6-69.9)" in shown
+    lines = accuracy_markdown({"a|b": RESULTS["base"]}).splitlines()
+    assert lines[0].replace(" ", "") == "|answers|questions|a\\|b|"
+    assert set(lines[1]) <= set("|-: ")
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + 5
+
+
+def picture(width: int, height: int, colour: tuple[int, int, int] = (200, 30, 60)) -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def has(colour: str, shown: np.ndarray[Any, Any]) -> bool:
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return bool((np.abs(shown - wanted).sum(-1) < 12).any())
+
+
+def test_contact_sheet_shows_images_and_marks(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.png"
+    contact_sheet(path, [SheetItem(picture(28, 28), "Where?", "left", "left", "Left.")])
+    shown = pixels(path)
+    assert has("#c81e3c", shown)
+    assert has("#1a7f37", shown)
+    assert not has("#c62828", shown)
+    contact_sheet(path, [SheetItem(picture(28, 28, (0, 0, 255)), "Where?", "left", "right", "")])
+    shown = pixels(path)
+    assert has("#c62828", shown)
+    assert not has("#1a7f37", shown)
+
+
+def test_contact_sheet_grows_by_rows(tmp_path: Path) -> None:
+    shapes = []
+    for count in (1, 4, 5, 12):
+        contact_sheet(
+            tmp_path / "s.png", [SheetItem(picture(30, 20), "q?", "a b", "c", "d")] * count, title="t"
+        )
+        shapes.append(pixels(tmp_path / "s.png").shape)
+    assert shapes[0][1] < shapes[1][1] == shapes[2][1] == shapes[3][1]
+    assert shapes[0][0] == shapes[1][0] < shapes[2][0] < shapes[3][0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "costs $5 or $6",
+        "$\\frac{1}{$ _^",
+        "",
+        " \n\t\x00\x1b[31m",
+        "x" * 500,
+        "word " * 300,
+        "肿瘤 \U0001f600 ورم",
+        "<b>&",
+    ],
+)
+def test_contact_sheet_takes_any_text_without_warning(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        contact_sheet(
+            tmp_path / "s.png", [SheetItem(picture(9, 900), text, text, text, text)], title=text[:20]
+        )
+    assert not caplog.records
+    # However long the text, the sheet stays a sheet.
+    assert pixels(tmp_path / "s.png").shape[0] < 700
+
+
+def test_contact_sheet_refuses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet(tmp_path / "s.png", [])
+
+
+def log_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"stage": stage, "step": step, "loss": 3 / step, "learning_rate": 1e-3 / step}
+        for stage in ("align", "instruct")
+        for step in range(1, 60)
+    ]
+    rows[7]["loss"] = math.nan
+    rows.append({"stage": "instruct", "step": 59, "eval_loss": 0.4, "samples": [{"question": "q"}]})
+    return rows
+
+
+def test_loss_plot_has_a_panel_for_each_stage(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_loss(tmp_path / "one.png", log_rows()[:59])
+        plot_loss(tmp_path / "two.png", log_rows())
+    one, two = pixels(tmp_path / "one.png"), pixels(tmp_path / "two.png")
+    assert two.shape[1] == 2 * one.shape[1]
+    assert has("#14507f", one)
+    assert not has("#d9730d", one)
+    assert has("#d9730d", two)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_loss_plot_takes_a_log_that_has_hardly_begun(tmp_path: Path, count: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_loss(tmp_path / "loss.png", log_rows()[:count])
+    assert pixels(tmp_path / "loss.png").shape[2] == 3
+
+
+def test_smoothing_is_centred_and_keeps_gaps() -> None:
+    assert smoothed([]) == []
+    assert smoothed([2.0]) == [2.0]
+    assert smoothed([5.0] * 40) == pytest.approx([5.0] * 40)
+    ramp = [float(x) for x in range(100)]
+    assert smoothed(ramp)[20:80] == pytest.approx(ramp[20:80])
+    gap = smoothed([1.0, math.nan, 1.0])
+    assert math.isnan(gap[1])
+    assert [gap[0], gap[2]] == pytest.approx([1.0, 1.0])
