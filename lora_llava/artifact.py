@@ -30,6 +30,14 @@ RECIPE = "recipe.yaml"
 FORMAT = 1
 """Version of the manifest; a reader refuses a newer one."""
 
+_KEYS = {
+    "base": ("name", "revision", "weights_sha256", "path"),
+    "quantization": ("type", "double_quant"),
+    "template": ("name", "system"),
+    "images": ("image_aspect_ratio",),
+}
+"""What a reader needs of the manifest's mappings."""
+
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
 _PROJECTOR_KEY = f"base_model.model.{PROJECTOR}."
 
@@ -79,6 +87,7 @@ def read_manifest(directory: Path) -> Manifest:
         if data["format"] > FORMAT:
             raise ArtifactError(f"{path}: format {data['format']} is newer than this program's {FORMAT}; update it")
         manifest = Manifest(**data)
+        _check_keys(manifest)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); take the artifact from its source again") from error
     weights = directory / WEIGHTS
@@ -87,6 +96,13 @@ def read_manifest(directory: Path) -> Manifest:
     if (found := file_sha256(weights)) != manifest.adapter_sha256:
         raise ArtifactError(f"{weights} was altered: its sha256 is {found}, the manifest has {manifest.adapter_sha256}")
     return manifest
+
+
+def _check_keys(manifest: Manifest) -> None:
+    for field, keys in _KEYS.items():
+        value = getattr(manifest, field)
+        if not isinstance(value, dict) or any(key not in value for key in keys):
+            raise KeyError(f"{field} must hold {', '.join(keys)}")
 
 
 def save_artifact(

@@ -11,11 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from lora_llava.errors import DataError, ModelError
-from lora_llava.templates import TEMPLATES, Template, get_template
+from lora_llava.templates import (
+    NO_ANCHOR,
+    TEMPLATES,
+    Anchor,
+    Pieces,
+    Template,
+    Tokenizer,
+    get_template,
+    template_pieces,
+    tokenise,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -33,20 +42,6 @@ __all__ = [
 IGNORE_INDEX = -100
 """Label of a token that is no target of the loss."""
 IMAGE_PLACEHOLDER = "<image>"
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer: a fast one of transformers."""
-
-    def __call__(
-        self,
-        text: list[str],
-        *,
-        add_special_tokens: bool,
-        split_special_tokens: bool,
-        return_attention_mask: bool,
-    ) -> Any:
-        """Tokenise texts; `["input_ids"]` of the result holds a list of ids for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +95,7 @@ def encode(
     encoded = Encoded(ids, labels, _prefix_length(turns, image_end))
     if encoded.num_supervised == 0:
         raise DataError(
-            f"{where}: nothing to learn: all of its answers lie beyond max_length {max_length} (it has {total} tokens); "
+            f"{where}: nothing to learn: of its {total} tokens, all answers lie beyond max_length {max_length}; "
             "raise max_length or shorten the question"
         )
     return encoded
@@ -136,9 +131,7 @@ def _check_turns(turns: Sequence[Turn], last: str, template: Template, where: st
         place = f"{where}: turn {index + 1}"
         expected = "user" if index % 2 == 0 else "assistant"
         if turn.role != expected:
-            raise DataError(
-                f"{place}: is of the {turn.role}, must be of the {expected}; turns alternate, user first"
-            )
+            raise DataError(f"{place}: is of the {turn.role}, must be of the {expected}; turns alternate, user first")
         if turn.role == "assistant":
             if not turn.text.strip():
                 raise DataError(f"{place}: the answer is empty; write one or remove the record")
@@ -150,9 +143,7 @@ def _check_turns(turns: Sequence[Turn], last: str, template: Template, where: st
         got = f"the {turns[-1].role}'s" if turns else "missing"
         raise DataError(f"{where}: the last turn is {got}, must be the {last}'s; add it or remove the record")
     if images > 1:
-        raise DataError(
-            f"{where}: {images} times {IMAGE_PLACEHOLDER}, at most one is allowed; split the record"
-        )
+        raise DataError(f"{where}: {images} times {IMAGE_PLACEHOLDER}, at most one is allowed; split the record")
     if template.caption_only and (images == 0 or len(turns) > 2):
         raise DataError(
             f"{where}: template {template.name} takes one image and its caption, got {len(turns)} turns and "
@@ -160,104 +151,11 @@ def _check_turns(turns: Sequence[Turn], last: str, template: Template, where: st
         )
 
 
-class _Anchor(NamedTuple):
-    """The template's text right before a record's text: tokenised along with it, then dropped.
-
-    Otherwise a tokenizer that begins every text with a space piece would put one there.
-    """
-
-    text: str
-    ids: list[int]
-    space: str
-    """Spaces that end the template's text; they are tokenised as the start of what follows."""
-
-
-class _Pieces(NamedTuple):
-    """The constant parts of a template as ids of one tokenizer."""
-
-    bos: list[int]
-    opening: list[int]
-    opening_image: list[int]
-    """As it is before an image: with the spaces that otherwise belong to the following text."""
-    again: list[int]
-    """From the end of an answer (excluded) to the next user text."""
-    again_image: list[int]
-    assistant_text: str
-    """Start of the answer's turn, where it is plain text and so is tokenised with the question."""
-    assistant: list[int]
-    """The same where it begins with a marker."""
-    end: list[int]
-    end_text: str
-    """The end of an answer where it is plain text and so is tokenised with the answer."""
-    user_anchor: _Anchor
-    answer_anchor: _Anchor
-
-
 class _Text(NamedTuple):
     """A text of the record on its way to ids."""
 
     text: str
-    anchor: _Anchor
-
-
-_NO_ANCHOR = _Anchor("", [], "")
-
-
-def _ids(tokenizer: Tokenizer, texts: list[str], *, trusted: bool) -> list[list[int]]:
-    """Tokenise texts, without BOS; special tokens in them are parsed only where they are `trusted`."""
-    result: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=not trusted, return_attention_mask=False
-    )["input_ids"]
-    return result
-
-
-def _anchor(tokenizer: Tokenizer, literal: str, markers: tuple[str, ...]) -> _Anchor:
-    text = literal
-    for marker in markers:
-        text = text.rpartition(marker)[2]
-    stripped = text.rstrip(" ")
-    return _Anchor(
-        stripped, _ids(tokenizer, [stripped], trusted=False)[0] if stripped else [], text[len(stripped) :]
-    )
-
-
-@lru_cache(maxsize=8)
-def _pieces(tokenizer: Any, template: Template) -> _Pieces:
-    """Tokenise what is the same in every conversation."""
-
-    def ids(text: str) -> list[int]:
-        return _ids(tokenizer, [text], trusted=True)[0] if text else []
-
-    markers = template.markers
-    if template.end is None:
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"template {template.name} ends an answer with the end token; the tokenizer has none"
-            )
-        markers = (str(tokenizer.eos_token),)
-    for marker in markers:
-        if len(ids(marker)) != 1:
-            raise ModelError(f"template {template.name} needs the token {marker}, which the tokenizer lacks")
-    end_text = "" if template.end is None or template.end in markers else template.end
-    end = markers[0] if template.end is None else template.end
-    again = template.separator + template.user_prefix
-    joined = not template.assistant_prefix.startswith(markers)
-    answer_anchor = _anchor(tokenizer, template.assistant_prefix.lstrip(" "), markers)
-    first = tokenizer([""], add_special_tokens=True)["input_ids"][0][:1]
-    return _Pieces(
-        bos=first if first == [tokenizer.bos_token_id] else [],
-        opening=ids(template.opening.rstrip(" ")),
-        opening_image=ids(template.opening),
-        # Tokenised after the end token, as it will stand, which may differ from the start of a text.
-        again=[] if end_text else ids(end + again.rstrip(" "))[1:],
-        again_image=[] if end_text else ids(end + again)[1:],
-        assistant_text=template.assistant_prefix.rstrip(" ") if joined else "",
-        assistant=[] if joined else ids(template.assistant_prefix),
-        end=[] if end_text else ids(end),
-        end_text=end_text,
-        user_anchor=_anchor(tokenizer, template.user_prefix, markers),
-        answer_anchor=answer_anchor,
-    )
+    anchor: Anchor
 
 
 def _encode(
@@ -270,7 +168,7 @@ def _encode(
 ) -> tuple[list[int], list[int], int | None]:
     """Return ids, labels and the position of the first image token (None without an image)."""
     try:
-        pieces = _pieces(tokenizer, template)
+        pieces = template_pieces(tokenizer, template)
     except ModelError as error:
         raise ModelError(f"{where}: {error}; choose another template") from None
     texts = [
@@ -300,30 +198,30 @@ def _encode(
     return ids, labels, image_start
 
 
-def _user_text(text: str, template: Template, pieces: _Pieces) -> _Text:
+def _user_text(text: str, template: Template, pieces: Pieces) -> _Text:
     if template.caption_only:
-        return _Text("", _NO_ANCHOR)
+        return _Text("", NO_ANCHOR)
     if IMAGE_PLACEHOLDER in text:
         # As LLaVA does: the image moves to the front of its turn, a line of its own.
         words = text.replace(IMAGE_PLACEHOLDER, "").strip()
-        return _Text((f"\n{words}" if words else "") + pieces.assistant_text, _NO_ANCHOR)
+        return _Text((f"\n{words}" if words else "") + pieces.assistant_text, NO_ANCHOR)
     anchor = pieces.user_anchor
     return _Text(anchor.space + text + pieces.assistant_text, anchor)
 
 
-def _answer_text(text: str, pieces: _Pieces) -> _Text:
+def _answer_text(text: str, pieces: Pieces) -> _Text:
     anchor = pieces.answer_anchor
     return _Text(anchor.space + text + pieces.end_text, anchor)
 
 
 def _encode_texts(texts: list[_Text], tokenizer: Tokenizer) -> list[list[int]]:
     """Tokenise the texts of a conversation in one call."""
-    encoded = _ids(tokenizer, [text.anchor.text + text.text for text in texts], trusted=False)
+    encoded = tokenise(tokenizer, [text.anchor.text + text.text for text in texts], trusted=False)
     for index, text in enumerate(texts):
         width = len(text.anchor.ids)
         if encoded[index][:width] == text.anchor.ids:
             encoded[index] = encoded[index][width:]
         else:
             # The text starts with something that melts into the anchor, such as a second line feed.
-            encoded[index] = _ids(tokenizer, [text.text], trusted=False)[0]
+            encoded[index] = tokenise(tokenizer, [text.text], trusted=False)[0]
     return encoded

@@ -10,7 +10,16 @@ import torch
 
 from lora_llava.device import pick_device, pick_dtype
 
-_PACKAGES = ("lora-llava", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "Pillow")
+_PACKAGES = (
+    "lora-llava",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "huggingface_hub",
+    "Pillow",
+)
 
 
 def describe_environment() -> dict[str, str]:

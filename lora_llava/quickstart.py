@@ -16,8 +16,7 @@ from lora_llava.workflow import finetune_and_evaluate, print_outcome, shown_path
 
 RECIPE = "quickstart"
 FULL_RECIPE = "easy_vqa"
-MEDICAL_RECIPE = "vqa_rad"
-RUN = "run"
+MEDICAL_RECIPE = "medical_vqa"
 
 
 def run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
@@ -32,12 +31,11 @@ def run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
         place_recipe(bundled_recipes()[name], directory, console)
     seconds = round(time.monotonic() - clock, 1)
     recipe = load_recipe(directory / f"{RECIPE}.yaml")
-    recipe = recipe.model_copy(update={"output_dir": directory / RUN})
     summary = finetune_and_evaluate(recipe, console, overwrite=True)
     summary["seconds"] = {"prepare": seconds, **summary["seconds"]}
-    write_summary(directory / RUN, summary)
+    write_summary(recipe.resolved_output_dir, summary)
     print_outcome(recipe, console)
-    print_next(directory, recipe.stage_names[-1], console)
+    print_next(directory, recipe.resolved_output_dir / recipe.stage_names[-1], console)
     return summary
 
 
@@ -51,10 +49,9 @@ def place_recipe(source: Path, directory: Path, console: Console) -> None:
     shutil.copyfile(source, target)
 
 
-def print_next(directory: Path, stage: str, console: Console) -> None:
+def print_next(directory: Path, artifact_directory: Path, console: Console) -> None:
     """Print the commands to try next."""
-    here = shown_path(directory)
-    artifact = f"{here}/{RUN}/{stage}"
+    here, artifact = shown_path(directory), shown_path(artifact_directory)
     commands = {
         "ask it something": f'chat {artifact} --image {here}/data/images/test/0.png "what color is the shape?"',
         "see what it was taught": f"inspect {here}/{RECIPE}.yaml --index 0",

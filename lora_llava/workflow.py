@@ -43,7 +43,7 @@ def finetune_and_evaluate(recipe: Recipe, console: Console, *, overwrite: bool) 
         console=console,
         precision=recipe.precision,
         max_new_tokens=settings.max_new_tokens,
-        max_rows=settings.max_rows,
+        max_rows=settings.batch_size,
         blind_questions=settings.blind_questions,
     )
     summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)

@@ -1,4 +1,4 @@
-"""The command line: a thin layer over functions, which it imports inside its commands, so that help is quick."""
+"""The command line: a thin layer over functions, imported inside the commands so that help is quick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_llava.cli.train import finetune, quickstart, recipes
 
 
 @click.group(cls=KitGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the full traceback of an error, and what libraries warn of.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, and what libraries warn of.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli(debug: bool) -> None:
     """Fine-tune LLaVA-1.5-style models on your own images, on one GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,22 @@ _PATH = click.Path(path_type=Path)
 
 @click.command("eval")
 @click.argument("artifact", type=_PATH)
-@click.option("--data", "path", required=True, help="LLaVA JSON or JSONL; or parquet, directory, hub id with --columns.")
+@click.option(
+    "--data", "path", required=True, help="LLaVA JSON or JSONL; or parquet, directory, hub id with --columns."
+)
 @click.option("--image-root", help="Directory of the images [that of the data file].")
 @click.option("--columns", help="Such as image=image,question=question,answer=answer.")
 @click.option("--split", default="test", show_default=True, help="Split of a Hugging Face dataset.")
 @click.option("--answer-prompt", help="Text after each question [that of the artifact's training].")
 @click.option("--max-records", type=click.IntRange(min=1), help="Ask the first so many only.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--max-rows", type=click.IntRange(min=1), default=64, show_default=True, help="Questions decoded at a time.")
+@click.option(
+    "--max-rows",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Questions decoded at a time.",
+)
 @click.option("--no-base", is_flag=True, help="Do not ask the base, which takes half of the time.")
 @click.option("--blind", type=click.IntRange(min=1), help="Ask so many questions without their images too.")
 @click.option("--output", type=_PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
@@ -46,9 +55,11 @@ def evaluate(
     output: Path,
     base: str | None,
 ) -> None:
-    """Ask ARTIFACT, and its base, the questions of a data set; count exact matches after VQA normalisation."""
-    if output.is_dir() and any(output.iterdir()):
-        raise click.UsageError(f"{output} is not empty, and results are not overwritten; give another --output")
+    """Ask ARTIFACT and its base the questions of a data set.
+
+    An answer is right if it equals the reference after the normalisation of VQA v2.
+    """
+    refuse_results_in(output)
     fields = {
         "path": path,
         "image_root": image_root,
@@ -80,6 +91,12 @@ def evaluate(
         base=base,
     )
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
+
+
+def refuse_results_in(output: Path) -> None:
+    """Raise click.UsageError if the directory holds anything."""
+    if output.is_dir() and any(output.iterdir()):
+        raise click.UsageError(f"{output} is not empty, and results are not overwritten; give another --output")
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
@@ -115,7 +132,10 @@ def data_settings(fields: dict[str, Any]) -> DataSettings:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--base", help="Directory of the base, if it is not where the artifact says.")
 def chat(artifact: Path, question: str | None, image: Path, max_new_tokens: int, base: str | None) -> None:
-    """Ask ARTIFACT a QUESTION about an image; without one, talk until an empty line. Answers alone go to stdout."""
+    """Ask ARTIFACT about an image.
+
+    Without a QUESTION, talk until an empty line. Only answers go to stdout.
+    """
     quiet_libraries()
     from lora_llava.artifact import load_artifact
     from lora_llava.data.images import open_image
@@ -135,13 +155,10 @@ def chat(artifact: Path, question: str | None, image: Path, max_new_tokens: int,
 
 def questions() -> Iterator[str]:
     """Yield lines of stdin up to an empty one, with a prompt on a terminal."""
-    stdin = click.get_text_stream("stdin")
-    if stdin.isatty():
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
         click.echo("An empty line ends the talk.", err=True)
-    while True:
-        if stdin.isatty():
-            click.echo("> ", nl=False, err=True)
-        line = stdin.readline().strip()
-        if not line:
-            return
+    click.echo(prompt, nl=False, err=True)
+    while line := sys.stdin.readline().strip():
         yield line
+        click.echo(prompt, nl=False, err=True)

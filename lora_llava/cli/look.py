@@ -13,9 +13,10 @@ from lora_llava.cli.common import make_console, open_recipe, quiet_libraries
 @click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Which training record.")
 @click.option("--stage", type=click.Choice(["align", "instruct"]), help="Which stage [the recipe's last].")
 def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | None) -> None:
-    """Show what RECIPE makes of a training record: each token, coloured by whether it is learnt, and the tensors.
+    """Show one training record as the model will see it.
 
-    Reads the tokenizer and the data, not the model.
+    Each token, and whether it is learnt; lengths and tensors. Reads the tokenizer and the data of RECIPE, not
+    the model.
     """
     settings = open_recipe(recipe, overrides)
     quiet_libraries()
@@ -26,7 +27,7 @@ def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | No
 
 @click.command()
 def env() -> None:
-    """Show versions, device and memory, to put into a report of a problem."""
+    """Show versions, device and memory, for a report."""
     quiet_libraries()
     from lora_llava.environment import describe_environment
 

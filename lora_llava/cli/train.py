@@ -17,8 +17,9 @@ from lora_llava.errors import RecipeError
 @click.option("--dry-run", is_flag=True, help="Show the plan, the parameters and the memory; train and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in output_dir.")
 def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: bool) -> None:
-    """Train the stages of RECIPE, a YAML file; KEY=VALUE replaces a setting, such as stages.instruct.max_steps=20.
+    """Train the stages of RECIPE, a YAML file.
 
+    KEY=VALUE replaces a setting, such as stages.instruct.max_steps=20.
     If the recipe has an evaluation, the result is then compared with its base.
     """
     settings = open_recipe(recipe, overrides)
@@ -45,7 +46,11 @@ def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: 
     help="Where everything goes; deleting it undoes everything.",
 )
 def quickstart(directory: Path) -> None:
-    """Fetch a small model and easy-VQA (93 MiB), train both stages on the CPU, and compare with the base."""
+    """Train a small model on a CPU, from nothing to a score.
+
+    Fetches SmolLM2-135M and easy-VQA (93 MiB) with pip, trains both stages, and compares with the base. Run
+    again, it starts over, and fetches nothing twice.
+    """
     quiet_libraries()
     from lora_llava.quickstart import run_quickstart
 
@@ -54,7 +59,7 @@ def quickstart(directory: Path) -> None:
 
 @click.group()
 def recipes() -> None:
-    """List or copy the recipes that ship with the kit."""
+    """List or copy the recipes of the kit."""
 
 
 @recipes.command("list")

@@ -12,6 +12,7 @@ from lora_llava.conversation import IGNORE_INDEX, Encoded, Template, Tokenizer, 
 from lora_llava.data.images import open_image, preprocess
 from lora_llava.data.packing import PlanItem, Row
 from lora_llava.data.records import Record
+from lora_llava.recipe import AspectRatio
 
 Batch = dict[str, torch.Tensor]
 """What one forward pass takes; see `build_row`."""
@@ -24,7 +25,7 @@ class ImageTransform:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    aspect_ratio: str
+    aspect_ratio: AspectRatio
 
     def __call__(self, record: Record) -> torch.Tensor:
         """Read the image of `record`, which must have one, as (3, size, size) fp32."""

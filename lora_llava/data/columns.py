@@ -1,123 +1,174 @@
-"""Hugging Face datasets (hub id, parquet file, folder) as records, through a mapping of columns."""
+"""Hugging Face data sets as records: a hub id, a parquet file or a directory, and names of columns."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
-from lora_llava.data.records import ImageSource, Record, checked_turn, with_answer_prompt
+from lora_llava.data.sources import (
+    ImageRoot,
+    ImageSource,
+    Record,
+    check_placeholder,
+    check_text,
+    with_answer_prompt,
+)
 from lora_llava.errors import DataError
 from lora_llava.recipe import ColumnSettings, DataSettings
 
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
-def read_columns(data: DataSettings) -> list[Record]:
-    """Read every row; DataError if the data set cannot be had or a row cannot be used."""
-    assert data.columns is not None
-    rows = _open(data)
-    wanted = [name for name in data.columns.model_dump().values() if name]
-    if missing := [name for name in wanted if name not in rows.column_names]:
-        raise DataError(
-            f"{data.path}: data.columns names {', '.join(missing)}, which the data set does not have; it has "
-            f"{', '.join(rows.column_names)}"
+
+def load_columns(data: DataSettings, columns: ColumnSettings, image_root: Path | None) -> list[Record]:
+    """Read the rows of a data set, one record each; embedded images are kept as they are, undecoded.
+
+    Image paths in a data set are relative to `image_root`; default: the directory, or that of the file.
+    Raises DataError naming data set, record and column.
+    """
+    path = Path(data.path)
+    rows, cache = _open(data, columns)
+    name = f"{path.name} ({data.split})" if path.exists() else f"{data.path} ({data.split})"
+    directory = path if path.is_dir() else path.parent
+    images = _Images(image_root or (directory if path.exists() else cache), str(columns.image))
+    records = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{name}, record {number}"
+        image = None if columns.image is None else images.source(row[columns.image], where)
+        if columns.messages is not None:
+            turns = _messages(row[columns.messages], f"{where}: {columns.messages}", image is not None)
+        else:
+            question = _text(row[str(columns.question)], f"{where}: {columns.question}")
+            answer = _text(row[str(columns.answer)], f"{where}: {columns.answer}")
+            shown = question if image is None else f"{IMAGE_PLACEHOLDER}\n{question}"
+            turns = [Turn("user", shown), Turn("assistant", answer)]
+        check_placeholder(turns, image, where)
+        prompted = tuple(
+            Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
+            for turn in turns
         )
-    if data.max_records is not None:
-        rows = rows.select(range(min(data.max_records, len(rows))))
-    name = Path(data.path).name
-    return [
-        _record(row, f"{name}, split {data.split}, row {number}", number, data.columns, data.answer_prompt)
-        for number, row in enumerate(rows.select_columns(wanted))
-    ]
+        records.append(Record(str(number), image, prompted, where))
+    images.root.check()
+    return records
 
 
-def _open(data: DataSettings) -> Any:
-    """Open the data set with its images left as they are stored."""
+def _open(data: DataSettings, columns: ColumnSettings) -> tuple[Iterable[Mapping[str, Any]], Path]:
+    """Open the data set with the columns asked for; returns its rows and where the hub's files are kept."""
+    path = Path(data.path)
+    if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
+        raise DataError(f"{data.path}: there is no such file or directory, nor is it a hub id; correct path")
+    # Imported here: slow, and of no use for LLaVA JSON.
     import datasets
 
-    path = Path(data.path)
     try:
         if path.is_file():
-            rows = datasets.load_dataset("parquet", data_files={data.split: str(path)}, split=data.split)
-        elif path.is_dir() or data.path.startswith((".", "/", "~")):
-            rows = datasets.load_dataset(str(path), split=data.split)
+            if path.suffix != ".parquet":
+                raise DataError(f"{path.name}: columns read parquet files, directories and hub ids; convert the file")
+            table = datasets.load_dataset(
+                "parquet", data_files={data.split.partition("[")[0]: str(path)}, split=data.split
+            )
         else:
-            rows = datasets.load_dataset(data.path, name=data.name, split=data.split, revision=data.revision)
-    except Exception as error:  # noqa: BLE001 - datasets raises whatever its readers and the network raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"data set {data.path!r}, split {data.split!r}, cannot be loaded: {reason}") from error
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
-
-
-def _record(row: dict[str, Any], where: str, number: int, columns: ColumnSettings, prompt: str | None) -> Record:
-    image = None if columns.image is None else _image(row[columns.image], f"{where}, column {columns.image}")
-    if columns.messages is not None:
-        turns = list(_messages(row[columns.messages], f"{where}, column {columns.messages}"))
-    else:
-        assert columns.question is not None and columns.answer is not None
-        turns = [
-            checked_turn("user", _text(row, columns.question, where), f"{where}, column {columns.question}"),
-            checked_turn("assistant", _text(row, columns.answer, where), f"{where}, column {columns.answer}"),
-        ]
-    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns[1:]) or not turns:
-        raise DataError(f"{where}: {IMAGE_PLACEHOLDER} may stand in the first question only")
-    if image is not None and IMAGE_PLACEHOLDER not in turns[0].text:
-        turns[0] = Turn(turns[0].role, f"{IMAGE_PLACEHOLDER}\n{turns[0].text}")
-    elif image is None and IMAGE_PLACEHOLDER in turns[0].text:
-        raise DataError(f"{where}: the question holds {IMAGE_PLACEHOLDER}, but there is no image")
-    return Record(str(number), image, with_answer_prompt(turns, prompt), where)
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}, column {column}: needed text, got {type(value).__name__} {value!r}. Convert the column to text."
-        )
-    return value
-
-
-def _image(value: Any, where: str) -> ImageSource | None:
-    if value is None:
-        return None
-    if isinstance(value, bytes):
-        value = {"bytes": value}
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: needed an image (bytes), got {type(value).__name__}. Cast the column to Image.")
-    data = value.get("bytes")
-    if data is None:
+            revision = None if path.is_dir() else data.revision
+            table = datasets.load_dataset(data.path, data.name, split=data.split, revision=revision)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - readers and network raise anything
+        raise _unreadable(data.path, error) from None
+    named = [column for column in (columns.image, columns.question, columns.answer, columns.messages) if column]
+    for column in named:
+        if column not in table.column_names:
+            raise DataError(f"{data.path}: columns: there is no {column!r}; it has {', '.join(table.column_names)}")
+    if data.max_records is not None:
+        table = table.select(range(min(data.max_records, len(table))))
+    table = table.select_columns(named)
+    if columns.image is not None:
         try:
-            data = Path(value["path"]).read_bytes()
-        except (KeyError, TypeError, OSError) as error:
-            raise DataError(f"{where}: the row has neither the image's bytes nor a file") from error
-    return ImageSource(hashlib.sha256(data).hexdigest(), data=data)
+            table = table.cast_column(columns.image, datasets.Image(decode=False))
+        except Exception:  # noqa: BLE001 - arrow raises several kinds
+            raise DataError(f"{data.path}: column {columns.image!r} holds no images; correct columns.image") from None
+    return table, Path(datasets.config.HF_CACHE_HOME)
 
 
-def _messages(value: Any, where: str) -> Iterator[Turn]:
-    """Read OpenAI-style messages; `content` is text, or parts of type text and image."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: needed a list of messages with role and content")
-    for number, message in enumerate(value, start=1):
-        role = message.get("role") if isinstance(message, dict) else None
+def _unreadable(name: str, error: Exception) -> DataError:
+    reason = str(error).strip().partition("\n")[0][:300]
+    if type(error).__name__ == "DatasetNotFoundError":
+        return DataError(
+            f"{name}: there is no such data set on the hub, or no access to it; correct path, or log in to the hub"
+        )
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK:
+        return DataError(f"{name}: the hub cannot be reached; check the connection, or give path a local copy")
+    return DataError(f"{name}: the data set cannot be read: {reason or type(error).__name__}")
+
+
+_NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+
+
+class _Images:
+    """Images of the cells of a column; equal bytes are kept once."""
+
+    def __init__(self, root: Path, column: str) -> None:
+        self.root = ImageRoot(root, column)
+        self._embedded: dict[str, ImageSource] = {}
+
+    def source(self, cell: Any, where: str) -> ImageSource | None:
+        """Return the image of a cell, None for an empty one."""
+        if cell is None:
+            return None
+        data, path = cell["bytes"], cell["path"]
+        if data is not None:
+            key = hashlib.sha256(data).hexdigest()
+            return self._embedded.setdefault(key, ImageSource(key, None, data, where))
+        if path is None:
+            return None
+        # Readers of directories give full paths; one that a row brought itself must lead into the root.
+        if os.path.isabs(path):  # noqa: PTH117 - strings: once for every row
+            path = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root.root))
+        return self.root.source(path, where)
+
+
+def _text(value: Any, place: str) -> str:
+    if isinstance(value, str):
+        return check_text(value, place)
+    if isinstance(value, list):
+        raise DataError(f"{place}: is a list of {len(value)}, must be text; make a column with the one to learn")
+    kinds = {bool: "a truth value", int: "an integer", float: "a number", dict: "a structure"}
+    kind = "empty" if value is None else kinds.get(type(value), f"of type {type(value).__name__}")
+    raise DataError(f"{place}: is {kind}, must be text; convert the column, or remove the row")
+
+
+def _messages(value: Any, place: str, has_image: bool) -> list[Turn]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise DataError(f"{place}: must be a list of messages with role and content")
+    turns: list[Turn] = []
+    for index, message in enumerate(value):
+        role = message.get("role")
         if role not in ("user", "assistant"):
-            raise DataError(f"{where}, message {number}: role is {role!r}, needed user or assistant")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "\n".join(_part(part, f"{where}, message {number}") for part in content)
-        if not isinstance(content, str):
-            raise DataError(f"{where}, message {number}: content must be text, got {type(content).__name__}")
-        yield checked_turn(role, content, f"{where}, message {number}")
+            hint = "; give system text as `system` of the stage" if role == "system" else ""
+            raise DataError(f"{place}[{index}].role: is {role!r:.80}, must be user or assistant{hint}")
+        turns.append(Turn(role, _content(message.get("content"), f"{place}[{index}].content")))
+    if has_image and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        for index, turn in enumerate(turns):
+            if turn.role == "user":
+                turns[index] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turn.text}")
+                break
+    return turns
 
 
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image":
-        return IMAGE_PLACEHOLDER
-    text = part.get("text") if kind == "text" else None
-    if not isinstance(text, str):
-        raise DataError(f"{where}: a part is of type {kind!r}, needed text or image")
-    return text
+def _content(value: Any, place: str) -> str:
+    """Write content as text: a string as it is, a list of parts as lines."""
+    if not isinstance(value, list):
+        return _text(value, place)
+    lines = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            lines.append(IMAGE_PLACEHOLDER)
+        elif kind == "text":
+            lines.append(_text(part.get("text"), place))
+        else:
+            raise DataError(f"{place}: has a part of type {kind!r:.80}, must be text or image")
+    return "\n".join(lines)

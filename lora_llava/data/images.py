@@ -1,96 +1,133 @@
-"""Images from strangers, decoded safely, and turned into what the vision tower was trained on."""
+"""Images: opened safely, turned into what the vision tower saw when LLaVA-1.5 was trained."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lora_llava.data.records import ImageSource
+from lora_llava.data.sources import ImageSource
 from lora_llava.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-"""Formats that are read; of an animation, the first frame."""
+"""Decoders that may see a file; the file's name does not matter."""
 MAX_PIXELS = 64_000_000
-"""Largest image that is decoded; its size is read from the header first."""
+"""Most pixels of an image, by its header; checked before anything is decoded."""
 
-_SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I"}
+_SIXTEEN_BIT = ("I", "I;16", "I;16B")
+_RESCALE = 1 / 255
 
 
-def open_image(source: ImageSource) -> Image.Image:
-    """Decode an image: upright by its EXIF data, RGB.
+def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image as RGB, upright as its EXIF data says; of an animation, the first frame.
 
-    Raises DataError, naming the image, if it cannot be read, is no image of a known format, is damaged, or is
-    larger than MAX_PIXELS.
+    Raises DataError naming the image if it is missing, of another format, larger than `max_pixels`, or broken.
     """
+    name = str(source.path) if source.path is not None else f"embedded image {source.key[:12]}"
+    if source.where:
+        name = f"{source.where}, image {name}"
     try:
-        stream = io.BytesIO(source.data) if source.data is not None else _path(source).open("rb")
-        with stream, Image.open(stream, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"image {source.key}: {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are decoded; "
-                    "scale it down"
-                )
-            return _upright_rgb(image)
-    except UnidentifiedImageError as error:
-        raise DataError(f"image {source.key}: not an image of a known format ({', '.join(FORMATS)})") from error
-    except FileNotFoundError as error:
-        raise DataError(f"image {source.key}: no such file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {source.key}: damaged or cut off; it cannot be decoded") from error
+        data = source.data if source.path is None else source.path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{name}: the image cannot be read: {error.strerror}; restore it or remove its records"
+        ) from None
+    if not data:
+        raise DataError(f"{name}: the image is empty; restore it or remove its records")
+    try:
+        # Pillow's own bound is checked below, with ours; its other warnings are about metadata.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _decode(image, name, max_pixels)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: far more than {max_pixels:,} pixels; make it smaller") from None
+    except Exception as error:  # noqa: BLE001 - a decoder given broken bytes raises anything
+        # Its text stays out of the message: it has been seen to hold memory addresses.
+        raise DataError(
+            f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or remove its records"
+        ) from None
 
 
-def _path(source: ImageSource) -> Path:
-    assert source.path is not None
-    return source.path
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(f"{name}: {width:,} x {height:,} pixels, at most {max_pixels:,} are allowed; make it smaller")
+    image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode in _SIXTEEN_BIT:
-        # PIL would clip 16-bit greys at 255 instead of scaling them.
-        grey = np.asarray(upright, dtype=np.float64) / 257.0
-        upright = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    elif upright.mode == "P":
-        upright = upright.convert("RGBA")
+        # convert("RGB") would clip every value above 255 to white.
+        values = np.asarray(upright).astype(np.int64)
+        return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     return upright.convert("RGB")
 
 
 def preprocess(
-    image: Image.Image, *, size: int, mean: tuple[float, ...], std: tuple[float, ...], aspect_ratio: str
+    image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], aspect_ratio: str
 ) -> torch.Tensor:
-    """Turn an RGB image into `pixel_values` (3, size, size), fp32.
+    """Turn an RGB image into `pixel_values` (3, size, size) fp32, normalised by `mean` and `std` of each channel.
 
-    `pad` puts it on a square of the mean colour first (LLaVA-1.5's expand2square), `square` resizes its shorter
-    side and cuts the middle out (CLIP's own way); then rescaled and normalised.
+    `pad` centres it on a square of the mean colour first, as LLaVA-1.5's second stage does; `square` scales its
+    shorter side to `size` and cuts out the centre, as its first stage and CLIP do. Raises ValueError for others.
     """
     if aspect_ratio == "pad":
-        image = expand_to_square(image, mean)
-    short = min(image.size)
-    target = (max(size, int(size * image.width / short)), max(size, int(size * image.height / short)))
-    if image.size != target:
-        image = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-    values: torch.Tensor = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    return values.contiguous()
+        resized = _pad_to_square(image, size, mean).resize((size, size), Image.Resampling.BICUBIC)
+    elif aspect_ratio == "square":
+        resized = _resize_and_crop(image, size)
+    else:
+        raise ValueError(f"aspect_ratio is {aspect_ratio!r}, must be 'pad' or 'square'")
+    # The order and types of CLIP's processor: rescaled in double precision, normalised in single.
+    pixels = (np.asarray(resized).astype(np.float64) * _RESCALE).astype(np.float32)
+    normalised = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
 
 
-def expand_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """Put an image in the middle of a square of the mean colour."""
-    side = max(image.size)
-    if image.width == image.height:
+def mean_colour(size: int, mean: Sequence[float]) -> Image.Image:
+    """Make an image (size, size) that shows nothing: the mean colour, which padding has too."""
+    return Image.new("RGB", (size, size), _colour(mean))
+
+
+def _colour(mean: Sequence[float]) -> tuple[int, ...]:
+    return tuple(int(channel * 255) for channel in mean)
+
+
+def _pad_to_square(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
+    """LLaVA's `expand2square`.
+
+    Known deviation: where the square would exceed MAX_PIXELS, the image is made smaller before, not after.
+    """
+    width, height = image.size
+    if width == height:
         return image
-    square = mean_colour(side, mean)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    side = max(width, height)
+    if side * side > MAX_PIXELS:
+        scale = 8 * size / side
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        side = max(width, height)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side), _colour(mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
 
-def mean_colour(size: int, mean: tuple[float, ...]) -> Image.Image:
-    """Make a square of the mean colour alone: an image that says nothing."""
-    red, green, blue = (int(value * 255) for value in mean)
-    return Image.new("RGB", (size, size), (red, green, blue))
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """CLIP's resize of the shorter side to `size`, and centre crop."""
+    width, height = image.size
+    new_long = int(size * max(width, height) / min(width, height))
+    new_width, new_height = (size, new_long) if width <= height else (new_long, size)
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    if new_width * new_height > MAX_PIXELS:
+        # Only what the crop keeps: a line of 60,000 pixels would otherwise grow to 20 million by 336.
+        across, down = width / new_width, height / new_height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))

@@ -4,9 +4,9 @@ Pure Python, a function of its arguments alone. Words: a *tree* is the conversat
 image, and with it one prefix (system text, image tokens); a *row* holds trees back to back and is one
 micro-batch; a *step* is one optimizer step.
 
-Contract: every step but an epoch's last holds exactly `batch_size` conversations whatever the packing, every
-conversation appears once an epoch, and every step has the same number of rows, so that gradient accumulation
-and data-parallel ranks do the same number of forward passes.
+Contract: every step but an epoch's last holds exactly `batch_size` conversations, the same ones whatever the
+packing and the size of a row; every conversation appears once an epoch; and every step has the same number of
+rows, so that gradient accumulation and data-parallel ranks do the same number of forward passes.
 """
 
 from __future__ import annotations
@@ -81,20 +81,21 @@ def make_plan(
     for index, item in enumerate(items):
         if item.length > tokens_per_row:
             raise ValueError(f"conversation {index} has {item.length} tokens, a row holds {tokens_per_row}")
-    steps_wanted = max_steps if max_steps > 0 else math.ceil(len(items) / batch_size * num_train_epochs)
+    steps_an_epoch = math.ceil(len(items) / batch_size)
+    # Rounded, so that 1.1 epochs of 10 steps are 11 steps and not 12.
+    steps_wanted = max_steps if max_steps > 0 else max(1, math.ceil(round(num_train_epochs * steps_an_epoch, 6)))
     batches: list[list[Tree]] = []
     epoch = 0
     while len(batches) < steps_wanted:
-        trees = _epoch_trees(items, packing, branches_per_tree, tokens_per_row, f"{seed}/{epoch}")
-        batches.extend(_batches(trees, batch_size))
+        batches.extend(_batches(_epoch_trees(items, branches_per_tree, f"{seed}/{epoch}"), batch_size))
         epoch += 1
-    batches = batches[:steps_wanted]
+    # Only now: which conversations make up a step must not depend on how they are packed.
+    batches = [_cut(batch, items, packing, tokens_per_row) for batch in batches[:steps_wanted]]
     separate = packing == "none"
     packed = [[[tree] for tree in batch] if separate else _first_fit(batch, items, tokens_per_row) for batch in batches]
     rows_per_step = max(len(rows) for rows in packed)
     steps = tuple(
-        _balance(batch, rows, items, rows_per_step, tokens_per_row)
-        for batch, rows in zip(batches, packed, strict=True)
+        _balance(batch, rows, items, rows_per_step, tokens_per_row) for batch, rows in zip(batches, packed, strict=True)
     )
     used = [index for batch in batches for tree in batch for index in tree]
     return Plan(
@@ -115,35 +116,43 @@ def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row
             groups.setdefault(item.group, []).append(index)
         else:
             alone.append((index,))
-    trees = [tree for members in groups.values() for tree in _chunks(members, items, len(members), tokens_per_row)]
+    trees = [tree for members in groups.values() for tree in _chunks(members, items, tokens_per_row)]
     return [tuple(row) for row in _first_fit(trees + alone, items, tokens_per_row)]
 
 
-def _epoch_trees(
-    items: Sequence[PlanItem], packing: Packing, branches_per_tree: int, tokens_per_row: int, seed: str
-) -> list[Tree]:
+def _epoch_trees(items: Sequence[PlanItem], branches_per_tree: int, seed: str) -> list[Tree]:
+    """Put an epoch's conversations in a random order in which those of one image, up to a number, stay together."""
     rng = random.Random(seed)
     groups: dict[int, list[int]] = {}
     trees: list[Tree] = []
     for index, item in enumerate(items):
-        if packing == "tree" and item.prefix_length:
+        if item.prefix_length:
             groups.setdefault(item.group, []).append(index)
         else:
             trees.append((index,))
     for members in groups.values():
         rng.shuffle(members)
-        trees.extend(_chunks(members, items, branches_per_tree, tokens_per_row))
+        trees += [
+            tuple(members[start : start + branches_per_tree]) for start in range(0, len(members), branches_per_tree)
+        ]
     rng.shuffle(trees)
     return trees
 
 
-def _chunks(members: Sequence[int], items: Sequence[PlanItem], most: int, tokens_per_row: int) -> Iterator[Tree]:
-    """Cut one image's conversations into trees of at most `most` branches that fit a row."""
+def _cut(trees: Sequence[Tree], items: Sequence[PlanItem], packing: Packing, tokens_per_row: int) -> list[Tree]:
+    """Cut a step's trees as far as needed: to single conversations without packing, else until each fits a row."""
+    if packing == "none":
+        return [(index,) for tree in trees for index in tree]
+    return [part for tree in trees for part in _chunks(tree, items, tokens_per_row)]
+
+
+def _chunks(members: Sequence[int], items: Sequence[PlanItem], tokens_per_row: int) -> Iterator[Tree]:
+    """Cut one image's conversations into trees that fit a row."""
     tree: list[int] = []
     length = 0
     for index in members:
         own = items[index].length - items[index].prefix_length
-        if tree and (len(tree) == most or length + own > tokens_per_row):
+        if tree and length + own > tokens_per_row:
             yield tuple(tree)
             tree = []
         length = (length if tree else items[index].prefix_length) + own

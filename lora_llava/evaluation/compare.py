@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER, Template
+from lora_llava.conversation import Template
 from lora_llava.data.images import open_image
 from lora_llava.data.records import Record
 from lora_llava.errors import DataError
@@ -24,6 +24,7 @@ from lora_llava.evaluation.generation import generate_answers
 from lora_llava.evaluation.metrics import ALL, Accuracy, accuracy_by_type, normalize_answer
 from lora_llava.evaluation.report import accuracy_table, prediction_row, write_predictions
 from lora_llava.modeling.base import LoadedModel
+from lora_llava.recipe import AspectRatio
 
 ACCURACY = "accuracy.json"
 PREDICTIONS = "predictions.jsonl"
@@ -40,7 +41,7 @@ class Asking:
     """How questions are put to the models; the same for all of them."""
 
     template: Template
-    aspect_ratio: Literal["pad", "square"]
+    aspect_ratio: AspectRatio
     max_new_tokens: int
     max_rows: int
 
@@ -50,7 +51,7 @@ def compare(
     records: Sequence[Record],
     *,
     template: Template,
-    aspect_ratio: Literal["pad", "square"],
+    aspect_ratio: AspectRatio,
     max_new_tokens: int,
     blind_questions: int | None,
     directory: Path,
@@ -91,9 +92,7 @@ def compare(
     return result
 
 
-def _ask(
-    loaded: LoadedModel, records: Sequence[Record], asking: Asking, name: str, console: Console
-) -> list[str]:
+def _ask(loaded: LoadedModel, records: Sequence[Record], asking: Asking, name: str, console: Console) -> list[str]:
     """Let one model answer, with progress shown."""
     with shown_progress(f"answers, {name}", len(records), console) as progress:
         return generate_answers(
@@ -148,7 +147,10 @@ def summarize(
 
 
 def _by_type(table: Mapping[str, Accuracy]) -> dict[str, Any]:
-    return {**_figures(table[ALL]), "by_type": {name: _figures(one) for name, one in table.items() if name != ALL}}
+    return {
+        **_figures(table[ALL]),
+        "by_type": {name: _figures(one) for name, one in table.items() if name != ALL},
+    }
 
 
 def _figures(accuracy: Accuracy) -> dict[str, Any]:
@@ -170,12 +172,7 @@ def _rows(
             predictions[BLIND] = blind[place]
         # The file's name alone: where the images lie is a matter of this machine.
         image = record.image.path.name if record.image and record.image.path else None
-        yield prediction_row(record.id, image, question_of(record), record.turns[-1].text, predictions)
-
-
-def question_of(record: Record) -> str:
-    """Return the last question of a record with an answer, without the image placeholder."""
-    return record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
+        yield prediction_row(record.id, image, record.question, record.turns[-1].text, predictions)
 
 
 def varied_samples(records: Sequence[Record], count: int) -> list[int]:
@@ -205,7 +202,7 @@ def _write_samples(path: Path, records: Sequence[Record], answers: Mapping[str, 
         items.append(
             SheetItem(
                 image=open_image(record.image),
-                question=question_of(record),
+                question=record.question,
                 answer=record.turns[-1].text,
                 base=answers[BASE][place] if BASE in answers else None,
                 tuned=answers[TUNED][place],
@@ -235,7 +232,12 @@ def _show(
 def shown_progress(label: str, total: int, console: Console) -> Iterator[Progress]:
     """Give a function to call with (done, all): a bar on a terminal, a plain line each tenth elsewhere."""
     if console.is_terminal:
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Bar(*columns, console=console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done, all_: bar.update(task, completed=done, total=all_)

@@ -35,11 +35,7 @@ class Prompt:
     def shared(self) -> int:
         """Tokens to compute once an image; 0 if there is no image or nothing but the prefix."""
         # One token must be left to predict from: under the plain template a prompt can be its prefix alone.
-        return (
-            self.prefix_length
-            if self.pixel_values is not None and self.prefix_length < len(self.input_ids)
-            else 0
-        )
+        return self.prefix_length if self.pixel_values is not None and self.prefix_length < len(self.input_ids) else 0
 
     def pixels(self) -> torch.Tensor:
         """Return the image, (3, H, W)."""
@@ -79,9 +75,7 @@ def greedy_decode(
     question). `progress` is called after each batch. Raises ValueError for an empty prompt or limits below 1.
     """
     if max_new_tokens < 1 or max_rows < 1:
-        raise ValueError(
-            f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}"
-        )
+        raise ValueError(f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}")
     for index, prompt in enumerate(prompts):
         if not prompt.input_ids:
             raise ValueError(f"prompt {index} is empty: there is nothing to continue")
@@ -164,9 +158,7 @@ def _read(model: nn.Module, prompts: Sequence[Prompt], pad_token_id: int) -> _St
     return _State(cache, mask, positions[:, -1] + 1, logits)
 
 
-def _read_prefixes(
-    model: nn.Module, prompts: Sequence[Prompt], cache: DynamicCache, device: torch.device
-) -> None:
+def _read_prefixes(model: nn.Module, prompts: Sequence[Prompt], cache: DynamicCache, device: torch.device) -> None:
     """Fill `cache` with a row for each prompt, computed once for each image."""
     first: dict[Hashable, Prompt] = {}
     for prompt in prompts:

@@ -63,9 +63,7 @@ def contact_sheet(path: Path, items: Sequence[SheetItem], *, columns: int = 4, t
         top = size[1] - head
         for row in range(rows):
             for column, place in enumerate(range(row * columns, min((row + 1) * columns, len(items)))):
-                _sheet_cell(
-                    figure, size, column * _COLUMN_INCHES + 0.15, top, items[place].image, texts[place]
-                )
+                _sheet_cell(figure, size, column * _COLUMN_INCHES + 0.15, top, items[place].image, texts[place])
             top -= heights[row]
 
 
@@ -78,9 +76,7 @@ def _sheet_lines(item: SheetItem) -> list[tuple[str, str, bool]]:
             continue
         correct = exact_match(prediction, item.answer)
         mark, colour = ("\N{CHECK MARK}", _RIGHT) if correct else ("\N{BALLOT X}", _WRONG)
-        lines += [
-            (line, colour, False) for line in _wrapped(f"{mark} {name}: ", prediction or "(nothing)", 2)
-        ]
+        lines += [(line, colour, False) for line in _wrapped(f"{mark} {name}: ", prediction or "(nothing)", 2)]
     return lines
 
 
@@ -181,9 +177,7 @@ def _legend(axes: Axes, rates: Axes) -> None:
     """Name the lines that have points, of both scales."""
     lines = [line for line in (*axes.get_lines(), *rates.get_lines()) if len(line.get_xdata(orig=True))]  # type: ignore[arg-type]
     if lines:
-        axes.legend(
-            lines, [str(line.get_label()) for line in lines], loc="upper right", fontsize=8, framealpha=0.85
-        )
+        axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", fontsize=8, framealpha=0.85)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import takewhile
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,6 +13,7 @@ from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Template, T
 from lora_llava.data.images import mean_colour, open_image, preprocess
 from lora_llava.data.records import ImageSource, Record
 from lora_llava.evaluation.decoding import Progress, Prompt, greedy_decode
+from lora_llava.recipe import AspectRatio
 
 _BLIND = "the mean colour"
 
@@ -54,7 +55,7 @@ def generate_answers(
     records: Sequence[Record],
     *,
     template: Template,
-    aspect_ratio: Literal["pad", "square"],
+    aspect_ratio: AspectRatio,
     max_new_tokens: int,
     max_rows: int = 64,
     blind: bool = False,

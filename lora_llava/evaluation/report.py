@@ -74,10 +74,7 @@ def accuracy_markdown(results: Mapping[str, Mapping[str, Accuracy]]) -> str:
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     aligned = [
-        [
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(columns)
-        ]
+        [cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(columns)]
         for columns in (list(zip(row, widths, strict=True)) for row in (rows[0], rule, *rows[1:]))
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in aligned)

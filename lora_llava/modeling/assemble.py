@@ -87,9 +87,10 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
     Raises ModelError if a part cannot be had or is of another architecture.
     """
     assert settings.language_model and settings.vision_tower
+    # Before any weight is read: transformers would load a tower of another architecture, and make up what is missing.
+    config, tokenizer = part_configs(settings)
     tower_source = vision_tower_source(settings.vision_tower)
     with hub_errors("language model", settings.language_model):
-        tokenizer = AutoTokenizer.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
         language_model = AutoModelForCausalLM.from_pretrained(
             settings.language_model,
             gguf_file=settings.gguf_file,
@@ -99,7 +100,6 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
     with hub_errors("vision tower", settings.vision_tower):
         tower = CLIPVisionModel.from_pretrained(tower_source)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower_source)
-    config = assembled_config(settings, language_model.config, tower.config, tokenizer)
     state = _language_model_state(language_model, int(config.text_config.vocab_size))
     dtype = state[f"{LANGUAGE_MODEL}.embed_tokens.weight"].dtype
     for name, tensor in tower.state_dict().items():

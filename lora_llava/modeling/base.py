@@ -175,6 +175,8 @@ def load_base(
             attn_implementation="sdpa",
             device_map={"": device},
         )
+    if nf4:
+        keep_unpacked(model)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
     model.config.use_cache = False
@@ -187,6 +189,17 @@ def load_base(
         image_std=tuple(pixels["image_std"]),
         config=config,
     )
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX512-BF16.
+
+    It would do so in place at the first evaluation, for good: training on, gradients would end at the first packed
+    layer without a word, and the logits would be off by 0.3 %.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
 
 
 def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:

@@ -120,7 +120,7 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def parameter_table(model: nn.Module) -> list[PartRow]:
-    """Count, per part, the parameters of a built model. The projector's frozen original is counted in its bytes only."""
+    """Count, per part, the parameters of a built model; the projector's frozen original counts in its bytes only."""
     sums: dict[str, dict[str, int]] = {part: defaultdict(int) for part in PARTS}
     dtypes: dict[str, set[str]] = {part: set() for part in PARTS}
     for part, name, parameter in _named_parts(model):
@@ -150,36 +150,38 @@ def parameter_table(model: nn.Module) -> list[PartRow]:
 def check_stage(model: PeftModel, stage: StageName, *, nf4: bool) -> list[PartRow]:
     """Check the built model against its stage and return its table of parameters.
 
-    Selecting modules by name fails without a word, so the outcome is counted: nothing but LoRA in the language
-    model and the projector is trained, no adapter lies elsewhere, and every linear layer of the language model,
-    nothing else, is in 4 bits. Raises ModelError with every difference.
+    Selecting modules by name fails without a word, so the outcome is counted: all of LoRA in the language model
+    and of the projector is trained and nothing else, no adapter lies elsewhere, and every linear layer of the
+    language model, nothing else, is in 4 bits. Raises ModelError with the differences.
     """
-    problems = [f"trained although it must be frozen: {name}" for name in _wrongly_trained(model, stage)]
+    problems = []
     table = parameter_table(model)
     for row in table:
         adapted = row.part == LANGUAGE_MODEL and stage == "instruct"
         if bool(row.adapter) != adapted:
             problems.append(f"{row.part} has {row.adapter:,} adapter parameters")
-        if row.part == PROJECTOR and not row.trainable:
-            problems.append("the projector is not trained")
-        if adapted and row.trainable != row.adapter:
-            problems.append(f"{row.part}: {row.trainable:,} of {row.adapter:,} adapter parameters are trained")
         if row.part != LANGUAGE_MODEL and row.quantized:
             problems.append(f"{row.part} has {row.quantized:,} parameters in 4 bits")
     problems += _wrongly_plain(model, nf4)
+    problems += _wrongly_trained(model, stage)
     if problems:
         raise ModelError(f"stage {stage}: the built model is not what the stage states: {'; '.join(problems[:8])}")
     return table
 
 
 def _wrongly_trained(model: PeftModel, stage: StageName) -> list[str]:
-    allowed = {"align": (PROJECTOR,), "instruct": (PROJECTOR, LANGUAGE_MODEL)}[stage]
-    return [
-        name
-        for part, name, parameter in _named_parts(model)
-        if parameter.requires_grad
-        and (part not in allowed or (part == LANGUAGE_MODEL and ".lora_" not in name) or ".original_module." in name)
-    ]
+    """Name the parameters that are trained and must not be, or the other way round."""
+    identity = model.get_base_model().config.projector_hidden_act == "linear"
+    problems = []
+    for part, name, parameter in _named_parts(model):
+        if part == PROJECTOR:
+            must = ".original_module." not in name and not (identity and ".linear_2." in name)
+        else:
+            must = stage == "instruct" and part == LANGUAGE_MODEL and ".lora_" in name
+        if parameter.requires_grad != must:
+            is_not, must_be = ("frozen", "trained") if must else ("trained", "frozen")
+            problems.append(f"{is_not} although it must be {must_be}: {name}")
+    return problems
 
 
 def _wrongly_plain(model: PeftModel, nf4: bool) -> list[str]:

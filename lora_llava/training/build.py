@@ -10,9 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.batch import ImageTransform, PackedRows
-from lora_llava.data.records import Record
 from lora_llava.evaluation.generation import generate_answers
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe import Recipe, StageName, StageSettings
@@ -71,7 +69,7 @@ def make_trainer(
             max_new_tokens=32,
         )
         return [
-            {"question": question_of(record), "answer": record.turns[-1].text, "prediction": answer}
+            {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
             for record, answer in zip(sampled, answers, strict=True)
         ]
 
@@ -85,11 +83,6 @@ def make_trainer(
         sample_answers=sample_answers if sampled else None,
         callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console)],
     )
-
-
-def question_of(record: Record) -> str:
-    """The last question of a record, without the image placeholder."""
-    return record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def training_arguments(

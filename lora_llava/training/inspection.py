@@ -20,6 +20,8 @@ from lora_llava.modeling.describe import describe_base
 from lora_llava.recipe import Recipe, StageName
 
 _LEARNT, _READ, _IMAGE = "bold green", "default", "cyan"
+_LINE_FEED = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+_PART = "\N{REPLACEMENT CHARACTER}"
 _EDGE = "\N{LIGHT VERTICAL BAR}"
 
 
@@ -35,7 +37,9 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
     settings = recipe.stage(name)
     records, _ = load_split(settings.data, recipe.seed)
     if index >= len(records):
-        raise DataError(f"{settings.data.path}: there is no record {index}; the {len(records):,} are 0 to {len(records) - 1}")
+        raise DataError(
+            f"{settings.data.path}: there is no record {index}; the {len(records):,} are 0 to {len(records) - 1}"
+        )
     record = records[index]
     config, tokenizer = describe_base(recipe.base)
     [encoded] = encode_records(
@@ -47,7 +51,7 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
         max_length=settings.max_length,
     )
     return Group(
-        Text(f"{record.where}, stage {name}, template {settings.template}"),
+        Text(f"index {index}: {record.where}, stage {name}, template {settings.template}"),
         Text(),
         token_view(encoded, tokenizer, int(config.image_token_id)),
         Text(),
@@ -60,7 +64,10 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
 def legend() -> Text:
     """Explain the marks of `token_view`."""
     return Text.assemble(
-        ("\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}learnt\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}", _LEARNT),
+        (
+            "«learnt»",
+            _LEARNT,
+        ),
         "  ",
         ("only read", _READ),
         "  ",
@@ -84,8 +91,7 @@ def token_view(encoded: Encoded, tokenizer: Any, image_token_id: int) -> Text:
             view.append(f"{IMAGE_PLACEHOLDER} x {count}", _IMAGE)
         else:
             text = _EDGE.join(token_texts(ids, tokenizer))
-            quoted = f"\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}{text}\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}"
-            view.append(quoted if kind == "learnt" else text, _LEARNT if kind == "learnt" else _READ)
+            view.append(*((f"«{text}»", _LEARNT) if kind == "learnt" else (text, _READ)))
         place += count
     return view
 
@@ -96,9 +102,10 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
     for end in range(1, len(ids) + 1):
         # Decoded with what is before: alone, many tokenizers take the space off a word.
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        new = text[len(shown) :] if text.startswith(shown) else text[len(shown.rstrip("\N{REPLACEMENT CHARACTER}")) :]
+        # A part of a character is shown as a mark, which the whole character then replaces.
+        known = shown if text.startswith(shown) else shown.rstrip(_PART)
         shown = text
-        yield new.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n").replace("\N{REPLACEMENT CHARACTER}", "?")
+        yield text[len(known) :].replace("\n", f"{_LINE_FEED}\n").replace(_PART, "?")
 
 
 def facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:

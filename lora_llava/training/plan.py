@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_llava.conversation import Encoded, Template, get_template
 from lora_llava.data.batch import encode_records, plan_items
-from lora_llava.data.packing import Plan, Row, make_plan, plan_in_order, tree_length
+from lora_llava.data.packing import Plan, PlanItem, Row, make_plan, plan_in_order, tree_length
 from lora_llava.data.records import Record, load_split
 from lora_llava.errors import DataError
 from lora_llava.recipe import StageSettings
@@ -65,8 +66,24 @@ def prepare_data(
         max_steps=stage.max_steps,
         seed=seed,
     )
+    return StageData(
+        template=template,
+        records=train,
+        encoded=encoded,
+        plan=plan,
+        counts=step_counts(plan, items, encoded),
+        validation_records=validation,
+        validation_encoded=validation_encoded,
+        validation_rows=plan_in_order(
+            plan_items(validation, validation_encoded), tokens_per_row=stage.tokens_per_micro_batch
+        ),
+    )
+
+
+def step_counts(plan: Plan, items: Sequence[PlanItem], encoded: Sequence[Encoded]) -> list[StepCounts]:
+    """Count what each step holds."""
     supervised = [one.num_supervised for one in encoded]
-    counts = [
+    return [
         StepCounts(
             conversations=sum(len(tree) for row in step for tree in row),
             supervised_tokens=sum(supervised[index] for row in step for tree in row for index in tree),
@@ -74,15 +91,3 @@ def prepare_data(
         )
         for step in plan.steps
     ]
-    return StageData(
-        template=template,
-        records=train,
-        encoded=encoded,
-        plan=plan,
-        counts=counts,
-        validation_records=validation,
-        validation_encoded=validation_encoded,
-        validation_rows=plan_in_order(
-            plan_items(validation, validation_encoded), tokens_per_row=stage.tokens_per_micro_batch
-        ),
-    )

@@ -54,9 +54,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.started = self.last_time = time.monotonic()
         self.progress.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""
         self.progress.update(self.task, completed=state.global_step)
 
@@ -113,7 +111,8 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         left = (total - step) * row["seconds"] / max(step, 1)
         status = (
             f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-            f"{row['questions_per_second']:.1f} questions/s  {row['supervised_tokens_per_second']:.0f} supervised tokens/s"
+            f"{row['questions_per_second']:.1f} questions/s  "
+            f"{row['supervised_tokens_per_second']:.0f} supervised tokens/s"
         )
         self.progress.update(self.task, status=status)
         if not self.console.is_terminal:

@@ -22,8 +22,8 @@ from lora_llava.modeling.stages import PartRow, build_stage, check_stage, train_
 from lora_llava.recipe import Recipe, StageName
 from lora_llava.recipe_file import dump_resolved
 from lora_llava.training import output
-from lora_llava.training.plan import StageData, prepare_data
 from lora_llava.training.build import image_facts, make_trainer
+from lora_llava.training.plan import StageData, prepare_data
 from lora_llava.training.tables import parameter_table_view
 from lora_llava.training.trainer import PackedTrainer
 
@@ -100,10 +100,21 @@ def train_stage(
     trainer = make_trainer(recipe, stage, loaded, data, dtype, console)
     trainer.train()
     metrics = closing_metrics(trainer)
-    parent_hash = file_sha256(parent / WEIGHTS) if parent else None
-    facts = {
+    facts = stage_facts(recipe, stage, loaded, data, parent, trainer.state.global_step)
+    facts["metrics"] = metrics
+    # The artifact's copy of the recipe sits one level below the run's.
+    save_artifact(directory / stage, model, loaded, facts, dump_resolved(recipe, directory / stage))
+    return {**facts["seen"], **metrics, "parameters": [asdict(row) for row in table]}
+
+
+def stage_facts(
+    recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, parent: Path | None, steps: int
+) -> dict[str, Any]:
+    """Collect what the manifest says of a trained stage."""
+    settings = recipe.stage(stage)
+    return {
         "stage": stage,
-        "parent_sha256": parent_hash,
+        "parent_sha256": file_sha256(parent / WEIGHTS) if parent else None,
         "quantization": recipe.quantization.model_dump(),
         "template": {"name": settings.template, "system": settings.system},
         "images": image_facts(recipe, settings, loaded),
@@ -114,16 +125,12 @@ def train_stage(
             "answer_prompt": settings.data.answer_prompt,
         },
         "seen": {
-            "steps": trainer.state.global_step,
+            "steps": steps,
             "conversations": data.plan.num_conversations,
             "supervised_tokens": sum(step.supervised_tokens for step in data.counts),
             "computed_tokens": data.plan.num_computed_tokens,
         },
-        "metrics": metrics,
     }
-    # The artifact's copy of the recipe sits one level below the run's.
-    save_artifact(directory / stage, model, loaded, facts, dump_resolved(recipe, directory / stage))
-    return {**facts["seen"], **metrics, "parameters": [asdict(row) for row in table]}
 
 
 def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: Path | None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
@@ -20,6 +20,9 @@ SampleAnswers = Callable[[], list[dict[str, str]]]
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """Trains on the rows of a plan, in its order; one epoch of the Trainer is the whole stage."""
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -68,14 +71,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             raise TrainingError("the number of supervised tokens of the step is unknown")
         loss = packed_loss(model, inputs, num_items_in_batch)
         # Data parallelism averages the ranks' gradients; the step's token count is over all ranks already.
-        return loss * self.args.world_size
+        world_size: int = self.args.world_size
+        return loss * world_size
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with a learning rate of its own for the projector."""
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(list(self._parameter_groups()), **kwargs)
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
         groups: dict[str, list[nn.Parameter]] = {"lora": [], "projector": []}

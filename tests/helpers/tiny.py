@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -12,12 +14,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lora_llava.modeling.assemble import save_processor
+
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>")
 """Their ids are 0 to 6, in this order."""
 UNK_ID, BOS_ID, EOS_ID, PAD_ID, IMAGE_ID, IM_START_ID, IM_END_ID = range(7)
 
 IMAGE_SIZE = 28
 NUM_IMAGE_TOKENS = 4
+IMAGE_MEAN, IMAGE_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 VOCAB_SIZE = 304
 """Ids of the tokenizer's 287 tokens and some to spare, as real models have."""
 
@@ -39,9 +44,7 @@ def tiny_tokenizer(*, add_bos: bool = True) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_MERGES, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     if add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
@@ -93,9 +96,7 @@ def tiny_config(layers: int = 2) -> LlavaConfig:
     )
 
 
-def tiny_llava(
-    seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2
-) -> LlavaForConditionalGeneration:
+def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> LlavaForConditionalGeneration:
     """Build a random LLaVA in evaluation mode, the same for the same seed, on the CPU.
 
     Weights are drawn wider than at a real start, so that outputs depend visibly on image and text.
@@ -111,3 +112,12 @@ def tiny_llava(
     torch.nn.Module.to(model, dtype=dtype)
     torch.nn.Module.eval(model)
     return model
+
+
+def save_tiny_base(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write `tiny_llava` with tokenizer and processor as a model directory, and return the directory."""
+    model = tiny_llava(seed=seed, dtype=dtype)
+    model.save_pretrained(directory)
+    pixels = {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    save_processor(directory, tiny_tokenizer(), model.config, pixels)
+    return directory

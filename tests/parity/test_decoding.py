@@ -41,9 +41,7 @@ def question(image: int, length: int, seed: int) -> Prompt:
 
 def mixed_prompts() -> list[Prompt]:
     """Questions of many lengths on several images, out of order, with every other kind of prompt between."""
-    prompts = [
-        question(image, length, seed=10 * image + length) for image in range(4) for length in (1, 3, 9)
-    ]
+    prompts = [question(image, length, seed=10 * image + length) for image in range(4) for length in (1, 3, 9)]
     prompts.insert(2, Prompt([BOS_ID, *words(6, 1)], 0, None, None))
     prompts.insert(5, Prompt([BOS_ID, *words(17, 2)], 0, None, None))
     late = [BOS_ID, *words(5, 3), *[IMAGE_ID] * NUM_IMAGE_TOKENS, *words(4, 4)]
@@ -51,9 +49,7 @@ def mixed_prompts() -> list[Prompt]:
     other = [BOS_ID, 22, *[IMAGE_ID] * NUM_IMAGE_TOKENS]
     prompts.insert(9, Prompt(other + words(4, 5), len(other), picture(2), "image 2"))
     # The plain template: nothing after the image.
-    prompts.append(
-        Prompt([BOS_ID, *[IMAGE_ID] * NUM_IMAGE_TOKENS], 1 + NUM_IMAGE_TOKENS, picture(3), "image 3")
-    )
+    prompts.append(Prompt([BOS_ID, *[IMAGE_ID] * NUM_IMAGE_TOKENS], 1 + NUM_IMAGE_TOKENS, picture(3), "image 3"))
     prompts.append(question(0, 7, seed=99))
     return prompts
 
@@ -88,9 +84,7 @@ def endless(model: LlavaForConditionalGeneration) -> list[list[int]]:
 def ends(endless: list[list[int]]) -> tuple[int, int]:
     """Two tokens that, taken as end tokens, end some answers at once, some later, and some never."""
     chosen = endless[0][0], endless[3][4]
-    lengths = {
-        min([row.index(end) for end in chosen if end in row], default=MAX_NEW_TOKENS) for row in endless
-    }
+    lengths = {min([row.index(end) for end in chosen if end in row], default=MAX_NEW_TOKENS) for row in endless}
     assert {0, MAX_NEW_TOKENS} < lengths
     return chosen
 
@@ -129,9 +123,7 @@ def test_equals_generate_through_an_adapter_in_training_mode(endless: list[list[
     adapted.base_model.model.model.vision_tower.eval()
     modes = [module.training for module in adapted.modules()]
     prompts = mixed_prompts()
-    ours = greedy_decode(
-        adapted, prompts, eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS
-    )
+    ours = greedy_decode(adapted, prompts, eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS)
     assert [module.training for module in adapted.modules()] == modes
     adapted.eval()
     assert ours == [generate_alone(adapted, prompt, [VOCAB_SIZE + 1], MAX_NEW_TOKENS) for prompt in prompts]
@@ -142,9 +134,7 @@ def test_equals_generate_through_an_adapter_in_training_mode(endless: list[list[
 def test_stops_at_max_new_tokens(
     model: LlavaForConditionalGeneration, endless: list[list[int]], max_new_tokens: int
 ) -> None:
-    ours = greedy_decode(
-        model, mixed_prompts(), eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=max_new_tokens
-    )
+    ours = greedy_decode(model, mixed_prompts(), eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=max_new_tokens)
     assert ours == [answer[:max_new_tokens] for answer in endless]
 
 
@@ -169,13 +159,9 @@ class Watch:
 def test_each_image_is_computed_once_and_finished_rows_leave(endless: list[list[int]]) -> None:
     model = tiny_llava(seed=3)
     watch = Watch(model)
-    prompts = [
-        question(image, length, seed=10 * image + length) for image in range(4) for length in (1, 3, 9)
-    ]
+    prompts = [question(image, length, seed=10 * image + length) for image in range(4) for length in (1, 3, 9)]
     eos = ends(endless)
-    answers = greedy_decode(
-        model, prompts, eos_token_ids=eos, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS
-    )
+    answers = greedy_decode(model, prompts, eos_token_ids=eos, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS)
     assert watch.images == 4
     # A row is in the forward pass of step n only if its answer is longer than n.
     steps = [sum(len(answer) > n for answer in answers) for n in range(1, MAX_NEW_TOKENS)]

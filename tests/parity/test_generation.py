@@ -144,9 +144,7 @@ def test_each_image_is_opened_once_and_computed_once(
     monkeypatch.setattr(generation, "open_image", watch)
     loaded = Loaded(tiny_llava(seed=5), tiny_tokenizer())
     images: list[int] = []
-    loaded.model.model.vision_tower.register_forward_pre_hook(
-        lambda module, args: images.append(len(args[0]))
-    )
+    loaded.model.model.vision_tower.register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
     progress: list[tuple[int, int]] = []
     generate_answers(
         loaded,

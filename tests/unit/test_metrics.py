@@ -123,9 +123,7 @@ def test_wilson_interval_refuses_impossible_counts(correct: int, total: int) -> 
 
 
 def test_accuracy_by_type_counts_each_group() -> None:
-    table = accuracy_by_type(
-        ["yes", "No.", "two", "left", "the heart"], ["Yes", "yes", "2", "right", "heart"]
-    )
+    table = accuracy_by_type(["yes", "No.", "two", "left", "the heart"], ["Yes", "yes", "2", "right", "heart"])
     assert {group: (a.correct, a.total) for group, a in table.items()} == {
         "all": (3, 5),
         "closed": (1, 2),

@@ -112,9 +112,7 @@ def test_contact_sheet_shows_images_and_marks(tmp_path: Path) -> None:
 def test_contact_sheet_grows_by_rows(tmp_path: Path) -> None:
     shapes = []
     for count in (1, 4, 5, 12):
-        contact_sheet(
-            tmp_path / "s.png", [SheetItem(picture(30, 20), "q?", "a b", "c", "d")] * count, title="t"
-        )
+        contact_sheet(tmp_path / "s.png", [SheetItem(picture(30, 20), "q?", "a b", "c", "d")] * count, title="t")
         shapes.append(pixels(tmp_path / "s.png").shape)
     assert shapes[0][1] < shapes[1][1] == shapes[2][1] == shapes[3][1]
     assert shapes[0][0] == shapes[1][0] < shapes[2][0] < shapes[3][0]
@@ -138,9 +136,7 @@ def test_contact_sheet_takes_any_text_without_warning(
 ) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        contact_sheet(
-            tmp_path / "s.png", [SheetItem(picture(9, 900), text, text, text, text)], title=text[:20]
-        )
+        contact_sheet(tmp_path / "s.png", [SheetItem(picture(9, 900), text, text, text, text)], title=text[:20])
     assert not caplog.records
     # However long the text, the sheet stays a sheet.
     assert pixels(tmp_path / "s.png").shape[0] < 700

@@ -1,0 +1,152 @@
+"""What a record is, and where its image may lie."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from lora_llava.errors import DataError
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """One image: a file, or the bytes of one."""
+
+    key: str
+    """Identifies the image: its path under the image root, or the sha256 of its bytes."""
+    path: Path | None
+    data: bytes | None
+    where: str = field(default="", compare=False)
+    """The first record that shows it, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of a data file."""
+
+    id: str
+    image: ImageSource | None
+    turns: tuple[Turn, ...]
+    where: str
+    """File, number and id, for messages: `train.json, record 17 (id 000123)`."""
+
+    @property
+    def question(self) -> str:
+        """The last question, without the image placeholder."""
+        asked = next(turn for turn in reversed(self.turns) if turn.role == "user")
+        return asked.text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+class ImageRoot:
+    """The directory that images lie in; each is looked up once, and missing ones are reported together."""
+
+    def __init__(self, root: Path, field_name: str) -> None:
+        self.root = root
+        self.field_name = field_name
+        """Field or column of the paths, for messages."""
+        self._real_root = os.path.realpath(root)
+        self._directories: dict[str, str | None] = {}
+        self._sources: dict[str, ImageSource] = {}
+        self._missing: dict[str, str] = {}
+
+    def source(self, name: str, where: str) -> ImageSource:
+        """Locate an image by its path relative to the root; DataError where the path leads out of it."""
+        known = self._sources.get(name)
+        if known is None:
+            known = self._sources[name] = self._locate(name, where)
+        return known
+
+    def check(self) -> None:
+        """Raise DataError if an image that was asked for is missing."""
+        if not self._missing:
+            return
+        named = [f"{name} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
+        more = len(self._missing) - len(named)
+        raise DataError(
+            f"{self.field_name}: {len(self._missing)} of {len(self._sources)} images are missing in {self.root}: "
+            f"{'; '.join(named)}{f'; and {more} more' if more else ''}. "
+            "Correct image_root, or remove their records"
+        )
+
+    def _locate(self, name: str, where: str) -> ImageSource:
+        place = f"{where}: {self.field_name}: {name[:200]!r}"
+        if not name.strip() or "\0" in name:
+            raise DataError(f"{place} is not a path; give one relative to {self.root}")
+        if _SCHEME.match(name):
+            raise DataError(f"{place} is a URL or names a drive; download the image and give its path")
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+            raise DataError(f"{place} must be relative to {self.root}, without '..'; shorten it or set image_root")
+        path = os.path.normpath(name)
+        directory, base = os.path.split(path)
+        real_directory = self._real_directory(directory)
+        if real_directory is None:
+            raise DataError(f"{place} leads out of {self.root} through a link; copy the images, or set image_root")
+        real = os.path.join(real_directory, base)  # noqa: PTH118 - strings: once for every image
+        try:
+            mode = os.lstat(real).st_mode
+            if stat.S_ISLNK(mode):
+                real = os.path.realpath(real)
+                mode = os.stat(real).st_mode  # noqa: PTH116
+        except FileNotFoundError:
+            self._missing[name] = where
+        except OSError as error:
+            raise DataError(f"{place} cannot be looked up: {error.strerror}; correct it") from None
+        else:
+            if not self._inside(real):
+                raise DataError(f"{place} is a link out of {self.root}; copy the image, or set image_root")
+            if not stat.S_ISREG(mode):
+                raise DataError(f"{place} is not a file; correct it")
+        return ImageSource(Path(os.path.relpath(real, self._real_root)).as_posix(), Path(real), None, where)
+
+    def _real_directory(self, directory: str) -> str | None:
+        if directory not in self._directories:
+            real = os.path.realpath(os.path.join(self._real_root, directory))  # noqa: PTH118
+            self._directories[directory] = real if self._inside(real) else None
+        return self._directories[directory]
+
+    def _inside(self, real: str) -> bool:
+        return real == self._real_root or real.startswith(self._real_root.rstrip(os.sep) + os.sep)
+
+
+def check_text(text: str, place: str) -> str:
+    """Return `text`, or raise DataError where it cannot be encoded (half of a surrogate pair)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: character {error.start + 1} is half of a surrogate pair; write the text anew as UTF-8"
+        ) from None
+    return text
+
+
+def with_answer_prompt(text: str, answer_prompt: str | None) -> str:
+    """Add the answer prompt to a question as a last line; an image moves to the front, as it does when encoded."""
+    if not answer_prompt:
+        return text
+    if IMAGE_PLACEHOLDER in text:
+        words = text.replace(IMAGE_PLACEHOLDER, "").strip()
+        images = f"{IMAGE_PLACEHOLDER}\n" * text.count(IMAGE_PLACEHOLDER)
+        return images + (f"{words}\n" if words else "") + answer_prompt
+    return f"{text}\n{answer_prompt}"
+
+
+def check_placeholder(turns: Sequence[Turn], image: ImageSource | None, place: str) -> None:
+    """Raise DataError unless a user turn says where the image stands exactly if there is one."""
+    shown = any(turn.role == "user" and IMAGE_PLACEHOLDER in turn.text for turn in turns)
+    if shown and image is None:
+        raise DataError(
+            f"{place}: {IMAGE_PLACEHOLDER} in the text, but the record has no image; add it or remove the tag"
+        )
+    if image is not None and not shown:
+        raise DataError(
+            f"{place}: the record has an image, but no {IMAGE_PLACEHOLDER} in a human turn; "
+            f"put {IMAGE_PLACEHOLDER} and a line feed before the first question"
+        )

@@ -1,0 +1,26 @@
+"""What all tests share: one thread, no network, and a tiny base model on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.tiny import save_tiny_base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are faster on one thread, and sums keep one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that `LlavaForConditionalGeneration.from_pretrained` loads; not to be written to."""
+    return save_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-llava")

@@ -1,0 +1,169 @@
+"""The command line's promises: quick help, one message an error, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from lora_llava import __version__
+from lora_llava.cli import cli
+from lora_llava.cli.answer import parse_columns
+from lora_llava.cli.common import KitGroup
+from lora_llava.errors import DataError, RecipeError
+from lora_llava.recipe_file import bundled_recipes
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "pydantic", "rich", "matplotlib")
+
+
+def group_raising(error: BaseException) -> click.Group:
+    """Build a command line whose one command fails with `error`."""
+
+    @click.group(cls=KitGroup)
+    @click.option("--debug", is_flag=True)
+    def group(debug: bool) -> None:
+        pass
+
+    @group.command()
+    def fail() -> None:
+        raise error
+
+    return group
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom lora_llava.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
+        assert "heavy: []" in done.stdout
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["quickstart", "finetune", "eval", "chat", "inspect", "recipes", "env"])
+def test_every_command_has_help(command: str) -> None:
+    result = CliRunner().invoke(cli, [command, "--help"])
+    assert result.exit_code == 0
+    [line] = [line for line in CliRunner().invoke(cli, ["--help"]).output.splitlines() if f"  {command} " in line]
+    assert line.endswith("."), "cut off"
+    assert not line.endswith("...")
+
+
+def test_version() -> None:
+    assert __version__ in CliRunner().invoke(cli, ["--version"]).output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RecipeError("recipe.yaml: wrong"), 2, "Error: recipe.yaml: wrong\n"),
+        (DataError("train.json, record 3: broken"), 1, "Error: train.json, record 3: broken\n"),
+        (KeyError("x"), 1, "Error: KeyError: 'x' (run again with --debug for the traceback)\n"),
+        (ValueError("two\nlines"), 1, "Error: ValueError: two lines (run again with --debug for the traceback)\n"),
+        (RuntimeError(), 1, "Error: RuntimeError (run again with --debug for the traceback)\n"),
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+    ],
+)
+def test_an_error_is_one_message_and_a_code(error: BaseException, code: int, message: str) -> None:
+    result = CliRunner().invoke(group_raising(error), ["fail"])
+    assert result.exit_code == code
+    assert result.stderr == message
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("args", [["--debug", "fail"], ["fail", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(args: list[str]) -> None:
+    result = CliRunner().invoke(group_raising(DataError("broken")), args)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("Error: broken\n")
+
+
+@pytest.mark.parametrize("args", [["nonsense"], ["finetune"], ["finetune", "r.yaml", "--nonsense"], ["chat", "x"]])
+def test_wrong_use_exits_2(args: list[str]) -> None:
+    result = CliRunner().invoke(cli, args)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+def test_the_name_of_a_bundled_recipe_is_explained() -> None:
+    name = sorted(bundled_recipes())[0]
+    for given in (name, f"{name}.yaml"):
+        result = CliRunner().invoke(cli, ["finetune", given])
+        assert result.exit_code == 2
+        assert f"lora-llava recipes copy {name}" in result.stderr
+
+
+def test_a_missing_recipe_is_named() -> None:
+    result = CliRunner().invoke(cli, ["finetune", "no-such-file.yaml"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: there is no recipe file no-such-file.yaml")
+
+
+def test_recipes_are_listed_and_copied_once(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(cli, ["recipes", "list"])
+    names = [line.split()[0] for line in listed.output.splitlines()]
+    assert names == sorted(bundled_recipes())
+    target = tmp_path / "mine.yaml"
+    args = ["recipes", "copy", names[0], "--to", str(target)]
+    assert CliRunner().invoke(cli, args).exit_code == 0
+    assert target.read_bytes() == bundled_recipes()[names[0]].read_bytes()
+    target.write_text("edited", encoding="utf-8")
+    again = CliRunner().invoke(cli, args)
+    assert again.exit_code == 2
+    assert "is not overwritten" in again.stderr
+    assert target.read_text(encoding="utf-8") == "edited"
+
+
+def test_a_recipe_is_copied_into_a_directory(tmp_path: Path) -> None:
+    name = sorted(bundled_recipes())[0]
+    assert CliRunner().invoke(cli, ["recipes", "copy", name, "--to", str(tmp_path)]).exit_code == 0
+    assert (tmp_path / f"{name}.yaml").is_file()
+
+
+def test_an_unknown_recipe_is_not_copied() -> None:
+    result = CliRunner().invoke(cli, ["recipes", "copy", "nonsense"])
+    assert result.exit_code == 2
+    assert "there is no recipe nonsense" in result.stderr
+
+
+def test_columns_are_parsed_and_checked() -> None:
+    assert parse_columns("image=img, question=q,answer=a") == {"image": "img", "question": "q", "answer": "a"}
+    assert parse_columns(None) is None
+    with pytest.raises(click.UsageError, match="image=COLUMN"):
+        parse_columns("image")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "folder"], "columns is needed"),
+        (["--data", "a.json", "--columns", "image"], "image=COLUMN"),
+        (["--data", "folder", "--columns", "imgae=i,question=q,answer=a"], "imgae"),
+    ],
+)
+def test_eval_checks_its_options_first(options: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["eval", str(tmp_path), *options, "--output", str(tmp_path / "new")])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_eval_does_not_overwrite_results(tmp_path: Path) -> None:
+    (tmp_path / "accuracy.json").touch()
+    result = CliRunner().invoke(cli, ["eval", "x", "--data", "a.json", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "not overwritten" in result.stderr
+
+
+def test_env_names_versions_and_no_path() -> None:
+    result = CliRunner().invoke(cli, ["env"])
+    assert result.exit_code == 0
+    assert {"python", "torch", "device"} <= {line.split()[0] for line in result.output.splitlines()}
+    assert str(Path.home()) not in result.output

@@ -1,0 +1,212 @@
+"""Turns as ids and labels, on a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_llava.conversation import (
+    IGNORE_INDEX,
+    TEMPLATES,
+    Encoded,
+    Turn,
+    encode,
+    encode_prompt,
+    get_template,
+)
+from lora_llava.errors import DataError, ModelError, RecipeError
+from tests.helpers.tiny import BOS_ID, EOS_ID, IM_END_ID, IMAGE_ID, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+WHERE = "train.json, record 3 (id x)"
+OPTIONS: dict[str, Any] = {"image_token_id": IMAGE_ID, "num_image_tokens": 4, "where": WHERE}
+
+
+def run(turns: list[Turn], name: str = "vicuna_v1", max_length: int = 999, tokenizer: Any = TOKENIZER) -> Encoded:
+    return encode(turns, get_template(name), tokenizer, max_length=max_length, **OPTIONS)
+
+
+def talk(*texts: str) -> list[Turn]:
+    return [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
+
+
+def written(encoded: Encoded, tokenizer: Any = TOKENIZER) -> str:
+    text: str = tokenizer.decode(encoded.input_ids, skip_special_tokens=False)
+    return text
+
+
+def learned(encoded: Encoded) -> str:
+    text: str = TOKENIZER.decode([label for label in encoded.labels if label != IGNORE_INDEX])
+    return text
+
+
+def test_vicuna_is_written_as_llava_writes_it() -> None:
+    encoded = run(talk("What?\n<image>", "yes", "no?", "a b"))
+    system = TEMPLATES["vicuna_v1"].system
+    image = "<image>" * 4
+    assert written(encoded) == f"<s>{system} USER: {image}\nWhat? ASSISTANT: yes</s>USER: no? ASSISTANT: a b</s>"
+    assert learned(encoded) == " yes</s> a b</s>"
+    assert encoded.num_supervised == sum(label != IGNORE_INDEX for label in encoded.labels)
+
+
+def test_chatml_is_written_with_its_markers_and_no_system_by_default() -> None:
+    encoded = run(talk("<image>\nWhat?", "yes", "no?", "a"), "chatml", tokenizer=tiny_tokenizer(add_bos=False))
+    image = "<image>" * 4
+    assert written(encoded) == (
+        f"<|im_start|>user\n{image}\nWhat?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\nno?<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
+    )
+    assert learned(encoded) == "yes<|im_end|>a<|im_end|>"
+
+
+def test_chatml_system_text_is_a_block_of_its_own() -> None:
+    template = get_template("chatml", "Be brief.")
+    encoded = encode(talk("What?", "yes"), template, TOKENIZER, max_length=99, **OPTIONS)
+    assert written(encoded).startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?")
+
+
+def test_plain_is_image_caption_and_line_feed() -> None:
+    encoded = run(talk("Describe it.\n<image>", "a cat"), "plain")
+    assert written(encoded) == "<s>" + "<image>" * 4 + "a cat\n"
+    assert learned(encoded) == "a cat\n"
+    assert encoded.prefix_length == 5
+
+
+def test_no_bos_is_invented() -> None:
+    encoded = run(talk("<image>", "a cat"), "plain", tokenizer=tiny_tokenizer(add_bos=False))
+    assert encoded.input_ids[:4] == [IMAGE_ID] * 4
+    assert encoded.prefix_length == 4
+    assert run(talk("<image>", "a cat"), "plain").input_ids[0] == BOS_ID
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+def test_text_only_record_has_no_image_and_no_prefix(name: str) -> None:
+    encoded = run(talk("What?", "yes"), name)
+    assert IMAGE_ID not in encoded.input_ids
+    assert encoded.prefix_length == 0
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+def test_image_in_a_later_turn_shares_no_prefix(name: str) -> None:
+    encoded = run(talk("hi", "yes", "<image>\nWhat?", "no"), name)
+    assert encoded.input_ids.count(IMAGE_ID) == 4
+    assert encoded.prefix_length == 0
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+@pytest.mark.parametrize("first", ["<image>\nWhat?", "\n\nWhat?", " ", "<image>"])
+def test_prompt_is_a_prefix_of_the_answered_prompt(name: str, first: str) -> None:
+    turns = talk(first, " yes ", "\nno", "\n\n a")
+    whole = run(turns, name)
+    prompt = encode_prompt(turns[:-1], get_template(name), TOKENIZER, **OPTIONS)
+    assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert set(prompt.labels) == {IGNORE_INDEX}
+    assert prompt.num_supervised == 0
+    assert prompt.prefix_length == whole.prefix_length
+
+
+@pytest.mark.parametrize("words", ["</s>", "<|im_end|>", "<|im_start|>system\n", "<s>", "<pad>", "USER: ASSISTANT: x"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
+def test_words_of_a_record_never_become_special_tokens(words: str, name: str) -> None:
+    clean = run(talk("<image>\nq", "a", "q", "a"), name)
+    ours = run(talk(f"<image>\n{words}", words, words, words), name)
+    special = [token for token in ours.input_ids if token < 7]
+    assert special == [token for token in clean.input_ids if token < 7]
+    end = "</s>" if name == "vicuna_v1" else "<|im_end|>"
+    assert learned(ours).replace(" ", "") == f"{words}{end}{words}{end}".replace(" ", "")
+
+
+def test_answer_ends_with_the_end_token() -> None:
+    assert run(talk("q", "a")).labels[-1] == EOS_ID
+    assert run(talk("q", "a"), "chatml").labels[-1] == IM_END_ID
+
+
+def test_truncation_cuts_at_the_end_only() -> None:
+    turns = talk("<image>\nWhat?", "yes", "What?", "no no no")
+    whole = run(turns)
+    cut = run(turns, max_length=len(whole.input_ids) - 2)
+    assert cut.input_ids == whole.input_ids[:-2]
+    assert cut.labels == whole.labels[:-2]
+    assert cut.prefix_length == whole.prefix_length
+    assert run(turns, max_length=len(whole.input_ids)) == whole
+
+
+def test_truncation_never_cuts_the_image() -> None:
+    turns = talk("<image>\nWhat?", "yes")
+    prefix_length = run(turns).prefix_length
+    with pytest.raises(DataError, match=f"{prefix_length - 1} would cut through the image") as caught:
+        run(turns, max_length=prefix_length - 1)
+    assert str(caught.value).startswith(WHERE)
+
+
+def test_nothing_left_to_learn_is_refused() -> None:
+    turns = talk("<image>\nWhat?", "yes")
+    first = next(index for index, label in enumerate(run(turns).labels) if label != IGNORE_INDEX)
+    assert run(turns, max_length=first + 1).num_supervised == 1
+    with pytest.raises(DataError, match="nothing to learn") as caught:
+        run(turns, max_length=first)
+    assert str(caught.value).startswith(WHERE)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "last turn is missing"),
+        ([Turn("assistant", "a")], "turn 1: is of the assistant, must be of the user"),
+        ([Turn("user", "q"), Turn("user", "q")], "turn 2: is of the user, must be of the assistant"),
+        (talk("q", "a", "q"), "the last turn is the user's, must be the assistant's"),
+        (talk("q", ""), "turn 2: the answer is empty"),
+        (talk("q", " \n"), "turn 2: the answer is empty"),
+        (talk("<image> <image>", "a"), "2 times <image>, at most one"),
+        (talk("<image>", "a", "<image>", "a"), "2 times <image>, at most one"),
+        (talk("<image>", "an <image>"), "turn 2: <image> in an answer"),
+    ],
+)
+def test_turns_that_cannot_be_learned_are_refused_by_name(turns: list[Turn], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        run(turns)
+    assert str(caught.value).startswith(WHERE)
+
+
+@pytest.mark.parametrize("turns", [talk("q", "a"), talk("<image>", "a", "q", "a")])
+def test_plain_takes_one_image_and_its_caption(turns: list[Turn]) -> None:
+    with pytest.raises(DataError, match="plain takes one image and its caption") as caught:
+        run(turns, "plain")
+    assert str(caught.value).startswith(WHERE)
+
+
+def test_prompt_must_end_with_a_question() -> None:
+    with pytest.raises(DataError, match="the last turn is the assistant's") as caught:
+        encode_prompt(talk("q", "a"), get_template("vicuna_v1"), TOKENIZER, **OPTIONS)
+    assert str(caught.value).startswith(WHERE)
+
+
+def test_tokenizer_without_the_markers_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="the tokenizer has none") as caught:
+        run(talk("q", "a"), tokenizer=tokenizer)
+    assert str(caught.value).startswith(WHERE)
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(ModelError, match=r"needs the token <\|im_start\|>") as caught:
+        run(talk("q", "a"), "chatml", tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert str(caught.value).startswith(WHERE)
+
+
+def test_unknown_template_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean vicuna_v1"):
+        get_template("vicuna")
+    with pytest.raises(RecipeError, match="use one of plain, vicuna_v1, chatml"):
+        get_template("zzz")
+
+
+def test_plain_has_no_system_text() -> None:
+    with pytest.raises(RecipeError, match="plain has no system text"):
+        get_template("plain", "Be brief.")
+    assert get_template("plain", "") == TEMPLATES["plain"]

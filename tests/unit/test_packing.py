@@ -1,0 +1,173 @@
+"""The plan of a stage: what it promises for any data, on random data and on examples done by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from lora_llava.data.packing import Plan, PlanItem, make_plan, plan_in_order, tree_length
+
+PREFIX = 10
+
+
+def random_items(seed: int, count: int = 37, images: int = 9) -> list[PlanItem]:
+    """Conversations of 11 to 40 tokens on a few images, some of text alone."""
+    rng = random.Random(seed)
+    items = []
+    for _ in range(count):
+        if rng.random() < 0.2:
+            items.append(PlanItem(rng.randint(1, 40), 0, -1))
+        else:
+            items.append(PlanItem(PREFIX + rng.randint(1, 30), PREFIX, rng.randrange(images)))
+    return items
+
+
+def plan(items: list[PlanItem], **changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "batch_size": 8,
+        "tokens_per_row": 64,
+        "branches_per_tree": 4,
+        "packing": "tree",
+        "num_train_epochs": 1.0,
+        "max_steps": -1,
+        "seed": 0,
+    }
+    return make_plan(items, **{**settings, **changes})
+
+
+def conversations(made: Plan) -> list[list[int]]:
+    """The conversations of each step, in row order."""
+    return [[index for row in step for tree in row for index in tree] for step in made.steps]
+
+
+def step_sets(made: Plan) -> list[list[int]]:
+    return [sorted(step) for step in conversations(made)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("packing", ["tree", "none"])
+def test_promises_for_any_data(seed: int, packing: str) -> None:
+    items = random_items(seed)
+    batch_size = random.Random(seed).randint(1, 12)
+    made = plan(items, packing=packing, batch_size=batch_size, seed=seed)
+    steps = conversations(made)
+    assert [len(step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
+    assert sorted(index for step in steps for index in step) == list(range(len(items)))
+    assert {len(step) for step in made.steps} == {made.rows_per_step}
+    rows = [row for step in made.steps for row in step]
+    assert max(sum(tree_length(tree, items) for tree in row) for row in rows) <= 64
+    for tree in (tree for row in rows for tree in row):
+        assert len(tree) <= 4
+        assert len({(items[index].group, items[index].prefix_length) for index in tree}) == 1
+        assert len(tree) == 1 or items[tree[0]].prefix_length == PREFIX
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_conversations_of_a_step_depend_neither_on_packing_nor_on_the_rows(seed: int) -> None:
+    items = random_items(seed)
+    plans = [plan(items, packing="none"), plan(items, tokens_per_row=40), plan(items, tokens_per_row=4096)]
+    assert step_sets(plans[0]) == step_sets(plans[1]) == step_sets(plans[2])
+    assert plans[0].rows_per_step >= plans[1].rows_per_step > plans[2].rows_per_step == 1
+
+
+def test_is_a_function_of_its_arguments() -> None:
+    items = random_items(1)
+    assert plan(items, seed=3) == plan(items, seed=3)
+    assert step_sets(plan(items, seed=3)) != step_sets(plan(items, seed=4))
+
+
+def test_epochs_differ_in_order_and_hold_every_conversation_once() -> None:
+    items = random_items(2)
+    steps = step_sets(plan(items, num_train_epochs=3.0))
+    an_epoch = math.ceil(len(items) / 8)
+    epochs = [steps[start : start + an_epoch] for start in range(0, len(steps), an_epoch)]
+    assert [sorted(index for step in epoch for index in step) for epoch in epochs] == [list(range(len(items)))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps"),
+    [(1.0, -1, 5), (2.0, -1, 10), (0.5, -1, 3), (1.2, -1, 6), (1e-9, -1, 1), (1.0, 2, 2), (1.0, 11, 11)],
+)
+def test_number_of_steps(epochs: float, max_steps: int, steps: int) -> None:
+    # 37 conversations in steps of 8: five steps an epoch, the fifth of 5 conversations.
+    made = plan(random_items(0), num_train_epochs=epochs, max_steps=max_steps)
+    assert len(made.steps) == steps
+    assert [len(step) for step in conversations(made)] == [5 if (n + 1) % 5 == 0 else 8 for n in range(steps)]
+
+
+def test_more_conversations_than_branches_make_more_trees() -> None:
+    items = [PlanItem(PREFIX + 1, PREFIX, 0)] * 10
+    made = plan(items, batch_size=10, branches_per_tree=4, tokens_per_row=4096)
+    assert sorted(len(tree) for row in made.steps[0] for tree in row) == [2, 4, 4]
+
+
+def test_a_tree_cut_by_a_row_or_by_a_step_keeps_its_prefix() -> None:
+    items = [PlanItem(PREFIX + 5, PREFIX, 0)] * 6
+    by_row = plan(items, batch_size=6, branches_per_tree=6, tokens_per_row=PREFIX + 10)
+    assert [len(tree) for row in by_row.steps[0] for tree in row] == [2, 2, 2]
+    by_step = plan(items, batch_size=4, branches_per_tree=6, tokens_per_row=4096)
+    assert [[len(tree) for row in step for tree in row] for step in by_step.steps] == [[4], [2]]
+    assert by_step.num_computed_tokens == (PREFIX + 20) + (PREFIX + 10)
+    assert by_row.num_computed_tokens == 3 * (PREFIX + 10)
+
+
+def test_a_conversation_longer_than_a_row_is_refused() -> None:
+    items = [PlanItem(64, PREFIX, 0), PlanItem(65, PREFIX, 0)]
+    assert plan(items[:1]).num_conversations == 1
+    with pytest.raises(ValueError, match="conversation 1 has 65 tokens, a row holds 64"):
+        plan(items)
+
+
+def test_without_packing_every_row_is_one_conversation() -> None:
+    made = plan(random_items(3), packing="none")
+    shapes = {tuple(len(tree) for tree in row) for step in made.steps for row in step}
+    assert shapes == {(1,), ()}
+    assert made.rows_per_step == 8
+    assert made.share_saved == 0.0
+
+
+def test_share_saved_by_hand() -> None:
+    # Four questions of 5 tokens on one image, one on another, a text of 7: apart, 5 * 15 + 7 = 82 tokens.
+    items = [PlanItem(PREFIX + 5, PREFIX, 0)] * 4 + [PlanItem(PREFIX + 5, PREFIX, 1), PlanItem(7, 0, -1)]
+    made = plan(items, batch_size=6)
+    assert made.num_separate_tokens == 82
+    assert made.num_computed_tokens == (10 + 4 * 5) + 15 + 7 == 52
+    assert made.share_saved == pytest.approx(1 - 52 / 82)
+    assert made.num_conversations == 6
+
+
+def test_a_short_step_is_filled_up_with_empty_rows() -> None:
+    items = [PlanItem(60, PREFIX, group) for group in range(5)]
+    made = plan(items, batch_size=4)
+    assert made.rows_per_step == 4
+    assert [sorted(len(row) for row in step) for step in made.steps] == [[1, 1, 1, 1], [0, 0, 0, 1]]
+
+
+def test_rows_of_a_step_are_balanced() -> None:
+    # First-fit alone would make rows of 100 and 60.
+    items = [PlanItem(length, 0, -1) for length in (40, 40, 20, 20, 20, 20)]
+    made = plan(items, batch_size=6, tokens_per_row=100)
+    assert [sum(tree_length(tree, items) for tree in row) for row in made.steps[0]] == [80, 80]
+
+
+def test_balance_gives_way_where_it_would_overfill_a_row() -> None:
+    # Longest first onto the emptiest row makes 13 of a row of 12; first-fit fits.
+    items = [PlanItem(length, 0, -1) for length in (6, 6, 4, 4, 4)]
+    made = plan(items, batch_size=5, tokens_per_row=12)
+    lengths = [sum(tree_length(tree, items) for tree in row) for row in made.steps[0]]
+    assert lengths == [12, 12]
+
+
+def test_evaluation_rows_hold_every_conversation_once_in_whole_trees() -> None:
+    items = random_items(4)
+    rows = plan_in_order(items, tokens_per_row=4096)
+    trees = [tree for row in rows for tree in row]
+    assert sorted(index for tree in trees for index in tree) == list(range(len(items)))
+    groups = [items[tree[0]].group for tree in trees if items[tree[0]].prefix_length]
+    assert len(groups) == len(set(groups))
+    assert plan_in_order(items, tokens_per_row=64) == plan_in_order(items, tokens_per_row=64)
+    assert plan_in_order([], tokens_per_row=64) == []
