@@ -90,6 +90,11 @@ def augmented(images: Images) -> Images:
     return Images(pixels, colours, images.shapes)
 
 
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 images into what the tower takes."""
+    return (pixels.float() / 255.0 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
 class Teacher(nn.Module):
     """The tower and the heads that teach it."""
 
@@ -114,8 +119,7 @@ class Teacher(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores of each patch token (N, 16, 11) and of the class token (N, 11)."""
-        values = (pixels.float() / 255.0 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        states = self.tower(values, output_hidden_states=True).hidden_states
+        states = self.tower(normalised(pixels), output_hidden_states=True).hidden_states
         return self.patch_head(states[-2][:, 1:]), self.class_head(states[-1][:, 0])
 
     def loss(self, images: Images) -> torch.Tensor:
@@ -168,6 +172,18 @@ def train(teacher: Teacher, images: Images, epochs: int) -> None:
         click.echo(f"epoch {epoch + 1}/{epochs}: loss {float(loss.detach()):.4f}")
 
 
+@torch.no_grad()
+def scale_to_unit_spread(tower: CLIPVisionModel, pixels: torch.Tensor) -> None:
+    """Scale the residual stream so that the projected features have a standard deviation of 1, about CLIP's.
+
+    Exact but for the norms' epsilon: all that writes to the stream is scaled, and all that reads it has a norm first.
+    """
+    spread = tower(normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:].std()
+    for name, parameter in tower.named_parameters():
+        if any(writer in name for writer in ("pre_layrnorm.", ".out_proj.", ".fc2.")):
+            parameter.div_(spread)
+
+
 def save(teacher: Teacher, directory: Path) -> None:
     """Write the tower in half precision, with the image settings it was trained with."""
     teacher.tower.half().save_pretrained(directory)
@@ -199,6 +215,7 @@ def main(wheel: Path, out: Path, epochs: int, seed: int) -> None:
     teacher = Teacher()
     train(teacher, images[~held_out], epochs)
     click.echo(json.dumps(accuracies(teacher, images[held_out])))
+    scale_to_unit_spread(teacher.tower, images[held_out].pixels)
     save(teacher, out)
 
 

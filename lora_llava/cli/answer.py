@@ -68,19 +68,18 @@ def evaluate(
         "answer_prompt": answer_prompt,
         "max_records": max_records,
     }
-    settings = data_settings(fields)
+    data_settings(fields)  # A mistake on the command line shows before anything heavy is imported.
     quiet_libraries()
     from lora_llava.artifact import read_manifest
     from lora_llava.data.records import load_records
     from lora_llava.workflow import evaluate_artifact, shown_path
 
-    trained_with = read_manifest(artifact).data.get("answer_prompt")
-    if answer_prompt is None and trained_with:
-        settings = data_settings({**fields, "answer_prompt": trained_with})
+    if answer_prompt is None:
+        fields["answer_prompt"] = read_manifest(artifact).data.get("answer_prompt")
     console = make_console()
     evaluate_artifact(
         artifact,
-        load_records(settings),
+        load_records(data_settings(fields)),
         directory=output,
         console=console,
         precision="auto",

@@ -34,6 +34,8 @@ def run_recipe(recipe: Recipe, console: Console, *, overwrite: bool = False) -> 
     Returns the run's summary, which is also written to `summary.json`. Raises LoraLlavaError's subclasses.
     """
     directory = recipe.resolved_output_dir
+    if recipe.start_from is not None:
+        read_manifest(recipe.start_from)
     output.claim_output_dir(directory, overwrite=overwrite)
     recipe_yaml = dump_resolved(recipe, directory)
     (directory / output.RECIPE).write_text(recipe_yaml, encoding="utf-8")
@@ -159,10 +161,12 @@ def announce(stage: StageName, data: StageData, table: list[PartRow], console: C
 
 def closing_metrics(trainer: PackedTrainer) -> dict[str, float]:
     """Return the last logged training loss and, with a validation set, the loss on it at the end."""
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    history = trainer.state.log_history
+    losses = [row["loss"] for row in history if "loss" in row]
     metrics = {"train_loss": float(losses[-1])} if losses else {}
     if trainer.eval_dataset is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+        at_the_end = [row for row in history if "eval_loss" in row and row["step"] == trainer.state.global_step]
+        metrics["eval_loss"] = (at_the_end[-1] if at_the_end else trainer.evaluate())["eval_loss"]
     return metrics
 
 

@@ -104,14 +104,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64)
         count = 0
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # What is trained is in fp32, the rest in bf16: without autocast the two do not multiply.
+        autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
+        with torch.no_grad(), autocast:
             for row in self._rows_loader(rows):
                 inputs = self._prepare_inputs(row)
                 total += packed_loss(self.model, inputs, 1).double().cpu()
                 count += inputs["shift_labels"].numel()
-        metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": float(total) / count}
-        if self.sample_answers is not None:
-            metrics["samples"] = self.sample_answers()
+            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": float(total) / count}
+            if self.sample_answers is not None:
+                metrics["samples"] = self.sample_answers()
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

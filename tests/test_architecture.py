@@ -1,0 +1,127 @@
+"""The rules of the code's shape: one import direction, small files and functions, full annotations."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_llava
+
+PACKAGE = Path(lora_llava.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "recipes" not in path.relative_to(PACKAGE).parts)
+SOURCES = [*MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
+MOST_LINES, MOST_FUNCTION_LINES = 300, 50
+
+# From the bottom up: a module imports its own layer's package and the layers below it, nothing above.
+# `data` and `modeling` do not know each other, nor do `evaluation` and `training`'s insides from below.
+LAYERS = [
+    {"lora_llava", "errors"},
+    {"recipe"},
+    {"recipe_file", "templates", "device"},
+    {"conversation"},
+    {"data", "modeling"},
+    {"artifact"},
+    {"evaluation"},
+    {"training"},
+    {"workflow", "environment", "quickstart_assets"},
+    {"quickstart"},
+    {"cli"},
+]
+LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.conversation", "lora_llava.data.records"]
+LIGHT += ["lora_llava.data.packing", "lora_llava.evaluation.metrics"]
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def unit_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    known = {name_of(other) for other in MODULES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name in known}
+
+
+def layer_of(unit: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if unit in layer)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert len(MODULES) > 20
+    assert {unit_of(name_of(path)) for path in MODULES} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_down(path: Path) -> None:
+    unit = unit_of(name_of(path))
+    for target in imports(path) - {"lora_llava"}:
+        other = unit_of(target)
+        assert other == unit or layer_of(other) < layer_of(unit), f"{name_of(path)} imports {target}"
+
+
+def test_no_cycles() -> None:
+    graph = {name_of(path): imports(path) - {name_of(path)} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for target in graph[name] - {"lora_llava"}:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert done == set(graph)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_small_and_finished(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= MOST_FUNCTION_LINES, node.name
+    if path != Path(__file__):
+        assert not UNFINISHED.search(text)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_functions_are_annotated(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.returns is not None, node.name
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [one.arg for one in arguments if one.annotation is None and one.arg not in ("self", "cls")]
+            assert not bare, f"{node.name}: {bare}"
+
+
+def test_the_ignore_index_is_defined_once() -> None:
+    defined = [path for path in MODULES if re.search(r"^IGNORE_INDEX\b.*=", path.read_text(encoding="utf-8"), re.M)]
+    assert [name_of(path) for path in defined] == ["lora_llava.conversation"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft', 'datasets'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,202 @@
+"""Recipes: what is read, what is refused and in which words, and that a resolved recipe runs again as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lora_llava.errors import RecipeError
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_file import bundled_recipes, dump_resolved, load_recipe
+
+MINIMAL = """\
+name: small
+base: {model_name_or_path: some/llava}
+stages:
+  instruct:
+    data: {path: data/train.json}
+    learning_rate: 1e-4
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "small.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return path
+
+
+def refused(directory: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(directory, text), overrides)
+    return str(caught.value)
+
+
+def test_a_minimal_recipe_has_the_settings_of_llava(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    stage = recipe.stages.instruct
+    assert stage is not None
+    assert stage.learning_rate == 1e-4
+    assert (stage.batch_size, stage.mm_projector_lr, stage.template) == (128, 2e-5, "vicuna_v1")
+    assert (recipe.adapter.r, recipe.adapter.lora_alpha, recipe.quantization.type) == (128, 256.0, "nf4")
+    assert recipe.stage_names == ["instruct"]
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, number: str) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL.replace("1e-4", number)))
+    assert recipe.stage("instruct").learning_rate == pytest.approx(1e-4)
+
+
+def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None:
+    text = MINIMAL.replace("learning_rate", "lerning_rate").replace("name: small", "name: small\nseed: -1\nadaptor: {}")
+    message = refused(tmp_path, text)
+    assert "stages.instruct.lerning_rate: unknown key; did you mean learning_rate?" in message
+    assert "adaptor: unknown key; did you mean adapter?" in message
+    assert "seed:" in message
+    assert message.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("1e-4", "0"), "greater than 0"),
+        (("1e-4", "-1"), "greater than 0"),
+        (("1e-4", ".nan"), "finite"),
+        (("1e-4", ".inf"), "finite"),
+        (("1e-4", "fast"), "number"),
+        (("1e-4", "1e-4\n    gradient_checkpointing: 'yes'"), "boolean"),
+        (("1e-4", "1e-4\n    packing: trees"), "'tree' or 'none'"),
+        (("1e-4", "1e-4\n    max_length: 4096"), "tokens_per_micro_batch 2048 is less than max_length 4096"),
+        (("1e-4", "1e-4\n    max_steps: 0"), "max_steps"),
+        (("1e-4", "1e-4\n    template: plain"), "'vicuna_v1' or 'chatml'"),
+        (("name: small", "name: small\nadapter: {r: 0}"), "adapter.r"),
+        (("name: small", "name: Not a name"), "name:"),
+        (("name: small", "name: small\nversion: 2"), "version"),
+        (("some/llava", "some/llava, vision_tower: x"), "exclude each other"),
+        (("{model_name_or_path: some/llava}", "{language_model: some/lm}"), "vision_tower"),
+        (("data/train.json", "some/data"), "columns is needed"),
+        (("data/train.json", "data/train.json, columns: {question: q, answer: a}"), "LLaVA JSON has none"),
+        (("data/train.json", "data/train.json, validation: {share: 1.0}"), "less than 1"),
+        (("data/train.json", "data/train.json, validation: {}"), "give path or share"),
+        (("  instruct:", "  tune:"), "unknown key"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    assert change[0] in MINIMAL
+    assert words in refused(tmp_path, MINIMAL.replace(*change))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds nothing"),
+        ("# only a comment\n", "holds nothing"),
+        ("- a\n- b\n", "holds a list"),
+        ("name: a\nname: b\n", "'name' stands twice"),
+        ("a: {b: 1, b: 2}\n", "'b' stands twice"),
+        ("a: &x 1\nb: *x\n", "aliases"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("a:\n\t- b\n", "not valid YAML"),
+        ("a: [1, 2\n", "not valid YAML"),
+        ("? [a, b]\n: c\n", "plain word"),
+        ("a: " + "[" * 5000 + "\n", "not valid YAML"),
+        ("name: \udcff\n", "not UTF-8"),
+    ],
+)
+def test_broken_files_are_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    message = refused(tmp_path, text)
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_missing_or_huge_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="at most"):
+        load_recipe(write(tmp_path, "#" * (1 << 21)))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "\ufeff" + MINIMAL)).name == "small"
+
+
+def test_overrides_are_yaml_and_typed(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL),
+        ["seed=7", "stages.instruct.learning_rate=3e-5", "name='x1'", "adapter.target_modules=[q_proj, v_proj]"],
+    )
+    assert (recipe.seed, recipe.name, recipe.adapter.target_modules) == (7, "x1", ["q_proj", "v_proj"])
+    assert recipe.stage("instruct").learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "key.sub=value"),
+        ("=3", "key.sub=value"),
+        ("stages..x=3", "key.sub=value"),
+        ("sed=3", "did you mean seed?"),
+        ("stages.instruct.lr=3", "unknown key stages.instruct.lr"),
+        ("seed.deep=3", "unknown key seed.deep"),
+        ("seed=[1", "not valid YAML"),
+        ("seed=", "seed"),
+        ("seed=x", "seed"),
+    ],
+)
+def test_wrong_overrides_are_refused(tmp_path: Path, override: str, words: str) -> None:
+    assert words in refused(tmp_path, MINIMAL, override)
+
+
+def test_paths_start_at_the_recipe_and_those_of_overrides_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    text = MINIMAL.replace("data/train.json", "data/train.json, image_root: ../images")
+    path = write(tmp_path, "output_dir: out\n" + text)
+    recipe = load_recipe(path)
+    data = recipe.stage("instruct").data
+    assert (recipe.output_dir, data.path) == (tmp_path / "out", str(tmp_path / "data/train.json"))
+    assert data.image_root == str(tmp_path.parent / "images")
+    assert load_recipe(path, ["output_dir=out"]).output_dir == here / "out"
+
+
+def test_a_name_is_a_path_only_if_it_is_there(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path).base.model_name_or_path == "some/llava"
+    (tmp_path / "some/llava").mkdir(parents=True)
+    assert load_recipe(path).base.model_name_or_path == str(tmp_path / "some/llava")
+
+
+def test_variables_are_not_expanded(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL.replace("data/train.json", "'${HOME}/train.json'")))
+    assert "${HOME}" in recipe.stage("instruct").data.path
+
+
+def test_a_resolved_recipe_is_the_same_recipe_and_holds_no_absolute_path(tmp_path: Path) -> None:
+    text = "output_dir: runs/x\n" + MINIMAL.replace("train.json", "train.json, validation: {path: data/val.json}")
+    recipe = load_recipe(write(tmp_path, text))
+    directory = tmp_path / "runs/x"
+    directory.mkdir(parents=True)
+    dumped = dump_resolved(recipe, directory)
+    assert str(tmp_path) not in dumped
+    (directory / "recipe.yaml").write_text(dumped, encoding="utf-8")
+    assert load_recipe(directory / "recipe.yaml") == recipe
+
+
+def test_every_recipe_of_the_repository_ships_and_says_what_it_needs() -> None:
+    recipes = bundled_recipes()
+    files = {path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml")}
+    assert set(recipes) == files
+    assert {"quickstart", "easy_vqa", "llava_v15_7b", "llava_v15_13b", "medical_vqa"} <= files
+    for name, path in recipes.items():
+        recipe = load_recipe(path)
+        assert isinstance(recipe, Recipe)
+        assert recipe.name == name
+        header = path.read_text(encoding="utf-8").split("version:")[0]
+        for word in ("lora-llava ", "Card:", "Data:", "Licence:"):
+            assert word in header, (name, word)
+    assert re.search("not for clinical use", recipes["medical_vqa"].read_text(encoding="utf-8"), re.IGNORECASE)
