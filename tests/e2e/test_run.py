@@ -95,9 +95,7 @@ def test_bf16_with_nf4(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_base_is_not_touched(run: Run, tiny_base: Path) -> None:
     assert hash_weights(tiny_base) == read_manifest(run.directory / "instruct").base["weights_sha256"]
     plain = LlavaForConditionalGeneration.from_pretrained(tiny_base).state_dict()
-    assert torch.equal(
-        plain["lm_head.weight"], run.stages["instruct"].after["base_model.model.lm_head.weight"]
-    )
+    assert torch.equal(plain["lm_head.weight"], run.stages["instruct"].after["base_model.model.lm_head.weight"])
 
 
 def test_the_second_stage_starts_from_the_firsts_artifact(run: Run, tiny_base: Path) -> None:
