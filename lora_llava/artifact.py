@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from lora_llava.errors import ArtifactError
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, locate
-from lora_llava.recipe import StageName
+from lora_llava.recipe import AdapterSettings, StageName
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -177,6 +177,16 @@ def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact:
             f"{artifact} was trained on another base: weights {wanted} ({manifest.base['name']}), but those at "
             f"{found_at} are {weights_sha256}. Give the right one with --base."
         )
+
+
+def check_adapter(artifact: Path, wanted: AdapterSettings) -> None:
+    """Refuse to go on training a LoRA of another form than the recipe states."""
+    config = LoraConfig.from_pretrained(str(artifact))
+    form = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    found = {"type": form, "r": config.r, "lora_alpha": config.lora_alpha}
+    differing = [f"adapter.{name}: {value}" for name, value in found.items() if value != getattr(wanted, name)]
+    if differing:
+        raise ArtifactError(f"start_from: {artifact} has {', '.join(differing)}; set the recipe's to these")
 
 
 def load_projector(artifact: Path, model: Any) -> None:

@@ -157,7 +157,7 @@ class StageSettings(Settings):
     packing: Literal["tree", "none"] = "tree"
     """`tree`: questions about one image share its tokens. It changes the speed, never the mathematics."""
     branches_per_tree: Count = 8
-    """Most conversations about one image in one step."""
+    """Most conversations that share one image in one tree."""
     tokens_per_micro_batch: Count = 2048
     """Most tokens of one forward pass."""
     num_train_epochs: Positive = 1.0

@@ -124,11 +124,14 @@ def plan_batches(prompts: Sequence[Prompt], max_rows: int) -> list[list[int]]:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off, and leave every module as it was found."""
+    """Switch dropout and gradients off, compute as training does, and leave every module as it was found."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    words = model.get_input_embeddings().weight  # type: ignore[operator]  # a method of PreTrainedModel
+    # What was trained is in fp32, the rest may be in bf16: without autocast the two do not multiply.
+    autocast = torch.autocast(words.device.type, dtype=torch.bfloat16, enabled=words.dtype == torch.bfloat16)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             yield
     finally:
         for module in training:

@@ -177,6 +177,8 @@ def load_base(
         )
     if nf4:
         keep_unpacked(model)
+    # What is trained is so in fp32; in a narrower type a trained projector would be rounded on its way in.
+    model.get_submodule(PROJECTOR).float()
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
     model.config.use_cache = False

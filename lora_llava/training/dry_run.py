@@ -14,7 +14,7 @@ from transformers import LlavaConfig
 from lora_llava.data.packing import Row
 from lora_llava.device import pick_device, pick_dtype
 from lora_llava.errors import DataError, ModelError
-from lora_llava.modeling.base import LANGUAGE_MODEL, meta_model, num_image_tokens
+from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, meta_model, num_image_tokens
 from lora_llava.modeling.describe import describe_base, is_missing
 from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
 from lora_llava.recipe import DataSettings, Recipe, StageName, StageSettings
@@ -137,6 +137,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 def planned_parameters(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: torch.dtype) -> list[PartRow]:
     """Build the stage's model without memory and return its table, with quantised weights as they would be."""
     model: Any = meta_model(config).to(dtype)
+    model.get_submodule(PROJECTOR).float()
     language_model = model.get_submodule(LANGUAGE_MODEL)
     linears = [module.weight.numel() for module in language_model.modules() if isinstance(module, torch.nn.Linear)]
     in_4_bits = sum(linears) if recipe.quantization.type == "nf4" else 0

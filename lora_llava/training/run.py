@@ -12,7 +12,15 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
 
-from lora_llava.artifact import WEIGHTS, check_base, file_sha256, load_projector, read_manifest, save_artifact
+from lora_llava.artifact import (
+    WEIGHTS,
+    check_adapter,
+    check_base,
+    file_sha256,
+    load_projector,
+    read_manifest,
+    save_artifact,
+)
 from lora_llava.data.records import fingerprint
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.figures import plot_loss
@@ -141,6 +149,7 @@ def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: P
         manifest = read_manifest(parent)
         check_base(manifest, loaded.identity.weights_sha256, str(loaded.directory), parent)
         if manifest.stage == "instruct" and stage == "instruct":
+            check_adapter(parent, recipe.adapter)
             loaded.model = PeftModel.from_pretrained(loaded.model, str(parent), is_trainable=True)
             train_only_what_is_saved(loaded.model)
             return loaded.model

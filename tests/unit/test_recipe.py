@@ -149,9 +149,7 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, words: str) 
     assert words in refused(tmp_path, MINIMAL, override)
 
 
-def test_paths_start_at_the_recipe_and_those_of_overrides_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_start_at_the_recipe_and_those_of_overrides_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
