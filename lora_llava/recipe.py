@@ -34,7 +34,7 @@ class BaseModelSettings(Settings):
     model_name_or_path: str | None = None
     """A LLaVA in the llava-hf layout: hub id or directory."""
     revision: str | None = None
-    """Commit, branch or tag of the hub repository."""
+    """Commit, branch or tag of the hub repository `model_name_or_path`."""
     language_model: str | None = None
     """A Llama-family language model: hub id or directory."""
     gguf_file: str | None = None
@@ -54,6 +54,8 @@ class BaseModelSettings(Settings):
             raise ValueError(f"model_name_or_path and {', '.join(parts)} exclude each other")
         if not self.model_name_or_path and not (self.language_model and self.vision_tower):
             raise ValueError("give model_name_or_path, or both language_model and vision_tower")
+        if self.revision and not self.model_name_or_path:
+            raise ValueError("revision is that of model_name_or_path; language_model and vision_tower have none")
         return self
 
 
@@ -72,7 +74,7 @@ class AdapterSettings(Settings):
     r: Count = 128
     lora_alpha: Positive = 256.0
     lora_dropout: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Names of the language model's linear layers, such as q_proj."""
 
 
@@ -140,6 +142,11 @@ class DataSettings(Settings):
             raise ValueError("columns is for parquet and Hugging Face datasets; LLaVA JSON has none")
         if not is_json and not self.columns:
             raise ValueError("columns is needed, since path is not a .json or .jsonl file")
+        if is_json and (self.name or self.revision):
+            raise ValueError("name and revision are for hub data sets; path is a file")
+        held_out = self.validation.path if self.validation else None
+        if held_out and held_out.endswith((".json", ".jsonl")) != is_json:
+            raise ValueError("validation.path and path must both be LLaVA JSON, or both be read by columns")
         return self
 
 

@@ -20,13 +20,25 @@ MAX_BYTES = 1 << 20
 """Largest recipe file, in bytes."""
 
 _PATH_KEYS = ("output_dir", "start_from")
+_ALWAYS_PATHS = (*_PATH_KEYS, "image_root")
 _NAME_OR_PATH_KEYS = ("base.model_name_or_path", "base.language_model", "base.vision_tower")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$")
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS_AND_BOOLS = {
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "int": (re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), "-+0123456789"),
+    "float": (
+        re.compile(
+            r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+        ),
+        "-+0123456789.",
+    ),
+}
+"""What is a number or a bool: YAML 1.2's forms, not 1.1's (`yes`, `1:30`, `010` as 8, dates)."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: `1e-4` is a number, a key stands once, aliases are refused."""
+    """YAML without its traps: `1e-4` is a number, `yes` is a word, a key stands once, aliases are refused."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
@@ -45,7 +57,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that a YAML 1.1 or a YAML 1.2 reader would take for something else."""
+
+
+_REPLACED = {_TAG + name for name in (*_NUMBERS_AND_BOOLS, "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in _REPLACED]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_form, _first) in _NUMBERS_AND_BOOLS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, _form, list(_first))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,8 +79,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     data = _read(path)
     _resolve_paths(data, path.resolve().parent)
+    problems = []
     for override in overrides:
-        _apply(data, override)
+        try:
+            _apply(data, override)
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -67,11 +96,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def dump_resolved(recipe: Recipe, directory: Path) -> str:
     """Write the whole recipe as YAML that works from `directory`, where its relative paths start."""
     data = recipe.plain()
-    data["output_dir"] = os.path.relpath(recipe.resolved_output_dir, directory)
+    # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
+    start = directory.resolve()
+    data["output_dir"] = os.path.relpath(recipe.resolved_output_dir, start)
     for holder, key, value in _paths_in(data):
         if Path(value).is_absolute():
-            holder[key] = _dotted(os.path.relpath(value, directory))
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+            holder[key] = _dotted(os.path.relpath(value, start))
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -88,20 +119,28 @@ def _read(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"recipe {path} has {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}")
     try:
-        data = yaml.load(raw.decode("utf-8-sig"), _Loader)  # noqa: S506 - a SafeLoader
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
-    except RecipeError as error:
-        raise RecipeError(f"{path}, {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
-        raise RecipeError(f"{path}{place}: not valid YAML: {problem}") from error
+    data = _parse(text, str(path))
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values; the file holds {found}")
     return data
+
+
+def _parse(text: str, where: str) -> Any:
+    """Read YAML. Raises RecipeError of one line, which begins with `where`, however the text is broken."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except RecipeError as error:
+        raise RecipeError(f"{where}, {error}") from error
+    # ValueError: an integer of thousands of digits; RecursionError: thousands of brackets.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise RecipeError(f"{where}{place}: not valid YAML: {problem}") from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -109,21 +148,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
     names = key.split(".")
     if not equals or not all(names):
         raise RecipeError(f"override {override!r}: write it as key.sub=value")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecipeError) as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
     _check_key(key)
-    place = data
+    # As a tree of its own, since the value may be a mapping that holds paths.
+    tree: dict[str, Any] = {names[-1]: _parse(text, f"override {key}")}
+    for name in reversed(names[:-1]):
+        tree = {name: tree}
+    _resolve_paths(tree, Path.cwd())
     for name in names[:-1]:
-        if not isinstance(place.get(name), dict):
-            place[name] = {}
-        place = place[name]
-    place[names[-1]] = value
-    if isinstance(value, str):
-        for holder, last, path in _paths_in(data):
-            if holder is place and last == names[-1]:
-                holder[last] = _resolve(path, Path.cwd(), always=last in _PATH_KEYS or last == "image_root")
+        if not isinstance(data.get(name), dict):
+            data[name] = {}
+        data, tree = data[name], tree[name]
+    data[names[-1]] = tree[names[-1]]
 
 
 def _check_key(key: str) -> None:
@@ -152,10 +187,12 @@ def _near(name: str, model: type[BaseModel] | None) -> str:
 
 
 def _problems(error: ValidationError, path: Path) -> list[str]:
-    lines = []
+    texts: dict[str, list[str]] = {}
     for one in error.errors():
-        where = ".".join(str(part) for part in one["loc"])
-        if one["type"] == "extra_forbidden":
+        unknown = one["type"] == "extra_forbidden"
+        # Pydantic puts the branches of a union into the place: adapter.target_modules.list[str].
+        where = ".".join(str(part) for part in one["loc"] if unknown or "[" not in str(part))
+        if unknown:
             model: type[BaseModel] | None = Recipe
             for part in one["loc"][:-1]:
                 field = model.model_fields.get(str(part)) if model else None
@@ -165,8 +202,8 @@ def _problems(error: ValidationError, path: Path) -> list[str]:
             text = one["msg"].removeprefix("Value error, ")
             if one["type"] not in ("missing", "value_error"):
                 text += f", got {one['input']!r}"
-        lines.append(f"{path}: {where}: {text}" if where else f"{path}: {text}")
-    return lines
+        texts.setdefault(where, []).append(text)
+    return [f"{path}: {where + ': ' if where else ''}{'; or: '.join(parts)}" for where, parts in texts.items()]
 
 
 def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
@@ -189,14 +226,19 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
 
 def _resolve_paths(data: dict[str, Any], directory: Path) -> None:
     for holder, key, value in _paths_in(data):
-        holder[key] = _resolve(value, directory, always=key in _PATH_KEYS or key == "image_root")
+        holder[key] = _resolve(key, value, directory)
 
 
-def _resolve(value: str, directory: Path, *, always: bool) -> str:
+def _resolve(key: str, value: str, directory: Path) -> str:
     """Make a path absolute; a name that could be a hub id stays as it is unless such a path exists."""
-    path = Path(value).expanduser()
+    if not value:
+        raise RecipeError(f"{key}: is empty; give a path, or leave the key out")
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"{key}: {value!r} names a user who has no home directory; write the path out") from error
     looks_local = value.startswith((".", "/", "~")) or value.endswith(_DATA_SUFFIXES)
-    if always or looks_local or (":" not in value and (directory / path).exists()):
+    if key in _ALWAYS_PATHS or looks_local or (":" not in value and (directory / path).exists()):
         return os.path.normpath(directory / path)
     return value
 
