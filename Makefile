@@ -25,5 +25,6 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 
+# Not runs/: what is trained there may have cost days.
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart runs
+	rm -rf $(VENV) build dist *.egg-info quickstart

@@ -78,7 +78,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with every problem, one a line.
     """
     data = _read(path)
-    _resolve_paths(data, path.resolve().parent)
+    _resolve_paths(data, path.resolve().parent, str(path))
     problems = []
     for override in overrides:
         try:
@@ -153,7 +153,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     tree: dict[str, Any] = {names[-1]: _parse(text, f"override {key}")}
     for name in reversed(names[:-1]):
         tree = {name: tree}
-    _resolve_paths(tree, Path.cwd())
+    _resolve_paths(tree, Path.cwd(), f"override {key}")
     for name in names[:-1]:
         if not isinstance(data.get(name), dict):
             data[name] = {}
@@ -224,9 +224,12 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
     return [(holder, key, value) for holder, key, value in found if isinstance(value, str)]
 
 
-def _resolve_paths(data: dict[str, Any], directory: Path) -> None:
+def _resolve_paths(data: dict[str, Any], directory: Path, where: str) -> None:
     for holder, key, value in _paths_in(data):
-        holder[key] = _resolve(key, value, directory)
+        try:
+            holder[key] = _resolve(key, value, directory)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
 
 
 def _resolve(key: str, value: str, directory: Path) -> str:

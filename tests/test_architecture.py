@@ -55,7 +55,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: a relative import, which these rules do not see"
+            assert node.module is not None
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return {name for name in found if name in known}
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import bundled_recipes, dump_resolved, load_recipe
+from lora_llava.recipe_file import dump_resolved, load_recipe
 
 MINIMAL = """\
 name: small
@@ -81,6 +79,10 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("data/train.json", "data/train.json, validation: {share: 1.0}"), "less than 1"),
         (("data/train.json", "data/train.json, validation: {}"), "give path or share"),
         (("  instruct:", "  tune:"), "unknown key"),
+        (("data/train.json", "data/train.json, name: x"), "name and revision are for hub data sets"),
+        (("data/train.json", "data/train.json, validation: {path: some/data}"), "must both be LLaVA JSON"),
+        (("model_name_or_path: some/llava", "language_model: a, vision_tower: b, revision: c"), "revision is that of"),
+        (("name: small", "name: small\nadapter: {target_modules: []}"), "at least 1 item"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, change: tuple[str, str], words: str) -> None:
@@ -185,16 +187,69 @@ def test_a_resolved_recipe_is_the_same_recipe_and_holds_no_absolute_path(tmp_pat
     assert load_recipe(directory / "recipe.yaml") == recipe
 
 
-def test_every_recipe_of_the_repository_ships_and_says_what_it_needs() -> None:
-    recipes = bundled_recipes()
-    files = {path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml")}
-    assert set(recipes) == files
-    assert {"quickstart", "easy_vqa", "llava_v15_7b", "llava_v15_13b", "medical_vqa"} <= files
-    for name, path in recipes.items():
-        recipe = load_recipe(path)
-        assert isinstance(recipe, Recipe)
-        assert recipe.name == name
-        header = path.read_text(encoding="utf-8").split("version:")[0]
-        for word in ("lora-llava ", "Card:", "Data:", "Licence:"):
-            assert word in header, (name, word)
-    assert re.search("not for clinical use", recipes["medical_vqa"].read_text(encoding="utf-8"), re.IGNORECASE)
+@pytest.mark.parametrize("number", ["1:30", "010", "1_000", "0x10", "2026-01-01", "yes"])
+def test_the_numbers_of_old_yaml_are_words(tmp_path: Path, number: str) -> None:
+    assert "seed: Input should be a valid integer" in refused(tmp_path, f"seed: {number}\n{MINIMAL}")
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "Off", "y"])
+def test_only_true_and_false_are_booleans(tmp_path: Path, word: str) -> None:
+    assert "valid boolean" in refused(tmp_path, f"quantization: {{double_quant: {word}}}\n{MINIMAL}")
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "\0", "{r: 1, r: 2}"])
+def test_broken_override_values_are_refused_in_one_line(tmp_path: Path, value: str) -> None:
+    message = refused(tmp_path, MINIMAL, f"adapter={value}")
+    assert message.startswith("override adapter")
+    assert "\n" not in message
+
+
+def test_every_wrong_override_is_reported_at_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, MINIMAL, "sed=1", "seed=2", "nam=x")
+    assert [line.split(":")[0] for line in message.splitlines()] == ["override sed", "override nam"]
+
+
+def test_paths_inside_an_override_start_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["stages.instruct.data={path: x.json, image_root: ../images}"])
+    data = recipe.stage("instruct").data
+    assert (data.path, data.image_root) == (str(here / "x.json"), str(tmp_path / "images"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("~nobody-of-this-name/x", "no home directory"), ("''", "is empty; give a path")]
+)
+def test_wrong_paths_are_refused_where_they_stand(tmp_path: Path, value: str, words: str) -> None:
+    message = refused(tmp_path, f"start_from: {value}\n{MINIMAL}")
+    assert f"{tmp_path / 'small.yaml'}: start_from: " in message
+    assert words in message
+    assert f"override start_from: start_from: {value}"[:32] in refused(tmp_path, MINIMAL, f"start_from={value}")
+
+
+def test_one_wrong_value_is_one_problem_at_its_own_place(tmp_path: Path) -> None:
+    message = refused(tmp_path, f"adapter: {{target_modules: all}}\n{MINIMAL}")
+    assert message.startswith(f"{tmp_path / 'small.yaml'}: adapter.target_modules: ")
+    assert "\n" not in message
+
+
+def test_a_resolved_recipe_in_a_linked_directory_finds_its_data(tmp_path: Path) -> None:
+    disk, project = tmp_path / "disk", tmp_path / "home/me/project"
+    disk.mkdir()
+    project.mkdir(parents=True)
+    (project / "runs").symlink_to(disk)
+    recipe = load_recipe(write(project, "output_dir: runs/x\n" + MINIMAL))
+    directory = recipe.resolved_output_dir
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text(dump_resolved(recipe, directory), encoding="utf-8")
+    assert load_recipe(directory / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "1E-3", ".5e1", "yes", "1:20", "010", "0o7", "null", "<<", "=", "a: b # c", "\u2028"]
+)
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, text: str) -> None:
+    recipe = load_recipe(write(tmp_path, "output_dir: x\n" + MINIMAL), [f"stages.instruct.system='{text}'"])
+    assert recipe.stage("instruct").system == text
+    assert load_recipe(write(tmp_path, dump_resolved(recipe, tmp_path))) == recipe

@@ -102,13 +102,15 @@ def test_nf4_takes_the_language_models_linear_layers_alone(tiny_base: Path, stag
     assert {name.split(".")[5] for name in in_4_bits} == set(LINEARS)
 
 
-def test_what_is_trained_is_fp32_and_the_rest_keeps_its_type(tiny_base: Path) -> None:
+def test_what_is_trained_and_the_projector_are_fp32_and_the_rest_keeps_its_type(tiny_base: Path) -> None:
     model = build_stage(load(tiny_base, nf4=True, dtype=torch.bfloat16), "instruct", adapter())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name
         elif not is_quantized(parameter):
-            assert parameter.dtype == torch.bfloat16, name
+            # The projector's frozen original stays whole too: a trained one passes through it to the next stage.
+            whole = ".multi_modal_projector." in name
+            assert parameter.dtype == (torch.float32 if whole else torch.bfloat16), name
 
 
 def lora_gradients(model: Any) -> dict[str, torch.Tensor]:
