@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := lora_llava tools tests
+SOURCES := lora_llava tools tests benchmarks
 
 .PHONY: quickstart test check bench clean
 
