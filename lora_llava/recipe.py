@@ -42,6 +42,8 @@ class BaseModelSettings(Settings):
     vision_tower: str | None = None
     """A CLIP vision tower: hub id, directory, or `package:vision_tower`, the small one that ships with the package."""
     mm_projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+    projector_init: Literal["llava", "embeddings"] = "llava"
+    """Where a fresh one starts: as in LLaVA, or with outputs among the language model's word embeddings."""
     vision_feature_layer: int = -2
     """Hidden state of the vision tower that is projected."""
     vision_feature_select_strategy: Literal["default", "full"] = "default"

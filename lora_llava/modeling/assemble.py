@@ -105,7 +105,8 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
     for name, tensor in tower.state_dict().items():
         state[f"{VISION_TOWER}.{name}"] = tensor.to(dtype)
     model = meta_model(config)
-    for name, tensor in _fresh_projector(model.get_submodule(PROJECTOR), config, seed).items():
+    embeddings = state[f"{LANGUAGE_MODEL}.embed_tokens.weight"] if settings.projector_init == "embeddings" else None
+    for name, tensor in _fresh_projector(model.get_submodule(PROJECTOR), config, seed, embeddings).items():
         state[f"{PROJECTOR}.{name}"] = tensor.to(dtype)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
@@ -161,8 +162,12 @@ def _language_model_state(language_model: nn.Module, vocabulary: int) -> dict[st
     return state
 
 
-def _fresh_projector(shapes: nn.Module, config: LlavaConfig, seed: int) -> dict[str, torch.Tensor]:
+def _fresh_projector(
+    shapes: nn.Module, config: LlavaConfig, seed: int, embeddings: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Initialise the projector as LLaVA-1.5 does (`nn.Linear`'s own initialisation).
+
+    With `embeddings` (vocabulary, hidden size) its last layer is then moved: see `_move_among`.
 
     For `linear`, linear_2 is the identity and stays frozen: one trained linear map in a layout that every
     reader of LLaVA knows.
@@ -178,4 +183,22 @@ def _fresh_projector(shapes: nn.Module, config: LlavaConfig, seed: int) -> dict[
         nn.init.eye_(fresh["linear_2"].weight)
         if fresh["linear_2"].bias is not None:
             nn.init.zeros_(fresh["linear_2"].bias)
+    if embeddings is not None:
+        _move_among(embeddings.float(), fresh, config, seed)
     return {f"{name}.{key}": value for name, layer in fresh.items() for key, value in layer.state_dict().items()}
+
+
+def _move_among(embeddings: torch.Tensor, fresh: dict[str, nn.Linear], config: LlavaConfig, seed: int) -> None:
+    """Give the outputs of a fresh projector the mean and the spread of the language model's word embeddings.
+
+    What comes in is taken to have unit spread. Far from the words, a small language model reads an image token but
+    does not work on it: it learns to name what it sees and not to compare it with what it is asked.
+    """
+    inputs = torch.randn(4096, fresh["linear_1"].in_features, generator=torch.Generator().manual_seed(seed))
+    linear = config.projector_hidden_act == "linear"
+    last = fresh["linear_1" if linear else "linear_2"]
+    with torch.no_grad():
+        hidden = inputs if linear else nn.functional.gelu(fresh["linear_1"](inputs))
+        last.weight.mul_(embeddings.std(dim=0).mean() / last(hidden).std(dim=0).mean())
+        if last.bias is not None:
+            last.bias.copy_(embeddings.mean(dim=0) - last.weight @ hidden.mean(dim=0))

@@ -161,6 +161,23 @@ def test_the_seed_decides_the_projector(parts: tuple[Path, Path], made: Path, tm
     assert hash_weights(tmp_path / "same") == hash_weights(made) != hash_weights(tmp_path / "other")
 
 
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+def test_a_projector_can_start_among_the_word_embeddings(parts: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    language_model = LlamaForCausalLM.from_pretrained(parts[0])
+    with torch.no_grad():
+        words = language_model.get_input_embeddings().weight
+        words.mul_(0.3).add_(torch.linspace(-1, 1, words.shape[1]))
+    directory = save_language_model(tmp_path / "lm")
+    language_model.save_pretrained(directory)
+    assemble(
+        settings((directory, parts[1]), mm_projector_type=kind, projector_init="embeddings"), tmp_path / "base", seed=7
+    )
+    projector = plain(tmp_path / "base").model.multi_modal_projector
+    outputs = projector(torch.randn(20_000, projector.linear_1.in_features)).detach()
+    assert outputs.std(dim=0).mean() == pytest.approx(words.std(dim=0).mean().item(), rel=0.05)
+    torch.testing.assert_close(outputs.mean(dim=0), words.mean(dim=0), atol=0.1 * words.std().item(), rtol=0)
+
+
 def test_half_precision_tied_embeddings_and_a_linear_projector(tmp_path: Path) -> None:
     language_model = save_language_model(tmp_path / "lm", tied=True, dtype=torch.bfloat16)
     made = settings((language_model, save_vision_tower(tmp_path / "tower")), mm_projector_type="linear")
