@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from lora_llava.errors import ArtifactError
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, locate
-from lora_llava.recipe import AdapterSettings, StageName
+from lora_llava.recipe import AdapterSettings
+from lora_llava.recipe_stages import StageName
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides a run, typed. Reading and writing the file is in `recipe_file`.
+"""The recipe: everything that decides a run, typed. Its stages are in `recipe_stages`, the file in `recipe_file`.
 
 Names are those that users know from Hugging Face, PEFT and LLaVA.
 """
@@ -8,24 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
-StageName = Literal["align", "instruct"]
+from lora_llava.recipe_stages import (
+    AlignSettings,
+    AspectRatio,
+    Count,
+    DataSettings,
+    InstructSettings,
+    Positive,
+    Settings,
+    StageName,
+)
 
-AspectRatio = Literal["pad", "square"]
-"""How an image becomes a square; see ImageSettings."""
-
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-NotNegative = Annotated[FiniteFloat, Field(ge=0)]
-Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 LocalPath = Annotated[Path, Field(strict=False)]
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, no guessing of types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class BaseModelSettings(Settings):
@@ -67,6 +63,8 @@ class QuantizationSettings(Settings):
     type: Literal["nf4", "none"] = "nf4"
     double_quant: bool = True
     """Quantise the scales too: 0.4 bits a weight less."""
+    keep_dequantized: bool = False
+    """Hold the quantised weights in the compute precision: the same numbers, faster, for four times their memory."""
 
 
 class AdapterSettings(Settings):
@@ -85,141 +83,6 @@ class ImageSettings(Settings):
 
     image_aspect_ratio: AspectRatio = "pad"
     """`pad` with the mean colour (LLaVA-1.5, stage 2), or `square`: resize and cut the middle out (stage 1)."""
-
-
-class ColumnSettings(Settings):
-    """Columns of a Hugging Face dataset."""
-
-    image: str | None = None
-    question: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        if self.messages and (self.question or self.answer):
-            raise ValueError("messages excludes question and answer")
-        if not self.messages and not (self.question and self.answer):
-            raise ValueError("give question and answer, or messages")
-        return self
-
-
-class ValidationSettings(Settings):
-    """Records held out of training."""
-
-    path: str | None = None
-    """A file or data set of the same form as the training data."""
-    share: Share | None = None
-    """Share of the training records, split by image."""
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if (self.path is None) == (self.share is None):
-            raise ValueError("give path or share")
-        return self
-
-
-class DataSettings(Settings):
-    """Where records come from."""
-
-    path: str
-    """LLaVA JSON or JSONL; or, with `columns`, a parquet file, a directory or a hub id."""
-    image_root: str | None = None
-    """Directory of the images; default: that of the data file."""
-    split: str = "train"
-    name: str | None = None
-    """Configuration of a hub data set."""
-    revision: str | None = None
-    columns: ColumnSettings | None = None
-    answer_prompt: str | None = None
-    """Text after each question that says what form the answer takes."""
-    max_records: Count | None = None
-    """Take the first so many records only."""
-    validation: ValidationSettings | None = None
-
-    @model_validator(mode="after")
-    def _form(self) -> Self:
-        is_json = self.path.endswith((".json", ".jsonl"))
-        if is_json and self.columns:
-            raise ValueError("columns is for parquet and Hugging Face datasets; LLaVA JSON has none")
-        if not is_json and not self.columns:
-            raise ValueError("columns is needed, since path is not a .json or .jsonl file")
-        if is_json and (self.name or self.revision):
-            raise ValueError("name and revision are for hub data sets; path is a file")
-        held_out = self.validation.path if self.validation else None
-        if held_out and held_out.endswith((".json", ".jsonl")) != is_json:
-            raise ValueError("validation.path and path must both be LLaVA JSON, or both be read by columns")
-        return self
-
-
-class StageSettings(Settings):
-    """What both stages have."""
-
-    data: DataSettings
-    template: Literal["plain", "vicuna_v1", "chatml"]
-    system: str | None = None
-    """Replaces the template's system text."""
-    image_aspect_ratio: AspectRatio | None = None
-    """Replaces that of `images` in this stage."""
-    max_length: Count = 2048
-    """Tokens of one conversation, the image's included; text beyond is cut off."""
-    packing: Literal["tree", "none"] = "tree"
-    """`tree`: questions about one image share its tokens. It changes the speed, never the mathematics."""
-    branches_per_tree: Count = 8
-    """Most conversations that share one image in one tree."""
-    tokens_per_micro_batch: Count = 2048
-    """Most tokens of one forward pass."""
-    num_train_epochs: Positive = 1.0
-    max_steps: int = -1
-    """Optimizer steps; -1: as `num_train_epochs` says."""
-    batch_size: Count
-    """Conversations in one optimizer step, however they are packed."""
-    learning_rate: Positive
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps."""
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
-    adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.999
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
-    gradient_checkpointing: bool = False
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    logging_steps: Count = 10
-    """Optimizer steps from one line of the log to the next."""
-    eval_steps: Count | None = None
-    """Optimizer steps from one validation to the next; null: at the end only."""
-    num_sample_answers: Annotated[int, Field(ge=0)] = 4
-    """Validation questions answered at each validation."""
-
-    @model_validator(mode="after")
-    def _lengths(self) -> Self:
-        if self.tokens_per_micro_batch < self.max_length:
-            raise ValueError(
-                f"tokens_per_micro_batch {self.tokens_per_micro_batch} is less than max_length {self.max_length}: "
-                "a micro-batch must hold the longest conversation"
-            )
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError("max_steps must be -1 or at least 1")
-        return self
-
-
-class AlignSettings(StageSettings):
-    """Stage 1: the projector alone, on captions."""
-
-    template: Literal["plain", "vicuna_v1", "chatml"] = "plain"
-    batch_size: Count = 256
-    learning_rate: Positive = 1e-3
-
-
-class InstructSettings(StageSettings):
-    """Stage 2: LoRA and the projector, on conversations."""
-
-    template: Literal["vicuna_v1", "chatml"] = "vicuna_v1"
-    batch_size: Count = 128
-    learning_rate: Positive = 2e-4
-    mm_projector_lr: Positive | None = 2e-5
-    """Learning rate of the projector; null: that of the rest."""
 
 
 class StagesSettings(Settings):
@@ -246,9 +109,10 @@ class EvaluationSettings(Settings):
     """Questions asked once more with the mean colour in place of the image; null: none."""
 
     @model_validator(mode="after")
-    def _no_split(self) -> Self:
-        if self.data.validation:
-            raise ValueError("data.validation has no meaning here")
+    def _asked_as_they_are(self) -> Self:
+        if self.data.validation or self.data.merge_turns:
+            key = "validation" if self.data.validation else "merge_turns"
+            raise ValueError(f"data.{key} has no meaning here; remove it")
         return self
 
 

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe import Recipe, Settings
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import Settings
 
 MAX_BYTES = 1 << 20
 """Largest recipe file, in bytes."""

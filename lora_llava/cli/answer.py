@@ -12,7 +12,7 @@ import click
 from lora_llava.cli.common import make_console, quiet_libraries
 
 if TYPE_CHECKING:
-    from lora_llava.recipe import DataSettings
+    from lora_llava.recipe_stages import DataSettings
 
 _EVALUATION = Path("evaluation")
 _PATH = click.Path(path_type=Path)
@@ -112,7 +112,7 @@ def data_settings(fields: dict[str, Any]) -> DataSettings:
     """Check the options that say where records come from; click.UsageError if they do not fit together."""
     from pydantic import ValidationError
 
-    from lora_llava.recipe import DataSettings
+    from lora_llava.recipe_stages import DataSettings
 
     try:
         return DataSettings.model_validate(fields)

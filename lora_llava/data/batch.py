@@ -12,7 +12,7 @@ from lora_llava.conversation import IGNORE_INDEX, Encoded, Template, Tokenizer, 
 from lora_llava.data.images import open_image, preprocess
 from lora_llava.data.packing import PlanItem, Row
 from lora_llava.data.records import Record
-from lora_llava.recipe import AspectRatio
+from lora_llava.recipe_stages import AspectRatio
 
 Batch = dict[str, torch.Tensor]
 """What one forward pass takes; see `build_row`."""
@@ -87,10 +87,11 @@ class PackedRows(Dataset[Batch]):
         if not row:
             # Contract: a step has a fixed number of rows. An empty one computes one conversation of the
             # data set with no target: loss and gradients are exactly zero.
-            return self._build(((0,),), supervised=False)
-        return self._build(row, supervised=True)
+            return self.build(((0,),), supervised=False)
+        return self.build(row)
 
-    def _build(self, row: Row, supervised: bool) -> Batch:
+    def build(self, row: Row, *, supervised: bool = True) -> Batch:
+        """Build a row, with `pixel_values` (I, 3, H, W) if it has images; see `build_row`."""
         batch = build_row([[self.encoded[index] for index in tree] for tree in row], supervised=supervised)
         images = [self.transform(self.records[tree[0]]) for tree in row if self.records[tree[0]].image is not None]
         if images:

@@ -19,7 +19,7 @@ from lora_llava.data.sources import (
     with_answer_prompt,
 )
 from lora_llava.errors import DataError
-from lora_llava.recipe import ColumnSettings, DataSettings
+from lora_llava.recipe_stages import ColumnSettings, DataSettings
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 

@@ -8,14 +8,14 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER
+from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.columns import load_columns
 from lora_llava.data.llava_json import load_llava_json
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.errors import DataError
-from lora_llava.recipe import DataSettings
+from lora_llava.recipe_stages import DataSettings
 
-__all__ = ["ImageSource", "Record", "fingerprint", "load_records", "load_split"]
+__all__ = ["ImageSource", "Record", "fingerprint", "load_records", "load_split", "merge_turns"]
 
 
 def load_records(data: DataSettings) -> list[Record]:
@@ -40,7 +40,11 @@ def load_split(data: DataSettings, seed: int) -> tuple[list[Record], list[Record
 
     A share is drawn by image: no image is on both sides. Raises DataError.
     """
-    records = load_records(data)
+    train, validation = _split(data, load_records(data), seed)
+    return (merge_turns(train, data.merge_turns) if data.merge_turns else train), validation
+
+
+def _split(data: DataSettings, records: list[Record], seed: int) -> tuple[list[Record], list[Record]]:
     if data.validation is None:
         return records, []
     if data.validation.path is not None:
@@ -54,6 +58,40 @@ def load_split(data: DataSettings, seed: int) -> tuple[list[Record], list[Record
         [record for index, record in enumerate(records) if index not in chosen],
         [record for index, record in enumerate(records) if index in chosen],
     )
+
+
+def merge_turns(records: Iterable[Record], most: int) -> list[Record]:
+    """Make one conversation of consecutive questions about an image, at most `most` of them in each.
+
+    So LLaVA-1.5's training data was made (arXiv 2310.03744, section 3.3). The order is kept, a conversation stands
+    where its first record stood; a record is never cut, and text-only records stay as they are.
+    """
+    merged: list[list[Record]] = []
+    counts: list[int] = []
+    open_at: dict[str, int] = {}
+    for record in records:
+        questions = len(record.turns) // 2
+        place = None if record.image is None else open_at.get(record.image.key)
+        if place is not None and counts[place] + questions <= most:
+            merged[place].append(record)
+            counts[place] += questions
+            continue
+        if record.image is not None:
+            open_at[record.image.key] = len(merged)
+        merged.append([record])
+        counts.append(questions)
+    return [_joined(group) for group in merged]
+
+
+def _joined(records: list[Record]) -> Record:
+    """Put records about one image in a row; the image is shown in the first."""
+    first, *others = records
+    if not others:
+        return first
+    turns = list(first.turns)
+    for other in others:
+        turns += (Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, "").strip()) for turn in other.turns)
+    return Record(first.id, first.image, tuple(turns), f"{first.where} and {len(others)} more about its image")
 
 
 def _draw(records: list[Record], share: float, seed: int, name: str) -> set[int]:

@@ -24,7 +24,7 @@ from lora_llava.evaluation.generation import generate_answers
 from lora_llava.evaluation.metrics import ALL, Accuracy, accuracy_by_type, normalize_answer
 from lora_llava.evaluation.report import accuracy_table, prediction_row, write_predictions
 from lora_llava.modeling.base import LoadedModel
-from lora_llava.recipe import AspectRatio
+from lora_llava.recipe_stages import AspectRatio
 
 ACCURACY = "accuracy.json"
 PREDICTIONS = "predictions.jsonl"

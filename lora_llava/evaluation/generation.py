@@ -13,7 +13,7 @@ from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Template, T
 from lora_llava.data.images import mean_colour, open_image, preprocess
 from lora_llava.data.records import ImageSource, Record
 from lora_llava.evaluation.decoding import Progress, Prompt, greedy_decode
-from lora_llava.recipe import AspectRatio
+from lora_llava.recipe_stages import AspectRatio
 
 _BLIND = "the mean colour"
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
@@ -161,6 +163,7 @@ def load_base(
     double_quant: bool,
     dtype: torch.dtype,
     device: torch.device,
+    keep_dequantized: bool = False,
 ) -> LoadedModel:
     """Load a LLaVA directory onto `device`, quantised if `nf4`, everything else in `dtype`."""
     config = read_config(directory)
@@ -177,6 +180,9 @@ def load_base(
         )
     if nf4:
         keep_unpacked(model)
+        if keep_dequantized:
+            dequantize(model)
+    drop_unused_layers(model)
     # What is trained is so in fp32; in a narrower type a trained projector would be rounded on its way in.
     model.get_submodule(PROJECTOR).float()
     if not getattr(tokenizer, "is_fast", False):
@@ -202,6 +208,34 @@ def keep_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
+
+
+def dequantize(model: nn.Module) -> None:
+    """Put the values of the 4-bit weights in their place, in the precision they would be computed in.
+
+    What a quantised layer computes, it computes from just these values; this saves making them in every pass.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear4bit):
+            continue
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype)
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = module.bias
+        model.set_submodule(name, plain)
+
+
+def drop_unused_layers(model: Any) -> None:
+    """Remove the vision tower's layers behind the one whose output is projected: of CLIP's the last."""
+    layers = model.get_submodule(VISION_TOWER).encoder.layers
+    # Hidden state 0 is the embeddings'. Counted from the front it stays the same when layers behind it go.
+    wanted = model.config.vision_feature_layer
+    wanted = wanted if wanted >= 0 else len(layers) + 1 + wanted
+    # transformers takes a 0 for "no hidden states".
+    if wanted == 0:
+        return
+    del layers[wanted:]
+    model.config.vision_feature_layer = wanted
 
 
 def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:

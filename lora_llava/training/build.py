@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from lora_llava.data.batch import ImageTransform, PackedRows
 from lora_llava.evaluation.generation import generate_answers
 from lora_llava.modeling.base import LoadedModel
-from lora_llava.recipe import Recipe, StageName, StageSettings
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training import output
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
@@ -104,8 +105,6 @@ def training_arguments(
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         optim=settings.optim,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         dataloader_num_workers=settings.dataloader_num_workers,
         logging_steps=settings.logging_steps,
         # The default hides a NaN loss by repeating the last finite one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlavaConfig
 
-from lora_llava.data.packing import Row
 from lora_llava.device import pick_device, pick_dtype
 from lora_llava.errors import DataError, ModelError
-from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, meta_model, num_image_tokens
+from lora_llava.modeling.base import num_image_tokens
 from lora_llava.modeling.describe import describe_base, is_missing
-from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
-from lora_llava.recipe import DataSettings, Recipe, StageName, StageSettings
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
+from lora_llava.training.memory import (
+    MemoryRow,
+    activation_bytes,
+    expected_memory,
+    largest_row,
+    planned_parameters,
+)
 from lora_llava.training.plan import StageData, prepare_data
 from lora_llava.training.tables import mebibytes, parameter_table_view
-
-NF4_BYTES = {True: 0.516, False: 0.5625}
-"""Bytes a weight in NF4, by double quantisation: 4 bits, and a scale for every 64 weights (fp32, or 8 bits and
-an fp32 scale for every 256 of them)."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryRow:
-    """Expected memory of one part, in bytes."""
-
-    part: str
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """Everything the part needs."""
-        return self.weights + self.gradients + self.optimizer
 
 
 def print_dry_run(recipe: Recipe, console: Console) -> None:
@@ -132,60 +118,6 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.precision == "bf16":
         return torch.bfloat16
     return pick_dtype(recipe.precision, pick_device())
-
-
-def planned_parameters(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: torch.dtype) -> list[PartRow]:
-    """Build the stage's model without memory and return its table, with quantised weights as they would be."""
-    model: Any = meta_model(config).to(dtype)
-    model.get_submodule(PROJECTOR).float()
-    language_model = model.get_submodule(LANGUAGE_MODEL)
-    linears = [module.weight.numel() for module in language_model.modules() if isinstance(module, torch.nn.Linear)]
-    in_4_bits = sum(linears) if recipe.quantization.type == "nf4" else 0
-    saved = round(in_4_bits * (dtype.itemsize - NF4_BYTES[recipe.quantization.double_quant]))
-    return [
-        replace(row, quantized=in_4_bits, bytes=row.bytes - saved, dtypes=f"{row.dtypes}, nf4")
-        if row.part == LANGUAGE_MODEL and in_4_bits
-        else row
-        for row in parameter_table(build_stage(model, stage, recipe.adapter))
-    ]
-
-
-def expected_memory(settings: StageSettings, table: list[PartRow]) -> list[MemoryRow]:
-    """Work out weights, gradients and AdamW's two states of each part; what is trained is so in fp32."""
-    state = 2 if "8bit" in settings.optim else 8
-    return [MemoryRow(row.part, row.bytes, 4 * row.trainable, state * row.trainable) for row in table]
-
-
-def largest_row(data: StageData) -> tuple[int, int]:
-    """Return the most tokens, and the most supervised tokens, of one micro-batch."""
-    rows = [row for step in data.plan.steps for row in step if row]
-    return max(_row_length(row, data) for row in rows), max(_row_targets(row, data) for row in rows)
-
-
-def _row_length(row: Row, data: StageData) -> int:
-    shared = sum(data.encoded[tree[0]].prefix_length for tree in row)
-    own = [data.encoded[index] for tree in row for index in tree]
-    return shared + sum(len(one.input_ids) - one.prefix_length for one in own)
-
-
-def _row_targets(row: Row, data: StageData) -> int:
-    return sum(data.encoded[index].num_supervised for tree in row for index in tree)
-
-
-def activation_bytes(
-    config: LlavaConfig, settings: StageSettings, tokens: int, targets: int, dtype: torch.dtype
-) -> int:
-    """Estimate what the backward pass needs kept of a micro-batch of `tokens` tokens, `targets` of them supervised.
-
-    Measured on Llama layers with LoRA, fp32: 9 widths and 4 intermediate widths a token and layer. In bf16 the
-    two norms keep fp32 copies besides. With checkpointing one layer is kept whole, of the others the input.
-    """
-    text = config.text_config
-    width, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    layer = ((9 if dtype == torch.float32 else 13) * width + 4 * int(text.intermediate_size)) * dtype.itemsize
-    kept = layer + layers * width * dtype.itemsize if settings.gradient_checkpointing else layers * layer
-    # Logits in the model's precision, then in fp32, and their gradient.
-    return tokens * kept + targets * int(text.vocab_size) * (dtype.itemsize + 8)
 
 
 def memory_view(rows: list[MemoryRow], activations: int, tokens: int) -> Table:

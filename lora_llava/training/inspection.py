@@ -17,7 +17,8 @@ from lora_llava.data.records import Record, load_split
 from lora_llava.errors import DataError
 from lora_llava.modeling.base import num_image_tokens
 from lora_llava.modeling.describe import describe_base
-from lora_llava.recipe import Recipe, StageName
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import StageName
 
 _LEARNT, _READ, _IMAGE = "bold green", "default", "cyan"
 _LINE_FEED = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"

@@ -11,7 +11,7 @@ from lora_llava.data.batch import encode_records, plan_items
 from lora_llava.data.packing import Plan, PlanItem, Row, make_plan, plan_in_order, tree_length
 from lora_llava.data.records import Record, load_split
 from lora_llava.errors import DataError
-from lora_llava.recipe import StageSettings
+from lora_llava.recipe_stages import StageSettings
 from lora_llava.training.progress import StepCounts
 
 
@@ -71,7 +71,7 @@ def prepare_data(
         records=train,
         encoded=encoded,
         plan=plan,
-        counts=step_counts(plan, items, encoded),
+        counts=step_counts(plan, items, train, encoded),
         validation_records=validation,
         validation_encoded=validation_encoded,
         validation_rows=plan_in_order(
@@ -80,12 +80,15 @@ def prepare_data(
     )
 
 
-def step_counts(plan: Plan, items: Sequence[PlanItem], encoded: Sequence[Encoded]) -> list[StepCounts]:
-    """Count what each step holds."""
+def step_counts(
+    plan: Plan, items: Sequence[PlanItem], records: Sequence[Record], encoded: Sequence[Encoded]
+) -> list[StepCounts]:
+    """Count what each step holds; a conversation of several turns asks as many questions."""
+    questions = [len(record.turns) // 2 for record in records]
     supervised = [one.num_supervised for one in encoded]
     return [
         StepCounts(
-            conversations=sum(len(tree) for row in step for tree in row),
+            questions=sum(questions[index] for row in step for tree in row for index in tree),
             supervised_tokens=sum(supervised[index] for row in step for tree in row for index in tree),
             computed_tokens=sum(tree_length(tree, items) for row in step for tree in row),
         )

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class StepCounts:
     """What one optimizer step holds, known from the plan."""
 
-    conversations: int
+    questions: int
     supervised_tokens: int
     computed_tokens: int
 
@@ -32,7 +32,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.stage = stage
         self.path = path
         self.console = console
-        self.conversations = [0, *accumulate(step.conversations for step in counts)]
+        self.questions = [0, *accumulate(step.questions for step in counts)]
         self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
         self.started = self.last_time = 0.0
         self.last_step = 0
@@ -88,7 +88,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
     def _rates(self, step: int) -> dict[str, float]:
         now = time.monotonic()
         seconds = max(now - self.last_time, 1e-9)
-        questions = self.conversations[step] - self.conversations[self.last_step]
+        questions = self.questions[step] - self.questions[self.last_step]
         tokens = self.supervised[step] - self.supervised[self.last_step]
         self.last_time, self.last_step = now, step
         return {
@@ -98,7 +98,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         }
 
     def _show(self, row: dict[str, Any]) -> None:
-        step, total = row["step"], len(self.conversations) - 1
+        step, total = row["step"], len(self.questions) - 1
         if "eval_loss" in row:
             self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}")
             for sample in row.get("samples", []):

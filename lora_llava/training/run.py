@@ -26,12 +26,15 @@ from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
+from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import PartRow, build_stage, check_stage, train_only_what_is_saved
-from lora_llava.recipe import Recipe, StageName
+from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import dump_resolved
+from lora_llava.recipe_stages import StageName
 from lora_llava.training import output
 from lora_llava.training.build import image_facts, make_trainer
 from lora_llava.training.plan import StageData, prepare_data
+from lora_llava.training.self_check import check_first_row
 from lora_llava.training.tables import parameter_table_view
 from lora_llava.training.trainer import PackedTrainer
 
@@ -84,15 +87,16 @@ def train_stage(
     console: Console,
 ) -> dict[str, Any]:
     """Train one stage from `parent`'s artifact (None: from the base as it is) and save its own."""
-    settings = recipe.stage(stage)
+    settings, quantization = recipe.stage(stage), recipe.quantization
     device = pick_device()
     dtype = pick_dtype(recipe.precision, device)
     set_seed(recipe.seed)
     loaded = load_base(
         base_directory,
         identity,
-        nf4=recipe.quantization.type == "nf4",
-        double_quant=recipe.quantization.double_quant,
+        nf4=quantization.type == "nf4",
+        double_quant=quantization.double_quant,
+        keep_dequantized=quantization.keep_dequantized,
         dtype=dtype,
         device=device,
     )
@@ -104,10 +108,12 @@ def train_stage(
         seed=recipe.seed,
     )
     model = start_stage(recipe, stage, loaded, parent)
-    table = check_stage(model, stage, nf4=recipe.quantization.type == "nf4")
+    table = check_stage(model, stage, nf4=quantization.type == "nf4" and not quantization.keep_dequantized)
+    set_recompute(model, settings.gradient_checkpointing, settings.gradient_checkpointing_layers)
     announce(stage, data, table, console)
     directory = recipe.resolved_output_dir
     trainer = make_trainer(recipe, stage, loaded, data, dtype, console)
+    check_first_row(model, trainer.train_dataset, dtype, device)
     trainer.train()
     metrics = closing_metrics(trainer)
     facts = stage_facts(recipe, stage, loaded, data, parent, trainer.state.global_step)
@@ -133,10 +139,12 @@ def stage_facts(
             "records": len(data.records),
             "validation_records": len(data.validation_records),
             "answer_prompt": settings.data.answer_prompt,
+            "merge_turns": settings.data.merge_turns,
         },
         "seen": {
             "steps": steps,
             "conversations": data.plan.num_conversations,
+            "questions": sum(step.questions for step in data.counts),
             "supervised_tokens": sum(step.supervised_tokens for step in data.counts),
             "computed_tokens": data.plan.num_computed_tokens,
         },

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_llava.conversation import IGNORE_INDEX, Encoded, Turn, encode, get_template
+import lora_llava.modeling.packed as packed_module
+from lora_llava.conversation import Encoded, Turn, encode, get_template
 from lora_llava.data.batch import Batch, build_row
 from lora_llava.modeling.packed import check_attention, packed_logits, packed_loss
 from lora_llava.modeling.stages import build_stage
@@ -217,40 +218,30 @@ def test_the_order_of_branches_does_not_matter(model: Any) -> None:
     assert error(there[1], back[1]) < TOLERANCE[dtype_of(model)]
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_a_long_row_in_chunks_has_the_same_loss_and_gradients(
+    model: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = packed(model, [branches(6)])
+    monkeypatch.setattr(packed_module, "HEAD_CHUNK", chunk)
+    in_chunks = packed(model, [branches(6)])
+    assert float(in_chunks[0]) == pytest.approx(float(whole[0]), rel=1e-6)
+    assert error(in_chunks[1], whole[1]) < TOLERANCE[dtype_of(model)] / 10
+
+
+def test_the_model_has_its_head_again_even_after_an_error(model: Any) -> None:
+    head = model.get_base_model().lm_head
+    with pytest.raises(RuntimeError):
+        packed_logits(model, row_of([branches(1)], dtype_of(model)) | {"position_ids": torch.zeros(1, 999)})
+    assert model.get_base_model().lm_head is head
+
+
 def test_an_unsupervised_row_gives_exactly_nothing() -> None:
     model = build_model()
     batch = build_row([branches(1)], supervised=False) | {"pixel_values": image(0, torch.float32)[None]}
     loss = packed_loss(model, batch, 7)
     assert loss.item() == 0.0
     assert all(not gradient.any() for gradient in gradients(model, loss).values())
-
-
-def test_conversations_that_do_not_share_a_prefix_are_no_tree() -> None:
-    other = conversation("Look at this.", "yes")
-    with pytest.raises(ValueError, match="share their prefix"):
-        build_row([[*branches(1), other]])
-
-
-def test_row_by_hand() -> None:
-    # Two branches (3, 4 / 5) after a prefix of two tokens (1, 2); then a text (6, 7).
-    skip = IGNORE_INDEX
-    tree = [Encoded([1, 2, 3, 4], [skip, skip, skip, 4], 2), Encoded([1, 2, 5], [skip, skip, 5], 2)]
-    text = [Encoded([6, 7], [skip, 7], 0)]
-    row = build_row([tree, text])
-    assert row["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
-    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert row["predict_positions"].tolist() == [2, 1, 5]
-    assert row["shift_labels"].tolist() == row["labels"].tolist() == [4, 5, 7]
-    assert row["attention_mask"].dtype == torch.bool
-    assert row["attention_mask"][0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1, 1],
-    ]
 
 
 def with_eager_attention(model: Any, batch: Batch) -> Batch:

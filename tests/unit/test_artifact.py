@@ -26,7 +26,8 @@ from lora_llava.artifact import (
 from lora_llava.errors import ArtifactError
 from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, projector_state
 from lora_llava.modeling.stages import build_stage
-from lora_llava.recipe import AdapterSettings, StageName
+from lora_llava.recipe import AdapterSettings
+from lora_llava.recipe_stages import StageName
 from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, save_tiny_base, tiny_llava
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from PIL import Image
 from lora_llava.data.images import open_image
 from lora_llava.data.records import Record, load_records
 from lora_llava.errors import DataError
-from lora_llava.recipe import DataSettings
+from lora_llava.recipe_stages import DataSettings
 
 QA = {"image": "image", "question": "question", "answer": "answer"}
 MESSAGES = {"image": "image", "messages": "messages"}

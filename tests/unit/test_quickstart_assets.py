@@ -27,7 +27,7 @@ from lora_llava.quickstart_assets import (
     true_words,
     write_easy_vqa,
 )
-from lora_llava.recipe import DataSettings
+from lora_llava.recipe_stages import DataSettings
 
 TRAIN: list[Question] = [
     ("what is the red shape?", "circle", 0),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.records import Record, fingerprint, load_records, load_split
+from lora_llava.data.records import Record, fingerprint, load_records, load_split, merge_turns
 from lora_llava.errors import DataError
-from lora_llava.recipe import DataSettings
+from lora_llava.recipe_stages import DataSettings
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -251,3 +251,48 @@ def test_fingerprint_changes_with_ids_words_images_and_order(folder: Path) -> No
     prints.append(fingerprint(load(folder, base, answer_prompt="x")))
     assert len(set(prints)) == 5
     assert fingerprint(load(folder, base)) == prints[0]
+
+
+def asked(number: int, image: str | None, *questions: str) -> dict[str, Any]:
+    turns = []
+    for place, question in enumerate(questions):
+        shown = "<image>\n" if image and place == 0 else ""
+        turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": f"to {question}"}]
+    made: dict[str, Any] = {"id": str(number), "conversations": turns}
+    return made | ({"image": image} if image else {})
+
+
+def test_merged_turns(folder: Path) -> None:
+    records = load(
+        folder,
+        [
+            asked(0, "a.png", "p"),
+            asked(1, "b.png", "q"),
+            asked(2, None, "r"),
+            asked(3, "a.png", "s", "t"),
+            asked(4, "a.png", "u"),
+            asked(5, None, "v"),
+        ],
+    )
+    merged = merge_turns(records, 3)
+    assert [record.id for record in merged] == ["0", "1", "2", "4", "5"]
+    assert [turn.text for turn in merged[0].turns] == ["<image>\np", "to p", "s", "to s", "t", "to t"]
+    assert [turn.role for turn in merged[0].turns] == ["user", "assistant"] * 3
+    assert merged[0].where == "train.json, record 1 (id 0) and 1 more about its image"
+    assert merged[1:] == [records[1], records[2], records[4], records[5]]
+
+
+def test_a_record_longer_than_the_merge_is_not_cut(folder: Path) -> None:
+    records = load(folder, [asked(0, "a.png", "p"), asked(1, "a.png", "q", "r", "s"), asked(2, "a.png", "t")])
+    assert merge_turns(records, 2) == records
+
+
+def test_merging_leaves_validation_as_it_is(folder: Path) -> None:
+    path = folder / "train.json"
+    path.write_text(json.dumps([asked(n, f"{'abc'[n % 3]}.png", f"q{n}") for n in range(12)]))
+    settings = {"path": str(path), "merge_turns": 4, "validation": {"share": 0.3}}
+    train, validation = load_split(DataSettings.model_validate(settings), seed=0)
+    assert len(train) == 2
+    assert {len(record.turns) for record in train} == {8}
+    assert len(validation) == 4
+    assert {len(record.turns) for record in validation} == {2}

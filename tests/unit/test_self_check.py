@@ -1,0 +1,94 @@
+"""The check before the first step: silent when packing is right, a stop for every way in which it could be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import lora_llava.data.batch as batch_module
+from lora_llava.conversation import Turn
+from lora_llava.data.batch import Batch, ImageTransform, PackedRows, build_row
+from lora_llava.data.packing import Row
+from lora_llava.data.records import ImageSource, Record
+from lora_llava.errors import TrainingError
+from lora_llava.training.self_check import check_first_row
+from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+from tests.parity.test_packed import branches, build_model, conversation
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> PackedRows:
+    """A text alone, then a tree of four questions."""
+    Image.new("RGB", (30, 20), (200, 30, 90)).save(tmp_path / "a.png")
+    encoded = [conversation("Who is it?", "no one"), *branches(4)]
+    image = ImageSource("a.png", tmp_path / "a.png", None)
+    records = [Record(str(n), image if n else None, (Turn("user", "?"),), f"record {n}") for n in range(5)]
+    transform = ImageTransform(IMAGE_SIZE, IMAGE_MEAN, IMAGE_STD, "pad")
+    return PackedRows([((0,),), ((1, 2, 3, 4),)], records, encoded, transform)
+
+
+def test_right_packing_passes_and_leaves_the_model_as_it_was(rows: PackedRows) -> None:
+    model = build_model().train()
+    difference = check_first_row(model, rows, torch.float32, CPU)
+    assert difference is not None
+    assert difference < 1e-5
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_rows_of_single_conversations_leave_nothing_to_check(rows: PackedRows) -> None:
+    rows.rows = [((0,),), (), ((1,),)]
+    assert check_first_row(build_model(), rows, torch.float32, CPU) is None
+
+
+def eager(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.set_attn_implementation("eager")
+
+
+def no_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Batch:
+        batch = build_row(*args, **kwargs)
+        length = batch["input_ids"].shape[1]
+        return batch | {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}
+
+    monkeypatch.setattr(batch_module, "build_row", broken)
+
+
+def linear_positions(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Batch:
+        batch = build_row(*args, **kwargs)
+        return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+    monkeypatch.setattr(batch_module, "build_row", broken)
+
+
+TREE, TREES_OF_ONE = ((1, 2, 3, 4),), ((0,), (1,), (2,))
+
+
+# Positions count relative to one another: a shift of whole conversations that do not share anything changes nothing.
+@pytest.mark.parametrize(
+    ("mistake", "row"),
+    [(eager, TREE), (no_mask, TREE), (linear_positions, TREE), (eager, TREES_OF_ONE), (no_mask, TREES_OF_ONE)],
+)
+def test_each_silent_mistake_stops_the_run(
+    rows: PackedRows, monkeypatch: pytest.MonkeyPatch, mistake: Any, row: Row
+) -> None:
+    rows.rows = [row]
+    model = build_model()
+    mistake(model, monkeypatch)
+    with pytest.raises(TrainingError, match=r"record [01] and others.*relative difference.*packing: none"):
+        check_first_row(model, rows, torch.float32, CPU)
+
+
+def test_a_model_that_computes_nan_is_stopped(rows: PackedRows) -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="relative difference nan"):
+        check_first_row(model, rows, torch.float32, CPU)
