@@ -60,6 +60,8 @@ class Encoded:
     labels: list[int]
     prefix_length: int
     """Tokens up to the end of an image in the first turn, which all conversations about it share; else 0."""
+    is_cut: bool = False
+    """Whether text beyond the maximum length was left out."""
 
     @property
     def num_supervised(self) -> int:
@@ -92,7 +94,7 @@ def encode(
         )
     total = len(ids)
     del ids[max_length:], labels[max_length:]
-    encoded = Encoded(ids, labels, _prefix_length(turns, image_end))
+    encoded = Encoded(ids, labels, _prefix_length(turns, image_end), total > max_length)
     if encoded.num_supervised == 0:
         raise DataError(
             f"{where}: nothing to learn: of its {total} tokens, all answers lie beyond max_length {max_length}; "

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from lora_llava.conversation import IGNORE_INDEX, Encoded, Template, Tokenizer, encode
+from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.images import open_image, preprocess
-from lora_llava.data.packing import PlanItem, Row
+from lora_llava.data.packing import Row
 from lora_llava.data.records import Record
 from lora_llava.recipe_stages import AspectRatio
 
@@ -32,40 +32,6 @@ class ImageTransform:
         assert record.image is not None
         image = open_image(record.image)
         return preprocess(image, size=self.size, mean=self.mean, std=self.std, aspect_ratio=self.aspect_ratio)
-
-
-def encode_records(
-    records: Sequence[Record],
-    template: Template,
-    tokenizer: Tokenizer,
-    *,
-    image_token_id: int,
-    num_image_tokens: int,
-    max_length: int,
-) -> list[Encoded]:
-    """Encode every record; DataError names the first that cannot be trained on."""
-    return [
-        encode(
-            record.turns,
-            template,
-            tokenizer,
-            image_token_id=image_token_id,
-            num_image_tokens=num_image_tokens,
-            max_length=max_length,
-            where=record.where,
-        )
-        for record in records
-    ]
-
-
-def plan_items(records: Sequence[Record], encoded: Sequence[Encoded]) -> list[PlanItem]:
-    """Describe encoded conversations to the planner; conversations of one image get one group number."""
-    numbers: dict[str, int] = {}
-    items = []
-    for record, one in zip(records, encoded, strict=True):
-        group = -1 if record.image is None else numbers.setdefault(record.image.key, len(numbers))
-        items.append(PlanItem(len(one.input_ids), one.prefix_length, group))
-    return items
 
 
 class PackedRows(Dataset[Batch]):

@@ -98,13 +98,7 @@ def _print_stage(
 ) -> None:
     settings = recipe.stage(stage)
     if data is not None:
-        plan = data.plan
-        validation = f" and {len(data.validation_records):,} for validation" if data.validation_records else ""
-        console.print(
-            f"{len(data.records):,} conversations{validation}; {len(plan.steps):,} optimizer steps of "
-            f"{plan.rows_per_step} micro-batches; {plan.num_computed_tokens:,} tokens, "
-            f"{plan.share_saved:.0%} saved by packing"
-        )
+        console.print(data.summary())
     dtype = compute_dtype(recipe)
     table = planned_parameters(recipe, stage, config, dtype)
     console.print(parameter_table_view(table, "Parameters, as they would be"))

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, get_template
-from lora_llava.data.batch import build_row, encode_records
+from lora_llava.data.batch import build_row
+from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.images import open_image
 from lora_llava.data.records import Record, load_split
 from lora_llava.errors import DataError
@@ -43,7 +44,7 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
         )
     record = records[index]
     config, tokenizer = describe_base(recipe.base)
-    [encoded] = encode_records(
+    [encoded] = EncodedRecords(
         [record],
         get_template(settings.template, settings.system),
         tokenizer,

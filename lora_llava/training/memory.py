@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig
 
-from lora_llava.data.packing import Row
+from lora_llava.data.packing import Row, tree_length
 from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_layers, meta_model
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
@@ -67,13 +67,11 @@ def largest_row(data: StageData) -> tuple[int, int]:
 
 
 def _row_length(row: Row, data: StageData) -> int:
-    shared = sum(data.encoded[tree[0]].prefix_length for tree in row)
-    own = [data.encoded[index] for tree in row for index in tree]
-    return shared + sum(len(one.input_ids) - one.prefix_length for one in own)
+    return sum(tree_length(tree, data.encoded.items) for tree in row)
 
 
 def _row_targets(row: Row, data: StageData) -> int:
-    return sum(data.encoded[index].num_supervised for tree in row for index in tree)
+    return sum(data.encoded.num_supervised[index] for tree in row for index in tree)
 
 
 def activation_bytes(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from lora_llava.conversation import Encoded, Template, get_template
-from lora_llava.data.batch import encode_records, plan_items
-from lora_llava.data.packing import Plan, PlanItem, Row, make_plan, plan_in_order, tree_length
+from lora_llava.conversation import Template, get_template
+from lora_llava.data.encoded import EncodedRecords
+from lora_llava.data.packing import Plan, Row, make_plan, plan_in_order, tree_length
 from lora_llava.data.records import Record, load_split
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import StageSettings
@@ -21,12 +21,22 @@ class StageData:
 
     template: Template
     records: list[Record]
-    encoded: list[Encoded]
+    encoded: EncodedRecords
     plan: Plan
     counts: list[StepCounts]
     validation_records: list[Record]
-    validation_encoded: list[Encoded]
+    validation_encoded: EncodedRecords
     validation_rows: list[Row]
+
+    def summary(self) -> str:
+        """Say in a line what will be trained on, and what was cut."""
+        plan, cut = self.plan, self.encoded.num_cut
+        held_out = f" and {len(self.validation_records):,} for validation" if self.validation_records else ""
+        return (
+            f"{len(self.records):,} conversations{held_out}; {len(plan.steps):,} optimizer steps of "
+            f"{plan.rows_per_step} micro-batches; {plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by "
+            f"packing{f'; {cut:,} conversations cut short by max_length' if cut else ''}"
+        )
 
 
 def prepare_data(
@@ -43,21 +53,17 @@ def prepare_data(
     if not train:
         raise DataError(f"{stage.data.path}: no record to train on")
 
-    def encode_all(records: list[Record]) -> list[Encoded]:
-        return encode_records(
-            records,
-            template,
-            tokenizer,
-            image_token_id=image_token_id,
-            num_image_tokens=num_image_tokens,
-            max_length=stage.max_length,
-        )
-
-    encoded = encode_all(train)
-    validation_encoded = encode_all(validation)
-    items = plan_items(train, encoded)
+    encode_all = partial(
+        EncodedRecords,
+        template=template,
+        tokenizer=tokenizer,
+        image_token_id=image_token_id,
+        num_image_tokens=num_image_tokens,
+        max_length=stage.max_length,
+    )
+    encoded, validation_encoded = encode_all(train), encode_all(validation)
     plan = make_plan(
-        items,
+        encoded.items,
         batch_size=stage.batch_size,
         tokens_per_row=stage.tokens_per_micro_batch,
         branches_per_tree=stage.branches_per_tree,
@@ -71,26 +77,21 @@ def prepare_data(
         records=train,
         encoded=encoded,
         plan=plan,
-        counts=step_counts(plan, items, train, encoded),
+        counts=step_counts(plan, encoded),
         validation_records=validation,
         validation_encoded=validation_encoded,
-        validation_rows=plan_in_order(
-            plan_items(validation, validation_encoded), tokens_per_row=stage.tokens_per_micro_batch
-        ),
+        validation_rows=plan_in_order(validation_encoded.items, tokens_per_row=stage.tokens_per_micro_batch),
     )
 
 
-def step_counts(
-    plan: Plan, items: Sequence[PlanItem], records: Sequence[Record], encoded: Sequence[Encoded]
-) -> list[StepCounts]:
+def step_counts(plan: Plan, encoded: EncodedRecords) -> list[StepCounts]:
     """Count what each step holds; a conversation of several turns asks as many questions."""
-    questions = [len(record.turns) // 2 for record in records]
-    supervised = [one.num_supervised for one in encoded]
+    questions = [len(record.turns) // 2 for record in encoded.records]
     return [
         StepCounts(
             questions=sum(questions[index] for row in step for tree in row for index in tree),
-            supervised_tokens=sum(supervised[index] for row in step for tree in row for index in tree),
-            computed_tokens=sum(tree_length(tree, items) for row in step for tree in row),
+            supervised_tokens=sum(encoded.num_supervised[index] for row in step for tree in row for index in tree),
+            computed_tokens=sum(tree_length(tree, encoded.items) for row in step for tree in row),
         )
         for step in plan.steps
     ]

@@ -169,11 +169,7 @@ def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: P
 def announce(stage: StageName, data: StageData, table: list[PartRow], console: Console) -> None:
     """Print what is about to be trained, on what."""
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
-    plan = data.plan
-    console.print(
-        f"{stage}: {len(data.records):,} conversations, {len(plan.steps):,} steps of {plan.rows_per_step} "
-        f"micro-batches, {plan.num_computed_tokens:,} tokens ({plan.share_saved:.0%} saved by packing)"
-    )
+    console.print(f"{stage}: {data.summary()}")
 
 
 def closing_metrics(trainer: PackedTrainer) -> dict[str, float]:
