@@ -1,10 +1,12 @@
-"""Where and how precisely to compute, and the most memory that it took."""
+"""Where and how precisely to compute, the memory there is, and the most that was taken."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 
+import psutil
 import torch
 
 from lora_llava.errors import ModelError
@@ -26,9 +28,24 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision != "fp32" and has_bf16 else torch.float32
 
 
+def world_size() -> int:
+    """Processes that train together, as torchrun and accelerate announce them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def peak_memory_bytes() -> int:
     """Most memory the process has held so far, in bytes: the device's on CUDA, else the process's own."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that could be taken now: the device's on CUDA, else the machine's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    available: int = psutil.virtual_memory().available
+    return available

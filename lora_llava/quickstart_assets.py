@@ -157,8 +157,8 @@ def unpack(archive: Path, places: Mapping[str, Path]) -> None:
 def write_easy_vqa(archive: Path, directory: Path) -> dict[str, int]:
     """Write easy-VQA's images, and its questions in the form LLaVA is trained from.
 
-    `images/{train,test}/N.png`; `train.json` and `test.json` with the official questions, ordered by image;
-    `captions.json` with one caption for each training image. Returns how many of each.
+    `images/{train,test}/N.png`; `captions.json` with one caption for each training image; `train.json` (see
+    `training_records`) and `test.json` with the official questions, ordered by image. Returns how many of each.
     """
     with zipfile.ZipFile(archive) as wheel:
         # The names are built from the pattern's own groups, so no member can land elsewhere.
@@ -167,7 +167,7 @@ def write_easy_vqa(archive: Path, directory: Path) -> dict[str, int]:
     train, test = (read_questions(archive, split) for split in ("train", "test"))
     captions = caption_records(train)
     write_json(directory / "captions.json", captions)
-    write_json(directory / "train.json", question_records(train, "train"))
+    write_json(directory / "train.json", training_records(train, captions))
     write_json(directory / "test.json", question_records(test, "test"))
     return {"captions": len(captions), "training questions": len(train), "test questions": len(test)}
 
@@ -191,6 +191,33 @@ def question_records(questions: Sequence[Question], split: str) -> list[dict[str
         place = seen[image] = seen.get(image, -1) + 1
         records.append(llava_record(f"{split}-{image}-{place}", f"{image}.png", question, answer))
     return records
+
+
+def training_records(questions: Sequence[Question], captions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make what is trained on: of every second image a conversation of several turns, of the others single questions.
+
+    LLaVA's own mix holds both. A conversation begins with the caption, so its later turns can be answered from what
+    was said before: a small language model learns to compare a question with words first, and then with an image.
+    """
+    first_turns = {record["image"]: record for record in captions}
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    for record in question_records(questions, "train"):
+        by_image.setdefault(record["image"], []).append(record)
+    records = []
+    for place, (image, asked) in enumerate(by_image.items()):
+        if place % 2 == 0 and image in first_turns:
+            records.append(_conversation([first_turns[image], *asked]))
+        else:
+            records += asked
+    return records
+
+
+def _conversation(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put single questions about one image in a row; the image stands in the first alone."""
+    turns = [dict(turn) for record in records for turn in record["conversations"]]
+    for turn in turns[1:]:
+        turn["value"] = turn["value"].removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    return {"id": f"turns-{records[1]['id']}", "image": records[0]["image"], "conversations": turns}
 
 
 def caption_records(questions: Iterable[Question]) -> list[dict[str, Any]]:

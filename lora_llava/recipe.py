@@ -63,8 +63,9 @@ class QuantizationSettings(Settings):
     type: Literal["nf4", "none"] = "nf4"
     double_quant: bool = True
     """Quantise the scales too: 0.4 bits a weight less."""
-    keep_dequantized: bool = False
-    """Hold the quantised weights in the compute precision: the same numbers, faster, for four times their memory."""
+    keep_dequantized: bool | Literal["auto"] = "auto"
+    """Hold the quantised weights in the compute precision: the same numbers, faster, for four times their memory.
+    `auto`: where there is memory to spare."""
 
 
 class AdapterSettings(Settings):

@@ -112,8 +112,8 @@ class StageSettings(Settings):
     """`tree`: questions about one image share its tokens. It changes the speed, never the mathematics."""
     branches_per_tree: Count = 8
     """Most conversations that share one image in one tree."""
-    tokens_per_micro_batch: Count = 2048
-    """Most tokens of one forward pass."""
+    tokens_per_micro_batch: Count | Literal["auto"] = "auto"
+    """Most tokens of one forward pass; `auto`, here and below: chosen from the memory there is."""
     num_train_epochs: Positive = 1.0
     max_steps: int = -1
     """Optimizer steps; -1: as `num_train_epochs` says."""
@@ -127,8 +127,9 @@ class StageSettings(Settings):
     max_grad_norm: Positive = 1.0
     adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.999
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
-    gradient_checkpointing: GradientCheckpointing = False
+    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "auto"
+    """`auto`: in fp32 where that fits."""
+    gradient_checkpointing: GradientCheckpointing | Literal["auto"] = "auto"
     """Memory for time: `selective` keeps matrix products and attention, true keeps a layer's input alone."""
     gradient_checkpointing_layers: Annotated[int, Field(ge=0)] = 0
     """With `selective`: so many layers, from the first, keep their input alone."""
@@ -144,7 +145,7 @@ class StageSettings(Settings):
     def _fits(self) -> Self:
         if self.template == "plain" and self.data.merge_turns:
             raise ValueError("template plain takes one caption an image; take data.merge_turns out or change template")
-        if self.tokens_per_micro_batch < self.max_length:
+        if self.tokens_per_micro_batch != "auto" and self.tokens_per_micro_batch < self.max_length:
             raise ValueError(
                 f"tokens_per_micro_batch {self.tokens_per_micro_batch} is less than max_length {self.max_length}: "
                 "a micro-batch must hold the longest conversation"

@@ -22,7 +22,9 @@ from lora_llava.training import output
 from lora_llava.training.run import run_recipe, write_summary
 
 
-def finetune_and_evaluate(recipe: Recipe, console: Console, *, overwrite: bool) -> dict[str, Any]:
+def finetune_and_evaluate(
+    recipe: Recipe, console: Console, *, overwrite: bool, memory: int | None = None
+) -> dict[str, Any]:
     """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
 
     Returns the run's summary, which is also in `summary.json`: what each stage saw and measured, `evaluation`
@@ -31,7 +33,7 @@ def finetune_and_evaluate(recipe: Recipe, console: Console, *, overwrite: bool) 
     settings = recipe.evaluation
     # Before training: a mistake in the test data must not come to light hours later.
     records = load_records(settings.data) if settings else []
-    summary = run_recipe(recipe, console, overwrite=overwrite)
+    summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory)
     if settings is None:
         return summary
     directory = recipe.resolved_output_dir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,15 @@ class KitGroup(click.Group):
                 traceback.print_exc()
             click.echo(f"Error: {describe(error, debug=ctx.params['debug'])}", err=True)
             ctx.exit(error.exit_code if isinstance(error, LoraLlavaError) else 1)
+
+
+def memory_size(value: str) -> int:
+    """Read a size such as 12GiB or 11500 MiB as bytes; click names the option in its message."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", value.strip(), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size; write a number and GiB or MiB, such as 12GiB")
+    # A card "of 12 GB" holds 12 GiB.
+    return int(float(match[1]) * (2**30 if match[2][0] in "gG" else 2**20))
 
 
 def describe(error: Exception, *, debug: bool) -> str:

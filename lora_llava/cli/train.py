@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lora_llava.cli.common import make_console, open_recipe, quiet_libraries
+from lora_llava.cli.common import make_console, memory_size, open_recipe, quiet_libraries
 from lora_llava.errors import RecipeError
 
 
@@ -16,7 +16,8 @@ from lora_llava.errors import RecipeError
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Show the plan, the parameters and the memory; train and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in output_dir.")
-def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: bool) -> None:
+@click.option("--memory", type=memory_size, metavar="SIZE", help="Plan for a card of, say, 12GiB [what is free].")
+def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: bool, memory: int | None) -> None:
     """Train the stages of RECIPE, a YAML file.
 
     KEY=VALUE replaces a setting, such as stages.instruct.max_steps=20.
@@ -28,11 +29,11 @@ def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: 
     if dry_run:
         from lora_llava.training.dry_run import print_dry_run
 
-        print_dry_run(settings, console)
+        print_dry_run(settings, console, memory)
         return
     from lora_llava.workflow import finetune_and_evaluate, print_outcome
 
-    finetune_and_evaluate(settings, console, overwrite=overwrite)
+    finetune_and_evaluate(settings, console, overwrite=overwrite, memory=memory)
     print_outcome(settings, console)
 
 

@@ -49,23 +49,16 @@ class PackedRows(Dataset[Batch]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
+        """Build a row, with `pixel_values` (I, 3, H, W) if it has images; see `build_row`. An empty row has T = 0."""
         row = self.rows[index]
-        if not row:
-            # Contract: a step has a fixed number of rows. An empty one computes one conversation of the
-            # data set with no target: loss and gradients are exactly zero.
-            return self.build(((0,),), supervised=False)
-        return self.build(row)
-
-    def build(self, row: Row, *, supervised: bool = True) -> Batch:
-        """Build a row, with `pixel_values` (I, 3, H, W) if it has images; see `build_row`."""
-        batch = build_row([[self.encoded[index] for index in tree] for tree in row], supervised=supervised)
+        batch = build_row([[self.encoded[index] for index in tree] for tree in row])
         images = [self.transform(self.records[tree[0]]) for tree in row if self.records[tree[0]].image is not None]
         if images:
             batch["pixel_values"] = torch.stack(images)
         return batch
 
 
-def build_row(trees: Sequence[Sequence[Encoded]], *, supervised: bool = True) -> Batch:
+def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:
     """Lay trees back to back in one sequence.
 
     Returns `input_ids` and `position_ids` (1, T); `attention_mask` (1, 1, T, T), bool, True where a query (row)
@@ -102,12 +95,10 @@ def build_row(trees: Sequence[Sequence[Encoded]], *, supervised: bool = True) ->
             position_ids += range(prefix_length, len(branch.input_ids))
             branch_numbers += [branch_number] * (len(branch.input_ids) - prefix_length)
         tree_numbers += [number] * (len(input_ids) - start)
-    if not supervised:
-        predict, targets = [], []
     labels = torch.tensor(targets, dtype=torch.long)
     return {
-        "input_ids": torch.tensor([input_ids]),
-        "position_ids": torch.tensor([position_ids]),
+        "input_ids": torch.tensor([input_ids], dtype=torch.long),
+        "position_ids": torch.tensor([position_ids], dtype=torch.long),
         "attention_mask": _tree_mask(torch.tensor(tree_numbers), torch.tensor(branch_numbers)),
         "predict_positions": torch.tensor(predict, dtype=torch.long),
         "labels": labels,

@@ -5,8 +5,9 @@ image, and with it one prefix (system text, image tokens); a *row* holds trees b
 micro-batch; a *step* is one optimizer step.
 
 Contract: every step but an epoch's last holds exactly `batch_size` conversations, the same ones whatever the
-packing and the size of a row; every conversation appears once an epoch; and every step has the same number of
-rows, so that gradient accumulation and data-parallel ranks do the same number of forward passes.
+packing and the size of a row; every conversation appears once an epoch; every step has the same number of rows, so
+that gradient accumulation is the same in each. A step that needs fewer begins with empty ones, which cost nothing;
+the others are a multiple of the ranks, so that data-parallel ranks compute side by side, and end together.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Literal
 Tree = tuple[int, ...]
 """Indices of conversations that share one prefix."""
 Row = tuple[Tree, ...]
-"""Trees of one sequence; empty where a short step has fewer trees than the others have rows."""
+"""Trees of one sequence; empty where a step needs fewer rows than another."""
 Step = tuple[Row, ...]
 
 Packing = Literal["tree", "none"]
@@ -73,10 +74,12 @@ def make_plan(
     num_train_epochs: float,
     max_steps: int,
     seed: int,
+    ranks: int = 1,
 ) -> Plan:
-    """Plan every step of a stage.
+    """Plan every step of a stage; row r of a step is that of rank r modulo `ranks`.
 
-    Raises ValueError if a conversation alone is longer than `tokens_per_row`.
+    Raises ValueError if a conversation alone is longer than `tokens_per_row`, or a step has fewer conversations
+    than there are ranks.
     """
     for index, item in enumerate(items):
         if item.length > tokens_per_row:
@@ -93,9 +96,10 @@ def make_plan(
     batches = [_cut(batch, items, packing, tokens_per_row) for batch in batches[:steps_wanted]]
     separate = packing == "none"
     packed = [[[tree] for tree in batch] if separate else _first_fit(batch, items, tokens_per_row) for batch in batches]
-    rows_per_step = max(len(rows) for rows in packed)
+    rows_per_step = max(_whole_multiple(len(rows), ranks) for rows in packed)
     steps = tuple(
-        _balance(batch, rows, items, rows_per_step, tokens_per_row) for batch, rows in zip(batches, packed, strict=True)
+        _balance(batch, rows, items, ranks, rows_per_step, tokens_per_row)
+        for batch, rows in zip(batches, packed, strict=True)
     )
     used = [index for batch in batches for tree in batch for index in tree]
     return Plan(
@@ -194,10 +198,24 @@ def _first_fit(trees: Sequence[Tree], items: Sequence[PlanItem], tokens_per_row:
     return rows
 
 
+def _whole_multiple(count: int, ranks: int) -> int:
+    return -(-count // ranks) * ranks
+
+
 def _balance(
-    trees: Sequence[Tree], fallback: list[list[Tree]], items: Sequence[PlanItem], num_rows: int, tokens_per_row: int
+    trees: Sequence[Tree],
+    fallback: list[list[Tree]],
+    items: Sequence[PlanItem],
+    ranks: int,
+    rows_per_step: int,
+    tokens_per_row: int,
 ) -> Step:
-    """Spread a step's trees over `num_rows` rows of like length; `fallback` if that overfills a row."""
+    """Spread a step's trees over as many rows of like length as `fallback` has; or take it, if that overfills one."""
+    num_rows = _whole_multiple(len(fallback), ranks)
+    if len(trees) < num_rows:
+        trees = [(index,) for tree in trees for index in tree]
+    if len(trees) < num_rows:
+        raise ValueError(f"a step of {len(trees)} conversations leaves some of {ranks} processes nothing to do")
     rows: list[list[Tree]] = [[] for _ in range(num_rows)]
     heap = [(0, row) for row in range(num_rows)]
     for tree in sorted(trees, key=lambda tree: -tree_length(tree, items)):
@@ -205,5 +223,8 @@ def _balance(
         rows[row].append(tree)
         heapq.heappush(heap, (filled + tree_length(tree, items), row))
     if max(filled for filled, _ in heap) > tokens_per_row:
-        rows = fallback + [[] for _ in range(num_rows - len(fallback))]
-    return tuple(tuple(row) for row in rows)
+        rows = [list(row) for row in fallback]
+        while len(rows) < num_rows:
+            rows.append([max(rows, key=len).pop()])
+    empty: list[Row] = [()] * (rows_per_step - num_rows)
+    return (*empty, *(tuple(row) for row in rows))

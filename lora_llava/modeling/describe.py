@@ -31,8 +31,13 @@ def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
             if directory.is_absolute():
                 raise FileNotFoundError("there is no such directory")
             directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=_SMALL_FILES))
+    return describe_directory(directory)
+
+
+def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
+    """Return the configuration and tokenizer of a LLaVA directory; ModelError if it holds something else."""
     config = read_config(directory)
-    with hub_errors("base", name):
+    with hub_errors("base", str(directory)):
         tokenizer = AutoTokenizer.from_pretrained(directory)
     return config, tokenizer
 

@@ -2,8 +2,8 @@
 
 Three mistakes here would train a wrong model without a word (relative error of the gradients measured on a small
 random model): a bool mask with eager attention, which adds it (0.73); tree positions without a mask, from which
-transformers guesses a packing of its own (1.08); the right mask with linear positions (0.044). So attention is
-SDPA, and mask and positions are always given.
+transformers guesses a packing of its own (1.08); the right mask with linear positions (0.044). So the mask is written
+as what is added, which is right for every attention that takes one, and mask and positions are always given.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
 
     The model is called as a whole, so that what wraps it (data parallelism) sees the call.
     """
-    with _without_head(llava_in(model)):
+    llava = llava_in(model)
+    mask = additive(batch["attention_mask"], llava.get_input_embeddings().weight.dtype)
+    with _without_head(llava):
         outputs = model(
             input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            attention_mask=mask,
             position_ids=batch["position_ids"],
             pixel_values=batch.get("pixel_values"),
             logits_to_keep=batch["predict_positions"],
@@ -38,6 +40,14 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
         )
     hidden_states: torch.Tensor = outputs.logits[0]
     return hidden_states
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Write a bool mask as what is added to attention's scores: 0 where True, minus infinity elsewhere.
+
+    Once for all layers: SDPA would make, and keep for the backward pass, such a copy of a bool mask in each.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def packed_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

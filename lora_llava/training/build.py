@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from lora_llava.data.batch import ImageTransform, PackedRows
+from lora_llava.device import world_size
 from lora_llava.evaluation.generation import generate_answers
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe import Recipe
@@ -49,17 +50,23 @@ def image_facts(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) ->
 
 
 def make_trainer(
-    recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, dtype: torch.dtype, console: Console
+    recipe: Recipe,
+    stage: StageName,
+    loaded: LoadedModel,
+    data: StageData,
+    optim: str,
+    dtype: torch.dtype,
+    console: Console,
 ) -> PackedTrainer:
     """Build the trainer of a stage over its planned rows."""
     settings = recipe.stage(stage)
     transform = image_transform(recipe, settings, loaded)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    rows = [row for step in data.plan.steps for row in step[rank::world]]
+    rank = int(os.environ.get("RANK", "0"))
+    rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
     validation = None
-    if data.validation_records:
-        validation = PackedRows(data.validation_rows, data.validation_records, data.validation_encoded, transform)
-    sampled = data.validation_records[: settings.num_sample_answers]
+    if data.validation:
+        validation = PackedRows(data.validation_rows, data.validation.records, data.validation, transform)
+    sampled = data.validation.records[: settings.num_sample_answers]
 
     def sample_answers() -> list[dict[str, str]]:
         answers = generate_answers(
@@ -77,8 +84,8 @@ def make_trainer(
     directory = recipe.resolved_output_dir
     return PackedTrainer(
         loaded.model,
-        training_arguments(recipe, settings, data, directory / stage, dtype),
-        PackedRows(rows, data.records, data.encoded, transform),
+        training_arguments(recipe, settings, data, directory / stage, optim, dtype),
+        PackedRows(rows, data.encoded.records, data.encoded, transform),
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         sample_answers=sample_answers if sampled else None,
@@ -87,16 +94,16 @@ def make_trainer(
 
 
 def training_arguments(
-    recipe: Recipe, settings: StageSettings, data: StageData, directory: Path, dtype: torch.dtype
+    recipe: Recipe, settings: StageSettings, data: StageData, directory: Path, optim: str, dtype: torch.dtype
 ) -> TrainingArguments:
     """Translate the settings of a stage to `transformers`."""
-    evaluates = bool(data.validation_records) and settings.eval_steps is not None
+    evaluates = bool(data.validation) and settings.eval_steps is not None
     return TrainingArguments(
         output_dir=str(directory),
         # The plan is the data loader: one pass over it is the whole stage.
         max_steps=len(data.plan.steps),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=data.plan.rows_per_step // int(os.environ.get("WORLD_SIZE", "1")),
+        gradient_accumulation_steps=data.plan.rows_per_step // world_size(),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=settings.warmup_ratio,
@@ -104,7 +111,7 @@ def training_arguments(
         max_grad_norm=settings.max_grad_norm,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
-        optim=settings.optim,
+        optim=optim,
         dataloader_num_workers=settings.dataloader_num_workers,
         logging_steps=settings.logging_steps,
         # The default hides a NaN loss by repeating the last finite one.

@@ -11,24 +11,31 @@ from rich.table import Table
 from transformers import LlavaConfig
 
 from lora_llava.device import pick_device, pick_dtype
-from lora_llava.errors import DataError, ModelError
-from lora_llava.modeling.base import num_image_tokens
+from lora_llava.errors import DataError, ModelError, TrainingError
 from lora_llava.modeling.describe import describe_base, is_missing
+from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
 from lora_llava.training.memory import (
     MemoryRow,
     activation_bytes,
     expected_memory,
+    in_4_bits,
     largest_row,
     planned_parameters,
 )
-from lora_llava.training.plan import StageData, prepare_data
+from lora_llava.training.memory_plan import GIB, MemoryPlan, lora_rank, plan_memory, usable_bytes
+from lora_llava.training.plan import StageRecords, plan_records, read_records
 from lora_llava.training.tables import mebibytes, parameter_table_view
 
+CARDS = (12, 16, 24)
+"""Sizes of consumer cards, in GiB."""
 
-def print_dry_run(recipe: Recipe, console: Console) -> None:
+
+def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -> None:
     """Print the plan of every stage, its parameters and the memory to expect; write nothing, train nothing.
+
+    `memory`: bytes to plan for; None: what is free here.
 
     If the base, or data of the hub, cannot be had, one line says so and the rest is printed from the recipe.
     """
@@ -46,8 +53,8 @@ def print_dry_run(recipe: Recipe, console: Console) -> None:
         console.print(settings_view(stage, settings))
         if base is not None:
             config, tokenizer = base
-            data = _data_or_line(recipe, settings, config, tokenizer, console)
-            _print_stage(recipe, stage, config, data, console)
+            records = _records_or_line(recipe, settings, config, tokenizer, console)
+            _print_stage(recipe, stage, config, records, memory, console)
 
 
 def settings_view(stage: StageName, settings: StageSettings) -> Table:
@@ -60,9 +67,7 @@ def settings_view(stage: StageName, settings: StageSettings) -> Table:
         "length": length,
         "batch_size": f"{settings.batch_size} conversations a step",
         "learning_rate": f"{settings.learning_rate:g}, {settings.lr_scheduler_type}",
-        "packing": f"{settings.packing}, up to {settings.tokens_per_micro_batch:,} tokens a micro-batch",
-        "optim": settings.optim,
-        "gradient_checkpointing": str(settings.gradient_checkpointing).lower(),
+        "packing": settings.packing,
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -74,18 +79,12 @@ def is_hub_data(data: DataSettings) -> bool:
     return not data.path.endswith((".json", ".jsonl", ".parquet")) and not Path(data.path).expanduser().exists()
 
 
-def _data_or_line(
+def _records_or_line(
     recipe: Recipe, settings: StageSettings, config: LlavaConfig, tokenizer: Any, console: Console
-) -> StageData | None:
-    """Read and plan the data of a stage; None, and a line that says so, if it is on the hub and cannot be had."""
+) -> StageRecords | None:
+    """Read and encode the data of a stage; None, and a line that says so, if it is on the hub and cannot be had."""
     try:
-        return prepare_data(
-            settings,
-            tokenizer,
-            image_token_id=int(config.image_token_id),
-            num_image_tokens=num_image_tokens(config),
-            seed=recipe.seed,
-        )
+        return read_records(settings, config, tokenizer, recipe.seed)
     except DataError as error:
         if not is_hub_data(settings.data):
             raise
@@ -94,17 +93,47 @@ def _data_or_line(
 
 
 def _print_stage(
-    recipe: Recipe, stage: StageName, config: LlavaConfig, data: StageData | None, console: Console
+    recipe: Recipe,
+    stage: StageName,
+    config: LlavaConfig,
+    records: StageRecords | None,
+    memory: int | None,
+    console: Console,
 ) -> None:
-    settings = recipe.stage(stage)
-    if data is not None:
-        console.print(data.summary())
+    settings, device = recipe.stage(stage), pick_device()
     dtype = compute_dtype(recipe)
+    longest = settings.max_length if records is None else records.longest
     table = planned_parameters(recipe, stage, config, dtype)
+    usable = usable_bytes(device, memory)
+    chosen = plan_memory(recipe, stage, config, table, dtype, longest=longest, usable=usable, device=device.type)
+    tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
+    if records is not None:
+        data = plan_records(records, settings, tokens, recipe.seed)
+        console.print(data.summary())
+        tokens, targets = largest_row(data)
+    if recipe.quantization.type == "nf4" and not chosen.keep_dequantized:
+        table = in_4_bits(table, config, recipe.quantization, dtype)
     console.print(parameter_table_view(table, "Parameters, as they would be"))
-    tokens, targets = largest_row(data) if data is not None else (settings.tokens_per_micro_batch, 0)
-    activations = activation_bytes(config, settings, tokens, targets, dtype)
-    console.print(memory_view(expected_memory(settings, table), activations, tokens))
+    activations = activation_bytes(config, chosen.recompute, tokens, targets, dtype, lora_rank(recipe, stage))
+    console.print(f"On this machine: {chosen}")
+    console.print(memory_view(expected_memory(chosen.optim, table), activations, tokens))
+    console.print(cards_view(cards(recipe, stage, config, longest)))
+
+
+def cards(recipe: Recipe, stage: StageName, config: LlavaConfig, longest: int) -> dict[int, MemoryPlan | None]:
+    """Plan a stage for cards of some sizes, in GiB; None where it does not fit."""
+    plans: dict[int, MemoryPlan | None] = {}
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    table = planned_parameters(recipe, stage, config, dtype)
+    for size in CARDS:
+        usable = usable_bytes(torch.device("cuda"), size * GIB)
+        try:
+            plans[size] = plan_memory(
+                recipe, stage, config, table, dtype, longest=longest, usable=usable, device="cuda"
+            )
+        except TrainingError:
+            plans[size] = None
+    return plans
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -124,4 +153,26 @@ def memory_view(rows: list[MemoryRow], activations: int, tokens: int) -> Table:
         table.add_row(row.part, *(mebibytes(size) for size in (row.weights, row.gradients, row.optimizer, row.total)))
     table.add_row(f"activations, {tokens:,} tokens (estimate)", "", "", "", mebibytes(activations), end_section=True)
     table.add_row("all", "", "", "", mebibytes(sum(row.total for row in rows) + activations), style="bold")
+    return table
+
+
+def cards_view(plans: dict[int, MemoryPlan | None]) -> Table:
+    """Lay out what would be chosen on cards of several sizes; the fastest counts as 1."""
+    table = Table(title="On a card of", title_justify="left")
+    for heading in ("GiB", "tokens a micro-batch", "recomputing", "optimizer", "dequantised", "GiB needed", "time"):
+        table.add_column(heading, justify="right")
+    fastest = min((plan.cost for plan in plans.values() if plan), default=1.0)
+    for size, plan in plans.items():
+        if plan is None:
+            table.add_row(str(size), "does not fit")
+            continue
+        table.add_row(
+            str(size),
+            f"{plan.tokens_per_micro_batch:,}",
+            str(plan.recompute),
+            plan.optim,
+            "once" if plan.keep_dequantized else "each pass",
+            f"{plan.bytes_needed / GIB:.1f}",
+            f"{plan.cost / fastest:.2f}",
+        )
     return table

@@ -12,13 +12,30 @@ from lora_llava.data.packing import Row, tree_length
 from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_layers, meta_model
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import StageName, StageSettings
+from lora_llava.recipe import QuantizationSettings, Recipe
+from lora_llava.recipe_stages import GradientCheckpointing, StageName
 from lora_llava.training.plan import StageData
 
 NF4_BYTES = {True: 0.516, False: 0.5625}
 """Bytes a weight in NF4, by double quantisation: 4 bits, and a scale for every 64 weights (fp32, or 8 bits and
 an fp32 scale for every 256 of them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """What the backward pass computes again; see `modeling.recompute`."""
+
+    policy: GradientCheckpointing
+    full_layers: int = 0
+    """With `selective`: layers that keep their input alone."""
+
+    def __str__(self) -> str:
+        """Name the policy in a word or few."""
+        if self.policy is False:
+            return "none"
+        if self.policy is True:
+            return "full"
+        return f"selective, {self.full_layers} layers in full" if self.full_layers else "selective"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +54,33 @@ class MemoryRow:
 
 
 def planned_parameters(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: torch.dtype) -> list[PartRow]:
-    """Build the stage's model without memory and return its table, with quantised weights as they would be."""
+    """Build the stage's model without memory and return its table; nothing is quantised yet, see `in_4_bits`."""
     model: Any = meta_model(config).to(dtype)
     model.get_submodule(PROJECTOR).float()
     drop_unused_layers(model)
-    language_model = model.get_submodule(LANGUAGE_MODEL)
-    linears = [module.weight.numel() for module in language_model.modules() if isinstance(module, torch.nn.Linear)]
-    quantization = recipe.quantization
-    in_4_bits = sum(linears) if quantization.type == "nf4" and not quantization.keep_dequantized else 0
-    saved = round(in_4_bits * (dtype.itemsize - NF4_BYTES[quantization.double_quant]))
+    return parameter_table(build_stage(model, stage, recipe.adapter))
+
+
+def in_4_bits(
+    table: list[PartRow], config: LlavaConfig, quantization: QuantizationSettings, dtype: torch.dtype
+) -> list[PartRow]:
+    """Return `table` with the language model's linear layers in NF4."""
+    text = config.text_config
+    queries, keys = _attention_widths(config)
+    width, wide = int(text.hidden_size), int(text.intermediate_size)
+    count = int(text.num_hidden_layers) * width * (2 * queries + 2 * keys + 3 * wide)
+    saved = round(count * (dtype.itemsize - NF4_BYTES[quantization.double_quant]))
     return [
-        replace(row, quantized=in_4_bits, bytes=row.bytes - saved, dtypes=f"{row.dtypes}, nf4")
-        if row.part == LANGUAGE_MODEL and in_4_bits
+        replace(row, quantized=count, bytes=row.bytes - saved, dtypes=f"{row.dtypes}, nf4")
+        if row.part == LANGUAGE_MODEL
         else row
-        for row in parameter_table(build_stage(model, stage, recipe.adapter))
+        for row in table
     ]
 
 
-def expected_memory(settings: StageSettings, table: list[PartRow]) -> list[MemoryRow]:
+def expected_memory(optim: str, table: list[PartRow]) -> list[MemoryRow]:
     """Work out weights, gradients and AdamW's two states of each part; what is trained is so in fp32."""
-    state = 2 if "8bit" in settings.optim else 8
+    state = 2 if "8bit" in optim else 8
     return [MemoryRow(row.part, row.bytes, 4 * row.trainable, state * row.trainable) for row in table]
 
 
@@ -75,39 +99,49 @@ def _row_targets(row: Row, data: StageData) -> int:
 
 
 def activation_bytes(
-    config: LlavaConfig, settings: StageSettings, tokens: int, targets: int, dtype: torch.dtype
+    config: LlavaConfig, recompute: Recompute, tokens: int, targets: int, dtype: torch.dtype, rank: int
 ) -> int:
-    """Estimate what the backward pass needs kept of a micro-batch of `tokens` tokens, `targets` of them supervised.
+    """Estimate the most that a micro-batch needs besides weights, gradients and optimizer.
 
-    While a checkpointed layer is computed again, it is kept whole; see `modeling.recompute`.
+    `tokens` tokens, `targets` of them supervised; `rank` of LoRA, 0 without. While a checkpointed layer is computed
+    again, it is kept whole; see `modeling.recompute`.
     """
-    layers, width = int(config.text_config.num_hidden_layers), int(config.text_config.hidden_size)
-    whole, products, inputs = _whole_layer(config, dtype), _layer_products(config), width
-    if settings.gradient_checkpointing is False:
-        kept = layers * whole
-    elif settings.gradient_checkpointing is True:
-        kept = layers * inputs * dtype.itemsize + whole
-    else:
-        full = min(settings.gradient_checkpointing_layers, layers)
-        kept = (full * inputs + (layers - full) * (inputs + products)) * dtype.itemsize + whole
+    text = config.text_config
+    layers, width, wide = int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size)
+    inputs, products = width * dtype.itemsize, _layer_products(config) * dtype.itemsize
+    whole = _whole_layer(config, dtype, rank)
+    full = min(recompute.full_layers, layers) if recompute.policy == "selective" else layers * recompute.policy
+    other = whole if recompute.policy is False else inputs + products
+    # The first layers are those done in full: when the way back comes to them, the others have been freed.
+    at_the_end = full * inputs + (layers - full) * other + (whole - other if full < layers else 0)
+    kept = max(at_the_end, full * inputs + (whole - inputs if full else 0))
+    # What a layer's backward pass itself works with, measured: 5 widths and 2 intermediate widths.
+    kept += (5 * width + 2 * wide) * dtype.itemsize
+    mask = tokens * tokens * dtype.itemsize
     # Logits in the model's precision, then in fp32, and their gradient, of one chunk.
-    logits = min(targets, HEAD_CHUNK) * int(config.text_config.vocab_size) * (dtype.itemsize + 8)
-    return tokens * kept + logits
+    logits = min(targets, HEAD_CHUNK) * int(text.vocab_size) * (dtype.itemsize + 8)
+    return tokens * kept + mask + logits
 
 
-def _whole_layer(config: LlavaConfig, dtype: torch.dtype) -> int:
+def _whole_layer(config: LlavaConfig, dtype: torch.dtype, rank: int) -> int:
     """Bytes a token that a layer with LoRA keeps when nothing is computed again.
 
-    Measured on Llama layers, fp32: 9 widths and 4 intermediate widths. In bf16 the two norms keep fp32 copies besides.
+    Measured on Llama layers, fp32: 9 widths and 4 intermediate widths, and the inner products of its seven adapters.
+    In bf16 the two norms keep fp32 copies besides.
     """
     text = config.text_config
     widths = 9 if dtype == torch.float32 else 13
-    return (widths * int(text.hidden_size) + 4 * int(text.intermediate_size)) * dtype.itemsize
+    return (widths * int(text.hidden_size) + 4 * int(text.intermediate_size) + 7 * rank) * dtype.itemsize
 
 
 def _layer_products(config: LlavaConfig) -> int:
     """Elements a token that selective recomputing keeps: of the seven linear layers and of attention."""
     text = config.text_config
-    queries = int(text.num_attention_heads) * int(text.head_dim)
-    keys = int(text.num_key_value_heads) * int(text.head_dim)
+    queries, keys = _attention_widths(config)
     return 2 * queries + 2 * keys + 2 * int(text.hidden_size) + 2 * int(text.intermediate_size)
+
+
+def _attention_widths(config: LlavaConfig) -> tuple[int, int]:
+    """Widths of a layer's queries, and of its keys or values."""
+    text = config.text_config
+    return int(text.num_attention_heads) * int(text.head_dim), int(text.num_key_value_heads) * int(text.head_dim)

@@ -6,13 +6,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from transformers import LlavaConfig
+
 from lora_llava.conversation import Template, get_template
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.packing import Plan, Row, make_plan, plan_in_order, tree_length
-from lora_llava.data.records import Record, load_split
+from lora_llava.data.records import load_split
+from lora_llava.device import world_size
 from lora_llava.errors import DataError
+from lora_llava.modeling.base import num_image_tokens
 from lora_llava.recipe_stages import StageSettings
 from lora_llava.training.progress import StepCounts
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecords:
+    """The conversations of one stage, read and encoded."""
+
+    template: Template
+    train: EncodedRecords
+    validation: EncodedRecords
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(item.length for encoded in (self.train, self.validation) for item in encoded.items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,67 +38,60 @@ class StageData:
     """Records and encodings of one stage, and the plan over them."""
 
     template: Template
-    records: list[Record]
     encoded: EncodedRecords
     plan: Plan
     counts: list[StepCounts]
-    validation_records: list[Record]
-    validation_encoded: EncodedRecords
+    validation: EncodedRecords
     validation_rows: list[Row]
 
     def summary(self) -> str:
         """Say in a line what will be trained on, and what was cut."""
         plan, cut = self.plan, self.encoded.num_cut
-        held_out = f" and {len(self.validation_records):,} for validation" if self.validation_records else ""
+        held_out = f" and {len(self.validation):,} for validation" if self.validation else ""
         return (
-            f"{len(self.records):,} conversations{held_out}; {len(plan.steps):,} optimizer steps of "
+            f"{len(self.encoded):,} conversations{held_out}; {len(plan.steps):,} optimizer steps of "
             f"{plan.rows_per_step} micro-batches; {plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by "
             f"packing{f'; {cut:,} conversations cut short by max_length' if cut else ''}"
         )
 
 
-def prepare_data(
-    stage: StageSettings,
-    tokenizer: Any,
-    *,
-    image_token_id: int,
-    num_image_tokens: int,
-    seed: int,
-) -> StageData:
-    """Read, split, encode and plan the data of a stage; DataError names the first record that does not fit."""
+def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed: int) -> StageRecords:
+    """Read, split and encode the data of a stage; DataError names the first record that does not fit."""
     template = get_template(stage.template, stage.system)
     train, validation = load_split(stage.data, seed)
     if not train:
         raise DataError(f"{stage.data.path}: no record to train on")
-
     encode_all = partial(
         EncodedRecords,
         template=template,
         tokenizer=tokenizer,
-        image_token_id=image_token_id,
-        num_image_tokens=num_image_tokens,
+        image_token_id=int(config.image_token_id),
+        num_image_tokens=num_image_tokens(config),
         max_length=stage.max_length,
     )
-    encoded, validation_encoded = encode_all(train), encode_all(validation)
+    return StageRecords(template, encode_all(train), encode_all(validation))
+
+
+def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_batch: int, seed: int) -> StageData:
+    """Plan every step of a stage, and the rows of its validation."""
     plan = make_plan(
-        encoded.items,
+        records.train.items,
         batch_size=stage.batch_size,
-        tokens_per_row=stage.tokens_per_micro_batch,
+        tokens_per_row=tokens_per_micro_batch,
         branches_per_tree=stage.branches_per_tree,
         packing=stage.packing,
         num_train_epochs=stage.num_train_epochs,
         max_steps=stage.max_steps,
         seed=seed,
+        ranks=world_size(),
     )
     return StageData(
-        template=template,
-        records=train,
-        encoded=encoded,
+        template=records.template,
+        encoded=records.train,
         plan=plan,
-        counts=step_counts(plan, encoded),
-        validation_records=validation,
-        validation_encoded=validation_encoded,
-        validation_rows=plan_in_order(validation_encoded.items, tokens_per_row=stage.tokens_per_micro_batch),
+        counts=step_counts(plan, records.train),
+        validation=records.validation,
+        validation_rows=plan_in_order(records.validation.items, tokens_per_row=tokens_per_micro_batch),
     )
 
 

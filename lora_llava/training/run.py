@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
@@ -25,22 +26,33 @@ from lora_llava.data.records import fingerprint
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.modeling.assemble import assemble
-from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
+from lora_llava.modeling.base import (
+    BaseIdentity,
+    LoadedModel,
+    hash_weights,
+    load_base,
+    locate,
+)
+from lora_llava.modeling.describe import describe_directory
 from lora_llava.modeling.recompute import set_recompute
-from lora_llava.modeling.stages import PartRow, build_stage, check_stage, train_only_what_is_saved
+from lora_llava.modeling.stages import build_stage, check_stage, train_only_what_is_saved
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import dump_resolved
 from lora_llava.recipe_stages import StageName
 from lora_llava.training import output
 from lora_llava.training.build import image_facts, make_trainer
-from lora_llava.training.plan import StageData, prepare_data
+from lora_llava.training.memory import planned_parameters
+from lora_llava.training.memory_plan import MemoryPlan, plan_memory, usable_bytes
+from lora_llava.training.plan import StageData, plan_records, read_records
 from lora_llava.training.self_check import check_first_row
 from lora_llava.training.tables import parameter_table_view
 from lora_llava.training.trainer import PackedTrainer
 
 
-def run_recipe(recipe: Recipe, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
-    """Train every stage of `recipe`; each starts from the artifact of the one before.
+def run_recipe(
+    recipe: Recipe, console: Console, *, overwrite: bool = False, memory: int | None = None
+) -> dict[str, Any]:
+    """Train every stage of `recipe`, in `memory` bytes; each starts from the artifact of the one before.
 
     Returns the run's summary, which is also written to `summary.json`. Raises LoraLlavaError's subclasses.
     """
@@ -56,7 +68,7 @@ def run_recipe(recipe: Recipe, console: Console, *, overwrite: bool = False) -> 
     parent = recipe.start_from
     for stage in recipe.stage_names:
         clock = time.monotonic()
-        summary[stage] = train_stage(recipe, stage, base_directory, identity, parent, console)
+        summary[stage] = train_stage(recipe, stage, base_directory, identity, parent, console, memory)
         summary["seconds"][stage] = round(time.monotonic() - clock, 1)
         parent = directory / stage
         plot_loss(directory / output.LOSS_PLOT, read_log(directory))
@@ -85,34 +97,34 @@ def train_stage(
     identity: BaseIdentity,
     parent: Path | None,
     console: Console,
+    memory: int | None = None,
 ) -> dict[str, Any]:
-    """Train one stage from `parent`'s artifact (None: from the base as it is) and save its own."""
-    settings, quantization = recipe.stage(stage), recipe.quantization
+    """Train one stage from `parent`'s artifact (None: from the base as it is) and save its own.
+
+    `memory`: bytes of the card to plan for; None: what is free.
+    """
+    quantization = recipe.quantization
     device = pick_device()
     dtype = pick_dtype(recipe.precision, device)
     set_seed(recipe.seed)
+    # The data before the weights: a mistake in it shows at once.
+    data, chosen = plan_stage(recipe, stage, base_directory, usable_bytes(device, memory), dtype, device.type)
     loaded = load_base(
         base_directory,
         identity,
         nf4=quantization.type == "nf4",
         double_quant=quantization.double_quant,
-        keep_dequantized=quantization.keep_dequantized,
+        keep_dequantized=chosen.keep_dequantized,
         dtype=dtype,
         device=device,
     )
-    data = prepare_data(
-        settings,
-        loaded.tokenizer,
-        image_token_id=loaded.image_token_id,
-        num_image_tokens=loaded.num_image_tokens,
-        seed=recipe.seed,
-    )
     model = start_stage(recipe, stage, loaded, parent)
-    table = check_stage(model, stage, nf4=quantization.type == "nf4" and not quantization.keep_dequantized)
-    set_recompute(model, settings.gradient_checkpointing, settings.gradient_checkpointing_layers)
-    announce(stage, data, table, console)
+    table = check_stage(model, stage, nf4=quantization.type == "nf4" and not chosen.keep_dequantized)
+    set_recompute(model, chosen.recompute.policy, chosen.recompute.full_layers)
+    console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
+    console.print(f"{stage}: {data.summary()}\n{stage}: {chosen}")
     directory = recipe.resolved_output_dir
-    trainer = make_trainer(recipe, stage, loaded, data, dtype, console)
+    trainer = make_trainer(recipe, stage, loaded, data, chosen.optim, dtype, console)
     check_first_row(model, trainer.train_dataset, dtype, device)
     trainer.train()
     metrics = closing_metrics(trainer)
@@ -120,7 +132,19 @@ def train_stage(
     facts["metrics"] = metrics
     # The artifact's copy of the recipe sits one level below the run's.
     save_artifact(directory / stage, model, loaded, facts, dump_resolved(recipe, directory / stage))
-    return {**facts["seen"], **metrics, "parameters": [asdict(row) for row in table]}
+    return {**facts["seen"], **metrics, "memory_plan": asdict(chosen), "parameters": [asdict(row) for row in table]}
+
+
+def plan_stage(
+    recipe: Recipe, stage: StageName, base_directory: Path, usable: int, dtype: torch.dtype, device: str
+) -> tuple[StageData, MemoryPlan]:
+    """Read the data of a stage, choose how it fits `usable` bytes, and plan its steps; no weight is read."""
+    config, tokenizer = describe_directory(base_directory)
+    settings = recipe.stage(stage)
+    records = read_records(settings, config, tokenizer, recipe.seed)
+    table = planned_parameters(recipe, stage, config, dtype)
+    chosen = plan_memory(recipe, stage, config, table, dtype, longest=records.longest, usable=usable, device=device)
+    return plan_records(records, settings, chosen.tokens_per_micro_batch, recipe.seed), chosen
 
 
 def stage_facts(
@@ -135,9 +159,9 @@ def stage_facts(
         "template": {"name": settings.template, "system": settings.system},
         "images": image_facts(recipe, settings, loaded),
         "data": {
-            "sha256": fingerprint(data.records),
-            "records": len(data.records),
-            "validation_records": len(data.validation_records),
+            "sha256": fingerprint(data.encoded.records),
+            "records": len(data.encoded),
+            "validation_records": len(data.validation),
             "answer_prompt": settings.data.answer_prompt,
             "merge_turns": settings.data.merge_turns,
         },
@@ -164,12 +188,6 @@ def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: P
         load_projector(parent, loaded.model)
     loaded.model = build_stage(loaded.model, stage, recipe.adapter)
     return loaded.model
-
-
-def announce(stage: StageName, data: StageData, table: list[PartRow], console: Console) -> None:
-    """Print what is about to be trained, on what."""
-    console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
-    console.print(f"{stage}: {data.summary()}")
 
 
 def closing_metrics(trainer: PackedTrainer) -> dict[str, float]:

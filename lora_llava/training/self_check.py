@@ -32,10 +32,11 @@ def check_first_row(model: Any, rows: PackedRows, dtype: torch.dtype, device: to
     trees = _first_trees(rows)
     if not trees:
         return None
+    single = PackedRows([trees], rows.records, rows.encoded, rows.transform)
     was_training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        batch = {name: tensor.to(device) for name, tensor in rows.build(trees).items()}
+        batch = {name: tensor.to(device) for name, tensor in single[0].items()}
         packed = packed_logits(model, batch).float()
         alone = torch.cat([_logits_alone(model, rows, index, device) for tree in trees for index in tree])
     model.train(was_training)

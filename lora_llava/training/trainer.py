@@ -59,6 +59,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             persistent_workers=bool(workers),
         )
 
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Add a row's gradients to the step's; an empty row, which only fills up a step, adds nothing."""
+        if inputs["input_ids"].numel() == 0:
+            return torch.zeros((), device=self.args.device)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,

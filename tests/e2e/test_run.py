@@ -70,20 +70,27 @@ def test_instruct_changes_lora_and_projector_and_nothing_else(run: Run) -> None:
 
 
 def test_nf4_weights_do_not_change(recipe_file: Path, tmp_path: Path) -> None:
-    made = watched_run(
-        recipe_file, "quantization.type=nf4", f"output_dir={tmp_path / 'run'}", "stages.instruct.max_steps=3"
-    )
+    in_4_bits = ("quantization.type=nf4", "quantization.keep_dequantized=false")
+    made = watched_run(recipe_file, *in_4_bits, f"output_dir={tmp_path / 'run'}", "stages.instruct.max_steps=3")
     for stage in made.stages.values():
         assert stage.changed == stage.trainable
     assert sum(one.dtype == torch.uint8 for one in made.stages["instruct"].after.values()) == 14
     losses = made.losses("instruct")
     assert all(math.isfinite(loss) for loss in losses)
+    once = watched_run(
+        recipe_file, in_4_bits[0], "quantization.keep_dequantized=true", f"output_dir={tmp_path / 'once'}",
+        "stages.instruct.max_steps=3",
+    )  # fmt: skip
+    assert once.losses("instruct") == pytest.approx(losses, rel=1e-5)
 
 
 def test_bf16_with_nf4(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a GPU would choose: trained parameters in fp32 beside a base in bf16, in sample answers too.
     monkeypatch.setattr(run_module, "pick_dtype", lambda *_: torch.bfloat16)
-    made = watched_run(recipe_file, "quantization.type=nf4", f"output_dir={tmp_path / 'run'}", *TEN_STEPS)
+    made = watched_run(
+        recipe_file, "quantization.type=nf4", "quantization.keep_dequantized=false", f"output_dir={tmp_path / 'run'}",
+        *TEN_STEPS,
+    )  # fmt: skip
     for stage in made.stages.values():
         assert stage.changed == stage.trainable
         assert {stage.after[name].dtype for name in stage.trainable} == {torch.float32}

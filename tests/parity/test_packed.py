@@ -236,35 +236,40 @@ def test_the_model_has_its_head_again_even_after_an_error(model: Any) -> None:
     assert model.get_base_model().lm_head is head
 
 
-def test_an_unsupervised_row_gives_exactly_nothing() -> None:
-    model = build_model()
-    batch = build_row([branches(1)], supervised=False) | {"pixel_values": image(0, torch.float32)[None]}
-    loss = packed_loss(model, batch, 7)
-    assert loss.item() == 0.0
-    assert all(not gradient.any() for gradient in gradients(model, loss).values())
-
-
-def with_eager_attention(model: Any, batch: Batch) -> Batch:
+def with_eager_attention(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    """A bool mask, which eager attention adds."""
+    monkeypatch.setattr(packed_module, "additive", lambda mask, _: mask)
     model.set_attn_implementation("eager")
     return batch
 
 
-def without_mask(model: Any, batch: Batch) -> Batch:
-    return batch | {"attention_mask": None}
+def without_mask(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    monkeypatch.setattr(packed_module, "additive", lambda *_: None)
+    return batch
 
 
-def with_linear_positions(model: Any, batch: Batch) -> Batch:
+def with_linear_positions(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
 
 
 @pytest.mark.parametrize("mistake", [with_eager_attention, without_mask, with_linear_positions])
-def test_the_silent_mistakes_would_be_seen_here(mistake: Callable[[Any, Batch], Any]) -> None:
+def test_the_silent_mistakes_would_be_seen_here(
+    mistake: Callable[[Any, Batch, pytest.MonkeyPatch], Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build_model()
     trees = [branches(4)]
     _, theirs = separate(model, trees)
-    batch = mistake(model, row_of(trees, torch.float32))
+    batch = mistake(model, row_of(trees, torch.float32), monkeypatch)
     loss = F.cross_entropy(packed_logits(model, batch).float(), batch["shift_labels"])
     assert error(gradients(model, loss), theirs) > 1e-3
+
+
+def test_the_mask_is_right_for_eager_attention_too() -> None:
+    model = build_model()
+    batch = row_of([branches(4), branches(2)], torch.float32)
+    ours = packed_logits(model, batch)
+    model.set_attn_implementation("eager")
+    assert torch.allclose(ours, packed_logits(model, batch), atol=1e-5)
 
 
 def test_eager_attention_is_refused() -> None:

@@ -52,6 +52,7 @@ def test_the_recipe_runs(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
         f"evaluation.data.path={tmp_path / 'vqa_rad.parquet'}",
         f"output_dir={tmp_path / 'run'}",
         "adapter.r=4",
+        "quantization.keep_dequantized=false",
         "stages.instruct.batch_size=8",
         "stages.instruct.max_steps=4",
         "stages.instruct.eval_steps=2",

@@ -18,7 +18,7 @@ from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_laye
 from lora_llava.modeling.stages import build_stage, parameter_table
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import load_recipe
-from lora_llava.training.memory import expected_memory, planned_parameters
+from lora_llava.training.memory import expected_memory, in_4_bits, planned_parameters
 from tests.helpers.tiny import tiny_llava
 
 WriteRecipe = Callable[..., Path]
@@ -113,13 +113,10 @@ def test_planned_parameters_are_those_of_the_built_model(
 
 
 def test_quantised_weights_take_half_a_byte_and_their_scales(write_recipe: WriteRecipe, tiny_base: Path) -> None:
-    config = read_config(tiny_base)
-    plain = load_recipe(write_recipe(quantization={"type": "none"}))
-    nf4 = load_recipe(write_recipe())
-    before, after = (
-        {row.part: row for row in planned_parameters(recipe, "instruct", config, torch.float32)}
-        for recipe in (plain, nf4)
-    )
+    config, recipe = read_config(tiny_base), load_recipe(write_recipe())
+    plain = planned_parameters(recipe, "instruct", config, torch.float32)
+    nf4 = in_4_bits(plain, config, recipe.quantization, torch.float32)
+    before, after = ({row.part: row for row in table} for table in (plain, nf4))
     quantized = after[LANGUAGE_MODEL].quantized
     linears = [part for part in tiny_llava().model.language_model.modules() if isinstance(part, torch.nn.Linear)]
     assert quantized == sum(part.weight.numel() for part in linears)
@@ -131,9 +128,9 @@ def test_quantised_weights_take_half_a_byte_and_their_scales(write_recipe: Write
 def test_trained_parameters_take_gradients_and_optimizer_state(
     write_recipe: WriteRecipe, tiny_base: Path, optim: str, state: int
 ) -> None:
-    recipe = load_recipe(write_recipe(), [f"stages.align.optim={optim}"])
+    recipe = load_recipe(write_recipe())
     table = planned_parameters(recipe, "align", read_config(tiny_base), torch.float32)
-    for row, memory in zip(table, expected_memory(recipe.stage("align"), table), strict=True):
+    for row, memory in zip(table, expected_memory(optim, table), strict=True):
         assert memory.gradients == 4 * row.trainable
         assert memory.optimizer == state * row.trainable
         assert bool(row.trainable) == (row.part == PROJECTOR)

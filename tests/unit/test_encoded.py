@@ -40,7 +40,7 @@ def test_counts_are_those_of_what_comes_out() -> None:
 
 
 def test_the_first_that_cannot_be_trained_on_is_named() -> None:
-    with pytest.raises(DataError, match="at two: .*empty"):
+    with pytest.raises(DataError, match=r"at two: .*empty"):
         EncodedRecords(
             [record("a", "one"), record("b", "two", " "), record("b", "three", " ")],
             get_template("vicuna_v1"),

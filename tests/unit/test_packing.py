@@ -144,7 +144,37 @@ def test_a_short_step_is_filled_up_with_empty_rows() -> None:
     items = [PlanItem(60, PREFIX, group) for group in range(5)]
     made = plan(items, batch_size=4)
     assert made.rows_per_step == 4
-    assert [sorted(len(row) for row in step) for step in made.steps] == [[1, 1, 1, 1], [0, 0, 0, 1]]
+    # Empty ones first: the last row of a step, at which ranks meet, is never empty.
+    assert [[len(row) for row in step] for step in made.steps] == [[1, 1, 1, 1], [0, 0, 0, 1]]
+
+
+def test_a_step_takes_no_more_rows_than_it_needs() -> None:
+    # Steps of 2: one of two long conversations, others of short ones that fit one row.
+    items = [PlanItem(60 if index < 2 else 5, 0, -1) for index in range(12)]
+    made = plan(items, batch_size=2)
+    used = [sum(bool(row) for row in step) for step in made.steps]
+    lengths = [sum(items[index].length for index in step) for step in conversations(made)]
+    assert used == [1 if length <= 64 else 2 for length in lengths]
+    assert made.rows_per_step == max(used)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_compute_as_many_rows_side_by_side(seed: int, ranks: int) -> None:
+    items = random_items(seed, count=40)
+    made = plan(items, ranks=ranks)
+    assert step_sets(made) == step_sets(plan(items))
+    assert made.rows_per_step % ranks == 0
+    assert max(sum(tree_length(tree, items) for tree in row) for step in made.steps for row in step) <= 64
+    for step in made.steps:
+        used = [bool(row) for row in step]
+        assert used == sorted(used)
+        assert sum(used) % ranks == 0
+
+
+def test_more_ranks_than_conversations_are_refused() -> None:
+    with pytest.raises(ValueError, match="a step of 1 conversations leaves some of 2 processes"):
+        plan(random_items(0, count=9), ranks=2)
 
 
 def test_rows_of_a_step_are_balanced() -> None:

@@ -132,12 +132,16 @@ def test_easy_vqa_becomes_llava_files(tmp_path: Path) -> None:
     images = {f"data/images/train/{number}.png" for number in range(3)} | {"data/images/test/0.png"}
     assert found == images | {"data/captions.json", "data/train.json", "data/test.json"}
     records = json.loads((data / "train.json").read_text(encoding="utf-8"))
-    assert records[0] == {
-        "id": "train-0-0",
-        "image": "0.png",
+    assert [record["id"] for record in records] == ["turns-train-0-0", *(f"train-1-{n}" for n in range(3)),
+                                                    "train-2-0", "train-2-1"]  # fmt: skip
+    turns = ["<image>\nwhat is in the image?", "a red circle", "what is the red shape?", "circle", "is there a circle?"]
+    assert [turn["value"] for turn in records[0]["conversations"]] == [*turns, "yes"]
+    assert records[1] == {
+        "id": "train-1-0",
+        "image": "1.png",
         "conversations": [
-            {"from": "human", "value": "<image>\nwhat is the red shape?"},
-            {"from": "gpt", "value": "circle"},
+            {"from": "human", "value": "<image>\nwhat color is the shape?"},
+            {"from": "gpt", "value": "blue"},
         ],
     }
     assert len({record["id"] for record in records}) == len(records)
@@ -149,7 +153,7 @@ def test_the_files_are_read_by_the_kit(tmp_path: Path) -> None:
     archive = tmp_path / "wheel.whl"
     build_wheel(archive, easy_vqa_members())
     write_easy_vqa(archive, tmp_path)
-    for name, split, count in (("train", "train", 7), ("captions", "train", 2), ("test", "test", 2)):
+    for name, split, count in (("train", "train", 6), ("captions", "train", 2), ("test", "test", 2)):
         settings = DataSettings(path=str(tmp_path / f"{name}.json"), image_root=str(tmp_path / "images" / split))
         assert len(load_records(settings)) == count
 

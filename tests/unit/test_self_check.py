@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import lora_llava.data.batch as batch_module
+import lora_llava.modeling.packed as packed_module
 from lora_llava.conversation import Turn
 from lora_llava.data.batch import Batch, ImageTransform, PackedRows, build_row
 from lora_llava.data.packing import Row
@@ -48,6 +49,8 @@ def test_rows_of_single_conversations_leave_nothing_to_check(rows: PackedRows) -
 
 
 def eager(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bool mask, which eager attention adds."""
+    monkeypatch.setattr(packed_module, "additive", lambda mask, _: mask)
     model.set_attn_implementation("eager")
 
 

@@ -1,0 +1,201 @@
+"""The planner of memory: its bytes against real tensors, and its choices."""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from lora_llava.conversation import IGNORE_INDEX, Encoded
+from lora_llava.data.batch import build_row
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.base import BaseIdentity, load_base, read_config
+from lora_llava.modeling.packed import packed_loss
+from lora_llava.modeling.recompute import set_recompute
+from lora_llava.modeling.stages import PartRow, build_stage
+from lora_llava.recipe import AdapterSettings, Recipe
+from lora_llava.recipe_stages import StageName
+from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits, planned_parameters
+from lora_llava.training.memory_plan import GIB, MemoryPlan, plan_memory
+from tests.helpers.tiny import tiny_config
+
+STAGE: dict[str, Any] = {"data": {"path": "train.json"}}
+
+
+def recipe(**changes: Any) -> Recipe:
+    stage = STAGE | changes.pop("stage", {})
+    return Recipe.model_validate(
+        {"name": "x", "base": {"model_name_or_path": "x"}, "stages": {"instruct": stage, "align": stage}} | changes
+    )
+
+
+def llava_7b(layers: int = 32) -> LlavaConfig:
+    """LLaVA-1.5-7B's shapes."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(num_hidden_layers=layers, vocab_size=32064))
+
+
+@cache
+def table_of(rank: int, stage: StageName) -> list[PartRow]:
+    return planned_parameters(recipe(adapter={"r": rank}), stage, llava_7b(), torch.bfloat16)
+
+
+def plan(
+    memory: float, chosen: Recipe | None = None, *, longest: int = 700, stage: StageName = "instruct"
+) -> MemoryPlan:
+    settings, config = chosen or recipe(), llava_7b()
+    return plan_memory(
+        settings,
+        stage,
+        config,
+        table_of(settings.adapter.r, stage),
+        torch.bfloat16,
+        longest=longest,
+        usable=int(memory * GIB),
+        device="cuda",
+    )
+
+
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_parameters_and_optimizer_take_what_their_tensors_take(tiny_base: Path, dequantized: bool) -> None:
+    settings = recipe(adapter={"r": 4, "lora_alpha": 8.0})
+    config = read_config(tiny_base)
+    table = planned_parameters(settings, "instruct", config, torch.float32)
+    if not dequantized:
+        table = in_4_bits(table, config, settings.quantization, torch.float32)
+    loaded = load_base(
+        tiny_base,
+        BaseIdentity("tiny", None, ""),
+        nf4=True,
+        double_quant=True,
+        keep_dequantized=dequantized,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    model = build_stage(loaded.model, "instruct", settings.adapter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    expected = expected_memory("adamw_torch", table)
+    assert sum(row.gradients for row in expected) == sum(one.grad.nbytes for one in trained if one.grad is not None)
+    assert sum(row.optimizer for row in expected) == sum(state.nbytes for state in states)
+    scales = 0
+    for module in model.modules():
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            scales += sum(one.nbytes for one in (state.absmax, state.state2.absmax))
+    # PEFT holds the projector twice: as it was, and as it is trained.
+    held = {id(one): one.nbytes for one in model.parameters()}
+    assert sum(row.weights for row in expected) == pytest.approx(sum(held.values()) + scales, rel=0.01)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made under it, and the most that lived at one time; a model's own do not count."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        own = (*model.parameters(), *model.buffers(), *(one.grad for one in model.parameters() if one.grad is not None))
+        self.known = {one.untyped_storage()._cdata for one in own}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    "policy", [Recompute(False), Recompute("selective"), Recompute("selective", 4), Recompute(True)]
+)
+def test_activations_are_estimated_to_15_percent(policy: Recompute) -> None:
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, vocab_size=512
+    )
+    config = LlavaConfig(vision_config=tiny_config().vision_config, text_config=text)
+    model = build_stage(LlavaForConditionalGeneration(config), "instruct", AdapterSettings(r=16)).train()
+    set_recompute(model, policy.policy, policy.full_layers)
+    tokens, targets = 2048, 64
+    ids = torch.randint(0, 500, (tokens,)).tolist()
+    batch = build_row([[Encoded(ids, [IGNORE_INDEX] * (tokens - targets) + ids[-targets:], 0)]])
+    for parameter in model.parameters():
+        # Gradients are counted with the parameters.
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with PeakBytes(model) as measured:
+        packed_loss(model, batch, targets).backward()
+    estimate = activation_bytes(config, policy, tokens, targets, torch.float32, rank=16)
+    assert estimate == pytest.approx(measured.peak, rel=0.15)
+
+
+def test_more_memory_is_never_slower_and_everything_fits() -> None:
+    plans = [plan(size) for size in (9, 10, 12, 16, 20, 24, 40, 80)]
+    assert all(one.bytes_needed <= one.bytes_usable for one in plans)
+    assert all(one.tokens_per_micro_batch >= 700 for one in plans)
+    costs = [one.cost for one in plans]
+    assert costs == sorted(costs, reverse=True)
+    assert (plans[-1].recompute.policy, plans[-1].keep_dequantized, plans[-1].optim) == (False, True, "adamw_torch")
+    assert plans[0].optim == "paged_adamw_8bit"
+
+
+def test_what_the_recipe_says_is_kept() -> None:
+    stage = {"tokens_per_micro_batch": 2048, "gradient_checkpointing": True, "optim": "paged_adamw_32bit"}
+    chosen = plan(24, recipe(stage=stage, quantization={"keep_dequantized": False}))
+    assert (chosen.tokens_per_micro_batch, chosen.recompute, chosen.optim, chosen.keep_dequantized) == (
+        2048,
+        Recompute(True),
+        "paged_adamw_32bit",
+        False,
+    )
+
+
+def test_weights_that_are_not_quantised_are_not_dequantised() -> None:
+    assert not plan(80, recipe(quantization={"type": "none"})).keep_dequantized
+
+
+def test_a_conversation_longer_than_a_usual_row_fits_alone() -> None:
+    assert plan(80, recipe(stage={"max_length": 9000}), longest=9000).tokens_per_micro_batch == 9000
+
+
+def test_too_little_memory_is_an_error_that_says_how_much_is_needed() -> None:
+    with pytest.raises(
+        TrainingError, match=r"stage instruct: .* at the least \d+\.\d GiB are needed, 4\.0 GiB"
+    ) as error:
+        plan(4)
+    assert "adapter.r" in str(error.value)
+
+
+def test_stage_one_needs_less() -> None:
+    assert plan(12, stage="align").cost <= plan(12).cost
