@@ -1,134 +1,140 @@
-"""What tree packing gains on this machine: the same questions with packing on and off, in turn, on random weights.
+"""The kit beside its peers, in one run: each in its own process, their steps in turn, medians of the times.
 
-    python -m benchmarks [--steps 5] [--output results.json]
+    python -m benchmarks [--sets V8,V1] [--steps 5] [--output benchmarks/results/cpu.json]
 
-Both sides train the same conversations in the same steps; their losses must agree before a ratio is printed.
+Peers whose first loss, gradients or work differ are not ranked: they did not do the same.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import statistics
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.peers import PEERS
 from lora_llava.artifact import library_versions
-from lora_llava.conversation import IGNORE_INDEX, Encoded
-from lora_llava.data.batch import Batch, build_row
-from lora_llava.data.packing import Packing, PlanItem, make_plan
-from lora_llava.modeling.packed import packed_loss
-from lora_llava.modeling.stages import build_stage
-from lora_llava.recipe import AdapterSettings
 
-IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 576, 40, 5
-IMAGE_ID = 3
-QUESTIONS_PER_STEP = 16
+SETS = ("S1", "V1", "V4", "V8", "V11", "MX")
+QUESTIONS = {"V11": 22}
+"""Conversations of a step, where it is not 16: V11 needs whole images."""
+LOSS_TOLERANCE = 6e-5
+"""Relative difference of the first losses, in fp32; the Trainer rounds what it logs to four digits."""
+NORM_TOLERANCE = 1e-3
 
 
-def model_of(seed: int) -> Any:
-    """Build a small LLaVA with random weights and the image tokens of the real one, with LoRA."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
+class Peer:
+    """A peer's process."""
+
+    def __init__(self, name: str, set_name: str, questions: int, steps: int, micro_batch: int) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benchmarks.peer", name, set_name, f"--questions={questions}"]
+        command += [f"--steps={steps}", f"--micro-batch={micro_batch}", f"--threads={torch.get_num_threads()}"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.norms: dict[str, float] = {}
+
+    def read(self, key: str) -> dict[str, Any]:
+        """Read up to the next line that holds `key`."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{") and key in (facts := json.loads(line)):
+                return dict(facts)
+        raise click.ClickException(f"{self.name} ended early; its messages are above")
+
+    def step(self) -> None:
+        """Let the peer do one step."""
+        assert self.process.stdin
+        self.read("ready")
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        facts = self.read("loss")
+        self.seconds.append(facts["seconds"])
+        self.losses.append(facts["loss"])
+        self.norms = self.norms or facts["gradient_norms"]
+
+
+def measure(set_name: str, names: list[str], warmup: int, steps: int, micro_batch: int) -> dict[str, Any]:
+    """Run one set with all peers, their steps in turn."""
+    questions = QUESTIONS.get(set_name, 16)
+    peers = [Peer(name, set_name, questions, warmup + steps, micro_batch) for name in names]
+    for _ in range(warmup + steps):
+        for peer in peers:
+            peer.step()
+    rows = {}
+    for peer in peers:
+        facts = peer.read("supervised")
+        peer.process.wait()
+        seconds = statistics.median(peer.seconds[warmup:])
+        rows[peer.name] = {
+            "questions_per_second": round(questions / seconds, 3),
+            "supervised_tokens_per_second": round(facts["supervised"] / seconds, 1),
+            "computed_tokens_per_second": round(facts["computed_tokens"] / seconds, 1),
+            "seconds": [round(one, 3) for one in peer.seconds],
+            "first_loss": peer.losses[0],
+            "gradient_norms": peer.norms,
+            **facts,
+        }
+    return {"set": set_name, "questions_per_step": questions, "peers": rows, "ranked": did_the_same(rows)}
+
+
+def did_the_same(rows: dict[str, dict[str, Any]]) -> bool:
+    """Compare what the peers did: work, first losses, and the gradients of each group, which must not be zero."""
+    first, *others = rows.values()
+    return first["gradient_norms"]["projector"] > 0 and all(
+        row["work_sha256"] == first["work_sha256"]
+        and abs(row["first_loss"] - first["first_loss"]) <= LOSS_TOLERANCE * first["first_loss"]
+        and all(abs(row["gradient_norms"][key] - norm) <= NORM_TOLERANCE * norm for key, norm in norms.items())
+        for norms in [first["gradient_norms"]]
+        for row in others
     )
-    text = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=4096,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, attn_implementation="sdpa")
-    return build_stage(LlavaForConditionalGeneration(config), "instruct", AdapterSettings(r=16, lora_alpha=32.0))
 
 
-def conversation(seed: int) -> Encoded:
-    """Make one question about an image, of random words."""
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(10, 4096, (QUESTION_TOKENS + ANSWER_TOKENS,), generator=generator).tolist()
-    prefix = [1, *[IMAGE_ID] * IMAGE_TOKENS]
-    labels = [IGNORE_INDEX] * (len(prefix) + QUESTION_TOKENS) + words[QUESTION_TOKENS:]
-    return Encoded(prefix + words, labels, len(prefix))
-
-
-def rows_of(packing: Packing, questions_per_image: int) -> list[Batch]:
-    """Lay out one step's rows."""
-    encoded = [conversation(number) for number in range(QUESTIONS_PER_STEP)]
-    items = [
-        PlanItem(len(one.input_ids), one.prefix_length, number // questions_per_image)
-        for number, one in enumerate(encoded)
-    ]
-    plan = make_plan(
-        items,
-        batch_size=QUESTIONS_PER_STEP,
-        tokens_per_row=1280,
-        branches_per_tree=questions_per_image,
-        packing=packing,
-        num_train_epochs=1.0,
-        max_steps=1,
-        seed=0,
-    )
-    rows = []
-    for row in plan.steps[0]:
-        batch = build_row([[encoded[index] for index in tree] for tree in row])
-        batch["pixel_values"] = torch.zeros(len(row), 3, 336, 336)
-        rows.append(batch)
-    return rows
-
-
-def step(model: Any, rows: list[Batch]) -> tuple[float, float]:
-    """Run one step's forward and backward passes; returns its loss and its seconds."""
-    model.zero_grad()
-    started = time.perf_counter()
-    supervised = sum(len(row["labels"]) for row in rows)
-    total = 0.0
-    for row in rows:
-        loss = packed_loss(model, row, supervised)
-        loss.backward()
-        total += float(loss.detach())
-    return total, time.perf_counter() - started
-
-
-def compare(questions_per_image: int, steps: int) -> dict[str, float]:
-    """Time packing on and off in turn, and take the median."""
-    model = model_of(0)
-    names: tuple[Packing, Packing] = ("tree", "none")
-    rows = {name: rows_of(name, questions_per_image) for name in names}
-    losses = {name: step(model, rows[name])[0] for name in names}
-    if abs(losses["tree"] - losses["none"]) > 1e-5 * abs(losses["none"]):
-        raise click.ClickException(f"the losses differ, so no ratio is given: {losses}")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(steps):
-        for name in names:
-            seconds[name].append(step(model, rows[name])[1])
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        "questions_per_image": questions_per_image,
-        "loss": losses["tree"],
-        "questions_per_second_tree": round(QUESTIONS_PER_STEP / median["tree"], 2),
-        "questions_per_second_none": round(QUESTIONS_PER_STEP / median["none"], 2),
-        "ratio": round(median["none"] / median["tree"], 2),
-    }
+def commit() -> str:
+    """Name the commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @click.command()
-@click.option("--steps", default=5, show_default=True, help="Timed steps of each side.")
+@click.option("--sets", default=",".join(SETS), show_default=True, help="Sets to measure.")
+@click.option("--peers", default=",".join(PEERS), show_default=True, help="Peers to measure.")
+@click.option("--steps", default=5, show_default=True, help="Timed steps.")
+@click.option("--warmup", default=1, show_default=True, help="Steps before.")
+@click.option(
+    "--micro-batch", default=2, show_default=True, help="Conversations of a micro-batch; ours has their tokens."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON.")
-def main(steps: int, output: Path | None) -> None:
-    """Compare packing on and off for 1, 4 and 8 questions an image."""
+def main(sets: str, peers: str, steps: int, warmup: int, micro_batch: int, output: Path | None) -> None:
+    """Measure the kit beside its peers."""
     results = []
-    for questions_per_image in (1, 4, 8):
-        results.append(compare(questions_per_image, steps))
-        click.echo(json.dumps(results[-1]))
+    for set_name in sets.split(","):
+        results.append(measure(set_name, peers.split(","), warmup, steps, micro_batch))
+        for name, row in results[-1]["peers"].items():
+            click.echo(
+                f"{set_name:4} {name:12} {row['questions_per_second']:8.2f} questions/s  "
+                f"peak {row['peak_bytes'] / 2**20:6.0f} MiB  first loss {row['first_loss']:.5f}"
+            )
+        if not results[-1]["ranked"]:
+            click.echo(f"{set_name}: not ranked, the peers did not do the same")
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, fp32",
+        "versions": library_versions(),
+        "micro_batch": micro_batch,
+        "results": results,
+    }
     if output is not None:
-        report = {"machine": platform.machine(), "versions": library_versions(), "results": results}
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -133,6 +133,9 @@ class StageSettings(Settings):
     """Memory for time: `selective` keeps matrix products and attention, true keeps a layer's input alone."""
     gradient_checkpointing_layers: Annotated[int, Field(ge=0)] = 0
     """With `selective`: so many layers, from the first, keep their input alone."""
+    cache_image_features: Literal["off", "memory", "disk"] = "off"
+    """Compute what the vision tower makes of an image once, not in every epoch; on disk it stays in the run's
+    directory. Worth it from the second epoch on."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     logging_steps: Count = 10
     """Optimizer steps from one line of the log to the next."""

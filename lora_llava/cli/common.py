@@ -84,6 +84,8 @@ def quiet_libraries() -> None:
 
     # The tokenizers' own advice on forks, which this variable alone turns off.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Bars that transformers shows without asking its own settings; tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     for library in ("bitsandbytes", "torch", "accelerate", "huggingface_hub", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from lora_llava.recipe_stages import AspectRatio
 
 Batch = dict[str, torch.Tensor]
 """What one forward pass takes; see `build_row`."""
+ReadImage = Callable[[Record], torch.Tensor]
+"""Turns the image of a record into what the model takes: an `ImageTransform`, or features cached in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,12 @@ class PackedRows(Dataset[Batch]):
     """The rows of a plan, in its order; images are decoded when a row is asked for."""
 
     def __init__(
-        self, rows: Sequence[Row], records: Sequence[Record], encoded: Sequence[Encoded], transform: ImageTransform
+        self, rows: Sequence[Row], records: Sequence[Record], encoded: Sequence[Encoded], read_image: ReadImage
     ) -> None:
         self.rows = rows
         self.records = records
         self.encoded = encoded
-        self.transform = transform
+        self.read_image = read_image
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +54,7 @@ class PackedRows(Dataset[Batch]):
         """Build a row, with `pixel_values` (I, 3, H, W) if it has images; see `build_row`. An empty row has T = 0."""
         row = self.rows[index]
         batch = build_row([[self.encoded[index] for index in tree] for tree in row])
-        images = [self.transform(self.records[tree[0]]) for tree in row if self.records[tree[0]].image is not None]
+        images = [self.read_image(self.records[tree[0]]) for tree in row if self.records[tree[0]].image is not None]
         if images:
             batch["pixel_values"] = torch.stack(images)
         return batch

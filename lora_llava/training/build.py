@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from lora_llava.data.batch import ImageTransform, PackedRows
+from lora_llava.data.batch import ImageTransform, PackedRows, ReadImage
 from lora_llava.device import world_size
 from lora_llava.evaluation.generation import generate_answers
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training import output
+from lora_llava.training.feature_cache import use_features
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.trainer import PackedTrainer
@@ -49,6 +50,16 @@ def image_facts(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) ->
     }
 
 
+def image_reader(recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData) -> ReadImage:
+    """Make what turns the image of a record into what the model takes: pixels, or cached features."""
+    settings = recipe.stage(stage)
+    transform = image_transform(recipe, settings, loaded)
+    if settings.cache_image_features == "off":
+        return transform
+    kept = recipe.resolved_output_dir / output.FEATURES if settings.cache_image_features == "disk" else None
+    return use_features(loaded.model, [*data.encoded.records, *data.validation.records], transform, kept)
+
+
 def make_trainer(
     recipe: Recipe,
     stage: StageName,
@@ -60,12 +71,12 @@ def make_trainer(
 ) -> PackedTrainer:
     """Build the trainer of a stage over its planned rows."""
     settings = recipe.stage(stage)
-    transform = image_transform(recipe, settings, loaded)
+    read_image = image_reader(recipe, stage, loaded, data)
     rank = int(os.environ.get("RANK", "0"))
     rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
     validation = None
     if data.validation:
-        validation = PackedRows(data.validation_rows, data.validation.records, data.validation, transform)
+        validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
     sampled = data.validation.records[: settings.num_sample_answers]
 
     def sample_answers() -> list[dict[str, str]]:
@@ -73,7 +84,7 @@ def make_trainer(
             loaded,
             sampled,
             template=data.template,
-            aspect_ratio=transform.aspect_ratio,
+            aspect_ratio=image_transform(recipe, settings, loaded).aspect_ratio,
             max_new_tokens=32,
         )
         return [
@@ -85,7 +96,7 @@ def make_trainer(
     return PackedTrainer(
         loaded.model,
         training_arguments(recipe, settings, data, directory / stage, optim, dtype),
-        PackedRows(rows, data.encoded.records, data.encoded, transform),
+        PackedRows(rows, data.encoded.records, data.encoded, read_image),
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         sample_answers=sample_answers if sampled else None,

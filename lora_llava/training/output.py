@@ -13,6 +13,8 @@ LOSS_PLOT = "loss.png"
 SUMMARY = "summary.json"
 BASE = "base"
 EVALUATION = "evaluation"
+FEATURES = "features"
+"""Cached image features; named by what they depend on, so that they outlive the run that made them."""
 STAGES = ("align", "instruct")
 
 _FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY)

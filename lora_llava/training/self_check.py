@@ -32,7 +32,7 @@ def check_first_row(model: Any, rows: PackedRows, dtype: torch.dtype, device: to
     trees = _first_trees(rows)
     if not trees:
         return None
-    single = PackedRows([trees], rows.records, rows.encoded, rows.transform)
+    single = PackedRows([trees], rows.records, rows.encoded, rows.read_image)
     was_training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -68,7 +68,7 @@ def _first_trees(rows: PackedRows) -> Row:
 def _logits_alone(model: Any, rows: PackedRows, index: int, device: torch.device) -> torch.Tensor:
     """Return the logits (S, vocabulary) of one conversation, at the places before its supervised tokens."""
     conversation, record = rows.encoded[index], rows.records[index]
-    pixels = {} if record.image is None else {"pixel_values": rows.transform(record)[None].to(device)}
+    pixels = {} if record.image is None else {"pixel_values": rows.read_image(record)[None].to(device)}
     ids = torch.tensor([conversation.input_ids], device=device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
     places = [place - 1 for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX and place > 0]

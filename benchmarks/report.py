@@ -1,0 +1,88 @@
+"""Writes `docs/performance.md` and its chart from `benchmarks/results/`: `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "lora-llava"
+SETS = {
+    "S1": "captions, stage 1",
+    "V1": "1 question an image",
+    "V4": "4 questions an image",
+    "V8": "8 questions an image",
+    "V11": "11 questions an image",
+    "MX": "lengths mixed, several turns, text alone",
+}
+HEAD = """# Speed and memory beside other kits
+
+Made by `python -m benchmarks.report` from `benchmarks/results/`. Every peer trains the same model with the same LoRA on
+the same token ids, targets and images, in a process of its own; their steps take turns, and the median counts. A set is
+ranked only if first losses, gradient norms of LoRA and projector, and numbers of targets agree.
+
+![questions a second, relative to the fastest peer](performance.png)
+"""
+
+
+def table(report: dict[str, Any]) -> str:
+    """Write one file's measurements as a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"## {report['machine']}, {report['date']}",
+        "",
+        f"Commit {report['commit']}; {versions}. Peers take {report['micro_batch']} conversations a micro-batch, the "
+        "kit as many tokens.",
+        "",
+        "| set | kit | questions/s | times the kit | peak memory, MiB | computed tokens a step | first loss |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for result in report["results"]:
+        ours = result["peers"][OURS]["questions_per_second"]
+        for name, row in result["peers"].items():
+            ratio = f"{ours / row['questions_per_second']:.2f}" if result["ranked"] else "not ranked"
+            lines.append(
+                f"| {result['set']}: {SETS[result['set']]} | {name} | {row['questions_per_second']:.2f} | {ratio} | "
+                f"{row['peak_bytes'] / 2**20:,.0f} | {row['computed_tokens']:,} | {row['first_loss']:.4f} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def chart(report: dict[str, Any], path: Path) -> None:
+    """Draw questions a second, each set's fastest peer as 1."""
+    results = [result for result in report["results"] if result["ranked"]]
+    names = list(results[0]["peers"])
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for number, name in enumerate(names):
+        heights = []
+        for result in results:
+            best = max(row["questions_per_second"] for peer, row in result["peers"].items() if peer != OURS)
+            heights.append(result["peers"][name]["questions_per_second"] / best)
+        places = [place + (number - (len(names) - 1) / 2) * 0.27 for place in range(len(results))]
+        bars = axes.bar(places, heights, width=0.25, label=name)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks(range(len(results)), [result["set"] for result in results])
+    axes.set_ylabel("questions a second,\nfastest other kit = 1")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write the page and its chart; the first file's measurements are drawn."""
+    reports = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
+    ]
+    (ROOT / "docs/performance.md").write_text("\n".join([HEAD, *map(table, reports)]), encoding="utf-8")
+    chart(reports[0], ROOT / "docs/performance.png")
+
+
+if __name__ == "__main__":
+    main()

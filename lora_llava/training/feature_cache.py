@@ -1,0 +1,174 @@
+"""Features of the frozen vision tower, computed once for each image instead of in every epoch.
+
+The tower sees images through a deterministic preprocessing and is never trained, so the features stay the same. They
+are handed to the model where pixels would be; the tower's place is taken by one that passes features on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_llava.data.batch import ImageTransform
+from lora_llava.data.sources import ImageSource, Record
+from lora_llava.device import free_memory_bytes
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.base import VISION_TOWER
+from lora_llava.modeling.packed import llava_in
+
+BATCH = 16
+"""Images that pass through the tower at one time."""
+MOST_OF_MEMORY = 0.5
+"""Share of the free memory that features may take."""
+NUMPY = {torch.float32: "float32", torch.bfloat16: "uint16"}
+"""How features are stored; numpy has no bfloat16, so its bits are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFeatures:
+    """Features (T, hidden size) by image; takes the place of an `ImageTransform`."""
+
+    values: torch.Tensor
+    """(N, T, hidden size)"""
+    places: Mapping[str, int]
+    """Row of each image, by its key."""
+
+    def __call__(self, record: Record) -> torch.Tensor:
+        """Return the features of the image of `record`."""
+        assert record.image is not None
+        return self.values[self.places[record.image.key]]
+
+
+class FeatureTower(nn.Module):
+    """The vision tower of a model that is fed features; pixels, of sample answers, still pass through the real one."""
+
+    def __init__(self, tower: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.layer = layer
+
+    def forward(self, pixel_values: torch.Tensor, **options: Any) -> Any:
+        """Return hidden states as the tower does: pixels (I, 3, H, W) or features (I, T, hidden size) come in."""
+        if pixel_values.dim() == 4:
+            return self.tower(pixel_values, **options)
+        return SimpleNamespace(hidden_states={self.layer: pixel_values})
+
+
+def use_features(
+    model: Any, records: Sequence[Record], transform: ImageTransform, directory: Path | None
+) -> ImageFeatures:
+    """Compute the features of all images of `records`, or find them in `directory`, and let `model` take them.
+
+    `directory`: where they are kept from run to run; None: in memory. Raises TrainingError where there is no room.
+    """
+    llava = llava_in(model)
+    tower, layer = llava.get_submodule(VISION_TOWER), int(llava.config.vision_feature_layer)
+    images = {one.image.key: one for one in records if one.image is not None}
+    if directory is None:
+        values = _computed(tower, layer, list(images.values()), transform, None)
+    else:
+        values = _kept(tower, layer, list(images.values()), transform, directory)
+    llava.set_submodule(VISION_TOWER, FeatureTower(tower, layer))
+    return ImageFeatures(values, {key: place for place, key in enumerate(images)})
+
+
+def _kept(
+    tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform, directory: Path
+) -> torch.Tensor:
+    """Open the features of just these images, by this tower, or compute them into a file."""
+    name = hashlib.sha256(json.dumps(_facts(tower, layer, records, transform)).encode()).hexdigest()[:32]
+    path = directory / f"{name}.features"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        try:
+            _computed(tower, layer, records, transform, partial)
+            partial.replace(path)
+        except OSError as error:
+            raise TrainingError(
+                f"cache_image_features: the features could not be written to {directory}: {error.strerror}; make room "
+                "or set cache_image_features: off"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return _open(path, _shape(tower, layer, records, transform), _dtype(tower), "r")
+
+
+def _facts(tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform) -> dict[str, Any]:
+    """Collect all that the features depend on."""
+    weights = hashlib.sha256()
+    for name, tensor in tower.state_dict().items():
+        weights.update(f"{name} {tensor.dtype}".encode())
+        weights.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+    return {
+        "tower": weights.hexdigest(),
+        "layer": layer,
+        "transform": asdict(transform),
+        "images": [_image_sha256(one.image) for one in records if one.image],
+    }
+
+
+def _image_sha256(image: ImageSource) -> str:
+    data = image.data if image.data is not None else image.path.read_bytes() if image.path else b""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _dtype(tower: nn.Module) -> torch.dtype:
+    return next(tower.parameters()).dtype
+
+
+@torch.no_grad()
+def _features(tower: nn.Module, layer: int, records: Sequence[Record], transform: ImageTransform) -> torch.Tensor:
+    first = next(tower.parameters())
+    pixels = torch.stack([transform(record) for record in records]).to(first.device, first.dtype)
+    features: torch.Tensor = tower(pixels, output_hidden_states=True).hidden_states[layer]
+    return features.cpu()
+
+
+def _shape(tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform) -> tuple[int, int, int]:
+    _, tokens, width = _features(tower, layer, records[:1], transform).shape
+    return len(records), tokens, width
+
+
+def _computed(
+    tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform, path: Path | None
+) -> torch.Tensor:
+    """Compute features into memory, or into a file at `path`."""
+    shape, dtype = _shape(tower, layer, records, transform), _dtype(tower)
+    _check_room(shape, dtype, path)
+    values = torch.empty(shape, dtype=dtype) if path is None else _open(path, shape, dtype, "w+")
+    for start in range(0, len(records), BATCH):
+        part = records[start : start + BATCH]
+        values[start : start + len(part)] = _features(tower, layer, part, transform)
+    return values
+
+
+def _check_room(shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None) -> None:
+    needed = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    if path is None:
+        free, where = int(MOST_OF_MEMORY * free_memory_bytes(torch.device("cpu"))), "half of the free memory is"
+    else:
+        free, where = shutil.disk_usage(path.parent).free, f"in {path.parent} are"
+    if needed > free:
+        raise TrainingError(
+            f"cache_image_features: the features of {shape[0]:,} images take {needed / 2**30:.1f} GiB, {where} "
+            f"{free / 2**30:.1f} GiB; set cache_image_features: {'disk or ' if path is None else ''}off"
+        )
+
+
+def _open(path: Path, shape: tuple[int, int, int], dtype: torch.dtype, mode: Any) -> torch.Tensor:
+    if mode == "r":
+        # Copy on write: torch does not know of arrays that cannot be written.
+        mode = "c"
+    array = np.memmap(path, dtype=NUMPY[dtype], mode=mode, shape=shape)
+    return torch.from_numpy(array).view(dtype)
