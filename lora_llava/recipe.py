@@ -127,6 +127,8 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 on CUDA, fp32 on a CPU."""
+    attn_implementation: Literal["auto", "sdpa", "flex_attention"] = "auto"
+    """Attention of the language model in training; `auto`: on CUDA the faster, both being tried; on a CPU sdpa."""
     report_to: Literal["none"] | list[str] = "none"
     """Trackers of transformers, such as [tensorboard]."""
     start_from: LocalPath | None = None

@@ -63,10 +63,11 @@ class PackedRows(Dataset[Batch]):
 def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:
     """Lay trees back to back in one sequence.
 
-    Returns `input_ids` and `position_ids` (1, T); `attention_mask` (1, 1, T, T), bool, True where a query (row)
-    may see a key (column): earlier tokens of its own conversation and of its tree's prefix, nothing else;
-    `predict_positions` (S,), the places whose logits are compared with `shift_labels` (S,), token ids.
-    `labels` is `shift_labels` again, under the name by which the Trainer finds what to count.
+    Returns `input_ids` and `position_ids` (1, T); `segments` (2, T), the number of each token's tree and, within it,
+    of its branch (0: the prefix), from which attention learns that a token sees the earlier ones of its own
+    conversation and of its tree's prefix, nothing else; `predict_positions` (S,), the places whose logits are
+    compared with `shift_labels` (S,), token ids. `labels` is `shift_labels` again, under the name by which the
+    Trainer finds what to count.
 
     Contract: positions restart at 0 for each tree and, for each branch, at the prefix length, so every
     conversation computes what it would compute alone.
@@ -101,16 +102,8 @@ def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:
     return {
         "input_ids": torch.tensor([input_ids], dtype=torch.long),
         "position_ids": torch.tensor([position_ids], dtype=torch.long),
-        "attention_mask": _tree_mask(torch.tensor(tree_numbers), torch.tensor(branch_numbers)),
+        "segments": torch.tensor([tree_numbers, branch_numbers], dtype=torch.long),
         "predict_positions": torch.tensor(predict, dtype=torch.long),
         "labels": labels,
         "shift_labels": labels,
     }
-
-
-def _tree_mask(tree: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """(1, 1, T, T) bool from the tree and the branch (0 = prefix) each token belongs to, both (T,)."""
-    same_tree = tree[:, None] == tree[None, :]
-    visible_branch = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
-    causal = torch.ones(len(tree), len(tree), dtype=torch.bool).tril()
-    return (same_tree & visible_branch & causal)[None, None]

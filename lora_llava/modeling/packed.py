@@ -1,10 +1,4 @@
-"""The packed forward pass: loss of a row of trees, equal to that of its conversations one by one.
-
-Three mistakes here would train a wrong model without a word (relative error of the gradients measured on a small
-random model): a bool mask with eager attention, which adds it (0.73); tree positions without a mask, from which
-transformers guesses a packing of its own (1.08); the right mask with linear positions (0.044). So the mask is written
-as what is added, which is right for every attention that takes one, and mask and positions are always given.
-"""
+"""The packed forward pass: loss of a row of trees, equal to that of its conversations one by one."""
 
 from __future__ import annotations
 
@@ -18,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lora_llava.modeling.attention import attention_of, masked_inputs
+
 HEAD_CHUNK = 512
 """Supervised rows whose logits exist at one time: 512 x 32,064 in fp32 are 63 MiB."""
 
@@ -28,26 +24,16 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
     The model is called as a whole, so that what wraps it (data parallelism) sees the call.
     """
     llava = llava_in(model)
-    mask = additive(batch["attention_mask"], llava.get_input_embeddings().weight.dtype)
+    inputs = masked_inputs(batch, attention_of(llava), llava.get_input_embeddings().weight.dtype)
     with _without_head(llava):
         outputs = model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=batch["position_ids"],
+            **inputs,
             pixel_values=batch.get("pixel_values"),
             logits_to_keep=batch["predict_positions"],
             use_cache=False,
         )
     hidden_states: torch.Tensor = outputs.logits[0]
     return hidden_states
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Write a bool mask as what is added to attention's scores: 0 where True, minus infinity elsewhere.
-
-    Once for all layers: SDPA would make, and keep for the backward pass, such a copy of a bool mask in each.
-    """
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def packed_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -99,10 +85,3 @@ def llava_in(model: Any) -> Any:
     """Take off what training wraps around the `LlavaForConditionalGeneration`: data parallelism, PEFT."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
-
-
-def check_attention(model: Any) -> None:
-    """Refuse a model whose attention would read the mask wrongly."""
-    attention = model.config.text_config._attn_implementation
-    if attention != "sdpa":
-        raise ValueError(f"packed rows need sdpa attention, the model has {attention!r}")

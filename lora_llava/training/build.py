@@ -13,7 +13,9 @@ from transformers import TrainingArguments
 from lora_llava.data.batch import ImageTransform, PackedRows, ReadImage
 from lora_llava.device import world_size
 from lora_llava.evaluation.generation import generate_answers
+from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
+from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training import output
@@ -80,13 +82,14 @@ def make_trainer(
     sampled = data.validation.records[: settings.num_sample_answers]
 
     def sample_answers() -> list[dict[str, str]]:
-        answers = generate_answers(
-            loaded,
-            sampled,
-            template=data.template,
-            aspect_ratio=image_transform(recipe, settings, loaded).aspect_ratio,
-            max_new_tokens=32,
-        )
+        with with_sdpa(llava_in(loaded.model)):
+            answers = generate_answers(
+                loaded,
+                sampled,
+                template=data.template,
+                aspect_ratio=image_transform(recipe, settings, loaded).aspect_ratio,
+                max_new_tokens=SAMPLE_TOKENS,
+            )
         return [
             {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
             for record, answer in zip(sampled, answers, strict=True)

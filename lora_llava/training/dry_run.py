@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import LlavaConfig
 
 from lora_llava.device import pick_device, pick_dtype
 from lora_llava.errors import DataError, ModelError, TrainingError
+from lora_llava.modeling.attention import FLEX, pick_attention
 from lora_llava.modeling.describe import describe_base, is_missing
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
+from lora_llava.training.cost import Machine
 from lora_llava.training.memory import (
     MemoryRow,
     activation_bytes,
@@ -24,8 +27,8 @@ from lora_llava.training.memory import (
     largest_row,
     planned_parameters,
 )
-from lora_llava.training.memory_plan import GIB, MemoryPlan, lora_rank, plan_memory, usable_bytes
-from lora_llava.training.plan import StageRecords, plan_records, read_records
+from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, lora_rank, plan_memory, usable_bytes
+from lora_llava.training.plan import StageRecords, cache_offer, plan_records, read_records
 from lora_llava.training.tables import mebibytes, parameter_table_view
 
 CARDS = (12, 16, 24)
@@ -100,37 +103,48 @@ def _print_stage(
     memory: int | None,
     console: Console,
 ) -> None:
-    settings, device = recipe.stage(stage), pick_device()
-    dtype = compute_dtype(recipe)
+    settings, dtype = recipe.stage(stage), compute_dtype(recipe)
     longest = settings.max_length if records is None else records.longest
     table = planned_parameters(recipe, stage, config, dtype)
-    usable = usable_bytes(device, memory)
-    chosen = plan_memory(recipe, stage, config, table, dtype, longest=longest, usable=usable, device=device.type)
+    shapes = StageShapes(recipe, stage, config, table, dtype, longest)
+    machine = this_machine(recipe, memory)
+    chosen = plan_memory(shapes, machine)
     tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
     if records is not None:
         data = plan_records(records, settings, tokens, recipe.seed)
         console.print(data.summary())
+        if offer := cache_offer(settings, data):
+            console.print(offer)
         tokens, targets = largest_row(data)
     if recipe.quantization.type == "nf4" and not chosen.keep_dequantized:
         table = in_4_bits(table, config, recipe.quantization, dtype)
     console.print(parameter_table_view(table, "Parameters, as they would be"))
-    activations = activation_bytes(config, chosen.recompute, tokens, targets, dtype, lora_rank(recipe, stage))
+    rank = lora_rank(recipe, stage)
+    activations = activation_bytes(config, chosen.recompute, tokens, targets, dtype, rank, machine.attention)
     console.print(f"On this machine: {chosen}")
     console.print(memory_view(expected_memory(chosen.optim, table), activations, tokens))
-    console.print(cards_view(cards(recipe, stage, config, longest)))
+    console.print(cards_view(cards(shapes)))
 
 
-def cards(recipe: Recipe, stage: StageName, config: LlavaConfig, longest: int) -> dict[int, MemoryPlan | None]:
+def this_machine(recipe: Recipe, memory: int | None) -> Machine:
+    """Describe this machine, or its device with `memory` bytes; on CUDA `auto` is taken for FlexAttention, untried."""
+    device, setting = pick_device(), recipe.attn_implementation
+    if device.type == "cpu":
+        return Machine("cpu", usable_bytes(device, memory), pick_attention(setting, None, device, torch.float32)[0])
+    return Machine("cuda", usable_bytes(device, memory), FLEX if setting == "auto" else setting)
+
+
+def cards(shapes: StageShapes) -> dict[int, MemoryPlan | None]:
     """Plan a stage for cards of some sizes, in GiB; None where it does not fit."""
-    plans: dict[int, MemoryPlan | None] = {}
+    recipe = shapes.recipe
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
-    table = planned_parameters(recipe, stage, config, dtype)
+    table = planned_parameters(recipe, shapes.stage, shapes.config, dtype)
+    attention = FLEX if recipe.attn_implementation == "auto" else recipe.attn_implementation
+    plans: dict[int, MemoryPlan | None] = {}
     for size in CARDS:
-        usable = usable_bytes(torch.device("cuda"), size * GIB)
+        machine = Machine("cuda", usable_bytes(torch.device("cuda"), size * GIB), attention)
         try:
-            plans[size] = plan_memory(
-                recipe, stage, config, table, dtype, longest=longest, usable=usable, device="cuda"
-            )
+            plans[size] = plan_memory(replace(shapes, table=table, dtype=dtype), machine)
         except TrainingError:
             plans[size] = None
     return plans

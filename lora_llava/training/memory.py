@@ -9,6 +9,7 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.data.packing import Row, tree_length
+from lora_llava.modeling.attention import FLEX, SDPA, Attention
 from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_layers, meta_model
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
@@ -65,10 +66,7 @@ def in_4_bits(
     table: list[PartRow], config: LlavaConfig, quantization: QuantizationSettings, dtype: torch.dtype
 ) -> list[PartRow]:
     """Return `table` with the language model's linear layers in NF4."""
-    text = config.text_config
-    queries, keys = _attention_widths(config)
-    width, wide = int(text.hidden_size), int(text.intermediate_size)
-    count = int(text.num_hidden_layers) * width * (2 * queries + 2 * keys + 3 * wide)
+    count = linear_weights(config)
     saved = round(count * (dtype.itemsize - NF4_BYTES[quantization.double_quant]))
     return [
         replace(row, quantized=count, bytes=row.bytes - saved, dtypes=f"{row.dtypes}, nf4")
@@ -76,6 +74,19 @@ def in_4_bits(
         else row
         for row in table
     ]
+
+
+def linear_weights(config: LlavaConfig) -> int:
+    """Count the weights of the language model's linear layers, without the head."""
+    text = config.text_config
+    queries, keys = _attention_widths(config)
+    width, wide = int(text.hidden_size), int(text.intermediate_size)
+    return int(text.num_hidden_layers) * width * (2 * queries + 2 * keys + 3 * wide)
+
+
+def query_width(config: LlavaConfig) -> int:
+    """Return the width of a layer's queries, all heads together."""
+    return _attention_widths(config)[0]
 
 
 def expected_memory(optim: str, table: list[PartRow]) -> list[MemoryRow]:
@@ -99,7 +110,13 @@ def _row_targets(row: Row, data: StageData) -> int:
 
 
 def activation_bytes(
-    config: LlavaConfig, recompute: Recompute, tokens: int, targets: int, dtype: torch.dtype, rank: int
+    config: LlavaConfig,
+    recompute: Recompute,
+    tokens: int,
+    targets: int,
+    dtype: torch.dtype,
+    rank: int,
+    attention: Attention = SDPA,
 ) -> int:
     """Estimate the most that a micro-batch needs besides weights, gradients and optimizer.
 
@@ -117,7 +134,8 @@ def activation_bytes(
     kept = max(at_the_end, full * inputs + (whole - inputs if full else 0))
     # What a layer's backward pass itself works with, measured: 5 widths and 2 intermediate widths.
     kept += (5 * width + 2 * wide) * dtype.itemsize
-    mask = tokens * tokens * dtype.itemsize
+    # SDPA's mask in the model's precision; FlexAttention's is a bool while its blocks are found.
+    mask = tokens * tokens * (1 if attention == FLEX else dtype.itemsize)
     # Logits in the model's precision, then in fp32, and their gradient, of one chunk.
     logits = min(targets, HEAD_CHUNK) * int(text.vocab_size) * (dtype.itemsize + 8)
     return tokens * kept + mask + logits

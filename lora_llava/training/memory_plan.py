@@ -7,8 +7,8 @@ only where fp32 would not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -19,22 +19,20 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.stages import PartRow
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
+from lora_llava.training.cost import Machine, relative_cost
 from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits
 
 GIB = 1024**3
 MOST_TOKENS = {"cuda": 8192, "cpu": 512}
-"""Tokens of a micro-batch beyond which nothing is gained: the matrices are busy, and attention grows."""
+"""Tokens of a micro-batch beyond which nothing is gained: the matrices are busy."""
 ROUNDING = 64
 """A row's tokens are chosen in such steps."""
 CUDA_OVERHEAD = 1.0 * GIB
 """CUDA's context, cuBLAS's workspace, and one weight matrix dequantised."""
 USABLE = 0.92
 """Share of the memory that is planned with; the rest goes to fragmentation."""
-DEQUANTIZING = {"cuda": 176, "cpu": 60}
-"""Reading NF4 once takes as long as so many tokens' forward pass. CUDA: 2.5 bytes a weight at 70 % of an RTX 4090's
-1 TB/s, against 2 FLOP a weight and token at 60 % of its 165 TFLOP/s. CPU: measured on 2 AVX2 cores."""
-FORWARD_OF_SELECTIVE = 0.25
-"""Share of a forward pass that selective recomputing repeats (FLOPs counted on Llama layers with LoRA)."""
+SMALLER = 0.85
+"""Share of a plan's memory that the next smaller one may take."""
 SHARE_OF_8BIT = 0.10
 """Time that 8-bit Adam must save to be taken where fp32 fits too."""
 
@@ -50,7 +48,7 @@ class MemoryPlan:
     bytes_needed: int
     bytes_usable: int
     cost: float
-    """Time for a token, relative: 2 is a forward and a backward pass with nothing repeated."""
+    """Time for a token; see `training.cost.relative_cost`."""
 
     def __str__(self) -> str:
         """Say in a line what was chosen."""
@@ -68,27 +66,29 @@ def usable_bytes(device: torch.device, memory: int | None = None) -> int:
     return int(USABLE * free_memory_bytes(device))
 
 
-def plan_memory(
-    recipe: Recipe,
-    stage: StageName,
-    config: LlavaConfig,
-    table: list[PartRow],
-    dtype: torch.dtype,
-    *,
-    longest: int,
-    usable: int,
-    device: str,
-) -> MemoryPlan:
-    """Choose what the recipe leaves to `auto`: the fastest that fits `usable` bytes.
+@dataclass(frozen=True, slots=True)
+class StageShapes:
+    """All of a stage that its memory and its speed depend on."""
 
-    `table`: the stage's parameters before quantisation. `longest` is the longest conversation, in tokens: a
-    micro-batch holds it whole. Raises TrainingError if nothing
-    fits, naming what would.
+    recipe: Recipe
+    stage: StageName
+    config: LlavaConfig
+    table: list[PartRow]
+    """Its parameters before quantisation; see `planned_parameters`."""
+    dtype: torch.dtype
+    longest: int
+    """Tokens of the longest conversation: a micro-batch holds it whole."""
+
+
+def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
+    """Choose what the recipe leaves to `auto`: the fastest that fits `machine`.
+
+    Raises TrainingError if nothing fits, naming what would.
     """
-    plans = list(_candidates(recipe, stage, config, table, dtype, longest, usable, device))
-    fitting = [plan for plan in plans if plan.bytes_needed <= usable]
+    plans = list(_candidates(shapes, machine))
+    fitting = [plan for plan in plans if plan.bytes_needed <= plan.bytes_usable]
     if not fitting:
-        raise TrainingError(_too_small(min(plans, key=lambda plan: plan.bytes_needed), stage, longest))
+        raise TrainingError(_too_small(min(plans, key=lambda plan: plan.bytes_needed), shapes))
     best = min(fitting, key=_preference)
     exact = [plan for plan in fitting if "8bit" not in plan.optim]
     if exact and "8bit" in best.optim:
@@ -97,43 +97,53 @@ def plan_memory(
     return best
 
 
+def next_smaller(shapes: StageShapes, machine: Machine, chosen: MemoryPlan) -> str:
+    """Say what to do after `chosen` ran out of memory: the plan for a good deal less, and the words that ask for it."""
+    usable = int(SMALLER * min(chosen.bytes_needed, machine.usable))
+    try:
+        plan = plan_memory(shapes, replace(machine, usable=usable))
+    except TrainingError as error:
+        return str(error)
+    size = (usable + (CUDA_OVERHEAD if machine.device == "cuda" else 0)) / USABLE
+    return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan}"
+
+
 def _preference(plan: MemoryPlan) -> tuple[float, int]:
     # Of plans that are as fast, the smaller.
     return round(plan.cost, 2), plan.bytes_needed
 
 
-def _candidates(
-    recipe: Recipe,
-    stage: StageName,
-    config: LlavaConfig,
-    table: list[PartRow],
-    dtype: torch.dtype,
-    longest: int,
-    usable: int,
-    device: str,
-) -> Iterator[MemoryPlan]:
-    """Yield a plan for every combination of what is left open, with as many tokens as fit (at least `longest`)."""
-    settings, nf4 = recipe.stage(stage), recipe.quantization.type == "nf4"
+def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
+    """Yield a plan for every combination of what is left open, each with the row that suits it best."""
+    recipe, config = shapes.recipe, shapes.config
+    settings, nf4 = recipe.stage(shapes.stage), recipe.quantization.type == "nf4"
     kept = recipe.quantization.keep_dequantized
     keeping = [kept] if isinstance(kept, bool) else [False, True] if nf4 else [False]
-    optimizers = ["adamw_torch", "paged_adamw_8bit"] if device == "cuda" else ["adamw_torch"]
-    layers = int(config.text_config.num_hidden_layers)
-    rank = lora_rank(recipe, stage)
-    quantized = in_4_bits(table, config, recipe.quantization, dtype)
+    optimizers = ["adamw_torch", "paged_adamw_8bit"] if machine.device == "cuda" else ["adamw_torch"]
+    rank = lora_rank(recipe, shapes.stage)
+    quantized = in_4_bits(shapes.table, config, recipe.quantization, shapes.dtype)
     for dequantized, optim, recompute in product(
-        keeping, optimizers if settings.optim == "auto" else [settings.optim], _recomputes(settings, layers)
+        keeping,
+        optimizers if settings.optim == "auto" else [settings.optim],
+        _recomputes(settings, int(config.text_config.num_hidden_layers)),
     ):
-        parameters = table if dequantized or not nf4 else quantized
+        parameters = shapes.table if dequantized or not nf4 else quantized
         fixed = sum(row.total for row in expected_memory(optim, parameters))
-
-        def needed(tokens: int, fixed: int = fixed, recompute: Recompute = recompute) -> int:
-            return fixed + activation_bytes(config, recompute, tokens, tokens, dtype, rank)
-
-        tokens = _tokens(settings, longest, MOST_TOKENS[device], lambda tokens: needed(tokens) <= usable)
-        dequantizing = DEQUANTIZING[device] / tokens if nf4 and not dequantized else 0.0
-        repeated = _repeated(recompute, layers)
-        cost = 2 + repeated + (2 + repeated) * dequantizing
-        yield MemoryPlan(tokens, recompute, optim, bool(dequantized), needed(tokens), usable, cost)
+        reads_nf4 = nf4 and not dequantized
+        rows = [
+            MemoryPlan(
+                tokens,
+                recompute,
+                optim,
+                bool(dequantized),
+                fixed + activation_bytes(config, recompute, tokens, tokens, shapes.dtype, rank, machine.attention),
+                machine.usable,
+                relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
+            )
+            for tokens in _sizes(settings, shapes.longest, MOST_TOKENS[machine.device])
+        ]
+        fitting = [plan for plan in rows if plan.bytes_needed <= plan.bytes_usable]
+        yield min(fitting, key=_preference) if fitting else min(rows, key=lambda plan: plan.bytes_needed)
 
 
 def lora_rank(recipe: Recipe, stage: StageName) -> int:
@@ -149,26 +159,16 @@ def _recomputes(settings: StageSettings, layers: int) -> list[Recompute]:
     return [Recompute(False), *dict.fromkeys(mixed), Recompute(True)]
 
 
-def _tokens(settings: StageSettings, longest: int, most: int, fits: Callable[[int], bool]) -> int:
-    """Choose as many tokens as fit, up to `most`, and never fewer than the longest conversation has."""
+def _sizes(settings: StageSettings, longest: int, most: int) -> list[int]:
+    """List the rows to consider, in tokens: never less than the longest conversation has."""
     wanted = settings.tokens_per_micro_batch
-    if wanted != "auto":
-        return wanted
-    sizes = range(most, longest, -ROUNDING)
-    return next((size for size in sizes if fits(size)), longest)
+    return [*range(most, longest, -ROUNDING), longest] if wanted == "auto" else [wanted]
 
 
-def _repeated(recompute: Recompute, layers: int) -> float:
-    """Share of a forward pass that is computed twice."""
-    if recompute.policy is False:
-        return 0.0
-    full = layers if recompute.policy is True else recompute.full_layers
-    return (full + (layers - full) * FORWARD_OF_SELECTIVE) / layers
-
-
-def _too_small(smallest: MemoryPlan, stage: StageName, longest: int) -> str:
+def _too_small(smallest: MemoryPlan, shapes: StageShapes) -> str:
+    stage = shapes.stage
     return (
         f"stage {stage}: the memory is too small: at the least {smallest.bytes_needed / GIB:.1f} GiB are needed, "
         f"{smallest.bytes_usable / GIB:.1f} GiB can be used ({smallest}). Lower adapter.r or stages.{stage}.max_length "
-        f"(the longest conversation has {longest:,} tokens), or leave the memory settings at auto"
+        f"(the longest conversation has {shapes.longest:,} tokens), or leave the memory settings at auto"
     )

@@ -55,6 +55,28 @@ class StageData:
         )
 
 
+SEEN_OFTEN = 1.5
+"""Times that an image passes through the vision tower, on average, from which keeping its features pays."""
+
+
+def cache_offer(stage: StageSettings, data: StageData) -> str | None:
+    """Offer to keep what the vision tower makes of images, where many of them would pass through it again."""
+    records = data.encoded.records
+    seen = [
+        image.key
+        for step in data.plan.steps
+        for row in step
+        for tree in row
+        if (image := records[tree[0]].image) is not None
+    ]
+    if stage.cache_image_features != "off" or len(seen) < SEEN_OFTEN * len(set(seen)) or not seen:
+        return None
+    return (
+        f"each image passes through the vision tower {len(seen) / len(set(seen)):.1f} times; with "
+        "cache_image_features: memory (or disk) once"
+    )
+
+
 def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed: int) -> StageRecords:
     """Read, split and encode the data of a stage; DataError names the first record that does not fit."""
     template = get_template(stage.template, stage.system)

@@ -26,6 +26,7 @@ from lora_llava.data.records import fingerprint
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.modeling.assemble import assemble
+from lora_llava.modeling.attention import pick_attention, set_attention
 from lora_llava.modeling.base import (
     BaseIdentity,
     LoadedModel,
@@ -34,6 +35,7 @@ from lora_llava.modeling.base import (
     locate,
 )
 from lora_llava.modeling.describe import describe_directory
+from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage, check_stage, train_only_what_is_saved
 from lora_llava.recipe import Recipe
@@ -41,12 +43,14 @@ from lora_llava.recipe_file import dump_resolved
 from lora_llava.recipe_stages import StageName
 from lora_llava.training import output
 from lora_llava.training.build import image_facts, make_trainer
+from lora_llava.training.cost import Machine
 from lora_llava.training.memory import planned_parameters
-from lora_llava.training.memory_plan import MemoryPlan, plan_memory, usable_bytes
-from lora_llava.training.plan import StageData, plan_records, read_records
+from lora_llava.training.memory_plan import StageShapes, plan_memory, usable_bytes
+from lora_llava.training.plan import StageData, StageRecords, cache_offer, plan_records, read_records
 from lora_llava.training.self_check import check_first_row
 from lora_llava.training.tables import parameter_table_view
 from lora_llava.training.trainer import PackedTrainer
+from lora_llava.training.trial import out_of_memory_named, trial_line, try_longest_row
 
 
 def run_recipe(
@@ -108,7 +112,11 @@ def train_stage(
     dtype = pick_dtype(recipe.precision, device)
     set_seed(recipe.seed)
     # The data before the weights: a mistake in it shows at once.
-    data, chosen = plan_stage(recipe, stage, base_directory, usable_bytes(device, memory), dtype, device.type)
+    records, shapes = read_stage(recipe, stage, base_directory, dtype)
+    attention, why = pick_attention(recipe.attn_implementation, shapes.config.text_config, device, dtype)
+    machine = Machine(device.type, usable_bytes(device, memory), attention)
+    chosen = plan_memory(shapes, machine)
+    data = plan_records(records, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
     loaded = load_base(
         base_directory,
         identity,
@@ -121,30 +129,35 @@ def train_stage(
     model = start_stage(recipe, stage, loaded, parent)
     table = check_stage(model, stage, nf4=quantization.type == "nf4" and not chosen.keep_dequantized)
     set_recompute(model, chosen.recompute.policy, chosen.recompute.full_layers)
+    set_attention(llava_in(model), attention)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
-    console.print(f"{stage}: {data.summary()}\n{stage}: {chosen}")
-    directory = recipe.resolved_output_dir
+    lines = [data.summary(), str(chosen), f"attention {attention}, {why}", cache_offer(recipe.stage(stage), data)]
+    console.print("\n".join(f"{stage}: {line}" for line in lines if line))
     trainer = make_trainer(recipe, stage, loaded, data, chosen.optim, dtype, console)
-    check_first_row(model, trainer.train_dataset, dtype, device)
-    trainer.train()
+    with out_of_memory_named(shapes, machine, chosen):
+        if device.type == "cuda":
+            tokens = try_longest_row(model, trainer.train_dataset, data.encoded.items, shapes, console)
+            console.print(f"{stage}: {trial_line(tokens, chosen)}")
+        check_first_row(model, trainer.train_dataset, dtype, device)
+        trainer.train()
     metrics = closing_metrics(trainer)
     facts = stage_facts(recipe, stage, loaded, data, parent, trainer.state.global_step)
     facts["metrics"] = metrics
     # The artifact's copy of the recipe sits one level below the run's.
-    save_artifact(directory / stage, model, loaded, facts, dump_resolved(recipe, directory / stage))
-    return {**facts["seen"], **metrics, "memory_plan": asdict(chosen), "parameters": [asdict(row) for row in table]}
+    directory = recipe.resolved_output_dir / stage
+    save_artifact(directory, model, loaded, facts, dump_resolved(recipe, directory))
+    memory_facts = {"memory_plan": asdict(chosen), "peak_memory_bytes": peak_memory_bytes()}
+    return {**facts["seen"], **metrics, **memory_facts, "parameters": [asdict(row) for row in table]}
 
 
-def plan_stage(
-    recipe: Recipe, stage: StageName, base_directory: Path, usable: int, dtype: torch.dtype, device: str
-) -> tuple[StageData, MemoryPlan]:
-    """Read the data of a stage, choose how it fits `usable` bytes, and plan its steps; no weight is read."""
+def read_stage(
+    recipe: Recipe, stage: StageName, base_directory: Path, dtype: torch.dtype
+) -> tuple[StageRecords, StageShapes]:
+    """Read the data of a stage, and the shapes that its memory depends on; no weight is read."""
     config, tokenizer = describe_directory(base_directory)
-    settings = recipe.stage(stage)
-    records = read_records(settings, config, tokenizer, recipe.seed)
+    records = read_records(recipe.stage(stage), config, tokenizer, recipe.seed)
     table = planned_parameters(recipe, stage, config, dtype)
-    chosen = plan_memory(recipe, stage, config, table, dtype, longest=records.longest, usable=usable, device=device)
-    return plan_records(records, settings, chosen.tokens_per_micro_batch, recipe.seed), chosen
+    return records, StageShapes(recipe, stage, config, table, dtype, records.longest)
 
 
 def stage_facts(

@@ -12,7 +12,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.packed import check_attention, packed_loss
+from lora_llava.modeling.attention import check_attention
+from lora_llava.modeling.packed import llava_in, packed_loss
 
 SampleAnswers = Callable[[], list[dict[str, str]]]
 """Answers a few validation questions with the model as it is."""
@@ -35,7 +36,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         sample_answers: SampleAnswers | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_attention(model)
+        check_attention(llava_in(model))
         self.mm_projector_lr = mm_projector_lr
         self.sample_answers = sample_answers
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)

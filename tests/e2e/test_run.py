@@ -201,6 +201,8 @@ def test_training_learns(ten_steps: Run) -> None:
         ["packing=none"],
         ["packing=none", "tokens_per_micro_batch=200"],
         ["gradient_checkpointing=true"],
+        ["cache_image_features=memory"],
+        ["cache_image_features=disk"],
     ],
     ids=" ".join,
 )

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import lora_llava.modeling.attention as attention_module
 import lora_llava.modeling.packed as packed_module
 from lora_llava.conversation import Encoded, Turn, encode, get_template
 from lora_llava.data.batch import Batch, build_row
-from lora_llava.modeling.packed import check_attention, packed_logits, packed_loss
+from lora_llava.modeling.attention import additive_mask
+from lora_llava.modeling.packed import packed_logits, packed_loss
 from lora_llava.modeling.stages import build_stage
 from lora_llava.recipe import AdapterSettings
 from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, tiny_llava, tiny_tokenizer
@@ -238,13 +240,13 @@ def test_the_model_has_its_head_again_even_after_an_error(model: Any) -> None:
 
 def with_eager_attention(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     """A bool mask, which eager attention adds."""
-    monkeypatch.setattr(packed_module, "additive", lambda mask, _: mask)
+    monkeypatch.setattr(attention_module, "additive_mask", lambda *inputs: additive_mask(*inputs) == 0)
     model.set_attn_implementation("eager")
     return batch
 
 
 def without_mask(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
-    monkeypatch.setattr(packed_module, "additive", lambda *_: None)
+    monkeypatch.setattr(attention_module, "additive_mask", lambda *_: None)
     return batch
 
 
@@ -262,19 +264,3 @@ def test_the_silent_mistakes_would_be_seen_here(
     batch = mistake(model, row_of(trees, torch.float32), monkeypatch)
     loss = F.cross_entropy(packed_logits(model, batch).float(), batch["shift_labels"])
     assert error(gradients(model, loss), theirs) > 1e-3
-
-
-def test_the_mask_is_right_for_eager_attention_too() -> None:
-    model = build_model()
-    batch = row_of([branches(4), branches(2)], torch.float32)
-    ours = packed_logits(model, batch)
-    model.set_attn_implementation("eager")
-    assert torch.allclose(ours, packed_logits(model, batch), atol=1e-5)
-
-
-def test_eager_attention_is_refused() -> None:
-    model = build_model()
-    check_attention(model)
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="need sdpa attention, the model has 'eager'"):
-        check_attention(model)

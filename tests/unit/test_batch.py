@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.batch import build_row
@@ -26,13 +25,4 @@ def test_row_by_hand() -> None:
     assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert row["predict_positions"].tolist() == [2, 1, 5]
     assert row["shift_labels"].tolist() == row["labels"].tolist() == [4, 5, 7]
-    assert row["attention_mask"].dtype == torch.bool
-    assert row["attention_mask"][0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1, 1],
-    ]
+    assert row["segments"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 1, 1]]

@@ -16,14 +16,16 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.batch import build_row
 from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import FLEX, SDPA
 from lora_llava.modeling.base import BaseIdentity, load_base, read_config
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import PartRow, build_stage
 from lora_llava.recipe import AdapterSettings, Recipe
 from lora_llava.recipe_stages import StageName
+from lora_llava.training.cost import Machine
 from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits, planned_parameters
-from lora_llava.training.memory_plan import GIB, MemoryPlan, plan_memory
+from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory
 from tests.helpers.tiny import tiny_config
 
 STAGE: dict[str, Any] = {"data": {"path": "train.json"}}
@@ -56,19 +58,17 @@ def table_of(rank: int, stage: StageName) -> list[PartRow]:
 
 
 def plan(
-    memory: float, chosen: Recipe | None = None, *, longest: int = 700, stage: StageName = "instruct"
+    memory: float,
+    chosen: Recipe | None = None,
+    *,
+    longest: int = 700,
+    stage: StageName = "instruct",
+    attention: str = FLEX,
 ) -> MemoryPlan:
-    settings, config = chosen or recipe(), llava_7b()
-    return plan_memory(
-        settings,
-        stage,
-        config,
-        table_of(settings.adapter.r, stage),
-        torch.bfloat16,
-        longest=longest,
-        usable=int(memory * GIB),
-        device="cuda",
-    )
+    settings = chosen or recipe()
+    table = table_of(settings.adapter.r, stage)
+    shapes = StageShapes(settings, stage, llava_7b(), table, torch.bfloat16, longest)
+    return plan_memory(shapes, Machine("cuda", int(memory * GIB), attention))
 
 
 @pytest.mark.parametrize("dequantized", [False, True])
@@ -199,3 +199,9 @@ def test_too_little_memory_is_an_error_that_says_how_much_is_needed() -> None:
 
 def test_stage_one_needs_less() -> None:
     assert plan(12, stage="align").cost <= plan(12).cost
+
+
+def test_rows_are_short_where_attention_computes_what_it_does_not_see() -> None:
+    long, short = plan(80), plan(80, attention=SDPA)
+    assert short.tokens_per_micro_batch < 2048 < long.tokens_per_micro_batch
+    assert long.cost < short.cost

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 import lora_llava.data.batch as batch_module
-import lora_llava.modeling.packed as packed_module
+import lora_llava.modeling.attention as attention_module
 from lora_llava.conversation import Turn
 from lora_llava.data.batch import Batch, ImageTransform, PackedRows, build_row
 from lora_llava.data.packing import Row
 from lora_llava.data.records import ImageSource, Record
 from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import additive_mask
 from lora_llava.training.self_check import check_first_row
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 from tests.parity.test_packed import branches, build_model, conversation
@@ -50,7 +51,7 @@ def test_rows_of_single_conversations_leave_nothing_to_check(rows: PackedRows) -
 
 def eager(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bool mask, which eager attention adds."""
-    monkeypatch.setattr(packed_module, "additive", lambda mask, _: mask)
+    monkeypatch.setattr(attention_module, "additive_mask", lambda *inputs: additive_mask(*inputs) == 0)
     model.set_attn_implementation("eager")
 
 
@@ -58,7 +59,7 @@ def no_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Batch:
         batch = build_row(*args, **kwargs)
         length = batch["input_ids"].shape[1]
-        return batch | {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}
+        return batch | {"segments": torch.zeros(2, length, dtype=torch.long)}
 
     monkeypatch.setattr(batch_module, "build_row", broken)
 

@@ -1,0 +1,122 @@
+"""Who sees whom in a row, in each form; and the choice between the two attentions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+import lora_llava.modeling.attention as attention
+from lora_llava.conversation import IGNORE_INDEX, Encoded
+from lora_llava.data.batch import build_row
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import FLEX, SDPA, additive_mask, attention_of, block_mask, check_attention
+from lora_llava.modeling.packed import llava_in, packed_logits
+from tests.parity.test_packed import branches, build_model, row_of
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPES = build_model().config.text_config
+
+
+def segments() -> torch.Tensor:
+    """Two branches (3, 4 / 5) after a prefix of two tokens (1, 2); then a text (6, 7)."""
+    skip = IGNORE_INDEX
+    tree = [Encoded([1, 2, 3, 4], [skip, skip, skip, 4], 2), Encoded([1, 2, 5], [skip, skip, 5], 2)]
+    return build_row([tree, [Encoded([6, 7], [skip, 7], 0)]])["segments"]
+
+
+def test_mask_by_hand() -> None:
+    mask = additive_mask(segments(), torch.float32)
+    assert mask.shape == (1, 1, 7, 7)
+    assert set(mask.unique().tolist()) == {0.0, -torch.inf}
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_the_block_mask_says_the_same() -> None:
+    row = row_of([branches(9), branches(5)], torch.float32)["segments"]
+    blocks = block_mask(row)
+    length = row.shape[1]
+    dense = create_mask(blocks.mask_mod, None, None, length, length, device="cpu")
+    assert torch.equal(dense, additive_mask(row, torch.float32) == 0)
+
+
+# Not compiled here, which takes long: what is computed is the same.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_what_sdpa_does() -> None:
+    model = build_model().eval()
+    row = row_of([branches(4), branches(2)], torch.float32)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        ours = packed_logits(model, row)
+        attention.set_attention(llava_in(model), FLEX)
+        check_attention(llava_in(model))
+        theirs = packed_logits(model, row)
+        with attention.with_sdpa(llava_in(model)):
+            assert attention_of(llava_in(model)) == SDPA
+        assert attention_of(llava_in(model)) == FLEX
+    assert llava_in(model).config.vision_config._attn_implementation == SDPA
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_mask_is_right_for_eager_attention_too() -> None:
+    model = build_model()
+    batch = row_of([branches(4), branches(2)], torch.float32)
+    ours = packed_logits(model, batch)
+    model.set_attn_implementation("eager")
+    assert torch.allclose(ours, packed_logits(model, batch), atol=1e-5)
+
+
+def test_eager_attention_is_refused() -> None:
+    model = llava_in(build_model())
+    check_attention(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="need sdpa or flex_attention, the model has 'eager'"):
+        check_attention(model)
+
+
+def test_a_cpu_takes_sdpa_and_refuses_flex_attention() -> None:
+    assert attention.pick_attention("auto", SHAPES, CPU, torch.float32)[0] == SDPA
+    assert attention.pick_attention("sdpa", SHAPES, CPU, torch.float32)[0] == SDPA
+    with pytest.raises(TrainingError, match=r"attn_implementation: .* no backward pass on a CPU; set auto or sdpa"):
+        attention.pick_attention("flex_attention", SHAPES, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("setting", "seconds", "chosen"),
+    [("auto", (2e-3, 1e-3), FLEX), ("auto", (1e-3, 2e-3), SDPA), (FLEX, (1e-3, 2e-3), FLEX), (SDPA, None, SDPA)],
+)
+def test_on_cuda_the_faster_is_taken_or_what_is_set(
+    monkeypatch: pytest.MonkeyPatch, setting: str, seconds: tuple[float, float] | None, chosen: str
+) -> None:
+    monkeypatch.setattr(attention, "_compare", lambda *_: seconds)
+    name, why = attention.pick_attention(setting, SHAPES, CUDA, torch.bfloat16)
+    assert name == chosen
+    assert why == "as set" or ("flex_attention" in why and "sdpa" in why)
+
+
+def test_flex_attention_that_fails_is_replaced_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no Triton\nand more")
+
+    monkeypatch.setattr(attention, "_compare", fail)
+    name, why = attention.pick_attention("auto", SHAPES, CUDA, torch.bfloat16)
+    assert (name, why) == (SDPA, "flex_attention does not work here (RuntimeError: no Triton)")
+    with pytest.raises(TrainingError, match=r"no Triton.*set sdpa"):
+        attention.pick_attention(FLEX, SHAPES, CUDA, torch.bfloat16)
+
+
+def test_attentions_are_compared_on_trees() -> None:
+    tried = attention._tried_segments(CPU)
+    assert tried.shape == (2, attention.TRIED_TOKENS)
+    assert tried[0].unique().tolist() == [0, 1, 2, 3]
+    assert tried[1].unique().tolist() == list(range(17))
+    assert int((tried[1] == 0).sum()) == 4 * attention.TRIED_PREFIX

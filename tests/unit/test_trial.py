@@ -1,0 +1,123 @@
+"""The trial on the longest row, and the end of a run that runs out of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import lora_llava.training.trial as trial
+from lora_llava.data.batch import Batch
+from lora_llava.data.packing import PlanItem
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import FLEX, SDPA, attention_of, set_attention
+from lora_llava.modeling.packed import llava_in
+from lora_llava.training.cost import Machine
+from lora_llava.training.memory_plan import StageShapes, plan_memory
+from tests.parity.test_packed import branches, build_model, row_of
+from tests.unit.test_memory_plan import GIB, llava_7b, recipe, table_of
+
+CONVERSATIONS = [*branches(4)]
+ITEMS = [PlanItem(len(one.input_ids), one.prefix_length, 0) for one in CONVERSATIONS]
+CARD = Machine("cuda", 20 * GIB, FLEX)
+
+
+class Rows(list[Batch]):
+    """What the trial needs of `PackedRows`."""
+
+    rows = (((0,),), ((1, 2),), ())
+
+
+def rows() -> Any:
+    return Rows(
+        [row_of([[CONVERSATIONS[index] for index in tree] for tree in row], torch.float32) for row in Rows.rows[:2]]
+    )
+
+
+def shapes(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> StageShapes:
+    made = recipe(**changes)
+    return StageShapes(made, "instruct", llava_7b(), table_of(made.adapter.r, "instruct"), dtype, 700)
+
+
+def test_the_longest_row_passes_twice_and_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model().eval()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    seen = []
+    loss = trial.packed_loss
+    monkeypatch.setattr(trial, "packed_loss", lambda *inputs: seen.append(inputs[1]) or loss(*inputs))
+    made = rows()
+    tokens = trial.try_longest_row(model, made, ITEMS, shapes(torch.float32), Console(quiet=True))
+    assert tokens == made[1]["input_ids"].shape[1]
+    assert [one["input_ids"].tolist() for one in seen] == 2 * [made[1]["input_ids"].tolist()]
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+
+
+def fails_in_flex(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model whose FlexAttention raises; how often each attention was taken."""
+    model = build_model()
+    set_attention(llava_in(model), FLEX)
+    taken: list[str] = []
+    loss = trial.packed_loss
+
+    def compute(*inputs: Any) -> Any:
+        taken.append(attention_of(llava_in(model)))
+        if taken[-1] == FLEX:
+            raise NotImplementedError("no such kernel")
+        return loss(*inputs)
+
+    monkeypatch.setattr(trial, "packed_loss", compute)
+    return model, taken
+
+
+def test_flex_attention_that_fails_in_the_model_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken = fails_in_flex(monkeypatch)
+    trial.try_longest_row(model, rows(), ITEMS, shapes(torch.float32), Console(quiet=True))
+    assert taken == [FLEX, SDPA, SDPA]
+    assert attention_of(llava_in(model)) == SDPA
+
+
+def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = fails_in_flex(monkeypatch)
+    with pytest.raises(TrainingError, match=r"flex_attention does not work with this model .*no such kernel"):
+        trial.try_longest_row(
+            model, rows(), ITEMS, shapes(torch.float32, attn_implementation=FLEX), Console(quiet=True)
+        )
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_names_the_next_smaller_plan(error: RuntimeError) -> None:
+    chosen = plan_memory(shapes(), CARD)
+    with (
+        pytest.raises(
+            TrainingError, match=r"stage instruct: out of memory .* with --memory [\d.]+GiB, which plans"
+        ) as told,
+        trial.out_of_memory_named(shapes(), CARD, chosen),
+    ):
+        raise error
+    smaller = float(str(told.value).rsplit(": ", 1)[1].split(" of ")[0])
+    assert smaller < chosen.bytes_needed / GIB
+
+
+def test_out_of_memory_with_nothing_smaller_says_what_to_lower() -> None:
+    stage = {"tokens_per_micro_batch": 2048, "gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
+    fixed = shapes(stage=stage, quantization={"keep_dequantized": False})
+    chosen = plan_memory(fixed, CARD)
+    with (
+        pytest.raises(TrainingError, match=r"out of memory.*Lower adapter\.r"),
+        trial.out_of_memory_named(fixed, CARD, chosen),
+    ):
+        raise torch.OutOfMemoryError
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes"),
+        trial.out_of_memory_named(shapes(), CARD, plan_memory(shapes(), CARD)),
+    ):
+        raise RuntimeError("shapes do not fit")
