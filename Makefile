@@ -23,6 +23,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,trl]'
 	$(BIN)/python -m benchmarks
 
 # Not runs/: what is trained there may have cost days.

@@ -15,8 +15,10 @@ import click
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.peers import PEERS
-from benchmarks.work import SMALL, make_work
+from benchmarks.peers import LADDER, PEERS, Task
+from benchmarks.work import SHAPES, make_work
+from lora_llava.device import pick_device, pick_dtype
+from lora_llava.training.memory_plan import GIB
 
 
 def say(**facts: Any) -> None:
@@ -71,28 +73,66 @@ class Gate(TrainerCallback):  # type: ignore[misc]
             say(step=state.global_step, seconds=self.seconds, loss=logs["loss"], gradient_norms=self.norms)
 
 
+def peak_bytes() -> dict[str, int]:
+    """Return the most memory held: of the device, allocated and reserved, or of the process."""
+    if torch.cuda.is_available():
+        return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
 @click.command()
-@click.argument("name", type=click.Choice(list(PEERS)))
+@click.argument("name", type=click.Choice([*PEERS, *LADDER]))
 @click.argument("set_name", metavar="SET")
+@click.option("--model", type=click.Choice(list(SHAPES)), default="small")
 @click.option("--questions", default=16)
 @click.option("--steps", default=8)
 @click.option("--micro-batch", default=2)
 @click.option("--threads", default=2)
-def main(name: str, set_name: str, questions: int, steps: int, micro_batch: int, threads: int) -> None:
+@click.option("--nf4/--no-nf4", default=False)
+@click.option("--checkpointing/--no-checkpointing", default=False)
+@click.option("--cap", type=float, help="GiB of the card that the process may take; the kit then plans for it.")
+def main(
+    name: str,
+    set_name: str,
+    model: str,
+    questions: int,
+    steps: int,
+    micro_batch: int,
+    threads: int,
+    nf4: bool,
+    checkpointing: bool,
+    cap: float | None,
+) -> None:
     """Train, step by step as the parent says."""
     sys.stdout = sys.stderr
     torch.set_num_threads(threads)
-    work = make_work(set_name, SMALL, questions)
-    trainer, computed = PEERS[name](work, SMALL, steps, micro_batch)
+    device, shapes = pick_device(), SHAPES[model]
+    task = Task(
+        work=make_work(set_name, shapes, questions),
+        shapes=shapes,
+        steps=steps,
+        micro_batch=micro_batch,
+        device=device,
+        dtype=pick_dtype("auto", device),
+        nf4=nf4,
+        checkpointing=checkpointing,
+        cap=None if cap is None else int(cap * GIB),
+    )
+    trainer, computed = (PEERS | LADDER)[name](task)
     trainer.add_callback(Gate())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes()["peak_bytes"]
+    if device.type == "cuda" and task.cap is not None:
+        # Only now: while the model is made, before it is quantised, it takes more.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(task.cap / torch.cuda.mem_get_info()[1])
     trainer.train()
     say(
-        supervised=work.supervised,
+        supervised=task.work.supervised,
         computed_tokens=computed,
-        work_sha256=work.sha256,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        work_sha256=task.work.sha256,
         bytes_before_training=before,
+        **peak_bytes(),
     )
 
 

@@ -1,80 +1,85 @@
 """The peers, each as its documentation has it, over the same model and the same work.
 
-All three are a `transformers.Trainer`; they differ in what they make of sixteen conversations.
+All three are a `transformers.Trainer`; they differ in what they make of the conversations of a step.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 
-from benchmarks.work import IMAGE_ID, Shapes, Work, pixels
+from benchmarks.model import build_model, make_config
+from benchmarks.work import Shapes, Work, pixels
 from lora_llava.conversation import IGNORE_INDEX
 from lora_llava.data.batch import Batch, PackedRows, build_row
 from lora_llava.data.packing import PlanItem, make_plan
-from lora_llava.modeling.base import drop_unused_layers
-from lora_llava.modeling.stages import build_stage
-from lora_llava.recipe import AdapterSettings
+from lora_llava.modeling.attention import SDPA, pick_attention, set_attention
+from lora_llava.modeling.base import VISION_TOWER, drop_unused_layers
+from lora_llava.modeling.recompute import set_recompute
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import GradientCheckpointing
+from lora_llava.training.cost import Machine
+from lora_llava.training.feature_cache import FeatureTower
+from lora_llava.training.memory import Recompute, planned_parameters
+from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
 from lora_llava.training.trainer import PackedTrainer
 
 
-def build_model(shapes: Shapes, stage: Any, seed: int = 0) -> Any:
-    """Build the model with random weights, its LoRA and its projector to train, as PEFT makes them."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=shapes.vision_hidden_size,
-        intermediate_size=4 * shapes.vision_hidden_size,
-        num_hidden_layers=shapes.vision_layers,
-        num_attention_heads=max(1, shapes.vision_hidden_size // 64),
-        image_size=shapes.image_size,
-        patch_size=shapes.patch_size,
-    )
-    text = LlamaConfig(
-        hidden_size=shapes.hidden_size,
-        intermediate_size=shapes.intermediate_size,
-        num_hidden_layers=shapes.num_layers,
-        num_attention_heads=shapes.num_heads,
-        num_key_value_heads=shapes.num_heads,
-        vocab_size=shapes.vocab_size,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, attn_implementation="sdpa")
-    model = LlavaForConditionalGeneration(config)
-    model.config.use_cache = False
-    model = build_stage(model, stage, AdapterSettings(r=shapes.rank, lora_alpha=2.0 * shapes.rank))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        # Not zero: else the gradients of A would be, and a peer that forgot them would not be noticed.
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.02, generator=generator)
-    return model
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a peer is given, and the machine it has."""
+
+    work: Work
+    shapes: Shapes
+    steps: int
+    micro_batch: int
+    """Conversations that the other kits pass at a time; ours takes as many tokens, or what the planner says."""
+    device: torch.device
+    dtype: torch.dtype
+    nf4: bool
+    checkpointing: bool
+    """Whether the other kits recompute whole layers."""
+    cap: int | None
+    """Bytes of the card; None: no planner, everything is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A rung of the ladder: the kit with some of what makes it fast."""
+
+    separate: bool = False
+    """Every conversation a row of its own."""
+    shared: bool = True
+    """Conversations of one image share it."""
+    recompute: GradientCheckpointing = False
+    nf4: bool = False
+    dequantized: bool = False
+    cached: bool = False
+    """Features of the vision tower are kept."""
 
 
 class Rows(PackedRows):
     """Our rows of a step, again and again; the images are made, not read."""
 
-    def __init__(self, work: Work, shapes: Shapes, steps: int, tokens: int) -> None:
-        self.work, self.shapes, self.steps = work, shapes, steps
+    def __init__(self, task: Task, tokens: int, variant: Variant, read: Callable[[int], torch.Tensor]) -> None:
+        self.work, self.steps, self.read = task.work, task.steps, read
         items = [
             PlanItem(len(one.input_ids), one.prefix_length, -1 if image is None else image)
-            for one, image in zip(work.conversations, work.images, strict=True)
+            for one, image in zip(task.work.conversations, task.work.images, strict=True)
         ]
         plan = make_plan(
             items,
             batch_size=len(items),
             tokens_per_row=tokens,
-            branches_per_tree=len(items),
-            packing="tree",
+            branches_per_tree=len(items) if variant.shared else 1,
+            packing="none" if variant.separate else "tree",
             num_train_epochs=1.0,
             max_steps=1,
             seed=0,
@@ -89,7 +94,7 @@ class Rows(PackedRows):
         row = self.rows[index % len(self.rows)]
         batch = build_row([[self.work.conversations[place] for place in tree] for tree in row])
         images = [self.work.images[tree[0]] for tree in row]
-        if shown := [pixels(image, self.shapes) for image in images if image is not None]:
+        if shown := [self.read(image) for image in images if image is not None]:
             batch["pixel_values"] = torch.stack(shown)
         return batch
 
@@ -97,9 +102,9 @@ class Rows(PackedRows):
 class Conversations(Dataset[dict[str, Any]]):
     """The conversations of a step one by one, again and again, as the peers take them."""
 
-    def __init__(self, work: Work, shapes: Shapes, steps: int) -> None:
-        self.work, self.shapes, self.steps = work, shapes, steps
-        self.computed_tokens = sum(len(one.input_ids) for one in work.conversations)
+    def __init__(self, task: Task) -> None:
+        self.work, self.shapes, self.steps = task.work, task.shapes, task.steps
+        self.computed_tokens = sum(len(one.input_ids) for one in task.work.conversations)
 
     def __len__(self) -> int:
         return self.steps * len(self.work.conversations)
@@ -126,11 +131,11 @@ def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def arguments(kind: type[TrainingArguments], steps: int, accumulation: int, micro_batch: int, **more: Any) -> Any:
+def arguments(kind: type[TrainingArguments], task: Task, accumulation: int, micro_batch: int, **more: Any) -> Any:
     """Make the arguments that all have in common."""
     return kind(
         output_dir="unused",
-        max_steps=steps,
+        max_steps=task.steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-4,
@@ -140,48 +145,107 @@ def arguments(kind: type[TrainingArguments], steps: int, accumulation: int, micr
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=task.device.type == "cpu",
+        bf16=task.dtype == torch.bfloat16,
         seed=0,
         **more,
     )
 
 
-def ours(work: Work, shapes: Shapes, steps: int, micro_batch: int) -> tuple[Trainer, int]:
-    """Build the kit's trainer; rows hold as many tokens as the peers' micro-batches."""
-    model = build_model(shapes, work.stage)
-    drop_unused_layers(model.get_base_model())
-    longest = max(len(one.input_ids) for one in work.conversations)
-    rows = Rows(work, shapes, steps, micro_batch * longest)
-    made = arguments(TrainingArguments, steps, len(rows.rows), 1, label_names=["labels"])
+def ours(task: Task, variant: Variant | None = None) -> tuple[Trainer, int]:
+    """Build the kit's trainer; without a cap its rows hold as many tokens as the peers' micro-batches."""
+    chosen = variant or Variant(nf4=task.nf4, recompute=task.checkpointing)
+    longest = max(len(one.input_ids) for one in task.work.conversations)
+    tokens, attention, optim = task.micro_batch * longest, SDPA, "adamw_torch"
+    recompute, dequantized = Recompute(chosen.recompute), chosen.dequantized
+    if task.cap is not None:
+        attention, plan = planned(task, longest)
+        tokens, optim, recompute = plan.tokens_per_micro_batch, plan.optim, plan.recompute
+        dequantized = plan.keep_dequantized
+    model = build_model(task.shapes, task.work.stage, task.device, task.dtype, nf4=chosen.nf4, dequantized=dequantized)
+    llava = model.get_base_model()
+    drop_unused_layers(llava)
+    set_recompute(model, recompute.policy, recompute.full_layers)
+    set_attention(llava, attention)
+    read: Callable[[int], torch.Tensor] = partial(pixels, shapes=task.shapes)
+    if chosen.cached:
+        read = cached_features(llava, task)
+    rows = Rows(task, tokens, chosen, read)
+    made = arguments(TrainingArguments, task, len(rows.rows), 1, label_names=["labels"], optim=optim)
     return PackedTrainer(model, made, rows, None, mm_projector_lr=None), rows.computed_tokens
 
 
-def hugging_face(work: Work, shapes: Shapes, steps: int, micro_batch: int) -> tuple[Trainer, int]:
+def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
+    """Let the kit's planner choose for a card of `cap` bytes."""
+    config = make_config(task.shapes)
+    stage = task.work.stage
+    recipe = Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "base": {"model_name_or_path": "random"},
+            "quantization": {"type": "nf4" if task.nf4 else "none"},
+            "adapter": {"r": task.shapes.rank, "lora_alpha": 2.0 * task.shapes.rank},
+            "stages": {stage: {"data": {"path": "none.json"}}},
+        }
+    )
+    attention, why = pick_attention("auto", config.text_config, task.device, task.dtype)
+    table = planned_parameters(recipe, stage, config, task.dtype)
+    shapes = StageShapes(recipe, stage, config, table, task.dtype, longest)
+    plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device, task.cap), attention))
+    sys.stderr.write(f"{plan}; {attention}: {why}\n")
+    return attention, plan
+
+
+def cached_features(llava: Any, task: Task) -> Callable[[int], torch.Tensor]:
+    """Compute the features of the images once, and put what passes them on in the tower's place."""
+    tower, layer = llava.get_submodule(VISION_TOWER), int(llava.config.vision_feature_layer)
+    images = sorted({image for image in task.work.images if image is not None})
+    with torch.no_grad():
+        shown = torch.stack([pixels(image, task.shapes) for image in images]).to(task.device, task.dtype)
+        features = tower(shown, output_hidden_states=True).hidden_states[layer].cpu()
+    llava.set_submodule(VISION_TOWER, FeatureTower(tower, layer))
+    return dict(zip(images, features, strict=True)).__getitem__
+
+
+def peer_arguments(kind: type[TrainingArguments], task: Task, **more: Any) -> Any:
+    """Make the arguments of the other kits."""
+    accumulation = len(task.work.conversations) // task.micro_batch
+    return arguments(
+        kind,
+        task,
+        accumulation,
+        task.micro_batch,
+        gradient_checkpointing=task.checkpointing,
+        # Every step the same conversations, each once.
+        train_sampling_strategy="sequential",
+        **more,
+    )
+
+
+def peer_model(task: Task) -> Any:
+    """Build the model as the other kits take it."""
+    model = build_model(task.shapes, task.work.stage, task.device, task.dtype, nf4=task.nf4)
+    if task.checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def hugging_face(task: Task) -> tuple[Trainer, int]:
     """Build `transformers.Trainer` over a PEFT model with a padding collator."""
-    data = Conversations(work, shapes, steps)
-    made = arguments(TrainingArguments, steps, len(work.conversations) // micro_batch, micro_batch)
-    model = build_model(shapes, work.stage)
-    return Trainer(model=model, args=made, train_dataset=data, data_collator=padded), data.computed_tokens
+    data = Conversations(task)
+    made = peer_arguments(TrainingArguments, task)
+    return Trainer(model=peer_model(task), args=made, train_dataset=data, data_collator=padded), data.computed_tokens
 
 
-def trl(work: Work, shapes: Shapes, steps: int, micro_batch: int) -> tuple[Trainer, int]:
+def trl(task: Task) -> tuple[Trainer, int]:
     """Build TRL's `SFTTrainer` as its vision examples do: a collator of one's own, no preparation."""
     from datasets import Dataset as HubDataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    data = Conversations(work, shapes, steps)
-    made = arguments(
-        SFTConfig,
-        steps,
-        len(work.conversations) // micro_batch,
-        micro_batch,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-    )
+    data = Conversations(task)
+    made = peer_arguments(SFTConfig, task, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2}, "<pad>")),
         pad_token="<pad>",
@@ -193,18 +257,27 @@ def trl(work: Work, shapes: Shapes, steps: int, micro_batch: int) -> tuple[Train
         return padded([data[row["place"]] for row in rows])
 
     trainer = SFTTrainer(
-        model=build_model(shapes, work.stage),
-        args=made,
-        train_dataset=places,
-        data_collator=collate,
-        processing_class=tokenizer,
+        model=peer_model(task), args=made, train_dataset=places, data_collator=collate, processing_class=tokenizer
     )
     return trainer, data.computed_tokens
 
 
-PEERS: dict[str, Callable[[Work, Shapes, int, int], tuple[Trainer, int]]] = {
+PEERS: dict[str, Callable[[Task], tuple[Trainer, int]]] = {
     "lora-llava": ours,
     "hf-trainer": hugging_face,
     "trl": trl,
 }
 """Makers of a trainer, and of the tokens that it computes in a step, by name."""
+
+LADDER: dict[str, Callable[[Task], tuple[Trainer, int]]] = {
+    "hf-trainer": hugging_face,
+    "supervised rows": partial(ours, variant=Variant(separate=True)),
+    "packed rows": partial(ours, variant=Variant(shared=False)),
+    "trees": partial(ours, variant=Variant()),
+    "trees, features kept": partial(ours, variant=Variant(cached=True)),
+    "trees, recomputing selectively": partial(ours, variant=Variant(recompute="selective")),
+    "trees, recomputing layers": partial(ours, variant=Variant(recompute=True)),
+    "trees, NF4": partial(ours, variant=Variant(nf4=True)),
+    "trees, NF4 dequantised once": partial(ours, variant=Variant(nf4=True, dequantized=True)),
+}
+"""What each part brings, from the plain Trainer on."""

@@ -31,27 +31,46 @@ ranked only if first losses, gradient norms of LoRA and projector, and numbers o
 """
 
 
-def table(report: dict[str, Any]) -> str:
-    """Write one file's measurements as a table."""
+def section(report: dict[str, Any]) -> str:
+    """Write one file's measurements as tables."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        f"## {report['machine']}, {report['date']}",
+        f"## {report['machine']}, model {report['model']}, {report['date']}",
         "",
-        f"Commit {report['commit']}; {versions}. Peers take {report['micro_batch']} conversations a micro-batch, the "
-        "kit as many tokens.",
+        f"Commit {report['commit']}; {versions}.",
         "",
-        "| set | kit | questions/s | times the kit | peak memory, MiB | computed tokens a step | first loss |",
+        "| set | kit | questions/s | ours is so many times as fast | peak memory, MiB | tokens computed | first loss |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for result in report["results"]:
         ours = result["peers"][OURS]["questions_per_second"]
+        card = f", {result['cap']:g} GiB" if result.get("cap") else ""
         for name, row in result["peers"].items():
             ratio = f"{ours / row['questions_per_second']:.2f}" if result["ranked"] else "not ranked"
-            lines.append(
-                f"| {result['set']}: {SETS[result['set']]} | {name} | {row['questions_per_second']:.2f} | {ratio} | "
-                f"{row['peak_bytes'] / 2**20:,.0f} | {row['computed_tokens']:,} | {row['first_loss']:.4f} |"
-            )
-    return "\n".join([*lines, ""])
+            lines.append(f"| {result['set']}: {SETS[result['set']]}{card} | {name} | {_figures(row, ratio)} |")
+    return "\n".join([*lines, "", *(ladder(report["ladder"]) if report["ladder"] else [])])
+
+
+def ladder(result: dict[str, Any]) -> list[str]:
+    """Write what each part brings."""
+    lines = [
+        f"What each part brings, on {result['set']}:",
+        "",
+        "| with | questions/s | times the first | peak memory, MiB | tokens computed | first loss |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    first = next(iter(result["peers"].values()))["questions_per_second"]
+    for name, row in result["peers"].items():
+        ratio = f"{row['questions_per_second'] / first:.2f}"
+        lines.append(f"| {name} | {_figures(row, ratio)} |")
+    return [*lines, ""]
+
+
+def _figures(row: dict[str, Any], ratio: str) -> str:
+    return (
+        f"{row['questions_per_second']:.2f} | {ratio} | {row['peak_bytes'] / 2**20:,.0f} | "
+        f"{row['computed_tokens']:,} | {row['first_loss']:.4f}"
+    )
 
 
 def chart(report: dict[str, Any], path: Path) -> None:
@@ -77,10 +96,10 @@ def chart(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write the page and its chart; the first file's measurements are drawn."""
-    reports = [
+    reports: list[dict[str, Any]] = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
     ]
-    (ROOT / "docs/performance.md").write_text("\n".join([HEAD, *map(table, reports)]), encoding="utf-8")
+    (ROOT / "docs/performance.md").write_text("\n".join([HEAD, *map(section, reports)]), encoding="utf-8")
     chart(reports[0], ROOT / "docs/performance.png")
 
 

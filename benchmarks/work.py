@@ -43,8 +43,14 @@ class Shapes:
         return (self.image_size // self.patch_size) ** 2
 
 
-SMALL = Shapes(512, 1408, 8, 8, 4096, 64, 2)
-"""For a CPU: the image tokens of the real model; a vocabulary small enough not to outweigh the layers."""
+SHAPES = {
+    "tiny": Shapes(64, 176, 2, 2, 64, 32, 2, image_size=56, rank=4),
+    "small": Shapes(512, 1408, 8, 8, 4096, 64, 2),
+    "7b": Shapes(4096, 11008, 32, 32, 32064, 1024, 24, rank=128),
+    "13b": Shapes(5120, 13824, 40, 40, 32064, 1024, 24, rank=64),
+}
+"""`small` is for a CPU: the image tokens of the real model, and a vocabulary small enough not to outweigh the layers.
+`7b` and `13b` are LLaVA-1.5's; `tiny` only tries the benchmark itself."""
 
 
 @dataclass(frozen=True, slots=True)

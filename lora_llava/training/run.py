@@ -45,7 +45,7 @@ from lora_llava.training import output
 from lora_llava.training.build import image_facts, make_trainer
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory import planned_parameters
-from lora_llava.training.memory_plan import StageShapes, plan_memory, usable_bytes
+from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
 from lora_llava.training.plan import StageData, StageRecords, cache_offer, plan_records, read_records
 from lora_llava.training.self_check import check_first_row
 from lora_llava.training.tables import parameter_table_view
@@ -107,7 +107,6 @@ def train_stage(
 
     `memory`: bytes of the card to plan for; None: what is free.
     """
-    quantization = recipe.quantization
     device = pick_device()
     dtype = pick_dtype(recipe.precision, device)
     set_seed(recipe.seed)
@@ -117,17 +116,9 @@ def train_stage(
     machine = Machine(device.type, usable_bytes(device, memory), attention)
     chosen = plan_memory(shapes, machine)
     data = plan_records(records, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
-    loaded = load_base(
-        base_directory,
-        identity,
-        nf4=quantization.type == "nf4",
-        double_quant=quantization.double_quant,
-        keep_dequantized=chosen.keep_dequantized,
-        dtype=dtype,
-        device=device,
-    )
+    loaded = load_quantized(recipe, base_directory, identity, chosen, dtype, device)
     model = start_stage(recipe, stage, loaded, parent)
-    table = check_stage(model, stage, nf4=quantization.type == "nf4" and not chosen.keep_dequantized)
+    table = check_stage(model, stage, nf4=recipe.quantization.type == "nf4" and not chosen.keep_dequantized)
     set_recompute(model, chosen.recompute.policy, chosen.recompute.full_layers)
     set_attention(llava_in(model), attention)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
@@ -148,6 +139,26 @@ def train_stage(
     save_artifact(directory, model, loaded, facts, dump_resolved(recipe, directory))
     memory_facts = {"memory_plan": asdict(chosen), "peak_memory_bytes": peak_memory_bytes()}
     return {**facts["seen"], **metrics, **memory_facts, "parameters": [asdict(row) for row in table]}
+
+
+def load_quantized(
+    recipe: Recipe,
+    base_directory: Path,
+    identity: BaseIdentity,
+    chosen: MemoryPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadedModel:
+    """Load the base in the precision that the recipe, and the plan of its memory, ask for."""
+    return load_base(
+        base_directory,
+        identity,
+        nf4=recipe.quantization.type == "nf4",
+        double_quant=recipe.quantization.double_quant,
+        keep_dequantized=chosen.keep_dequantized,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def read_stage(

@@ -46,9 +46,8 @@ def check_first_row(model: Any, rows: PackedRows, dtype: torch.dtype, device: to
         raise TrainingError(
             f"{sum(map(len, trees))} conversations ({rows.records[trees[0][0]].where} and others) have other logits "
             f"packed than one by one: relative difference {difference:.1e}, allowed {TOLERANCE[dtype]:.0e}. Packing is "
-            f"wrong with the installed torch or transformers on this {device.type}. Set packing: none and "
-            "tokens_per_micro_batch to max_length to train without it, and report the versions that `lora-llava env` "
-            "prints."
+            f"wrong with the installed torch or transformers on this {device.type}. Set packing: none to "
+            "train without it, and report the versions that `lora-llava env` prints."
         )
     return difference
 

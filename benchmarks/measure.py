@@ -1,0 +1,143 @@
+"""Peers side by side: each in a process of its own, their steps in turn, medians of the times."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from lora_llava.artifact import library_versions
+
+SETS = ("S1", "V1", "V4", "V8", "V11", "MX")
+LOSS_TOLERANCE = {"fp32": 6e-5, "bf16": 1e-2}
+"""Relative difference of the first losses; the Trainer rounds what it logs to four digits."""
+NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+class EndedEarlyError(click.ClickException):
+    """A peer's process is gone; what it said is on the terminal."""
+
+
+class Peer:
+    """A peer's process."""
+
+    def __init__(self, name: str, set_name: str, steps: int, options: Sequence[str]) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benchmarks.peer", name, set_name, f"--steps={steps}", *options]
+        command.append(f"--threads={torch.get_num_threads()}")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.norms: dict[str, float] = {}
+
+    def read(self, key: str) -> dict[str, Any]:
+        """Read up to the next line that holds `key`."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{") and key in (facts := json.loads(line)):
+                return dict(facts)
+        raise EndedEarlyError(f"{self.name} ended early; its messages are above")
+
+    def step(self) -> None:
+        """Let the peer do one step."""
+        assert self.process.stdin
+        self.read("ready")
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        facts = self.read("loss")
+        self.seconds.append(facts["seconds"])
+        self.losses.append(facts["loss"])
+        self.norms = self.norms or facts["gradient_norms"]
+
+    def result(self, questions: int, warmup: int) -> dict[str, Any]:
+        """Return what it did, once it has done all steps."""
+        facts = self.read("supervised")
+        self.process.wait()
+        seconds = statistics.median(self.seconds[warmup:])
+        return {
+            "questions_per_second": round(questions / seconds, 3),
+            "supervised_tokens_per_second": round(facts["supervised"] / seconds, 1),
+            "computed_tokens_per_second": round(facts["computed_tokens"] / seconds, 1),
+            "seconds": [round(one, 3) for one in self.seconds],
+            "first_loss": self.losses[0],
+            "gradient_norms": self.norms,
+            **facts,
+        }
+
+
+def measure(
+    set_name: str, peers: Mapping[str, Sequence[str]], questions: int, warmup: int, steps: int, precision: str
+) -> dict[str, Any]:
+    """Run one set with all `peers` (name: options of its process), their steps in turn."""
+    options = {name: [*own, f"--questions={questions}"] for name, own in peers.items()}
+    running = [Peer(name, set_name, warmup + steps, own) for name, own in options.items()]
+    try:
+        for _ in range(warmup + steps):
+            for peer in running:
+                peer.step()
+        rows = {peer.name: peer.result(questions, warmup) for peer in running}
+    finally:
+        for peer in running:
+            peer.process.kill()
+    made = {"set": set_name, "questions_per_step": questions, "options": options, "peers": rows}
+    show(made)
+    return made | {"ranked": did_the_same(rows, precision)}
+
+
+def did_the_same(rows: dict[str, dict[str, Any]], precision: str) -> bool:
+    """Compare what the peers did: work, first losses, and the gradients of each group, which must not be zero."""
+    first, *others = rows.values()
+    loss, norms = first["first_loss"], first["gradient_norms"]
+    same = norms["projector"] > 0 and all(
+        row["work_sha256"] == first["work_sha256"]
+        and abs(row["first_loss"] - loss) <= LOSS_TOLERANCE[precision] * loss
+        and all(
+            abs(row["gradient_norms"][key] - norm) <= NORM_TOLERANCE[precision] * norm for key, norm in norms.items()
+        )
+        for row in others
+    )
+    if not same:
+        click.echo("not ranked: the peers did not do the same")
+    return same
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a line for each peer."""
+    for name, row in result["peers"].items():
+        click.echo(
+            f"{result['set']:4} {name:30} {row['questions_per_second']:8.2f} questions/s  "
+            f"peak {row['peak_bytes'] / 2**20:7,.0f} MiB  first loss {row['first_loss']:.5f}"
+        )
+
+
+def write_report(path: Path | None, **facts: Any) -> None:
+    """Write the results as JSON, with what they depend on."""
+    if path is None:
+        return
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit,
+        "machine": machine_name(),
+        "versions": library_versions(),
+        **facts,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def machine_name() -> str:
+    """Name what is computed on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, bf16"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, fp32"
