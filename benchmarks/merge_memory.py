@@ -95,7 +95,7 @@ def make_base(directory: Path, config: LlavaConfig) -> None:
     vocab |= {f"t{n}": n for n in range(len(vocab), 32000)} | {"<image>": 32000}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",

@@ -94,7 +94,7 @@ def merge_artifact(
     """
     with staged(output) as staging:
         source = open_source(artifact, base_model)
-        kind = base or ("dequantized" if source.nf4 else "original")
+        kind: BaseKind = base or ("dequantized" if source.nf4 else "original")
         if kind == "dequantized" and not source.nf4:
             raise ArtifactError(f"{artifact} was trained on the base as it is; there is no dequantized one for it")
         merged = merged_reader(source.files, base_reader(source.files, source.manifest, kind), source.adapter, dtype)
