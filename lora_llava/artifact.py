@@ -19,15 +19,19 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
+from lora_llava.chat_template import chat_template
+from lora_llava.conversation import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe_stages import AspectRatio, StageName
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
+MERGE_REPORT = "merge_report.json"
+"""In a merged model: how it was made, and under `artifact` the manifest of what it was made from."""
 FORMAT = 1
 """Version of the manifest; a reader refuses a newer one."""
 
@@ -63,6 +67,24 @@ class Manifest:
     versions: dict[str, str]
     format: int = FORMAT
 
+    @property
+    def usage(self) -> Usage:
+        """How the trained model wants to be asked."""
+        return Usage(self.template, self.images["image_aspect_ratio"], self.data.get("answer_prompt"))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How a model is asked as it was trained: the template, what becomes of images, the text after each question."""
+
+    template: dict[str, Any]
+    image_aspect_ratio: AspectRatio
+    answer_prompt: str | None
+
+
+LLAVA_USAGE = Usage({"name": "vicuna_v1", "system": None}, "pad", None)
+"""How LLaVA-1.5 was trained, and so how a model without a record of its training is asked."""
+
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a run computes."""
@@ -73,6 +95,50 @@ def file_sha256(path: Path) -> str:
     """Hash a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def is_artifact(directory: Path) -> bool:
+    """Tell an artifact from a model; ArtifactError for a directory that is neither."""
+    if (directory / MANIFEST).is_file():
+        return True
+    if (directory / "config.json").is_file():
+        return False
+    raise ArtifactError(
+        f"{directory} is neither an artifact (it has no {MANIFEST}) nor a model (no config.json). Give the directory "
+        "of a stage, such as runs/NAME/instruct, or of a merged model. Adapters and checkpoints of other tools are "
+        "brought in with: lora-llava import"
+    )
+
+
+def read_usage(directory: Path) -> Usage:
+    """Return how an artifact, a merged model or any LLaVA in the llava-hf layout is to be asked."""
+    if is_artifact(directory):
+        return read_manifest(directory).usage
+    path = directory / MERGE_REPORT
+    if not path.is_file():
+        return LLAVA_USAGE
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8"))["artifact"]).usage
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); merge the artifact again") from error
+
+
+def load_model(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, base: str | None = None
+) -> tuple[LoadedModel, Usage]:
+    """Load an artifact onto its base, or a whole model, ready to answer; with how to ask it.
+
+    Raises ArtifactError as `load_artifact` does, and if `base` is given for a model that needs none.
+    """
+    usage = read_usage(directory)
+    if is_artifact(directory):
+        return load_artifact(directory, device=device, dtype=dtype, base=base)[0], usage
+    if base is not None:
+        raise ArtifactError(f"{directory} is a whole model and has no base beside it; leave --base out")
+    identity = BaseIdentity(directory.resolve().name, None, "")
+    loaded = load_base(directory, identity, nf4=False, double_quant=False, dtype=dtype, device=device)
+    loaded.model.eval()
+    return loaded, usage
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -117,16 +183,24 @@ def save_artifact(
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    location = base_location(loaded, directory)
+    location = base_location(loaded.identity, loaded.directory, directory)
     for config in model.peft_config.values():
         config.base_model_name_or_path = location["path"] or location["name"]
         config.revision = location["revision"]
     model.save_pretrained(staging, save_embedding_layers=False)
     # PEFT's generic card claims things that are not so (task, library tags); a card is made on publishing.
     (staging / "README.md").unlink(missing_ok=True)
+    template = get_template(**facts["template"])
     save_processor(
-        staging, loaded.tokenizer, loaded.config, {"image_mean": loaded.image_mean, "image_std": loaded.image_std}
+        staging,
+        loaded.tokenizer,
+        loaded.config,
+        {"image_mean": loaded.image_mean, "image_std": loaded.image_std},
+        aspect_ratio=facts["images"]["image_aspect_ratio"],
+        chat_template=chat_template(template, loaded.tokenizer.eos_token),
     )
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    facts = {**facts, "quantization": {**facts["quantization"], "compute_dtype": dtype}}
     (staging / RECIPE).write_text(recipe_yaml, encoding="utf-8")
     manifest = Manifest(
         base=location, adapter_sha256=file_sha256(staging / WEIGHTS), versions=library_versions(), **facts
@@ -138,11 +212,10 @@ def save_artifact(
     return manifest
 
 
-def base_location(loaded: LoadedModel, artifact: Path) -> dict[str, Any]:
+def base_location(identity: BaseIdentity, directory: Path, artifact: Path) -> dict[str, Any]:
     """Describe the base so that it can be found again from the artifact: a hub id, or a relative path."""
-    local = loaded.identity.revision is None
-    path = os.path.relpath(loaded.directory, artifact) if local else None
-    return {**asdict(loaded.identity), "path": path}
+    path = os.path.relpath(directory, artifact) if identity.revision is None else None
+    return {**asdict(identity), "path": path}
 
 
 def load_artifact(
@@ -170,13 +243,15 @@ def load_artifact(
     return loaded, manifest
 
 
-def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path) -> None:
-    """Refuse a base other than the one the artifact was trained on."""
+def check_base(
+    manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path, *, option: str = "--base"
+) -> None:
+    """Refuse a base other than the one the artifact was trained on; `option` names the way to give another."""
     wanted = manifest.base["weights_sha256"]
     if weights_sha256 != wanted:
         raise ArtifactError(
             f"{artifact} was trained on another base: weights {wanted} ({manifest.base['name']}), but those at "
-            f"{found_at} are {weights_sha256}. Give the right one with --base."
+            f"{found_at} are {weights_sha256}. Give the right one with {option}."
         )
 
 

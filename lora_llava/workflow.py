@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 
-from lora_llava.artifact import load_artifact
+from lora_llava.artifact import load_model
 from lora_llava.conversation import get_template
 from lora_llava.data.records import Record, load_records
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
@@ -67,26 +68,27 @@ def evaluate_artifact(
     compare_base: bool = True,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Load an artifact, ask it `records` in the template and image form of its training, and score it.
+    """Load an artifact or a merged model, ask it `records` in the form of its training, and score it.
 
-    `base` replaces the place where the artifact says its base is. Returns what `compare` does.
+    `base` replaces the place where the artifact says its base is. A merged model has no base to be compared with.
+    Returns what `compare` does.
     """
     # The trained model is no longer needed: on a small card there is no room for two.
     gc.collect()
     torch.cuda.empty_cache()
     device = pick_device()
-    loaded, manifest = load_artifact(artifact, device=device, dtype=pick_dtype(precision, device), base=base)
+    loaded, usage = load_model(artifact, device=device, dtype=pick_dtype(precision, device), base=base)
     return compare(
         loaded,
         records,
-        template=get_template(**manifest.template),
-        aspect_ratio=manifest.images["image_aspect_ratio"],
+        template=get_template(**usage.template),
+        aspect_ratio=usage.image_aspect_ratio,
         max_new_tokens=max_new_tokens,
         max_rows=max_rows,
         blind_questions=blind_questions,
         directory=directory,
         console=console,
-        base=compare_base,
+        base=compare_base and isinstance(loaded.model, PeftModel),
     )
 
 

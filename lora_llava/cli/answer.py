@@ -57,7 +57,7 @@ def evaluate(
 ) -> None:
     """Ask ARTIFACT and its base the questions of a data set.
 
-    An answer is right if it equals the reference after the normalisation of VQA v2.
+    A merged model has no base. An answer is right if it equals the reference after the normalisation of VQA v2.
     """
     refuse_results_in(output)
     fields = {
@@ -70,12 +70,12 @@ def evaluate(
     }
     data_settings(fields)  # A mistake on the command line shows before anything heavy is imported.
     quiet_libraries()
-    from lora_llava.artifact import read_manifest
+    from lora_llava.artifact import read_usage
     from lora_llava.data.records import load_records
     from lora_llava.workflow import evaluate_artifact, shown_path
 
     if answer_prompt is None:
-        fields["answer_prompt"] = read_manifest(artifact).data.get("answer_prompt")
+        fields["answer_prompt"] = read_usage(artifact).answer_prompt
     console = make_console()
     evaluate_artifact(
         artifact,
@@ -131,12 +131,12 @@ def data_settings(fields: dict[str, Any]) -> DataSettings:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--base", help="Directory of the base, if it is not where the artifact says.")
 def chat(artifact: Path, question: str | None, image: Path, max_new_tokens: int, base: str | None) -> None:
-    """Ask ARTIFACT about an image.
+    """Ask ARTIFACT, or a merged model, about an image.
 
     Without a QUESTION, talk until an empty line. Only answers go to stdout.
     """
     quiet_libraries()
-    from lora_llava.artifact import load_artifact
+    from lora_llava.artifact import load_model
     from lora_llava.data.images import open_image
     from lora_llava.data.records import ImageSource
     from lora_llava.device import pick_device, pick_dtype
@@ -146,8 +146,8 @@ def chat(artifact: Path, question: str | None, image: Path, max_new_tokens: int,
     open_image(source)
     device = pick_device()
     with make_console(stderr=True).status("loading the model"):
-        loaded, manifest = load_artifact(artifact, device=device, dtype=pick_dtype("auto", device), base=base)
-    conversation = Chat(loaded, manifest, source, max_new_tokens)
+        loaded, usage = load_model(artifact, device=device, dtype=pick_dtype("auto", device), base=base)
+    conversation = Chat(loaded, usage, source, max_new_tokens)
     for one in [question] if question is not None else questions():
         click.echo(conversation.ask(one))
 

@@ -63,6 +63,14 @@ def memory_size(value: str) -> int:
     return int(float(match[1]) * (2**30 if match[2][0] in "gG" else 2**20))
 
 
+def file_size(value: str) -> int:
+    """Read a size of files, such as 5GB, as bytes: of files, GB is 10^9."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", value.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise click.BadParameter(f"{value!r} is not a size; write a number and MB or GB, such as 2GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMG".index(match[2].upper()) + 1))
+
+
 def describe(error: Exception, *, debug: bool) -> str:
     """Write an error for the user: the kit's own in full, any other as one line that names it."""
     if isinstance(error, LoraLlavaError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_llava.artifact import Manifest
+from lora_llava.artifact import Usage
 from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn, get_template
 from lora_llava.data.records import ImageSource, Record
 from lora_llava.errors import DataError
@@ -11,12 +11,12 @@ from lora_llava.modeling.base import LoadedModel
 
 
 class Chat:
-    """Asks in the template and image form of the artifact's training, and remembers what was said."""
+    """Asks in the template and image form of the model's training, and remembers what was said."""
 
-    def __init__(self, loaded: LoadedModel, manifest: Manifest, image: ImageSource, max_new_tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, usage: Usage, image: ImageSource, max_new_tokens: int) -> None:
         self.loaded = loaded
-        self.template = get_template(**manifest.template)
-        self.aspect_ratio = manifest.images["image_aspect_ratio"]
+        self.template = get_template(**usage.template)
+        self.aspect_ratio = usage.image_aspect_ratio
         self.image = image
         self.max_new_tokens = max_new_tokens
         self.turns: tuple[Turn, ...] = ()

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionModel,
+    GenerationConfig,
     GgufConfig,
     LlavaConfig,
 )
@@ -30,7 +31,9 @@ from lora_llava.modeling.base import (
     meta_model,
     num_image_tokens,
 )
+from lora_llava.modeling.layout import WeightFiles, canonical_name, expected_shapes, write_weights
 from lora_llava.recipe import BaseModelSettings
+from lora_llava.recipe_stages import AspectRatio
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as llava-hf does (32,000 + `<image>` + `<pad>` -> 32,064)."""
@@ -104,15 +107,24 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
     dtype = state[f"{LANGUAGE_MODEL}.embed_tokens.weight"].dtype
     for name, tensor in tower.state_dict().items():
         state[f"{VISION_TOWER}.{name}"] = tensor.to(dtype)
-    model = meta_model(config)
+    projector = meta_model(config).get_submodule(PROJECTOR)
     embeddings = state[f"{LANGUAGE_MODEL}.embed_tokens.weight"] if settings.projector_init == "embeddings" else None
-    for name, tensor in _fresh_projector(model.get_submodule(PROJECTOR), config, seed, embeddings).items():
+    for name, tensor in _fresh_projector(projector, config, seed, embeddings).items():
         state[f"{PROJECTOR}.{name}"] = tensor.to(dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
+    canonical = {canonical_name(name): tensor for name, tensor in state.items()}
+    write_weights(directory, ((name, canonical[name]) for name in sorted(expected_shapes(config))))
+    WeightFiles(directory).check(config)
     save_processor(directory, tokenizer, config, pixels)
+    save_config(directory, config, dtype)
+
+
+def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json of a model whose weights are of `dtype`."""
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    GenerationConfig.from_model_config(config).save_pretrained(directory)
 
 
 def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
@@ -127,35 +139,57 @@ def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     return assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
 
 
-def save_processor(directory: Path, tokenizer: Any, config: LlavaConfig, pixels: dict[str, Any]) -> None:
-    """Write tokenizer and processor files beside a model or an adapter, so that `AutoProcessor` loads them."""
+def save_processor(
+    directory: Path,
+    tokenizer: Any,
+    config: LlavaConfig,
+    pixels: dict[str, Any],
+    *,
+    aspect_ratio: AspectRatio = "square",
+    chat_template: str | None = None,
+) -> None:
+    """Write tokenizer and processor files beside a model or an adapter, so that `AutoProcessor` loads them.
+
+    With `pad` the processor pads to a square as `preprocess` does; llava-hf's own crops. `chat_template` (Jinja)
+    replaces the tokenizer's.
+    """
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     size = int(config.vision_config.image_size)
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(pixels["image_mean"]),
-        image_std=list(pixels["image_std"]),
-    )
+    settings = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(pixels["image_mean"]),
+        "image_std": list(pixels["image_std"]),
+    }
+    pad = aspect_ratio == "pad"
+    image_processor = LlavaImageProcessorPil(do_pad=True, **settings) if pad else CLIPImageProcessorPil(**settings)
     LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=int(config.vision_config.patch_size),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=tokenizer.chat_template,
+        chat_template=chat_template or tokenizer.chat_template,
         num_additional_image_tokens=1,
     ).save_pretrained(directory)
+
+
+def pad_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Add rows (vocabulary, width) up to `size`: the mean of those there are, which no output prefers."""
+    if rows.shape[0] >= size:
+        return rows
+    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(size - rows.shape[0], -1)])
 
 
 def _language_model_state(language_model: nn.Module, vocabulary: int) -> dict[str, torch.Tensor]:
     """Rename the language model's weights to their place in LLaVA, the vocabulary padded with the mean row."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in language_model.state_dict().items():
-        if name in ("model.embed_tokens.weight", "lm_head.weight") and tensor.shape[0] < vocabulary:
-            mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
-            tensor = torch.cat([tensor, mean.expand(vocabulary - tensor.shape[0], -1)])
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = pad_rows(tensor, vocabulary)
         place = name if name.startswith(LM_HEAD) else f"{LANGUAGE_MODEL}.{name.removeprefix('model.')}"
         state[place] = tensor
     state.setdefault("lm_head.weight", state[f"{LANGUAGE_MODEL}.embed_tokens.weight"])

@@ -21,65 +21,23 @@ from lora_llava.artifact import (
     load_artifact,
     load_projector,
     read_manifest,
-    save_artifact,
 )
 from lora_llava.errors import ArtifactError
-from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, projector_state
-from lora_llava.modeling.stages import build_stage
-from lora_llava.recipe import AdapterSettings
+from lora_llava.modeling.base import PROJECTOR, LoadedModel, hash_weights, projector_state
 from lora_llava.recipe_stages import StageName
-from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, save_tiny_base, tiny_llava
+from tests.helpers.artifacts import CPU, logits, save, train
+from tests.helpers.tiny import save_tiny_base, tiny_llava
 
-CPU = torch.device("cpu")
 FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
+    "chat_template.jinja",
     "manifest.json",
     "processor_config.json",
     "recipe.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
 }
-
-
-def facts(stage: StageName, nf4: bool) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "parent_sha256": None,
-        "quantization": {"type": "nf4" if nf4 else "none", "double_quant": True},
-        "template": {"name": "vicuna_v1", "system": None},
-        "images": {"size": IMAGE_SIZE, "image_aspect_ratio": "pad"},
-        "data": {"sha256": "0", "records": 1},
-        "seen": {"steps": 1},
-        "metrics": {"train_loss": 1.0},
-    }
-
-
-def train(base: Path, stage: StageName, *, nf4: bool = False, kind: str = "lora") -> LoadedModel:
-    """A loaded base in a stage, with weights that differ from those it began with."""
-    identity = BaseIdentity("tiny-llava", None, hash_weights(base))
-    loaded = load_base(base, identity, nf4=nf4, double_quant=True, dtype=torch.float32, device=CPU)
-    torch.manual_seed(1)
-    loaded.model = build_stage(loaded.model, stage, AdapterSettings(type=kind, r=4, lora_alpha=8.0))
-    for parameter in loaded.model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    loaded.model.eval()
-    return loaded
-
-
-def logits(model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(7, 280, (1, 12), generator=generator)
-    ids[0, 2 : 2 + NUM_IMAGE_TOKENS] = IMAGE_ID
-    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
-    return out
-
-
-def save(loaded: LoadedModel, directory: Path, stage: StageName = "instruct", *, nf4: bool = False) -> Manifest:
-    return save_artifact(directory, loaded.model, loaded, facts(stage, nf4), "version: 1\n")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,93 @@
+"""Commands that bring what was trained to where it is used: merge, export, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_llava.cli.common import file_size, make_console, quiet_libraries
+from lora_llava.export import FORMATS
+from lora_llava.export.options import ExportOptions
+from lora_llava.files import refuse_existing
+from lora_llava.imports.options import ImportOptions
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("artifact", type=_PATH)
+@click.argument("output", type=_PATH)
+@click.option(
+    "--base",
+    type=click.Choice(["dequantized", "original"]),
+    help="Fold into the base as the adapter saw it, or as it is stored [as it was trained].",
+)
+@click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type to write [the base's].")
+@click.option("--max-shard-size", type=file_size, default="5GB", show_default=True, help="Largest file, such as 2GB.")
+def merge(
+    artifact: Path, output: Path, base: str | None, base_model: str | None, dtype: str | None, max_shard_size: int
+) -> None:
+    """Fold ARTIFACT, LoRA and projector, into its base.
+
+    Writes a model that plain transformers loads to OUTPUT, asks it and base + adapter the same questions, and
+    keeps it only if they agree.
+    """
+    refuse_existing(output)
+    quiet_libraries()
+    import torch
+
+    from lora_llava.merge.run import merge_artifact, summary
+
+    report = merge_artifact(
+        artifact,
+        output,
+        base=base,  # type: ignore[arg-type]  # click has checked it
+        base_model=base_model,
+        dtype=getattr(torch, dtype) if dtype else None,
+        max_shard_bytes=max_shard_size,
+    )
+    show(summary(report, output))
+
+
+def show(lines: list[str]) -> None:
+    """Print the lines of a report."""
+    console = make_console()
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+@click.command()
+@click.argument("model", type=_PATH)
+@click.argument("output", type=_PATH)
+@click.option("--format", "layout", type=click.Choice(list(FORMATS)), required=True, help="Layout to write.")
+@click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
+@click.option("--vision-tower", help="llava: name the tower instead of including it.")
+def export(model: Path, output: Path, layout: str, base_model: str | None, vision_tower: str | None) -> None:
+    """Write an artifact or a merged model in another layout.
+
+    OUTPUT must not exist; it appears when it is complete and has been checked.
+    """
+    refuse_existing(output)
+    quiet_libraries()
+    report = FORMATS[layout](model, output, ExportOptions(base_model=base_model, vision_tower=vision_tower))
+    show(report["summary"])
+
+
+@click.command("import")
+@click.argument("source", type=_PATH)
+@click.argument("output", type=_PATH)
+@click.option("--base-model", help="What an adapter was trained on: a LLaVA in the llava-hf layout.")
+@click.option("--vision-tower", help="The tower of an original checkpoint, if not what its config names.")
+def import_(source: Path, output: Path, base_model: str | None, vision_tower: str | None) -> None:
+    """Bring in SOURCE, made by another tool.
+
+    An original LLaVA-1.5 checkpoint becomes a model in the llava-hf layout; an original LoRA, mm_projector.bin or
+    a PEFT adapter becomes an artifact. Pickled files are read for tensors alone.
+    """
+    refuse_existing(output)
+    quiet_libraries()
+    from lora_llava.imports import import_any
+
+    show(import_any(source, output, ImportOptions(base_model=base_model, vision_tower=vision_tower)))

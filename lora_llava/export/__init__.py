@@ -1,0 +1,26 @@
+"""What was trained, in the layouts of others.
+
+Each format is a function in FORMATS; what is heavy is imported when it is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_llava.export.options import Exporter, ExportOptions, ExportReport
+
+
+def _hf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    from lora_llava.export.hf import export_hf
+
+    return export_hf(source, output, options)
+
+
+def _llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    from lora_llava.export.llava import export_llava
+
+    return export_llava(source, output, options)
+
+
+FORMATS: dict[str, Exporter] = {"hf": _hf, "llava": _llava}
+"""Every format by its name on the command line."""

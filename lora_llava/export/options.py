@@ -1,0 +1,25 @@
+"""What an export may be told; every format reads the fields it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ExportReport = dict[str, Any]
+"""What an export did and how it was checked; `summary` holds the lines to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Choices of the command line."""
+
+    base_model: str | None = None
+    """Directory or hub id of the base, if it is not where the artifact says."""
+    vision_tower: str | None = None
+    """`llava`: name of the vision tower in its place; None: the tower goes with the model."""
+
+
+Exporter = Callable[[Path, Path, ExportOptions], ExportReport]
+"""Turns `source` (an artifact, or a model in the llava-hf layout) into a new directory `output`."""

@@ -1,0 +1,190 @@
+"""The layout of haotian-liu/LLaVA (v1.2.2): names of tensors, configuration, and pickled files.
+
+Source: `llava/model/llava_arch.py`, `llava/model/language_model/llava_llama.py` and `llava/model/builder.py` there.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlavaConfig
+
+from lora_llava.errors import ModelError
+
+ARCHITECTURE = "LlavaLlamaForCausalLM"
+TOWER_DIRECTORY = "vision_tower"
+MM_PROJECTOR = "mm_projector.bin"
+NON_LORA = "non_lora_trainables.bin"
+
+_PREFIXES = (
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.vision_tower.vision_tower.", "vision_tower."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+_LINEAR = re.compile(r"^model\.mm_projector\.(weight|bias)$")
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+_WRAPPING = re.compile(r"^(base_model\.model\.)?(?=(model\.|lm_head\.))")
+
+_PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}
+_FEATURES = {"patch": "default", "cls_patch": "full"}
+_TEXT_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "bos_token_id", "eos_token_id", "pad_token_id", "attention_bias", "attention_dropout", "mlp_bias",
+    "pretraining_tp", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def original_name(canonical: str, *, linear: bool) -> str:
+    """Spell a canonical name as the original code does; `linear`: the projector is one linear layer."""
+    if linear and canonical.startswith("multi_modal_projector.linear_1."):
+        return canonical.replace("multi_modal_projector.linear_1.", "model.mm_projector.")
+    for theirs, ours in _PREFIXES:
+        if canonical.startswith(ours):
+            return theirs + canonical.removeprefix(ours)
+    raise ModelError(f"{canonical!r} has no place in the original layout")
+
+
+def from_original_name(name: str) -> str | None:
+    """Spell a name of the original code canonically, with or without PEFT's prefix; None for a computed buffer."""
+    name = _WRAPPING.sub("", name)
+    if _COMPUTED.search(name):
+        return None
+    if match := _LINEAR.match(name):
+        return f"multi_modal_projector.linear_1.{match[1]}"
+    for theirs, ours in _PREFIXES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    raise ModelError(f"a tensor {name!r} belongs to no part of the original LLaVA-1.5")
+
+
+def is_linear(config: LlavaConfig) -> bool:
+    """Tell whether the projector is one linear layer (and an identity behind it)."""
+    return bool(config.projector_hidden_act == "linear")
+
+
+def identity_layer(width: int, dtype: torch.dtype, *, bias: bool) -> dict[str, torch.Tensor]:
+    """Return the second layer of a linear projector, by canonical names."""
+    state = {"multi_modal_projector.linear_2.weight": torch.eye(width, dtype=dtype)}
+    if bias:
+        state["multi_modal_projector.linear_2.bias"] = torch.zeros(width, dtype=dtype)
+    return state
+
+
+def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspect_ratio: str) -> dict[str, Any]:
+    """Write a configuration as the original code saves it. Raises ModelError for what it cannot express."""
+    if not isinstance(config.vision_feature_layer, int):
+        raise ModelError(f"vision_feature_layer {config.vision_feature_layer}: the original layout has one layer")
+    text = config.text_config.to_dict()
+    rope = text.get("rope_parameters") or {}
+    projector = {act: name for name, act in _PROJECTORS.items()}.get(config.projector_hidden_act)
+    if projector is None:
+        raise ModelError(f"projector_hidden_act {config.projector_hidden_act!r}: not a projector of the original")
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llava_llama",
+        **{key: text[key] for key in _TEXT_KEYS if text.get(key) is not None},
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "mm_vision_tower": tower,
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_projector_type": projector,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": {ours: theirs for theirs, ours in _FEATURES.items()}[
+            config.vision_feature_select_strategy
+        ],
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": aspect_ratio,
+        "image_grid_pinpoints": None,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a mapping from a JSON file; ModelError if it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: not a mapping")
+    return data
+
+
+def check_original_config(data: dict[str, Any], where: Path) -> None:
+    """Raise ModelError unless this is the configuration of a LLaVA-1.5 of the original code."""
+    if "mm_vision_tower" not in data or data.get("architectures", [ARCHITECTURE])[0] != ARCHITECTURE:
+        raise ModelError(
+            f"{where}: not an original LLaVA-1.5 ({data.get('architectures')}, model_type {data.get('model_type')!r}); "
+            f"needed: {ARCHITECTURE} with mm_vision_tower"
+        )
+    if data.get("mm_projector_type", "linear") not in _PROJECTORS:
+        raise ModelError(f"{where}: mm_projector_type {data['mm_projector_type']!r}, known: {', '.join(_PROJECTORS)}")
+    if data.get("mm_use_im_start_end"):
+        raise ModelError(f"{where}: mm_use_im_start_end puts tokens around the image, which LLaVA-1.5 does not")
+    if data.get("mm_patch_merge_type", "flat") != "flat" or data.get("image_aspect_ratio") == "anyres":
+        raise ModelError(f"{where}: image_aspect_ratio anyres is LLaVA-NeXT's; only LLaVA-1.5 is read")
+
+
+def from_original_config(data: dict[str, Any], vision_config: Any) -> LlavaConfig:
+    """Make the configuration of an original LLaVA-1.5; `image_token_index` and vocabulary are still to be set."""
+    text = {key: data[key] for key in _TEXT_KEYS if data.get(key) is not None}
+    text["rope_theta"] = data.get("rope_theta") or 10000.0
+    if data.get("rope_scaling"):
+        text["rope_scaling"] = data["rope_scaling"]
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=LlamaConfig.from_dict(text),
+        projector_hidden_act=_PROJECTORS[data.get("mm_projector_type", "linear")],
+        vision_feature_layer=int(data.get("mm_vision_select_layer", -2)),
+        vision_feature_select_strategy=_FEATURES[data.get("mm_vision_select_feature", "patch")],
+        tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
+    )
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors or pickled file of tensors.
+
+    Of a pickle only tensors are read (`weights_only`), mapped from the file: code in it is refused, not run.
+    Raises ModelError.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state: dict[str, torch.Tensor] = load_file(path)
+            return state
+        # torch warns of old pickles; whether they are read or refused is what the user needs to know.
+        with warnings.catch_warnings(action="ignore"):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
+        raise ModelError(
+            f"{path}: holds more than tensors, and was refused; nothing in it was run. Take the file from a source "
+            f"you trust, as safetensors. ({reason[:120]})"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict) or not all(isinstance(one, torch.Tensor) for one in data.values()):
+        raise ModelError(f"{path}: not a file of named tensors")
+    return data
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Tell torch's zip files, which can be mapped, from those before torch 1.6."""
+    with path.open("rb") as handle:
+        return handle.read(2) == b"PK"

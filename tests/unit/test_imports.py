@@ -1,0 +1,285 @@
+"""The original layout there and back, bit by bit; files of others are read for tensors alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast
+
+from lora_llava.artifact import WEIGHTS, load_artifact, load_model, read_manifest
+from lora_llava.cli import cli
+from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError
+from lora_llava.export.llava import export_llava
+from lora_llava.export.options import ExportOptions
+from lora_llava.imports import import_any
+from lora_llava.imports.options import ImportOptions
+from lora_llava.merge.run import merge_artifact
+from lora_llava.modeling.base import read_config
+from lora_llava.modeling.layout import EMBEDDINGS, HEAD, WeightFiles, write_weights
+from lora_llava.modeling.original import from_original_name
+from tests.helpers.artifacts import CPU, logits, make_artifact
+from tests.helpers.tiny import save_tiny_base, tiny_tokenizer
+
+NAMED = ExportOptions(vision_tower="some/tower")
+
+
+def same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    files = WeightFiles(directory)
+    return {name: files.read(name) for name in files}
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("merged")
+    merge_artifact(make_artifact(tiny_base, root / "instruct"), root / "model", dtype=torch.float16)
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def original(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("original") / "llava"
+    export_llava(merged, directory, ExportOptions())
+    return directory
+
+
+def test_the_original_names_and_configuration(merged: Path, original: Path) -> None:
+    state = load_file(original / "model.safetensors")
+    outside = {name for name in state if not name.startswith("model.layers.")}
+    projector = {f"model.mm_projector.{place}.{key}" for place in (0, 2) for key in ("weight", "bias")}
+    assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *projector}
+    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlavaLlamaForCausalLM"]
+    wanted = {
+        "model_type": "llava_llama",
+        "mm_vision_tower": "vision_tower",
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "image_aspect_ratio": "pad",
+        "vocab_size": 304,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float16",
+    }
+    assert {key: config[key] for key in wanted} == wanted
+    tower, report = CLIPVisionModel.from_pretrained(original / "vision_tower", output_loading_info=True)
+    assert not any(report.values())
+    assert tower.config.image_size == 28
+    assert not (original / "processor_config.json").exists()
+
+
+def test_a_model_there_and_back(merged: Path, original: Path, tmp_path: Path) -> None:
+    lines = import_any(original, tmp_path / "back", ImportOptions())
+    assert "llava-hf layout" in lines[0]
+    same_bits(weights(tmp_path / "back"), weights(merged))
+    assert {path.name for path in tmp_path.iterdir()} == {"back"}
+    ours, theirs = (load_model(one, device=CPU, dtype=torch.float32) for one in (tmp_path / "back", merged))
+    assert torch.equal(logits(ours[0].model), logits(theirs[0].model))
+    assert ours[1] == theirs[1]
+    assert ours[0].tokenizer("a<image>b").input_ids == theirs[0].tokenizer("a<image>b").input_ids
+    before, after = read_config(merged), read_config(tmp_path / "back")
+    assert after.text_config.rope_parameters == before.text_config.rope_parameters
+    for name in ("image_token_id", "image_seq_length", "vision_feature_layer", "projector_hidden_act"):
+        assert getattr(after, name) == getattr(before, name), name
+    text = (tmp_path / "back" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert text == (merged / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def test_pickled_shards_and_a_tower_elsewhere(merged: Path, original: Path, tmp_path: Path) -> None:
+    """As the original was published: pickles, computed buffers in them, the tower by name."""
+    source = tmp_path / "original"
+    shutil.copytree(original, source)
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    (source / "vision_tower").rename(tmp_path / "tower")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    names = sorted(state)
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        torch.save({name: state[name] for name in part}, source / f"pytorch_model-{number:05}-of-00002.bin")
+    import_any(source, tmp_path / "back", ImportOptions(vision_tower=str(tmp_path / "tower")))
+    same_bits(weights(tmp_path / "back"), weights(merged))
+    with pytest.raises(ModelError, match="vision tower 'vision_tower' cannot be loaded"):
+        import_any(source, tmp_path / "again", ImportOptions())
+
+
+def test_a_vocabulary_without_image_and_padding_grows(merged: Path, original: Path, tmp_path: Path) -> None:
+    """Original rows stay as they are; `<image>`, `<pad>` and rows up to a multiple of 64 are added."""
+    source = tmp_path / "original"
+    shutil.copytree(original, source)
+    words = tiny_tokenizer()
+    text = words.backend_tokenizer.to_str().replace("<image>", "<spare>").replace("<pad>", "<spare2>")
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(source)
+    rows = len(words)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": rows}), encoding="utf-8")
+    state = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = state[name][:rows].clone()
+    save_file(state, source / "model.safetensors")
+    import_any(source, tmp_path / "back", ImportOptions())
+    after = read_config(tmp_path / "back")
+    assert (after.image_token_id, after.text_config.pad_token_id) == (rows, rows + 1)
+    assert after.text_config.vocab_size == 320
+    ours = weights(tmp_path / "back")
+    for name, theirs in ((EMBEDDINGS, "model.embed_tokens.weight"), (HEAD, "lm_head.weight")):
+        assert torch.equal(ours[name][:rows], state[theirs])
+        assert torch.equal(ours[name][rows], ours[name][-1])
+        assert torch.allclose(ours[name][rows].float(), state[theirs].float().mean(0), atol=1e-3)
+    loaded, _ = load_model(tmp_path / "back", device=CPU, dtype=torch.float32)
+    assert loaded.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [rows, rows + 1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_lora_there_and_back(tiny_base: Path, tmp_path: Path, kind: str) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "instruct", kind=kind)
+    export_llava(artifact, tmp_path / "llava-lora", NAMED)
+    state = load_file(tmp_path / "llava-lora" / WEIGHTS)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in state
+    assert not any("language_model" in name or "projector" in name for name in state)
+    rest = torch.load(tmp_path / "llava-lora" / "non_lora_trainables.bin", weights_only=True)
+    assert sorted(rest)[0] == "base_model.model.model.mm_projector.0.bias"
+    assert json.loads((tmp_path / "llava-lora" / "config.json").read_text())["mm_vision_tower"] == "some/tower"
+    import_any(tmp_path / "llava-lora", tmp_path / "back", ImportOptions(base_model=str(tiny_base)))
+    same_bits(load_file(tmp_path / "back" / WEIGHTS), load_file(artifact / WEIGHTS))
+    ours, theirs = (load_artifact(one, device=CPU, dtype=torch.float32)[0] for one in (tmp_path / "back", artifact))
+    assert torch.equal(logits(ours.model), logits(theirs.model))
+
+
+def test_the_old_pickled_lora(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "instruct")
+    export_llava(artifact, tmp_path / "old", NAMED)
+    torch.save(load_file(tmp_path / "old" / WEIGHTS), tmp_path / "old" / "adapter_model.bin")
+    (tmp_path / "old" / WEIGHTS).unlink()
+    import_any(tmp_path / "old", tmp_path / "back", ImportOptions(base_model=str(tiny_base)))
+    same_bits(load_file(tmp_path / "back" / WEIGHTS), load_file(artifact / WEIGHTS))
+
+
+def test_a_projector_there_and_back(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "align", "align")
+    export_llava(artifact, tmp_path / "llava", NAMED)
+    assert {path.name for path in (tmp_path / "llava").iterdir()} == {"config.json", "mm_projector.bin"}
+    stored = torch.load(tmp_path / "llava" / "mm_projector.bin", weights_only=True)
+    assert {from_original_name(name) for name in stored} == {
+        f"multi_modal_projector.linear_{n}.{key}" for n in (1, 2) for key in ("weight", "bias")
+    }
+    for source in (tmp_path / "llava", tmp_path / "llava" / "mm_projector.bin"):
+        back = tmp_path / f"back-{source.name}"
+        import_any(source, back, ImportOptions(base_model=str(tiny_base)))
+        same_bits(load_file(back / WEIGHTS), load_file(artifact / WEIGHTS))
+        assert read_manifest(back).stage == "align"
+
+
+def test_a_linear_projector(tmp_path: Path) -> None:
+    """LLaVA's first projector: one layer there, that and the identity here."""
+    base = save_tiny_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "projector_hidden_act": "linear"}), encoding="utf-8")
+    state = {name: one.clone() for name, one in weights(base).items()}
+    state["multi_modal_projector.linear_2.weight"] = torch.eye(48)
+    state["multi_modal_projector.linear_2.bias"] = torch.zeros(48)
+    (base / "model.safetensors").unlink()
+    write_weights(base, iter(state.items()))
+    export_llava(base, tmp_path / "llava", ExportOptions())
+    names = {name for name in load_file(tmp_path / "llava" / "model.safetensors") if "mm_projector" in name}
+    assert names == {"model.mm_projector.weight", "model.mm_projector.bias"}
+    import_any(tmp_path / "llava", tmp_path / "back", ImportOptions())
+    same_bits(weights(tmp_path / "back"), state)
+    state["multi_modal_projector.linear_2.bias"] += 1
+    write_weights(base, iter(state.items()))
+    with pytest.raises(ArtifactError, match="not the identity"):
+        export_llava(base, tmp_path / "refused", ExportOptions())
+    assert not (tmp_path / "refused").exists()
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "pickle"])
+@pytest.mark.parametrize("place", ["mm_projector.bin", "adapter_model.bin", "non_lora_trainables.bin", "checkpoint"])
+def test_a_malicious_pickle_is_refused_and_nothing_runs(
+    tiny_base: Path, original: Path, tmp_path: Path, place: str, old: bool
+) -> None:
+    source = tmp_path / "source"
+    if place == "checkpoint":
+        shutil.copytree(original, source)
+        (source / "model.safetensors").unlink()
+        file = source / "pytorch_model.bin"
+    else:
+        export_llava(make_artifact(tiny_base, tmp_path / "a", "instruct"), source, NAMED)
+        file = source / place
+        if place == "adapter_model.bin":
+            (source / WEIGHTS).unlink()
+    mark = tmp_path / "it-ran"
+    data = {"model.mm_projector.0.weight": Malicious(mark)}
+    file.unlink(missing_ok=True)
+    if old:
+        file.write_bytes(pickle.dumps(data))
+    else:
+        torch.save(data, file)
+    target = file if place == "mm_projector.bin" else source
+    with pytest.raises(LoraLlavaError, match=r"holds more than tensors, and was refused; nothing in it was run"):
+        import_any(target, tmp_path / "out", ImportOptions(base_model=str(tiny_base)))
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+    pickle.loads(pickle.dumps(data))
+    assert mark.exists(), "it would not have run anyway, so nothing was shown"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlavaMptForCausalLM"]}, "not an original LLaVA-1.5"),
+        ({"mm_projector_type": "mlp4x_gelu"}, "mm_projector_type 'mlp4x_gelu'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
+    ],
+)
+def test_other_models_of_the_original_code_are_refused(
+    original: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    source = tmp_path / "original"
+    shutil.copytree(original, source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+    with pytest.raises(ModelError, match=message):
+        import_any(source, tmp_path / "out", ImportOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_no_import(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "align", "align")
+    for source, message in ((artifact, "is an artifact already"), (tiny_base, "llava-hf layout already")):
+        with pytest.raises(ArtifactError, match=message):
+            import_any(source, tmp_path / "out", ImportOptions())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="nothing that can be brought in"):
+        import_any(tmp_path / "empty", tmp_path / "out", ImportOptions())
+    result = CliRunner().invoke(cli, ["import", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / 'nowhere'} does not exist\n")
