@@ -30,12 +30,13 @@ LAYERS = [
     {"artifact"},
     {"evaluation"},
     {"training"},
-    {"workflow", "environment", "quickstart_assets"},
+    {"workflow", "doctor", "environment", "quickstart_assets"},
     {"quickstart"},
     {"cli"},
 ]
 LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.conversation", "lora_llava.data.records"]
-LIGHT += ["lora_llava.data.packing", "lora_llava.evaluation.metrics"]
+LIGHT += ["lora_llava.data.packing", "lora_llava.data.images", "lora_llava.evaluation.metrics"]
+LIGHT += ["lora_llava.doctor.survey", "lora_llava.doctor.compare"]
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 
 

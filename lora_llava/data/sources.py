@@ -89,7 +89,7 @@ class ImageRoot:
         """Raise DataError if an image that was asked for is missing."""
         if not self._missing:
             return
-        named = [f"{name} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
+        named = [f"{printable(name, 200)} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
         more = len(self._missing) - len(named)
         raise DataError(
             f"{self.field_name}: {len(self._missing)} of {len(self._sources)} images are missing in {self.root}: "

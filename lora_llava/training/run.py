@@ -117,6 +117,7 @@ def train_stage(
     machine = Machine(device.type, usable_bytes(device, memory), attention)
     chosen = plan_memory(shapes, machine)
     data = plan_records(records, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
+    output.note_skipped(recipe.resolved_output_dir, stage, data.skipped)
     loaded = load_base(
         base_directory,
         identity,
@@ -175,6 +176,7 @@ def stage_facts(
             "sha256": fingerprint(data.encoded.records),
             "records": len(data.encoded),
             "validation_records": len(data.validation),
+            "skipped_records": len(data.skipped),
             "answer_prompt": settings.data.answer_prompt,
             "merge_turns": settings.data.merge_turns,
         },

@@ -47,7 +47,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["quickstart", "finetune", "eval", "chat", "inspect", "recipes", "env"])
+@pytest.mark.parametrize("command", ["quickstart", "check", "finetune", "eval", "chat", "inspect", "recipes", "env"])
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0
