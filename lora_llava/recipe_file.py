@@ -99,7 +99,7 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
     data = recipe.plain()
     # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
     start = directory.resolve()
-    data["output_dir"] = os.path.relpath(recipe.resolved_output_dir, start)
+    data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))
     for holder, key, value in _paths_in(data):
         if Path(value).is_absolute():
             holder[key] = _dotted(os.path.relpath(value, start))

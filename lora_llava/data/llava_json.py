@@ -117,7 +117,8 @@ def _identity(entry: Any) -> str | None:
     given = entry.get("id") if isinstance(entry, dict) else None
     if given is None or isinstance(given, bool) or not isinstance(given, str | int):
         return None
-    return str(given)
+    text = str(given)
+    return text if text.encode("utf-8", "replace").decode("utf-8") == text else None
 
 
 def _record(entry: Any, number: int, place: str, line: str, root: ImageRoot, data: DataSettings) -> Record:

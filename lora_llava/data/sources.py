@@ -86,8 +86,8 @@ class ImageRoot:
         return known
 
     def check(self) -> None:
-        """Raise DataError if an image that was asked for is missing."""
-        if not self._missing:
+        """Raise DataError if an image that was asked for is missing, and that was not said at once."""
+        if self.at_once or not self._missing:
             return
         named = [f"{printable(name, 200)} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
         more = len(self._missing) - len(named)

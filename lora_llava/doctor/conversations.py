@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from transformers import LlavaConfig
@@ -58,7 +59,7 @@ def encode_sides(survey: Survey, workers: int | None = None, advance: Advance | 
     except ModelError as error:
         if not is_missing(error):
             raise
-        made.missing = str(error)
+        made.missing = _without_paths(str(error), survey.recipe)
         return made
     made.image_token_id = int(config.image_token_id)
     for side in survey.sides:
@@ -66,6 +67,15 @@ def encode_sides(survey: Survey, workers: int | None = None, advance: Advance | 
     for stage in survey.recipe.stage_names:
         made.plans[stage] = _plan(survey, stage, made, config)
     return made
+
+
+def _without_paths(text: str, recipe: Recipe) -> str:
+    """Name local models by their last part: a report is passed on, and shows no directory of the user's."""
+    base = recipe.base
+    for name in (base.model_name_or_path, base.language_model, base.vision_tower):
+        if name is not None and Path(name).is_absolute():
+            text = text.replace(name, Path(name).name)
+    return text
 
 
 def _encode_side(
@@ -94,6 +104,8 @@ def _encode_side(
             problem = f"{record.where}: holds {token}"
             made.findings.append(at("special_text", side.source, record, problem, record.image))
     side.records = [record for record, _ in usable]
+    failed = {one.record for one in side.source.bad.found}
+    side.source.records = [record for record in side.source.records if record.number not in failed]
     sizes = [size for _, size in usable if size is not None]
     if side.role == "training" and stage.data.merge_turns:
         side.records = merge_turns(side.records, stage.data.merge_turns)

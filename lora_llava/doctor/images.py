@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +64,16 @@ def difference_hash(image: Image.Image) -> int:
 
 def _is_transparent(data: bytes) -> bool:
     """Tell whether any pixel of an image that is known to decode lets through what is below it."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-            return False
-        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-    return bool(lowest < 255)  # type: ignore[operator]  # of one channel these are numbers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+                return False
+            try:
+                return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+            except ValueError:
+                # Grey of 16 bits has no way to RGBA.
+                return False
 
 
 def near_pairs(asked: list[ImageFacts], known: list[ImageFacts]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
 from lora_llava.doctor.compare import Finding, at, compare_sides, of_bad
 from lora_llava.doctor.conversations import Conversations
 from lora_llava.doctor.figures import side_figures
-from lora_llava.doctor.survey import Survey
+from lora_llava.doctor.survey import Source, Survey
 
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
 FORMAT = 1
@@ -92,10 +92,20 @@ def make_report(survey: Survey, conversations: Conversations, seconds: float) ->
 def _bad(survey: Survey) -> Iterator[Finding]:
     for source in survey.sources:
         if source.error is not None:
-            yield Finding("data_file", source.name, source.data_name, 0, None, str(source.error))
+            yield Finding(
+                "data_file", source.name, source.data_name, 0, None, _without_paths(str(source.error), source)
+            )
         for bad in sorted(source.bad.found, key=lambda one: one.record):
             assert bad.kind in EXCLUDABLE, bad.kind
             yield of_bad(source, bad)
+
+
+def _without_paths(text: str, source: Source) -> str:
+    """Name the files of a source by their last part: a report is passed on, and shows no directory of the user's."""
+    for path in (source.data.exclude, source.data.image_root, source.data.path):
+        if path is not None and Path(path).is_absolute():
+            text = text.replace(path, Path(path).name)
+    return text
 
 
 def _kind_as_json(kind: str, found: list[Finding]) -> dict[str, Any]:

@@ -117,7 +117,6 @@ def train_stage(
     machine = Machine(device.type, usable_bytes(device, memory), attention)
     chosen = plan_memory(shapes, machine)
     data = plan_records(records, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
-    output.note_skipped(recipe.resolved_output_dir, stage, data.skipped)
     loaded = load_base(
         base_directory,
         identity,
@@ -154,9 +153,13 @@ def train_stage(
 def read_stage(
     recipe: Recipe, stage: StageName, base_directory: Path, dtype: torch.dtype
 ) -> tuple[StageRecords, StageShapes]:
-    """Read the data of a stage, and the shapes that its memory depends on; no weight is read."""
+    """Read the data of a stage, and the shapes that its memory depends on; no weight is read.
+
+    Records that are skipped are noted in the run's directory.
+    """
     config, tokenizer = describe_directory(base_directory)
     records = read_records(recipe.stage(stage), config, tokenizer, recipe.seed)
+    output.note_skipped(recipe.resolved_output_dir, stage, records.skipped)
     table = planned_parameters(recipe, stage, config, dtype)
     return records, StageShapes(recipe, stage, config, table, dtype, records.longest)
 

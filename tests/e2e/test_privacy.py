@@ -12,7 +12,7 @@ from lora_llava.cli import cli
 from tests.helpers.faulty import plant, sound_data, write_recipe
 
 USER = "canary-user-5b1e"
-TOKEN = "hf_canaryTokenThatMustNotShow"  # noqa: S105 - planted to be looked for
+TOKEN = "hf_canaryTokenThatMustNotShow"
 SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "canary-wandb-77", "USER": USER, "CANARY_ANYTHING": "canary-env-91"}
 
 

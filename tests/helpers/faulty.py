@@ -70,7 +70,7 @@ def plant(
     put("unsupervised", entry("long-1", "2.png", "why " * 200, "because"))
     put("unsupervised", entry("long-2", "3.png", "how " * 200, "so"))
     put("truncated", entry("long-answer", "4.png", "Tell me.", "on and on " * 60))
-    put("contradiction", entry("against-1", "0.png", "what is 0?", "another thing"))
+    put("contradiction", entry("against-1", "0.png", "what is 0?", "<script>alert(1)</script>"))
     put("contradiction", entry("against-2", "1.png", "What is  1?", "no"))
     put("duplicate_id", entry("r2-0", "2.png", "Who?", "me"))
     put("duplicate_id", entry("r2-1", "2.png", "Where?", "here"))

@@ -120,6 +120,7 @@ def test_without_the_base_all_but_tokens_is_checked(tmp_path: Path) -> None:
     assert "Not checked: tokens and plan" in result.output
     report = report_in(tmp_path / "run" / "check")
     assert {kind["kind"]: kind["count"] for kind in report["findings"]} == {"missing_image": 3, "record": 1}
+    assert str(tmp_path) not in json.dumps(report)
     assert "tokens" not in report["sides"]["evaluation"]
     assert report["plans"] == {}
 
@@ -132,6 +133,10 @@ def test_data_that_cannot_be_read_are_one_finding(tiny_base: Path, tmp_path: Pat
     [kind] = report_in(tmp_path / "run" / "check")["findings"]
     assert kind["kind"] == "data_file"
     assert "test.json: line 1, column 3: not valid JSON" in kind["records"][0]["problem"]
+    (tmp_path / "test.json").unlink()
+    check(str(recipe))
+    [kind] = report_in(tmp_path / "run" / "check")["findings"]
+    assert kind["records"][0]["problem"].startswith("data file test.json cannot be read: No such file")
 
 
 def test_a_share_is_drawn_by_group_and_images_leak_to_neither_side(tiny_base: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ IN_CHECKPOINTS = {44, *range(48, 60), 61}
 
 
 @cache
-def tests_in(path: str) -> set[str]:
+def names_in(path: str) -> set[str]:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -33,5 +33,5 @@ def test_what_holds_a_fault_exists(number: str, fault: str, held: str) -> None:
     assert len(fault) > 10
     named = re.findall(r"`(tests/[\w/]+\.py)`::(test_\w+)", held)
     for path, name in named:
-        assert name in tests_in(path), f"T{number}: {path} has no {name}"
+        assert name in names_in(path), f"T{number}: {path} has no {name}"
     assert named or held.startswith("does not apply: ") or int(number) in IN_CHECKPOINTS
