@@ -14,7 +14,7 @@ from lora_llava.data.images import FORMATS, decode_image, read_image
 from lora_llava.data.sources import ImageSource
 from lora_llava.errors import DataError
 
-MOST_DIFFERING_BITS = 4
+MOST_DIFFERING_BITS = 8
 """Of the 64 of two fingerprints, for images that may show the same."""
 MOST_COLOUR_DIFFERENCE = 10
 """Of 255, in any of the 8 x 8 fields of two images that show the same."""

@@ -81,7 +81,7 @@ def survey(recipe: Recipe, workers: int | None = None, advance: Advance | None =
     for source in sources:
         _read(source)
     images = open_images((record for source in sources for record in source.records), workers, advance)
-    unanswered = []
+    unanswered: list[tuple[Source, Record]] = []
     for source in sources:
         _put_aside(source, images)
         if source.name == "evaluation":

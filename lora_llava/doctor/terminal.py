@@ -70,4 +70,4 @@ def _kind_view(report: Report, kind: str) -> Iterator[RenderableType]:
         yield Text(f"  {printable(one.problem, 300)}")
     if len(found) > _NUM_NAMED:
         yield Text(f"  and {len(found) - _NUM_NAMED:,} more", "dim")
-    yield Text(f"  {described.mend}", "dim")
+    yield Text(f"  {described.mend.replace('`', '')}", "dim")

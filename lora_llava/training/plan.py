@@ -86,7 +86,7 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
 def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed: int) -> StageRecords:
     """Read, split and encode the data of a stage; DataError names the first record that does not fit."""
     template = get_template(stage.template, stage.system)
-    settings = {
+    settings: dict[str, Any] = {
         "template": template,
         "tokenizer": tokenizer,
         "image_token_id": int(config.image_token_id),
