@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := lora_llava tools tests benchmarks
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test fuzz check bench clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The short form of this is a part of the tests.
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile=fuzz tests/fuzz
 
 check: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)

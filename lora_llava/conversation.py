@@ -34,6 +34,7 @@ __all__ = [
     "Template",
     "Tokenizer",
     "Turn",
+    "check_turns",
     "encode",
     "encode_prompt",
     "get_template",
@@ -84,7 +85,8 @@ def encode(
     Raises DataError naming `where` (file, record) for turns out of order, an empty answer, an image out of
     place, a cut through the image, or nothing left to learn; ModelError if the tokenizer lacks the template's tokens.
     """
-    _check_turns(turns, "assistant", template, where)
+    check_turns(turns, "assistant", where)
+    _check_template(turns, template, where)
     ids, labels, image_start = _encode(turns, template, tokenizer, image_token_id, num_image_tokens, where)
     image_end = 0 if image_start is None else image_start + num_image_tokens
     if image_end > max_length:
@@ -98,7 +100,8 @@ def encode(
     if encoded.num_supervised == 0:
         raise DataError(
             f"{where}: nothing to learn: of its {total} tokens, all answers lie beyond max_length {max_length}; "
-            "raise max_length or shorten the question"
+            "raise max_length or shorten the question",
+            "unsupervised",
         )
     return encoded
 
@@ -116,7 +119,8 @@ def encode_prompt(
 
     Raises DataError naming `where`, ModelError if the tokenizer lacks the template's tokens.
     """
-    _check_turns(turns, "user", template, where)
+    check_turns(turns, "user", where)
+    _check_template(turns, template, where)
     ids, _, image_start = _encode(turns, template, tokenizer, image_token_id, num_image_tokens, where)
     image_end = 0 if image_start is None else image_start + num_image_tokens
     return Encoded(ids, [IGNORE_INDEX] * len(ids), _prefix_length(turns, image_end))
@@ -126,7 +130,7 @@ def _prefix_length(turns: Sequence[Turn], image_end: int) -> int:
     return image_end if IMAGE_PLACEHOLDER in turns[0].text else 0
 
 
-def _check_turns(turns: Sequence[Turn], last: str, template: Template, where: str) -> None:
+def check_turns(turns: Sequence[Turn], last: str, where: str) -> None:
     """Raise DataError unless the turns alternate, end with `last`, and hold at most one image, in a user turn."""
     images = 0
     for index, turn in enumerate(turns):
@@ -146,6 +150,10 @@ def _check_turns(turns: Sequence[Turn], last: str, template: Template, where: st
         raise DataError(f"{where}: the last turn is {got}, must be the {last}'s; add it or remove the record")
     if images > 1:
         raise DataError(f"{where}: {images} times {IMAGE_PLACEHOLDER}, at most one is allowed; split the record")
+
+
+def _check_template(turns: Sequence[Turn], template: Template, where: str) -> None:
+    images = sum(IMAGE_PLACEHOLDER in turn.text for turn in turns)
     if template.caption_only and (images == 0 or len(turns) > 2):
         raise DataError(
             f"{where}: template {template.name} takes one image and its caption, got {len(turns)} turns and "

@@ -26,6 +26,11 @@ class RecipeError(LoraLlavaError):
 class DataError(LoraLlavaError):
     """A data file, record or image cannot be used; the message names file, record and field."""
 
+    def __init__(self, message: str, kind: str = "record") -> None:
+        super().__init__(message)
+        self.kind = kind
+        """What is wrong, in a word, by which reports sort: see `doctor.catalogue`."""
+
 
 class ModelError(LoraLlavaError):
     """A base model cannot be had or built, or is not what its stage states."""

@@ -21,7 +21,7 @@ MAX_BYTES = 1 << 20
 """Largest recipe file, in bytes."""
 
 _PATH_KEYS = ("output_dir", "start_from")
-_ALWAYS_PATHS = (*_PATH_KEYS, "image_root")
+_ALWAYS_PATHS = (*_PATH_KEYS, "image_root", "exclude")
 _NAME_OR_PATH_KEYS = ("base.model_name_or_path", "base.language_model", "base.vision_tower")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _TAG = "tag:yaml.org,2002:"
@@ -99,7 +99,7 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
     data = recipe.plain()
     # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
     start = directory.resolve()
-    data["output_dir"] = os.path.relpath(recipe.resolved_output_dir, start)
+    data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))
     for holder, key, value in _paths_in(data):
         if Path(value).is_absolute():
             holder[key] = _dotted(os.path.relpath(value, start))
@@ -219,9 +219,9 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
     for holder in [*holders, data.get("evaluation")]:
         source = holder.get("data") if isinstance(holder, dict) else None
         if isinstance(source, dict):
-            found += [(source, "path", source.get("path")), (source, "image_root", source.get("image_root"))]
+            found += [(source, key, source.get(key)) for key in ("path", "image_root", "exclude")]
             if isinstance(source.get("validation"), dict):
-                found.append((source["validation"], "path", source["validation"].get("path")))
+                found += [(source["validation"], key, source["validation"].get(key)) for key in ("path", "exclude")]
     return [(holder, key, value) for holder, key, value in found if isinstance(value, str)]
 
 

@@ -52,12 +52,16 @@ class ValidationSettings(Settings):
     path: str | None = None
     """A file or data set of the same form as the training data."""
     share: Share | None = None
-    """Share of the training records, split by image."""
+    """Share of the training records, split by image, and by `data.group` if that is given."""
+    exclude: str | None = None
+    """Records of `path` to leave out, as `data.exclude`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.path is None) == (self.share is None):
             raise ValueError("give path or share")
+        if self.exclude and self.path is None:
+            raise ValueError("exclude is for records of path; those of a share are left out by data.exclude")
         return self
 
 
@@ -77,6 +81,14 @@ class DataSettings(Settings):
     """Text after each question that says what form the answer takes."""
     max_records: Count | None = None
     """Take the first so many records only."""
+    group: str | None = None
+    """Key of a record, or column, such as patient: no value of it is both in training and in validation."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """`skip` leaves out records that cannot be used; every image is then opened before the run. `error`: stop."""
+    max_bad_records: Count = 10
+    """With `skip`: more than so many stop the run all the same."""
+    exclude: str | None = None
+    """JSON Lines of records to leave out, each with its number, as `lora-llava check` writes them."""
     merge_turns: Annotated[int, Field(ge=2)] | None = None
     """Train on the questions about an image as turns of one conversation, at most so many in each, as LLaVA-1.5
     does; null: on the records as they are. Records held out for validation stay as they are."""

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lora_llava.artifact import load_model
 from lora_llava.conversation import get_template
+from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.records import Record, load_records
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.compare import SAMPLES, compare
@@ -33,11 +34,13 @@ def finetune_and_evaluate(
     """
     settings = recipe.evaluation
     # Before training: a mistake in the test data must not come to light hours later.
-    records = load_records(settings.data) if settings else []
+    skipped: list[BadRecord] = []
+    records = load_records(settings.data, skipped) if settings else []
     summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory)
     if settings is None:
         return summary
     directory = recipe.resolved_output_dir
+    output.note_skipped(directory, output.EVALUATION, skipped)
     clock = time.monotonic()
     summary["evaluation"] = evaluate_artifact(
         directory / recipe.stage_names[-1],
@@ -95,7 +98,12 @@ def evaluate_artifact(
 def print_outcome(recipe: Recipe, console: Console) -> None:
     """Say where the results of a run are."""
     directory = recipe.resolved_output_dir
-    places = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}"]
+    if (skipped := directory / output.SKIPPED).exists():
+        count = len(skipped.read_text(encoding="utf-8").splitlines())
+        console.print(
+            f"\n{count:,} bad records were skipped; {output.SKIPPED} says which and why.", style="bold yellow"
+        )
+    places = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}", output.SKIPPED]
     console.print(f"\nIn {shown_path(directory)}:")
     for place in places:
         if (directory / place).exists():

@@ -32,12 +32,13 @@ LAYERS = [
     {"evaluation"},
     {"training", "merge"},
     {"export", "imports"},
-    {"workflow", "environment", "quickstart_assets"},
+    {"workflow", "doctor", "environment", "quickstart_assets"},
     {"quickstart"},
     {"cli"},
 ]
 LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.conversation", "lora_llava.data.records"]
-LIGHT += ["lora_llava.data.packing", "lora_llava.evaluation.metrics", "lora_llava.export", "lora_llava.files"]
+LIGHT += ["lora_llava.data.packing", "lora_llava.data.images", "lora_llava.evaluation.metrics", "lora_llava.export"]
+LIGHT += ["lora_llava.files", "lora_llava.doctor.survey", "lora_llava.doctor.compare"]
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 
 

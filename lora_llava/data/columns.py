@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.bad_records import BadRecords, Exclusions, data_name
 from lora_llava.data.sources import (
     ImageRoot,
     ImageSource,
     Record,
+    check_group,
     check_placeholder,
     check_text,
     with_answer_prompt,
@@ -24,36 +26,50 @@ from lora_llava.recipe_stages import ColumnSettings, DataSettings
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
-def load_columns(data: DataSettings, columns: ColumnSettings, image_root: Path | None) -> list[Record]:
+def load_columns(data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords) -> list[Record]:
     """Read the rows of a data set, one record each; embedded images are kept as they are, undecoded.
 
     Image paths in a data set are relative to `image_root`; default: the directory, or that of the file.
-    Raises DataError naming data set, record and column.
+    Raises DataError naming data set, record and column, where `bad` does not take it.
     """
     path = Path(data.path)
     rows, cache = _open(data, columns)
-    name = f"{path.name} ({data.split})" if path.exists() else f"{data.path} ({data.split})"
     directory = path if path.is_dir() else path.parent
-    images = _Images(image_root or (directory if path.exists() else cache), str(columns.image))
+    images = _Images(image_root or (directory if path.exists() else cache), str(columns.image), bad.collects)
+    excluded = Exclusions(data.exclude)
     records = []
+    number = 0
     for number, row in enumerate(rows, start=1):
-        where = f"{name}, record {number}"
-        image = None if columns.image is None else images.source(row[columns.image], where)
-        if columns.messages is not None:
-            turns = _messages(row[columns.messages], f"{where}: {columns.messages}", image is not None)
-        else:
-            question = _text(row[str(columns.question)], f"{where}: {columns.question}")
-            answer = _text(row[str(columns.answer)], f"{where}: {columns.answer}")
-            shown = question if image is None else f"{IMAGE_PLACEHOLDER}\n{question}"
-            turns = [Turn("user", shown), Turn("assistant", answer)]
-        check_placeholder(turns, image, where)
-        prompted = tuple(
-            Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
-            for turn in turns
-        )
-        records.append(Record(str(number), image, prompted, where))
+        if excluded.holds(number, None):
+            continue
+        try:
+            records.append(_record(row, number, f"{data_name(data)} ({data.split})", data, columns, images))
+        except DataError as error:
+            bad.add(number, None, error)
+    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
     images.root.check()
     return records
+
+
+def _record(
+    row: Mapping[str, Any], number: int, name: str, data: DataSettings, columns: ColumnSettings, images: _Images
+) -> Record:
+    where = f"{name}, record {number}"
+    image = None if columns.image is None else images.source(row[columns.image], where)
+    if columns.messages is not None:
+        turns = _messages(row[columns.messages], f"{where}: {columns.messages}", image is not None)
+    else:
+        question = _text(row[str(columns.question)], f"{where}: {columns.question}")
+        answer = _text(row[str(columns.answer)], f"{where}: {columns.answer}")
+        shown = question if image is None else f"{IMAGE_PLACEHOLDER}\n{question}"
+        turns = [Turn("user", shown), Turn("assistant", answer)]
+    check_placeholder(turns, image, where)
+    prompted = tuple(
+        Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
+        for turn in turns
+    )
+    group = None if data.group is None else check_group(row[data.group], f"{where}: {data.group}")
+    return Record(str(number), image, prompted, where, number, group)
 
 
 def _open(data: DataSettings, columns: ColumnSettings) -> tuple[Iterable[Mapping[str, Any]], Path]:
@@ -78,7 +94,8 @@ def _open(data: DataSettings, columns: ColumnSettings) -> tuple[Iterable[Mapping
         raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
         raise _unreadable(data.path, error) from None
-    named = [column for column in (columns.image, columns.question, columns.answer, columns.messages) if column]
+    wanted = (columns.image, columns.question, columns.answer, columns.messages, data.group)
+    named = list(dict.fromkeys(column for column in wanted if column))
     for column in named:
         if column not in table.column_names:
             raise DataError(f"{data.path}: columns: there is no {column!r}; it has {', '.join(table.column_names)}")
@@ -110,8 +127,8 @@ _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
 class _Images:
     """Images of the cells of a column; equal bytes are kept once."""
 
-    def __init__(self, root: Path, column: str) -> None:
-        self.root = ImageRoot(root, column)
+    def __init__(self, root: Path, column: str, at_once: bool) -> None:
+        self.root = ImageRoot(root, column, at_once=at_once)
         self._embedded: dict[str, ImageSource] = {}
 
     def source(self, cell: Any, where: str) -> ImageSource | None:

@@ -7,9 +7,9 @@ takes a fraction of a millisecond.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import overload
+from typing import NamedTuple, overload
 
 from lora_llava.conversation import Encoded, Template, Tokenizer, Turn, encode
 from lora_llava.data.packing import PlanItem
@@ -19,10 +19,25 @@ Encode = Callable[..., Encoded]
 """`conversation.encode` with all but the turns and their place settled."""
 
 
+class Size(NamedTuple):
+    """What is kept of an encoded conversation."""
+
+    length: int
+    prefix_length: int
+    num_supervised: int
+    is_cut: bool
+
+
+def size_of(encoded: Encoded) -> Size:
+    """Count a conversation."""
+    return Size(len(encoded.input_ids), encoded.prefix_length, encoded.num_supervised, encoded.is_cut)
+
+
 class EncodedRecords(Sequence[Encoded]):
     """The encoded conversations of `records`, in their order.
 
-    Making it encodes every record once; DataError names the first that cannot be trained on.
+    Making it encodes every record once, unless their `sizes` are known already; DataError names the first that
+    cannot be trained on.
     """
 
     def __init__(
@@ -34,6 +49,7 @@ class EncodedRecords(Sequence[Encoded]):
         image_token_id: int,
         num_image_tokens: int,
         max_length: int,
+        sizes: Iterable[Size] | None = None,
     ) -> None:
         self.records = records
         self._encode: Encode = partial(
@@ -51,9 +67,9 @@ class EncodedRecords(Sequence[Encoded]):
         self.num_cut = 0
         """Conversations that `max_length` cut short."""
         numbers: dict[str, int] = {}
-        for record, one in zip(records, self, strict=True):
+        for record, one in zip(records, map(size_of, self) if sizes is None else sizes, strict=True):
             group = -1 if record.image is None else numbers.setdefault(record.image.key, len(numbers))
-            self.items.append(PlanItem(len(one.input_ids), one.prefix_length, group))
+            self.items.append(PlanItem(one.length, one.prefix_length, group))
             self.num_supervised.append(one.num_supervised)
             self.num_cut += one.is_cut
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_llava.data.sources import ImageSource
 from lora_llava.errors import DataError
 
+if TYPE_CHECKING:
+    import torch
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """Decoders that may see a file; the file's name does not matter."""
 MAX_PIXELS = 64_000_000
 """Most pixels of an image, by its header; checked before anything is decoded."""
+MAX_BYTES = 512 * 2**20
+"""Largest image file; MAX_PIXELS of 16 bits a channel take less, however badly packed."""
+BAD = "bad_image"
+"""Kind of the errors of this module."""
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16B")
 _RESCALE = 1 / 255
@@ -27,17 +34,27 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
     Raises DataError naming the image if it is missing, of another format, larger than `max_pixels`, or broken.
     """
-    name = str(source.path) if source.path is not None else f"embedded image {source.key[:12]}"
-    if source.where:
-        name = f"{source.where}, image {name}"
+    return decode_image(read_image(source), source.name, max_pixels=max_pixels)
+
+
+def read_image(source: ImageSource) -> bytes:
+    """Read the bytes of an image; DataError naming it if there are none, or too many."""
+    name = source.name
     try:
+        if source.path is not None and (size := source.path.stat().st_size) > MAX_BYTES:
+            raise DataError(f"{name}: {size:,} bytes, at most {MAX_BYTES:,} are read; make it smaller", BAD)
         data = source.data if source.path is None else source.path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{name}: the image cannot be read: {error.strerror}; restore it or remove its records"
+            f"{name}: the image cannot be read: {error.strerror}; restore it or remove its records", BAD
         ) from None
     if not data:
-        raise DataError(f"{name}: the image is empty; restore it or remove its records")
+        raise DataError(f"{name}: the image is empty; restore it or remove its records", BAD)
+    return data
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the bytes of an image as `open_image` does; `name` begins its messages."""
     try:
         # Pillow's own bound is checked below, with ours; its other warnings are about metadata.
         with warnings.catch_warnings():
@@ -47,20 +64,23 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}") from None
+        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", BAD) from None
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: far more than {max_pixels:,} pixels; make it smaller") from None
+        raise DataError(f"{name}: far more than {max_pixels:,} pixels; make it smaller", BAD) from None
     except Exception as error:  # noqa: BLE001 - a decoder given broken bytes raises anything
         # Its text stays out of the message: it has been seen to hold memory addresses.
         raise DataError(
-            f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or remove its records"
+            f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or remove its records",
+            BAD,
         ) from None
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
-        raise DataError(f"{name}: {width:,} x {height:,} pixels, at most {max_pixels:,} are allowed; make it smaller")
+        raise DataError(
+            f"{name}: {width:,} x {height:,} pixels, at most {max_pixels:,} are allowed; make it smaller", BAD
+        )
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode in _SIXTEEN_BIT:
@@ -84,6 +104,9 @@ def preprocess(
         resized = _resize_and_crop(image, size)
     else:
         raise ValueError(f"aspect_ratio is {aspect_ratio!r}, must be 'pad' or 'square'")
+    # Imported here: the processes that only decode images do without it.
+    import torch
+
     # The order and types of CLIP's processor: rescaled in double precision, normalised in single.
     pixels = (np.asarray(resized).astype(np.float64) * _RESCALE).astype(np.float32)
     normalised = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_llava.conversation import Turn
+from lora_llava.data.bad_records import BadRecords, Exclusions
 from lora_llava.data.sources import (
     ImageRoot,
     ImageSource,
     Record,
+    check_group,
     check_placeholder,
     check_text,
+    printable,
     with_answer_prompt,
 )
 from lora_llava.errors import DataError
+from lora_llava.recipe_stages import DataSettings
 
 _ROLES: dict[str, Literal["user", "assistant"]] = {
     "human": "user",
@@ -26,25 +30,38 @@ _ROLES: dict[str, Literal["user", "assistant"]] = {
 }
 
 
-def load_llava_json(
-    path: Path, image_root: Path | None, answer_prompt: str | None, max_records: int | None
-) -> list[Record]:
+def load_llava_json(data: DataSettings, image_root: Path | None, bad: BadRecords) -> list[Record]:
     """Read the records of a `.json` or `.jsonl` file; `image_root` defaults to its directory.
 
-    Raises DataError naming file, record and field.
+    Raises DataError naming file, record and field, where `bad` does not take it.
     """
-    root = ImageRoot(image_root or path.parent, "image")
+    path = Path(data.path)
+    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects)
+    excluded = Exclusions(data.exclude)
     records: list[Record] = []
-    for entry, place in _entries(path):
-        if max_records is not None and len(records) == max_records:
+    number = 0
+    for entry, line in _entries(path):
+        if number == data.max_records:
             break
-        records.append(_record(entry, f"{path.name}, record {len(records) + 1}", place, root, answer_prompt))
+        number += 1
+        identity = None
+        try:
+            if isinstance(entry, bytes):
+                entry = _parse(entry, f"{path.name}, {line}", lines=True)
+            identity = _identity(entry)
+            if not excluded.holds(number, identity):
+                records.append(_record(entry, number, f"{path.name}, record {number}", line, root, data))
+        except DataError as error:
+            if excluded.holds(number, identity):
+                continue
+            bad.add(number, identity, error)
+    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
     root.check()
     return records
 
 
 def _entries(path: Path) -> Iterator[tuple[Any, str]]:
-    """Yield every entry, and its line where that is known."""
+    """Yield every entry, and its line where that is known; of JSON Lines the bytes of the line."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -53,7 +70,7 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(raw.split(b"\n"), start=1):
             if line.strip():
-                yield _parse(line, f"{path.name}, line {number}", lines=True), f"line {number}"
+                yield line, f"line {number}"
         return
     entries = _parse(raw, path.name, lines=False)
     if not isinstance(entries, list):
@@ -64,7 +81,9 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _parse(raw: bytes, place: str, *, lines: bool) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+    except _NotJsonError as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -75,7 +94,34 @@ def _parse(raw: bytes, place: str, *, lines: bool) -> Any:
         raise DataError(f"{place}: not valid JSON: a number too long, or nested too deeply; correct it") from None
 
 
-def _record(entry: Any, place: str, line: str, root: ImageRoot, answer_prompt: str | None) -> Record:
+class _NotJsonError(Exception):
+    """Something that Python reads and JSON does not have."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of an object's members; Python's own would keep the last of two with one key, without a word."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _NotJsonError(f"key {twice!r:.80} stands twice in one object; remove one")
+    return made
+
+
+def _no_number(word: str) -> None:
+    raise _NotJsonError(f"{word} is not a number of JSON; write null, or a number")
+
+
+def _identity(entry: Any) -> str | None:
+    """Return the id of an entry as it is given; None if it has none that can be used."""
+    given = entry.get("id") if isinstance(entry, dict) else None
+    if given is None or isinstance(given, bool) or not isinstance(given, str | int):
+        return None
+    text = str(given)
+    return text if text.encode("utf-8", "replace").decode("utf-8") == text else None
+
+
+def _record(entry: Any, number: int, place: str, line: str, root: ImageRoot, data: DataSettings) -> Record:
     if not isinstance(entry, dict):
         suffix = f" ({line})" if line else ""
         raise DataError(f"{place}{suffix}: is {_kind(entry)}, must be an object with id, image and conversations")
@@ -84,13 +130,13 @@ def _record(entry: Any, place: str, line: str, root: ImageRoot, answer_prompt: s
         raise DataError(f"{place}: id: is {_kind(given)}, must be a string or an integer")
     details = [line] if line else []
     if given is not None:
-        details.append(f"id {check_text(str(given), f'{place}: id')[:80]}")
+        details.append(f"id {printable(check_text(str(given), f'{place}: id'))}")
     where = f"{place} ({', '.join(details)})" if details else place
     image = _image(entry.get("image"), where, root)
-    turns = _turns(entry.get("conversations"), where, answer_prompt)
+    turns = _turns(entry.get("conversations"), where, data.answer_prompt)
     check_placeholder(turns, image, f"{where}: conversations")
-    record_id = place.rpartition(" ")[2] if given is None else str(given)
-    return Record(record_id, image, turns, where)
+    group = None if data.group is None else check_group(entry.get(data.group), f"{where}: {data.group}")
+    return Record(str(number) if given is None else str(given), image, turns, where, number, group)
 
 
 def _image(value: Any, where: str, root: ImageRoot) -> ImageSource | None:

@@ -14,6 +14,8 @@ from lora_llava.errors import DataError
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _NUM_NAMED = 5
+MAX_CHARACTERS = 1_000_000
+"""Longest text of a record: many times what any model reads, and still tokenised in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,12 @@ class ImageSource:
     where: str = field(default="", compare=False)
     """The first record that shows it, for messages."""
 
+    @property
+    def name(self) -> str:
+        """The image in messages: never a path of the user's machine, only one below the image root."""
+        name = printable(self.key, 200) if self.path is not None else f"embedded image {self.key[:12]}"
+        return f"{self.where}, image {name}" if self.where else name
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -37,6 +45,10 @@ class Record:
     turns: tuple[Turn, ...]
     where: str
     """File, number and id, for messages: `train.json, record 17 (id 000123)`."""
+    number: int = 0
+    """Its place in the file or split, from 1."""
+    group: str | None = None
+    """Value of the settings' `group`: records of one group stay on one side of a split."""
 
     @property
     def question(self) -> str:
@@ -46,10 +58,14 @@ class Record:
 
 
 class ImageRoot:
-    """The directory that images lie in; each is looked up once, and missing ones are reported together."""
+    """The directory that images lie in; each is looked up once.
 
-    def __init__(self, root: Path, field_name: str) -> None:
+    Missing ones are reported together by `check`, or, if `at_once`, whenever a record asks for one.
+    """
+
+    def __init__(self, root: Path, field_name: str, *, at_once: bool = False) -> None:
         self.root = root
+        self.at_once = at_once
         self.field_name = field_name
         """Field or column of the paths, for messages."""
         self._real_root = os.path.realpath(root)
@@ -62,33 +78,43 @@ class ImageRoot:
         known = self._sources.get(name)
         if known is None:
             known = self._sources[name] = self._locate(name, where)
+        if self.at_once and name in self._missing:
+            raise DataError(
+                f"{where}: {self.field_name}: {name[:200]!r} is missing; restore it, or leave the record out",
+                "missing_image",
+            )
         return known
 
     def check(self) -> None:
-        """Raise DataError if an image that was asked for is missing."""
-        if not self._missing:
+        """Raise DataError if an image that was asked for is missing, and that was not said at once."""
+        if self.at_once or not self._missing:
             return
-        named = [f"{name} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
+        named = [f"{printable(name, 200)} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
         more = len(self._missing) - len(named)
         raise DataError(
             f"{self.field_name}: {len(self._missing)} of {len(self._sources)} images are missing in {self.root}: "
             f"{'; '.join(named)}{f'; and {more} more' if more else ''}. "
-            "Correct image_root, or remove their records"
+            "Correct image_root, or remove their records; lora-llava check lists them all",
+            "missing_image",
         )
 
     def _locate(self, name: str, where: str) -> ImageSource:
         place = f"{where}: {self.field_name}: {name[:200]!r}"
         if not name.strip() or "\0" in name:
-            raise DataError(f"{place} is not a path; give one relative to {self.root}")
+            raise DataError(f"{place} is not a path; give one relative to image_root", "image_path")
         if _SCHEME.match(name):
-            raise DataError(f"{place} is a URL or names a drive; download the image and give its path")
+            raise DataError(f"{place} is a URL or names a drive; download the image and give its path", "image_path")
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-            raise DataError(f"{place} must be relative to {self.root}, without '..'; shorten it or set image_root")
+            raise DataError(
+                f"{place} must be relative to image_root, without '..'; shorten it or set image_root", "image_path"
+            )
         path = os.path.normpath(name)
         directory, base = os.path.split(path)
         real_directory = self._real_directory(directory)
         if real_directory is None:
-            raise DataError(f"{place} leads out of {self.root} through a link; copy the images, or set image_root")
+            raise DataError(
+                f"{place} leads out of image_root through a link; copy the images, or set image_root", "image_path"
+            )
         real = os.path.join(real_directory, base)  # noqa: PTH118 - strings: once for every image
         try:
             mode = os.lstat(real).st_mode
@@ -98,12 +124,12 @@ class ImageRoot:
         except FileNotFoundError:
             self._missing[name] = where
         except OSError as error:
-            raise DataError(f"{place} cannot be looked up: {error.strerror}; correct it") from None
+            raise DataError(f"{place} cannot be looked up: {error.strerror}; correct it", "image_path") from None
         else:
             if not self._inside(real):
-                raise DataError(f"{place} is a link out of {self.root}; copy the image, or set image_root")
+                raise DataError(f"{place} is a link out of image_root; copy the image, or set image_root", "image_path")
             if not stat.S_ISREG(mode):
-                raise DataError(f"{place} is not a file; correct it")
+                raise DataError(f"{place} is not a file; correct it", "image_path")
         return ImageSource(Path(os.path.relpath(real, self._real_root)).as_posix(), Path(real), None, where)
 
     def _real_directory(self, directory: str) -> str | None:
@@ -117,7 +143,9 @@ class ImageRoot:
 
 
 def check_text(text: str, place: str) -> str:
-    """Return `text`, or raise DataError where it cannot be encoded (half of a surrogate pair)."""
+    """Return `text`; DataError if it is far too long, or cannot be encoded (half of a surrogate pair)."""
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"{place}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; shorten it")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -125,6 +153,20 @@ def check_text(text: str, place: str) -> str:
             f"{place}: character {error.start + 1} is half of a surrogate pair; write the text anew as UTF-8"
         ) from None
     return text
+
+
+def printable(text: str, most: int = 80) -> str:
+    """Cut a text from the data to `most` characters that are safe on a terminal, line feeds and escapes written out."""
+    short = text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return short if short.isprintable() else repr(short)[1:-1]
+
+
+def check_group(value: object, place: str) -> str:
+    """Return the value of `group` as text; DataError unless it is a string or an integer."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        found = "missing" if value is None else f"{value!r:.80}"
+        raise DataError(f"{place} is {found}, must be a string or an integer, since data.group names it")
+    return check_text(str(value), place)
 
 
 def with_answer_prompt(text: str, answer_prompt: str | None) -> str:

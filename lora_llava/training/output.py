@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
 
 RECIPE = "recipe.yaml"
 TRAIN_LOG = "train_log.jsonl"
 LOSS_PLOT = "loss.png"
 SUMMARY = "summary.json"
+SKIPPED = "skipped.jsonl"
 BASE = "base"
 EVALUATION = "evaluation"
 FEATURES = "features"
 """Cached image features; named by what they depend on, so that they outlive the run that made them."""
 STAGES = ("align", "instruct")
 
-_FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY)
+_FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED)
 _DIRECTORIES = (BASE, EVALUATION, *STAGES)
 
 
@@ -46,3 +51,10 @@ def claim_output_dir(directory: Path, *, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise TrainingError(f"output_dir {directory} cannot be written: {error.strerror}") from error
+
+
+def note_skipped(directory: Path, part: str, skipped: Sequence[BadRecord]) -> None:
+    """Add the records that a part of the run (a stage, or the evaluation) left out to the run's list of them."""
+    if skipped:
+        with (directory / SKIPPED).open("a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps({"part": part, **asdict(record)}) + "\n" for record in skipped)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from transformers import LlavaConfig
 
-from lora_llava.conversation import Template, get_template
+from lora_llava.conversation import Template, encode, get_template
+from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.packing import Plan, Row, make_plan, plan_in_order, tree_length
-from lora_llava.data.records import load_split
+from lora_llava.data.records import Record, load_split
 from lora_llava.device import world_size
 from lora_llava.errors import DataError
 from lora_llava.modeling.base import num_image_tokens
@@ -26,6 +28,8 @@ class StageRecords:
     template: Template
     train: EncodedRecords
     validation: EncodedRecords
+    skipped: Sequence[BadRecord] = ()
+    """Records left out because they cannot be used, as `on_bad_record: skip` asks."""
 
     @property
     def longest(self) -> int:
@@ -43,6 +47,7 @@ class StageData:
     counts: list[StepCounts]
     validation: EncodedRecords
     validation_rows: list[Row]
+    skipped: Sequence[BadRecord] = ()
 
     def summary(self) -> str:
         """Say in a line what will be trained on, and what was cut."""
@@ -52,6 +57,7 @@ class StageData:
             f"{len(self.encoded):,} conversations{held_out}; {len(plan.steps):,} optimizer steps of "
             f"{plan.rows_per_step} micro-batches; {plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by "
             f"packing{f'; {cut:,} conversations cut short by max_length' if cut else ''}"
+            f"{f'; {len(self.skipped):,} bad records skipped' if self.skipped else ''}"
         )
 
 
@@ -80,18 +86,23 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
 def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed: int) -> StageRecords:
     """Read, split and encode the data of a stage; DataError names the first record that does not fit."""
     template = get_template(stage.template, stage.system)
-    train, validation = load_split(stage.data, seed)
+    settings: dict[str, Any] = {
+        "template": template,
+        "tokenizer": tokenizer,
+        "image_token_id": int(config.image_token_id),
+        "num_image_tokens": num_image_tokens(config),
+        "max_length": stage.max_length,
+    }
+
+    def check(record: Record) -> None:
+        encode(record.turns, where=record.where, **settings)
+
+    skipped: list[BadRecord] = []
+    train, validation = load_split(stage.data, seed, skipped, check)
     if not train:
         raise DataError(f"{stage.data.path}: no record to train on")
-    encode_all = partial(
-        EncodedRecords,
-        template=template,
-        tokenizer=tokenizer,
-        image_token_id=int(config.image_token_id),
-        num_image_tokens=num_image_tokens(config),
-        max_length=stage.max_length,
-    )
-    return StageRecords(template, encode_all(train), encode_all(validation))
+    encode_all = partial(EncodedRecords, **settings)
+    return StageRecords(template, encode_all(train), encode_all(validation), skipped)
 
 
 def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_batch: int, seed: int) -> StageData:
@@ -114,6 +125,7 @@ def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_b
         counts=step_counts(plan, records.train),
         validation=records.validation,
         validation_rows=plan_in_order(records.validation.items, tokens_per_row=tokens_per_micro_batch),
+        skipped=records.skipped,
     )
 
 

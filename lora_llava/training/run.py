@@ -164,9 +164,13 @@ def load_quantized(
 def read_stage(
     recipe: Recipe, stage: StageName, base_directory: Path, dtype: torch.dtype
 ) -> tuple[StageRecords, StageShapes]:
-    """Read the data of a stage, and the shapes that its memory depends on; no weight is read."""
+    """Read the data of a stage, and the shapes that its memory depends on; no weight is read.
+
+    Records that are skipped are noted in the run's directory.
+    """
     config, tokenizer = describe_directory(base_directory)
     records = read_records(recipe.stage(stage), config, tokenizer, recipe.seed)
+    output.note_skipped(recipe.resolved_output_dir, stage, records.skipped)
     table = planned_parameters(recipe, stage, config, dtype)
     return records, StageShapes(recipe, stage, config, table, dtype, records.longest)
 
@@ -186,6 +190,7 @@ def stage_facts(
             "sha256": fingerprint(data.encoded.records),
             "records": len(data.encoded),
             "validation_records": len(data.validation),
+            "skipped_records": len(data.skipped),
             "answer_prompt": settings.data.answer_prompt,
             "merge_turns": settings.data.merge_turns,
         },

@@ -47,7 +47,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         assert done.stderr == ""
 
 
-COMMANDS = ["quickstart", "finetune", "eval", "chat", "merge", "export", "import", "inspect", "recipes", "env"]
+COMMANDS = ["quickstart", "check", "finetune", "eval", "chat", "merge", "export", "import", "inspect", "recipes", "env"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,133 @@
+"""Records that cannot be used: the first stops the run, or each is put aside, named, and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_llava.data.sources import Record
+from lora_llava.errors import DataError
+from lora_llava.recipe_stages import DataSettings
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that cannot be used, as it stands in `skipped.jsonl` and in the lists that `check` writes."""
+
+    data: str
+    """Name of its file or data set."""
+    record: int
+    """Its place there, from 1."""
+    id: str | None
+    """As given; None if it has none, or it cannot be read."""
+    kind: str
+    problem: str
+
+    def line(self) -> str:
+        """Write it as a line of JSON."""
+        row = {"data": self.data, "record": self.record, "id": self.id, "kind": self.kind, "problem": self.problem}
+        return json.dumps(row, ensure_ascii=True) + "\n"
+
+
+class BadRecords:
+    """What becomes of the bad records of one source.
+
+    `most` of them are put aside in `found`; with 0 the first raises its own error, None is without limit.
+    """
+
+    def __init__(self, data: DataSettings, most: int | None) -> None:
+        self.data_name = data_name(data)
+        self.most = most
+        self.found: list[BadRecord] = []
+
+    @classmethod
+    def by_settings(cls, data: DataSettings) -> BadRecords:
+        """Do as `on_bad_record` and `max_bad_records` say."""
+        return cls(data, data.max_bad_records if data.on_bad_record == "skip" else 0)
+
+    @property
+    def collects(self) -> bool:
+        """Whether a bad record is put aside and does not stop the reading."""
+        return self.most != 0
+
+    def add(self, number: int, identity: str | None, error: DataError) -> None:
+        """Take note of a bad record; DataError if there may be none, or no more."""
+        if not self.collects:
+            raise error
+        self.found.append(BadRecord(self.data_name, number, identity, error.kind, str(error)))
+        if self.most is not None and len(self.found) > self.most:
+            raise DataError(
+                f"{self.data_name}: more than max_bad_records {self.most} records cannot be used; the last is {error}. "
+                "Run lora-llava check for the whole list, mend them, or raise max_bad_records"
+            ) from None
+
+    def add_record(self, record: Record, error: DataError) -> None:
+        """Take note of a record that was read, and then found bad."""
+        self.add(record.number, None if record.id == str(record.number) else record.id, error)
+
+
+class Exclusions:
+    """Records that `exclude` names; each is known by its number and its id."""
+
+    def __init__(self, path: str | None) -> None:
+        self.name = "" if path is None else Path(path).name
+        self.ids: dict[int, str | None] = {} if path is None else dict(_read_exclusions(Path(path)))
+
+    def holds(self, number: int, identity: str | None) -> bool:
+        """Tell whether a record is left out; DataError if it is another than the one that was meant."""
+        if number not in self.ids:
+            return False
+        wanted = self.ids[number]
+        if wanted is not None and wanted != identity:
+            raise DataError(
+                f"{self.name}: record {number} is meant to have id {wanted!r:.80}, but has {identity!r:.80}: the data "
+                "has changed since; run lora-llava check again"
+            )
+        return True
+
+    def check(self, count: int) -> None:
+        """Raise DataError if a record is named that the `count` records of the data do not hold."""
+        if self.ids and (last := max(self.ids)) > count:
+            raise DataError(
+                f"{self.name}: names record {last}, but the data has {count}: it has changed since; run lora-llava "
+                "check again"
+            )
+
+
+def data_name(data: DataSettings) -> str:
+    """Name a source in messages and lists: of a path its last part, so that no directory of the user's shows."""
+    path = Path(data.path)
+    return path.name if path.is_absolute() or path.exists() else data.path
+
+
+def write_bad_records(path: Path, records: Iterable[BadRecord]) -> None:
+    """Write a list that `exclude` reads, in the order of the numbers."""
+    with path.open("w", encoding="utf-8") as handle:
+        handle.writelines(record.line() for record in sorted(records, key=lambda one: one.record))
+
+
+def _read_exclusions(path: Path) -> Iterable[tuple[int, str | None]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"exclude: {path} cannot be read: {error.strerror}; correct exclude") from None
+    except UnicodeDecodeError:
+        raise DataError(f"exclude: {path.name} is not UTF-8 text") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield _exclusion(line, f"{path.name}, line {number}")
+
+
+def _exclusion(line: str, place: str) -> tuple[int, str | None]:
+    try:
+        entry: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    record = entry.get("record") if isinstance(entry, dict) else None
+    identity = entry.get("id") if isinstance(entry, dict) else None
+    if isinstance(record, bool) or not isinstance(record, int) or record < 1 or not isinstance(identity, str | None):
+        raise DataError(f'{place}: write a record to leave out as {{"record": 17}}, with its "id" if it has one')
+    return record, identity

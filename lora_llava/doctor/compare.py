@@ -1,0 +1,171 @@
+"""Records beside each other: what stands twice, contradicts itself, or is on both sides of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lora_llava.conversation import IMAGE_PLACEHOLDER
+from lora_llava.data.bad_records import BadRecord
+from lora_llava.data.sources import ImageSource, Record, printable
+from lora_llava.doctor.images import near_pairs
+from lora_llava.doctor.survey import Side, Source, Survey, image_id
+
+SHORT_ANSWER = 5
+"""Most words of an answer that another one can contradict; of longer ones two may both be true."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was found, at one record (or, with number 0, at a whole source)."""
+
+    kind: str
+    source: str
+    """`Source.name`."""
+    data: str
+    record: int
+    id: str | None
+    problem: str
+    images: tuple[ImageSource, ...] = ()
+    """To be shown beside it."""
+
+
+def at(kind: str, source: Source, record: Record, problem: str, *images: ImageSource | None) -> Finding:
+    """Make a finding at a record."""
+    identity = None if record.id == str(record.number) else record.id
+    shown = tuple(image for image in images if image is not None)
+    return Finding(kind, source.name, source.data_name, record.number, identity, problem, shown)
+
+
+def of_bad(source: Source, bad: BadRecord) -> Finding:
+    """Make a finding of a record that was put aside."""
+    return Finding(bad.kind, source.name, bad.data, bad.record, bad.id, bad.problem)
+
+
+def compare_sides(survey: Survey) -> Iterator[Finding]:
+    """Find what stands twice or contradicts itself in each source, and what is on both sides of each split."""
+    for source in survey.sources:
+        yield from _duplicate_ids(source)
+        yield from _duplicate_images(survey, source)
+        yield from _transparent(survey, source)
+        for record in source.records:
+            if marker := next((mark for mark in ("USER:", "ASSISTANT:") if _says(record, mark)), None):
+                yield at("special_text", source, record, f"{record.where}: holds {marker}", record.image)
+    for side in survey.sides:
+        if side.role == "training":
+            yield from _same_questions(survey, side)
+    for trained, tested in _pairs(survey):
+        yield from _group_leaks(trained, tested)
+        yield from _image_leaks(survey, trained, tested)
+
+
+def _pairs(survey: Survey) -> Iterator[tuple[Side, Side]]:
+    """Pair what is trained on with what it is tested on: a stage's own validation, and the evaluation."""
+    for trained in survey.sides:
+        if trained.role == "training":
+            for tested in survey.sides:
+                if tested.role == "evaluation" or (tested.role == "validation" and tested.stage == trained.stage):
+                    yield trained, tested
+
+
+def _says(record: Record, text: str) -> bool:
+    return any(text in turn.text for turn in record.turns)
+
+
+def _duplicate_ids(source: Source) -> Iterator[Finding]:
+    first: dict[str, Record] = {}
+    for record in source.records:
+        if record.id == str(record.number):
+            continue
+        other = first.setdefault(record.id, record)
+        if other is not record:
+            yield at("duplicate_id", source, record, f"{record.where}: record {other.number} has this id too")
+
+
+def _duplicate_images(survey: Survey, source: Source) -> Iterator[Finding]:
+    first: dict[bytes, ImageSource] = {}
+    for record, image in _images(source.records):
+        other = first.setdefault(survey.facts(image).sha256, image)
+        if image_id(other) != image_id(image):
+            problem = f"{record.where}: image {image.key} has the bytes of {other.key}"
+            yield at("duplicate_image", source, record, problem, image, other)
+
+
+def _transparent(survey: Survey, source: Source) -> Iterator[Finding]:
+    for record, image in _images(source.records):
+        if survey.facts(image).is_transparent:
+            yield at("transparent", source, record, f"{record.where}: image {printable(image.key)}", image)
+
+
+def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
+    """Compare records that ask the same first question about the same image."""
+    first: dict[tuple[bytes, str], Record] = {}
+    for record in side.records:
+        image = b"" if record.image is None else survey.facts(record.image).sha256
+        question = " ".join(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").casefold().split())
+        other = first.setdefault((image, question), record)
+        if other is record:
+            continue
+        if _texts(other) == _texts(record):
+            yield at("duplicate_record", side.source, record, f"{record.where}: as {other.where}", record.image)
+            continue
+        ours, theirs = _answer(record), _answer(other)
+        if ours != theirs and max(len(ours.split()), len(theirs.split())) <= SHORT_ANSWER:
+            asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip())
+            answers = f"{printable(ours)!r}, and {printable(theirs)!r} in record {other.number}"
+            problem = f"{record.where}: {asked!r} is answered {answers}"
+            yield at("contradiction", side.source, record, problem, record.image)
+
+
+def _texts(record: Record) -> list[str]:
+    return [" ".join(turn.text.replace(IMAGE_PLACEHOLDER, "").casefold().split()) for turn in record.turns]
+
+
+def _answer(record: Record) -> str:
+    return " ".join(record.turns[1].text.casefold().strip(" .").split())
+
+
+def _group_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
+    known = {record.group: record for record in reversed(trained.records) if record.group is not None}
+    seen = set()
+    for record in tested.records:
+        if record.group in known and record.group not in seen:
+            seen.add(record.group)
+            other = known[record.group]
+            problem = (
+                f"{record.where}: {tested.source.data.group} {printable(str(record.group))} is in {trained.name} too: "
+                f"{other.where}"
+            )
+            yield at("group_leak", tested.source, record, problem, record.image, other.image)
+
+
+def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Finding]:
+    """Find images of the tested side that the training side shows too, or nearly."""
+    known: dict[bytes, tuple[Record, ImageSource]] = {}
+    for record, image in _images(trained.records):
+        known.setdefault(survey.facts(image).sha256, (record, image))
+    asked = []
+    for record, image in _images(tested.records):
+        if (other := known.get(survey.facts(image).sha256)) is None:
+            asked.append((record, image))
+            continue
+        problem = f"{record.where}: image {printable(image.key)} is in {trained.name} too: {other[0].where}"
+        yield at("image_leak", tested.source, record, problem, image, other[1])
+    learnt = list(known.values())
+    pairs = near_pairs([survey.facts(image) for _, image in asked], [survey.facts(image) for _, image in learnt])
+    for place, found in pairs:
+        (record, image), (other_record, other_image) = asked[place], learnt[found]
+        problem = (
+            f"{record.where}: image {printable(image.key)} is nearly {printable(other_image.key)} of {trained.name}: "
+            f"{other_record.where}"
+        )
+        yield at("near_leak", tested.source, record, problem, image, other_image)
+
+
+def _images(records: list[Record]) -> Iterator[tuple[Record, ImageSource]]:
+    """Yield every image once, with the first record that shows it."""
+    seen = set()
+    for record in records:
+        if record.image is not None and (name := image_id(record.image)) not in seen:
+            seen.add(name)
+            yield record, record.image

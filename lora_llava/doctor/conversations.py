@@ -1,0 +1,197 @@
+"""The second half of a check, with the tokenizer: every conversation encoded, and the plan of every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig
+
+from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, encode, get_template
+from lora_llava.data.encoded import EncodedRecords, Size, size_of
+from lora_llava.data.parallel import Advance, in_processes
+from lora_llava.data.records import merge_turns
+from lora_llava.data.sources import Record
+from lora_llava.doctor.compare import Finding, at
+from lora_llava.doctor.survey import Side, Survey
+from lora_llava.errors import DataError, ModelError, TrainingError
+from lora_llava.modeling.base import num_image_tokens
+from lora_llava.modeling.describe import describe_base, is_missing
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import StageName
+from lora_llava.training.dry_run import compute_dtype, this_machine
+from lora_llava.training.memory import planned_parameters
+from lora_llava.training.memory_plan import StageShapes, plan_memory
+from lora_llava.training.plan import StageData, StageRecords, plan_records
+
+_NO_BOUND = 2**31
+"""Length of a question of the evaluation: it is not cut."""
+
+
+@dataclass(slots=True)
+class Conversations:
+    """What the tokenizer tells."""
+
+    missing: str | None = None
+    """Why there is none."""
+    sizes: dict[str, list[Size]] = field(default_factory=dict)
+    """Of the conversations of each side, by its name, as they are trained on or asked."""
+    plans: dict[StageName, dict[str, Any]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    encoders: dict[str, partial[Encoded]] = field(default_factory=dict)
+    """By the name of the side."""
+    tokenizer: Any = None
+    image_token_id: int = -1
+
+
+def encode_sides(survey: Survey, workers: int | None = None, advance: Advance | None = None) -> Conversations:
+    """Encode every conversation of a survey in `workers` processes, and plan the stages; bad records are put aside.
+
+    Without the base's tokenizer one line says so, and nothing else is known.
+    """
+    made = Conversations()
+    try:
+        config, made.tokenizer = describe_base(survey.recipe.base)
+    except ModelError as error:
+        if not is_missing(error):
+            raise
+        made.missing = _without_paths(str(error), survey.recipe)
+        return made
+    made.image_token_id = int(config.image_token_id)
+    for side in survey.sides:
+        _encode_side(survey.recipe, side, made, config, workers, advance)
+    for stage in survey.recipe.stage_names:
+        made.plans[stage] = _plan(survey, stage, made, config)
+    return made
+
+
+def _without_paths(text: str, recipe: Recipe) -> str:
+    """Name local models by their last part: a report is passed on, and shows no directory of the user's."""
+    base = recipe.base
+    for name in (base.model_name_or_path, base.language_model, base.vision_tower):
+        if name is not None and Path(name).is_absolute():
+            text = text.replace(name, Path(name).name)
+    return text
+
+
+def _encode_side(
+    recipe: Recipe, side: Side, made: Conversations, config: LlavaConfig, workers: int | None, advance: Advance | None
+) -> None:
+    """Encode the records of a side one by one; then, if the stage merges them, the conversations it makes."""
+    stage = recipe.stage(side.stage)
+    encoder = partial(
+        encode,
+        template=get_template(stage.template, stage.system),
+        tokenizer=made.tokenizer,
+        image_token_id=made.image_token_id,
+        num_image_tokens=num_image_tokens(config),
+        max_length=_NO_BOUND if side.role == "evaluation" else stage.max_length,
+    )
+    made.encoders[side.name] = encoder
+    found = in_processes(partial(_size, encoder), side.records, died=_died, workers=workers, advance=advance)
+    special = set(made.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
+    usable = []
+    for record, (size, error) in zip(side.records, found, strict=True):
+        if error is not None:
+            side.source.bad.add_record(record, error)
+            continue
+        usable.append((record, size))
+        if token := next((token for token in special if any(token in turn.text for turn in record.turns)), None):
+            problem = f"{record.where}: holds {token}"
+            made.findings.append(at("special_text", side.source, record, problem, record.image))
+    side.records = [record for record, _ in usable]
+    failed = {one.record for one in side.source.bad.found}
+    side.source.records = [record for record in side.source.records if record.number not in failed]
+    sizes = [size for _, size in usable if size is not None]
+    if side.role == "training" and stage.data.merge_turns:
+        side.records = merge_turns(side.records, stage.data.merge_turns)
+        merged = in_processes(partial(_size, encoder), side.records, died=_died, workers=workers)
+        sizes = [size for size, _ in merged if size is not None]
+    made.sizes[side.name] = sizes
+    for record, size in zip(side.records, sizes, strict=True):
+        if size.is_cut:
+            problem = f"{record.where}: is cut to {size.length:,} tokens"
+            made.findings.append(at("truncated", side.source, record, problem, record.image))
+
+
+def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataError | None]:
+    try:
+        return size_of(encoder(record.turns, where=record.where)), None
+    except DataError as error:
+        return None, error
+
+
+def _died(record: Record) -> tuple[Size | None, DataError | None]:
+    return None, DataError(f"{record.where}: encoding it ended the process; take it out")
+
+
+def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaConfig) -> dict[str, Any]:
+    """Plan the steps of a stage as a run on this machine would."""
+    recipe, settings = survey.recipe, survey.recipe.stage(stage)
+    sides = {side.role: side for side in survey.sides if side.stage == stage and side.role != "evaluation"}
+    if not sides["training"].records:
+        return {"problem": "no record to train on"}
+    encoded = {role: _encoded(side, made) for role, side in sides.items()}
+    validation = encoded.get("validation") or _encoded(
+        Side("", stage, "validation", sides["training"].source, []), made
+    )
+    records = StageRecords(get_template(settings.template, settings.system), encoded["training"], validation)
+    dtype = compute_dtype(recipe)
+    shapes = StageShapes(
+        recipe, stage, config, planned_parameters(recipe, stage, config, dtype), dtype, records.longest
+    )
+    facts: dict[str, Any] = {}
+    try:
+        tokens = plan_memory(shapes, this_machine(recipe, None)).tokens_per_micro_batch
+    except TrainingError as error:
+        facts["problem"] = str(error)
+        given = settings.tokens_per_micro_batch
+        tokens = max(records.longest, settings.max_length) if given == "auto" else given
+    return facts | _plan_facts(plan_records(records, settings, tokens, recipe.seed), tokens, records.longest)
+
+
+def _encoded(side: Side, made: Conversations) -> EncodedRecords:
+    """Take the sizes that are known for the encoding again."""
+    encoder = next(iter(made.encoders.values()))
+    return EncodedRecords(side.records, **encoder.keywords, sizes=made.sizes.get(side.name, []))
+
+
+def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
+    plan = data.plan
+    return {
+        "conversations": len(data.encoded),
+        "validation_conversations": len(data.validation),
+        "optimizer_steps": len(plan.steps),
+        "micro_batches_per_step": plan.rows_per_step,
+        "tokens_per_micro_batch": tokens,
+        "longest_conversation": longest,
+        "computed_tokens": plan.num_computed_tokens,
+        "supervised_tokens": sum(step.supervised_tokens for step in data.counts),
+        "share_saved_by_packing": round(plan.share_saved, 4),
+        "conversations_cut": data.encoded.num_cut,
+    }
+
+
+def pieces(record: Record, side: Side, made: Conversations) -> list[tuple[str, str]]:
+    """Write a record as the model gets it, in runs: (`read` or `learnt` or `image`, text)."""
+    if made.tokenizer is None:
+        return [("learnt" if turn.role == "assistant" else "read", turn.text + "\n") for turn in record.turns]
+    encoded = made.encoders[side.name](record.turns, where=record.where)
+    kinds = [
+        "image" if token == made.image_token_id else "read" if label == IGNORE_INDEX else "learnt"
+        for token, label in zip(encoded.input_ids, encoded.labels, strict=True)
+    ]
+    runs, place = [], 0
+    for kind, run in groupby(kinds):
+        ids = encoded.input_ids[place : place + len(list(run))]
+        place += len(ids)
+        runs.append((kind, f"{IMAGE_PLACEHOLDER} x {len(ids)}" if kind == "image" else _text(ids, made.tokenizer)))
+    return runs
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,61 @@
+"""What is counted: histograms of lengths, turns, answers and image sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lora_llava.data.encoded import Size
+from lora_llava.data.sources import printable
+from lora_llava.doctor.survey import Side, Survey, image_id
+
+_MOST_ANSWERS = 12
+_BINS = 12
+_NICE = (1, 2, 5)
+
+Histogram = list[dict[str, Any]]
+"""Bars in their order: `label` and `count`."""
+
+
+def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> dict[str, Any]:
+    """Count one side of the data; without `sizes` the tokens are not known."""
+    images = {image_id(record.image): survey.facts(record.image) for record in side.records if record.image}
+    answers = Counter(printable(turn.text.strip(), 40) for one in side.records for turn in one.turns[1::2])
+    figures: dict[str, Any] = {
+        "records": len(side.records),
+        "images": len(images),
+        "records_without_image": sum(record.image is None for record in side.records),
+        "questions": sum(len(record.turns) // 2 for record in side.records),
+        "different_answers": len(answers),
+        "turns": histogram([len(record.turns) // 2 for record in side.records]),
+        "answers": [{"label": text, "count": count} for text, count in answers.most_common(_MOST_ANSWERS)],
+        "image_width": histogram([facts.width for facts in images.values()]),
+        "image_height": histogram([facts.height for facts in images.values()]),
+    }
+    if sizes is not None:
+        figures["tokens"] = histogram([size.length for size in sizes])
+        figures["supervised_tokens"] = histogram([size.num_supervised for size in sizes])
+        figures["total_tokens"] = sum(size.length for size in sizes)
+    return figures
+
+
+def histogram(values: Sequence[int]) -> Histogram:
+    """Count values in at most a dozen bins of equal, round width."""
+    if not values:
+        return []
+    low, high = min(values), max(values)
+    width = next(
+        step * 10**power
+        for power in range(12)
+        for step in _NICE
+        if (high // (step * 10**power)) - (low // (step * 10**power)) < _BINS
+    )
+    counts = Counter(value // width for value in values)
+    return [
+        {
+            "label": f"{place * width:,}" if width == 1 else f"{place * width:,} to {(place + 1) * width - 1:,}",
+            "count": counts[place],
+        }
+        for place in range(low // width, high // width + 1)
+    ]

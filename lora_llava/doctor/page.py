@@ -1,0 +1,137 @@
+"""`check.html`: the report as one page that asks nothing of the network and runs no script."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from lora_llava import __version__
+from lora_llava.data.images import open_image
+from lora_llava.data.sources import ImageSource, Record
+from lora_llava.doctor.catalogue import KINDS, SEVERITIES
+from lora_llava.doctor.compare import Finding
+from lora_llava.doctor.conversations import pieces
+from lora_llava.doctor.report import Report
+from lora_llava.doctor.survey import Side
+from lora_llava.errors import DataError
+
+NUM_SAMPLES = 10
+"""Records shown as the model gets them."""
+
+_NUM_SHOWN = 6
+_NUM_NAMED = 50
+_SIDE = 168
+_MOST_TEXT = 3000
+_FIGURES = {
+    "tokens": "Tokens of a conversation",
+    "supervised_tokens": "Learnt tokens of a conversation",
+    "turns": "Questions of a conversation",
+    "answers": "Answers",
+    "image_width": "Image width, pixels",
+    "image_height": "Image height, pixels",
+}
+
+
+def write_page(report: Report) -> str:
+    """Return the page; every text of the data is escaped, and a policy in it forbids all but its own pictures."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(
+        resources.files("lora_llava.doctor").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        recipe=report.survey.recipe.name,
+        version=__version__,
+        seconds=f"{report.seconds:.0f}",
+        counts={severity: report.count(severity) for severity in SEVERITIES},
+        missing=report.conversations.missing,
+        findings=[_kind(kind, found) for kind, found in report.findings.items()],
+        lists=report.lists,
+        sources=report.survey.sources,
+        sides=[_side(name, figures) for name, figures in report.figures.items()],
+        plans=_plans(report),
+        samples=list(_samples(report)),
+    )
+
+
+def _kind(kind: str, found: list[Finding]) -> dict[str, Any]:
+    described = KINDS[kind]
+    shown = [one for one in found if one.images][:_NUM_SHOWN]
+    return {
+        **described._asdict(),
+        "count": len(found),
+        "shown": [
+            {
+                "problem": _short(one.problem),
+                "pictures": [picture for image in one.images if (picture := _picture(image))],
+            }
+            for one in shown
+        ],
+        "named": [_short(one.problem) for one in found[:_NUM_NAMED]],
+        "more": max(0, len(found) - _NUM_NAMED),
+    }
+
+
+def _side(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    charts = []
+    for key, title in _FIGURES.items():
+        if bars := figures.get(key):
+            most = max(bar["count"] for bar in bars)
+            charts.append((title, [(bar["label"], bar["count"], round(100 * bar["count"] / most, 1)) for bar in bars]))
+    counts = {key: value for key, value in figures.items() if isinstance(value, int)}
+    return {"name": name, "counts": counts, "charts": charts}
+
+
+def _plans(report: Report) -> list[tuple[str, dict[str, Any]]]:
+    plans: list[tuple[str, dict[str, Any]]] = []
+    for stage, plan in report.conversations.plans.items():
+        rows = {key.replace("_", " "): value for key, value in plan.items()}
+        plans.append((stage, rows))
+    return plans
+
+
+def _samples(report: Report) -> Iterator[dict[str, Any]]:
+    """Render records, evenly from every side that has any."""
+    for side, record in sampled(report.survey.sides):
+        runs, room = [], _MOST_TEXT
+        for kind, text in pieces(record, side, report.conversations):
+            runs.append((kind, text[:room]))
+            room -= len(text)
+            if room <= 0:
+                runs.append(("read", "\N{HORIZONTAL ELLIPSIS}"))
+                break
+        picture = _picture(record.image, 2 * _SIDE) if record.image else None
+        yield {"side": side.name, "where": record.where, "picture": picture, "runs": runs}
+
+
+def sampled(sides: list[Side]) -> Iterator[tuple[Side, Record]]:
+    """Choose NUM_SAMPLES records in all, from the start to the end of each side."""
+    filled = [side for side in sides if side.records]
+    for number, side in enumerate(filled):
+        share = NUM_SAMPLES // len(filled) + (number < NUM_SAMPLES % len(filled))
+        count = min(share, len(side.records))
+        for place in range(count):
+            yield side, side.records[place * len(side.records) // count]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:399]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _picture(source: ImageSource, side: int = _SIDE) -> str | None:
+    """Write a small copy of an image into an address of its own; None if it cannot be opened."""
+    try:
+        image = open_image(source)
+    except DataError:
+        return None
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # Small flat pictures are smaller, and truer, as PNG.
+    png = max(image.size) <= 96
+    image.save(buffer, "PNG") if png else image.save(buffer, "JPEG", quality=80)
+    return f"data:image/{'png' if png else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"

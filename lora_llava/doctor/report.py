@@ -1,0 +1,153 @@
+"""The report of a check: everything that was found, as `check.json` holds it, and the lists that `exclude` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_llava import __version__
+from lora_llava.data.bad_records import BadRecord, Exclusions, write_bad_records
+from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
+from lora_llava.doctor.compare import Finding, at, compare_sides, of_bad
+from lora_llava.doctor.conversations import Conversations
+from lora_llava.doctor.figures import side_figures
+from lora_llava.doctor.survey import Source, Survey
+
+REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
+FORMAT = 1
+"""Version of `check.json`."""
+MOST_LISTED = 1000
+"""Findings of one kind that `check.json` lists; their number is that of all. Lists of bad records are complete."""
+
+
+@dataclass(slots=True)
+class Report:
+    """All that a check found."""
+
+    survey: Survey
+    conversations: Conversations
+    findings: dict[str, list[Finding]]
+    """By kind, in the order of the catalogue; kinds without a finding are left out."""
+    figures: dict[str, dict[str, Any]]
+    """By the name of the side."""
+    seconds: float
+
+    def count(self, severity: Severity) -> int:
+        """Count findings of one severity."""
+        return sum(len(found) for kind, found in self.findings.items() if KINDS[kind].severity == severity)
+
+    @property
+    def lists(self) -> dict[str, tuple[str, int]]:
+        """Lists of bad records: by the recipe's key that names them, the file and the bad records in it."""
+        return {
+            f"{source.key}.exclude": (f"{LISTS}/{source.name}.jsonl", len(source.bad.found))
+            for source in self.survey.sources
+            if source.bad.found
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of `check.json`."""
+        return {
+            "format": FORMAT,
+            "recipe": self.survey.recipe.name,
+            "version": __version__,
+            "seconds": round(self.seconds, 1),
+            "counts": {severity: self.count(severity) for severity in SEVERITIES},
+            "not_checked": self.conversations.missing,
+            "sources": [
+                {
+                    "name": source.name,
+                    "data": source.data_name,
+                    "usable_records": len(source.records),
+                    "bad_records": len(source.bad.found),
+                }
+                for source in self.survey.sources
+            ],
+            "findings": [_kind_as_json(kind, found) for kind, found in self.findings.items()],
+            "exclude": {key: {"file": file, "records": count} for key, (file, count) in self.lists.items()},
+            "plans": dict(self.conversations.plans),
+            "sides": self.figures,
+        }
+
+
+def make_report(survey: Survey, conversations: Conversations, seconds: float) -> Report:
+    """Bring the halves of a check together."""
+    found = [*_bad(survey), *compare_sides(survey), *conversations.findings]
+    for source, record in survey.unanswered:
+        found.append(at("no_answer", source, record, record.where, record.image))
+    findings = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
+    return Report(
+        survey,
+        conversations,
+        {kind: ones for kind, ones in findings.items() if ones},
+        {side.name: side_figures(survey, side, conversations.sizes.get(side.name)) for side in survey.sides},
+        seconds,
+    )
+
+
+def _bad(survey: Survey) -> Iterator[Finding]:
+    for source in survey.sources:
+        if source.error is not None:
+            yield Finding(
+                "data_file", source.name, source.data_name, 0, None, _without_paths(str(source.error), source)
+            )
+        for bad in sorted(source.bad.found, key=lambda one: one.record):
+            assert bad.kind in EXCLUDABLE, bad.kind
+            yield of_bad(source, bad)
+
+
+def _without_paths(text: str, source: Source) -> str:
+    """Name the files of a source by their last part: a report is passed on, and shows no directory of the user's."""
+    for path in (source.data.exclude, source.data.image_root, source.data.path):
+        if path is not None and Path(path).is_absolute():
+            text = text.replace(path, Path(path).name)
+    return text
+
+
+def _kind_as_json(kind: str, found: list[Finding]) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "severity": KINDS[kind].severity,
+        "title": KINDS[kind].title,
+        "count": len(found),
+        "records": [
+            {"source": one.source, "data": one.data, "record": one.record, "id": one.id, "problem": one.problem}
+            for one in found[:MOST_LISTED]
+        ],
+    }
+
+
+def write_report(report: Report, page: str, directory: Path) -> None:
+    """Write the report, its page and the lists; each file appears when it is complete, `check.json` last."""
+    lists = directory / LISTS
+    lists.mkdir(parents=True, exist_ok=True)
+    for source in report.survey.sources:
+        path = lists / f"{source.name}.jsonl"
+        if not source.bad.found:
+            path.unlink(missing_ok=True)
+            continue
+        # A list that was in use is taken over: the new one replaces it.
+        before = [
+            BadRecord(source.data_name, number, identity, "excluded", "left out before")
+            for number, identity in Exclusions(source.data.exclude).ids.items()
+        ]
+        staged = path.with_name(f"{path.name}.partial")
+        write_bad_records(staged, [*source.bad.found, *before])
+        staged.replace(path)
+    if not any(lists.iterdir()):
+        lists.rmdir()
+    _write(directory / PAGE, page)
+    _write(directory / REPORT, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f"{path.name}.partial")
+    with staged.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    staged.replace(path)

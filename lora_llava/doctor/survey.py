@@ -1,0 +1,164 @@
+"""The first half of a check, without torch: every source read, every image opened, the sides of each split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lora_llava.conversation import check_turns
+from lora_llava.data.bad_records import BadRecords, data_name
+from lora_llava.data.parallel import Advance, in_processes
+from lora_llava.data.records import held_out_source, image_kills_its_reader, read_source, split_records
+from lora_llava.data.sources import ImageSource, Record
+from lora_llava.doctor.images import ImageFacts, look_at_image
+from lora_llava.errors import DataError
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_stages import DataSettings, StageName
+
+Role = Literal["training", "validation", "evaluation"]
+
+
+@dataclass(slots=True)
+class Source:
+    """One file or data set of the recipe, as it was read."""
+
+    name: str
+    """`align`, `instruct`, `instruct.validation`, `evaluation`."""
+    key: str
+    """Where its settings stand in the recipe."""
+    data: DataSettings
+    bad: BadRecords
+    records: list[Record] = field(default_factory=list)
+    """Those that were read, and whose image can be decoded."""
+    error: DataError | None = None
+    """Why nothing could be read."""
+
+    @property
+    def data_name(self) -> str:
+        """Name of the file or data set."""
+        return data_name(self.data)
+
+
+@dataclass(slots=True)
+class Side:
+    """Records that are trained on or tested on together."""
+
+    name: str
+    """Such as `instruct training`."""
+    stage: StageName
+    """For the evaluation: the last, whose template it takes."""
+    role: Role
+    source: Source
+    records: list[Record]
+
+
+@dataclass(slots=True)
+class Survey:
+    """All that was read and opened."""
+
+    recipe: Recipe
+    sources: list[Source]
+    sides: list[Side]
+    images: dict[str, ImageFacts]
+    """By `image_id`."""
+    unanswered: list[tuple[Source, Record]]
+    """Records of the evaluation that end with a question."""
+
+    def facts(self, image: ImageSource) -> ImageFacts:
+        """Return what is known of an image."""
+        return self.images[image_id(image)]
+
+
+def image_id(image: ImageSource) -> str:
+    """Tell images of all sources apart, which keys do only within one image root."""
+    return image.key if image.path is None else str(image.path)
+
+
+def survey(recipe: Recipe, workers: int | None = None, advance: Advance | None = None) -> Survey:
+    """Read every source of a recipe and open every image, in `workers` processes; nothing is raised for bad data."""
+    sources = list(_sources(recipe))
+    for source in sources:
+        _read(source)
+    images = open_images((record for source in sources for record in source.records), workers, advance)
+    unanswered: list[tuple[Source, Record]] = []
+    for source in sources:
+        _put_aside(source, images)
+        if source.name == "evaluation":
+            unanswered = [(source, record) for record in source.records if record.turns[-1].role == "user"]
+            source.records = [record for record in source.records if record.turns[-1].role == "assistant"]
+    return Survey(recipe, sources, list(_sides(recipe, sources)), images, unanswered)
+
+
+def open_images(records: Iterable[Record], workers: int | None, advance: Advance | None) -> dict[str, ImageFacts]:
+    """Look at every image once, however often it is shown."""
+    found = {image_id(record.image): record.image for record in records if record.image is not None}
+    looked_at = in_processes(
+        look_at_image,
+        list(found.values()),
+        died=lambda source: ImageFacts(image_kills_its_reader(source)),
+        workers=workers,
+        advance=advance,
+    )
+    return dict(zip(found, looked_at, strict=True))
+
+
+def _sources(recipe: Recipe) -> Iterator[Source]:
+    for stage in recipe.stage_names:
+        data = recipe.stage(stage).data
+        yield Source(stage, f"stages.{stage}.data", data, BadRecords(data, None))
+        if (held_out := held_out_source(data)) is not None:
+            bad = BadRecords(held_out, None)
+            yield Source(f"{stage}.validation", f"stages.{stage}.data.validation", held_out, bad)
+    if recipe.evaluation is not None:
+        data = recipe.evaluation.data
+        yield Source("evaluation", "evaluation.data", data, BadRecords(data, None))
+
+
+def _read(source: Source) -> None:
+    try:
+        records = read_source(source.data, source.bad)
+        if not records and not source.bad.found:
+            raise DataError(f"{source.data_name}: holds no records; correct path or split")
+    except DataError as error:
+        source.error = error
+        return
+    for record in records:
+        try:
+            check_turns(
+                record.turns, record.turns[-1].role if source.name == "evaluation" else "assistant", record.where
+            )
+            source.records.append(record)
+        except DataError as error:
+            source.bad.add_record(record, error)
+
+
+def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:
+    """Move the records whose image cannot be decoded to the bad ones."""
+    usable = []
+    for record in source.records:
+        error = None if record.image is None else images[image_id(record.image)].error
+        if error is None:
+            usable.append(record)
+        else:
+            source.bad.add_record(record, error)
+    source.records = usable
+
+
+def _sides(recipe: Recipe, sources: list[Source]) -> Iterator[Side]:
+    by_name = {source.name: source for source in sources}
+    for stage in recipe.stage_names:
+        source = by_name[stage]
+        held_out = by_name.get(f"{stage}.validation")
+        train, validation = source.records, held_out.records if held_out else []
+        if held_out is None and train:
+            try:
+                train, validation = split_records(source.data, train, recipe.seed)
+            except DataError as error:
+                source.error = error
+        yield Side(f"{stage} training", stage, "training", source, train)
+        if validation:
+            yield Side(f"{stage} validation", stage, "validation", held_out or source, validation)
+    if "evaluation" in by_name:
+        source = by_name["evaluation"]
+        yield Side("evaluation", recipe.stage_names[-1], "evaluation", source, source.records)

@@ -1,0 +1,73 @@
+"""The report of a check on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_llava.data.sources import printable
+from lora_llava.doctor.catalogue import KINDS, SEVERITIES
+from lora_llava.doctor.report import PAGE, REPORT, Report
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_NUM_NAMED = 3
+
+
+def print_report(report: Report, directory: str, console: Console) -> None:
+    """Print what was found and what to do about it; `directory` is where the report lies."""
+    console.print(sides_view(report))
+    if report.conversations.missing:
+        console.print(
+            f"Not checked: tokens and plan, since the base is not here: {report.conversations.missing}",
+            soft_wrap=True,
+            markup=False,
+        )
+    for stage, plan in report.conversations.plans.items():
+        problem = f"; {plan['problem']}" if "problem" in plan else ""
+        if "optimizer_steps" in plan:
+            console.print(
+                f"{stage}: {plan['optimizer_steps']:,} optimizer steps, {plan['computed_tokens']:,} tokens, "
+                f"{plan['share_saved_by_packing']:.0%} saved by packing{problem}",
+                markup=False,
+            )
+        else:
+            console.print(f"{stage}: no plan{problem}", markup=False)
+    if report.findings:
+        console.print(findings_view(report))
+    for key, (file, count) in report.lists.items():
+        console.print(f"{count:,} bad records can be left out with {key}={Path(directory) / file}", soft_wrap=True)
+    counts = ", ".join(f"{report.count(one):,} {one}{'' if report.count(one) == 1 else 's'}" for one in SEVERITIES)
+    console.print(f"{counts}. In {directory}: {PAGE} to look at, {REPORT} to work with.", soft_wrap=True)
+
+
+def sides_view(report: Report) -> Table:
+    """Lay out how much data there is."""
+    table = Table(title=f"Data of recipe {report.survey.recipe.name}", title_justify="left")
+    table.add_column("")
+    for heading in ("records", "images", "questions", "different answers", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, figures in report.figures.items():
+        keys = ("records", "images", "questions", "different_answers", "total_tokens")
+        table.add_row(name, *(f"{figures[key]:,}" if key in figures else "?" for key in keys))
+    return table
+
+
+def findings_view(report: Report) -> Group:
+    """Lay out the kinds of findings, each with its first records."""
+    return Group(*(part for kind in report.findings for part in _kind_view(report, kind)))
+
+
+def _kind_view(report: Report, kind: str) -> Iterator[RenderableType]:
+    described, found = KINDS[kind], report.findings[kind]
+    yield Text.assemble(
+        (f"{described.severity}: ", _STYLES[described.severity]), (f"{described.title}: {len(found):,}", "bold")
+    )
+    for one in found[:_NUM_NAMED]:
+        yield Text(f"  {printable(one.problem, 300)}")
+    if len(found) > _NUM_NAMED:
+        yield Text(f"  and {len(found) - _NUM_NAMED:,} more", "dim")
+    yield Text(f"  {described.mend.replace('`', '')}", "dim")

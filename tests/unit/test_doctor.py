@@ -1,0 +1,177 @@
+"""`lora-llava check`: every planted fault is found and named, nothing else is, and the report is safe to open."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lora_llava.cli import cli
+from lora_llava.doctor.catalogue import KINDS
+from tests.helpers.faulty import encoded, entry, plant, scene, sound_data, write_recipe
+
+
+def check(*args: str) -> Result:
+    return CliRunner().invoke(cli, ["check", *args, "--workers", "1"])
+
+
+def report_in(directory: Path) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads((directory / "check.json").read_text(encoding="utf-8"))
+    return made
+
+
+def found_in(report: dict[str, Any]) -> set[tuple[str, str, str]]:
+    return {(kind["kind"], one["source"], str(one["id"])) for kind in report["findings"] for one in kind["records"]}
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[tuple[str, str, str]], Result]:
+    """A recipe over data with planted faults, what was planted, and what check said."""
+    directory = tmp_path_factory.mktemp("faulty")
+    data = sound_data()
+    planted = plant(*data)
+    recipe = write_recipe(directory, tiny_base, *data, group="patient")
+    return recipe, planted, check(str(recipe))
+
+
+def test_all_planted_faults_are_found_and_named(faulty: tuple[Path, list[tuple[str, str, str]], Result]) -> None:
+    recipe, planted, result = faulty
+    report = report_in(recipe.parent / "run" / "check")
+    assert len(planted) == 25
+    assert len({kind for kind, _, _ in planted}) == 12
+    assert found_in(report) == set(planted)
+    for kind in report["findings"]:
+        for one in kind["records"]:
+            assert one["data"] in ("train.json", "test.json")
+            assert str(one["record"]) in one["problem"]
+    errors = sum(KINDS[kind].severity == "error" for kind, _, _ in planted)
+    assert report["counts"]["error"] == errors
+    assert result.exit_code == 1, result.output
+    assert f"{errors} errors" in result.output
+    for kind in {kind for kind, _, _ in planted}:
+        assert KINDS[kind].title in result.output
+
+
+def test_what_is_excluded_is_no_error_any_more(faulty: tuple[Path, list[tuple[str, str, str]], Result]) -> None:
+    recipe, planted, _ = faulty
+    report = report_in(recipe.parent / "run" / "check")
+    [(key, entry_)] = report["exclude"].items()
+    assert key == "stages.instruct.data.exclude"
+    excluded = sum(part == "instruct" and KINDS[kind].severity == "error" for kind, part, _ in planted)
+    assert entry_ == {"file": "bad_records/instruct.jsonl", "records": excluded}
+    bad = recipe.parent / "run" / "check" / entry_["file"]
+    output = recipe.parent / "second"
+    settings = [f"{key}={bad}", "stages.instruct.data.group=null", "evaluation.data.group=null"]
+    result = check(str(recipe), *settings, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    after = report_in(output)
+    assert after["counts"]["error"] == 0
+    assert after["exclude"] == {}
+    assert after["counts"]["warning"] == report["counts"]["warning"]
+
+
+def test_the_page_shows_pictures_and_runs_nothing(faulty: tuple[Path, list[tuple[str, str, str]], Result]) -> None:
+    recipe, _, _ = faulty
+    page = (recipe.parent / "run" / "check" / "check.html").read_text(encoding="utf-8")
+    assert "<script" not in page.lower()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "default-src 'none'" in page
+    sources = re.findall(r'(?:src|href|action|data)="([^"]*)"', page)
+    assert len(sources) > 15
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"url\(|@import|<link|<iframe|<form|javascript:|\son\w+=", page)
+    assert page.count('class="card sample"') == 10
+    for words in ("Nearly the same images on both sides", "To mend it", "Tokens of a conversation", "optimizer steps"):
+        assert words in page
+
+
+def test_no_path_of_the_machine_is_in_the_report(faulty: tuple[Path, list[tuple[str, str, str]], Result]) -> None:
+    recipe, _, _ = faulty
+    for path in (recipe.parent / "run" / "check").rglob("*"):
+        assert path.is_dir() or str(recipe.parent) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_sound_data_have_no_finding(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, *sound_data())
+    result = check(str(recipe))
+    assert result.exit_code == 0, result.output
+    report = report_in(tmp_path / "run" / "check")
+    assert report["findings"] == []
+    assert report["plans"]["instruct"]["optimizer_steps"] == 3
+    assert report["plans"]["instruct"]["conversations"] == 24
+    assert report["sides"]["instruct training"]["images"] == 8
+    assert sum(bar["count"] for bar in report["sides"]["evaluation"]["tokens"]) == 24
+    assert not (tmp_path / "run" / "check" / "bad_records").exists()
+
+
+def test_without_the_base_all_but_tokens_is_checked(tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    images.pop("0.png")
+    train[5]["conversations"] = train[5]["conversations"][:1]
+    recipe = write_recipe(tmp_path, "./nowhere", images, train, tested)
+    result = check(str(recipe))
+    assert result.exit_code == 1
+    assert "Not checked: tokens and plan" in result.output
+    report = report_in(tmp_path / "run" / "check")
+    assert {kind["kind"]: kind["count"] for kind in report["findings"]} == {"missing_image": 3, "record": 1}
+    assert str(tmp_path) not in json.dumps(report)
+    assert "tokens" not in report["sides"]["evaluation"]
+    assert report["plans"] == {}
+
+
+def test_data_that_cannot_be_read_are_one_finding(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, *sound_data())
+    (tmp_path / "test.json").write_text("[{]", encoding="utf-8")
+    result = check(str(recipe))
+    assert result.exit_code == 1
+    [kind] = report_in(tmp_path / "run" / "check")["findings"]
+    assert kind["kind"] == "data_file"
+    assert "test.json: line 1, column 3: not valid JSON" in kind["records"][0]["problem"]
+    (tmp_path / "test.json").unlink()
+    check(str(recipe))
+    [kind] = report_in(tmp_path / "run" / "check")["findings"]
+    assert kind["records"][0]["problem"].startswith("data file test.json cannot be read: No such file")
+
+
+def test_a_share_is_drawn_by_group_and_images_leak_to_neither_side(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    for number, one in enumerate(train):
+        one["patient"] = f"p{number // 6}"
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested)
+    share = ["stages.instruct.data.validation={share: 0.3}", "stages.instruct.data.group=patient"]
+    assert check(str(recipe), *share).exit_code == 0
+    sides = report_in(tmp_path / "run" / "check")["sides"]
+    assert (sides["instruct training"]["records"], sides["instruct validation"]["records"]) == (18, 6)
+
+
+def test_notes_on_duplicates_transparency_and_unanswered_questions(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    glass = scene(70).convert("RGBA")
+    glass.putalpha(10)
+    images |= {"twin.png": images["2.png"], "glass.png": encoded(glass)}
+    train += [
+        train[0] | {"id": "again"},
+        entry("twin", "twin.png", "Which?", "this"),
+        entry("g", "glass.png", "Q", "A"),
+    ]
+    tested[3]["conversations"] = tested[3]["conversations"][:1]
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested)
+    assert check(str(recipe)).exit_code == 0
+    assert found_in(report_in(tmp_path / "run" / "check")) == {
+        ("duplicate_record", "instruct", "again"),
+        ("duplicate_image", "instruct", "twin"),
+        ("transparent", "instruct", "g"),
+        ("no_answer", "evaluation", tested[3]["id"]),
+    }
+
+
+def test_merged_turns_are_planned_as_a_run_does(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, *sound_data())
+    assert check(str(recipe), "stages.instruct.data.merge_turns=3").exit_code == 0
+    assert report_in(tmp_path / "run" / "check")["plans"]["instruct"]["conversations"] == 8
