@@ -23,7 +23,7 @@ import click
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
 from lora_llava.artifact import MANIFEST, WEIGHTS, library_versions
@@ -94,7 +94,7 @@ def make_base(directory: Path, config: LlavaConfig) -> None:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(33 + n): 3 + n for n in range(90)}}
     vocab |= {f"t{n}": n for n in range(len(vocab), 32000)} | {"<image>": 32000}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
