@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from transformers import LlavaConfig
@@ -101,8 +100,7 @@ def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed
     train, validation = load_split(stage.data, seed, skipped, check)
     if not train:
         raise DataError(f"{stage.data.path}: no record to train on")
-    encode_all = partial(EncodedRecords, **settings)
-    return StageRecords(template, encode_all(train), encode_all(validation), skipped)
+    return StageRecords(template, EncodedRecords(train, **settings), EncodedRecords(validation, **settings), skipped)
 
 
 def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_batch: int, seed: int) -> StageData:

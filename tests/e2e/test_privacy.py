@@ -33,6 +33,7 @@ def traces(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             patch.setenv(name, value)
         printed = CliRunner().invoke(cli, ["check", recipe.name, "--workers", "1"]).output
         skip = ["stages.instruct.data.on_bad_record=skip", "stages.instruct.data.max_bad_records=50"]
+        skip += ["stages.instruct.logging_steps=1"]
         done = CliRunner().invoke(cli, ["finetune", recipe.name, *skip, "stages.instruct.max_steps=2"])
     assert done.exit_code == 0, done.output
     return project / "run", printed + done.output
