@@ -13,8 +13,8 @@ from benchmarks.measure import SETS, measure, write_report
 from benchmarks.peers import LADDER, PEERS
 from benchmarks.work import SHAPES
 
-QUESTIONS = {"V11": 22}
-"""Conversations of a step, where it is not 16: V11 needs whole images."""
+QUESTIONS = {"V11": 22, "MX": 16}
+"""Conversations of a step, where it is not 8: V11 needs whole images, MX enough of each kind."""
 LADDER_SET = "V8"
 
 
@@ -22,7 +22,7 @@ LADDER_SET = "V8"
 @click.option("--sets", default=",".join(SETS), show_default=True, help="Sets to measure; empty: none.")
 @click.option("--peers", default=",".join(PEERS), show_default=True, help="Peers to measure.")
 @click.option("--ladder/--no-ladder", default=True, help=f"Measure what each part brings, on {LADDER_SET}.")
-@click.option("--steps", default=5, show_default=True, help="Timed steps.")
+@click.option("--steps", default=9, show_default=True, help="Timed steps.")
 @click.option("--warmup", default=1, show_default=True, help="Steps before.")
 @click.option(
     "--micro-batch", default=2, show_default=True, help="Conversations of a micro-batch; ours has their tokens."
@@ -37,8 +37,8 @@ def main(
     results = []
     for name in filter(None, sets.split(",")):
         chosen = dict.fromkeys(peers.split(","), options)
-        results.append(measure(name, chosen, QUESTIONS.get(name, 16), warmup, steps, "fp32"))
-    rungs = measure(LADDER_SET, dict.fromkeys(LADDER, options), 16, warmup, steps, "fp32") if ladder else None
+        results.append(measure(name, chosen, QUESTIONS.get(name, 8), warmup, steps, "fp32"))
+    rungs = measure(LADDER_SET, dict.fromkeys(LADDER, options), 8, warmup, steps, "fp32") if ladder else None
     write_report(output, model=model, micro_batch=micro_batch, results=results, ladder=rungs)
 
 

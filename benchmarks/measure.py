@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ import click
 import torch
 
 from lora_llava.artifact import library_versions
+from lora_llava.device import pick_device, pick_dtype
 
 SETS = ("S1", "V1", "V4", "V8", "V11", "MX")
 LOSS_TOLERANCE = {"fp32": 6e-5, "bf16": 1e-2}
 """Relative difference of the first losses; the Trainer rounds what it logs to four digits."""
+FLOPS_A_WEIGHT = 4
+"""Of a frozen weight and token: a product on the way forward, and one for the gradient of what came in."""
+MATRIX = {"cuda": 8192, "cpu": 2048}
+"""Side of the square matrices whose product shows what the machine can do."""
 NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 
@@ -58,15 +64,18 @@ class Peer:
         self.losses.append(facts["loss"])
         self.norms = self.norms or facts["gradient_norms"]
 
-    def result(self, questions: int, warmup: int) -> dict[str, Any]:
-        """Return what it did, once it has done all steps."""
+    def result(self, questions: int, warmup: int, rate: float) -> dict[str, Any]:
+        """Return what it did, once it has done all steps; `rate`: FLOP/s of a large matrix product here."""
         facts = self.read("supervised")
         self.process.wait()
         seconds = statistics.median(self.seconds[warmup:])
+        possible = FLOPS_A_WEIGHT * facts["linear_weights"] / (seconds * rate)
         return {
             "questions_per_second": round(questions / seconds, 3),
             "supervised_tokens_per_second": round(facts["supervised"] / seconds, 1),
             "computed_tokens_per_second": round(facts["computed_tokens"] / seconds, 1),
+            "useful_utilization": round(possible * facts["separate_tokens"], 3),
+            "computed_utilization": round(possible * facts["computed_tokens"], 3),
             "seconds": [round(one, 3) for one in self.seconds],
             "first_loss": self.losses[0],
             "gradient_norms": self.norms,
@@ -84,13 +93,29 @@ def measure(
         for _ in range(warmup + steps):
             for peer in running:
                 peer.step()
-        rows = {peer.name: peer.result(questions, warmup) for peer in running}
+        rate = matrix_rate()
+        rows = {peer.name: peer.result(questions, warmup, rate) for peer in running}
     finally:
         for peer in running:
             peer.process.kill()
-    made = {"set": set_name, "questions_per_step": questions, "options": options, "peers": rows}
+    made = {"set": set_name, "questions_per_step": questions, "matrix_rate": rate, "options": options, "peers": rows}
     show(made)
     return made | {"ranked": did_the_same(rows, precision)}
+
+
+def matrix_rate() -> float:
+    """Measure a large matrix product in the precision of the runs, in FLOP/s: the fastest of a few."""
+    device = pick_device()
+    side, dtype = MATRIX[device.type], pick_dtype("auto", device)
+    left, right = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return float(2 * side**3 / min(times))
 
 
 def did_the_same(rows: dict[str, dict[str, Any]], precision: str) -> bool:

@@ -15,9 +15,11 @@ import click
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from benchmarks.model import make_config
 from benchmarks.peers import LADDER, PEERS, Task
 from benchmarks.work import SHAPES, make_work
 from lora_llava.device import pick_device, pick_dtype
+from lora_llava.training.memory import linear_weights
 from lora_llava.training.memory_plan import GIB
 
 
@@ -130,6 +132,8 @@ def main(
     say(
         supervised=task.work.supervised,
         computed_tokens=computed,
+        separate_tokens=sum(len(one.input_ids) for one in task.work.conversations),
+        linear_weights=linear_weights(make_config(shapes)),
         work_sha256=task.work.sha256,
         bytes_before_training=before,
         **peak_bytes(),

@@ -20,7 +20,9 @@ from benchmarks.work import Shapes, Work, pixels
 from lora_llava.conversation import IGNORE_INDEX
 from lora_llava.data.batch import Batch, PackedRows, build_row
 from lora_llava.data.packing import PlanItem, make_plan
-from lora_llava.modeling.attention import SDPA, pick_attention, set_attention
+from lora_llava.data.sharing import sharing
+from lora_llava.modeling.attention import TREES, set_attention
+from lora_llava.modeling.attention_choice import pick_attention
 from lora_llava.modeling.base import VISION_TOWER, drop_unused_layers
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.recipe import Recipe
@@ -47,7 +49,7 @@ class Task:
     checkpointing: bool
     """Whether the other kits recompute whole layers."""
     cap: int | None
-    """Bytes of the card; None: no planner, everything is kept."""
+    """Bytes of the card that the kit's planner plans for; None: what is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,20 @@ class Variant:
     """Features of the vision tower are kept."""
 
 
+def plan_items(work: Work) -> list[PlanItem]:
+    """Describe a step's conversations to the kit's planner."""
+    return [
+        PlanItem(len(one.input_ids), one.prefix_length, -1 if image is None else image)
+        for one, image in zip(work.conversations, work.images, strict=True)
+    ]
+
+
 class Rows(PackedRows):
     """Our rows of a step, again and again; the images are made, not read."""
 
     def __init__(self, task: Task, tokens: int, variant: Variant, read: Callable[[int], torch.Tensor]) -> None:
         self.work, self.steps, self.read = task.work, task.steps, read
-        items = [
-            PlanItem(len(one.input_ids), one.prefix_length, -1 if image is None else image)
-            for one, image in zip(task.work.conversations, task.work.images, strict=True)
-        ]
+        items = plan_items(task.work)
         plan = make_plan(
             items,
             batch_size=len(items),
@@ -153,12 +160,15 @@ def arguments(kind: type[TrainingArguments], task: Task, accumulation: int, micr
 
 
 def ours(task: Task, variant: Variant | None = None) -> tuple[Trainer, int]:
-    """Build the kit's trainer; without a cap its rows hold as many tokens as the peers' micro-batches."""
+    """Build the kit's trainer as its planner has it.
+
+    A variant, and what recomputes layers as the peers do, has rows of as many tokens as their micro-batches.
+    """
     chosen = variant or Variant(nf4=task.nf4, recompute=task.checkpointing)
     longest = max(len(one.input_ids) for one in task.work.conversations)
-    tokens, attention, optim = task.micro_batch * longest, SDPA, "adamw_torch"
+    tokens, attention, optim = task.micro_batch * longest, TREES, "adamw_torch"
     recompute, dequantized = Recompute(chosen.recompute), chosen.dequantized
-    if task.cap is not None:
+    if variant is None and not task.checkpointing:
         attention, plan = planned(task, longest)
         tokens, optim, recompute = plan.tokens_per_micro_batch, plan.optim, plan.recompute
         dequantized = plan.keep_dequantized
@@ -190,7 +200,8 @@ def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
     )
     attention, why = pick_attention("auto", config.text_config, task.device, task.dtype)
     table = planned_parameters(recipe, stage, config, task.dtype)
-    shapes = StageShapes(recipe, stage, config, table, task.dtype, longest)
+    shared = sharing(plan_items(task.work), len(task.work.conversations), "tree")
+    shapes = StageShapes(recipe, stage, config, table, task.dtype, longest, shared)
     plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device, task.cap), attention))
     sys.stderr.write(f"{plan}; {attention}: {why}\n")
     return attention, plan

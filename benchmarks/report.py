@@ -21,11 +21,16 @@ SETS = {
     "V11": "11 questions an image",
     "MX": "lengths mixed, several turns, text alone",
 }
+FIGURES = " supervised tokens/s | computed tokens/s | peak memory, MiB | useful FLOPs | computed FLOPs | first loss |"
 HEAD = """# Speed and memory beside other kits
 
 Made by `python -m benchmarks.report` from `benchmarks/results/`. Every peer trains the same model with the same LoRA on
 the same token ids, targets and images, in a process of its own; their steps take turns, and the median counts. A set is
 ranked only if first losses, gradient norms of LoRA and projector, and numbers of targets agree.
+
+*FLOPs* are a share of what a large matrix product reaches on the same machine, counted as four for each weight of the
+language model's linear layers and token: *computed*, for the tokens that passed through the model; *useful*, for those
+that would have, with every question in a sequence of its own. So a kit that shares images can exceed 1.
 
 ![questions a second, relative to the fastest peer](performance.png)
 """
@@ -39,8 +44,8 @@ def section(report: dict[str, Any]) -> str:
         "",
         f"Commit {report['commit']}; {versions}.",
         "",
-        "| set | kit | questions/s | ours is so many times as fast | peak memory, MiB | tokens computed | first loss |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"| set | kit | questions/s | ours is so many times as fast |{FIGURES}",
+        f"|---|---|---:|---:|{'---:|' * FIGURES.count('|')}",
     ]
     for result in report["results"]:
         ours = result["peers"][OURS]["questions_per_second"]
@@ -56,8 +61,8 @@ def ladder(result: dict[str, Any]) -> list[str]:
     lines = [
         f"What each part brings, on {result['set']}:",
         "",
-        "| with | questions/s | times the first | peak memory, MiB | tokens computed | first loss |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| with | questions/s | times the first |{FIGURES}",
+        f"|---|---:|---:|{'---:|' * FIGURES.count('|')}",
     ]
     first = next(iter(result["peers"].values()))["questions_per_second"]
     for name, row in result["peers"].items():
@@ -68,8 +73,9 @@ def ladder(result: dict[str, Any]) -> list[str]:
 
 def _figures(row: dict[str, Any], ratio: str) -> str:
     return (
-        f"{row['questions_per_second']:.2f} | {ratio} | {row['peak_bytes'] / 2**20:,.0f} | "
-        f"{row['computed_tokens']:,} | {row['first_loss']:.4f}"
+        f"{row['questions_per_second']:.2f} | {ratio} | {row['supervised_tokens_per_second']:.1f} | "
+        f"{row['computed_tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:,.0f} | "
+        f"{row['useful_utilization']:.2f} | {row['computed_utilization']:.2f} | {row['first_loss']:.4f}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,10 +64,10 @@ def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:
     """Lay trees back to back in one sequence.
 
     Returns `input_ids` and `position_ids` (1, T); `segments` (2, T), the number of each token's tree and, within it,
-    of its branch (0: the prefix), from which attention learns that a token sees the earlier ones of its own
-    conversation and of its tree's prefix, nothing else; `predict_positions` (S,), the places whose logits are
-    compared with `shift_labels` (S,), token ids. `labels` is `shift_labels` again, under the name by which the
-    Trainer finds what to count.
+    of its branch (0: the prefix): a token sees the earlier ones of its own conversation and of its tree's prefix;
+    `tree_spans` (trees, 3), where each tree begins, where its first branch ends, and where it ends itself;
+    `predict_positions` (S,), the places whose logits are compared with `shift_labels` (S,), token ids;
+    `predicting_places`, the same, each once. `labels` is `shift_labels` under the name that the Trainer counts.
 
     Contract: positions restart at 0 for each tree and, for each branch, at the prefix length, so every
     conversation computes what it would compute alone.
@@ -76,6 +76,7 @@ def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:
     position_ids: list[int] = []
     tree_numbers: list[int] = []
     branch_numbers: list[int] = []
+    spans: list[tuple[int, int, int]] = []
     predict: list[int] = []
     targets: list[int] = []
     for number, tree in enumerate(trees):
@@ -89,21 +90,29 @@ def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:
             if branch.input_ids[:prefix_length] != prefix or branch.prefix_length != prefix_length:
                 raise ValueError("conversations of one tree must share their prefix")
             own_start = len(input_ids) - prefix_length
-            for position in range(max(prefix_length, 1), len(branch.input_ids)):
-                if branch.labels[position] != IGNORE_INDEX:
-                    previous = position - 1
-                    predict.append(start + previous if previous < prefix_length else own_start + previous)
-                    targets.append(branch.labels[position])
+            for place, target in _predictions(branch):
+                predict.append((start if place < prefix_length else own_start) + place)
+                targets.append(target)
             input_ids += branch.input_ids[prefix_length:]
             position_ids += range(prefix_length, len(branch.input_ids))
             branch_numbers += [branch_number] * (len(branch.input_ids) - prefix_length)
         tree_numbers += [number] * (len(input_ids) - start)
-    labels = torch.tensor(targets, dtype=torch.long)
+        spans.append((start, start + len(tree[0].input_ids), len(input_ids)))
+    places, labels = torch.tensor(predict, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
     return {
         "input_ids": torch.tensor([input_ids], dtype=torch.long),
         "position_ids": torch.tensor([position_ids], dtype=torch.long),
         "segments": torch.tensor([tree_numbers, branch_numbers], dtype=torch.long),
-        "predict_positions": torch.tensor(predict, dtype=torch.long),
+        "tree_spans": torch.tensor(spans, dtype=torch.long).reshape(-1, 3),
+        "predict_positions": places,
+        "predicting_places": places.unique(),
         "labels": labels,
         "shift_labels": labels,
     }
+
+
+def _predictions(encoded: Encoded) -> Iterator[tuple[int, int]]:
+    """Yield each supervised token of a conversation, and before it the place that predicts it."""
+    for place in range(max(encoded.prefix_length, 1), len(encoded.input_ids)):
+        if encoded.labels[place] != IGNORE_INDEX:
+            yield place - 1, encoded.labels[place]

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_llava.modeling.attention import attention_of, masked_inputs
+from lora_llava.modeling.base import LANGUAGE_MODEL
+from lora_llava.modeling.last_layer import only_where_predicted
 
 HEAD_CHUNK = 512
 """Supervised rows whose logits exist at one time: 512 x 32,064 in fp32 are 63 MiB."""
@@ -25,7 +27,8 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
     """
     llava = llava_in(model)
     inputs = masked_inputs(batch, attention_of(llava), llava.get_input_embeddings().weight.dtype)
-    with _without_head(llava):
+    last_layer = llava.get_submodule(LANGUAGE_MODEL).layers[-1]
+    with _without_head(llava), only_where_predicted(last_layer, batch["predicting_places"]):
         outputs = model(
             **inputs,
             pixel_values=batch.get("pixel_values"),

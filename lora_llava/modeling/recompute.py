@@ -31,9 +31,12 @@ second's output is as large as the layer's own at a thirtieth of its price."""
 def set_recompute(model: Any, policy: GradientCheckpointing, full_layers: int = 0) -> None:
     """Set the policy on the language model's layers; with `selective`, the first `full_layers` are done in full.
 
-    The vision tower needs none: it is frozen, so nothing of it is kept.
+    The vision tower needs none: it is frozen, so nothing of it is kept. The last layer has none: its backward pass
+    comes first, when all that is kept is still there, so computing it again would save nothing.
     """
-    for number, layer in enumerate(llava_in(model).get_submodule(LANGUAGE_MODEL).layers):
+    *layers, last = llava_in(model).get_submodule(LANGUAGE_MODEL).layers
+    last.gradient_checkpointing = False
+    for number, layer in enumerate(layers):
         # How transformers' GradientCheckpointingLayer is switched on.
         layer.gradient_checkpointing = policy is not False
         if policy is True or (policy == "selective" and number < full_layers):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
-from lora_llava.modeling.attention import FLEX, Attention
+from lora_llava.modeling.attention import Attention
 from lora_llava.training.memory import Recompute, linear_weights, query_width
 
 DEQUANTIZING = {"cuda": 176, "cpu": 60}
@@ -17,8 +17,8 @@ LAUNCHING = {"cuda": 120, "cpu": 0}
 against the same RTX 4090: an estimate."""
 FORWARD_OF_SELECTIVE = 0.25
 """Share of a forward pass that selective recomputing repeats (FLOPs counted on Llama layers with LoRA)."""
-ATTENTION_RATE = 0.5
-"""Rate of attention's matrix products against that of the linear layers': an estimate."""
+ATTENTION_RATE = {"cuda": 0.5, "cpu": 0.8}
+"""Rate of attention's matrix products against that of the linear layers': CUDA, an estimate; CPU, measured."""
 ATTENTION_BACKWARD = 2.5
 """Work of attention's backward pass against its forward pass: five matrix products instead of two."""
 
@@ -45,9 +45,9 @@ def relative_cost(
     layers = int(config.text_config.num_hidden_layers)
     repeated = repeated_share(recompute, layers)
     fixed = LAUNCHING[machine.device] + (DEQUANTIZING[machine.device] if dequantizes else 0)
-    # FlexAttention leaves out what a token does not see; SDPA with a dense mask computes it all.
-    seen = min(tokens, longest) if machine.attention == FLEX else tokens
-    attention = 2 * seen * query_width(config) * layers / linear_weights(config) / ATTENTION_RATE
+    # What lies in other trees is left out.
+    seen = min(tokens, longest)
+    attention = 2 * seen * query_width(config) * layers / linear_weights(config) / ATTENTION_RATE[machine.device]
     again = 1.0 if recompute.policy is True else 0.0
     return (2 + repeated) * (1 + fixed / tokens) + attention * (1 + ATTENTION_BACKWARD + again)
 

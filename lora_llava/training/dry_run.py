@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlavaConfig
 
+from lora_llava.data.sharing import alone
 from lora_llava.device import pick_device, pick_dtype
 from lora_llava.errors import DataError, ModelError, TrainingError
-from lora_llava.modeling.attention import FLEX, pick_attention
+from lora_llava.modeling.attention import FLEX, TREES
+from lora_llava.modeling.attention_choice import pick_attention
 from lora_llava.modeling.describe import describe_base, is_missing
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.recipe import Recipe
@@ -105,8 +107,9 @@ def _print_stage(
 ) -> None:
     settings, dtype = recipe.stage(stage), compute_dtype(recipe)
     longest = settings.max_length if records is None else records.longest
+    shared = alone if records is None else records.sharing(settings)
     table = planned_parameters(recipe, stage, config, dtype)
-    shapes = StageShapes(recipe, stage, config, table, dtype, longest)
+    shapes = StageShapes(recipe, stage, config, table, dtype, longest, shared)
     machine = this_machine(recipe, memory)
     chosen = plan_memory(shapes, machine)
     tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
@@ -131,7 +134,7 @@ def this_machine(recipe: Recipe, memory: int | None) -> Machine:
     device, setting = pick_device(), recipe.attn_implementation
     if device.type == "cpu":
         return Machine("cpu", usable_bytes(device, memory), pick_attention(setting, None, device, torch.float32)[0])
-    return Machine("cuda", usable_bytes(device, memory), FLEX if setting == "auto" else setting)
+    return Machine("cuda", usable_bytes(device, memory), TREES if setting == "sdpa" else FLEX)
 
 
 def cards(shapes: StageShapes) -> dict[int, MemoryPlan | None]:
@@ -139,7 +142,7 @@ def cards(shapes: StageShapes) -> dict[int, MemoryPlan | None]:
     recipe = shapes.recipe
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
     table = planned_parameters(recipe, shapes.stage, shapes.config, dtype)
-    attention = FLEX if recipe.attn_implementation == "auto" else recipe.attn_implementation
+    attention = TREES if recipe.attn_implementation == "sdpa" else FLEX
     plans: dict[int, MemoryPlan | None] = {}
     for size in CARDS:
         machine = Machine("cuda", usable_bytes(torch.device("cuda"), size * GIB), attention)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.data.packing import Row, tree_length
-from lora_llava.modeling.attention import FLEX, SDPA, Attention
+from lora_llava.modeling.attention import FLEX, TREES, Attention
 from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_layers, meta_model
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
@@ -20,6 +20,8 @@ from lora_llava.training.plan import StageData
 NF4_BYTES = {True: 0.516, False: 0.5625}
 """Bytes a weight in NF4, by double quantisation: 4 bits, and a scale for every 64 weights (fp32, or 8 bits and
 an fp32 scale for every 256 of them)."""
+LATER_BRANCHES = 0.25
+"""Share of a row's tokens that have a row in SDPA's mask, if all is one tree: an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def activation_bytes(
     targets: int,
     dtype: torch.dtype,
     rank: int,
-    attention: Attention = SDPA,
+    attention: Attention = TREES,
 ) -> int:
     """Estimate the most that a micro-batch needs besides weights, gradients and optimizer.
 
@@ -126,19 +128,22 @@ def activation_bytes(
     text = config.text_config
     layers, width, wide = int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size)
     inputs, products = width * dtype.itemsize, _layer_products(config) * dtype.itemsize
-    whole = _whole_layer(config, dtype, rank)
+    whole, last = _whole_layer(config, dtype, rank), _last_layer(config, dtype, rank)
+    # The last layer is never computed again, nor all of it at all.
+    layers -= 1
     full = min(recompute.full_layers, layers) if recompute.policy == "selective" else layers * recompute.policy
     other = whole if recompute.policy is False else inputs + products
     # The first layers are those done in full: when the way back comes to them, the others have been freed.
-    at_the_end = full * inputs + (layers - full) * other + (whole - other if full < layers else 0)
+    at_the_end = full * inputs + (layers - full) * other + max(last, whole - other if full < layers else 0)
     kept = max(at_the_end, full * inputs + (whole - inputs if full else 0))
     # What a layer's backward pass itself works with, measured: 5 widths and 2 intermediate widths.
     kept += (5 * width + 2 * wide) * dtype.itemsize
-    # SDPA's mask in the model's precision; FlexAttention's is a bool while its blocks are found.
-    mask = tokens * tokens * (1 if attention == FLEX else dtype.itemsize)
+    # SDPA's masks are of the branches after the first, in the model's precision; FlexAttention's is a bool while its
+    # blocks are found.
+    mask = tokens * tokens * (1 if attention == FLEX else LATER_BRANCHES * dtype.itemsize)
     # Logits in the model's precision, then in fp32, and their gradient, of one chunk.
     logits = min(targets, HEAD_CHUNK) * int(text.vocab_size) * (dtype.itemsize + 8)
-    return tokens * kept + mask + logits
+    return round(tokens * kept + mask + logits)
 
 
 def _whole_layer(config: LlavaConfig, dtype: torch.dtype, rank: int) -> int:
@@ -150,6 +155,15 @@ def _whole_layer(config: LlavaConfig, dtype: torch.dtype, rank: int) -> int:
     text = config.text_config
     widths = 9 if dtype == torch.float32 else 13
     return (widths * int(text.hidden_size) + 4 * int(text.intermediate_size) + 7 * rank) * dtype.itemsize
+
+
+def _last_layer(config: LlavaConfig, dtype: torch.dtype, rank: int) -> int:
+    """Bytes a token that the last layer keeps: what keys, values and attention need; see `modeling.last_layer`.
+
+    Measured as for `_whole_layer`.
+    """
+    widths = 7 if dtype == torch.float32 else 9
+    return (widths * int(config.text_config.hidden_size) + 3 * rank) * dtype.itemsize
 
 
 def _layer_products(config: LlavaConfig) -> int:

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from transformers import LlavaConfig
 
+from lora_llava.data.sharing import Sharing, alone
 from lora_llava.device import free_memory_bytes
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.stages import PartRow
@@ -23,7 +24,7 @@ from lora_llava.training.cost import Machine, relative_cost
 from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits
 
 GIB = 1024**3
-MOST_TOKENS = {"cuda": 8192, "cpu": 512}
+MOST_TOKENS = {"cuda": 8192, "cpu": 2048}
 """Tokens of a micro-batch beyond which nothing is gained: the matrices are busy."""
 ROUNDING = 64
 """A row's tokens are chosen in such steps."""
@@ -48,7 +49,7 @@ class MemoryPlan:
     bytes_needed: int
     bytes_usable: int
     cost: float
-    """Time for a token; see `training.cost.relative_cost`."""
+    """Time for a token of the conversations; see `training.cost`."""
 
     def __str__(self) -> str:
         """Say in a line what was chosen."""
@@ -78,6 +79,8 @@ class StageShapes:
     dtype: torch.dtype
     longest: int
     """Tokens of the longest conversation: a micro-batch holds it whole."""
+    sharing: Sharing = alone
+    """What rows of a length compute of the conversations' tokens."""
 
 
 def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
@@ -138,7 +141,8 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
                 bool(dequantized),
                 fixed + activation_bytes(config, recompute, tokens, tokens, shapes.dtype, rank, machine.attention),
                 machine.usable,
-                relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
+                shapes.sharing(tokens)
+                * relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
             )
             for tokens in _sizes(settings, shapes.longest, MOST_TOKENS[machine.device])
         ]

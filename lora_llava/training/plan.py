@@ -13,6 +13,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.packing import Plan, Row, make_plan, plan_in_order, tree_length
 from lora_llava.data.records import Record, load_split
+from lora_llava.data.sharing import Sharing, sharing
 from lora_llava.device import world_size
 from lora_llava.errors import DataError
 from lora_llava.modeling.base import num_image_tokens
@@ -34,6 +35,10 @@ class StageRecords:
     def longest(self) -> int:
         """Tokens of the longest conversation."""
         return max(item.length for encoded in (self.train, self.validation) for item in encoded.items)
+
+    def sharing(self, stage: StageSettings) -> Sharing:
+        """Tell what rows of a length compute of the conversations' tokens."""
+        return sharing(self.train.items, stage.branches_per_tree, stage.packing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from lora_llava.data.records import fingerprint
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.modeling.assemble import assemble
-from lora_llava.modeling.attention import pick_attention, set_attention
+from lora_llava.modeling.attention import set_attention
+from lora_llava.modeling.attention_choice import pick_attention
 from lora_llava.modeling.base import (
     BaseIdentity,
     LoadedModel,
@@ -172,7 +173,8 @@ def read_stage(
     records = read_records(recipe.stage(stage), config, tokenizer, recipe.seed)
     output.note_skipped(recipe.resolved_output_dir, stage, records.skipped)
     table = planned_parameters(recipe, stage, config, dtype)
-    return records, StageShapes(recipe, stage, config, table, dtype, records.longest)
+    shared = records.sharing(recipe.stage(stage))
+    return records, StageShapes(recipe, stage, config, table, dtype, records.longest, shared)
 
 
 def stage_facts(

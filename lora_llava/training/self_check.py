@@ -14,7 +14,8 @@ from lora_llava.conversation import IGNORE_INDEX
 from lora_llava.data.batch import PackedRows
 from lora_llava.data.packing import Row, Tree
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.packed import packed_logits
+from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.packed import llava_in, packed_logits
 
 MOST_CONVERSATIONS = 3
 """Conversations that are compared: enough for one to have neighbours on both sides."""
@@ -69,7 +70,8 @@ def _logits_alone(model: Any, rows: PackedRows, index: int, device: torch.device
     conversation, record = rows.encoded[index], rows.records[index]
     pixels = {} if record.image is None else {"pixel_values": rows.read_image(record)[None].to(device)}
     ids = torch.tensor([conversation.input_ids], device=device)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
+    with with_sdpa(llava_in(model)):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
     places = [place - 1 for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX and place > 0]
     at_targets: torch.Tensor = logits[places]
     return at_targets

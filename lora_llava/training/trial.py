@@ -13,7 +13,7 @@ from lora_llava.data.batch import PackedRows
 from lora_llava.data.packing import PlanItem, tree_length
 from lora_llava.device import peak_memory_bytes
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, SDPA, attention_of, set_attention
+from lora_llava.modeling.attention import FLEX, TREES, attention_of, set_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller
@@ -46,7 +46,7 @@ def try_longest_row(
                 "set auto or sdpa"
             ) from error
         console.print(f"flex_attention does not work with this model ({type(error).__name__}); sdpa takes its place")
-        set_attention(llava, SDPA)
+        set_attention(llava, TREES)
         _pass_twice(model, rows[longest], shapes.dtype)
     return lengths[longest]
 

@@ -13,8 +13,8 @@ import lora_llava.modeling.attention as attention_module
 import lora_llava.modeling.packed as packed_module
 from lora_llava.conversation import Encoded, Turn, encode, get_template
 from lora_llava.data.batch import Batch, build_row
-from lora_llava.modeling.attention import additive_mask
-from lora_llava.modeling.packed import packed_logits, packed_loss
+from lora_llava.modeling.attention import SDPA, TREES, additive_mask, set_attention, with_sdpa
+from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
 from lora_llava.modeling.stages import build_stage
 from lora_llava.recipe import AdapterSettings
 from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, tiny_llava, tiny_tokenizer
@@ -34,6 +34,7 @@ def build_model(dtype: torch.dtype = torch.float32, kind: str = "lora") -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    set_attention(llava_in(model), TREES)
     return model.to(dtype).eval()
 
 
@@ -95,12 +96,13 @@ def gradients(model: Any, loss: torch.Tensor) -> Gradients:
 def own_loss(model: Any, encoded: Encoded, pixels: torch.Tensor | None) -> torch.Tensor:
     """The loss of LlavaForConditionalGeneration itself: the mean over one conversation."""
     ids = torch.tensor([encoded.input_ids])
-    loss: torch.Tensor = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=pixels,
-        labels=torch.tensor([encoded.labels]),
-    ).loss
+    with with_sdpa(llava_in(model)):
+        loss: torch.Tensor = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            labels=torch.tensor([encoded.labels]),
+        ).loss
     return loss
 
 
@@ -162,6 +164,14 @@ def test_rows_of_a_step_add_up_to_the_step(model: Any) -> None:
     rows[1]["pixel_values"] = image(1, dtype_of(model))[None]
     loss = packed_loss(model, rows[0], total) + packed_loss(model, rows[1], total)
     assert error(gradients(model, loss), whole) < TOLERANCE[dtype_of(model)]
+
+
+def test_a_dense_mask_computes_the_same(model: Any) -> None:
+    trees = [branches(3), branches(1, 3), branches(2, 4)]
+    _, ours = packed(model, trees)
+    with with_sdpa(llava_in(model)):
+        _, theirs = packed(model, trees)
+    assert error(ours, theirs) < TOLERANCE[dtype_of(model)]
 
 
 def test_dora_too() -> None:
@@ -246,15 +256,21 @@ def with_eager_attention(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPat
 
 
 def without_mask(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    set_attention(llava_in(model), SDPA)
     monkeypatch.setattr(attention_module, "additive_mask", lambda *_: None)
     return batch
+
+
+def as_plain_text(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    """Trees whose later branches see the earlier ones."""
+    return batch | {"tree_spans": batch["tree_spans"][:, [0, 2, 2]]}
 
 
 def with_linear_positions(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
 
 
-@pytest.mark.parametrize("mistake", [with_eager_attention, without_mask, with_linear_positions])
+@pytest.mark.parametrize("mistake", [with_eager_attention, without_mask, as_plain_text, with_linear_positions])
 def test_the_silent_mistakes_would_be_seen_here(
     mistake: Callable[[Any, Batch, pytest.MonkeyPatch], Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

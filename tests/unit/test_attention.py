@@ -8,11 +8,22 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-import lora_llava.modeling.attention as attention
+import lora_llava.modeling.attention_choice as choice
 from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.batch import build_row
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, SDPA, additive_mask, attention_of, block_mask, check_attention
+from lora_llava.modeling.attention import (
+    FLEX,
+    SDPA,
+    TREES,
+    additive_mask,
+    as_trees,
+    attention_of,
+    block_mask,
+    check_attention,
+    set_attention,
+    with_sdpa,
+)
 from lora_llava.modeling.packed import llava_in, packed_logits
 from tests.parity.test_packed import branches, build_model, row_of
 
@@ -42,6 +53,21 @@ def test_mask_by_hand() -> None:
     ]
 
 
+def test_trees_see_by_spans_what_the_mask_says() -> None:
+    row = row_of([branches(4), branches(1), [*branches(2)]], torch.float32)
+    dense = additive_mask(row["segments"], torch.float32)[0, 0]
+    seen = torch.full_like(dense, -torch.inf)
+    start = 0
+    for tree in as_trees(row["tree_spans"].tolist(), row["segments"], torch.float32):
+        own = seen[start : start + tree.length, start : start + tree.length]
+        own[: tree.plain, : tree.plain] = torch.zeros(tree.plain, tree.plain).masked_fill_(
+            ~torch.ones(tree.plain, tree.plain, dtype=torch.bool).tril(), -torch.inf
+        )
+        own[tree.plain :] = tree.mask[0, 0]
+        start += tree.length
+    assert torch.equal(seen, dense)
+
+
 def test_the_block_mask_says_the_same() -> None:
     row = row_of([branches(9), branches(5)], torch.float32)["segments"]
     blocks = block_mask(row)
@@ -57,10 +83,10 @@ def test_flex_attention_computes_what_sdpa_does() -> None:
     row = row_of([branches(4), branches(2)], torch.float32)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         ours = packed_logits(model, row)
-        attention.set_attention(llava_in(model), FLEX)
+        set_attention(llava_in(model), FLEX)
         check_attention(llava_in(model))
         theirs = packed_logits(model, row)
-        with attention.with_sdpa(llava_in(model)):
+        with with_sdpa(llava_in(model)):
             assert attention_of(llava_in(model)) == SDPA
         assert attention_of(llava_in(model)) == FLEX
     assert llava_in(model).config.vision_config._attn_implementation == SDPA
@@ -79,26 +105,26 @@ def test_eager_attention_is_refused() -> None:
     model = llava_in(build_model())
     check_attention(model)
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="need sdpa or flex_attention, the model has 'eager'"):
+    with pytest.raises(ValueError, match="need sdpa_by_tree or flex_attention, the model has 'eager'"):
         check_attention(model)
 
 
 def test_a_cpu_takes_sdpa_and_refuses_flex_attention() -> None:
-    assert attention.pick_attention("auto", SHAPES, CPU, torch.float32)[0] == SDPA
-    assert attention.pick_attention("sdpa", SHAPES, CPU, torch.float32)[0] == SDPA
+    assert choice.pick_attention("auto", SHAPES, CPU, torch.float32)[0] == TREES
+    assert choice.pick_attention("sdpa", SHAPES, CPU, torch.float32)[0] == TREES
     with pytest.raises(TrainingError, match=r"attn_implementation: .* no backward pass on a CPU; set auto or sdpa"):
-        attention.pick_attention("flex_attention", SHAPES, CPU, torch.float32)
+        choice.pick_attention("flex_attention", SHAPES, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("setting", "seconds", "chosen"),
-    [("auto", (2e-3, 1e-3), FLEX), ("auto", (1e-3, 2e-3), SDPA), (FLEX, (1e-3, 2e-3), FLEX), (SDPA, None, SDPA)],
+    [("auto", (2e-3, 1e-3), FLEX), ("auto", (1e-3, 2e-3), TREES), (FLEX, (1e-3, 2e-3), FLEX), (SDPA, None, TREES)],
 )
 def test_on_cuda_the_faster_is_taken_or_what_is_set(
     monkeypatch: pytest.MonkeyPatch, setting: str, seconds: tuple[float, float] | None, chosen: str
 ) -> None:
-    monkeypatch.setattr(attention, "_compare", lambda *_: seconds)
-    name, why = attention.pick_attention(setting, SHAPES, CUDA, torch.bfloat16)
+    monkeypatch.setattr(choice, "_compare", lambda *_: seconds)
+    name, why = choice.pick_attention(setting, SHAPES, CUDA, torch.bfloat16)
     assert name == chosen
     assert why == "as set" or ("flex_attention" in why and "sdpa" in why)
 
@@ -107,16 +133,16 @@ def test_flex_attention_that_fails_is_replaced_unless_it_is_asked_for(monkeypatc
     def fail(*_: Any) -> Any:
         raise RuntimeError("no Triton\nand more")
 
-    monkeypatch.setattr(attention, "_compare", fail)
-    name, why = attention.pick_attention("auto", SHAPES, CUDA, torch.bfloat16)
-    assert (name, why) == (SDPA, "flex_attention does not work here (RuntimeError: no Triton)")
+    monkeypatch.setattr(choice, "_compare", fail)
+    name, why = choice.pick_attention("auto", SHAPES, CUDA, torch.bfloat16)
+    assert (name, why) == (TREES, "flex_attention does not work here (RuntimeError: no Triton)")
     with pytest.raises(TrainingError, match=r"no Triton.*set sdpa"):
-        attention.pick_attention(FLEX, SHAPES, CUDA, torch.bfloat16)
+        choice.pick_attention(FLEX, SHAPES, CUDA, torch.bfloat16)
 
 
 def test_attentions_are_compared_on_trees() -> None:
-    tried = attention._tried_segments(CPU)
-    assert tried.shape == (2, attention.TRIED_TOKENS)
+    tried = choice._tried_segments(CPU)
+    assert tried.shape == (2, choice.TRIED_TOKENS)
     assert tried[0].unique().tolist() == [0, 1, 2, 3]
     assert tried[1].unique().tolist() == list(range(17))
-    assert int((tried[1] == 0).sum()) == 4 * attention.TRIED_PREFIX
+    assert int((tried[1] == 0).sum()) == 4 * choice.TRIED_PREFIX

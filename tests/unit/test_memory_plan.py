@@ -15,10 +15,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.batch import build_row
+from lora_llava.data.packing import PlanItem
+from lora_llava.data.sharing import sharing
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, SDPA
+from lora_llava.modeling.attention import FLEX, TREES, set_attention
 from lora_llava.modeling.base import BaseIdentity, load_base, read_config
-from lora_llava.modeling.packed import packed_loss
+from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import PartRow, build_stage
 from lora_llava.recipe import AdapterSettings, Recipe
@@ -148,9 +150,18 @@ def test_activations_are_estimated_to_15_percent(policy: Recompute) -> None:
     config = LlavaConfig(vision_config=tiny_config().vision_config, text_config=text)
     model = build_stage(LlavaForConditionalGeneration(config), "instruct", AdapterSettings(r=16)).train()
     set_recompute(model, policy.policy, policy.full_layers)
-    tokens, targets = 2048, 64
-    ids = torch.randint(0, 500, (tokens,)).tolist()
-    batch = build_row([[Encoded(ids, [IGNORE_INDEX] * (tokens - targets) + ids[-targets:], 0)]])
+    set_attention(llava_in(model), TREES)
+    prefix, own, targets = list(range(1500)), 137, 16
+    tree = [
+        Encoded(
+            [place % 500 for place in prefix + list(range(number, number + own))],
+            [IGNORE_INDEX] * (len(prefix) + own - targets) + [7] * targets,
+            len(prefix),
+        )
+        for number in range(4)
+    ]
+    batch = build_row([tree])
+    tokens, targets = len(prefix) + 4 * own, 4 * targets
     for parameter in model.parameters():
         # Gradients are counted with the parameters.
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -201,7 +212,10 @@ def test_stage_one_needs_less() -> None:
     assert plan(12, stage="align").cost <= plan(12).cost
 
 
-def test_rows_are_short_where_attention_computes_what_it_does_not_see() -> None:
-    long, short = plan(80), plan(80, attention=SDPA)
-    assert short.tokens_per_micro_batch < 2048 < long.tokens_per_micro_batch
-    assert long.cost < short.cost
+def test_a_row_is_as_long_as_a_tree_where_that_saves_the_image() -> None:
+    items = [PlanItem(660 + number % 9, 616, number // 20) for number in range(200)]
+    shared, cpu = sharing(items, 16, "tree"), Machine("cpu", 64 * GIB, TREES)
+    shapes = StageShapes(recipe(), "instruct", llava_7b(), table_of(128, "instruct"), torch.float32, 668, shared)
+    tokens = plan_memory(shapes, cpu).tokens_per_micro_batch
+    assert shared(tokens) == shared(10**6) < shared(1000) < shared(668) == 1.0
+    assert tokens >= 616 + 16 * 44

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lora_llava.modeling.recompute as recompute
 from lora_llava.data.batch import Batch, build_row
-from lora_llava.modeling.packed import packed_loss
+from lora_llava.modeling.attention import TREES, set_attention
+from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.stages import build_stage
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import GradientCheckpointing
@@ -31,6 +32,7 @@ def trained(policy: GradientCheckpointing, full_layers: int) -> Any:
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=generator)
     recompute.set_recompute(model, policy, full_layers)
+    set_attention(llava_in(model), TREES)
     return model.train()
 
 
@@ -89,7 +91,7 @@ def kept_bytes(monkeypatch: pytest.MonkeyPatch, config: LlamaConfig, tokens: int
 
 def test_selective_keeps_at_most_100_kib_a_token_and_layer_of_the_7b(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32, vocab_size=64
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, vocab_size=64
     )
     tokens = 2
     kib = kept_bytes(monkeypatch, config, tokens) / tokens / 1024

@@ -59,7 +59,7 @@ def no_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Batch:
         batch = build_row(*args, **kwargs)
         length = batch["input_ids"].shape[1]
-        return batch | {"segments": torch.zeros(2, length, dtype=torch.long)}
+        return batch | {"tree_spans": torch.tensor([[0, length, length]])}
 
     monkeypatch.setattr(batch_module, "build_row", broken)
 

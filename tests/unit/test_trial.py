@@ -12,7 +12,7 @@ import lora_llava.training.trial as trial
 from lora_llava.data.batch import Batch
 from lora_llava.data.packing import PlanItem
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, SDPA, attention_of, set_attention
+from lora_llava.modeling.attention import FLEX, TREES, attention_of, set_attention
 from lora_llava.modeling.packed import llava_in
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory_plan import StageShapes, plan_memory
@@ -76,8 +76,8 @@ def fails_in_flex(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_flex_attention_that_fails_in_the_model_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model, taken = fails_in_flex(monkeypatch)
     trial.try_longest_row(model, rows(), ITEMS, shapes(torch.float32), Console(quiet=True))
-    assert taken == [FLEX, SDPA, SDPA]
-    assert attention_of(llava_in(model)) == SDPA
+    assert taken == [FLEX, TREES, TREES]
+    assert attention_of(llava_in(model)) == TREES
 
 
 def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
