@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,16 @@ NO_TREE = -1
 """Tree number of the tokens that fill a row up: nothing else sees them."""
 
 
-def additive_mask(segments: torch.Tensor, dtype: torch.dtype, first: int = 0) -> torch.Tensor:
-    """Write who sees whom as what is added to attention's scores (1, 1, T - first, T): 0, or minus infinity.
+def additive_mask(
+    segments: torch.Tensor, dtype: torch.dtype, queries: torch.Tensor | slice = slice(None)
+) -> torch.Tensor:
+    """Write who sees whom as what is added to attention's scores (1, 1, queries, T): 0, or minus infinity.
 
-    `segments` (2, T) as `data.batch.build_row` makes them; of the queries, those from `first` on. Made once for all
-    layers: of a bool mask SDPA would make, and keep for the backward pass, such a copy in each.
+    `segments` (2, T) as `data.batch.build_row` makes them; `queries`: the places that see, all if not given. Made once
+    for all layers: of a bool mask SDPA would make, and keep for the backward pass, such a copy in each.
     """
     places = torch.arange(segments.shape[1], device=segments.device)
-    seen = _sees(segments)(places[first:, None], places[None, :])
+    seen = _sees(segments)(places[queries, None], places[None, :])
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
     return mask[None, None]
 
@@ -78,9 +81,15 @@ def masked_inputs(batch: Mapping[str, torch.Tensor], attention: Attention, dtype
     """
     ids, positions, segments = batch["input_ids"], batch["position_ids"], batch["segments"]
     if attention == TREES:
-        trees = as_trees(batch["tree_spans"].tolist(), segments, dtype)
-        # Of plain text, so that transformers neither guesses a packing from the positions nor makes a mask.
-        return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids), "trees": trees}
+        places = batch["predicting_places"]
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            # Of plain text, so that transformers neither guesses a packing from the positions nor makes a mask.
+            "attention_mask": torch.ones_like(ids),
+            "trees": as_trees(batch["tree_spans"].tolist(), segments, dtype),
+            "at_the_end": Queries(places, additive_mask(segments, dtype, places)),
+        }
     if attention == FLEX:
         room = (0, -segments.shape[1] % BLOCK)
         # Id 0 is no image's place, whose id is the last of a vocabulary.
@@ -104,10 +113,19 @@ class Tree:
     """What is added to the scores of the tokens after those (1, 1, length - plain, length)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """The places of a row whose attention the last layer needs; see `modeling.last_layer`."""
+
+    places: torch.Tensor
+    mask: torch.Tensor
+    """What is added to their scores (1, 1, places, T)."""
+
+
 def as_trees(spans: Sequence[Sequence[int]], segments: torch.Tensor, dtype: torch.dtype) -> list[Tree]:
     """Make the trees of a row; `spans` and `segments` as in `data.batch.build_row`."""
     return [
-        Tree(end - start, plain - start, additive_mask(segments[:, start:end], dtype, plain - start))
+        Tree(end - start, plain - start, additive_mask(segments[:, start:end], dtype, slice(plain - start, None)))
         for start, plain, end in spans
     ]
 
@@ -121,24 +139,38 @@ def attend_by_tree(
     *,
     trees: list[Tree],
     scaling: float,
-    **_: Any,
+    at_the_end: Queries | None = None,
+    **_others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each tree of a row: as to plain text up to the end of its first branch, by a mask after that.
 
     `query`, `key`, `value` (1, heads, T, width), as transformers' attention functions take them; returns
-    (1, T, heads, width). Nothing is computed from tree to tree, and SDPA's causal kernels do the longest part.
+    (1, T, heads, width), of the last layer zeros but `at_the_end`. Nothing is computed from tree to tree, and SDPA's
+    causal kernels do the longest part.
     """
-    groups = module.num_key_value_groups
+    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
+    attend = partial(F.scaled_dot_product_attention, scale=scaling)
+    if at_the_end is not None and module.layer_idx == module.config.num_hidden_layers - 1:
+        few = attend(query.index_select(2, at_the_end.places), key, value, attn_mask=at_the_end.mask)
+        return torch.zeros_like(query).index_copy(2, at_the_end.places, few).transpose(1, 2), None
     lengths = [tree.length for tree in trees]
     outputs: list[torch.Tensor] = []
-    parts = (tensor.split(lengths, dim=2) for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    for tree, queries, keys, values in zip(trees, *parts, strict=True):
-        plain, rest = queries.split([tree.plain, tree.length - tree.plain], dim=2)
-        own_keys, own_values = keys[:, :, : tree.plain], values[:, :, : tree.plain]
-        outputs.append(F.scaled_dot_product_attention(plain, own_keys, own_values, is_causal=True, scale=scaling))
-        if rest.shape[2]:
-            outputs.append(F.scaled_dot_product_attention(rest, keys, values, attn_mask=tree.mask, scale=scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    for tree, own, keys, values in zip(trees, *(_cut(part, lengths) for part in (query, key, value)), strict=True):
+        (plain, *later), (seen_keys, *_), (seen_values, *_) = (
+            _cut(part, [tree.plain, tree.length - tree.plain]) for part in (own, keys, values)
+        )
+        outputs.append(attend(plain, seen_keys, seen_values, is_causal=True))
+        if later:
+            outputs.append(attend(later[0], keys, values, attn_mask=tree.mask))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2), None
+
+
+def _cut(tensor: torch.Tensor, lengths: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Cut (1, heads, T, width) into parts; what is whole stays as it is, for a cut's gradient is a copy."""
+    if lengths[0] == tensor.shape[2]:
+        return [tensor]
+    parts: Sequence[torch.Tensor] = tensor.split(list(lengths), dim=2)
+    return parts
 
 
 AttentionInterface.register(TREES, attend_by_tree)
