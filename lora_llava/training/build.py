@@ -20,9 +20,11 @@ from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training import output
 from lora_llava.training.feature_cache import use_features
+from lora_llava.training.guards import NonFiniteGuard
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.trainer import PackedTrainer
+from lora_llava.training.watch import StageWatch
 
 SAMPLE_TOKENS = 32
 """Longest sample answer, in tokens."""
@@ -76,7 +78,7 @@ def make_trainer(
     read_image = image_reader(recipe, stage, loaded, data)
     rank = int(os.environ.get("RANK", "0"))
     rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
-    validation = None
+    train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
     if data.validation:
         validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
     sampled = data.validation.records[: settings.num_sample_answers]
@@ -99,10 +101,17 @@ def make_trainer(
     return PackedTrainer(
         loaded.model,
         training_arguments(recipe, settings, data, directory / stage, optim, dtype),
-        PackedRows(rows, data.encoded.records, data.encoded, read_image),
+        train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         sample_answers=sample_answers if sampled else None,
+        guard=NonFiniteGuard(
+            train,
+            stage=stage,
+            most_skipped=settings.max_non_finite_steps if settings.on_non_finite == "skip" else 0,
+            bf16=dtype == torch.bfloat16,
+        ),
+        watch=StageWatch(data.counts, settings.max_grad_norm),
         callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console)],
     )
 
