@@ -21,6 +21,7 @@ from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training import output
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.guards import NonFiniteGuard
+from lora_llava.training.image_check import make_image_check
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.trainer import PackedTrainer
@@ -105,13 +106,9 @@ def make_trainer(
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         sample_answers=sample_answers if sampled else None,
-        guard=NonFiniteGuard(
-            train,
-            stage=stage,
-            most_skipped=settings.max_non_finite_steps if settings.on_non_finite == "skip" else 0,
-            bf16=dtype == torch.bfloat16,
-        ),
+        guard=NonFiniteGuard.by_settings(train, stage, settings, dtype),
         watch=StageWatch(data.counts, settings.max_grad_norm),
+        image_check=make_image_check(validation, image_transform(recipe, settings, loaded)) if validation else None,
         callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console)],
     )
 

@@ -1,8 +1,8 @@
 """A loss or a gradient that is not finite never reaches the weights: the run stops, or goes on without the step.
 
 One NaN that gets into the weights or into Adam's averages soon makes all of them NaN. So losses and gradients of a step
-are looked at when its last backward pass is done, before anything is clipped: clipping by a norm of NaN or infinity ruins
-every gradient.
+are looked at when its last backward pass is done, before anything is clipped: clipping by a norm of NaN or infinity
+ruins every gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from lora_llava.data.batch import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.packed import packed_loss
+from lora_llava.recipe_stages import StageName, StageSettings
 
 MOST_NAMED = 8
 """Records, or parameters, that a message names."""
@@ -44,6 +45,14 @@ class NonFiniteGuard:
         """Gradient norm of each group in the last step, before clipping."""
         self.last_checkpoint: Callable[[], str | None] = lambda: None
         """Names the checkpoint to go back to."""
+
+    @classmethod
+    def by_settings(
+        cls, rows: PackedRows, stage: StageName, settings: StageSettings, dtype: torch.dtype
+    ) -> NonFiniteGuard:
+        """Do as `on_non_finite` and `max_non_finite_steps` say."""
+        most = settings.max_non_finite_steps if settings.on_non_finite == "skip" else 0
+        return cls(rows, stage=stage, most_skipped=most, bf16=dtype == torch.bfloat16)
 
     def problem(
         self, model: nn.Module, groups: Groups, losses: torch.Tensor, total: torch.Tensor, step: int

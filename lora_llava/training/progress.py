@@ -104,7 +104,8 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
                 f"[yellow]{self.stage} {step}/{total}: {escape(row['warning'])}[/yellow]", soft_wrap=True
             )
         if "eval_loss" in row:
-            self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}")
+            blind = f", without the images {row['eval_loss_blind']:.4f}" if "eval_loss_blind" in row else ""
+            self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}{blind}")
             for sample in row.get("samples", []):
                 texts = {key: escape(text) for key, text in sample.items()}
                 self.console.print(

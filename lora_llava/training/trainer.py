@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
-from lora_llava.training.guards import NonFiniteGuard
+from lora_llava.training.guards import NonFiniteGuard, forked_rng
+from lora_llava.training.image_check import ImageCheck, not_looking
 from lora_llava.training.watch import StageWatch
 
 SampleAnswers = Callable[[], list[dict[str, str]]]
@@ -38,6 +39,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         sample_answers: SampleAnswers | None = None,
         guard: NonFiniteGuard | None = None,
         watch: StageWatch | None = None,
+        image_check: ImageCheck | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_attention(llava_in(model))
@@ -45,6 +47,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.sample_answers = sample_answers
         self.guard = guard or NonFiniteGuard(rows, bf16=args.bf16)
         self.watch = watch or StageWatch()
+        self.image_check = image_check
         self.losses: list[torch.Tensor] = []
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -140,23 +143,34 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Compute the validation loss, mean over its supervised tokens, and log a few sample answers."""
+        """Compute the validation loss, mean over its supervised tokens, and log a few sample answers.
+
+        Training goes on as if nothing had been: neither its random numbers nor dropout are another.
+        """
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        count = 0
         # What is trained is in fp32, the rest in bf16: without autocast the two do not multiply.
         autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
-        with torch.no_grad(), autocast:
-            for row in self._rows_loader(rows):
-                inputs = self._prepare_inputs(row)
-                total += packed_loss(self.model, inputs, 1).double().cpu()
-                count += inputs["shift_labels"].numel()
-            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": float(total) / count}
+        # A data loader draws a number for its workers, whether it has any or not.
+        with forked_rng(self.args.device), torch.no_grad(), autocast:
+            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": self._mean_loss(self._rows_loader(rows))}
+            if self.image_check is not None:
+                metrics |= self.image_check.measure(self._mean_loss)
+                if warning := not_looking(metrics, self.state.global_step, self.state.max_steps):
+                    metrics["warning"] = warning
             if self.sample_answers is not None:
                 metrics["samples"] = self.sample_answers()
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _mean_loss(self, rows: Iterable[Batch]) -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for row in rows:
+            inputs = self._prepare_inputs(row)
+            total += packed_loss(self.model, inputs, 1).double().cpu()
+            count += inputs["shift_labels"].numel()
+        return float(total) / count
