@@ -6,7 +6,7 @@ loses without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_llava.data.batch import Batch, ImageTransform, PackedRows
@@ -14,7 +14,7 @@ from lora_llava.data.images import mean_colour, preprocess
 from lora_llava.data.packing import Row, Tree
 
 MOST_CONVERSATIONS, MOST_IMAGES = 64, 32
-"""Bounds of the sample; it is computed twice at each validation."""
+"""Bounds of the sample, which is computed twice at each validation, or once if it is all of it."""
 LEAST_GAIN = 0.01
 """Share of its loss that a model which looks owes to the images."""
 
@@ -28,10 +28,16 @@ class ImageCheck:
 
     true: PackedRows
     blind: PackedRows
+    is_whole: bool
+    """Whether they are all of the validation."""
 
-    def measure(self, mean_loss: MeanLoss) -> dict[str, float]:
-        """Return `eval_loss_blind`, and as `image_gain` what it is above the loss with the images, a token."""
-        true, blind = mean_loss(each(self.true)), mean_loss(each(self.blind))
+    def measure(self, mean_loss: MeanLoss, whole: float) -> dict[str, float]:
+        """Return `eval_loss_blind`, and as `image_gain` what it is above the loss with the images, a token.
+
+        `whole`: the loss over all validation rows.
+        """
+        true = whole if self.is_whole else mean_loss(each(self.true))
+        blind = mean_loss(each(self.blind))
         return {"eval_loss_blind": blind, "image_gain": blind - true}
 
 
@@ -52,6 +58,7 @@ def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck 
     return ImageCheck(
         PackedRows(sample, rows.records, rows.encoded, rows.read_image),
         PackedRows(sample, rows.records, rows.encoded, lambda _: nothing),
+        count_conversations(sample) == count_conversations(rows.rows),
     )
 
 
@@ -75,6 +82,11 @@ def sample_rows(rows: PackedRows) -> list[Row]:
     return [tuple(trees) for trees in chosen.values()]
 
 
+def count_conversations(rows: Sequence[Row]) -> int:
+    """Count the conversations of rows."""
+    return sum(len(tree) for row in rows for tree in row)
+
+
 def each(rows: PackedRows) -> Iterator[Batch]:
     """Read rows one after another, in this process."""
     for index in range(len(rows)):
@@ -90,5 +102,5 @@ def not_looking(metrics: dict[str, float], step: int, max_steps: int) -> str | N
     return (
         f"the model does not look at the images: its validation loss is {blind - gain:.4f} with them, and {blind:.4f} "
         "with the mean colour in place of each. Look with lora-llava check whether the images belong to their "
-        "questions; if they do, train the align stage longer, or raise mm_projector_lr"
+        "questions; if they do, train longer, align first of all, or raise the projector's learning rate"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -113,6 +113,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         world_size: int = self.args.world_size
         return loss * world_size
 
+    def guards_state(self) -> dict[str, Any]:
+        """What guards and watch need to go on in a run that is resumed as if nothing had been; for JSON."""
+        return {"skipped": self.guard.skipped, "watch": self.watch.state()}
+
+    def restore_guards(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `guards_state`."""
+        self.guard.skipped = list(state["skipped"])
+        self.watch.restore(state["watch"])
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log with the figures of the `watch`."""
         if "loss" in logs:
@@ -154,9 +163,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
         # A data loader draws a number for its workers, whether it has any or not.
         with forked_rng(self.args.device), torch.no_grad(), autocast:
-            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": self._mean_loss(self._rows_loader(rows))}
+            loss = self._mean_loss(self._rows_loader(rows))
+            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
             if self.image_check is not None:
-                metrics |= self.image_check.measure(self._mean_loss)
+                metrics |= self.image_check.measure(self._mean_loss, loss)
                 if warning := not_looking(metrics, self.state.global_step, self.state.max_steps):
                     metrics["warning"] = warning
             if self.sample_answers is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 import lora_llava.training.frozen as frozen_module
 from lora_llava.errors import TrainingError
@@ -98,4 +99,14 @@ def test_a_weight_that_is_thawed_is_named() -> None:
     frozen = FrozenWeights(model)
     model.get_base_model().lm_head.weight.requires_grad_(True)
     with pytest.raises(TrainingError, match=r"lm_head\.weight"):
+        frozen.check("align")
+
+
+def test_the_scales_of_4_bit_weights_count() -> None:
+    layer = Linear4bit(64, 64, bias=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    layer.requires_grad_(False)
+    frozen = FrozenWeights(layer)
+    assert set(frozen.sums) == {"weight", "weight.absmax", "weight.nested_absmax", "weight.offset"}
+    layer.weight.quant_state.offset += 1e-4
+    with pytest.raises(TrainingError, match=r"1 of 4 frozen .*: weight\.offset\."):
         frozen.check("align")

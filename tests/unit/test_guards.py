@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,13 @@ def test_looking_for_the_culprit_leaves_the_random_numbers_alone(tmp_path: Path)
     trainer.guard.problem = watched  # type: ignore[method-assign]
     trainer.train()
     assert drawn == [2, 0, 0, 0, 0, 0]
+
+
+def test_the_count_of_steps_left_out_outlives_a_resumption(tmp_path: Path) -> None:
+    first = made_trainer(tmp_path, made_rows([0, 1], spoilt=["0"]), most_skipped=1)
+    first.train()
+    again = made_trainer(tmp_path, made_rows([2, 3], spoilt=[THIRD_STEP]), most_skipped=1)
+    again.restore_guards(json.loads(json.dumps(first.guards_state())))
+    assert again.guards_state() == first.guards_state()
+    with pytest.raises(TrainingError, match="More than max_non_finite_steps 1 steps"):
+        again.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def test_blind_rows_differ_in_their_pixels_alone(tmp_path: Path) -> None:
         assert changed == {"pixel_values"}
         # Nearly 0: the mean colour is one of whole numbers.
         assert blind["pixel_values"].abs().max() < 0.02
+
+
+def test_a_sample_of_all_is_computed_once(tmp_path: Path) -> None:
+    trainer = trainer_with_check(tmp_path)
+    assert trainer.image_check is not None
+    passes: list[int] = []
+    mean_loss = trainer._mean_loss
+
+    def counted(rows: Any) -> float:
+        passes.append(1)
+        return mean_loss(rows)
+
+    trainer._mean_loss = counted  # type: ignore[method-assign]
+    once = trainer.evaluate()
+    assert len(passes) == 2
+    trainer.image_check = replace(trainer.image_check, is_whole=False)
+    twice = trainer.evaluate()
+    assert len(passes) == 5
+    assert twice["image_gain"] == pytest.approx(once["image_gain"], abs=1e-6)
 
 
 def rows_of(rows: Sequence[Row], texts: Sequence[int] = ()) -> PackedRows:
