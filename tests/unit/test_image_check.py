@@ -19,7 +19,7 @@ from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 from tests.parity.test_packed import conversation
 
 TRANSFORM = ImageTransform(IMAGE_SIZE, IMAGE_MEAN, IMAGE_STD, "pad")
-STEPS = 60
+STEPS = 40
 
 
 def yes_or_no() -> PackedRows:
@@ -31,8 +31,8 @@ def yes_or_no() -> PackedRows:
 
 def trainer_with_check(directory: Path, **settings: Any) -> PackedTrainer:
     rows = yes_or_no()
-    trainer = made_trainer(directory, rows, learning_rate=3e-3, max_steps=STEPS, **settings)
-    trainer.mm_projector_lr = 3e-3
+    trainer = made_trainer(directory, rows, **{"learning_rate": 1e-2, "max_steps": STEPS, **settings})
+    trainer.mm_projector_lr = 1e-2
     trainer.eval_dataset = PackedRows(rows.rows[:2], rows.records, rows.encoded, rows.read_image)
     trainer.image_check = make_image_check(trainer.eval_dataset, TRANSFORM)
     return trainer
@@ -51,7 +51,7 @@ def test_a_model_that_looks_is_not_accused(tmp_path: Path) -> None:
 
 
 def test_a_model_with_a_dead_projector_does_not_look(tmp_path: Path) -> None:
-    trainer = trainer_with_check(tmp_path)
+    trainer = trainer_with_check(tmp_path, max_steps=8)
     copy = trainer.model.get_base_model().model.multi_modal_projector.modules_to_save["default"]
     with torch.no_grad():
         copy.linear_2.weight.zero_()
