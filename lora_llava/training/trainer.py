@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.training.guards import NonFiniteGuard, forked_rng
 from lora_llava.training.image_check import ImageCheck, not_looking
-from lora_llava.training.watch import StageWatch
+from lora_llava.training.watch import GuardsState, StageWatch
 
 SampleAnswers = Callable[[], list[dict[str, str]]]
 """Answers a few validation questions with the model as it is."""
@@ -49,6 +49,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.watch = watch or StageWatch()
         self.image_check = image_check
         self.losses: list[torch.Tensor] = []
+        callbacks = [*(callbacks or []), GuardsState(self.guard, self.watch)]
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, and leave
@@ -86,7 +87,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _judged(self) -> torch.Tensor:
         """Return the loss of a step that is complete; 0, with no gradient left, if the guard leaves it out."""
-        losses, self.losses = torch.stack(self.losses), []
+        losses = torch.stack(self.losses)
+        self.losses.clear()
         assert self.optimizer is not None
         groups = {group["name"]: group["params"] for group in self.optimizer.param_groups}
         total = losses.sum()
@@ -112,15 +114,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         # Data parallelism averages the ranks' gradients; the step's token count is over all ranks already.
         world_size: int = self.args.world_size
         return loss * world_size
-
-    def guards_state(self) -> dict[str, Any]:
-        """What guards and watch need to go on in a run that is resumed as if nothing had been; for JSON."""
-        return {"skipped": self.guard.skipped, "watch": self.watch.state()}
-
-    def restore_guards(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `guards_state`."""
-        self.guard.skipped = list(state["skipped"])
-        self.watch.restore(state["watch"])
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log with the figures of the `watch`."""

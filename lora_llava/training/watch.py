@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.modeling.base import PROJECTOR
 from lora_llava.modeling.packed import llava_in
+from lora_llava.training.guards import NonFiniteGuard
 from lora_llava.training.progress import StepCounts
 
 REMEMBERED, FEWEST = 50, 10
@@ -40,7 +42,12 @@ class StageWatch:
 
     def state(self) -> dict[str, Any]:
         """What a run that is resumed needs to log what the uninterrupted one would; for JSON."""
-        return {"last_logged": self.last_logged, "norms": self.norms, "warned": self.warned, "pending": self.pending}
+        return {
+            "last_logged": self.last_logged,
+            "norms": {name: list(values) for name, values in self.norms.items()},
+            "warned": list(self.warned),
+            "pending": list(self.pending),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
@@ -143,3 +150,33 @@ def projector_norms(model: nn.Module) -> tuple[float, float, float] | None:
     difference = get_total_norm([one - other for one, other in pairs])
     a, b, c = torch.stack([now, first, difference]).tolist()
     return a, b, c
+
+
+class GuardsState(TrainerCallback):  # type: ignore[misc]
+    """Keeps what guard and watch know in the Trainer's state, with which it is saved, and comes back on resuming."""
+
+    KEY = "lora_llava_guards"
+
+    def __init__(self, guard: NonFiniteGuard, watch: StageWatch) -> None:
+        self.guard = guard
+        self.watch = watch
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the state; or begin."""
+        known = state.stateful_callbacks.get(self.KEY)
+        self.guard.skipped = list(known["skipped"]) if known else []
+        self.watch.restore(known["watch"] if known else StageWatch().state())
+        self._keep(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take note of the step, which may be saved now."""
+        self._keep(state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take note of what was logged; after it the step may be saved, too."""
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
+        state.stateful_callbacks[self.KEY] = {"skipped": list(self.guard.skipped), "watch": self.watch.state()}

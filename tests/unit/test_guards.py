@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from lora_llava.errors import TrainingError
 from lora_llava.training.trainer import PackedTrainer
@@ -170,8 +170,18 @@ def test_looking_for_the_culprit_leaves_the_random_numbers_alone(tmp_path: Path)
 def test_the_count_of_steps_left_out_outlives_a_resumption(tmp_path: Path) -> None:
     first = made_trainer(tmp_path, made_rows([0, 1], spoilt=["0"]), most_skipped=1)
     first.train()
-    again = made_trainer(tmp_path, made_rows([2, 3], spoilt=[THIRD_STEP]), most_skipped=1)
-    again.restore_guards(json.loads(json.dumps(first.guards_state())))
-    assert again.guards_state() == first.guards_state()
-    with pytest.raises(TrainingError, match="More than max_non_finite_steps 1 steps"):
-        again.train()
+    assert first.guard.skipped == [1]
+    first.state.save_to_json(str(tmp_path / "state.json"))
+    second = made_trainer(tmp_path, made_rows())
+    saved = TrainerState.load_from_json(str(tmp_path / "state.json"))
+    second.callback_handler.on_train_begin(second.args, saved, TrainerControl())
+    assert second.guard.skipped == [1]
+    assert second.watch.state() == first.watch.state()
+    assert second.watch.state()["last_logged"] == 2
+
+
+def test_a_trainer_that_trains_again_begins_anew(tmp_path: Path) -> None:
+    trainer = made_trainer(tmp_path, made_rows(spoilt=["0"]), most_skipped=1)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.guard.skipped == [1]
