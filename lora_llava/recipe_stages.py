@@ -139,6 +139,10 @@ class StageSettings(Settings):
     max_grad_norm: Positive = 1.0
     adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.999
+    on_non_finite: Literal["error", "skip"] = "error"
+    """A step whose loss or gradient is NaN or infinite: stop before it, or leave it out and go on (`skip`)."""
+    max_non_finite_steps: Count = 3
+    """With `skip`: more than so many stop the run all the same."""
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "auto"
     """`auto`: in fp32 where that fits."""
     gradient_checkpointing: GradientCheckpointing | Literal["auto"] = "auto"

@@ -20,9 +20,12 @@ from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training import output
 from lora_llava.training.feature_cache import use_features
+from lora_llava.training.guards import NonFiniteGuard
+from lora_llava.training.image_check import make_image_check
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.trainer import PackedTrainer
+from lora_llava.training.watch import StageWatch
 
 SAMPLE_TOKENS = 32
 """Longest sample answer, in tokens."""
@@ -76,7 +79,7 @@ def make_trainer(
     read_image = image_reader(recipe, stage, loaded, data)
     rank = int(os.environ.get("RANK", "0"))
     rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
-    validation = None
+    train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
     if data.validation:
         validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
     sampled = data.validation.records[: settings.num_sample_answers]
@@ -99,10 +102,13 @@ def make_trainer(
     return PackedTrainer(
         loaded.model,
         training_arguments(recipe, settings, data, directory / stage, optim, dtype),
-        PackedRows(rows, data.encoded.records, data.encoded, read_image),
+        train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         sample_answers=sample_answers if sampled else None,
+        guard=NonFiniteGuard.by_settings(train, stage, settings, dtype),
+        watch=StageWatch(data.counts, settings.max_grad_norm),
+        image_check=make_image_check(validation, image_transform(recipe, settings, loaded)) if validation else None,
         callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console)],
     )
 

@@ -99,14 +99,20 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
     def _show(self, row: dict[str, Any]) -> None:
         step, total = row["step"], len(self.questions) - 1
+        if "warning" in row:
+            self.console.print(
+                f"[yellow]{self.stage} {step}/{total}: {escape(row['warning'])}[/yellow]", soft_wrap=True
+            )
         if "eval_loss" in row:
-            self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}")
+            blind = f", without the images {row['eval_loss_blind']:.4f}" if "eval_loss_blind" in row else ""
+            self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}{blind}")
             for sample in row.get("samples", []):
                 texts = {key: escape(text) for key, text in sample.items()}
                 self.console.print(
                     f"  {texts['question']} [dim]->[/dim] {texts['prediction'] or '(nothing)'} "
                     f"[dim](true: {texts['answer']})[/dim]"
                 )
+        if "loss" not in row:
             return
         left = (total - step) * row["seconds"] / max(step, 1)
         status = (
@@ -114,6 +120,9 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
             f"{row['questions_per_second']:.1f} questions/s  "
             f"{row['supervised_tokens_per_second']:.0f} supervised tokens/s"
         )
+        norms = [f"{key[10:]} {value:.2g}" for key, value in row.items() if key.startswith("grad_norm_")]
+        status += f"  gradients: {', '.join(norms)}" if norms else ""
+        status += f"  projector moved {row['projector_change']:.1%}" if "projector_change" in row else ""
         self.progress.update(self.task, status=status)
         if not self.console.is_terminal:
             self.console.print(f"{self.stage} {step}/{total}: {status}  {left:.0f} s left")

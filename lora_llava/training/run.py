@@ -45,6 +45,7 @@ from lora_llava.recipe_stages import StageName
 from lora_llava.training import output
 from lora_llava.training.build import image_facts, make_trainer
 from lora_llava.training.cost import Machine
+from lora_llava.training.frozen import FrozenWeights
 from lora_llava.training.memory import planned_parameters
 from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
 from lora_llava.training.plan import StageData, StageRecords, cache_offer, plan_records, read_records
@@ -131,8 +132,10 @@ def train_stage(
             tokens = try_longest_row(model, trainer.train_dataset, data.encoded.items, shapes, console)
             console.print(f"{stage}: {trial_line(tokens, chosen)}")
         check_first_row(model, trainer.train_dataset, dtype, device)
+        frozen = FrozenWeights(model)
         trainer.train()
     metrics = closing_metrics(trainer)
+    console.print(f"{stage}: {frozen.check(stage)}")
     facts = stage_facts(recipe, stage, loaded, data, parent, trainer.state.global_step)
     facts["metrics"] = metrics
     # The artifact's copy of the recipe sits one level below the run's.
@@ -228,7 +231,8 @@ def closing_metrics(trainer: PackedTrainer) -> dict[str, float]:
     metrics = {"train_loss": float(losses[-1])} if losses else {}
     if trainer.eval_dataset is not None:
         at_the_end = [row for row in history if "eval_loss" in row and row["step"] == trainer.state.global_step]
-        metrics["eval_loss"] = (at_the_end[-1] if at_the_end else trainer.evaluate())["eval_loss"]
+        last = at_the_end[-1] if at_the_end else trainer.evaluate()
+        metrics |= {key: last[key] for key in ("eval_loss", "eval_loss_blind", "image_gain") if key in last}
     return metrics
 
 

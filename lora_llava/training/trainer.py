@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.training.guards import NonFiniteGuard, forked_rng
+from lora_llava.training.image_check import ImageCheck, not_looking
+from lora_llava.training.watch import GuardsState, StageWatch
 
 SampleAnswers = Callable[[], list[dict[str, str]]]
 """Answers a few validation questions with the model as it is."""
@@ -34,11 +37,19 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         *,
         mm_projector_lr: float | None,
         sample_answers: SampleAnswers | None = None,
+        guard: NonFiniteGuard | None = None,
+        watch: StageWatch | None = None,
+        image_check: ImageCheck | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_attention(llava_in(model))
         self.mm_projector_lr = mm_projector_lr
         self.sample_answers = sample_answers
+        self.guard = guard or NonFiniteGuard(rows, bf16=args.bf16)
+        self.watch = watch or StageWatch()
+        self.image_check = image_check
+        self.losses: list[torch.Tensor] = []
+        callbacks = [*(callbacks or []), GuardsState(self.guard, self.watch)]
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, and leave
@@ -63,11 +74,31 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Add a row's gradients to the step's; an empty row, which only fills up a step, adds nothing."""
+        """Add a row's gradients to the step's; an empty row, which only fills up a step, adds nothing.
+
+        Returns the whole step's loss with its last row and 0 before: what is left out is not to be in the log either.
+        """
         if inputs["input_ids"].numel() == 0:
-            return torch.zeros((), device=self.args.device)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
+            loss = torch.zeros((), device=self.args.device)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
+        return self._judged() if self.accelerator.sync_gradients else torch.zeros_like(loss)
+
+    def _judged(self) -> torch.Tensor:
+        """Return the loss of a step that is complete; 0, with no gradient left, if the guard leaves it out."""
+        losses = torch.stack(self.losses)
+        self.losses.clear()
+        assert self.optimizer is not None
+        groups = {group["name"]: group["params"] for group in self.optimizer.param_groups}
+        total = losses.sum()
+        step = self.state.global_step + 1
+        problem = self.guard.problem(self.model, groups, losses, self.accelerator.reduce(total, "sum"), step)
+        if problem is None:
+            self.watch.see_step(step, self.guard.norms)
+            return total
+        self.log({"warning": problem})
+        return torch.zeros_like(total)
 
     def compute_loss(
         self,
@@ -83,6 +114,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         # Data parallelism averages the ranks' gradients; the step's token count is over all ranks already.
         world_size: int = self.args.world_size
         return loss * world_size
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log with the figures of the `watch`."""
+        if "loss" in logs:
+            logs = self.watch.figures(self.state.global_step, self.model, logs, self.guard.skipped)
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with a learning rate of its own for the projector."""
@@ -108,23 +145,35 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Compute the validation loss, mean over its supervised tokens, and log a few sample answers."""
+        """Compute the validation loss, mean over its supervised tokens, and log a few sample answers.
+
+        Training goes on as if nothing had been: neither its random numbers nor dropout are another.
+        """
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        count = 0
         # What is trained is in fp32, the rest in bf16: without autocast the two do not multiply.
         autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
-        with torch.no_grad(), autocast:
-            for row in self._rows_loader(rows):
-                inputs = self._prepare_inputs(row)
-                total += packed_loss(self.model, inputs, 1).double().cpu()
-                count += inputs["shift_labels"].numel()
-            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": float(total) / count}
+        # A data loader draws a number for its workers, whether it has any or not.
+        with forked_rng(self.args.device), torch.no_grad(), autocast:
+            loss = self._mean_loss(self._rows_loader(rows))
+            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
+            if self.image_check is not None:
+                metrics |= self.image_check.measure(self._mean_loss, loss)
+                if warning := not_looking(metrics, self.state.global_step, self.state.max_steps):
+                    metrics["warning"] = warning
             if self.sample_answers is not None:
                 metrics["samples"] = self.sample_answers()
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _mean_loss(self, rows: Iterable[Batch]) -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for row in rows:
+            inputs = self._prepare_inputs(row)
+            total += packed_loss(self.model, inputs, 1).double().cpu()
+            count += inputs["shift_labels"].numel()
+        return float(total) / count

@@ -1,0 +1,141 @@
+"""What the images are worth to a model: nothing to one whose projector is dead, much to one that has learnt by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_llava.data.batch import ImageTransform, PackedRows
+from lora_llava.data.packing import Row
+from lora_llava.training.image_check import MOST_CONVERSATIONS, MOST_IMAGES, make_image_check, not_looking, sample_rows
+from lora_llava.training.trainer import PackedTrainer
+from tests.helpers.steps import Pictures, made_rows, made_trainer, record
+from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+from tests.parity.test_packed import conversation
+
+TRANSFORM = ImageTransform(IMAGE_SIZE, IMAGE_MEAN, IMAGE_STD, "pad")
+STEPS = 40
+
+
+def yes_or_no() -> PackedRows:
+    """One question about two images, with an answer that only the image tells; a row for each, in turn."""
+    encoded = [conversation("<image>\nIs it?", answer) for answer in ("yes", "no")]
+    rows: list[Row] = [((0,),), ((1,),)] * STEPS
+    return PackedRows(rows, [record(number, str(number)) for number in (0, 1)], encoded, Pictures())
+
+
+def trainer_with_check(directory: Path, **settings: Any) -> PackedTrainer:
+    rows = yes_or_no()
+    trainer = made_trainer(directory, rows, **{"learning_rate": 1e-2, "max_steps": STEPS, **settings})
+    trainer.mm_projector_lr = 1e-2
+    trainer.eval_dataset = PackedRows(rows.rows[:2], rows.records, rows.encoded, rows.read_image)
+    trainer.image_check = make_image_check(trainer.eval_dataset, TRANSFORM)
+    return trainer
+
+
+def test_a_model_that_looks_is_not_accused(tmp_path: Path) -> None:
+    trainer = trainer_with_check(tmp_path)
+    trainer.train()
+    metrics = trainer.evaluate()
+    # As far down as a head that is frozen at random lets it.
+    assert metrics["eval_loss"] < 0.4
+    assert metrics["image_gain"] > 0.5
+    # The sample is all there is.
+    assert metrics["eval_loss_blind"] - metrics["image_gain"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert "warning" not in metrics
+
+
+def test_a_model_with_a_dead_projector_does_not_look(tmp_path: Path) -> None:
+    trainer = trainer_with_check(tmp_path, max_steps=8)
+    copy = trainer.model.get_base_model().model.multi_modal_projector.modules_to_save["default"]
+    with torch.no_grad():
+        copy.linear_2.weight.zero_()
+        copy.linear_2.bias.zero_()
+    copy.requires_grad_(False)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["image_gain"] == pytest.approx(0, abs=1e-6)
+    assert metrics["eval_loss"] > 0.5
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss_blind"], abs=1e-6)
+    assert metrics["warning"].startswith("the model does not look at the images: its validation loss is ")
+    [logged] = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert logged["warning"] == metrics["warning"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "step", "warned"),
+    [
+        (0.0, 9, False),
+        (0.0, 10, True),
+        (0.009, 20, True),
+        (0.011, 20, False),
+        (-0.5, 20, True),
+        (float("nan"), 20, True),
+    ],
+)
+def test_when_a_model_is_said_not_to_look(gain: float, step: int, warned: bool) -> None:
+    metrics = {"eval_loss_blind": 1.0 + gain, "image_gain": gain}
+    assert (not_looking(metrics, step, 20) is not None) == warned
+
+
+def test_blind_rows_differ_in_their_pixels_alone(tmp_path: Path) -> None:
+    rows = made_rows()
+    check = make_image_check(rows, TRANSFORM)
+    assert check is not None
+    assert len(check.true) == len(rows)
+    for place in range(len(rows)):
+        true, blind = check.true[place], check.blind[place]
+        assert true.keys() == blind.keys()
+        changed = {name for name in true if not torch.equal(true[name], blind[name])}
+        assert changed == {"pixel_values"}
+        # Nearly 0: the mean colour is one of whole numbers.
+        assert blind["pixel_values"].abs().max() < 0.02
+
+
+def test_a_sample_of_all_is_computed_once(tmp_path: Path) -> None:
+    trainer = trainer_with_check(tmp_path)
+    assert trainer.image_check is not None
+    passes: list[int] = []
+    mean_loss = trainer._mean_loss
+
+    def counted(rows: Any) -> float:
+        passes.append(1)
+        return mean_loss(rows)
+
+    trainer._mean_loss = counted  # type: ignore[method-assign]
+    once = trainer.evaluate()
+    assert len(passes) == 2
+    trainer.image_check = replace(trainer.image_check, is_whole=False)
+    twice = trainer.evaluate()
+    assert len(passes) == 5
+    assert twice["image_gain"] == pytest.approx(once["image_gain"], abs=1e-6)
+
+
+def rows_of(rows: Sequence[Row], texts: Sequence[int] = ()) -> PackedRows:
+    count = 1 + max(index for row in rows for tree in row for index in tree)
+    records = [record(number, str(number)) for number in range(count)]
+    records = [one if one.number not in texts else type(one)("t", None, (), "") for one in records]
+    return PackedRows(rows, records, [], Pictures())
+
+
+def test_the_sample_is_bounded_and_spread() -> None:
+    whole: list[Row] = [tuple((8 * tree + 4 * row, 8 * tree + 4 * row + 1) for tree in range(100)) for row in (0, 1)]
+    sample = sample_rows(rows_of(whole))
+    trees = [tree for row in sample for tree in row]
+    assert len(trees) == MOST_IMAGES
+    assert sum(map(len, trees)) == MOST_CONVERSATIONS
+    assert [len(row) for row in sample] == [16, 16]
+    assert all(set(row) <= set(before) for row, before in zip(sample, whole, strict=True))
+    wide: list[Row] = [(tuple(range(200)),)]
+    assert sample_rows(rows_of(wide)) == [(tuple(range(MOST_CONVERSATIONS)),)]
+
+
+def test_texts_alone_leave_nothing_to_check() -> None:
+    rows: list[Row] = [((0,), (1,)), ((2,),)]
+    assert sample_rows(rows_of(rows, texts=[0, 2])) == [((1,),)]
+    assert make_image_check(rows_of(rows, texts=[0, 1, 2]), TRANSFORM) is None
