@@ -82,8 +82,12 @@ def text_logits(content: GGUFContent, ids: list[int]) -> torch.Tensor:
     return F.linear(x, tensors.get("output.weight", tensors["token_embd.weight"]))
 
 
-def image_features(content: GGUFContent, pixels: torch.Tensor) -> torch.Tensor:
-    """Image tokens of one image (3, size, size), (patches, width of the language model), the class token first."""
+def image_features(content: GGUFContent, pixels: torch.Tensor, *, class_last: bool = False) -> torch.Tensor:
+    """Image tokens of one image (3, size, size), (patches, width of the language model).
+
+    `class_last` is llama.cpp's defect: the class token comes last, while positions and the choice of the patches are
+    as if it came first.
+    """
     fields = {key.removeprefix("clip.vision."): value for key, value in content.fields.items()}
     tensors, eps = content.tensors, fields["attention.layer_norm_epsilon"]
     heads = fields["attention.head_count"]
@@ -93,8 +97,9 @@ def image_features(content: GGUFContent, pixels: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (wide,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
 
     patches = F.conv2d(pixels[None], tensors["v.patch_embd.weight"], stride=fields["patch_size"])[0].flatten(1).T
-    x = torch.cat([tensors["v.class_embd"][None], patches]) + tensors["v.position_embd.weight"]
-    x = norm(x, "v.pre_ln")
+    row = tensors["v.class_embd"][None]
+    x = torch.cat([patches, row] if class_last else [row, patches])
+    x = norm(x + tensors["v.position_embd.weight"], "v.pre_ln")
     # The feature layer is that before block n, and n blocks run.
     (runs,) = fields["feature_layer"]
     for number in range(runs):
