@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := lora_llava tools tests benchmarks
 
-.PHONY: quickstart test fuzz check bench clean
+# llama.cpp as npm has it, for the CPU alone; the tests marked `node` ask it what it makes of exported files.
+LLAMA_NODE := 1.7.15
+
+.PHONY: quickstart node test fuzz check bench clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +16,13 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 
 quickstart: $(VENV)/installed
 	$(BIN)/lora-llava quickstart
+
+.node/installed: Makefile
+	npm install --silent --ignore-scripts --omit=optional --prefix .node \
+		@fugood/llama.node@$(LLAMA_NODE) @fugood/node-llama-linux-x64@$(LLAMA_NODE)
+	touch $@
+
+node: .node/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
@@ -32,4 +42,4 @@ bench: $(VENV)/installed
 
 # Not runs/: what is trained there may have cost days.
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart
+	rm -rf $(VENV) .node build dist *.egg-info quickstart

@@ -35,11 +35,11 @@ _JINJA = """\
 """
 
 
-def chat_template(template: Template, eos_token: str) -> str:
+def chat_template(template: Template, eos_token: str, image: str = IMAGE_PLACEHOLDER) -> str:
     """Write `template` in Jinja: as text, what `encode` makes tokens of, without the BOS that the tokenizer adds.
 
     A system message replaces the template's. `add_generation_prompt` makes no difference: the answer's start
-    follows the question.
+    follows the question. `image` is what stands for an image.
     """
     prefix = template.assistant_prefix.rstrip(" ")
     values = {
@@ -48,7 +48,7 @@ def chat_template(template: Template, eos_token: str) -> str:
         "SYSTEM_SUFFIX": template.system_suffix,
         "SEPARATOR": template.separator,
         "USER_PREFIX": template.user_prefix,
-        "IMAGE": IMAGE_PLACEHOLDER,
+        "IMAGE": image,
         "CAPTION_ONLY": template.caption_only,
         "ASSISTANT_PREFIX": prefix,
         "ANSWER_SPACE": template.assistant_prefix[len(prefix) :],

@@ -64,14 +64,22 @@ def show(lines: list[str]) -> None:
 @click.option("--format", "layout", type=click.Choice(list(FORMATS)), required=True, help="Layout to write.")
 @click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
 @click.option("--vision-tower", help="llava: name the tower instead of including it.")
-def export(model: Path, output: Path, layout: str, base_model: str | None, vision_tower: str | None) -> None:
+@click.option(
+    "--outtype",
+    type=click.Choice(["f32", "f16", "q8_0", "q4_0"]),
+    help="gguf: how weights are stored [f16; of gguf-lora f32].",
+)
+def export(
+    model: Path, output: Path, layout: str, base_model: str | None, vision_tower: str | None, outtype: str | None
+) -> None:
     """Write an artifact or a merged model in another layout.
 
     OUTPUT must not exist; it appears when it is complete and has been checked.
     """
     refuse_existing(output)
     quiet_libraries()
-    report = FORMATS[layout](model, output, ExportOptions(base_model=base_model, vision_tower=vision_tower))
+    options = ExportOptions(base_model=base_model, vision_tower=vision_tower, outtype=outtype)
+    report = FORMATS[layout](model, output, options)
     show(report["summary"])
 
 

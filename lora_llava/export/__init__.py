@@ -22,5 +22,17 @@ def _llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     return export_llava(source, output, options)
 
 
-FORMATS: dict[str, Exporter] = {"hf": _hf, "llava": _llava}
+def _gguf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    from lora_llava.export.gguf import export_gguf
+
+    return export_gguf(source, output, options)
+
+
+def _gguf_lora(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    from lora_llava.export.gguf_lora import export_gguf_lora
+
+    return export_gguf_lora(source, output, options)
+
+
+FORMATS: dict[str, Exporter] = {"hf": _hf, "llava": _llava, "gguf": _gguf, "gguf-lora": _gguf_lora}
 """Every format by its name on the command line."""

@@ -19,6 +19,8 @@ class ExportOptions:
     """Directory or hub id of the base, if it is not where the artifact says."""
     vision_tower: str | None = None
     """`llava`: name of the vision tower in its place; None: the tower goes with the model."""
+    outtype: str | None = None
+    """`gguf`, `gguf-lora`: how weights are stored; None: the format's own default."""
 
 
 Exporter = Callable[[Path, Path, ExportOptions], ExportReport]

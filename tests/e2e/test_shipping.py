@@ -197,6 +197,19 @@ def test_export_and_import_of_the_original_layout(
     assert run("import", tmp_path / "lora", tmp_path / "artifact", "--base-model", tiny_base).exit_code == 1
 
 
+def test_export_gguf(artifact: Path, merged: Path, tmp_path: Path) -> None:
+    result = run("export", merged, tmp_path / "a", "--format", "gguf", "--outtype", "q8_0")
+    assert result.exit_code == 0, result.output
+    assert "text.gguf, q8_0, 21 tensors; mmproj.gguf, 25 tensors; read back" in result.stdout
+    assert "#25814" in result.stdout
+    assert run("export", artifact, tmp_path / "b", "--format", "gguf-lora").exit_code == 0
+    assert run("export", merged, tmp_path / "a", "--format", "gguf").exit_code == 1
+    assert run("export", merged, tmp_path / "c", "--format", "gguf", "--outtype", "q2_k").exit_code == 2
+    again = run("export", merged, tmp_path / "c", "--format", "gguf-lora")
+    assert "has no adapter" in again.stderr
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize("layout", ["hf", "llava"])
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_an_interrupted_export_leaves_nothing(

@@ -1,0 +1,89 @@
+"""Text model and mmproj for llama.cpp and Ollama, with a Modelfile."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import cast, get_args
+
+from transformers import AutoTokenizer
+
+from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.conversation import Template, get_template
+from lora_llava.errors import RecipeError
+from lora_llava.export.gguf_file import F16, OutType, Tensor, check_gguf, general_fields, write_gguf
+from lora_llava.export.gguf_mmproj import FILE, KNOWN_DEFECT, check_vision, write_mmproj
+from lora_llava.export.gguf_text import ARCHITECTURE, text_fields, text_tensors
+from lora_llava.export.gguf_tokenizer import tokenizer_fields
+from lora_llava.export.ollama import modelfile
+from lora_llava.export.options import ExportOptions, ExportReport
+from lora_llava.files import staged
+from lora_llava.merge.run import merge_artifact, summary
+from lora_llava.modeling.base import read_config
+from lora_llava.modeling.layout import WeightFiles
+
+TEXT_FILE = "text.gguf"
+MODELFILE = "Modelfile"
+_MERGED = "merged"
+
+
+def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    """Write `source` as `text.gguf`, `mmproj.gguf` and a Modelfile; an artifact is merged first, and that removed.
+
+    Holds one tensor at a time. Each file is read back: metadata, names and shapes the same, values within the rounding
+    of their type. Raises ModelError for what llama.cpp does not compute as transformers does.
+    """
+    outtype = out_type(options, "f16")
+    with staged(output) as staging:
+        model, lines = source, []
+        if is_artifact(source):
+            model = staging / _MERGED
+            report = merge_artifact(source, model, base_model=options.base_model)
+            lines = [line for line in summary(report, model) if not line.startswith("merged into ")]
+        lines = _write(model, staging, output.name, outtype) + lines
+        if model != source:
+            shutil.rmtree(model)
+    return {"summary": [f"{output}: {lines[0]}", *lines[1:]]}
+
+
+def out_type(options: ExportOptions, default: OutType) -> OutType:
+    """Return how weights are to be stored. Raises RecipeError for a name that is none."""
+    for known in get_args(OutType):
+        if known == (options.outtype or default):
+            return cast("OutType", known)
+    raise RecipeError(f"outtype {options.outtype!r} is none of {', '.join(get_args(OutType))}")
+
+
+def _write(model: Path, staging: Path, name: str, outtype: OutType) -> list[str]:
+    """Write the files of a model directory into `staging`; returns the lines to show."""
+    config = read_config(model)
+    check_vision(config)
+    files = WeightFiles(model)
+    files.check(config)
+    template = get_template(**read_usage(model).template)
+    fields = {
+        **general_fields(name, "model", outtype),
+        **text_fields(config),
+        **tokenizer_fields(model, int(config.text_config.vocab_size), template),
+    }
+    tensors = text_tensors(config, files, outtype)
+    write_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
+    check_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
+    count = write_mmproj(staging / FILE, config, files.read, model, name, outtype)
+    _write_modelfile(staging, model, template)
+    return [
+        f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and the same",
+        *_odd_rows(tensors, outtype),
+        KNOWN_DEFECT,
+    ]
+
+
+def _write_modelfile(staging: Path, model: Path, template: Template) -> None:
+    eos_token = AutoTokenizer.from_pretrained(model).eos_token
+    (staging / MODELFILE).write_text(modelfile([TEXT_FILE, FILE], template, eos_token), encoding="utf-8")
+
+
+def _odd_rows(tensors: list[Tensor], outtype: OutType) -> list[str]:
+    """Say which tensors could not be quantised."""
+    odd = [one.name for one in tensors if one.kind == F16] if outtype.startswith("q") else []
+    return [f"{len(odd)} tensors are in f16: their rows do not divide into blocks of 32"] if odd else []
