@@ -63,15 +63,20 @@ def show(lines: list[str]) -> None:
 @click.argument("output", type=_PATH)
 @click.option("--format", "layout", type=click.Choice(list(FORMATS)), required=True, help="Layout to write.")
 @click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
+@click.option("--base", type=click.Choice(["dequantized", "original"]), help="hf, vllm: as in merge.")
 @click.option("--vision-tower", help="llava: name the tower instead of including it.")
-def export(model: Path, output: Path, layout: str, base_model: str | None, vision_tower: str | None) -> None:
+def export(
+    model: Path, output: Path, layout: str, base_model: str | None, base: str | None, vision_tower: str | None
+) -> None:
     """Write an artifact or a merged model in another layout.
 
     OUTPUT must not exist; it appears when it is complete and has been checked.
     """
     refuse_existing(output)
     quiet_libraries()
-    report = FORMATS[layout](model, output, ExportOptions(base_model=base_model, vision_tower=vision_tower))
+    # click has checked `base`
+    options = ExportOptions(base_model=base_model, base=base, vision_tower=vision_tower)  # type: ignore[arg-type]
+    report = FORMATS[layout](model, output, options)
     show(report["summary"])
 
 

@@ -22,5 +22,11 @@ def _llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     return export_llava(source, output, options)
 
 
-FORMATS: dict[str, Exporter] = {"hf": _hf, "llava": _llava}
+def _vllm(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    from lora_llava.export.vllm import export_vllm
+
+    return export_vllm(source, output, options)
+
+
+FORMATS: dict[str, Exporter] = {"hf": _hf, "llava": _llava, "vllm": _vllm}
 """Every format by its name on the command line."""

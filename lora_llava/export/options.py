@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ExportReport = dict[str, Any]
 """What an export did and how it was checked; `summary` holds the lines to show."""
@@ -17,6 +17,8 @@ class ExportOptions:
 
     base_model: str | None = None
     """Directory or hub id of the base, if it is not where the artifact says."""
+    base: Literal["dequantized", "original"] | None = None
+    """Which base to write or fold into, as in `merge`; None: the one the adapter was trained on."""
     vision_tower: str | None = None
     """`llava`: name of the vision tower in its place; None: the tower goes with the model."""
 
