@@ -25,3 +25,12 @@ class ExportOptions:
 
 Exporter = Callable[[Path, Path, ExportOptions], ExportReport]
 """Turns `source` (an artifact, or a model in the llava-hf layout) into a new directory `output`."""
+
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` may be (vllm/config/lora.py); an adapter's rank is at most that."""
+
+
+def max_lora_rank(rank: int) -> int:
+    """Return the smallest value of vLLM's option that takes adapters of this rank; ValueError if there is none."""
+    return min(largest for largest in VLLM_RANKS if largest >= rank)

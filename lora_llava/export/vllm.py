@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from lora_llava.artifact import WEIGHTS, is_artifact, library_versions, portable
 from lora_llava.errors import ArtifactError
-from lora_llava.export.options import ExportOptions, ExportReport
+from lora_llava.export.options import VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
 from lora_llava.files import staged
 from lora_llava.merge.adapter import PEFT_PREFIX, Adapter
 from lora_llava.merge.probe import Difference, adapted_model, ask, difference, logits_of
@@ -43,8 +43,6 @@ from lora_llava.modeling.layout import (
 )
 
 BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` may be (vllm/config/lora.py); an adapter's rank is at most that."""
 _BLOCKS = "language_model.model.layers."
 
 
@@ -57,11 +55,6 @@ class Form:
     use_rslora: bool
     in_weights: bool
     """Whether the layers' own scales, which differ, are in their B."""
-
-    @property
-    def max_lora_rank(self) -> int:
-        """The smallest value of vLLM's option that takes this rank."""
-        return next(rank for rank in RANKS if rank >= self.r)
 
 
 def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportReport:
@@ -119,9 +112,10 @@ def _form(adapter: Adapter, served: list[str]) -> Form:
     else:
         rank = max(adapter.stored(adapter.layers[name].a).shape[0] for name in served)
         form = Form(rank, rank, use_rslora=False, in_weights=True)
-    if form.r > RANKS[-1]:
+    if form.r > VLLM_RANKS[-1]:
         raise ArtifactError(
-            f"{adapter.path}: LoRA of rank {form.r}; vLLM serves ranks up to {RANKS[-1]}. Merge it (lora-llava merge)."
+            f"{adapter.path}: LoRA of rank {form.r}; vLLM serves ranks up to {VLLM_RANKS[-1]}. Merge it (lora-llava "
+            "merge), and vLLM serves the merged model."
         )
     return form
 
@@ -211,7 +205,7 @@ def _summary(report: ExportReport, output: Path, form: Form, layers: int) -> lis
     if trained := report.get("distance_from_trained"):
         lines.append(f"from what was trained: {Difference(**trained)}")
     lines.append(
-        f"vllm serve {output / BASE} --enable-lora --max-lora-rank {form.max_lora_rank} "
+        f"vllm serve {output / BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
         f"--lora-modules tuned={output / ADAPTER}"
     )
     return lines
