@@ -165,6 +165,11 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def portable(manifest: Manifest) -> dict[str, Any]:
+    """Give a manifest without the base's place, which means nothing elsewhere."""
+    return {**asdict(manifest), "base": {**manifest.base, "path": None}}
+
+
 def _check_keys(manifest: Manifest) -> None:
     for field, keys in _KEYS.items():
         value = getattr(manifest, field)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 
@@ -26,6 +27,15 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bf16" and not has_bf16:
         raise ModelError(f"precision: bf16 is not to be had on this {device.type}; use auto or fp32")
     return torch.bfloat16 if precision != "fp32" and has_bf16 else torch.float32
+
+
+def describe_device() -> str:
+    """Say in a few words what computes here; no name or setting of its user."""
+    device = pick_device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
 def world_size() -> int:

@@ -5,7 +5,8 @@ LoraLlavaError
 ├── DataError        a data file, a record or an image
 ├── ModelError       a base model, or a built model that is not what its stage states
 ├── ArtifactError    a directory that is not what its manifest says, or belongs to another base
-└── TrainingError    a run that cannot go on
+├── TrainingError    a run that cannot go on
+└── HubError         the Hub refuses, fails, or cannot be reached
 """
 
 from __future__ import annotations
@@ -42,3 +43,7 @@ class ArtifactError(LoraLlavaError):
 
 class TrainingError(LoraLlavaError):
     """Training cannot go on."""
+
+
+class HubError(LoraLlavaError):
+    """The Hugging Face Hub refuses or cannot be reached; what was committed there before is as it was."""

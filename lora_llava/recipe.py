@@ -117,6 +117,22 @@ class EvaluationSettings(Settings):
         return self
 
 
+class CardSettings(Settings):
+    """What the model card says that the run cannot know; nothing here changes what is trained."""
+
+    license: str | None = None
+    """The Hub's id of the licence under which the trained weights are given, such as apache-2.0 or llama2."""
+    license_name: str | None = None
+    """With `license: other`: its name."""
+    base_license: str | None = None
+    """Licence of the base, in words."""
+    data_license: str | None = None
+    """Licences of the data, in words."""
+    intended_use: str | None = None
+    limits: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
 class Recipe(Settings):
     """A whole run."""
 
@@ -139,6 +155,7 @@ class Recipe(Settings):
     images: ImageSettings = ImageSettings()
     stages: StagesSettings
     evaluation: EvaluationSettings | None = None
+    card: CardSettings = CardSettings()
 
     @property
     def stage_names(self) -> list[StageName]:

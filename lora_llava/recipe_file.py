@@ -106,6 +106,25 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_portable(path: Path) -> str:
+    """Write the recipe file at `path` without where things lay: of each local path only the last part stays.
+
+    What stands there otherwise stays as it is; it need not be a whole recipe.
+    """
+    data = _read(path)
+    data.pop("output_dir", None)
+    for holder, key, value in _paths_in(data):
+        if is_local(value):
+            name = Path(value).name
+            holder[key] = _dotted("." if name == ".." else name)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def is_local(name: str) -> bool:
+    """Tell a path from a hub id, in a resolved recipe."""
+    return name.startswith((".", "/", "~")) or name.endswith(_DATA_SUFFIXES)
+
+
 def bundled_recipes() -> dict[str, Path]:
     """Return the recipes that ship with the package, by name."""
     directory = Path(str(resources.files("lora_llava.recipes")))
@@ -241,8 +260,7 @@ def _resolve(key: str, value: str, directory: Path) -> str:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise RecipeError(f"{key}: {value!r} names a user who has no home directory; write the path out") from error
-    looks_local = value.startswith((".", "/", "~")) or value.endswith(_DATA_SUFFIXES)
-    if key in _ALWAYS_PATHS or looks_local or (":" not in value and (directory / path).exists()):
+    if key in _ALWAYS_PATHS or is_local(value) or (":" not in value and (directory / path).exists()):
         return os.path.normpath(directory / path)
     return value
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"evaluation"},
     {"training", "merge"},
     {"export", "imports"},
-    {"workflow", "doctor", "environment", "quickstart_assets"},
+    {"hub", "workflow", "doctor", "environment", "quickstart_assets"},
     {"quickstart"},
     {"cli"},
 ]

@@ -9,6 +9,7 @@ from lora_llava.cli.answer import chat, evaluate
 from lora_llava.cli.check import check
 from lora_llava.cli.common import KitGroup
 from lora_llava.cli.look import env, inspect
+from lora_llava.cli.publish import push
 from lora_llava.cli.ship import export, import_, merge
 from lora_llava.cli.train import finetune, quickstart, recipes
 
@@ -20,7 +21,7 @@ def cli(debug: bool) -> None:
     """Fine-tune LLaVA-1.5-style models on your own images, on one GPU."""
 
 
-for command in (quickstart, check, finetune, evaluate, chat, merge, export, import_, inspect, recipes, env):
+for command in (quickstart, check, finetune, evaluate, chat, merge, export, import_, push, inspect, recipes, env):
     cli.add_command(command)
 
 

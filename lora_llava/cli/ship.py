@@ -63,6 +63,7 @@ def show(lines: list[str]) -> None:
 @click.argument("output", type=_PATH)
 @click.option("--format", "layout", type=click.Choice(list(FORMATS)), required=True, help="Layout to write.")
 @click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
+@click.option("--base", type=click.Choice(["dequantized", "original"]), help="hf, vllm: as in merge.")
 @click.option("--vision-tower", help="llava: name the tower instead of including it.")
 @click.option(
     "--outtype",
@@ -70,7 +71,13 @@ def show(lines: list[str]) -> None:
     help="gguf: how weights are stored [f16; of gguf-lora f32].",
 )
 def export(
-    model: Path, output: Path, layout: str, base_model: str | None, vision_tower: str | None, outtype: str | None
+    model: Path,
+    output: Path,
+    layout: str,
+    base_model: str | None,
+    base: str | None,
+    vision_tower: str | None,
+    outtype: str | None,
 ) -> None:
     """Write an artifact or a merged model in another layout.
 
@@ -78,7 +85,8 @@ def export(
     """
     refuse_existing(output)
     quiet_libraries()
-    options = ExportOptions(base_model=base_model, vision_tower=vision_tower, outtype=outtype)
+    # click has checked `base`
+    options = ExportOptions(base_model=base_model, base=base, vision_tower=vision_tower, outtype=outtype)  # type: ignore[arg-type]
     report = FORMATS[layout](model, output, options)
     show(report["summary"])
 

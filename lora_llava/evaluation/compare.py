@@ -33,7 +33,7 @@ NUM_SAMPLES = 12
 """Images on the contact sheet."""
 
 BASE, TUNED, BLIND = "base", "tuned", "blind"
-_TUNED_ON_BLIND = "tuned_on_blind_questions"
+TUNED_ON_BLIND = "tuned_on_blind_questions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def summarize(
         result["points_gained"] = round(gained, 2)
     if subset:
         result[BLIND] = _by_type(subset[BLIND])
-        result[_TUNED_ON_BLIND] = _by_type(subset[TUNED])
+        result[TUNED_ON_BLIND] = _by_type(subset[TUNED])
         gained = 100 * (subset[TUNED][ALL].share - subset[BLIND][ALL].share)
         result["points_gained_over_blind"] = round(gained, 2)
     return result

@@ -34,5 +34,17 @@ def _gguf_lora(source: Path, output: Path, options: ExportOptions) -> ExportRepo
     return export_gguf_lora(source, output, options)
 
 
-FORMATS: dict[str, Exporter] = {"hf": _hf, "llava": _llava, "gguf": _gguf, "gguf-lora": _gguf_lora}
+def _vllm(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    from lora_llava.export.vllm import export_vllm
+
+    return export_vllm(source, output, options)
+
+
+FORMATS: dict[str, Exporter] = {
+    "hf": _hf,
+    "llava": _llava,
+    "gguf": _gguf,
+    "gguf-lora": _gguf_lora,
+    "vllm": _vllm,
+}
 """Every format by its name on the command line."""

@@ -20,7 +20,7 @@ _REPLACED = ("model.safetensors.index.json", "config.json")
 def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     """Write `source` in the llava-hf layout, in files of at most 5 GB."""
     if is_artifact(source):
-        report = merge_artifact(source, output, base_model=options.base_model)
+        report = merge_artifact(source, output, base=options.base, base_model=options.base_model)
         return {**report, "summary": summary(report, output)}
     config = read_config(source)
     files = WeightFiles(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.artifact import MERGE_REPORT, Manifest, check_base, library_versions, read_manifest
+from lora_llava.artifact import MERGE_REPORT, Manifest, check_base, library_versions, portable, read_manifest
 from lora_llava.chat_template import chat_template
 from lora_llava.conversation import get_template
 from lora_llava.errors import ArtifactError
@@ -76,6 +76,18 @@ def open_source(artifact: Path, base_model: str | None) -> Source:
     return Source(artifact, manifest, adapter, base, files, config)
 
 
+def choose_base(source: Source, wanted: BaseKind | None) -> BaseKind:
+    """Return the base to fold into: `wanted`, or what the adapter was trained on. ArtifactError if there is none."""
+    if wanted == "dequantized" and not source.nf4:
+        raise ArtifactError(f"{source.artifact} was trained on the base as it is; there is no dequantized one for it")
+    return wanted or ("dequantized" if source.nf4 else "original")
+
+
+def reason_for(source: Source, kind: BaseKind) -> str:
+    """Say why it is this base."""
+    return _REASONS["chosen" if kind == "original" and source.nf4 else kind]
+
+
 def merge_artifact(
     artifact: Path,
     output: Path,
@@ -94,9 +106,7 @@ def merge_artifact(
     """
     with staged(output) as staging:
         source = open_source(artifact, base_model)
-        kind: BaseKind = base or ("dequantized" if source.nf4 else "original")
-        if kind == "dequantized" and not source.nf4:
-            raise ArtifactError(f"{artifact} was trained on the base as it is; there is no dequantized one for it")
+        kind = choose_base(source, base)
         merged = merged_reader(source.files, base_reader(source.files, source.manifest, kind), source.adapter, dtype)
         names = sorted(expected_shapes(source.config))
         shards = write_weights(staging, ((name, merged(name)) for name in names), max_shard_bytes)
@@ -104,11 +114,11 @@ def merge_artifact(
         written = WeightFiles(staging)
         report = {
             "base": kind,
-            "reason": _REASONS["chosen" if kind == "original" and source.nf4 else kind],
+            "reason": reason_for(source, kind),
             "dtype": describe_dtype(written.dtype(EMBEDDINGS)),
             "files": shards,
             **verify(source, kind, written, dtype, staging),
-            "artifact": _portable(source.manifest),
+            "artifact": portable(source.manifest),
             "versions": library_versions(),
         }
         write_json(staging / MERGE_REPORT, report)
@@ -182,13 +192,6 @@ def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:
         config.pop(name, None)
     config["dtype"] = describe_dtype(dtype)
     write_json(directory / "config.json", config)
-
-
-def _portable(manifest: Manifest) -> dict[str, Any]:
-    """Give the manifest without the base's place, which means nothing elsewhere."""
-    data = asdict(manifest)
-    data["base"] = {**data["base"], "path": None}
-    return data
 
 
 def summary(report: dict[str, Any], output: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -63,12 +63,20 @@ def base_reader(files: WeightFiles, manifest: Manifest, kind: BaseKind) -> Read:
     return read
 
 
-def merged_reader(files: WeightFiles, read: Read, adapter: Adapter, dtype: torch.dtype | None) -> Read:
+def merged_reader(
+    files: WeightFiles,
+    read: Read,
+    adapter: Adapter,
+    dtype: torch.dtype | None,
+    *,
+    only: Collection[str] | None = None,
+) -> Read:
     """Return a function that gives the merged weights, in `dtype` (None: that of the base's file).
 
-    It raises ArtifactError for a folded weight that is not finite in this precision.
+    `only` names the weights to fold (None: all that the adapter changes). It raises ArtifactError for a folded
+    weight that is not finite in this precision.
     """
-    changed = set(adapter)
+    changed = set(adapter if only is None else only)
 
     def merged(name: str) -> torch.Tensor:
         tensor = read(name)

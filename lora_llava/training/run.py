@@ -23,7 +23,7 @@ from lora_llava.artifact import (
     save_artifact,
 )
 from lora_llava.data.records import fingerprint
-from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.device import describe_device, peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.attention import set_attention
@@ -70,7 +70,8 @@ def run_recipe(
     (directory / output.RECIPE).write_text(recipe_yaml, encoding="utf-8")
     clock = time.monotonic()
     base_directory, identity = prepare_base(recipe, directory)
-    summary: dict[str, Any] = {"name": recipe.name, "seconds": {"base": round(time.monotonic() - clock, 1)}}
+    seconds = {"base": round(time.monotonic() - clock, 1)}
+    summary: dict[str, Any] = {"name": recipe.name, "hardware": describe_device(), "seconds": seconds}
     parent = recipe.start_from
     for stage in recipe.stage_names:
         clock = time.monotonic()

@@ -1,0 +1,58 @@
+"""What the tests of publishing share: a hub on this machine, and a run in somebody's home."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
+from tests.helpers.artifacts import make_artifact
+from tests.helpers.loopback_hub import TOKEN, LoopbackHub
+from tests.helpers.publishing import RECIPE, USER
+
+
+@pytest.fixture(scope="module")
+def home(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a user with a base, and a run whose artifact has everything beside it that must stay."""
+    home = tmp_path_factory.mktemp("home") / USER
+    shutil.copytree(tiny_base, home / "models" / "base")
+    made = make_artifact(home / "models" / "base", home / "runs" / "tiny" / "instruct")
+    (made / "recipe.yaml").write_text(RECIPE.format(user=USER), encoding="utf-8")
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "train_log.jsonl", ".env", "notes.txt"):
+        (made / name).write_text(f"{TOKEN} {home}", encoding="utf-8")
+    (made / "checkpoint-3").mkdir()
+    (made / "checkpoint-3" / "adapter_model.safetensors").write_text("no")
+    return home
+
+
+@pytest.fixture(scope="module")
+def artifact(home: Path) -> Path:
+    return home / "runs" / "tiny" / "instruct"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited, in no time."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        # Read from the environment when huggingface_hub is imported, which has been long ago.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.setenv("USER", USER)
+        yield hub
+        close_session()

@@ -1,0 +1,140 @@
+"""A push that the hub, the network or the user spoils: survived, or one message and nothing committed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from huggingface_hub import constants
+
+from lora_llava.hub.client import ATTEMPTS
+from tests.helpers import loopback_hub
+from tests.helpers.loopback_hub import TOKEN, Fault, LoopbackHub
+from tests.helpers.publishing import ARTIFACT_FILES, REPO, push
+
+
+def refused(result: Result, hub: LoopbackHub) -> str:
+    """The one message of a push that ended, with nothing committed and no secret told."""
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    for secret in (TOKEN, "signature=canary", hub.url):
+        assert secret not in result.output
+    assert all(len(repo.commits) == 1 for repo in hub.repos.values())
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("/api/", 401, times=99), "the Hub does not know the token"),
+        (Fault("commit/main", 403), f"the token may not write to {REPO}"),
+        (Fault("GET /api/models", 404), f"there is no {REPO}"),
+        (Fault("commit/main", 409), "another operation"),
+        (Fault("commit/main", 412), "somebody else committed"),
+        (Fault("validate-yaml", 429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
+        (Fault("PUT /lfs", 429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
+        (Fault("commit/main", 429, times=99), "too many requests, after 4 attempts"),
+        (Fault("commit/main", 503, times=99), "the Hub failed 4 times"),
+        (Fault("PUT /lfs", 500, times=99), "the Hub failed"),
+        (Fault("PUT /lfs", 403), "the token may not write"),
+        (Fault("preupload", 500, times=99), "the Hub failed 4 times"),
+        (Fault("PUT /lfs", cut="before", times=99), "the connection to the Hub was cut"),
+        (Fault("commit/main", cut="before", times=99), "the connection to the Hub was cut"),
+        (Fault("repos/create", 418, message=f"no {TOKEN}, see http://x.y/?signature=canary"), "The Hub says: no ..."),
+    ],
+    ids=lambda one: f"{one.match}-{one.cut or one.status}" if isinstance(one, Fault) else "",
+)
+def test_a_push_that_fails_ends_in_one_message(
+    hub: LoopbackHub, artifact: Path, waits: list[float], fault: Fault, message: str
+) -> None:
+    hub.add_repo(REPO)
+    hub.faults.append(fault)
+    assert message in refused(push(artifact), hub)
+    assert sum(waits) < 120
+    # What was uploaded is not lost, and what is repeated is bounded.
+    assert fault.seen <= ATTEMPTS * 6
+    hub.faults.clear()
+    assert push(artifact).exit_code == 0
+    assert hub.repos[REPO].files.keys() == ARTIFACT_FILES
+
+
+@pytest.mark.parametrize(
+    ("fault", "waited"),
+    [
+        (Fault("commit/main", 429, headers={"Retry-After": "7"}), 7),
+        (Fault("preupload", 429, headers={"Retry-After": "7"}), 8),
+        (Fault("commit/main", 503), 1),
+        (Fault("PUT /lfs", 502, times=2), 3),
+        (Fault("PUT /lfs", cut="before"), 1),
+        (Fault("repos/create", cut="after"), 1),
+        (Fault("commit/main", cut="before"), 1),
+        (Fault("commit/main", cut="after"), 1),
+        (Fault("tree/", 500), 1),
+    ],
+    ids=lambda one: f"{one.match}-{one.cut or one.status}" if isinstance(one, Fault) else "",
+)
+def test_a_failure_that_passes_is_survived(
+    hub: LoopbackHub, artifact: Path, waits: list[float], fault: Fault, waited: float
+) -> None:
+    hub.faults.append(fault)
+    result = push(artifact)
+    assert result.exit_code == 0, result.output
+    assert sum(waits) == waited
+    assert TOKEN not in result.output
+    repo = hub.repos[REPO]
+    assert repo.files.keys() == ARTIFACT_FILES
+    # One commit, even where the answer to it was lost.
+    assert len(repo.commits) == 2
+
+
+def test_a_race_is_seen(hub: LoopbackHub, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody commits after the push has looked and before it commits."""
+    repo = hub.add_repo(REPO)
+    original = hub.preupload
+
+    def meanwhile(**how: object) -> None:
+        if len(repo.commits) == 1:
+            repo.commit({**repo.files, "other.txt": b"theirs"})
+        original(**how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LoopbackHub, "preupload", lambda _, **how: meanwhile(**how))
+    routes = [(one, LoopbackHub.preupload if "preupload" in one else method) for one, method in loopback_hub.ROUTES]
+    monkeypatch.setattr(loopback_hub, "ROUTES", routes)
+    result = push(artifact)
+    assert result.exit_code == 1
+    assert "somebody else committed" in result.stderr
+    assert repo.files.keys() == {".gitattributes", "other.txt"}
+    assert "left alone, not of the kit: other.txt" in push(artifact).stdout
+    assert repo.files["other.txt"] == b"theirs"
+
+
+def test_what_a_push_refuses_to_do(
+    hub: LoopbackHub, artifact: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "namespace" in refused(push(artifact, repo="somebody-else/tiny"), hub)
+    hub.add_repo(REPO, private=False)
+    assert "exists and is public. Give --public" in refused(push(artifact), hub)
+    assert "neither an artifact" in refused(push(tmp_path), hub)
+    assert "no name of a repository" in refused(push(artifact, repo="a/b/c"), hub)
+    assert "was not made by the run" in refused(push(artifact, "--run", str(tmp_path)), hub)
+    copied = shutil.copytree(artifact, tmp_path / "run" / "instruct")
+    for text, message in (
+        (f"---\nlicense: mit\n---\nI am {TOKEN}\n", "README.md, line 4, holds an access token"),
+        ("---\nlicense: mit\n---\nsee ../../home/me/x\n", "README.md, line 4, holds a path of this machine"),
+        ("---\nlicense: mine\n---\n", "is no licence id of the Hub"),
+        ("---\nlicense: [\n---\n", "cannot be read"),
+    ):
+        (copied / "README.md").write_text(text, encoding="utf-8")
+        assert message in refused(push(copied), hub)
+    before = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refused(push(artifact), hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "no access token" in refused(push(artifact), hub)
+    assert len(hub.requests) == before

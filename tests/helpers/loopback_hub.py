@@ -1,0 +1,278 @@
+"""A hub on 127.0.0.1 that speaks what `huggingface_hub` speaks to create, upload, commit and download, and can fail."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tests.helpers.card_rules import card_errors
+
+TOKEN = "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"
+NAMESPACE = "canary-org"
+LARGE = (".safetensors", ".png", ".model")
+"""What goes through LFS; the rest is in the commit itself."""
+_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+
+
+@dataclass
+class Fault:
+    """What happens to a request whose `METHOD /path` matches."""
+
+    match: str
+    status: int = 500
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    message: str = "canned failure"
+    cut: str | None = None
+    """`before`: the connection ends in place of an answer; `after`: what was asked is done, but no answer comes."""
+    seen: int = 0
+
+
+@dataclass
+class Repo:
+    """A repository: visibility, and its commits with all their files."""
+
+    private: bool
+    commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+
+    @property
+    def head(self) -> str:
+        return self.commits[-1][0]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[-1][1]
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        oid = hashlib.sha1(repr((len(self.commits), sorted(files))).encode(), usedforsecurity=False).hexdigest()
+        self.commits.append((oid, files))
+        return oid
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class Answer(Exception):  # noqa: N818 - none is wrong
+    """Ends a request."""
+
+    def __init__(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> None:
+        self.status, self.body, self.headers = status, body, headers or {}
+
+
+class LoopbackHub:
+    """The state of the hub, and its server; a context manager."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.received = b""
+        """Everything that was ever sent here, but for the header with the token."""
+        self.lock = threading.RLock()
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> LoopbackHub:
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add_repo(self, name: str, *, private: bool = True) -> Repo:
+        repo = self.repos[name] = Repo(private)
+        repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+        return repo
+
+    def count(self, pattern: str) -> int:
+        return sum(re.search(pattern, one) is not None for one in self.requests)
+
+    # Requests, each by a method named in ROUTES
+
+    def create(self, body: Any, **_: Any) -> None:
+        name = f"{body['organization'] or NAMESPACE}/{body['name']}"
+        if body["organization"] not in (None, NAMESPACE):
+            raise Answer(403, {"error": f"You don't have the rights to create a model under {body['organization']}"})
+        if name in self.repos:
+            raise Answer(409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"})
+        self.add_repo(name, private=body.get("visibility") == "private")
+        raise Answer(200, {"url": f"{self.url}/{name}"})
+
+    def validate_yaml(self, body: Any, **_: Any) -> None:
+        errors = [{"message": one} for one in card_errors(body["content"])]
+        raise Answer(400 if errors else 200, {"errors": errors, "warnings": []})
+
+    def info(self, repo: Repo, name: str, **_: Any) -> None:
+        files = [{"rfilename": path} for path in sorted(repo.files)]
+        raise Answer(200, {"id": name, "sha": repo.head, "private": repo.private, "siblings": files, "tags": []})
+
+    def preupload(self, repo: Repo, body: Any, **_: Any) -> None:
+        answers = []
+        for one in body["files"]:
+            large = one["path"].endswith(LARGE)
+            there = repo.files.get(one["path"])
+            oid = None if there is None else sha256(there) if large else blob_id(there)
+            mode = "lfs" if large else "regular"
+            answers.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        raise Answer(200, {"files": answers})
+
+    def batch(self, body: Any, **_: Any) -> None:
+        objects = []
+        for one in body["objects"]:
+            answer: dict[str, Any] = {"oid": one["oid"], "size": one["size"]}
+            if one["oid"] not in self.objects:
+                answer["actions"] = {"upload": {"href": f"{self.url}/lfs/{one['oid']}?signature=canary", "header": {}}}
+            objects.append(answer)
+        raise Answer(200, {"transfer": "basic", "objects": objects})
+
+    def put(self, raw: bytes, oid: str, **_: Any) -> None:
+        if sha256(raw) != oid:
+            raise Answer(400, {"error": "wrong content"})
+        self.objects[oid] = raw
+        raise Answer(200)
+
+    def commit(self, repo: Repo, name: str, raw: bytes, **_: Any) -> None:
+        lines = [json.loads(line) for line in raw.splitlines()]
+        assert lines[0]["key"] == "header"
+        parent = lines[0]["value"].get("parentCommit")
+        if parent is not None and parent != repo.head:
+            raise Answer(412, {"error": "A commit has happened since. Please refresh and try again."})
+        files = dict(repo.files)
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                assert value["encoding"] == "base64"
+                files[value["path"]] = base64.b64decode(value["content"])
+                self.received += files[value["path"]]
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in self.objects:
+                    raise Answer(400, {"error": f"{value['path']} was not uploaded"})
+                files[value["path"]] = self.objects[value["oid"]]
+            else:
+                assert line["key"] == "deletedFile"
+                del files[value["path"]]
+        oid = repo.commit(files)
+        raise Answer(200, {"commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"})
+
+    def tree(self, repo: Repo, revision: str, **_: Any) -> None:
+        entries = []
+        for path, content in sorted(self._at(repo, revision).items()):
+            entry: dict[str, Any] = {"type": "file", "oid": blob_id(content), "size": len(content), "path": path}
+            if path.endswith(LARGE):
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        raise Answer(200, entries)
+
+    def resolve(self, repo: Repo, revision: str, path: str, **_: Any) -> None:
+        files = self._at(repo, revision)
+        if path not in files:
+            raise Answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        content = files[path]
+        etag = sha256(content) if path.endswith(LARGE) else blob_id(content)
+        head = next(oid for oid, held in repo.commits if held is files)
+        raise Answer(200, content, {"X-Repo-Commit": head, "ETag": f'"{etag}"'})
+
+    def _at(self, repo: Repo, revision: str) -> dict[str, bytes]:
+        known = {**dict(repo.commits), "main": repo.files}
+        if revision not in known:
+            raise Answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+        return known[revision]
+
+
+ROUTES: list[tuple[str, Callable[..., None]]] = [
+    (r"POST /api/repos/create", LoopbackHub.create),
+    (r"POST /api/validate-yaml", LoopbackHub.validate_yaml),
+    (rf"POST /api/models/{_REPO}/preupload/main", LoopbackHub.preupload),
+    (rf"POST /{_REPO}\.git/info/lfs/objects/batch", LoopbackHub.batch),
+    (r"PUT /lfs/(?P<oid>\w+)", LoopbackHub.put),
+    (rf"POST /api/models/{_REPO}/commit/main", LoopbackHub.commit),
+    (rf"GET /api/models/{_REPO}/tree/(?P<revision>\w+)", LoopbackHub.tree),
+    (rf"GET /api/models/{_REPO}(/revision/\w+)?", LoopbackHub.info),
+    (rf"(GET|HEAD) /{_REPO}/resolve/(?P<revision>\w+)/(?P<path>.+)", LoopbackHub.resolve),
+]
+
+
+class _Server(ThreadingHTTPServer):
+    # A download opens many connections at once.
+    request_queue_size = 64
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LoopbackHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def _handle(self) -> None:
+        line = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        fault = self._fault(line)
+        if fault and fault.cut == "before":
+            return self._cut()
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.hub.lock:
+            self.hub.requests.append(line)
+            self.hub.received += raw
+            if fault and fault.cut is None:
+                return self._answer(fault.status, {"error": fault.message}, fault.headers)
+            try:
+                self._route(line, raw)
+            except Answer as answer:
+                if fault:
+                    return self._cut()
+                return self._answer(answer.status, answer.body, answer.headers)
+        return self._answer(404, {"error": "no such place"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815 - http.server's names
+
+    def _fault(self, line: str) -> Fault | None:
+        with self.hub.lock:
+            for fault in self.hub.faults:
+                if re.search(fault.match, line) and fault.seen < fault.times:
+                    fault.seen += 1
+                    return fault
+        return None
+
+    def _route(self, line: str, raw: bytes) -> None:
+        for pattern, method in ROUTES:
+            if match := re.fullmatch(pattern, line):
+                values = {key: value for key, value in match.groupdict().items() if value is not None}
+                # Uploads go to a signed address, and a card is checked for anybody.
+                if not re.search("^PUT|validate-yaml", line) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    raise Answer(401, {"error": "Invalid username or password."})
+                if (name := values.pop("repo", None)) is not None:
+                    if name not in self.hub.repos:
+                        raise Answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+                    values |= {"repo": self.hub.repos[name], "name": name}
+                is_json = "json" in (self.headers.get("Content-Type") or "") and "ndjson" not in str(self.headers)
+                method(self.hub, raw=raw, body=json.loads(raw) if raw and is_json else None, **values)
+
+    def _answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _cut(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,220 @@
+"""The model card: it says what the run says, in a form that the Hub reads, and its code loads the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lora_llava.artifact import MANIFEST, WEIGHTS, file_sha256
+from lora_llava.errors import ArtifactError
+from lora_llava.hub.card import check_card, is_unedited, make_card
+from lora_llava.hub.content import collect
+from lora_llava.hub.facts import gather
+from lora_llava.hub.licences import LICENCES
+from lora_llava.merge.run import merge_artifact
+from lora_llava.recipe_file import bundled_recipes, dump_portable, dump_resolved, load_recipe
+from tests.helpers.artifacts import make_artifact
+from tests.helpers.card_rules import card_errors
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "quickstart"
+REPO = "someone/shapes"
+
+
+def make_run(
+    base: Path, directory: Path, recipe: str = "quickstart", *, base_id: str | None = None, **how: Any
+) -> Path:
+    """A run as `finetune` leaves it, with a tiny model in it and the quickstart's results; returns its artifact."""
+    made = make_artifact(base, directory / "instruct", **how)
+    (made / "recipe.yaml").write_text(dump_resolved(load_recipe(bundled_recipes()[recipe]), made), encoding="utf-8")
+    if base_id:
+        change(made / MANIFEST, lambda data: data["base"].update(name=base_id, revision="a" * 40, path=None))
+    (directory / "evaluation").mkdir()
+    summary = json.loads((RESULTS / "summary.json").read_text(encoding="utf-8"))
+    summary["hardware"] = "CPU (x86_64), 2 threads"
+    (directory / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (directory / "evaluation" / "accuracy.json").write_text(json.dumps(summary["evaluation"]), encoding="utf-8")
+    shutil.copy(RESULTS / "loss.png", directory)
+    shutil.copy(RESULTS / "samples.png", directory / "evaluation")
+    return made
+
+
+def change(path: Path, alter: Any) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    alter(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def test_the_card_of_a_run(tiny_base: Path, tmp_path: Path) -> None:
+    facts = gather(make_run(tiny_base, tmp_path / "run", nf4=True), None)
+    text = make_card(facts, REPO)
+    card = ModelCard(text)
+    # Through the Hub's own reader and back, nothing changes.
+    assert str(card) == text
+    assert card_errors(text) == []
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("peft", "image-text-to-text", "apache-2.0")
+    assert {"llava", "lora", "qlora"} <= set(data["tags"])
+    assert "base_model" not in data
+    metrics = data["model-index"][0]["results"][0]["metrics"]
+    assert metrics[0]["value"] == 0.9105
+    assert metrics[0]["name"] == "exact match, all, 2000 questions (95 % interval 89.7 to 92.2 %)"
+    for said in (
+        "| all             |      2000 | 0.1 (0.0-0.3) |  91.0 (89.7-92.2) |",
+        "| all             |       955 |   91.9 (90.0-93.5) | 62.8 (59.7-65.8) |",
+        "2,000 questions about 204 images of `test.json`",
+        "![questions about test images, with the answers](samples.png)",
+        "![loss by optimizer step](loss.png)",
+        "**The base is not on the Hub:** it was a local directory",
+        "easy-VQA, MIT",
+        "Hardware: CPU (x86_64), 2 threads",
+        "Time: 18 min",
+        "Peak memory: 2.8 GiB",
+        "torch 2.",
+        "| learning rate | 0.001 | 0.001 |",
+        "NF4, double quantised, computed in float32",
+        "--format vllm --base-model path/to/the/base",
+        "--format gguf",
+    ):
+        assert said in text, said
+    assert str(tmp_path) not in text
+    assert {file.name for file in collect(facts).files} >= {"loss.png", "samples.png"}
+
+
+def test_a_base_on_the_hub_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_run(tiny_base, tmp_path / "run", "medical_vqa", base_id="llava-hf/llava-1.5-7b-hf", nf4=True)
+    text = make_card(gather(made, None), REPO)
+    data = ModelCard(text).data.to_dict()
+    assert card_errors(text) == []
+    assert (data["base_model"], data["base_model_relation"]) == ("llava-hf/llava-1.5-7b-hf", "adapter")
+    assert data["datasets"] == ["flaviagiammarino/vqa-rad"]
+    found = data["model-index"][0]["results"][0]["dataset"]
+    assert found == {"name": "flaviagiammarino/vqa-rad", "type": "flaviagiammarino/vqa-rad", "split": "test"}
+    assert "medical" in data["tags"]
+    assert "NOT FOR CLINICAL USE" in text
+    assert f'revision="{"a" * 40}"' in text
+
+
+def test_the_card_of_a_merged_model(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_run(tiny_base, tmp_path / "run", nf4=True)
+    merge_artifact(made, tmp_path / "merged")
+    alone = make_card(gather(tmp_path / "merged", None), REPO)
+    assert "Results" not in alone
+    text = make_card(gather(tmp_path / "merged", tmp_path / "run"), REPO)
+    assert card_errors(text) == card_errors(alone) == []
+    assert ModelCard(text).data.library_name == "transformers"
+    assert "91.0 (89.7-92.2)" in text
+    assert f"vllm serve {REPO}" in text
+    assert "Folded into the dequantized base" in text
+    # A model that is not of the kit's making has a card too, which claims nothing.
+    (tmp_path / "merged" / "merge_report.json").unlink()
+    bare = make_card(gather(tmp_path / "merged", None), REPO)
+    assert card_errors(bare) == []
+    assert "is not recorded" in bare
+
+
+def test_an_earlier_stage_has_no_results_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_run(tiny_base, tmp_path / "run")
+    align = make_artifact(tiny_base, tmp_path / "run" / "align", "align")
+    shutil.copy(made / "recipe.yaml", align)
+    facts = gather(align, None)
+    assert not facts.accuracy
+    assert set(facts.pictures) == {"loss.png"}
+    text = make_card(facts, REPO)
+    assert "91.0" not in text
+    assert "instruct" not in text
+    assert "lora-llava merge shapes shapes-merged" in text
+
+
+def test_the_results_of_another_run_are_not_taken(tiny_base: Path, tmp_path: Path) -> None:
+    """A run is known by the weights it holds: an artifact that was put beside its files is not of it."""
+    made = make_run(tiny_base, tmp_path / "run")
+    assert gather(made, None).summary
+    moved = tmp_path / "run" / "mine"
+    shutil.copytree(made, moved)
+    assert gather(moved, None).summary
+    weights = moved / WEIGHTS
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    change(moved / MANIFEST, lambda data: data.update(adapter_sha256=file_sha256(weights)))
+    facts = gather(moved, None)
+    assert not (facts.summary or facts.accuracy or facts.pictures)
+    with pytest.raises(ArtifactError, match="was not made by the run"):
+        gather(moved, tmp_path / "run")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_its_code_loads_the_model_and_asks_it(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], merged: bool
+) -> None:
+    source = made = make_run(tiny_base, tmp_path / "run")
+    if merged:
+        source = tmp_path / "merged"
+        merge_artifact(made, source)
+    text = make_card(gather(source, None), REPO)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    code = code.replace(REPO, str(source)).replace("path/to/the/base", str(tiny_base))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20), "red").save("image.png")
+    asked: dict[str, Any] = {}
+    exec(code, asked)  # the code of the card is what is tested
+    assert torch.isfinite(asked["output"]).all()
+    assert asked["output"].shape[1] > asked["inputs"]["input_ids"].shape[1]
+    capsys.readouterr()
+
+
+def test_a_licence_must_be_one_that_the_hub_knows(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_run(tiny_base, tmp_path / "run")
+    recipe = made / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    for licence, message in (("Apache 2", "is no licence id of the Hub"), ("other", "card.license_name")):
+        recipe.write_text(text.replace("license: apache-2.0", f"license: {licence}"), encoding="utf-8")
+        with pytest.raises(ArtifactError, match=message):
+            make_card(gather(made, None), REPO)
+    recipe.write_text(text.replace("license: apache-2.0", "license: null"), encoding="utf-8")
+    card = make_card(gather(made, None), REPO)
+    assert "No licence for these weights is stated" in card
+    assert card_errors(card) == []
+    for licence in ("apache-2.0", "mit", "llama2", "cc-by-nc-4.0", "other"):
+        assert licence in LICENCES
+    check_card("no metadata at all", "README.md")
+
+
+@pytest.mark.parametrize("path", bundled_recipes().values(), ids=lambda path: path.stem)
+def test_every_recipe_says_its_licences(path: Path) -> None:
+    card = load_recipe(path).card
+    assert card.license in LICENCES
+    assert card.base_license
+    assert card.data_license
+    assert card.intended_use
+    assert ("NOT FOR CLINICAL USE" in card.intended_use) is (path.stem == "medical_vqa")
+
+
+def test_an_edited_card_is_known(tiny_base: Path, tmp_path: Path) -> None:
+    text = make_card(gather(make_run(tiny_base, tmp_path / "run"), None), REPO)
+    assert is_unedited(text)
+    assert not is_unedited(text.replace("apache-2.0", "mit"))
+    assert not is_unedited(text + "more\n")
+    assert not is_unedited("---\nlicense: mit\n---\n")
+
+
+def test_a_published_recipe_has_names_and_no_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "version: 1\nname: a\noutput_dir: /home/me/run\nstart_from: ../../me/align\n"
+        "base: {model_name_or_path: org/model}\n"
+        "stages: {instruct: {data: {path: /home/me/train.json, image_root: ../.., validation: {path: ~/v.json}}}}\n"
+        "evaluation: {data: {path: org/set, exclude: ./skip.jsonl}}\n",
+        encoding="utf-8",
+    )
+    text = dump_portable(path)
+    assert "me" not in text.replace("name", "")
+    for said in ("start_from: ./align", "org/model", "path: ./train.json", "./v.json", "org/set", "./skip.jsonl"):
+        assert said in text, said
