@@ -53,12 +53,13 @@ def train(recipe: Path, directory: Path, *overrides: str, resume: Resume = "no")
 
 
 def at_step(patch: pytest.MonkeyPatch, stage: str, step: int, act: AtStep) -> None:
-    """Have `act` done while optimizer step `step` of `stage` is computed."""
+    """Have `act` done once while optimizer step `step` of `stage` is computed."""
     original = PackedTrainer.training_step
+    acts = [act]
 
     def training_step(self: PackedTrainer, *args: Any, **options: Any) -> Any:
-        if self.args.output_dir.endswith(stage) and self.state.global_step == step - 1:
-            act(self)
+        if self.args.output_dir.endswith(stage) and self.state.global_step == step - 1 and acts:
+            acts.pop()(self)
         return original(self, *args, **options)
 
     patch.setattr(PackedTrainer, "training_step", training_step)
@@ -67,6 +68,15 @@ def at_step(patch: pytest.MonkeyPatch, stage: str, step: int, act: AtStep) -> No
 def stop(_: PackedTrainer) -> None:
     """End the run where it stands."""
     raise Stopped
+
+
+def stopped_run(recipe: Path, directory: Path, stage: str, step: int) -> Path:
+    """Run until a step of a stage is computed, and return the run's directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, stage, step, stop)
+        with pytest.raises(Stopped):
+            train(recipe, directory)
+    return directory
 
 
 def log_of(directory: Path) -> list[dict[str, Any]]:
