@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_llava.errors import TrainingError
@@ -34,7 +34,9 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        # The file alone locks nothing: where it cannot be removed any more, it may stay.
+        with suppress(OSError):
+            path.unlink()
         os.close(handle)
 
 

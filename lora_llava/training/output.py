@@ -160,4 +160,5 @@ def note_skipped(directory: Path, part: str, skipped: Sequence[BadRecord]) -> No
     kept = [line for line in kept if line.endswith("\n") and json.loads(line)["part"] != part]
     kept += [json.dumps({"part": part, **asdict(record)}) + "\n" for record in skipped]
     if kept:
-        write_text(path, "".join(kept))
+        with writing_named(SKIPPED, directory):
+            write_text(path, "".join(kept))

@@ -78,7 +78,8 @@ def run_recipe(
         summary.pop(output.EVALUATION, None)
         summary["seconds"][stage] = round(seconds, 1)
         parent = directory / stage
-        plot_loss(directory / output.LOSS_PLOT, output.read_log(directory))
+        with output.writing_named(output.LOSS_PLOT, directory):
+            plot_loss(directory / output.LOSS_PLOT, output.read_log(directory))
     summary["peak_memory_bytes"] = peak_memory_bytes()
     output.write_summary(directory, summary)
     return summary

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import lora_llava.training.run as run_module
 from lora_llava.artifact import WEIGHTS, file_sha256
 from lora_llava.recipe_file import load_recipe
 from lora_llava.training import output
@@ -48,7 +49,10 @@ def train(recipe: Path, directory: Path, *overrides: str, resume: Resume = "no")
     """Run, or go on; return the summary and what was shown."""
     shown = io.StringIO()
     loaded = load_recipe(recipe, (*SETTINGS, f"output_dir={directory}", *overrides))
-    summary = finetune_and_evaluate(loaded, Console(file=shown, width=200), resume=resume)
+    with pytest.MonkeyPatch.context() as patch:
+        # The picture takes as long as the training.
+        patch.setattr(run_module, "plot_loss", lambda *_: None)
+        summary = finetune_and_evaluate(loaded, Console(file=shown, width=200), resume=resume)
     return summary, shown.getvalue()
 
 
