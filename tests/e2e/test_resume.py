@@ -28,21 +28,14 @@ from tests.helpers.resuming import (
     stop,
     stopped_run,
     train,
-    write_project,
 )
-from tests.helpers.tiny import save_tiny_base
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("resume"), tiny_base)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody stopped."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    train(recipe, directory)
+    train(project, directory)
     return directory
 
 
@@ -51,38 +44,26 @@ def straight(whole: Path) -> dict[str, Any]:
     return outcome(whole)
 
 
-@pytest.fixture(scope="module")
-def halted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed in step 8 of `instruct`; it has checkpoints of steps 4 and 6."""
-    return stopped_run(recipe, tmp_path_factory.mktemp("halted") / "run", "instruct", 8)
-
-
-@pytest.fixture
-def broken_off(halted: Path, tmp_path: Path) -> Path:
-    """A copy of `halted`, to be changed."""
-    return Path(shutil.copytree(halted, tmp_path / "run"))
-
-
 def checkpoint_steps(directory: Path, stage: str = "instruct") -> list[int]:
     return sorted(int(one.name.removeprefix("step-")) for one in (directory / "checkpoints" / stage).iterdir())
 
 
 @pytest.mark.parametrize(("stage", "step"), [("align", 5), ("instruct", 2)])
 def test_a_stopped_run_goes_on_to_the_bit(
-    recipe: Path, straight: dict[str, Any], tmp_path: Path, stage: str, step: int
+    project: Path, straight: dict[str, Any], tmp_path: Path, stage: str, step: int
 ) -> None:
-    stopped_run(recipe, tmp_path / "run", stage, step)
-    train(recipe, tmp_path / "run", resume="exact")
+    stopped_run(project, tmp_path / "run", stage, step)
+    train(project, tmp_path / "run", resume="exact")
     assert outcome(tmp_path / "run") == straight
 
 
 def test_finished_stages_are_kept_and_times_add_up(
-    recipe: Path, straight: dict[str, Any], broken_off: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, straight: dict[str, Any], broken_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert checkpoint_steps(broken_off) == [4, 6]
     before = json.loads((broken_off / "summary.json").read_text(encoding="utf-8"))
     at_step(monkeypatch, "align", 1, stop)
-    summary, shown = train(recipe, broken_off, resume="exact")
+    summary, shown = train(project, broken_off, resume="exact")
     assert outcome(broken_off) == straight
     assert "align: trained already" in shown
     assert "instruct: going on after step 6" in shown
@@ -96,13 +77,13 @@ def test_finished_stages_are_kept_and_times_add_up(
 
 
 def test_a_finished_run_has_nothing_left_to_do(
-    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
     before = json.loads((whole / "summary.json").read_text(encoding="utf-8"))
     for stage in ("align", "instruct"):
         at_step(monkeypatch, stage, 1, stop)
-    summary, _ = train(recipe, tmp_path / "run", resume="exact")
+    summary, _ = train(project, tmp_path / "run", resume="exact")
     assert {key: summary[key] for key in ("align", "instruct")} == {key: before[key] for key in ("align", "instruct")}
     assert outcome(tmp_path / "run") == outcome(whole)
 
@@ -124,114 +105,37 @@ def test_a_checkpoint_is_an_artifact(halted: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        (["stages.instruct.batch_size=8"], r"stages\.instruct\.batch_size: 9 then, 8 now"),
-        (["stages.instruct.packing=none"], r"stages\.instruct\.packing: tree then, none now"),
-        (["seed=7"], r"stage align is not .*\n  seed: 42 then, 7 now"),
-        (["stages.instruct.learning_rate=1e-4"], r"stages\.instruct\.learning_rate: 0\.005 then, 0\.0001 now"),
-        (
-            ["stages.instruct.template=chatml", "stages.instruct.tokens_per_micro_batch=300"],
-            r"template: vicuna_v1 then, chatml now\n(.*\n)*.*tokens_per_micro_batch: 400 then, 300 now",
-        ),
-    ],
-)
-def test_other_settings_are_refused_by_name(recipe: Path, halted: Path, overrides: list[str], named: str) -> None:
-    before = (halted / "recipe.yaml").read_bytes()
-    with pytest.raises(TrainingError, match=named) as error:
-        train(recipe, halted, *overrides, resume="exact")
-    assert "--resume-anyway, which gives up" in str(error.value)
-    assert (halted / "recipe.yaml").read_bytes() == before
-
-
-def test_other_data_are_refused(recipe: Path, broken_off: Path, tmp_path: Path) -> None:
-    data = recipe.parent / "train.json"
-    records = json.loads(data.read_text(encoding="utf-8"))
-    records[5]["conversations"][1]["value"] += " indeed"
-    (tmp_path / "other.json").write_text(json.dumps(records), encoding="utf-8")
-    moved = [f"stages.instruct.data.path={tmp_path / 'same.json'}"]
-    shutil.copy(data, tmp_path / "same.json")
-    with pytest.raises(
-        TrainingError, match=r"stages\.instruct\.data.* \(sha256 of the records\): \w{64} then, \w{64} "
-    ):
-        train(recipe, broken_off, f"stages.instruct.data.path={tmp_path / 'other.json'}", resume="exact")
-    # The same data elsewhere are the same data.
-    train(recipe, broken_off, *moved, resume="exact")
-
-
-def test_another_base_is_refused(recipe: Path, halted: Path, tmp_path: Path) -> None:
-    other = save_tiny_base(tmp_path / "other", seed=1)
-    with pytest.raises(TrainingError, match=r"align.*base is \w{64}, of this run \w{64}"):
-        train(recipe, halted, f"base.model_name_or_path={other}", resume="anyway")
-
-
-def test_resume_anyway_says_what_is_given_up(recipe: Path, broken_off: Path) -> None:
-    rate, batch = "stages.instruct.learning_rate=0.001", "stages.instruct.batch_size=10"
-    _, shown = train(recipe, broken_off, rate, batch, resume="anyway")
-    assert "learning_rate: 0.005 then, 0.001 now" in shown
-    assert "one learning_rate for the whole stage: it holds from here on" in shown
-    assert "the plan is another one, and is entered at the same step" in shown
-    rates = {row["step"]: row["learning_rate"] for row in log_of(broken_off) if "learning_rate" in row}
-    # Eight steps now. The log's rate is the one before the scheduler moves on: of the eighth step, by the new cosine.
-    assert max(rates) == 8
-    assert rates[8] == pytest.approx(0.001 * 0.0495, rel=0.01)
-    assert rates[6] > 0.001
-
-
-def test_more_steps_than_the_plan_has_now(recipe: Path, halted: Path) -> None:
-    with pytest.raises(TrainingError, match="has 5 steps now, and 6 were trained already"):
-        train(recipe, halted, "stages.instruct.max_steps=5", resume="anyway")
-
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    recipe: Path, straight: dict[str, Any], broken_off: Path
+    project: Path, straight: dict[str, Any], broken_off: Path
 ) -> None:
     path = broken_off / "checkpoints" / "instruct" / "step-6" / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
-    _, shown = train(recipe, broken_off, resume="exact")
+    _, shown = train(project, broken_off, resume="exact")
     assert "step-6 is damaged (optimizer.safetensors was altered" in shown
     assert "going on from step-4 instead" in shown
     assert outcome(broken_off) == straight
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_no_whole_checkpoint_is_left(recipe: Path, broken_off: Path, damage: str) -> None:
+def test_no_whole_checkpoint_is_left(project: Path, broken_off: Path, damage: str) -> None:
     for directory in (broken_off / "checkpoints" / "instruct").iterdir():
         path = directory / WEIGHTS
         path.write_bytes(path.read_bytes()[:-20]) if damage == "cut" else path.unlink()
     reason = r"has .* bytes, not" if damage == "cut" else "is missing"
     with pytest.raises(TrainingError, match=f"no whole checkpoint is left: .*step-6 is damaged .*{reason}"):
-        train(recipe, broken_off, resume="exact")
+        train(project, broken_off, resume="exact")
 
 
-def test_a_damaged_artifact_of_a_finished_stage_is_named(recipe: Path, broken_off: Path) -> None:
+def test_a_damaged_artifact_of_a_finished_stage_is_named(project: Path, broken_off: Path) -> None:
     path = broken_off / "align" / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(TrainingError, match=r"was altered.*remove .*align to have it made again"):
-        train(recipe, broken_off, resume="exact")
+        train(project, broken_off, resume="exact")
     shutil.rmtree(broken_off / "align")
-    _, shown = train(recipe, broken_off, resume="exact")
+    _, shown = train(project, broken_off, resume="exact")
     assert "align: going on after step 9" in shown
-
-
-def test_nothing_to_resume(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="there is nothing to resume in output_dir"):
-        train(recipe, tmp_path / "run", resume="exact")
-
-
-def test_resume_and_overwrite_exclude_each_other(recipe: Path) -> None:
-    for option in ("--resume", "--resume-anyway"):
-        done = CliRunner().invoke(cli, ["finetune", str(recipe), option, "--overwrite"])
-        assert done.exit_code == 2
-        assert "give one of them" in done.output
-
-
-def test_a_run_in_the_way_is_refused_with_the_way_on(recipe: Path, halted: Path) -> None:
-    with pytest.raises(TrainingError, match=r"holds a run already .*--resume goes on with it"):
-        train(recipe, halted)
 
 
 def sent(*signals: signal.Signals) -> Callable[[PackedTrainer], None]:
@@ -244,10 +148,10 @@ def sent(*signals: signal.Signals) -> Callable[[PackedTrainer], None]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_exits(
-    recipe: Path, straight: dict[str, Any], tmp_path: Path, number: signal.Signals
+    project: Path, straight: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    arguments = ["finetune", str(recipe), *SETTINGS, f"output_dir={tmp_path / 'run'}"]
+    arguments = ["finetune", str(project), *SETTINGS, f"output_dir={tmp_path / 'run'}"]
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "instruct", 5, sent(number))
         done = CliRunner().invoke(cli, arguments)
@@ -263,8 +167,8 @@ def test_a_signal_ends_the_step_saves_and_exits(
     assert outcome(tmp_path / "run") == straight
 
 
-def test_a_second_signal_stops_at_once(recipe: Path, tmp_path: Path) -> None:
-    arguments = ["finetune", str(recipe), *SETTINGS, f"output_dir={tmp_path / 'run'}"]
+def test_a_second_signal_stops_at_once(project: Path, tmp_path: Path) -> None:
+    arguments = ["finetune", str(project), *SETTINGS, f"output_dir={tmp_path / 'run'}"]
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "align", 2, sent(signal.SIGINT, signal.SIGINT))
         done = CliRunner().invoke(cli, arguments)
@@ -273,11 +177,11 @@ def test_a_second_signal_stops_at_once(recipe: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "checkpoints" / "align").glob("*"))
 
 
-def test_validation_draws_no_random_numbers(recipe: Path, tmp_path: Path) -> None:
+def test_validation_draws_no_random_numbers(project: Path, tmp_path: Path) -> None:
     few = ("stages.align=null", "stages.instruct.max_steps=3", "stages.instruct.logging_steps=1")
     losses = []
     for name, settings in {"often": 1, "never": None}.items():
         every = f"stages.instruct.eval_steps={json.dumps(settings)}"
-        train(recipe, tmp_path / name, *few, every)
+        train(project, tmp_path / name, *few, every)
         losses.append([row["loss"] for row in log_of(tmp_path / name) if "loss" in row])
     assert losses[0] == losses[1]
