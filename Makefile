@@ -7,7 +7,7 @@ SOURCES := lora_llava tools tests benchmarks
 # llama.cpp as npm has it, for the CPU alone; the tests marked `node` ask it what it makes of exported files.
 LLAMA_NODE := 1.7.15
 
-.PHONY: quickstart node test fuzz check bench clean
+.PHONY: quickstart node test fuzz torture check bench clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ test: $(VENV)/installed
 # The short form of this is a part of the tests.
 fuzz: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile=fuzz tests/fuzz
+
+# The short form of this, too. Runs are killed at twenty moments, and end as if nothing had happened.
+torture: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --kills=20 tests/torture
 
 check: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from lora_llava.chat_template import chat_template
 from lora_llava.conversation import get_template
 from lora_llava.errors import ArtifactError
+from lora_llava.files import remove_directory, staged
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.recipe import AdapterSettings
@@ -180,14 +180,19 @@ def _check_keys(manifest: Manifest) -> None:
 def save_artifact(
     directory: Path, model: PeftModel, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str
 ) -> Manifest:
-    """Write an artifact; the directory appears by rename when it is complete.
+    """Write an artifact; the directory appears by rename when it is complete, in the place of an older one.
 
     `facts` are the manifest's fields other than `base`, `adapter_sha256` and `versions`.
     """
-    staging = directory.with_name(directory.name + ".partial")
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    remove_directory(directory)
+    with staged(directory) as staging:
+        return write_artifact(staging, directory, model, loaded, facts, recipe_yaml)
+
+
+def write_artifact(
+    staging: Path, directory: Path, model: PeftModel, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str
+) -> Manifest:
+    """Write the files of an artifact that will stand in `directory` to `staging`; see `save_artifact`."""
     location = base_location(loaded.identity, loaded.directory, directory)
     for config in model.peft_config.values():
         config.base_model_name_or_path = location["path"] or location["name"]
@@ -211,9 +216,6 @@ def save_artifact(
         base=location, adapter_sha256=file_sha256(staging / WEIGHTS), versions=library_versions(), **facts
     )
     (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    if directory.exists():
-        shutil.rmtree(directory)
-    staging.rename(directory)
     return manifest
 
 

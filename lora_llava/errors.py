@@ -6,6 +6,7 @@ LoraLlavaError
 ├── ModelError       a base model, or a built model that is not what its stage states
 ├── ArtifactError    a directory that is not what its manifest says, or belongs to another base
 ├── TrainingError    a run that cannot go on
+│   └── RunInterruptedError  a run that was asked to stop, and has saved; exit code 130 or 143
 └── HubError         the Hub refuses, fails, or cannot be reached
 """
 
@@ -43,6 +44,15 @@ class ArtifactError(LoraLlavaError):
 
 class TrainingError(LoraLlavaError):
     """Training cannot go on."""
+
+
+class RunInterruptedError(TrainingError):
+    """The run was asked to stop by a signal and has saved; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        # As shells have it.
+        self.exit_code = 128 + signal_number
 
 
 class HubError(LoraLlavaError):

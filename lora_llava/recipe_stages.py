@@ -159,6 +159,11 @@ class StageSettings(Settings):
     """Optimizer steps from one validation to the next; null: at the end only."""
     num_sample_answers: Annotated[int, Field(ge=0)] = 4
     """Validation questions answered at each validation."""
+    save_steps: Count | Literal["auto"] = "auto"
+    """Optimizer steps from one checkpoint to the next; `auto`: some minutes of work, so that saving takes little of the
+    time. The best by validation loss, and the last step, are saved in any case."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints that are kept; the best by validation loss and the last are always among them."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

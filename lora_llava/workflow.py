@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,43 +18,53 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.records import Record, load_records
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.compare import SAMPLES, compare
+from lora_llava.files import shown_path
 from lora_llava.recipe import Recipe
 from lora_llava.training import output
-from lora_llava.training.run import run_recipe, write_summary
+from lora_llava.training.differences import Resume
+from lora_llava.training.lock import locked
+from lora_llava.training.run import run_recipe
 
 
 def finetune_and_evaluate(
-    recipe: Recipe, console: Console, *, overwrite: bool, memory: int | None = None
+    recipe: Recipe,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    memory: int | None = None,
+    resume: Resume = "no",
 ) -> dict[str, Any]:
     """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
 
-    Returns the run's summary, which is also in `summary.json`: what each stage saw and measured, `evaluation`
-    (see `compare`), seconds by phase, and the peak memory in bytes.
+    `resume`: go on with the run in `output_dir`; what it has done is not done again. Returns the run's summary, which
+    is also in `summary.json`: what each stage saw and measured, `evaluation` (see `compare`), seconds by phase, and the
+    peak memory in bytes. Raises LoraLlavaError's subclasses, TrainingError if another run is at work there.
     """
     settings = recipe.evaluation
     # Before training: a mistake in the test data must not come to light hours later.
     skipped: list[BadRecord] = []
     records = load_records(settings.data, skipped) if settings else []
-    summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory)
-    if settings is None:
-        return summary
     directory = recipe.resolved_output_dir
-    output.note_skipped(directory, output.EVALUATION, skipped)
-    clock = time.monotonic()
-    summary["evaluation"] = evaluate_artifact(
-        directory / recipe.stage_names[-1],
-        records,
-        directory=directory / output.EVALUATION,
-        console=console,
-        precision=recipe.precision,
-        max_new_tokens=settings.max_new_tokens,
-        max_rows=settings.batch_size,
-        blind_questions=settings.blind_questions,
-    )
-    summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
-    summary["peak_memory_bytes"] = peak_memory_bytes()
-    write_summary(directory, summary)
-    return summary
+    with locked(directory):
+        summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory, resume=resume)
+        if settings is None or output.EVALUATION in summary:
+            return summary
+        output.note_skipped(directory, output.EVALUATION, skipped)
+        clock = time.monotonic()
+        summary["evaluation"] = evaluate_artifact(
+            directory / recipe.stage_names[-1],
+            records,
+            directory=directory / output.EVALUATION,
+            console=console,
+            precision=recipe.precision,
+            max_new_tokens=settings.max_new_tokens,
+            max_rows=settings.batch_size,
+            blind_questions=settings.blind_questions,
+        )
+        summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
+        summary["peak_memory_bytes"] = peak_memory_bytes()
+        output.write_summary(directory, summary)
+        return summary
 
 
 def evaluate_artifact(
@@ -108,8 +117,3 @@ def print_outcome(recipe: Recipe, console: Console) -> None:
     for place in places:
         if (directory / place).exists():
             console.print(f"  {place}")
-
-
-def shown_path(path: Path) -> str:
-    """Write a path relative to the current directory if it lies below it, to be pasted into a command."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

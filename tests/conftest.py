@@ -11,6 +11,11 @@ import torch
 from tests.helpers.tiny import save_tiny_base
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make torture` ask for more than the short form that every run of the tests has."""
+    parser.addoption("--kills", type=int, default=4, help="moments at which tests/torture kills a run")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny tensors are faster on one thread, and sums keep one order."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.cli.common import make_console, quiet_libraries
+from lora_llava.files import shown_path
 
 if TYPE_CHECKING:
     from lora_llava.recipe_stages import DataSettings
@@ -72,7 +73,7 @@ def evaluate(
     quiet_libraries()
     from lora_llava.artifact import read_usage
     from lora_llava.data.records import load_records
-    from lora_llava.workflow import evaluate_artifact, shown_path
+    from lora_llava.workflow import evaluate_artifact
 
     if answer_prompt is None:
         fields["answer_prompt"] = read_usage(artifact).answer_prompt

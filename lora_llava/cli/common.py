@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava.errors import LoraLlavaError, RecipeError
+from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,9 @@ class KitGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             click.echo("\nstopped", err=True)
             ctx.exit(INTERRUPTED)
+        except RunInterruptedError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
         except Exception as error:
             # A closed pipe (`| head`) is click's to end quietly.
             if isinstance(error, OSError) and error.errno == errno.EPIPE:

@@ -16,13 +16,25 @@ from lora_llava.errors import RecipeError
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Show the plan, the parameters and the memory; train and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in output_dir.")
+@click.option("--resume", is_flag=True, help="Go on with the run in output_dir as if it had not been stopped.")
+@click.option("--resume-anyway", is_flag=True, help="Go on though settings or data changed; says what is given up.")
 @click.option("--memory", type=memory_size, metavar="SIZE", help="Plan for a card of, say, 12GiB [what is free].")
-def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: bool, memory: int | None) -> None:
+def finetune(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    overwrite: bool,
+    resume: bool,
+    resume_anyway: bool,
+    memory: int | None,
+) -> None:
     """Train the stages of RECIPE, a YAML file.
 
     KEY=VALUE replaces a setting, such as stages.instruct.max_steps=20.
     If the recipe has an evaluation, the result is then compared with its base.
     """
+    if overwrite and (resume or resume_anyway):
+        raise click.UsageError("--overwrite starts over and --resume goes on: give one of them")
     settings = open_recipe(recipe, overrides)
     quiet_libraries()
     console = make_console()
@@ -31,9 +43,11 @@ def finetune(recipe: str, overrides: tuple[str, ...], dry_run: bool, overwrite: 
 
         print_dry_run(settings, console, memory)
         return
+    from lora_llava.training.differences import Resume
     from lora_llava.workflow import finetune_and_evaluate, print_outcome
 
-    finetune_and_evaluate(settings, console, overwrite=overwrite, memory=memory)
+    mode: Resume = "anyway" if resume_anyway else "exact" if resume else "no"
+    finetune_and_evaluate(settings, console, overwrite=overwrite, memory=memory, resume=mode)
     print_outcome(settings, console)
 
 

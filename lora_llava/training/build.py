@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from lora_llava.data.batch import ImageTransform, PackedRows, ReadImage
+from lora_llava.data.batch import PackedRows, ReadImage
 from lora_llava.device import world_size
 from lora_llava.evaluation.generation import generate_answers
 from lora_llava.modeling.attention import with_sdpa
@@ -22,6 +21,7 @@ from lora_llava.training import output
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.guards import NonFiniteGuard
 from lora_llava.training.image_check import make_image_check
+from lora_llava.training.image_facts import image_transform
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.trainer import PackedTrainer
@@ -29,30 +29,6 @@ from lora_llava.training.watch import StageWatch
 
 SAMPLE_TOKENS = 32
 """Longest sample answer, in tokens."""
-
-
-def image_transform(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) -> ImageTransform:
-    """Make the image transform of a stage."""
-    return ImageTransform(
-        size=loaded.image_size,
-        mean=loaded.image_mean,
-        std=loaded.image_std,
-        aspect_ratio=settings.image_aspect_ratio or recipe.images.image_aspect_ratio,
-    )
-
-
-def image_facts(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) -> dict[str, Any]:
-    """Describe, for the manifest, how images are turned into tokens."""
-    transform = image_transform(recipe, settings, loaded)
-    return {
-        "size": transform.size,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-        "image_aspect_ratio": transform.aspect_ratio,
-        "vision_feature_layer": loaded.config.vision_feature_layer,
-        "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
-        "num_image_tokens": loaded.num_image_tokens,
-    }
 
 
 def image_reader(recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData) -> ReadImage:
@@ -101,7 +77,7 @@ def make_trainer(
     directory = recipe.resolved_output_dir
     return PackedTrainer(
         loaded.model,
-        training_arguments(recipe, settings, data, directory / stage, optim, dtype),
+        training_arguments(recipe, settings, data, directory / output.CHECKPOINTS / stage, optim, dtype),
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
@@ -138,7 +114,9 @@ def training_arguments(
         logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps if evaluates else None,
-        save_strategy="no",
+        # When, between the first step and the last, `Saver` decides if the recipe does not.
+        save_strategy="steps",
+        save_steps=len(data.plan.steps) if settings.save_steps == "auto" else settings.save_steps,
         seed=recipe.seed,
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),

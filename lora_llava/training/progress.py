@@ -15,6 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_llava.files import fsync
+from lora_llava.training.output import writing_named
+
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
@@ -35,6 +38,8 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.questions = [0, *accumulate(step.questions for step in counts)]
         self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
         self.started = self.last_time = 0.0
+        self.seconds_before = 0.0
+        """Time spent on the stage's steps by earlier sessions."""
         self.last_step = 0
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -51,8 +56,11 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock and the display."""
-        self.started = self.last_time = time.monotonic()
+        self.last_time = time.monotonic()
+        self.started = self.last_time - self.seconds_before
+        self.last_step = state.global_step
         self.progress.start()
+        self.progress.update(self.task, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""
@@ -81,9 +89,21 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         row.pop("epoch", None)
         if "loss" in logs:
             row |= self._rates(step)
-        with self.path.open("a", encoding="utf-8") as handle:
+        with writing_named("the log", self.path.parent), self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._show(row)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first step, over all sessions."""
+        return time.monotonic() - self.started
+
+    def flushed(self) -> int:
+        """Bring what was logged to the disk, and return the size of the log in bytes."""
+        if not self.path.exists():
+            return 0
+        fsync(self.path)
+        return self.path.stat().st_size
 
     def _rates(self, step: int) -> dict[str, float]:
         now = time.monotonic()

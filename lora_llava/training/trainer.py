@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
 
 from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
@@ -16,13 +16,22 @@ from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.training.guards import NonFiniteGuard, forked_rng
 from lora_llava.training.image_check import ImageCheck, not_looking
+from lora_llava.training.interruption import ignore_signals
+from lora_llava.training.resumable import ResumableTrainer
 from lora_llava.training.watch import GuardsState, StageWatch
+
+
+def only(rows: list[Batch]) -> Batch:
+    """Return the row of a batch of one."""
+    [row] = rows
+    return row
+
 
 SampleAnswers = Callable[[], list[dict[str, str]]]
 """Answers a few validation questions with the model as it is."""
 
 
-class PackedTrainer(Trainer):  # type: ignore[misc]
+class PackedTrainer(ResumableTrainer):
     """Trains on the rows of a plan, in its order; one epoch of the Trainer is the whole stage."""
 
     optimizer: torch.optim.Optimizer | None
@@ -62,10 +71,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _rows_loader(self, rows: PackedRows) -> DataLoader[Batch]:
         workers = self.args.dataloader_num_workers
+        # A batch of one row and not none: on resuming the Trainer passes over rows by their numbers, unread.
         return DataLoader(
             rows,
-            batch_size=None,
+            batch_size=1,
+            collate_fn=only,
             num_workers=workers,
+            worker_init_fn=ignore_signals,
+            # The loader seeds its workers, which draw nothing; the model's own draws must not depend on that.
+            generator=torch.Generator(),
             pin_memory=self.args.device.type == "cuda",
             prefetch_factor=2 if workers else None,
             persistent_workers=bool(workers),

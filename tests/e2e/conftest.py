@@ -1,4 +1,4 @@
-"""What the tests of publishing share: a hub on this machine, and a run in somebody's home."""
+"""What several files of tests share: a hub on this machine, a run in somebody's home, runs to stop and go on with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from huggingface_hub.utils import close_session
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.loopback_hub import TOKEN, LoopbackHub
 from tests.helpers.publishing import RECIPE, USER
+from tests.helpers.resuming import stopped_run, write_project
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,20 @@ def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setenv("USER", USER)
         yield hub
         close_session()
+
+
+@pytest.fixture(scope="session")
+def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("resume"), tiny_base)
+
+
+@pytest.fixture(scope="session")
+def halted(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in step 8 of `instruct`; it has checkpoints of steps 4 and 6."""
+    return stopped_run(project, tmp_path_factory.mktemp("halted") / "run", "instruct", 8)
+
+
+@pytest.fixture
+def broken_off(halted: Path, tmp_path: Path) -> Path:
+    """A copy of `halted`, to be changed."""
+    return Path(shutil.copytree(halted, tmp_path / "run"))

@@ -17,6 +17,7 @@ from lora_llava.data.batch import ImageTransform
 from lora_llava.data.records import Record
 from lora_llava.errors import TrainingError
 from lora_llava.training.trainer import PackedTrainer
+from tests.helpers.resuming import at_step
 from tests.helpers.runs import Run, watched_run, write_data, write_recipe
 
 SIX_STEPS = ("stages.instruct.max_steps=6", "stages.instruct.eval_steps=2")
@@ -171,3 +172,15 @@ def test_a_run_may_leave_the_step_out(recipe_file: Path, tmp_path: Path, monkeyp
     assert all(torch.isfinite(one).all() for one in made.stages["align"].after.values() if one.is_floating_point())
     with pytest.raises(TrainingError, match="More than max_non_finite_steps 1 steps"):
         watched_run(recipe_file, *skip, "stages.align.num_train_epochs=2", f"output_dir={tmp_path / 'twice'}")
+
+
+def test_the_checkpoint_to_go_back_to_is_named(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruin(trainer: PackedTrainer) -> None:
+        with torch.no_grad():
+            next(one for one in trainer.model.parameters() if one.requires_grad).fill_(math.nan)
+
+    at_step(monkeypatch, "align", 2, ruin)
+    with pytest.raises(TrainingError, match=r"Last good checkpoint: \S+/align/step-1\."):
+        watched_run(recipe_file, "stages.align.save_steps=1", f"output_dir={tmp_path / 'run'}")

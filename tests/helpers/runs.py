@@ -19,6 +19,7 @@ from rich.console import Console
 import lora_llava.training.run as run_module
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import load_recipe
+from lora_llava.training.output import read_log
 from lora_llava.training.run import run_recipe
 
 COLOURS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 250), "grey": (120, 120, 120)}
@@ -141,7 +142,7 @@ class Run:
     @property
     def log(self) -> list[dict[str, Any]]:
         """The lines of its log."""
-        return run_module.read_log(self.directory)
+        return read_log(self.directory)
 
     def losses(self, stage: str, key: str = "loss") -> list[float]:
         """The logged losses of a stage."""
@@ -164,10 +165,10 @@ def watched_run(path: Path, *overrides: str, overwrite: bool = False) -> Run:
         trainer = original(*args, **kwargs)
         train = trainer.train
 
-        def watched_train() -> Any:
+        def watched_train(**options: Any) -> Any:
             before = state_of(trainer.model)
             trainable = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
-            result = train()
+            result = train(**options)
             stages[args[1]] = StageRun(trainable, before, state_of(trainer.model))
             return result
 

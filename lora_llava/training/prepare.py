@@ -1,0 +1,36 @@
+"""The base of a run: found, or assembled in the run's directory, and known by the hash of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_llava.errors import TrainingError
+from lora_llava.files import shown_path, staged
+from lora_llava.modeling.assemble import assemble
+from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.recipe import Recipe
+from lora_llava.training import output
+
+
+def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tuple[Path, BaseIdentity]:
+    """Find the base, or assemble it from its parts inside the run's directory, and hash its weights.
+
+    One that an earlier session assembled is kept. Raises TrainingError if it is not what the summary says.
+    """
+    settings = recipe.base
+    if settings.model_name_or_path:
+        base_directory, revision = locate(settings.model_name_or_path, settings.revision)
+        name = settings.model_name_or_path if revision else base_directory.resolve().name
+        return base_directory, BaseIdentity(name, revision, hash_weights(base_directory))
+    base_directory, name = directory / output.BASE, f"{recipe.name}-{output.BASE}"
+    if not base_directory.exists():
+        with output.writing_named("the base", directory), staged(base_directory) as staging:
+            assemble(settings, staging, recipe.seed)
+    identity = BaseIdentity(name, None, hash_weights(base_directory))
+    if summary.setdefault("base_sha256", identity.weights_sha256) != identity.weights_sha256:
+        raise TrainingError(
+            f"{shown_path(base_directory)} was altered: its weights are {identity.weights_sha256}, the run's are "
+            f"{summary['base_sha256']}; remove it to have it assembled again"
+        )
+    return base_directory, identity

@@ -1,0 +1,239 @@
+"""A Trainer that saves whole checkpoints and goes on from one as if nothing had happened."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_llava.errors import RunInterruptedError, TrainingError
+from lora_llava.files import shown_path
+from lora_llava.training import state as training_state
+from lora_llava.training.checkpoint import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
+from lora_llava.training.frozen import FrozenWeights
+from lora_llava.training.interruption import Interruption
+from lora_llava.training.memory_plan import MemoryPlan
+from lora_llava.training.output import resume_command, writing_named
+from lora_llava.training.progress import TrainLog
+from lora_llava.training.resume import checkpoints_of
+from lora_llava.training.stage_artifact import StageArtifact
+
+LEAST_INTERVAL = 300.0
+"""With `save_steps: auto`, seconds from one checkpoint to the next, at the least."""
+MOST_SHARE = 0.02
+"""And the share of the time that saving may take."""
+
+
+class Saver(TrainerCallback):  # type: ignore[misc]
+    """Decides when to save, and saves; knows how long the stage has taken over all sessions."""
+
+    def __init__(
+        self,
+        artifact: StageArtifact,
+        memory_plan: MemoryPlan,
+        facts: dict[str, Any],
+        started: float,
+        resumed: Checkpoint | None = None,
+        *,
+        exact: bool = True,
+    ) -> None:
+        self.artifact = artifact
+        self.memory_plan = asdict(memory_plan)
+        self.facts = facts
+        self.started = started
+        self.resumed = resumed
+        self.exact = exact
+        """Whether optimizer and scheduler go on with the settings of the checkpoint, which are the recipe's."""
+        self.settings = artifact.recipe.stage(artifact.stage)
+        self.parent = checkpoints_of(artifact.recipe, artifact.stage)
+        self.best = best_loss(self.parent)
+        before = resumed.progress if resumed else None
+        self.seconds_before = before.seconds if before else 0.0
+        self.saving_seconds = before.saving_seconds if before else 0.0
+        self.num_saved = before.num_saved if before else 0
+        self.last_saved = time.monotonic()
+        self.last_duration = 0.0
+        self.last_loss: tuple[int, float] | None = None
+        self.interruption = Interruption()
+        self.frozen: FrozenWeights | None = None
+        """What must not have changed when a checkpoint is written."""
+
+    @property
+    def run_directory(self) -> Path:
+        """Directory of the run."""
+        return self.artifact.recipe.resolved_output_dir
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the stage, over all sessions; what was lost with a kill is not counted."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the interval."""
+        self.last_saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint when one is due, and for the end when a signal came."""
+        if self.settings.save_steps == "auto":
+            waited = time.monotonic() - self.last_saved
+            if waited >= max(LEAST_INTERVAL, self.last_duration / MOST_SHARE):
+                control.should_save = True
+        self._stop_if_asked(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint where the validation loss is the lowest so far."""
+        loss = float(kwargs["metrics"]["eval_loss"])
+        self.last_loss = (state.global_step, loss)
+        if state.global_step < state.max_steps and (self.best is None or loss < self.best):
+            control.should_save = True
+        self._stop_if_asked(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop if a signal came while the checkpoint was written: nothing more is to be saved."""
+        if self.interruption.received is not None:
+            control.should_training_stop = True
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if self.interruption.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def save(self, trainer: ResumableTrainer) -> None:
+        """Write the checkpoint of this step, and remove those that are no longer kept."""
+        clock = time.monotonic()
+        if self.frozen is not None:
+            # A checkpoint is an artifact: what it was trained on must be the base.
+            self.frozen.check(self.artifact.stage)
+        trainer.store_flos()
+        step = trainer.state.global_step
+        loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
+
+        def write(staging: Path, directory: Path) -> None:
+            self.artifact.write(staging, directory, step, {} if loss is None else {"eval_loss": loss})
+            training_state.save_state(staging, trainer.optimizer, trainer.lr_scheduler, trainer.state)
+
+        with writing_named(f"the checkpoint of step {step}", self.run_directory):
+            progress = self._progress(trainer, step, loss)
+            write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write)
+            rotate(self.parent, step, self.settings.save_total_limit)
+        if loss is not None:
+            self.best = loss if self.best is None else min(self.best, loss)
+        self.num_saved += 1
+        self.last_saved = time.monotonic()
+        self.last_duration = self.last_saved - clock
+        self.saving_seconds += self.last_duration
+
+    def last_checkpoint(self) -> str | None:
+        """Name the newest whole checkpoint of the stage."""
+        try:
+            found = latest(self.parent, lambda _line: None)
+        except TrainingError:
+            return None
+        return None if found is None else shown_path(found.directory)
+
+    def _progress(self, trainer: ResumableTrainer, step: int, loss: float | None) -> Progress:
+        return Progress(
+            stage=self.artifact.stage,
+            step=step,
+            eval_loss=loss,
+            loss_sum=trainer._tr_loss.item(),
+            loss_total=trainer._total_loss_scalar,
+            last_logged_step=trainer._globalstep_last_logged,
+            log_bytes=trainer.log_file.flushed(),
+            log_seconds=trainer.log_file.seconds,
+            seconds=self.seconds,
+            saving_seconds=self.saving_seconds,
+            num_saved=self.num_saved + 1,
+        )
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the optimizer is of the kind that it was."""
+        key = f"stages.{self.artifact.stage}.optim"
+        return self.resumed is not None and self.resumed.facts.get(key) == self.facts[key]
+
+    def cost(self) -> dict[str, float]:
+        """Return what saving has cost, for the summary."""
+        return {"checkpoints_saved": self.num_saved, "saving_seconds": round(self.saving_seconds, 2)}
+
+    def __str__(self) -> str:
+        """Say in a line what saving has cost."""
+        share = self.saving_seconds / max(self.seconds, 1e-9)
+        return f"{self.num_saved} checkpoints saved in {self.saving_seconds:.1f} s, {share:.1%} of the stage's time"
+
+    def stop_if_asked(self, step: int) -> None:
+        """Raise RunInterruptedError if a signal came, now that the step is saved."""
+        if (received := self.interruption.received) is not None:
+            raise RunInterruptedError(
+                f"stopped by {received.name} after step {step:,} of stage {self.artifact.stage}, which is saved. Go on "
+                f"with: {resume_command(self.run_directory)}",
+                received,
+            )
+
+
+class ResumableTrainer(Trainer):  # type: ignore[misc]
+    """`Trainer` with checkpoints of the kit's own: `train(resume_from_checkpoint=...)` takes the directory of one."""
+
+    saver: Saver | None = None
+
+    def train_and_save(self, saver: Saver) -> None:
+        """Train to the end, from the saver's checkpoint if it has one, and save as it decides.
+
+        Raises RunInterruptedError after SIGINT or SIGTERM, when the step is done and saved.
+        """
+        self.saver = saver
+        resumed = saver.resumed
+        self.log_file.seconds_before = resumed.progress.log_seconds if resumed else 0.0
+        self.add_callback(saver)
+        self.add_callback(_LossSum(self))
+        with saver.interruption:
+            self.train(resume_from_checkpoint=str(resumed.directory) if resumed else None)
+        saver.stop_if_asked(self.state.global_step)
+
+    @property
+    def log_file(self) -> TrainLog:
+        """What writes the log of the run."""
+        [log] = [one for one in self.callback_handler.callbacks if isinstance(one, TrainLog)]
+        return log
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.saver is not None and self.args.should_save:
+            self.saver.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        training_state.load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.saver is not None and self.saver.resumed is not None
+            exact, step = self.saver.exact, self.saver.resumed.progress.step
+            if self.saver.keeps_optimizer:
+                training_state.load_optimizer(Path(checkpoint), self.optimizer, settings=exact)
+            training_state.load_scheduler(Path(checkpoint), self.lr_scheduler, step, settings=exact)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            training_state.load_random_state(Path(checkpoint))
+
+
+class _LossSum(TrainerCallback):  # type: ignore[misc]
+    """Gives the Trainer back the losses since the last line of the log, which it keeps apart from its state."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set them, now that the Trainer has set them to nothing."""
+        trainer = self.trainer
+        if trainer.saver is not None and trainer.saver.resumed is not None:
+            progress = trainer.saver.resumed.progress
+            trainer._tr_loss += progress.loss_sum
+            trainer._total_loss_scalar = progress.loss_total
+            trainer._globalstep_last_logged = progress.last_logged_step

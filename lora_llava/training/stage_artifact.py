@@ -1,0 +1,78 @@
+"""The artifact of a stage, at its end or at any step of it, and what its manifest says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_llava.artifact import WEIGHTS, file_sha256, save_artifact, write_artifact
+from lora_llava.data.records import fingerprint
+from lora_llava.modeling.base import LoadedModel
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_file import dump_resolved
+from lora_llava.recipe_stages import StageName
+from lora_llava.training.image_facts import image_facts
+from lora_llava.training.output import writing_named
+from lora_llava.training.plan import StageData
+
+
+class StageArtifact:
+    """Writes the model of a stage as it is, with the manifest of the step it has come to."""
+
+    def __init__(
+        self, recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, parent: Path | None
+    ) -> None:
+        self.recipe = recipe
+        self.stage = stage
+        self.loaded = loaded
+        self.data = data
+        self.stated = stage_facts(recipe, stage, loaded, data, parent)
+
+    def save(self, step: int, metrics: dict[str, float]) -> None:
+        """Leave the artifact of the finished stage in the run's directory."""
+        directory = self.recipe.resolved_output_dir / self.stage
+        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.recipe, directory)
+        with writing_named(f"the artifact of stage {self.stage}", self.recipe.resolved_output_dir):
+            save_artifact(directory, self.loaded.model, self.loaded, facts, recipe_yaml)
+
+    def write(self, staging: Path, directory: Path, step: int, metrics: dict[str, float]) -> None:
+        """Write the files of an artifact that will stand in `directory` to `staging`."""
+        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.recipe, directory)
+        write_artifact(staging, directory, self.loaded.model, self.loaded, facts, recipe_yaml)
+
+    def _facts(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+        return {**self.stated, "seen": seen_until(self.data, step), "metrics": metrics}
+
+
+def stage_facts(
+    recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, parent: Path | None
+) -> dict[str, Any]:
+    """Collect what the manifest says of a stage, apart from how far it has come."""
+    settings = recipe.stage(stage)
+    return {
+        "stage": stage,
+        "parent_sha256": file_sha256(parent / WEIGHTS) if parent else None,
+        "quantization": recipe.quantization.model_dump(),
+        "template": {"name": settings.template, "system": settings.system},
+        "images": image_facts(recipe, settings, loaded),
+        "data": {
+            "sha256": fingerprint(data.encoded.records),
+            "records": len(data.encoded),
+            "validation_records": len(data.validation),
+            "skipped_records": len(data.skipped),
+            "answer_prompt": settings.data.answer_prompt,
+            "merge_turns": settings.data.merge_turns,
+        },
+    }
+
+
+def seen_until(data: StageData, step: int) -> dict[str, int]:
+    """Count what a stage has seen after `step` optimizer steps."""
+    counts = data.counts[:step]
+    return {
+        "steps": step,
+        "conversations": sum(len(tree) for one in data.plan.steps[:step] for row in one for tree in row),
+        "questions": sum(one.questions for one in counts),
+        "supervised_tokens": sum(one.supervised_tokens for one in counts),
+        "computed_tokens": sum(one.computed_tokens for one in counts),
+    }

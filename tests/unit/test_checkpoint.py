@@ -1,0 +1,235 @@
+"""Checkpoints are whole or absent: whatever fails while one is written, the one before stays and is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_llava.data.bad_records import BadRecord
+from lora_llava.errors import TrainingError
+from lora_llava.files import write_text
+from lora_llava.training.checkpoint import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Progress,
+    latest,
+    rotate,
+    verified,
+    write_checkpoint,
+)
+from lora_llava.training.lock import locked
+from lora_llava.training.output import note_skipped, writing_named
+from tests.helpers.disk import Disk, full, read_only
+
+FILES = ("adapter_model.safetensors", "optimizer.json", "optimizer.safetensors")
+
+
+def progress(step: int, eval_loss: float | None = None) -> Progress:
+    return Progress("instruct", step, eval_loss, 0.25, 1.5, step - 1, 100, 1.0, 2.0, 0.5, 1)
+
+
+def fill(staging: Path, directory: Path) -> None:
+    for number, name in enumerate(FILES):
+        (staging / name).write_bytes(bytes(range(64)) * (number + 1))
+
+
+def write(parent: Path, step: int, eval_loss: float | None = None) -> Path:
+    return write_checkpoint(parent, progress(step, eval_loss), {"optim": "adamw_torch"}, {"device": "cpu"}, fill)
+
+
+def steps(parent: Path) -> list[int]:
+    return sorted(int(one.name.removeprefix("step-")) for one in parent.iterdir())
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    directory = write(tmp_path / "instruct", 7, 0.1 + 0.2)
+    checkpoint = verified(directory)
+    assert checkpoint.progress == progress(7, 0.1 + 0.2)
+    assert (checkpoint.memory_plan, checkpoint.facts) == ({"optim": "adamw_torch"}, {"device": "cpu"})
+    assert {path.name for path in directory.iterdir()} == {*FILES, MANIFEST}
+    assert latest(tmp_path / "instruct", quiet) == checkpoint
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "instruct", 7) / name
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(DamagedCheckpointError, match=name):
+            verified(path.parent)
+    path.write_bytes(content)
+    verified(path.parent)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_missing_and_cut_files_are_noticed(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "instruct", 7) / name
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DamagedCheckpointError, match=name):
+        verified(path.parent)
+    path.unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is missing"):
+        verified(path.parent)
+
+
+def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        write(tmp_path, step)
+    (tmp_path / "step-10" / FILES[0]).write_bytes(b"")
+    (tmp_path / "step-11").mkdir()
+    (tmp_path / "step-12.partial").mkdir()
+    (tmp_path / "step-3.removed").mkdir()
+    said: list[str] = []
+    found = latest(tmp_path, said.append)
+    assert found is not None and found.progress.step == 9
+    assert len(said) == 2
+    assert "step-11 is damaged (checkpoint.json is missing" in said[0]
+    assert "step-10 is damaged (adapter_model.safetensors has 0 bytes, not 64); going on from step-9" in said[1]
+    assert steps(tmp_path) == [2, 9, 10, 11]
+    assert latest(tmp_path / "none", quiet) is None
+
+
+def test_a_name_that_is_not_the_step_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path, 2).rename(tmp_path / "step-20")
+    with pytest.raises(TrainingError, match=r"no whole checkpoint is left: .*checkpoint.json was altered.* remove"):
+        latest(tmp_path, quiet)
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit", "kept"),
+    [
+        ([None, None, None], 2, [2, 3]),
+        ([0.1, 0.5, 0.3, 0.4], 2, [1, 4]),
+        ([0.5, 0.1, 0.3, None], 2, [2, 4]),
+        ([0.5, 0.4, 0.3], 2, [2, 3]),
+        ([0.1, 0.5, 0.3, 0.4], 3, [1, 3, 4]),
+        ([0.1], 2, [1]),
+    ],
+)
+def test_rotation_keeps_the_best_and_the_last(
+    tmp_path: Path, losses: list[float | None], limit: int, kept: list[int]
+) -> None:
+    for step, loss in enumerate(losses, start=1):
+        write(tmp_path, step, loss)
+        rotate(tmp_path, step, limit)
+    assert steps(tmp_path) == kept
+
+
+def test_rotation_takes_nothing_damaged_for_good(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    # Passed over when the run went on from step 1: neither may push out what is whole.
+    (tmp_path / "step-2" / MANIFEST).unlink()
+    (tmp_path / "step-3" / FILES[0]).unlink()
+    write(tmp_path, 2)
+    rotate(tmp_path, 2, 2)
+    assert steps(tmp_path) == [1, 2]
+    assert verified(tmp_path / "step-1").progress.step == 1
+    assert verified(tmp_path / "step-2").progress.step == 2
+
+
+def calls_of_a_save(directory: Path) -> list[tuple[str, str]]:
+    """List what a save, and the rotation after it, do to the disk, the third time."""
+    save_twice(directory)
+    disk = Disk(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        disk.install(patch)
+        save(directory)
+    return disk.calls
+
+
+def save_twice(directory: Path) -> None:
+    for step in (1, 2):
+        write(directory, step)
+
+
+def save(directory: Path) -> None:
+    with writing_named("the checkpoint of step 3", directory):
+        write(directory, 3)
+        rotate(directory, 3, 2)
+
+
+@pytest.mark.parametrize(("act", "words"), [(full, "No space left"), (read_only, "Read-only file system")])
+def test_an_error_at_any_point_of_a_save_leaves_the_checkpoint_before(
+    tmp_path: Path, act: Callable[[str, str], None], words: str
+) -> None:
+    calls = calls_of_a_save(tmp_path / "counted")
+    assert {name for name, _ in calls} >= {"open", "fsync", "rename", "mkdir", "unlink", "rmdir"}
+    refusals = []
+    for first in range(len(calls)):
+        directory = tmp_path / f"{first}"
+        save_twice(directory)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(directory, act, first).install(patch)
+            try:
+                save(directory)
+            except TrainingError as error:
+                refusals.append(str(error))
+        found = latest(directory, lambda line: pytest.fail(line))
+        assert found is not None and found.progress.step in (2, 3)
+        assert not list(directory.glob("*.partial"))
+        save(directory)
+        assert steps(directory) == [2, 3]
+    assert len(refusals) > 10
+    for said in refusals:
+        assert words in said
+        assert "MiB are free there" in said
+        assert "recipe.yaml --resume" in said
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_text(path, "before")
+    for first in range(4):
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(tmp_path, full, first).install(patch)
+            with pytest.raises(OSError, match="No space"):
+                write_text(path, "after")
+        assert path.read_text(encoding="utf-8") == ("after" if first == 3 else "before")
+        assert [one.name for one in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from lora_llava.training.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(TrainingError, match=f"in use by another run .process {other.pid}."),
+            locked(tmp_path / "run"),
+        ):
+            pytest.fail("two runs at once")
+        other.kill()
+        other.wait()
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text(encoding="utf-8") == f"{os.getpid()}\n"
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_lock_that_cannot_be_written_is_an_error_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(TrainingError, match="cannot be written"), locked(tmp_path / "file" / "run"):
+        pytest.fail("no directory can be there")
+
+
+def test_records_that_are_skipped_again_are_noted_once(tmp_path: Path) -> None:
+    one = BadRecord("a.json", 3, "x", "record", "p")
+    for part in ("align", "instruct", "instruct"):
+        note_skipped(tmp_path, part, [one])
+    lines = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert ['"part": "align"' in lines[0], '"part": "instruct"' in lines[1], len(lines)] == [True, True, 2]

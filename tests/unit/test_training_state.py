@@ -1,0 +1,119 @@
+"""What a training holds besides its weights comes back to the bit, from safetensors and JSON alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+
+from lora_llava.errors import TrainingError
+from lora_llava.training.state import (
+    load_optimizer,
+    load_random_state,
+    load_scheduler,
+    save_optimizer,
+    save_random_state,
+    save_state,
+)
+
+
+def trained(make: Callable[[list[torch.nn.Parameter]], Any], count: int) -> tuple[list[torch.nn.Parameter], Any, Any]:
+    """Train two parameters, one large enough for 8-bit states, by `count` steps of a schedule."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(96, 64)), torch.nn.Parameter(torch.randn(5))]
+    optimizer = make(parameters)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(count):
+        advance(parameters, optimizer, scheduler, step)
+    return parameters, optimizer, scheduler
+
+
+def advance(parameters: list[torch.nn.Parameter], optimizer: Any, scheduler: Any, step: int) -> None:
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.sin(parameter.detach() * (step + 2) + number)
+    optimizer.step()
+    scheduler.step()
+
+
+OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
+    "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, betas=(0.8, 0.95)),
+    "adamw_8bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=0.1),
+    "adamw_32bit": lambda parameters: bitsandbytes.optim.AdamW32bit(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
+    ours, optimizer, scheduler = trained(OPTIMIZERS[name], 3)
+    save_state(tmp_path, optimizer, scheduler, _Trainer())
+    theirs, other, schedule = trained(OPTIMIZERS[name], 0)
+    for here, there in zip(ours, theirs, strict=True):
+        there.data.copy_(here.data)
+    load_optimizer(tmp_path, other, settings=True)
+    load_scheduler(tmp_path, schedule, 3, settings=True)
+    assert other.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
+    for step in (3, 4):
+        for one in ((ours, optimizer, scheduler), (theirs, other, schedule)):
+            advance(*one, step)
+    assert all(torch.equal(here, there) for here, there in zip(ours, theirs, strict=True))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    states = {}
+    for label, one in {"ours": optimizer, "theirs": other}.items():
+        (tmp_path / label).mkdir()
+        save_optimizer(tmp_path / label, one)
+        states[label] = [(tmp_path / label / name).read_bytes() for name in ("optimizer.json", "optimizer.safetensors")]
+    assert states["ours"] == states["theirs"]
+
+
+class _Trainer:
+    def save_to_json(self, path: str) -> None:
+        Path(path).write_text("{}", encoding="utf-8")
+
+
+def test_moments_alone_go_on_with_new_settings(tmp_path: Path) -> None:
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
+    save_state(tmp_path, optimizer, scheduler, _Trainer())
+    _, other, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
+    load_optimizer(tmp_path, other, settings=False)
+    load_scheduler(tmp_path, schedule, 3, settings=False)
+    group = other.param_groups[0]
+    assert (group["lr"], group["betas"], group["initial_lr"]) == (0.5 / 4, (0.9, 0.999), 0.5)
+    for here, there in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert torch.equal(here["exp_avg"], there["exp_avg"])
+    other.step()
+    schedule.step()
+    assert group["lr"] == 0.5 / 5
+
+
+def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    _, optimizer, _ = trained(OPTIMIZERS["adamw_torch"], 1)
+    save_optimizer(tmp_path, optimizer)
+    with pytest.raises(TrainingError, match="another number of parameters"):
+        load_optimizer(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]), settings=True)
+
+
+def test_random_numbers_go_on(tmp_path: Path) -> None:
+    # The one that libraries draw from.
+    numpy_state: Any = np.random.mtrand._rand
+
+    def draw() -> list[Any]:
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            numpy_state.random_sample(),
+            numpy_state.normal(),
+            *torch.rand(3).tolist(),
+        ]
+
+    draw()
+    save_random_state(tmp_path)
+    expected = draw()
+    draw()
+    load_random_state(tmp_path)
+    assert draw() == expected
