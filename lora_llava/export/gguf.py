@@ -35,11 +35,11 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
     """
     outtype = out_type(options, "f16")
     with staged(output) as staging:
-        model, lines = source, []
+        model, lines = source, list[str]()
         if is_artifact(source):
             model = staging / _MERGED
             report = merge_artifact(source, model, base_model=options.base_model)
-            lines = [line for line in summary(report, model) if not line.startswith("merged into ")]
+            lines = summary(report, model)[1:]
         lines = _write(model, staging, output.name, outtype) + lines
         if model != source:
             shutil.rmtree(model)

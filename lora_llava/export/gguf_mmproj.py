@@ -36,9 +36,9 @@ ARCHITECTURE = "clip"
 FILE = "mmproj.gguf"
 
 KNOWN_DEFECT = (
-    "images: llama.cpp at the time of writing puts the class token last and reads positions as if it were first (its "
-    "issue #25814, fix #25844), so every image is seen wrongly; this file is right, and answers about images will be "
-    "once that is mended. See docs/shipping.md"
+    "images: llama.cpp, as of build 10257, puts the class token last and reads positions as if it came first "
+    "(its issue #25814, fix #25844), so it sees every image wrongly. This file is right, and so will answers about "
+    "images be once that is mended: docs/shipping.md"
 )
 """What a user must know of llama.cpp before trusting an answer about an image."""
 

@@ -22,7 +22,7 @@ from lora_llava.export.gguf_tokenizer import _LLAMA3, MEDIA_MARKER
 from lora_llava.export.options import ExportOptions
 from lora_llava.modeling.assemble import save_processor
 from tests.helpers.artifacts import CPU, make_artifact
-from tests.helpers.gguf_model import GGUFContent, image_features
+from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import (
     IMAGE_ID,
     IMAGE_MEAN,
@@ -68,8 +68,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     return run
 
 
-def export(source: Path, output: Path, layout: str = "gguf") -> Path:
-    FORMATS[layout](source, output, ExportOptions())
+def export(source: Path, output: Path, layout: str = "gguf", outtype: str | None = None) -> Path:
+    FORMATS[layout](source, output, ExportOptions(outtype=outtype))
     return output
 
 
@@ -140,6 +140,21 @@ def test_greedy_text_with_the_adapter(ask: Ask, base: Path, tmp_path: Path) -> N
     loaded, _ = load_model(artifact, device=CPU, dtype=torch.float32)
     assert compare(loaded.model, loaded.tokenizer, texts) > 0.7 * TOKENS * len(PROMPTS)
     assert texts != ask(model=out / "text.gguf", complete=tasks)["complete"]
+
+
+@pytest.mark.parametrize("outtype", ["q8_0", "q4_0"])
+def test_greedy_text_of_quantised_weights(ask: Ask, base: Path, tmp_path: Path, outtype: str) -> None:
+    """Against what the same file gives in fp32: llama.cpp quantises what it multiplies, too."""
+    out = export(base, tmp_path / "out", outtype=outtype)
+    texts = ask(model=out / "text.gguf", complete=[{"prompt": one, "tokens": TOKENS} for one in PROMPTS])["complete"]
+    content, tokenizer = GGUFContent(out / "text.gguf"), AutoTokenizer.from_pretrained(base)
+    compared = 0
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        ids = tokenizer(prompt).input_ids
+        answer = greedy(lambda more, ids=ids: text_logits(content, ids + more)[-1], 0.05)
+        assert text.startswith(tokenizer.decode(answer)), prompt
+        compared += len(answer)
+    assert compared > 0.4 * TOKENS * len(PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "vicuna"])
