@@ -48,7 +48,7 @@ def ask(what: str, repo_id: str, request: Callable[[], Result], token: str | Non
                 raise
             if isinstance(failure, HubError):
                 raise failure from error
-            # Its name for a failure in one of its threads.
+            # What huggingface_hub and hf_xet raise for a failure in a thread that uploads.
             if any(type(one) is RuntimeError for one in _chain(error)):
                 raise HubError(_explain_upload(failure, repo_id)) from error
             wait = _wait(failure, attempt)
@@ -93,10 +93,10 @@ def _failure(error: BaseException) -> BaseException | None:
     for one in _chain(error):
         if isinstance(one, (HubError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError)):
             return one
-        # The HTTP library has another name in other versions; its errors are no OSError.
-        if type(one).__module__.startswith("httpx") or type(one).__name__ == "JSONDecodeError":
+        # The HTTP library has another name in other versions; its errors are no OSError, nor are hf_xet's.
+        if type(one).__module__.startswith(("httpx", "hf_xet")) or type(one).__name__ == "JSONDecodeError":
             return one
-    return None
+    return next((one for one in _chain(error) if type(one) is RuntimeError), None)
 
 
 def _wait(failure: BaseException, attempt: int) -> float | None:
@@ -136,7 +136,7 @@ def _explain(failure: BaseException, what: str, repo_id: str, token: str | None)
 
 def _explain_upload(failure: BaseException, repo_id: str) -> str:
     """Say the same of the place where large files go, which does not know the token."""
-    reason = f"the connection was cut ({type(failure).__name__}) in every attempt"
+    reason = f"the connection failed in every attempt ({type(failure).__name__})"
     if isinstance(failure, HfHubHTTPError):
         status = failure.response.status_code
         reason = f"the store for large files {'keeps failing' if status in _TRANSIENT else 'refuses'} ({status})"

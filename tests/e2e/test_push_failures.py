@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from lora_llava.hub.client import ATTEMPTS
+from lora_llava.errors import HubError
+from lora_llava.hub.client import ATTEMPTS, ask
 from tests.helpers import loopback_hub
 from tests.helpers.loopback_hub import TOKEN, Fault, LoopbackHub
 from tests.helpers.publishing import ARTIFACT_FILES, REPO, push
@@ -42,7 +44,7 @@ def refused(result: Result, hub: LoopbackHub) -> str:
         (Fault("PUT /lfs", 500, times=99), "the store for large files keeps failing (500)"),
         (Fault("PUT /lfs", 403), "the store for large files refuses (403)"),
         (Fault("preupload", 500, times=99), "the Hub failed 4 times"),
-        (Fault("PUT /lfs", cut="before", times=99), "the connection was cut"),
+        (Fault("PUT /lfs", cut="before", times=99), "the connection failed in every attempt"),
         (Fault("commit/main", cut="before", times=99), "the connection to the Hub was cut"),
         (Fault("repos/create", 418, message=f"no {TOKEN}, see http://x.y/?signature=canary"), "The Hub says: no ..."),
     ],
@@ -105,6 +107,37 @@ def test_a_failure_that_passes_is_survived(
     assert repo.files.keys() == ARTIFACT_FILES
     # One commit, even where the answer to it was lost.
     assert len(repo.commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError(f"PUT https://store/?signature=canary {TOKEN}"),
+            "cannot upload the files of a/b",
+        ),
+        (ConnectionResetError(TOKEN), "was cut or could not be made (ConnectionResetError), 4 times"),
+        (OfflineModeIsEnabled(TOKEN), "HF_HUB_OFFLINE is set"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_errors_below_http_are_one_message_too(waits: list[float], error: Exception, expected: str) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(HubError) as raised:
+        ask("look", "a/b", fail, TOKEN)
+    assert expected in str(raised.value)
+    assert "canary" not in str(raised.value)
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_the_network(waits: list[float]) -> None:
+    def fail() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        ask("look", "a/b", fail, TOKEN)
+    assert not waits
 
 
 def test_a_lost_answer_to_a_removal_is_survived(
