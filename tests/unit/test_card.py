@@ -117,6 +117,13 @@ def test_the_card_of_a_merged_model(tiny_base: Path, tmp_path: Path) -> None:
     assert "Folded into the dequantized base" in text
     # A model that is not of the kit's making has a card too, which claims nothing.
     (tmp_path / "merged" / "merge_report.json").unlink()
+    config = tmp_path / "merged" / "config.json"
+    change(config, lambda data: data["text_config"].update(_name_or_path="/data/secret/vicuna"))
+    change(config, lambda data: data["vision_config"].update(_name_or_path="openai/clip"))
+    sent = {file.name: file.content for file in prepare(tmp_path / "merged", REPO).files}["config.json"]
+    assert isinstance(sent, bytes)
+    assert b"secret" not in sent
+    assert b"openai/clip" in sent
     bare = make_card(gather(tmp_path / "merged", None), REPO)
     assert card_errors(bare) == []
     assert "is not recorded" in bare
