@@ -112,13 +112,17 @@ def is_artifact(directory: Path) -> bool:
 
 def read_usage(directory: Path) -> Usage:
     """Return how an artifact, a merged model or any LLaVA in the llava-hf layout is to be asked."""
-    if is_artifact(directory):
-        return read_manifest(directory).usage
+    manifest = read_manifest(directory) if is_artifact(directory) else merged_manifest(directory)
+    return manifest.usage if manifest else LLAVA_USAGE
+
+
+def merged_manifest(directory: Path) -> Manifest | None:
+    """Return the manifest of the artifact that a model was merged from; None if its making is not recorded."""
     path = directory / MERGE_REPORT
     if not path.is_file():
-        return LLAVA_USAGE
+        return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8"))["artifact"]).usage
+        return Manifest(**json.loads(path.read_text(encoding="utf-8"))["artifact"])
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); merge the artifact again") from error
 

@@ -30,14 +30,18 @@ def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bo
     Uploads a listed set of files in one commit, with a model card made from the run, unless there is a README.md
     beside the weights. Pushing again sends only what has changed.
     """
-    # Before the libraries are made quiet: uploads of many minutes keep their bars on a terminal.
-    import huggingface_hub  # noqa: F401
+    # Before the libraries are made quiet: an upload of many minutes keeps its bars on a terminal.
+    import huggingface_hub.hf_api  # noqa: F401 - brings tqdm
 
     quiet_libraries()
     from lora_llava.hub.push import prepare
     from lora_llava.hub.push import push as push_prepared
 
     console = make_console()
+    if console.is_terminal:
+        from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # their way to export
+
+        enable_progress_bars()
     prepared = prepare(model, repo_id, run=run, samples=samples)
     _show_files(prepared, console)
     if dry_run:

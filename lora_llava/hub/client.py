@@ -14,13 +14,15 @@ from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # t
 from lora_llava.errors import HubError
 
 ATTEMPTS = 4
-"""Times a request is made; `huggingface_hub` repeats those for large files by itself, up to 6 times."""
+"""Times a request is made; those that carry large files `huggingface_hub` makes up to 6 times, and they are not
+repeated here."""
 LONGEST_WAIT = 300.0
 """Seconds that the Hub may ask to wait, such as to the end of the window of its rate limit."""
 TIMEOUT = 120.0
 """Seconds without a byte after which a connection counts as cut; without it, it would hang for ever."""
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
+_AGAIN = "Nothing was committed. Push again: what was uploaded is not sent twice."
 _URL = re.compile(r"https?://\S+")
 Result = TypeVar("Result")
 
@@ -46,6 +48,9 @@ def ask(what: str, repo_id: str, request: Callable[[], Result], token: str | Non
                 raise
             if isinstance(failure, HubError):
                 raise failure from error
+            # What huggingface_hub and hf_xet raise for a failure in a thread that uploads.
+            if any(type(one) is RuntimeError for one in _chain(error)):
+                raise HubError(_explain_upload(failure, repo_id)) from error
             wait = _wait(failure, attempt)
             if wait is None or attempt == ATTEMPTS - 1:
                 raise HubError(_explain(failure, what, repo_id, token)) from error
@@ -88,10 +93,10 @@ def _failure(error: BaseException) -> BaseException | None:
     for one in _chain(error):
         if isinstance(one, (HubError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError)):
             return one
-        # The HTTP library has another name in other versions; its errors are no OSError.
-        if type(one).__module__.startswith("httpx") or type(one).__name__ == "JSONDecodeError":
+        # The HTTP library has another name in other versions; its errors are no OSError, nor are hf_xet's.
+        if type(one).__module__.startswith(("httpx", "hf_xet")) or type(one).__name__ == "JSONDecodeError":
             return one
-    return None
+    return next((one for one in _chain(error) if type(one) is RuntimeError), None)
 
 
 def _wait(failure: BaseException, attempt: int) -> float | None:
@@ -111,7 +116,7 @@ def _explain(failure: BaseException, what: str, repo_id: str, token: str | None)
     if not isinstance(failure, HfHubHTTPError):
         return (
             f"cannot {what}: the connection to the Hub was cut or could not be made ({type(failure).__name__}), "
-            f"{ATTEMPTS} times. Nothing was committed by this. Push again: what was uploaded is not sent twice."
+            f"{ATTEMPTS} times. {_AGAIN}"
         )
     status = failure.response.status_code
     reasons = {
@@ -127,6 +132,15 @@ def _explain(failure: BaseException, what: str, repo_id: str, token: str | None)
     else:
         reason = reasons.get(status, "the Hub refuses")
     return f"cannot {what} ({status}): {reason}.{_said(failure, token)}"
+
+
+def _explain_upload(failure: BaseException, repo_id: str) -> str:
+    """Say the same of the place where large files go, which does not know the token."""
+    reason = f"the connection failed in every attempt ({type(failure).__name__})"
+    if isinstance(failure, HfHubHTTPError):
+        status = failure.response.status_code
+        reason = f"the store for large files {'keeps failing' if status in _TRANSIENT else 'refuses'} ({status})"
+    return f"cannot upload the files of {repo_id}: {reason}. {_AGAIN}"
 
 
 def _said(failure: HfHubHTTPError, token: str | None) -> str:

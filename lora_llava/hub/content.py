@@ -13,7 +13,7 @@ from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, WEIGHTS, portabl
 from lora_llava.errors import ArtifactError
 from lora_llava.hub.facts import PICTURES, Facts
 from lora_llava.modeling.layout import INDEX
-from lora_llava.recipe_file import dump_portable
+from lora_llava.recipe_file import dump_portable, is_local
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -108,7 +108,12 @@ def _published(path: Path, facts: Facts) -> Path | bytes:
 
 
 def _without_places(data: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    clean = {key: value for key, value in data.items() if key not in _PLACES}
+    """Leave out where things were loaded from, and name the base of an adapter without its place."""
+    clean = {
+        key: _without_places(value, facts) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if not (key in _PLACES and is_local(str(value)))
+    }
     if "base_model_name_or_path" in clean and facts.manifest and facts.base_id is None:
         clean["base_model_name_or_path"] = facts.manifest.base["name"]
     return clean

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, Manifest, is_artifact, read_manifest
+from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, Manifest, is_artifact, merged_manifest, read_manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.compare import ACCURACY, SAMPLES
 from lora_llava.modeling.base import read_config
@@ -27,7 +27,7 @@ class Facts:
     manifest: Manifest | None
     """That of the artifact, or of the artifact that was merged."""
     merge: dict[str, Any] | None
-    """The report of the merge; None for an artifact."""
+    """The report of the merge, empty if there is none; None for an artifact."""
     recipe: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
@@ -59,9 +59,8 @@ def gather(source: Path, run: Path | None) -> Facts:
         manifest = read_manifest(source)
     else:
         WeightFiles(source).check(read_config(source))
+        manifest = merged_manifest(source)
         merge = _read_json(source / MERGE_REPORT)
-        manifest = Manifest(**merge["artifact"]) if merge else None
-        merge = merge or {}
     found = _run_of(source, manifest, run)
     recipes = [source / RECIPE, found / manifest.stage / RECIPE] if found and manifest else [source / RECIPE]
     recipe = next((load_recipe(path).plain() for path in recipes if path.is_file()), {})

@@ -81,14 +81,14 @@ def push(prepared: Prepared, *, public: bool = False) -> list[str]:
         raise HubError(f"{repo_id} exists and is public. Give --public to publish there, or another name")
     files, lines = _with_card(prepared, api, info, token)
     names = {file.name for file in files}
-    there = {one.rfilename for one in info.siblings or []}
-    stale = sorted(name for name in there - names if is_ours(name))
+    stale = sorted(name for name in _names(info) - names if is_ours(name))
     additions: list[CommitOperationAdd] = []
 
     def commit() -> str:
-        # Made anew for each attempt: they remember what the Hub had at the one before.
+        # Made anew for each attempt: the one before may have been done, and only its answer lost.
+        now = _names(api.model_info(repo_id))
         additions[:] = [CommitOperationAdd(file.name, file.content) for file in files]
-        deletions = [CommitOperationDelete(name) for name in stale]
+        deletions = [CommitOperationDelete(name) for name in stale if name in now]
         return api.create_commit(
             repo_id,
             [*additions, *deletions],
@@ -105,15 +105,18 @@ def push(prepared: Prepared, *, public: bool = False) -> list[str]:
     lines.insert(0, f"{url}: {len(files)} files, {seen}, commit {oid[:8]}; their hashes there are those here")
     if stale:
         lines.append(f"removed, of an earlier push: {', '.join(stale)}")
-    if kept := sorted(there - names - set(stale) - {_ATTRIBUTES, CARD}):
+    if kept := sorted(_names(info) - names - set(stale) - {_ATTRIBUTES, CARD}):
         lines.append(f"left alone, not of the kit: {', '.join(kept)}")
     return lines
 
 
+def _names(info: ModelInfo) -> set[str]:
+    return {one.rfilename for one in info.siblings or []}
+
+
 def _with_card(prepared: Prepared, api: HfApi, info: ModelInfo, token: str) -> tuple[list[RepoFile], list[str]]:
     """Leave the card out if the one on the Hub was written or edited there by hand; a README.md here wins."""
-    there = {one.rfilename for one in info.siblings or []}
-    if prepared.own_card or CARD not in there:
+    if prepared.own_card or CARD not in _names(info):
         return prepared.files, []
     with tempfile.TemporaryDirectory() as directory:
         path = ask(

@@ -20,6 +20,7 @@ from lora_llava.hub.card import check_card, is_unedited, make_card
 from lora_llava.hub.content import collect
 from lora_llava.hub.facts import gather
 from lora_llava.hub.licences import LICENCES
+from lora_llava.hub.push import prepare
 from lora_llava.merge.run import merge_artifact
 from lora_llava.recipe_file import bundled_recipes, dump_portable, dump_resolved, load_recipe
 from tests.helpers.artifacts import make_artifact
@@ -116,6 +117,13 @@ def test_the_card_of_a_merged_model(tiny_base: Path, tmp_path: Path) -> None:
     assert "Folded into the dequantized base" in text
     # A model that is not of the kit's making has a card too, which claims nothing.
     (tmp_path / "merged" / "merge_report.json").unlink()
+    config = tmp_path / "merged" / "config.json"
+    change(config, lambda data: data["text_config"].update(_name_or_path="/data/secret/vicuna"))
+    change(config, lambda data: data["vision_config"].update(_name_or_path="openai/clip"))
+    sent = {file.name: file.content for file in prepare(tmp_path / "merged", REPO).files}["config.json"]
+    assert isinstance(sent, bytes)
+    assert b"secret" not in sent
+    assert b"openai/clip" in sent
     bare = make_card(gather(tmp_path / "merged", None), REPO)
     assert card_errors(bare) == []
     assert "is not recorded" in bare
@@ -195,6 +203,15 @@ def test_every_recipe_says_its_licences(path: Path) -> None:
     assert card.data_license
     assert card.intended_use
     assert ("NOT FOR CLINICAL USE" in card.intended_use) is (path.stem == "medical_vqa")
+
+
+def test_pictures_of_test_data_stay_here_if_asked(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_run(tiny_base, tmp_path / "run")
+    names = {file.name for file in prepare(made, REPO).files}
+    without = prepare(made, REPO, samples=False)
+    assert names - {file.name for file in without.files} == {"samples.png"}
+    assert "samples.png" not in without.card
+    assert "loss.png" in without.card
 
 
 def test_an_edited_card_is_known(tiny_base: Path, tmp_path: Path) -> None:
