@@ -50,7 +50,16 @@ class Interruption:
         os.write(2, line.encode())
 
 
-def ignore_signals(_: int) -> None:
-    """Let a worker process end by its parent's word alone: a terminal sends its signals to all."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def end_with_parent(_: int) -> None:
+    """Let a worker process end by its parent's word alone: a terminal, or a scheduler, sends its signals to all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    # Not ignored: the parent ends its workers by this signal, and waits for them.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -16,7 +16,7 @@ from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.training.guards import NonFiniteGuard, forked_rng
 from lora_llava.training.image_check import ImageCheck, not_looking
-from lora_llava.training.interruption import ignore_signals
+from lora_llava.training.interruption import end_with_parent
 from lora_llava.training.resumable import ResumableTrainer
 from lora_llava.training.watch import GuardsState, StageWatch
 
@@ -77,7 +77,7 @@ class PackedTrainer(ResumableTrainer):
             batch_size=1,
             collate_fn=only,
             num_workers=workers,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=end_with_parent,
             # The loader seeds its workers, which draw nothing; the model's own draws must not depend on that.
             generator=torch.Generator(),
             pin_memory=self.args.device.type == "cuda",

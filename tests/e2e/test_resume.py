@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from lora_llava import workflow
 from lora_llava.artifact import WEIGHTS, file_sha256, load_artifact, read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
@@ -139,22 +143,28 @@ def test_a_damaged_artifact_of_a_finished_stage_is_named(project: Path, broken_o
 
 
 def sent(*signals: signal.Signals) -> Callable[[PackedTrainer], None]:
+    """Send signals to this process and, as a terminal does, to its workers."""
+
     def send(_: PackedTrainer) -> None:
         for number in signals:
+            for worker in multiprocessing.active_children():
+                assert worker.pid is not None
+                # From outside: of its parent a worker takes it.
+                subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
             signal.raise_signal(number)
 
     return send
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_signal_ends_the_step_saves_and_exits(
-    project: Path, straight: dict[str, Any], tmp_path: Path, number: signal.Signals
+    project: Path, straight: dict[str, Any], tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
     handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    arguments = ["finetune", str(project), *SETTINGS, f"output_dir={tmp_path / 'run'}"]
+    settings = [*SETTINGS, f"output_dir={tmp_path / 'run'}", f"stages.instruct.dataloader_num_workers={workers}"]
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "instruct", 5, sent(number))
-        done = CliRunner().invoke(cli, arguments)
+        done = CliRunner().invoke(cli, ["finetune", str(project), *settings])
     assert done.exit_code == 128 + number
     assert {one: signal.getsignal(one) for one in handlers} == handlers
     assert f"stopped by {number.name} after step 5 of stage instruct, which is saved. Go on with: " in done.output
@@ -185,3 +195,27 @@ def test_validation_draws_no_random_numbers(project: Path, tmp_path: Path) -> No
         train(project, tmp_path / name, *few, every)
         losses.append([row["loss"] for row in log_of(tmp_path / name) if "loss" in row])
     assert losses[0] == losses[1]
+
+
+def test_an_evaluation_that_was_not_done_is_done(
+    project: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    asked = [
+        f"evaluation.data.{key}={project.parent / name}"
+        for key, name in {"path": "train.json", "image_root": "images"}.items()
+    ]
+    done: list[Path] = []
+    locks: list[str] = []
+
+    def evaluate(artifact: Path, *_: Any, **__: Any) -> dict[str, Any]:
+        done.append(artifact)
+        locks.append((tmp_path / "run" / ".lock").read_text(encoding="utf-8"))
+        return {"questions": 1}
+
+    monkeypatch.setattr(workflow, "evaluate_artifact", evaluate)
+    for _ in range(2):
+        summary, _ = train(project, tmp_path / "run", *asked, resume="exact")
+    assert summary["evaluation"] == {"questions": 1}
+    assert done == [tmp_path / "run" / "instruct"]
+    assert locks == [f"{os.getpid()}\n"]
