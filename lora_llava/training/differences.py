@@ -34,7 +34,7 @@ RESOLVED = (
 _FREE = (
     "dataloader_num_workers", "logging_steps", "eval_steps", "num_sample_answers", "save_steps", "save_total_limit",
     "data.path", "data.image_root", "data.split", "data.name", "data.revision", "data.exclude", "data.on_bad_record",
-    "data.max_bad_records", "data.validation.path", "data.validation.exclude",
+    "data.max_bad_records", "data.validation.path", "data.validation.exclude", "on_non_finite", "max_non_finite_steps",
 )  # fmt: skip
 """Settings of a stage that change what is seen of a training, or where its data lie, and not what is learnt."""
 _SHARED = {"align": ("seed", "quantization", "images"), "instruct": ("seed", "quantization", "images", "adapter")}

@@ -36,7 +36,7 @@ class FrozenWeights:
         if names:
             raise TrainingError(
                 f"stage {stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
-                f"{shortened(names)}. No artifact was saved, since it would not fit its base. Report this with the "
+                f"{shortened(names)}. Nothing more is saved, since it would not fit its base. Report this with the "
                 "versions that lora-llava env prints."
             )
         return (

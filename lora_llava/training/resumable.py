@@ -11,10 +11,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.errors import RunInterruptedError, TrainingError
-from lora_llava.files import shown_path
 from lora_llava.training import state as training_state
 from lora_llava.training.checkpoint import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
-from lora_llava.training.frozen import FrozenWeights
 from lora_llava.training.interruption import Interruption
 from lora_llava.training.memory_plan import MemoryPlan
 from lora_llava.training.output import resume_command, writing_named
@@ -59,8 +57,6 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.last_duration = 0.0
         self.last_loss: tuple[int, float] | None = None
         self.interruption = Interruption()
-        self.frozen: FrozenWeights | None = None
-        """What must not have changed when a checkpoint is written."""
 
     @property
     def run_directory(self) -> Path:
@@ -106,9 +102,6 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     def save(self, trainer: ResumableTrainer) -> None:
         """Write the checkpoint of this step, and remove those that are no longer kept."""
         clock = time.monotonic()
-        if self.frozen is not None:
-            # A checkpoint is an artifact: what it was trained on must be the base.
-            self.frozen.check(self.artifact.stage)
         trainer.store_flos()
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
@@ -128,14 +121,6 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.last_duration = self.last_saved - clock
         self.saving_seconds += self.last_duration
 
-    def last_checkpoint(self) -> str | None:
-        """Name the newest whole checkpoint of the stage."""
-        try:
-            found = latest(self.parent, lambda _line: None)
-        except TrainingError:
-            return None
-        return None if found is None else shown_path(found.directory)
-
     def _progress(self, trainer: ResumableTrainer, step: int, loss: float | None) -> Progress:
         return Progress(
             stage=self.artifact.stage,
@@ -150,6 +135,14 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             saving_seconds=self.saving_seconds,
             num_saved=self.num_saved + 1,
         )
+
+    def last_whole(self) -> str | None:
+        """Name the newest whole checkpoint of the stage, in the run's directory; None if there is none."""
+        try:
+            found = latest(self.parent, lambda _: None)
+        except TrainingError:
+            return None
+        return None if found is None else found.directory.relative_to(self.run_directory).as_posix()
 
     @property
     def keeps_optimizer(self) -> bool:

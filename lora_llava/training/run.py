@@ -28,7 +28,6 @@ from lora_llava.training import output
 from lora_llava.training.build import make_trainer
 from lora_llava.training.cost import Machine
 from lora_llava.training.differences import Resume, run_facts
-from lora_llava.training.frozen import FrozenWeights
 from lora_llava.training.memory import planned_parameters
 from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
 from lora_llava.training.plan import StageRecords, cache_offer, plan_records, read_records
@@ -123,17 +122,14 @@ def train_stage(
     trainer = make_trainer(recipe, stage, loaded, data, chosen.optim, dtype, console)
     artifact = StageArtifact(recipe, stage, loaded, data, parent)
     saver = Saver(artifact, chosen, facts, started, found, exact=exact)
-    trainer.guard.last_checkpoint = saver.last_checkpoint
     with out_of_memory_named(shapes, machine, chosen):
         if device.type == "cuda":
             tokens = try_longest_row(loaded.model, trainer.train_dataset, data.encoded.items, shapes, console)
             console.print(f"{stage}: {trial_line(tokens, chosen)}")
         check_first_row(loaded.model, trainer.train_dataset, dtype, device)
-        saver.frozen = FrozenWeights(loaded.model)
         trainer.train_and_save(saver)
     metrics, step = closing_metrics(trainer), trainer.state.global_step
-    console.print(f"{stage}: {saver}")
-    console.print(f"{stage}: {saver.frozen.check(stage)}")
+    console.print(f"{stage}: {trainer.check_frozen()}\n{stage}: {saver}")
     artifact.save(step, metrics)
     seen = {**seen_until(data, step), **metrics, **saver.cost()}
     memory_facts = {"memory_plan": asdict(chosen), "peak_memory_bytes": peak_memory_bytes()}

@@ -14,10 +14,11 @@ from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.training.frozen import FrozenWeights
 from lora_llava.training.guards import NonFiniteGuard, forked_rng
 from lora_llava.training.image_check import ImageCheck, not_looking
 from lora_llava.training.interruption import end_with_parent
-from lora_llava.training.resumable import ResumableTrainer
+from lora_llava.training.resumable import ResumableTrainer, Saver
 from lora_llava.training.watch import GuardsState, StageWatch
 
 
@@ -57,6 +58,7 @@ class PackedTrainer(ResumableTrainer):
         self.guard = guard or NonFiniteGuard(rows, bf16=args.bf16)
         self.watch = watch or StageWatch()
         self.image_check = image_check
+        self.frozen: FrozenWeights | None = None
         self.losses: list[torch.Tensor] = []
         callbacks = [*(callbacks or []), GuardsState(self.guard, self.watch)]
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
@@ -64,6 +66,21 @@ class PackedTrainer(ResumableTrainer):
         # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, and leave
         # the division by it to us.
         self.model_accepts_loss_kwargs = True
+
+    def train_and_save(self, saver: Saver) -> None:
+        """Train as `ResumableTrainer` does, with frozen weights hashed, and a guard that knows where to go back to."""
+        self.frozen = FrozenWeights(self.model)
+        self.guard.last_checkpoint = saver.last_whole
+        super().train_and_save(saver)
+
+    def check_frozen(self) -> str:
+        """Return a line that says that no frozen weight has changed; TrainingError names those that have."""
+        return self.frozen.check(self.guard.stage) if self.frozen else ""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # On resuming, the base would be as it was, and what was trained on another would pass for right.
+        self.check_frozen()
+        super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """Hand out the rows in the plan's order; each is a micro-batch already."""

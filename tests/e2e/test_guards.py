@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import lora_llava.training.run as run_module
 from lora_llava.artifact import WEIGHTS, file_sha256, read_manifest
 from lora_llava.data.batch import ImageTransform
 from lora_llava.data.records import Record
 from lora_llava.errors import TrainingError
+from lora_llava.recipe_file import load_recipe
+from lora_llava.training.run import run_recipe
 from lora_llava.training.trainer import PackedTrainer
-from tests.helpers.resuming import at_step
+from tests.helpers.resuming import log_of
 from tests.helpers.runs import Run, watched_run, write_data, write_recipe
 
 SIX_STEPS = ("stages.instruct.max_steps=6", "stages.instruct.eval_steps=2")
@@ -174,13 +177,21 @@ def test_a_run_may_leave_the_step_out(recipe_file: Path, tmp_path: Path, monkeyp
         watched_run(recipe_file, *skip, "stages.align.num_train_epochs=2", f"output_dir={tmp_path / 'twice'}")
 
 
-def test_the_checkpoint_to_go_back_to_is_named(
+def test_a_stopped_run_goes_on_from_the_checkpoint_it_names(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ruin(trainer: PackedTrainer) -> None:
-        with torch.no_grad():
-            next(one for one in trainer.model.parameters() if one.requires_grad).fill_(math.nan)
-
-    at_step(monkeypatch, "align", 2, ruin)
-    with pytest.raises(TrainingError, match=r"Last good checkpoint: \S+/align/step-1\."):
-        watched_run(recipe_file, "stages.align.save_steps=1", f"output_dir={tmp_path / 'run'}")
+    spoil(8, monkeypatch)
+    saving = ("stages.align.save_steps=1", "stages.instruct.max_steps=1")
+    skip = (*saving, "stages.align.on_non_finite=skip")
+    straight = watched_run(recipe_file, *skip, f"output_dir={tmp_path / 'straight'}")
+    [warned] = [row["step"] for row in straight.log if "record 8" in row.get("warning", "")]
+    with pytest.raises(TrainingError) as caught:
+        watched_run(recipe_file, *saving, f"output_dir={tmp_path / 'run'}")
+    checkpoint = f"checkpoints/align/step-{warned}" if warned else "none yet"
+    assert f"Last good checkpoint: {checkpoint}." in str(caught.value)
+    run_recipe(load_recipe(recipe_file, [*skip, f"output_dir={tmp_path / 'run'}"]), Console(quiet=True), resume="exact")
+    for stage in ("align", "instruct"):
+        sums = [file_sha256(tmp_path / name / stage / WEIGHTS) for name in ("straight", "run")]
+        assert sums[0] == sums[1]
+    logs = [log_of(tmp_path / name) for name in ("straight", "run")]
+    assert logs[0] == logs[1]

@@ -79,7 +79,7 @@ def test_a_frozen_weight_that_changes_is_named(name: str) -> None:
     with torch.no_grad():
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
     with pytest.raises(
-        TrainingError, match=rf"stage align: 1 of \d+ frozen .*: base_model\.model\.{name}\. No artifact"
+        TrainingError, match=rf"stage align: 1 of \d+ frozen .*: base_model\.model\.{name}\. Nothing more"
     ):
         frozen.check("align")
 
