@@ -84,10 +84,11 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint where the validation loss is the lowest so far."""
-        loss = float(kwargs["metrics"]["eval_loss"])
-        self.last_loss = (state.global_step, loss)
-        if state.global_step < state.max_steps and (self.best is None or loss < self.best):
-            control.should_save = True
+        loss = kwargs["metrics"].get("eval_loss")
+        if loss is not None:
+            self.last_loss = (state.global_step, float(loss))
+            if state.global_step < state.max_steps and (self.best is None or loss < self.best):
+                control.should_save = True
         self._stop_if_asked(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -34,7 +34,7 @@ def checkpoints_of(recipe: Recipe, stage: StageName) -> Path:
 
 
 def find_checkpoint(recipe: Recipe, stage: StageName, resume: Resume, console: Console) -> Checkpoint | None:
-    """Find where a stage goes on, None if at its beginning, and cut away what the log says of later steps.
+    """Find where a stage goes on, None if at its beginning.
 
     Raises TrainingError if the stage has checkpoints and none is whole.
     """
@@ -45,13 +45,19 @@ def find_checkpoint(recipe: Recipe, stage: StageName, resume: Resume, console: C
         console.print(f"{stage}: {line}", style="bold yellow", markup=False, soft_wrap=True)
 
     found = latest(checkpoints_of(recipe, stage), say)
-    if found is None:
-        output.drop_from_log(recipe.resolved_output_dir, stage)
-        console.print(f"{stage}: no checkpoint yet, from the beginning")
-    else:
-        output.cut_log(recipe.resolved_output_dir, found.progress.log_bytes)
-        console.print(f"{stage}: going on after step {found.progress.step:,}", markup=False)
+    where = f"going on after step {found.progress.step:,}" if found else "no checkpoint yet, from the beginning"
+    console.print(f"{stage}: {where}")
     return found
+
+
+def take_up(recipe: Recipe, stage: StageName, found: Checkpoint | None) -> None:
+    """Note the recipe of what follows, and cut away what the log says of steps that are trained again."""
+    directory = recipe.resolved_output_dir
+    output.write_recipe(directory, recipe)
+    if found is None:
+        output.drop_from_log(directory, stage)
+    else:
+        output.cut_log(directory, found.progress.log_bytes)
 
 
 def stored_memory_plan(

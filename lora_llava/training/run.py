@@ -33,7 +33,7 @@ from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory
 from lora_llava.training.plan import StageRecords, cache_offer, plan_records, read_records
 from lora_llava.training.prepare import prepare_base
 from lora_llava.training.resumable import Saver
-from lora_llava.training.resume import check_unchanged, find_checkpoint, resume_finished, stored_memory_plan
+from lora_llava.training.resume import check_unchanged, find_checkpoint, resume_finished, stored_memory_plan, take_up
 from lora_llava.training.self_check import check_first_row
 from lora_llava.training.stage_artifact import StageArtifact, seen_until
 from lora_llava.training.tables import parameter_table_view
@@ -114,7 +114,7 @@ def train_stage(
     data = plan_records(records, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
     facts = run_facts(stage, shapes, data, chosen, identity, parent, machine)
     exact = check_unchanged(found, recipe, facts, len(data.plan.steps), resume, console)
-    output.write_recipe(recipe.resolved_output_dir, recipe)
+    take_up(recipe, stage, found)
     loaded, table = build_model(recipe, stage, base_directory, identity, parent, chosen, machine, dtype)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
     about = [data.summary(), str(chosen), f"attention {attention}, {why}", cache_offer(recipe.stage(stage), data)]

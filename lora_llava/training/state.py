@@ -91,7 +91,7 @@ def save_random_state(directory: Path) -> None:
     """Write the state of the generators of Python, numpy and torch."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors["cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, directory / RANDOM_TENSORS)
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that libraries draw from
     content = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
@@ -99,12 +99,11 @@ def save_random_state(directory: Path) -> None:
 
 
 def load_random_state(directory: Path) -> None:
-    """Set the generators to a saved state; those of cards that are not there any more are passed over."""
+    """Set the generators to a saved state."""
     tensors = load_file(directory / RANDOM_TENSORS)
     torch.set_rng_state(tensors["cpu"])
-    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{number}"], number)
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
     content = _read(directory / RANDOM)
     version, numbers, spare = content["python"]
     random.setstate((version, tuple(numbers), spare))

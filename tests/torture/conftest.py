@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,10 @@ def straight(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Strai
 
 def forked(work: Callable[[], Any], errors: Path) -> int:
     """Do `work` in a process of its own; return its exit code, negative if a signal ended it."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Later Pythons warn of forks beside threads; those of pytest-xdist only wait.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         try:
             work()
