@@ -22,10 +22,11 @@ from lora_llava.artifact import WEIGHTS, file_sha256, load_artifact, read_manife
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
 from lora_llava.training import output
-from lora_llava.training.checkpoint import verified
+from lora_llava.training.checkpoint import DamagedCheckpointError, verified
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (
     SETTINGS,
+    STATE,
     at_step,
     log_of,
     outcome,
@@ -120,6 +121,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert "step-6 is damaged (optimizer.safetensors was altered" in shown
     assert "going on from step-4 instead" in shown
     assert outcome(broken_off) == straight
+
+
+def test_a_changed_byte_in_any_file_of_a_checkpoint_is_named(broken_off: Path) -> None:
+    checkpoint = broken_off / "checkpoints" / "instruct" / "step-6"
+    files = {path.name: path for path in checkpoint.iterdir()}
+    assert files.keys() >= {WEIGHTS, *STATE, "trainer_state.json", "manifest.json", "checkpoint.json", "recipe.yaml"}
+    for name, path in files.items():
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        with pytest.raises(DamagedCheckpointError, match=name):
+            verified(checkpoint)
+        path.write_bytes(content)
+    verified(checkpoint)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
