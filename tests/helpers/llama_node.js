@@ -2,24 +2,9 @@
 // JOB: package (directory), model, mmproj and lora (optional), tokenize [text], complete [{prompt, images, tokens}],
 // chat [messages]. ANSWERS: ids of each text; the text of each completion; each chat as a prompt.
 const fs = require('node:fs')
-const { setTimeout: sleep } = require('node:timers/promises')
 
-// A completion's promise may be kept a moment before the context takes the next one.
-async function complete(context, options) {
-  for (let tries = 1; ; tries++) {
-    try {
-      return await context.completion(options)
-    } catch (error) {
-      if (tries === 200 || !/in progress/.test(error.message)) throw error
-      await sleep(10)
-    }
-  }
-}
-
-async function main() {
-  const job = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'))
-  const { loadModel } = require(job.package)
-  const context = await loadModel({
+async function load(job) {
+  const context = await require(job.package).loadModel({
     model: job.model,
     n_ctx: 1024,
     n_threads: 1,
@@ -30,11 +15,17 @@ async function main() {
   })
   if (job.mmproj && !context.initMultimodal({ path: job.mmproj, use_gpu: false })) throw new Error('mmproj not loaded')
   if (job.lora) context.applyLoraAdapters([{ path: job.lora, scaled: 1 }])
+  return context
+}
+
+async function main() {
+  const job = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'))
+  let context = await load(job)
   const answers = { tokenize: [], complete: [], chat: [] }
   for (const text of job.tokenize ?? []) answers.tokenize.push([...(await context.tokenize(text)).tokens])
   for (const messages of job.chat ?? []) answers.chat.push(context.getFormattedChat(messages).prompt)
   for (const one of job.complete ?? []) {
-    const result = await complete(context, {
+    const options = {
       prompt: one.prompt,
       media_paths: one.images?.length ? one.images : undefined,
       n_predict: one.tokens,
@@ -42,11 +33,22 @@ async function main() {
       top_k: 1,
       penalty_repeat: 1,
       seed: 1,
-    })
-    answers.complete.push(result.text)
+    }
+    let running
+    try {
+      running = context.completion(options)
+    } catch (error) {
+      // A completion that ends before the binding has noted that it began blocks its context for good. Only tiny
+      // models are that fast.
+      if (!/in progress/.test(error.message)) throw error
+      context = await load(job)
+      running = context.completion(options)
+    }
+    answers.complete.push((await running).text)
   }
-  await context.release()
   fs.writeFileSync(process.argv[3], JSON.stringify(answers))
+  // Without release: of a blocked context that would touch what is freed.
+  process.exit(0)
 }
 
 main().catch((error) => {
