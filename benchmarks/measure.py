@@ -89,11 +89,13 @@ def measure(
     """Run one set with all `peers` (name: options of its process), their steps in turn."""
     options = {name: [*own, f"--questions={questions}"] for name, own in peers.items()}
     running = [Peer(name, set_name, warmup + steps, own) for name, own in options.items()]
+    rate = 0.0
     try:
         for _ in range(warmup + steps):
             for peer in running:
                 peer.step()
-        rate = matrix_rate()
+            # While all of them wait.
+            rate = max(rate, matrix_rate())
         rows = {peer.name: peer.result(questions, warmup, rate) for peer in running}
     finally:
         for peer in running:
