@@ -60,7 +60,8 @@ class StageWatch:
         for name, norm in norms.items():
             before = self.norms.setdefault(name, [])
             usual = median(before) if len(before) >= FEWEST else 0.0
-            if usual and norm > FAR * usual:
+            # Late in a stage norms are small, and one that clipping makes harmless is no news.
+            if usual and norm > FAR * max(usual, self.max_grad_norm):
                 self._warn(
                     f"large gradient, {name}",
                     f"step {step}: the gradient norm of {name}, {norm:.3g}, is {norm / usual:.0f} times its median of "
