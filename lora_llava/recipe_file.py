@@ -260,7 +260,11 @@ def _resolve(key: str, value: str, directory: Path) -> str:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise RecipeError(f"{key}: {value!r} names a user who has no home directory; write the path out") from error
-    if key in _ALWAYS_PATHS or is_local(value) or (":" not in value and (directory / path).exists()):
+    try:
+        exists = (directory / path).exists()
+    except OSError as error:  # such as a name of more than 255 bytes
+        raise RecipeError(f"{key}: {value[:60]!r}... can be no path: {error.strerror}; give another") from error
+    if key in _ALWAYS_PATHS or is_local(value) or (":" not in value and exists):
         return os.path.normpath(directory / path)
     return value
 

@@ -148,6 +148,9 @@ def test_overrides_are_yaml_and_typed(tmp_path: Path) -> None:
         ("seed=[1", "not valid YAML"),
         ("seed=", "seed"),
         ("seed=x", "seed"),
+        # Found by fuzzing.
+        (f"base.language_model={'a' * 300}", "override base.language_model: language_model: 'aaa"),
+        (f"stages.instruct.data.path={'a' * 300}", "can be no path: File name too long"),
     ],
 )
 def test_wrong_overrides_are_refused(tmp_path: Path, override: str, words: str) -> None:
