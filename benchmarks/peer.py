@@ -6,7 +6,6 @@ python -m benchmarks.peer NAME SET --questions 16 --steps 8
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from benchmarks.model import make_config
 from benchmarks.peers import LADDER, PEERS, Task
 from benchmarks.work import SHAPES, make_work
-from lora_llava.device import pick_device, pick_dtype
+from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.training.memory import linear_weights
 from lora_llava.training.memory_plan import GIB
 
@@ -79,7 +78,7 @@ def peak_bytes() -> dict[str, int]:
     """Return the most memory held: of the device, allocated and reserved, or of the process."""
     if torch.cuda.is_available():
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"peak_bytes": peak_memory_bytes()}
 
 
 @click.command()

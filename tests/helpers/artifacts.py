@@ -16,6 +16,17 @@ from lora_llava.recipe_stages import StageName
 from tests.helpers.tiny import IMAGE_ID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, NUM_IMAGE_TOKENS
 
 CPU = torch.device("cpu")
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "manifest.json",
+    "processor_config.json",
+    "recipe.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+"""All files of an artifact."""
 
 
 def facts(stage: StageName, nf4: bool) -> dict[str, Any]:

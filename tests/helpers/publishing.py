@@ -7,22 +7,12 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from lora_llava.cli import cli
+from tests.helpers.artifacts import FILES
 from tests.helpers.loopback_hub import NAMESPACE
 
 USER = "canary-user-77c1"
 REPO = f"{NAMESPACE}/tiny"
-ARTIFACT_FILES = {
-    ".gitattributes",
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "manifest.json",
-    "processor_config.json",
-    "recipe.yaml",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+ARTIFACT_FILES = FILES | {".gitattributes", "README.md"}
 RECIPE = """\
 version: 1
 name: tiny

@@ -25,19 +25,8 @@ from lora_llava.artifact import (
 from lora_llava.errors import ArtifactError
 from lora_llava.modeling.base import PROJECTOR, LoadedModel, hash_weights, projector_state
 from lora_llava.recipe_stages import StageName
-from tests.helpers.artifacts import CPU, logits, save, train
+from tests.helpers.artifacts import CPU, FILES, logits, save, train
 from tests.helpers.tiny import save_tiny_base, tiny_llava
-
-FILES = {
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "manifest.json",
-    "processor_config.json",
-    "recipe.yaml",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 
 
 @pytest.fixture(scope="module")
