@@ -16,12 +16,12 @@ PACKAGE = Path(lora_llava.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "recipes" not in path.relative_to(PACKAGE).parts)
 SOURCES = [*MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
-MOST_LINES, MOST_FUNCTION_LINES = 300, 50
+MOST_LINES, MOST_FUNCTION_LINES = 400, 50
 
 # From the bottom up: a module imports its own layer's package and the layers below it, nothing above.
 # `data` and `modeling` do not know each other, nor do `evaluation` and `training`'s insides from below.
 LAYERS = [
-    {"lora_llava", "errors"},
+    {"lora_llava", "errors", "text"},
     {"recipe_stages", "files"},
     {"recipe"},
     {"recipe_file", "templates", "device"},
@@ -38,7 +38,7 @@ LAYERS = [
 ]
 LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.conversation", "lora_llava.data.records"]
 LIGHT += ["lora_llava.data.packing", "lora_llava.data.images", "lora_llava.evaluation.metrics", "lora_llava.export"]
-LIGHT += ["lora_llava.files", "lora_llava.doctor.survey", "lora_llava.doctor.compare"]
+LIGHT += ["lora_llava.files", "lora_llava.text", "lora_llava.doctor.survey", "lora_llava.doctor.compare"]
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 
 

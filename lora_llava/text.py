@@ -1,0 +1,41 @@
+"""Words for users: counts with the right plural, and text from data that a terminal can show safely."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+MAX_LISTED = 8
+"""Names that a message lists before it says how many more there are."""
+
+# Cc: control characters, Cf: format characters such as direction overrides, Cs: lone surrogates, Zl and Zp: separators.
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Zero-width joiner and non-joiner: Cf, but part of many scripts and of emoji.
+_HARMLESS = {"\u200c", "\u200d"}
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\x1b": "\\e"}
+
+
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: `1 image`, `2,000 images`, `1.5 epochs`; `plural` where it is not noun + s."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with every control character written out, as `\e` or `\x07`, so that a terminal cannot obey it."""
+    return "".join(one if _is_safe(one) else _SHORT.get(one, _escaped(one)) for one in text)
+
+
+def listed(names: Sequence[str], most: int = MAX_LISTED, separator: str = ", ") -> str:
+    """Join the first `most` names, and say how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
+def _is_safe(character: str) -> bool:
+    return character in _HARMLESS or unicodedata.category(character) not in _UNSAFE
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
