@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lora_llava.data.sources import (
     check_group,
     check_placeholder,
     check_text,
+    own_values,
     with_answer_prompt,
 )
 from lora_llava.errors import DataError
@@ -26,14 +28,19 @@ from lora_llava.recipe_stages import ColumnSettings, DataSettings
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
-def load_columns(data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords) -> list[Record]:
+def load_columns(
+    data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
+) -> list[Record]:
     """Read the rows of a data set, one record each; embedded images are kept as they are, undecoded.
+
+    `extra`: keep the columns with flat values that have no other use.
 
     Image paths in a data set are relative to `image_root`; default: the directory, or that of the file.
     Raises DataError naming data set, record and column, where `bad` does not take it.
     """
     path = Path(data.path)
-    rows, cache = _open(data, columns)
+    rows, cache = _open(data, columns, extra)
+    used = set(_named(data, columns)) - {data.group}
     directory = path if path.is_dir() else path.parent
     images = _Images(image_root or (directory if path.exists() else cache), str(columns.image), bad.collects)
     excluded = Exclusions(data.exclude)
@@ -43,7 +50,8 @@ def load_columns(data: DataSettings, columns: ColumnSettings, image_root: Path |
         if excluded.holds(number, None):
             continue
         try:
-            records.append(_record(row, number, f"{data_name(data)} ({data.split})", data, columns, images))
+            record = _record(row, number, f"{data_name(data)} ({data.split})", data, columns, images)
+            records.append(replace(record, extra=own_values(row, used)) if extra else record)
         except DataError as error:
             bad.add(number, None, error)
     excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
@@ -72,8 +80,22 @@ def _record(
     return Record(str(number), image, prompted, where, number, group)
 
 
-def _open(data: DataSettings, columns: ColumnSettings) -> tuple[Iterable[Mapping[str, Any]], Path]:
-    """Open the data set with the columns asked for; returns its rows and where the hub's files are kept."""
+def _named(data: DataSettings, columns: ColumnSettings) -> list[str]:
+    """List the columns that the settings name."""
+    wanted = (columns.image, columns.question, columns.answer, columns.messages, data.group)
+    return list(dict.fromkeys(column for column in wanted if column))
+
+
+def _flat_columns(table: Any) -> list[str]:
+    """List the columns that hold one value a row."""
+    return [name for name, feature in table.features.items() if type(feature).__name__ in ("Value", "ClassLabel")]
+
+
+def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Iterable[Mapping[str, Any]], Path]:
+    """Open the data set with the columns asked for; returns its rows and where the hub's files are kept.
+
+    `extra`: also with its columns of flat values.
+    """
     path = Path(data.path)
     if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
         raise DataError(f"{data.path}: there is no such file or directory, nor is it a hub id; correct path")
@@ -94,14 +116,13 @@ def _open(data: DataSettings, columns: ColumnSettings) -> tuple[Iterable[Mapping
         raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
         raise _unreadable(data.path, error) from None
-    wanted = (columns.image, columns.question, columns.answer, columns.messages, data.group)
-    named = list(dict.fromkeys(column for column in wanted if column))
+    named = _named(data, columns)
     for column in named:
         if column not in table.column_names:
             raise DataError(f"{data.path}: columns: there is no {column!r}; it has {', '.join(table.column_names)}")
     if data.max_records is not None:
         table = table.select(range(min(data.max_records, len(table))))
-    table = table.select_columns(named)
+    table = table.select_columns(list(dict.fromkeys([*named, *(_flat_columns(table) if extra else [])])))
     if columns.image is not None:
         try:
             table = table.cast_column(columns.image, datasets.Image(decode=False))
@@ -138,13 +159,21 @@ class _Images:
         data, path = cell["bytes"], cell["path"]
         if data is not None:
             key = hashlib.sha256(data).hexdigest()
-            return self._embedded.setdefault(key, ImageSource(key, None, data, where))
+            return self._embedded.setdefault(key, ImageSource(key, None, data, where, _file_name(path)))
         if path is None:
             return None
         # Readers of directories give full paths; one that a row brought itself must lead into the root.
         if os.path.isabs(path):  # noqa: PTH117 - strings: once for every row
             path = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root.root))
         return self.root.source(path, where)
+
+
+def _file_name(path: str | None) -> str:
+    """Return the name that a data set has for an embedded image; of a path on somebody's machine its last part."""
+    if not path:
+        return ""
+    is_absolute = path.startswith("/") or ":" in path or "\\" in path
+    return path.replace("\\", "/").rpartition("/")[2] if is_absolute else path
 
 
 def _text(value: Any, place: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from lora_llava.data.sources import (
     check_group,
     check_placeholder,
     check_text,
+    own_values,
     printable,
     with_answer_prompt,
 )
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import DataSettings
 
+_KEYS = frozenset({"id", "image", "conversations"})
 _ROLES: dict[str, Literal["user", "assistant"]] = {
     "human": "user",
     "user": "user",
@@ -30,10 +33,13 @@ _ROLES: dict[str, Literal["user", "assistant"]] = {
 }
 
 
-def load_llava_json(data: DataSettings, image_root: Path | None, bad: BadRecords) -> list[Record]:
+def load_llava_json(
+    data: DataSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
+) -> list[Record]:
     """Read the records of a `.json` or `.jsonl` file; `image_root` defaults to its directory.
 
-    Raises DataError naming file, record and field, where `bad` does not take it.
+    `extra`: keep the records' own keys too. Raises DataError naming file, record and field, where `bad` does not
+    take it.
     """
     path = Path(data.path)
     root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects)
@@ -50,7 +56,8 @@ def load_llava_json(data: DataSettings, image_root: Path | None, bad: BadRecords
                 entry = _parse(entry, f"{path.name}, {line}", lines=True)
             identity = _identity(entry)
             if not excluded.holds(number, identity):
-                records.append(_record(entry, number, f"{path.name}, record {number}", line, root, data))
+                record = _record(entry, number, f"{path.name}, record {number}", line, root, data)
+                records.append(replace(record, extra=own_values(entry, _KEYS)) if extra else record)
         except DataError as error:
             if excluded.holds(number, identity):
                 continue

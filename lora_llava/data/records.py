@@ -24,16 +24,22 @@ CheckRecord = Callable[[Record], object]
 
 
 def load_records(
-    data: DataSettings, skipped: list[BadRecord] | None = None, check: CheckRecord | None = None
+    data: DataSettings,
+    skipped: list[BadRecord] | None = None,
+    check: CheckRecord | None = None,
+    *,
+    extra: bool = False,
 ) -> list[Record]:
     """Read all records that can be used, in their order; images are looked up, not opened.
+
+    `extra`: keep the data's own keys or columns too, for an evaluation.
 
     With `on_bad_record: skip` images are opened and records given to `check` now, and those that cannot be used are
     added to `skipped`: what a run is planned over must not change any more. Raises DataError naming file, record
     and field.
     """
     bad = BadRecords.by_settings(data)
-    records = read_source(data, bad)
+    records = read_source(data, bad, extra=extra)
     if bad.collects:
         records = _drop_unusable(records, check, bad)
         if skipped is not None:
@@ -43,14 +49,17 @@ def load_records(
     return records
 
 
-def read_source(data: DataSettings, bad: BadRecords) -> list[Record]:
-    """Read the records of one source; what `bad` takes is left out. Images are looked up, not opened."""
+def read_source(data: DataSettings, bad: BadRecords, *, extra: bool = False) -> list[Record]:
+    """Read the records of one source; what `bad` takes is left out. Images are looked up, not opened.
+
+    `extra`: keep the data's own keys or columns too.
+    """
     if data.answer_prompt and IMAGE_PLACEHOLDER in data.answer_prompt:
         raise DataError(f"answer_prompt: must not contain {IMAGE_PLACEHOLDER}; remove it")
     root = None if data.image_root is None else Path(data.image_root)
     if data.columns is not None:
-        return load_columns(data, data.columns, root, bad)
-    return load_llava_json(data, root, bad)
+        return load_columns(data, data.columns, root, bad, extra=extra)
+    return load_llava_json(data, root, bad, extra=extra)
 
 
 def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRecords) -> list[Record]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lora_llava.errors import DataError
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _NUM_NAMED = 5
+Scalar = str | int | float | bool | None
+"""A value of the data's own keys."""
 MAX_CHARACTERS = 1_000_000
 """Longest text of a record: many times what any model reads, and still tokenised in seconds."""
 
@@ -28,6 +31,13 @@ class ImageSource:
     data: bytes | None
     where: str = field(default="", compare=False)
     """The first record that shows it, for messages."""
+    file_name: str = field(default="", compare=False)
+    """Of an embedded image: the file name that the data set has for it."""
+
+    @property
+    def label(self) -> str:
+        """The image in results: its path below the image root, its file name in the data set, or its hash."""
+        return self.file_name or (self.key if self.path is not None else f"sha256:{self.key}")
 
     @property
     def name(self) -> str:
@@ -49,6 +59,10 @@ class Record:
     """Its place in the file or split, from 1."""
     group: str | None = None
     """Value of the settings' `group`: records of one group stay on one side of a split."""
+    references: tuple[str, ...] = ()
+    """Every acceptable answer to the last question, if the data lists several; the turns hold the first."""
+    extra: tuple[tuple[str, Scalar], ...] = ()
+    """The data's own keys or columns with flat values, such as a patient; read for an evaluation alone."""
 
     @property
     def question(self) -> str:
@@ -167,6 +181,22 @@ def check_group(value: object, place: str) -> str:
         found = "missing" if value is None else f"{value!r:.80}"
         raise DataError(f"{place} is {found}, must be a string or an integer, since data.group names it")
     return check_text(str(value), place)
+
+
+def own_values(entry: Mapping[str, object], used: Container[str]) -> tuple[tuple[str, Scalar], ...]:
+    """Return the keys of a record that are not `used` and hold one flat value; text becomes valid UTF-8, NaN None."""
+    kept: list[tuple[str, Scalar]] = []
+    for key, value in entry.items():
+        if key in used or not (value is None or isinstance(value, str | int | float)):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        kept.append((_valid(key), _valid(value) if isinstance(value, str) else value))
+    return tuple(kept)
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def with_answer_prompt(text: str, answer_prompt: str | None) -> str:

@@ -198,3 +198,17 @@ def test_unknown_data_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     with pytest.raises(DataError, match="some/set: there is no such data set on the hub, or no access"):
         load("some/set")
+
+
+def test_k38_own_columns_and_names_of_images_are_kept_for_an_evaluation(tmp_path: Path) -> None:
+    own = [{"type": "open", "patient": 7, "score": float("nan"), "boxes": [1, 2]} for _ in rows()]
+    named = [
+        {**row, **one, "image": row["image"] and {**row["image"], "path": path}}
+        for row, one, path in zip(rows(), own, ("ward/a.png", "/home/me/b.png", "ward/a.png", None), strict=True)
+    ]
+    path = write(tmp_path / "t.parquet", named)
+    data = DataSettings.model_validate({"path": str(path), "columns": QA, "group": "patient"})
+    records = load_records(data, extra=True)
+    assert dict(records[0].extra) == {"type": "open", "patient": 7, "score": None}
+    assert [record.image and record.image.label for record in records] == ["ward/a.png", "b.png", "ward/a.png", None]
+    assert not any(record.extra for record in load_records(data))

@@ -296,3 +296,17 @@ def test_merging_leaves_validation_as_it_is(folder: Path) -> None:
     assert {len(record.turns) for record in train} == {8}
     assert len(validation) == 4
     assert {len(record.turns) for record in validation} == {2}
+
+
+def test_k38_own_keys_and_folders_are_kept_for_an_evaluation(folder: Path) -> None:
+    (folder / "ward").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "ward" / "a.png")
+    path = folder / "test.json"
+    own = {"patient": "\ud800x", "open": True, "boxes": [1], "note": None, "part": 3}
+    path.write_text(json.dumps([entry(image="ward/a.png", **own), text_entry()]), encoding="utf-8")
+    first, second = load_records(DataSettings(path=str(path)), extra=True)
+    assert dict(first.extra) == {"patient": "?x", "open": True, "note": None, "part": 3}
+    assert first.image is not None
+    assert first.image.label == "ward/a.png"
+    assert second.extra == ()
+    assert load_records(DataSettings(path=str(path)))[0].extra == (), "training does not hold them"
