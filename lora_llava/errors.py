@@ -2,6 +2,7 @@
 
 LoraLlavaError
 ├── RecipeError      a recipe, an override or a command line that cannot be used; exit code 2
+│   └── PreflightError       a set-up in which a run, or what follows it, would fail; nothing was started
 ├── DataError        a data file, a record or an image
 ├── ModelError       a base model, or a built model that is not what its stage states
 ├── ArtifactError    a directory that is not what its manifest says, or belongs to another base
@@ -23,6 +24,13 @@ class RecipeError(LoraLlavaError):
     """A recipe or override is wrong; nothing has been loaded yet."""
 
     exit_code = 2
+
+
+class PreflightError(RecipeError):
+    """A set-up cannot work; the message lists every problem, each with what was found and what to do."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n  ".join(lines))
 
 
 class DataError(LoraLlavaError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+from lora_llava.preflight.hub import offline
 from tests.helpers.tiny import save_tiny_base
 
 
@@ -23,6 +26,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _hub_switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that finds no Hub says so to the libraries of its process, which is that of the other tests too."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+    before = os.environ.get("HF_HUB_OFFLINE")
+    offline.cache_clear()
+    yield
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    if before is not None:
+        os.environ["HF_HUB_OFFLINE"] = before
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ LAYERS = [
     {"conversation"},
     {"chat_template"},
     {"data", "modeling"},
+    {"preflight"},
     {"artifact"},
     {"evaluation"},
     {"training", "merge"},
@@ -38,6 +39,7 @@ LAYERS = [
 ]
 LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.conversation", "lora_llava.data.records"]
 LIGHT += ["lora_llava.data.packing", "lora_llava.data.images", "lora_llava.evaluation.metrics", "lora_llava.export"]
+LIGHT += ["lora_llava.preflight.run"]
 LIGHT += ["lora_llava.files", "lora_llava.text", "lora_llava.doctor.survey", "lora_llava.doctor.compare"]
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 

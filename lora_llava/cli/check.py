@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import make_console, open_recipe, quiet_libraries
+from lora_llava.cli.common import look_ahead, make_console, open_recipe, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def check(recipe: str, overrides: tuple[str, ...], output: Path | None, workers:
     clock = time.monotonic()
     settings = open_recipe(recipe, overrides)
     console = make_console()
+    look_ahead(settings, recipe, console)
     from lora_llava.doctor.survey import survey
 
     # First, so that the processes are forked before torch makes this one large.

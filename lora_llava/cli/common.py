@@ -15,6 +15,7 @@ from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_llava.preflight.setup import Start
     from lora_llava.recipe import Recipe
 
 INTERRUPTED = 130
@@ -128,3 +129,13 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
             )
         raise RecipeError(f"there is no recipe file {name}; the kit's own are {', '.join(sorted(bundled))}")
     return load_recipe(path, overrides)
+
+
+def look_ahead(recipe: Recipe, name: str, console: Console, *, start: Start = "new") -> None:
+    """Run the preflight on the recipe of file `name`; PreflightError lists all problems, notices are printed."""
+    from lora_llava.preflight.run import preflight
+
+    findings = preflight(recipe, start=start, recipe_file=Path(name))
+    findings.refuse()
+    for notice in findings.notices:
+        console.print(f"Note: {notice}", soft_wrap=True, markup=False)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import make_console, memory_size, open_recipe, quiet_libraries
+from lora_llava.cli.common import look_ahead, make_console, memory_size, open_recipe, quiet_libraries
 from lora_llava.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lora_llava.preflight.setup import Start
 
 
 @click.command()
@@ -36,8 +40,10 @@ def finetune(
     if overwrite and (resume or resume_anyway):
         raise click.UsageError("--overwrite starts over and --resume goes on: give one of them")
     settings = open_recipe(recipe, overrides)
-    quiet_libraries()
     console = make_console()
+    start: Start = "overwrite" if overwrite else "resume" if resume or resume_anyway else "new"
+    look_ahead(settings, recipe, console, start=start)
+    quiet_libraries()
     if dry_run:
         from lora_llava.training.dry_run import print_dry_run
 

@@ -110,19 +110,13 @@ def test_sound_data_have_no_finding(tiny_base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "check" / "bad_records").exists()
 
 
-def test_without_the_base_all_but_tokens_is_checked(tmp_path: Path) -> None:
-    images, train, tested = sound_data()
-    images.pop("0.png")
-    train[5]["conversations"] = train[5]["conversations"][:1]
-    recipe = write_recipe(tmp_path, "./nowhere", images, train, tested)
+def test_k63_without_the_base_check_is_refused_as_a_run_is(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "./nowhere", *sound_data())
     result = check(str(recipe))
-    assert result.exit_code == 1
-    assert "Not checked: tokens and plan" in result.output
-    report = report_in(tmp_path / "run" / "check")
-    assert {kind["kind"]: kind["count"] for kind in report["findings"]} == {"missing_image": 3, "record": 1}
-    assert str(tmp_path) not in json.dumps(report)
-    assert "tokens" not in report["sides"]["evaluation"]
-    assert report["plans"] == {}
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: base.model_name_or_path: ")
+    assert "nowhere does not exist" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_that_cannot_be_read_are_one_finding(tiny_base: Path, tmp_path: Path) -> None:
@@ -134,9 +128,10 @@ def test_data_that_cannot_be_read_are_one_finding(tiny_base: Path, tmp_path: Pat
     assert kind["kind"] == "data_file"
     assert "test.json: line 1, column 3: not valid JSON" in kind["records"][0]["problem"]
     (tmp_path / "test.json").unlink()
-    check(str(recipe))
-    [kind] = report_in(tmp_path / "run" / "check")["findings"]
-    assert kind["records"][0]["problem"].startswith("data file test.json cannot be read: No such file")
+    result = check(str(recipe))
+    assert result.exit_code == 2
+    assert "evaluation.data.path: " in result.stderr
+    assert "test.json does not exist" in result.stderr
 
 
 def test_a_share_is_drawn_by_group_and_images_leak_to_neither_side(tiny_base: Path, tmp_path: Path) -> None:

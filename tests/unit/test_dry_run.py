@@ -137,24 +137,22 @@ def test_trained_parameters_take_gradients_and_optimizer_state(
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "someone/some-model"])
-def test_without_the_base_the_plan_is_that_of_the_recipe(
+def test_k63_without_the_base_nothing_is_planned(
     write_recipe: WriteRecipe, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     result = dry_run(str(write_recipe(base={"model_name_or_path": base})))
-    assert result.exit_code == 0, result.output
-    missing = [line for line in result.output.splitlines() if line.startswith("Not here")]
-    assert len(missing) == 1
-    assert Path(base).name in missing[0]
-    assert "Stage instruct" in result.output
-    assert "Memory to expect" not in result.output
+    assert result.exit_code == 2
+    assert "base.model_name_or_path: " in result.stderr
+    assert Path(base).name in result.stderr
+    assert result.stdout == ""
 
 
 def test_a_base_that_does_not_fit_is_an_error(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     result = dry_run(str(write_recipe(base={"model_name_or_path": "./other"})))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "model_type is 'bert'" in result.stderr
 
 

@@ -1,0 +1,1 @@
+"""Checks before anything heavy: what recipe, configs, data headers and machine tell, all problems at once."""

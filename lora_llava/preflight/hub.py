@@ -1,0 +1,95 @@
+"""Models of the Hub: what is in its cache, what can be fetched, and whether it can be reached at all."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+TIMEOUT = 3.0
+"""Seconds in which the Hub must take a connection; else this machine counts as offline."""
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_OFFLINE = "HF_HUB_OFFLINE"
+_TRUE = ("1", "on", "yes", "true")
+
+
+def find_on_hub(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str]]:
+    """Return the local snapshot of a hub repository with its small files, which are fetched if they are not cached.
+
+    Without one, the second value says what was found and what to do. Once found offline, the libraries are told so:
+    they would try again for a minute.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None, (f"{name} is neither a directory nor a hub id", "Correct the name.")
+    if isinstance(cached, str):
+        offline()
+        return Path(cached).parent, ("", "")
+    if offline():
+        what = f"{name} is not a directory, is not in the Hub's cache, and the Hub cannot be reached"
+        return None, (what, "Check the name; or connect, or give the directory of a copy.")
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str]]:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES)), ("", "")
+    except errors.GatedRepoError:
+        what = f"{name} is gated: the Hub gives it to users who accepted its terms"
+        return None, (what, f"Accept them at https://huggingface.co/{name}, then log in: hf auth login.")
+    except errors.RevisionNotFoundError:
+        return None, (f"{name} has no revision {revision!r}", "Correct base.revision.")
+    except errors.RepositoryNotFoundError:
+        what = f"{name} is no directory, and the Hub has no such model, or none that this user may read"
+        return None, (what, "Correct the name, or log in: hf auth login.")
+    except Exception as error:  # noqa: BLE001 - what a network raises is open
+        what = f"{name} cannot be fetched from the Hub ({type(error).__name__})"
+        return None, (what, "Try again, or give the directory of a copy.")
+
+
+@cache
+def offline() -> bool:
+    """Tell whether the Hub is switched off or out of reach; then the libraries that read it are told so."""
+    if os.environ.get(_OFFLINE, "").lower() in _TRUE:
+        return True
+    answers: list[bool] = []
+    # A thread, since looking up a name has no time limit of its own.
+    trying = threading.Thread(target=lambda: answers.append(_can_connect()), daemon=True)
+    trying.start()
+    trying.join(TIMEOUT)
+    if answers == [True]:
+        return False
+    _switch_off()
+    return True
+
+
+def _can_connect() -> bool:
+    from huggingface_hub import constants
+
+    endpoint = urlsplit(constants.ENDPOINT)
+    names = (f"{endpoint.scheme}_proxy", f"{endpoint.scheme}_proxy".upper(), "ALL_PROXY")
+    proxy = next((value for name in names if (value := os.environ.get(name))), None)
+    place = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
+    port = place.port or (443 if place.scheme == "https" else 80)
+    try:
+        with socket.create_connection((str(place.hostname), port), timeout=TIMEOUT):
+            return True
+    except OSError:
+        return False
+
+
+def _switch_off() -> None:
+    """Tell the libraries that there is no Hub; those that were imported before have read the variable already."""
+    from huggingface_hub import constants
+
+    os.environ[_OFFLINE] = "1"
+    constants.HF_HUB_OFFLINE = True

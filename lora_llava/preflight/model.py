@@ -1,0 +1,95 @@
+"""The files of a model, found without the libraries that load it: a directory, or a snapshot in the Hub's cache."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lora_llava.recipe_file import is_local
+
+_PACKAGED = "package:"
+_ANY_CASE = 0.6
+"""Likeness from which a name is proposed, of 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model by its directory and config.json; nothing else has been read."""
+
+    name: str
+    """As the recipe or the command line has it."""
+    directory: Path | None
+    """None: not to be had here."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What config.json holds; empty if it cannot be read."""
+    problem: tuple[str, str] | None = None
+    """Why there is no directory or config: what was found, and what to do."""
+
+
+def find_model(name: str, revision: str | None, near: Sequence[Path]) -> ModelFiles:
+    """Find a model's files; a name that is no directory is taken for a hub id."""
+    directory = _directory(name)
+    if directory is None and is_local(name):
+        return ModelFiles(name, None, problem=_no_directory(name))
+    if directory is None:
+        from lora_llava.preflight.hub import find_on_hub
+
+        directory, problem = find_on_hub(name, revision)
+        if directory is None:
+            what, fix = problem
+            hint = nearest(Path(name).name, near)
+            return ModelFiles(name, None, problem=(what, f"Did you mean {hint}? {fix}" if hint else fix))
+    return read_config(name, directory)
+
+
+def read_config(name: str, directory: Path) -> ModelFiles:
+    """Read config.json of a model's directory."""
+    path = directory / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "Give the directory that holds config.json and the weights."
+        return ModelFiles(name, directory, problem=(f"{directory} holds no config.json, so it is no model", fix))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
+        return ModelFiles(
+            name, directory, problem=(f"{path} cannot be read: {reason}", "Download the model again, or mend the file.")
+        )
+    if not isinstance(data, dict):
+        what = f"{path} holds a {type(data).__name__}, a mapping is needed"
+        return ModelFiles(name, directory, problem=(what, "Download the model again."))
+    return ModelFiles(name, directory, data)
+
+
+def nearest(name: str, directories: Sequence[Path]) -> str | None:
+    """Return the name of the entry most like `name` in the first of `directories` that has one."""
+    for directory in directories:
+        try:
+            entries = sorted(path.name for path in directory.iterdir())
+        except OSError:
+            continue
+        lowered = {entry.lower(): entry for entry in reversed(entries)}
+        if near := difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=_ANY_CASE):
+            return lowered[near[0]]
+    return None
+
+
+def _directory(name: str) -> Path | None:
+    if name.startswith(_PACKAGED):
+        directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
+    else:
+        directory = Path(name).expanduser()
+    return directory if directory.is_dir() else None
+
+
+def _no_directory(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    if path.exists():
+        return f"{name} is a file", "Give the directory of the model."
+    hint = nearest(path.name, [path.parent])
+    return f"{name} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."

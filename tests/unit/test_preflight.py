@@ -1,0 +1,181 @@
+"""The preflight: thirty set-ups, each broken in one way, refused by check, dry run and run with the same words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lora_llava.cli import cli
+from lora_llava.recipe_file import load_recipe
+from tests.helpers.runs import write_data, write_recipe
+
+INSTRUCT = "stages.instruct"
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A directory with data, a base and a recipe that runs."""
+
+    directory: Path
+    recipe: Path
+
+    @property
+    def base(self) -> Path:
+        """The base, a copy that may be damaged."""
+        return self.directory / "base"
+
+    def edit(self, place: str, **changes: object) -> None:
+        """Change keys of a JSON file below the directory; None removes one."""
+        path = self.directory / place
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in changes.items():
+            data.pop(key, None) if value is None else data.update({key: value})
+        path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.fixture
+def project(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    write_data(tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, write_recipe(tmp_path, {"model_name_or_path": "./base"}))
+
+
+COMMANDS = {"finetune": ["finetune"], "dry run": ["finetune", "--dry-run"], "check": ["check"]}
+
+
+def command(name: str, project: Project, *overrides: str) -> Result:
+    return CliRunner().invoke(cli, [*COMMANDS[name], str(project.recipe), *overrides])
+
+
+def remove(place: str) -> Callable[[Project], list[str]]:
+    def break_it(project: Project) -> list[str]:
+        path = project.directory / place
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return []
+
+    return break_it
+
+
+def override(*overrides: str) -> Callable[[Project], list[str]]:
+    return lambda _: list(overrides)
+
+
+def text(place: str, content: str) -> Callable[[Project], list[str]]:
+    def break_it(project: Project) -> list[str]:
+        (project.directory / place).write_text(content, encoding="utf-8")
+        return []
+
+    return break_it
+
+
+def edited(place: str, **changes: object) -> Callable[[Project], list[str]]:
+    def break_it(project: Project) -> list[str]:
+        project.edit(place, **changes)
+        return []
+
+    return break_it
+
+
+BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
+    "base misspelled": (override("base.model_name_or_path=./bsae"), "does not exist. Did you mean base?"),
+    "base without config": (remove("base/config.json"), "holds no config.json"),
+    "config not JSON": (text("base/config.json", "{"), "not valid JSON"),
+    "config a list": (text("base/config.json", "[]"), "holds a list"),
+    "base not a LLaVA": (edited("base/config.json", model_type="bert"), "model_type is 'bert', needed 'llava'"),
+    "data file missing": (remove("train.json"), f"{INSTRUCT}.data.path: "),
+    "data file empty": (text("train.json", ""), "train.json is empty"),
+    "data file a directory": (override(f"{INSTRUCT}.data.path=images/d.json"), "images/d.json does not exist"),
+    "image root missing": (override(f"{INSTRUCT}.data.image_root=image"), "Did you mean images?"),
+    "exclude missing": (override(f"{INSTRUCT}.data.exclude=bad.jsonl"), f"{INSTRUCT}.data.exclude: "),
+    "validation missing": (
+        override(f"{INSTRUCT}.data.validation={{path: valid.json}}"),
+        f"{INSTRUCT}.data.validation.path: ",
+    ),
+    "evaluation missing": (
+        override("evaluation={data: {path: ./tset.json, image_root: images}}"),
+        "evaluation.data.path: ",
+    ),
+}
+"""How a set-up is broken (returning overrides for the command line), and words of the refusal."""
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_k11_broken_setups_are_refused_alike(project: Project, name: str) -> None:
+    break_it, words = BROKEN[name]
+    overrides = break_it(project)
+    before = set(project.directory.rglob("*"))
+    results = [command(one, project, *overrides) for one in COMMANDS]
+    assert [result.exit_code for result in results] == [2, 2, 2], results[0].output
+    assert words in results[0].stderr
+    assert len({result.stderr for result in results}) == 1
+    assert len(results[0].stderr.splitlines()) == 1
+    assert {result.stdout for result in results} == {""}
+    assert set(project.directory.rglob("*")) == before, "a refused command leaves a trace"
+
+
+def test_k11_all_problems_are_said_at_once(project: Project) -> None:
+    (project.directory / "train.json").unlink()
+    (project.base / "config.json").unlink()
+    result = command("finetune", project)
+    assert result.exit_code == 2
+    first, *lines = result.stderr.splitlines()
+    assert first == "Error: 2 problems found before anything was started:"
+    assert [line.partition(": ")[0].strip() for line in lines] == ["base.model_name_or_path", f"{INSTRUCT}.data.path"]
+
+
+def test_what_is_right_passes(project: Project) -> None:
+    from lora_llava.preflight.run import preflight
+
+    findings = preflight(load_recipe(project.recipe), recipe_file=project.recipe)
+    assert findings.problems == []
+    assert findings.notices == []
+
+
+@pytest.mark.parametrize(
+    "variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_k27_several_processes_are_refused_in_each(
+    project: Project, name: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, "2")
+        monkeypatch.setenv("RANK", rank)
+        result = command(name, project)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"Error: {variable}: is 2")
+    assert not (project.directory / "run").exists()
+
+
+def test_k27_one_process_of_a_launcher_is_no_problem(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert command("dry run", project).exit_code == 0
+
+
+def test_k63_offline_is_found_out_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    tried = []
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        tried.append(args)
+        raise OSError("the network was touched")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project.directory / "cache"))
+    result = command("check", project, "base.model_name_or_path=someone/some-model")
+    assert result.exit_code == 2
+    assert "someone/some-model is not a directory, is not in the Hub's cache, and the Hub cannot be reached" in (
+        result.stderr
+    )
+    assert len(tried) == 1
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
