@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_llava.files import shown_path
 from lora_llava.quickstart_assets import prepare_assets
 from lora_llava.recipe_file import bundled_recipes, load_recipe
-from lora_llava.training.output import write_summary
+from lora_llava.run_directory.output import write_summary
 from lora_llava.workflow import finetune_and_evaluate, print_outcome
 
 RECIPE = "quickstart"

@@ -20,9 +20,9 @@ from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.compare import SAMPLES, compare
 from lora_llava.files import shown_path
 from lora_llava.recipe import Recipe
-from lora_llava.training import output
+from lora_llava.run_directory import output
+from lora_llava.run_directory.lock import locked
 from lora_llava.training.differences import Resume
-from lora_llava.training.lock import locked
 from lora_llava.training.run import run_recipe
 
 

@@ -28,6 +28,7 @@ LAYERS = [
     {"conversation"},
     {"chat_template"},
     {"data", "modeling"},
+    {"run_directory"},
     {"preflight"},
     {"artifact"},
     {"evaluation"},
@@ -41,6 +42,7 @@ LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.c
 LIGHT += ["lora_llava.data.packing", "lora_llava.data.images", "lora_llava.evaluation.metrics", "lora_llava.export"]
 LIGHT += ["lora_llava.preflight.run"]
 LIGHT += ["lora_llava.files", "lora_llava.text", "lora_llava.doctor.survey", "lora_llava.doctor.compare"]
+LIGHT += ["lora_llava.run_directory.output", "lora_llava.run_directory.lock"]
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 
 

@@ -13,7 +13,7 @@ from lora_llava.evaluation.report import accuracy_markdown
 from lora_llava.hub.content import ADAPTER_CONFIG
 from lora_llava.hub.facts import Facts
 from lora_llava.recipe_file import is_local
-from lora_llava.training import output
+from lora_llava.run_directory import output
 
 _KIT = "[lora-llava](https://github.com/lora-llava/lora-llava)"
 _FORMS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}

@@ -13,7 +13,7 @@ from lora_llava.evaluation.compare import ACCURACY, SAMPLES
 from lora_llava.modeling.base import read_config
 from lora_llava.modeling.layout import WeightFiles
 from lora_llava.recipe_file import load_recipe
-from lora_llava.training import output
+from lora_llava.run_directory import output
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
 """Names in the repository of the loss curve and of the sample answers."""

@@ -17,7 +17,7 @@ from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
-from lora_llava.training import output
+from lora_llava.run_directory import output
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.guards import NonFiniteGuard
 from lora_llava.training.image_check import make_image_check

@@ -16,7 +16,7 @@ from lora_llava.modeling.base import BaseIdentity
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import load_recipe
 from lora_llava.recipe_stages import StageName
-from lora_llava.training import output
+from lora_llava.run_directory import output
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory_plan import MemoryPlan, StageShapes
 from lora_llava.training.plan import StageData

@@ -10,7 +10,7 @@ from lora_llava.files import shown_path, staged
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
 from lora_llava.recipe import Recipe
-from lora_llava.training import output
+from lora_llava.run_directory import output
 
 
 def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tuple[Path, BaseIdentity]:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.files import fsync
-from lora_llava.training.output import writing_named
+from lora_llava.run_directory.output import writing_named
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.errors import RunInterruptedError, TrainingError
+from lora_llava.run_directory.output import resume_command, writing_named
 from lora_llava.training import state as training_state
 from lora_llava.training.checkpoint import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
 from lora_llava.training.interruption import Interruption
 from lora_llava.training.memory_plan import MemoryPlan
-from lora_llava.training.output import resume_command, writing_named
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.resume import checkpoints_of
 from lora_llava.training.stage_artifact import StageArtifact

@@ -14,7 +14,7 @@ from lora_llava.files import shown_path
 from lora_llava.modeling.base import BaseIdentity
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
-from lora_llava.training import output
+from lora_llava.run_directory import output
 from lora_llava.training.checkpoint import Checkpoint, latest
 from lora_llava.training.differences import (
     RESOLVED,

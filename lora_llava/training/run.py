@@ -24,7 +24,7 @@ from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import PartRow, build_stage, check_stage, train_only_what_is_saved
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
-from lora_llava.training import output
+from lora_llava.run_directory import output
 from lora_llava.training.build import make_trainer
 from lora_llava.training.cost import Machine
 from lora_llava.training.differences import Resume, run_facts

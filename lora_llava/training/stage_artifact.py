@@ -11,8 +11,8 @@ from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import dump_resolved
 from lora_llava.recipe_stages import StageName
+from lora_llava.run_directory.output import writing_named
 from lora_llava.training.image_facts import image_facts
-from lora_llava.training.output import writing_named
 from lora_llava.training.plan import StageData
 
 

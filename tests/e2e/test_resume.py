@@ -21,7 +21,7 @@ from lora_llava import workflow
 from lora_llava.artifact import WEIGHTS, file_sha256, load_artifact, read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
-from lora_llava.training import output
+from lora_llava.run_directory import output
 from lora_llava.training.checkpoint import DamagedCheckpointError, verified
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (

@@ -14,7 +14,7 @@ from rich.console import Console
 import lora_llava.training.run as run_module
 from lora_llava.artifact import WEIGHTS, file_sha256
 from lora_llava.recipe_file import load_recipe
-from lora_llava.training import output
+from lora_llava.run_directory import output
 from lora_llava.training.differences import Resume
 from lora_llava.training.trainer import PackedTrainer
 from lora_llava.workflow import finetune_and_evaluate

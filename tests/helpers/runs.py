@@ -19,7 +19,7 @@ from rich.console import Console
 import lora_llava.training.run as run_module
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import load_recipe
-from lora_llava.training.output import read_log
+from lora_llava.run_directory.output import read_log
 from lora_llava.training.run import run_recipe
 
 COLOURS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 250), "grey": (120, 120, 120)}

@@ -13,6 +13,8 @@ import pytest
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
 from lora_llava.files import write_text
+from lora_llava.run_directory.lock import locked
+from lora_llava.run_directory.output import note_skipped, writing_named
 from lora_llava.training.checkpoint import (
     MANIFEST,
     DamagedCheckpointError,
@@ -22,8 +24,6 @@ from lora_llava.training.checkpoint import (
     verified,
     write_checkpoint,
 )
-from lora_llava.training.lock import locked
-from lora_llava.training.output import note_skipped, writing_named
 from tests.helpers.disk import Disk, full, read_only
 
 FILES = ("adapter_model.safetensors", "optimizer.json", "optimizer.safetensors")
@@ -201,7 +201,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from lora_llava.training.lock import locked\n"
+        "import sys, pathlib; from lora_llava.run_directory.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
