@@ -8,18 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
-from lora_llava.recipe_stages import (
-    AlignSettings,
-    AspectRatio,
-    Count,
-    DataSettings,
-    InstructSettings,
-    Positive,
-    Settings,
-    StageName,
-)
+from lora_llava.recipe_base import Count, Form, Names, OnResume, Positive, Settings
+from lora_llava.recipe_stages import AlignSettings, AspectRatio, DataSettings, InstructSettings, StageName
+
+_TRACKERS = Form("none or a list of trackers, such as [tensorboard]")
+_LAYERS = Form("'all-linear' or a list of layers, such as [q_proj, v_proj]")
+_NAME = Form("a name of a-z, 0-9, _ and -, such as my-model_2")
+
+
+def _one_as_list(value: Any) -> Any:
+    """Take the name of one tracker for a list of it."""
+    return [value] if isinstance(value, str) and value != "none" else value
+
 
 LocalPath = Annotated[Path, Field(strict=False)]
 
@@ -27,22 +29,24 @@ LocalPath = Annotated[Path, Field(strict=False)]
 class BaseModelSettings(Settings):
     """The model to start from: a converted LLaVA, or the parts to make a fresh one of."""
 
-    model_name_or_path: str | None = None
+    example = "{model_name_or_path: DIRECTORY} or {language_model: DIRECTORY, vision_tower: DIRECTORY}"
+
+    model_name_or_path: Annotated[str | None, OnResume.OUTCOME, Names.PATH_OR_ID] = None
     """A LLaVA in the llava-hf layout: hub id or directory."""
-    revision: str | None = None
+    revision: Annotated[str | None, OnResume.OUTCOME] = None
     """Commit, branch or tag of the hub repository `model_name_or_path`."""
-    language_model: str | None = None
+    language_model: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A Llama-family language model: hub id or directory."""
-    gguf_file: str | None = None
+    gguf_file: Annotated[str | None, OnResume.FIXED] = None
     """Name of the GGUF file in `language_model`, if it is one."""
-    vision_tower: str | None = None
+    vision_tower: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A CLIP vision tower: hub id, directory, or `package:vision_tower`, the small one that ships with the package."""
-    mm_projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
-    projector_init: Literal["llava", "embeddings"] = "llava"
+    mm_projector_type: Annotated[Literal["mlp2x_gelu", "linear"], OnResume.FIXED] = "mlp2x_gelu"
+    projector_init: Annotated[Literal["llava", "embeddings"], OnResume.FIXED] = "llava"
     """Where a fresh one starts: as in LLaVA, or with outputs among the language model's word embeddings."""
-    vision_feature_layer: int = -2
+    vision_feature_layer: Annotated[int, OnResume.FIXED] = -2
     """Hidden state of the vision tower that is projected."""
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_feature_select_strategy: Annotated[Literal["default", "full"], OnResume.FIXED] = "default"
     """`default` drops the class token, `full` keeps it."""
 
     @model_validator(mode="after")
@@ -60,10 +64,10 @@ class BaseModelSettings(Settings):
 class QuantizationSettings(Settings):
     """Precision of the language model's frozen linear layers."""
 
-    type: Literal["nf4", "none"] = "nf4"
-    double_quant: bool = True
+    type: Annotated[Literal["nf4", "none"], OnResume.FORM] = "nf4"
+    double_quant: Annotated[bool, OnResume.FORM] = True
     """Quantise the scales too: 0.4 bits a weight less."""
-    keep_dequantized: bool | Literal["auto"] = "auto"
+    keep_dequantized: Annotated[bool | Literal["auto"], OnResume.OUTCOME] = "auto"
     """Hold the quantised weights in the compute precision: the same numbers, faster, for four times their memory.
     `auto`: where there is memory to spare."""
 
@@ -71,23 +75,27 @@ class QuantizationSettings(Settings):
 class AdapterSettings(Settings):
     """LoRA on the language model, in stage `instruct`."""
 
-    type: Literal["lora", "rslora", "dora"] = "lora"
-    r: Count = 128
-    lora_alpha: Positive = 256.0
-    lora_dropout: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    type: Annotated[Literal["lora", "rslora", "dora"], OnResume.FIXED] = "lora"
+    r: Annotated[Count, OnResume.FIXED] = 128
+    lora_alpha: Annotated[Positive, OnResume.FIXED] = 256.0
+    lora_dropout: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.0
+    target_modules: Annotated[
+        Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], _LAYERS, OnResume.FIXED
+    ] = "all-linear"
     """Names of the language model's linear layers, such as q_proj."""
 
 
 class ImageSettings(Settings):
     """How an image becomes a square."""
 
-    image_aspect_ratio: AspectRatio = "pad"
+    image_aspect_ratio: Annotated[AspectRatio, OnResume.FORM] = "pad"
     """`pad` with the mean colour (LLaVA-1.5, stage 2), or `square`: resize and cut the middle out (stage 1)."""
 
 
 class StagesSettings(Settings):
     """The stages of a run, in the order in which they run."""
+
+    example = "{align: {data: {path: FILE}}, instruct: {data: {path: FILE}}}, or one of the two"
 
     align: AlignSettings | None = None
     instruct: InstructSettings | None = None
@@ -102,11 +110,13 @@ class StagesSettings(Settings):
 class EvaluationSettings(Settings):
     """Questions to answer after training, with the base and the tuned model."""
 
+    example = "{data: {path: FILE}}"
+
     data: DataSettings
-    max_new_tokens: Count = 16
-    batch_size: Count = 64
+    max_new_tokens: Annotated[Count, OnResume.AGAIN] = 16
+    batch_size: Annotated[Count, OnResume.AGAIN] = 64
     """Questions decoded at a time."""
-    blind_questions: Count | None = None
+    blind_questions: Annotated[Count | None, OnResume.AGAIN] = None
     """Questions asked once more with the mean colour in place of the image; null: none."""
 
     @model_validator(mode="after")
@@ -136,26 +146,26 @@ class CardSettings(Settings):
 class Recipe(Settings):
     """A whole run."""
 
-    version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    output_dir: LocalPath | None = None
+    version: Annotated[Literal[1], OnResume.FIXED] = 1
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$"), _NAME, OnResume.FIXED]
+    output_dir: Annotated[LocalPath | None, OnResume.FREE, Names.PATH] = None
     """Directory of the run; null: runs/<name> below the current directory."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32), OnResume.ORDER] = 42
+    precision: Annotated[Literal["auto", "bf16", "fp32"], OnResume.OUTCOME] = "auto"
     """`auto`: bf16 on CUDA, fp32 on a CPU."""
-    attn_implementation: Literal["auto", "sdpa", "flex_attention"] = "auto"
+    attn_implementation: Annotated[Literal["auto", "sdpa", "flex_attention"], OnResume.OUTCOME] = "auto"
     """Attention of the language model in training; `auto`: on CUDA the faster, both being tried; on a CPU sdpa."""
-    report_to: Literal["none"] | list[str] = "none"
+    report_to: Annotated[Literal["none"] | list[str], BeforeValidator(_one_as_list), _TRACKERS, OnResume.FREE] = "none"
     """Trackers of transformers, such as [tensorboard]."""
-    start_from: LocalPath | None = None
+    start_from: Annotated[LocalPath | None, OnResume.OUTCOME, Names.PATH] = None
     """Artifact whose projector, and LoRA if it has one, the first stage starts from."""
     base: BaseModelSettings
     quantization: QuantizationSettings = QuantizationSettings()
     adapter: AdapterSettings = AdapterSettings()
     images: ImageSettings = ImageSettings()
     stages: StagesSettings
-    evaluation: EvaluationSettings | None = None
-    card: CardSettings = CardSettings()
+    evaluation: Annotated[EvaluationSettings | None, OnResume.AGAIN] = None
+    card: Annotated[CardSettings, OnResume.CARD] = CardSettings()
 
     @property
     def stage_names(self) -> list[StageName]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lora_llava.errors import RecipeError
 from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import Settings
+from lora_llava.recipe_base import Names, Settings, section_in, settings_of
+from lora_llava.recipe_errors import problems_in
+from lora_llava.recipe_names import meant_by
+from lora_llava.text import printable
 
 MAX_BYTES = 1 << 20
 """Largest recipe file, in bytes."""
 
-_PATH_KEYS = ("output_dir", "start_from")
-_ALWAYS_PATHS = (*_PATH_KEYS, "image_root", "exclude")
-_NAME_OR_PATH_KEYS = ("base.model_name_or_path", "base.language_model", "base.vision_tower")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS_AND_BOOLS = {
@@ -91,7 +90,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError("\n".join(_problems(error, path))) from error
+        raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems_in(error))) from error
 
 
 def dump_resolved(recipe: Recipe, directory: Path) -> str:
@@ -100,7 +99,7 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
     # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
     start = directory.resolve()
     data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))
-    for holder, key, value in _paths_in(data):
+    for holder, key, value, _ in _paths_in(data):
         if Path(value).is_absolute():
             holder[key] = _dotted(os.path.relpath(value, start))
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -113,7 +112,7 @@ def dump_portable(path: Path) -> str:
     """
     data = _read(path)
     data.pop("output_dir", None)
-    for holder, key, value in _paths_in(data):
+    for holder, key, value, _ in _paths_in(data):
         if is_local(value):
             name = Path(value).name
             holder[key] = _dotted("." if name == ".." else name)
@@ -167,7 +166,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.split(".")
     if not equals or not all(names):
-        raise RecipeError(f"override {override!r}: write it as key.sub=value")
+        raise RecipeError(f"override {override!r:.80}: write it as key.sub=value")
     _check_key(key)
     # As a tree of its own, since the value may be a mapping that holds paths.
     tree: dict[str, Any] = {names[-1]: _parse(text, f"override {key}")}
@@ -183,76 +182,41 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def _check_key(key: str) -> None:
     """Refuse an override of a key that no recipe has."""
-    model: type[BaseModel] | None = Recipe
+    section: type[Settings] | None = Recipe
     names = key.split(".")
     for depth, name in enumerate(names):
-        if model is None or name not in model.model_fields:
-            where = ".".join(names[: depth + 1])
-            raise RecipeError(f"override {key}: unknown key {where}{_near(name, model)}")
-        model = _settings_in(model.model_fields[name].annotation)
+        if section is None:
+            above = ".".join(names[:depth])
+            raise RecipeError(f"override {printable(key)}: unknown key {printable(key)}: {above} has no keys below it")
+        if name not in section.model_fields:
+            unknown = printable(".".join(names[: depth + 1]))
+            meant = meant_by(names[:depth], name, section)
+            raise RecipeError(f"override {printable(key)}: unknown key {unknown}{meant}")
+        section = section_in(section.model_fields[name].annotation)
 
 
-def _settings_in(annotation: Any) -> type[BaseModel] | None:
-    """Find the settings class in an annotation such as `DataSettings | None`."""
-    for one in (annotation, *get_args(annotation)):
-        if isinstance(one, type) and issubclass(one, Settings):
-            return one
-    return None
-
-
-def _near(name: str, model: type[BaseModel] | None) -> str:
-    fields = list(model.model_fields) if model else []
-    near = difflib.get_close_matches(name, fields, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(fields)}" if fields else ""
-
-
-def _problems(error: ValidationError, path: Path) -> list[str]:
-    texts: dict[str, list[str]] = {}
-    for one in error.errors():
-        unknown = one["type"] == "extra_forbidden"
-        # Pydantic puts the branches of a union into the place: adapter.target_modules.list[str].
-        where = ".".join(str(part) for part in one["loc"] if unknown or "[" not in str(part))
-        if unknown:
-            model: type[BaseModel] | None = Recipe
-            for part in one["loc"][:-1]:
-                field = model.model_fields.get(str(part)) if model else None
-                model = _settings_in(field.annotation) if field else None
-            text = f"unknown key{_near(str(one['loc'][-1]), model)}"
-        else:
-            text = one["msg"].removeprefix("Value error, ")
-            if one["type"] not in ("missing", "value_error"):
-                text += f", got {one['input']!r}"
-        texts.setdefault(where, []).append(text)
-    return [f"{path}: {where + ': ' if where else ''}{'; or: '.join(parts)}" for where, parts in texts.items()]
-
-
-def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
-    """List every string that may be a path: its mapping, its key, and it."""
-    found = [(data, key, data[key]) for key in _PATH_KEYS if key in data]
-    for dotted in _NAME_OR_PATH_KEYS:
-        section, key = dotted.split(".")
-        if isinstance(data.get(section), dict):
-            found.append((data[section], key, data[section].get(key)))
-    stages = data.get("stages")
-    holders = list(stages.values()) if isinstance(stages, dict) else []
-    for holder in [*holders, data.get("evaluation")]:
-        source = holder.get("data") if isinstance(holder, dict) else None
-        if isinstance(source, dict):
-            found += [(source, key, source.get(key)) for key in ("path", "image_root", "exclude")]
-            if isinstance(source.get("validation"), dict):
-                found += [(source["validation"], key, source["validation"].get(key)) for key in ("path", "exclude")]
-    return [(holder, key, value) for holder, key, value in found if isinstance(value, str)]
+def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, Names]]:
+    """List every string that is, or may be, a path: its mapping, its key, itself, and what it names."""
+    found = []
+    for setting in settings_of(Recipe):
+        *above, key = setting.key.split(".")
+        holder: Any = data
+        for name in above:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        if setting.names and isinstance(holder, dict) and isinstance(value := holder.get(key), str):
+            found.append((holder, key, value, setting.names))
+    return found
 
 
 def _resolve_paths(data: dict[str, Any], directory: Path, where: str) -> None:
-    for holder, key, value in _paths_in(data):
+    for holder, key, value, names in _paths_in(data):
         try:
-            holder[key] = _resolve(key, value, directory)
+            holder[key] = _resolve(key, value, directory, names)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
 
 
-def _resolve(key: str, value: str, directory: Path) -> str:
+def _resolve(key: str, value: str, directory: Path, names: Names) -> str:
     """Make a path absolute; a name that could be a hub id stays as it is unless such a path exists."""
     if not value:
         raise RecipeError(f"{key}: is empty; give a path, or leave the key out")
@@ -264,7 +228,7 @@ def _resolve(key: str, value: str, directory: Path) -> str:
         exists = (directory / path).exists()
     except OSError as error:  # such as a name of more than 255 bytes
         raise RecipeError(f"{key}: {value[:60]!r}... can be no path: {error.strerror}; give another") from error
-    if key in _ALWAYS_PATHS or is_local(value) or (":" not in value and exists):
+    if names is Names.PATH or is_local(value) or (":" not in value and exists):
         return os.path.normpath(directory / path)
     return value
 

@@ -7,35 +7,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
+
+from lora_llava.recipe_base import Count, Names, NotNegative, OnResume, Positive, Settings, Share
 
 StageName = Literal["align", "instruct"]
 
 AspectRatio = Literal["pad", "square"]
 """How an image becomes a square; see ImageSettings."""
 
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-NotNegative = Annotated[FiniteFloat, Field(ge=0)]
-Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
 GradientCheckpointing = bool | Literal["selective"]
 """What is computed again on the way back: nothing, the cheap part of a layer, or whole layers; see `recompute`."""
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, no guessing of types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class ColumnSettings(Settings):
     """Columns of a Hugging Face dataset."""
 
-    image: str | None = None
-    question: str | None = None
-    answer: str | None = None
-    messages: str | None = None
+    example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
+
+    image: Annotated[str | None, OnResume.OUTCOME] = None
+    question: Annotated[str | None, OnResume.OUTCOME] = None
+    answer: Annotated[str | None, OnResume.OUTCOME] = None
+    messages: Annotated[str | None, OnResume.OUTCOME] = None
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -49,11 +42,13 @@ class ColumnSettings(Settings):
 class ValidationSettings(Settings):
     """Records held out of training."""
 
-    path: str | None = None
+    example = "{share: 0.1} or {path: FILE}"
+
+    path: Annotated[str | None, OnResume.OUTCOME, Names.PATH_OR_ID] = None
     """A file or data set of the same form as the training data."""
-    share: Share | None = None
+    share: Annotated[Share | None, OnResume.VALIDATION] = None
     """Share of the training records, split by image, and by `data.group` if that is given."""
-    exclude: str | None = None
+    exclude: Annotated[str | None, OnResume.OUTCOME, Names.PATH] = None
     """Records of `path` to leave out, as `data.exclude`."""
 
     @model_validator(mode="after")
@@ -68,28 +63,30 @@ class ValidationSettings(Settings):
 class DataSettings(Settings):
     """Where records come from."""
 
-    path: str
+    example = "{path: FILE}"
+
+    path: Annotated[str, OnResume.OUTCOME, Names.PATH_OR_ID]
     """LLaVA JSON or JSONL; or, with `columns`, a parquet file, a directory or a hub id."""
-    image_root: str | None = None
+    image_root: Annotated[str | None, OnResume.OUTCOME, Names.PATH] = None
     """Directory of the images; default: that of the data file."""
-    split: str = "train"
-    name: str | None = None
+    split: Annotated[str, OnResume.OUTCOME] = "train"
+    name: Annotated[str | None, OnResume.OUTCOME] = None
     """Configuration of a hub data set."""
-    revision: str | None = None
+    revision: Annotated[str | None, OnResume.OUTCOME] = None
     columns: ColumnSettings | None = None
-    answer_prompt: str | None = None
+    answer_prompt: Annotated[str | None, OnResume.FORM] = None
     """Text after each question that says what form the answer takes."""
-    max_records: Count | None = None
+    max_records: Annotated[Count | None, OnResume.ORDER] = None
     """Take the first so many records only."""
-    group: str | None = None
+    group: Annotated[str | None, OnResume.ORDER] = None
     """Key of a record, or column, such as patient: no value of it is both in training and in validation."""
-    on_bad_record: Literal["error", "skip"] = "error"
+    on_bad_record: Annotated[Literal["error", "skip"], OnResume.OUTCOME] = "error"
     """`skip` leaves out records that cannot be used; every image is then opened before the run. `error`: stop."""
-    max_bad_records: Count = 10
+    max_bad_records: Annotated[Count, OnResume.OUTCOME] = 10
     """With `skip`: more than so many stop the run all the same."""
-    exclude: str | None = None
+    exclude: Annotated[str | None, OnResume.OUTCOME, Names.PATH] = None
     """JSON Lines of records to leave out, each with its number, as `lora-llava check` writes them."""
-    merge_turns: Annotated[int, Field(ge=2)] | None = None
+    merge_turns: Annotated[Annotated[int, Field(ge=2)] | None, OnResume.ORDER] = None
     """Train on the questions about an image as turns of one conversation, at most so many in each, as LLaVA-1.5
     does; null: on the records as they are. Records held out for validation stay as they are."""
     validation: ValidationSettings | None = None
@@ -113,56 +110,60 @@ class StageSettings(Settings):
     """What both stages have."""
 
     data: DataSettings
-    template: Literal["plain", "vicuna_v1", "chatml"]
-    system: str | None = None
+    template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM]
+    system: Annotated[str | None, OnResume.FORM] = None
     """Replaces the template's system text."""
-    image_aspect_ratio: AspectRatio | None = None
+    image_aspect_ratio: Annotated[AspectRatio | None, OnResume.FORM] = None
     """Replaces that of `images` in this stage."""
-    max_length: Count = 2048
+    max_length: Annotated[Count, OnResume.ORDER] = 2048
     """Tokens of one conversation, the image's included; text beyond is cut off."""
-    packing: Literal["tree", "none"] = "tree"
+    packing: Annotated[Literal["tree", "none"], OnResume.ORDER] = "tree"
     """`tree`: questions about one image share its tokens. It changes the speed, never the mathematics."""
-    branches_per_tree: Count = 8
+    branches_per_tree: Annotated[Count, OnResume.ORDER] = 8
     """Most conversations that share one image in one tree."""
-    tokens_per_micro_batch: Count | Literal["auto"] = "auto"
+    tokens_per_micro_batch: Annotated[Count | Literal["auto"], OnResume.OUTCOME] = "auto"
     """Most tokens of one forward pass; `auto`, here and below: chosen from the memory there is."""
-    num_train_epochs: Positive = 1.0
-    max_steps: int = -1
+    num_train_epochs: Annotated[Positive, OnResume.ORDER] = 1.0
+    max_steps: Annotated[int, OnResume.ORDER] = -1
     """Optimizer steps; -1: as `num_train_epochs` says."""
-    batch_size: Count
+    batch_size: Annotated[Count, OnResume.ORDER]
     """Conversations in one optimizer step, however they are packed."""
-    learning_rate: Positive
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.03
+    learning_rate: Annotated[Positive, OnResume.LATER]
+    lr_scheduler_type: Annotated[Literal["cosine", "linear", "constant", "constant_with_warmup"], OnResume.LATER] = (
+        "cosine"
+    )
+    warmup_ratio: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.03
     """Share of the steps."""
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
-    adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.999
-    on_non_finite: Literal["error", "skip"] = "error"
+    weight_decay: Annotated[NotNegative, OnResume.LATER] = 0.0
+    max_grad_norm: Annotated[Positive, OnResume.LATER] = 1.0
+    adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.9
+    adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.999
+    on_non_finite: Annotated[Literal["error", "skip"], OnResume.FREE] = "error"
     """A step whose loss or gradient is NaN or infinite: stop before it, or leave it out and go on (`skip`)."""
-    max_non_finite_steps: Count = 3
+    max_non_finite_steps: Annotated[Count, OnResume.FREE] = 3
     """With `skip`: more than so many stop the run all the same."""
-    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "auto"
+    optim: Annotated[
+        Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"], OnResume.OUTCOME
+    ] = "auto"
     """`auto`: in fp32 where that fits."""
-    gradient_checkpointing: GradientCheckpointing | Literal["auto"] = "auto"
+    gradient_checkpointing: Annotated[GradientCheckpointing | Literal["auto"], OnResume.OUTCOME] = "auto"
     """Memory for time: `selective` keeps matrix products and attention, true keeps a layer's input alone."""
-    gradient_checkpointing_layers: Annotated[int, Field(ge=0)] = 0
+    gradient_checkpointing_layers: Annotated[int, Field(ge=0), OnResume.OUTCOME] = 0
     """With `selective`: so many layers, from the first, keep their input alone."""
-    cache_image_features: Literal["off", "memory", "disk"] = "off"
+    cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"
     """Compute what the vision tower makes of an image once, not in every epoch; on disk it stays in the run's
     directory. Worth it from the second epoch on."""
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    logging_steps: Count = 10
+    dataloader_num_workers: Annotated[int, Field(ge=0), OnResume.FREE] = 0
+    logging_steps: Annotated[Count, OnResume.FREE] = 10
     """Optimizer steps from one line of the log to the next."""
-    eval_steps: Count | None = None
+    eval_steps: Annotated[Count | None, OnResume.FREE] = None
     """Optimizer steps from one validation to the next; null: at the end only."""
-    num_sample_answers: Annotated[int, Field(ge=0)] = 4
+    num_sample_answers: Annotated[int, Field(ge=0), OnResume.FREE] = 4
     """Validation questions answered at each validation."""
-    save_steps: Count | Literal["auto"] = "auto"
+    save_steps: Annotated[Count | Literal["auto"], OnResume.FREE] = "auto"
     """Optimizer steps from one checkpoint to the next; `auto`: some minutes of work, so that saving takes little of the
     time. The best by validation loss, and the last step, are saved in any case."""
-    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    save_total_limit: Annotated[int, Field(ge=2), OnResume.FREE] = 2
     """Checkpoints that are kept; the best by validation loss and the last are always among them."""
 
     @model_validator(mode="after")
@@ -182,16 +183,16 @@ class StageSettings(Settings):
 class AlignSettings(StageSettings):
     """Stage 1: the projector alone, on captions."""
 
-    template: Literal["plain", "vicuna_v1", "chatml"] = "plain"
-    batch_size: Count = 256
-    learning_rate: Positive = 1e-3
+    template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM] = "plain"
+    batch_size: Annotated[Count, OnResume.ORDER] = 256
+    learning_rate: Annotated[Positive, OnResume.LATER] = 1e-3
 
 
 class InstructSettings(StageSettings):
     """Stage 2: LoRA and the projector, on conversations."""
 
-    template: Literal["vicuna_v1", "chatml"] = "vicuna_v1"
-    batch_size: Count = 128
-    learning_rate: Positive = 2e-4
-    mm_projector_lr: Positive | None = 2e-5
+    template: Annotated[Literal["vicuna_v1", "chatml"], OnResume.FORM] = "vicuna_v1"
+    batch_size: Annotated[Count, OnResume.ORDER] = 128
+    learning_rate: Annotated[Positive, OnResume.LATER] = 2e-4
+    mm_projector_lr: Annotated[Positive | None, OnResume.LATER] = 2e-5
     """Learning rate of the projector; null: that of the rest."""

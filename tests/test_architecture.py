@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import lora_llava
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_base import settings_of
 
 PACKAGE = Path(lora_llava.__file__).parent
 ROOT = PACKAGE.parent
@@ -22,9 +24,12 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 50
 # `data` and `modeling` do not know each other, nor do `evaluation` and `training`'s insides from below.
 LAYERS = [
     {"lora_llava", "errors", "text"},
-    {"recipe_stages", "files"},
+    {"recipe_base", "files"},
+    {"recipe_stages"},
     {"recipe"},
-    {"recipe_file", "templates", "device"},
+    {"recipe_names", "templates", "device"},
+    {"recipe_errors"},
+    {"recipe_file"},
     {"conversation"},
     {"chat_template"},
     {"data", "modeling"},
@@ -128,6 +133,11 @@ def test_functions_are_annotated(path: Path) -> None:
 def test_the_ignore_index_is_defined_once() -> None:
     defined = [path for path in MODULES if re.search(r"^IGNORE_INDEX\b.*=", path.read_text(encoding="utf-8"), re.M)]
     assert [name_of(path) for path in defined] == ["lora_llava.conversation"]
+
+
+def test_every_setting_says_what_changing_it_on_resume_means() -> None:
+    keys = [setting.key for setting in settings_of(Recipe)]
+    assert len(keys) == len(set(keys)) > 100
 
 
 @pytest.mark.parametrize("module", LIGHT)

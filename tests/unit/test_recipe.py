@@ -64,7 +64,7 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("1e-4", ".nan"), "finite"),
         (("1e-4", ".inf"), "finite"),
         (("1e-4", "fast"), "number"),
-        (("1e-4", "1e-4\n    gradient_checkpointing: 'yes'"), "boolean"),
+        (("1e-4", "1e-4\n    gradient_checkpointing: 'yes'"), "a boolean (true or false)"),
         (("1e-4", "1e-4\n    packing: trees"), "'tree' or 'none'"),
         (
             ("1e-4", "1e-4\n    tokens_per_micro_batch: 2000"),
@@ -85,7 +85,10 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("data/train.json", "data/train.json, name: x"), "name and revision are for hub data sets"),
         (("data/train.json", "data/train.json, validation: {path: some/data}"), "must both be LLaVA JSON"),
         (("model_name_or_path: some/llava", "language_model: a, vision_tower: b, revision: c"), "revision is that of"),
-        (("name: small", "name: small\nadapter: {target_modules: []}"), "at least 1 item"),
+        (
+            ("name: small", "name: small\nadapter: {target_modules: []}"),
+            "such as [q_proj, v_proj], not []",
+        ),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, change: tuple[str, str], words: str) -> None:
@@ -195,12 +198,14 @@ def test_a_resolved_recipe_is_the_same_recipe_and_holds_no_absolute_path(tmp_pat
 
 @pytest.mark.parametrize("number", ["1:30", "010", "1_000", "0x10", "2026-01-01", "yes"])
 def test_the_numbers_of_old_yaml_are_words(tmp_path: Path, number: str) -> None:
-    assert "seed: Input should be a valid integer" in refused(tmp_path, f"seed: {number}\n{MINIMAL}")
+    assert "seed: must be an integer of at least 0" in refused(tmp_path, f"seed: {number}\n{MINIMAL}")
 
 
 @pytest.mark.parametrize("word", ["yes", "no", "on", "Off", "y"])
 def test_only_true_and_false_are_booleans(tmp_path: Path, word: str) -> None:
-    assert "valid boolean" in refused(tmp_path, f"quantization: {{double_quant: {word}}}\n{MINIMAL}")
+    assert "double_quant: must be a boolean (true or false)" in refused(
+        tmp_path, f"quantization: {{double_quant: {word}}}\n{MINIMAL}"
+    )
 
 
 @pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "\0", "{r: 1, r: 2}"])
