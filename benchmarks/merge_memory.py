@@ -31,7 +31,8 @@ from lora_llava.cli.common import file_size
 from lora_llava.imports import import_any
 from lora_llava.imports.options import ImportOptions
 from lora_llava.modeling.assemble import save_config, save_processor
-from lora_llava.modeling.layout import expected_shapes, memory_name, write_json, write_weights
+from lora_llava.modeling.layout import expected_shapes, write_json, write_weights
+from lora_llava.modeling.names import memory_name
 
 _MERGE = """
 import json, sys

@@ -32,7 +32,8 @@ from lora_llava.files import staged
 from lora_llava.merge.adapter import Adapter
 from lora_llava.merge.run import Source, open_source
 from lora_llava.merge.stream import merged_reader
-from lora_llava.modeling.layout import HEAD, expected_shapes
+from lora_llava.modeling.layout import expected_shapes
+from lora_llava.modeling.names import HEAD
 
 LORA_FILE = "lora.gguf"
 TEMPLATE_FILE = "chat_template.jinja"

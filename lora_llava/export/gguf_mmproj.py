@@ -30,7 +30,8 @@ from lora_llava.export.gguf_file import (
     write_gguf,
 )
 from lora_llava.merge.stream import Read
-from lora_llava.modeling.layout import PROJECTOR_PREFIX, expected_shapes
+from lora_llava.modeling.layout import expected_shapes
+from lora_llava.modeling.names import PROJECTOR_PREFIX
 
 ARCHITECTURE = "clip"
 FILE = "mmproj.gguf"

@@ -16,15 +16,8 @@ from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
 from lora_llava.modeling.base import read_config
-from lora_llava.modeling.layout import (
-    EMBEDDINGS,
-    PROJECTOR_PREFIX,
-    WeightFiles,
-    each_tensor,
-    expected_shapes,
-    write_json,
-    write_weights,
-)
+from lora_llava.modeling.layout import WeightFiles, each_tensor, expected_shapes, write_json, write_weights
+from lora_llava.modeling.names import EMBEDDINGS, PROJECTOR_PREFIX
 from lora_llava.modeling.original import TOWER_DIRECTORY, is_linear, original_name, to_original_config
 
 _TOWER = "vision_tower."

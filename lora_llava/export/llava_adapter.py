@@ -18,7 +18,8 @@ from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
 from lora_llava.merge.adapter import Adapter
 from lora_llava.modeling.base import locate, read_config
-from lora_llava.modeling.layout import PROJECTOR_PREFIX, expected_shapes, write_json
+from lora_llava.modeling.layout import expected_shapes, write_json
+from lora_llava.modeling.names import PROJECTOR_PREFIX
 from lora_llava.modeling.original import (
     MM_PROJECTOR,
     NON_LORA,

@@ -33,14 +33,8 @@ from lora_llava.merge.run import (
     write_config,
 )
 from lora_llava.merge.stream import BaseKind, base_reader, describe_dtype, merged_reader
-from lora_llava.modeling.layout import (
-    EMBEDDINGS,
-    WeightFiles,
-    expected_shapes,
-    memory_name,
-    write_json,
-    write_weights,
-)
+from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_json, write_weights
+from lora_llava.modeling.names import EMBEDDINGS, memory_name
 
 BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
 _BLOCKS = "language_model.model.layers."

@@ -16,7 +16,7 @@ from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.imports.options import ImportOptions
 from lora_llava.imports.write import Base, Brought, LayerLora, open_base, write_artifact
 from lora_llava.merge.adapter import PEFT_PREFIX, check_form
-from lora_llava.modeling.layout import PROJECTOR_PREFIX, canonical_name
+from lora_llava.modeling.names import PROJECTOR_PREFIX, canonical_name
 from lora_llava.modeling.original import NON_LORA, from_original_name, read_json, read_tensors
 from lora_llava.recipe_stages import AspectRatio
 

@@ -20,14 +20,8 @@ from lora_llava.files import staged
 from lora_llava.imports.options import ImportOptions
 from lora_llava.modeling.assemble import VOCABULARY_MULTIPLE, pad_rows, save_config, save_processor
 from lora_llava.modeling.base import hub_errors, num_image_tokens
-from lora_llava.modeling.layout import (
-    EMBEDDINGS,
-    HEAD,
-    WeightFiles,
-    canonical_name,
-    expected_shapes,
-    write_weights,
-)
+from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
+from lora_llava.modeling.names import EMBEDDINGS, HEAD, canonical_name
 from lora_llava.modeling.original import (
     check_original_config,
     from_original_config,

@@ -28,7 +28,8 @@ from lora_llava.files import staged
 from lora_llava.merge.adapter import PEFT_PREFIX, Adapter
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate, num_image_tokens, read_config
-from lora_llava.modeling.layout import PROJECTOR_PREFIX, WeightFiles, expected_shapes, memory_name, write_json
+from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_json
+from lora_llava.modeling.names import PROJECTOR_PREFIX, memory_name
 from lora_llava.modeling.original import identity_layer, is_linear
 from lora_llava.recipe_stages import AspectRatio
 

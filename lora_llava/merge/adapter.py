@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from lora_llava.artifact import WEIGHTS
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.modeling.layout import PROJECTOR_PREFIX, canonical_name
+from lora_llava.modeling.names import PROJECTOR_PREFIX, canonical_name
 
 PEFT_PREFIX = "base_model.model."
 _LORA = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?$")

@@ -21,7 +21,7 @@ from lora_llava.evaluation.generation import end_token_ids
 from lora_llava.merge.adapter import PEFT_PREFIX, Adapter
 from lora_llava.merge.stream import Read
 from lora_llava.modeling.base import BaseIdentity, LoadedModel
-from lora_llava.modeling.layout import EMBEDDINGS, HEAD, canonical_name
+from lora_llava.modeling.names import EMBEDDINGS, HEAD, canonical_name
 from lora_llava.modeling.streamed import empty_llava, stream_weights
 
 ANSWER_TOKENS = 8

@@ -22,14 +22,8 @@ from lora_llava.merge.probe import Difference, adapted_model, ask, difference, l
 from lora_llava.merge.stream import BaseKind, Read, base_reader, describe_dtype, merged_reader
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import hash_weights, locate, read_config
-from lora_llava.modeling.layout import (
-    EMBEDDINGS,
-    MAX_SHARD_BYTES,
-    WeightFiles,
-    expected_shapes,
-    write_json,
-    write_weights,
-)
+from lora_llava.modeling.layout import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
+from lora_llava.modeling.names import EMBEDDINGS
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative difference of logits between merged model and base + adapter, by the type that is written.

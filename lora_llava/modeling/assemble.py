@@ -31,7 +31,8 @@ from lora_llava.modeling.base import (
     meta_model,
     num_image_tokens,
 )
-from lora_llava.modeling.layout import WeightFiles, canonical_name, expected_shapes, write_weights
+from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
+from lora_llava.modeling.names import canonical_name
 from lora_llava.recipe import BaseModelSettings
 from lora_llava.recipe_stages import AspectRatio
 

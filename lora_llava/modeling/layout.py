@@ -7,7 +7,6 @@ converters) know only what llava-hf publishes. What the kit writes has those nam
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,49 +17,13 @@ from transformers import LlavaConfig
 
 from lora_llava.errors import ModelError
 from lora_llava.modeling.base import meta_model
+from lora_llava.modeling.names import BUFFERS, HEAD, canonical_name
 
 INDEX = "model.safetensors.index.json"
-HEAD = "language_model.lm_head.weight"
-EMBEDDINGS = "language_model.model.embed_tokens.weight"
-PROJECTOR_PREFIX = "multi_modal_projector."
 MAX_SHARD_BYTES = 5 * 10**9
 """As llava-hf publishes; a shard is what a merge holds in memory."""
 
-_IN_MEMORY = (
-    ("model.language_model.", "language_model.model."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", PROJECTOR_PREFIX),
-    ("lm_head.", "language_model.lm_head."),
-)
-_SHORT_TOWER = re.compile(r"^vision_tower\.(?!vision_model\.)")
-_CANONICAL = re.compile(r"^(language_model\.(model|lm_head)|vision_tower\.vision_model|multi_modal_projector)\.")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Tensors of old files that are computed, not learnt."""
-
-
-def canonical_name(name: str) -> str:
-    """Spell the name of a tensor, as in memory or in any file of transformers, as llava-hf does.
-
-    Raises ModelError for a name of no part of LLaVA.
-    """
-    for prefix, replacement in _IN_MEMORY:
-        if name.startswith(prefix):
-            name = replacement + name.removeprefix(prefix)
-            break
-    name = _SHORT_TOWER.sub("vision_tower.vision_model.", name)
-    if not _CANONICAL.match(name):
-        raise ModelError(f"a tensor {name!r} belongs to no part of a LLaVA model")
-    return name
-
-
-def memory_name(name: str) -> str:
-    """Spell a canonical name as the parameter is called in memory."""
-    name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
-    for replacement, prefix in _IN_MEMORY:
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    raise ModelError(f"a tensor {name!r} belongs to no part of a LLaVA model")
 
 
 def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
@@ -86,7 +49,7 @@ class WeightFiles:
         for file in files:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
-                    if not name.endswith(_BUFFERS):
+                    if not name.endswith(BUFFERS):
                         self._places[canonical_name(name)] = (file, name)
 
     def __iter__(self) -> Iterator[str]:

@@ -25,7 +25,8 @@ from lora_llava.imports import import_any
 from lora_llava.imports.options import ImportOptions
 from lora_llava.merge.run import merge_artifact
 from lora_llava.modeling.base import read_config
-from lora_llava.modeling.layout import EMBEDDINGS, HEAD, WeightFiles, write_weights
+from lora_llava.modeling.layout import WeightFiles, write_weights
+from lora_llava.modeling.names import EMBEDDINGS, HEAD
 from lora_llava.modeling.original import from_original_name
 from tests.helpers.artifacts import CPU, logits, make_artifact
 from tests.helpers.tiny import save_tiny_base, tiny_tokenizer

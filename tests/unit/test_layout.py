@@ -14,7 +14,8 @@ from lora_llava.errors import ModelError
 from lora_llava.merge.run import merge_artifact
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import meta_model
-from lora_llava.modeling.layout import WeightFiles, canonical_name, expected_shapes, memory_name, write_weights
+from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
+from lora_llava.modeling.names import canonical_name, memory_name
 from lora_llava.recipe import BaseModelSettings
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.tiny import tiny_config
