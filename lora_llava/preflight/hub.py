@@ -16,8 +16,8 @@ _OFFLINE = "HF_HUB_OFFLINE"
 _TRUE = ("1", "on", "yes", "true")
 
 
-def find_on_hub(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str]]:
-    """Return the local snapshot of a hub repository with its small files, which are fetched if they are not cached.
+def find_on_hub(name: str, revision: str | None, file: str) -> tuple[Path | None, tuple[str, str]]:
+    """Return the local snapshot of a hub repository that holds `file`; small files are fetched if they are not cached.
 
     Without one, the second value says what was found and what to do. Once found offline, the libraries are told so:
     they would try again for a minute.
@@ -26,7 +26,7 @@ def find_on_hub(name: str, revision: str | None) -> tuple[Path | None, tuple[str
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None, (f"{name} is neither a directory nor a hub id", "Correct the name.")
     if isinstance(cached, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,31 @@ class ModelFiles:
     """What config.json holds; empty if it cannot be read."""
     problem: tuple[str, str] | None = None
     """Why there is no directory or config: what was found, and what to do."""
+    from_hub: bool = False
+    """Whether it lies in the Hub's cache, where the weights may not be yet."""
+    gguf_file: str | None = None
+    """The GGUF file in the directory that holds everything, the config too."""
 
 
-def find_model(name: str, revision: str | None, near: Sequence[Path]) -> ModelFiles:
+def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file: str | None = None) -> ModelFiles:
     """Find a model's files; a name that is no directory is taken for a hub id."""
     directory = _directory(name)
+    if gguf_file is not None and directory is not None:
+        problem = None if (directory / gguf_file).is_file() else _no_file(directory / gguf_file)
+        return ModelFiles(name, directory, problem=problem, gguf_file=gguf_file)
     if directory is None and is_local(name):
         return ModelFiles(name, None, problem=_no_directory(name))
     if directory is None:
         from lora_llava.preflight.hub import find_on_hub
 
-        directory, problem = find_on_hub(name, revision)
+        directory, problem = find_on_hub(name, revision, gguf_file or "config.json")
         if directory is None:
             what, fix = problem
             hint = nearest(Path(name).name, near)
             return ModelFiles(name, None, problem=(what, f"Did you mean {hint}? {fix}" if hint else fix))
+        if gguf_file is not None:
+            return ModelFiles(name, directory, gguf_file=gguf_file)
+        return replace(read_config(name, directory), from_hub=True)
     return read_config(name, directory)
 
 
@@ -85,6 +95,11 @@ def _directory(name: str) -> Path | None:
     else:
         directory = Path(name).expanduser()
     return directory if directory.is_dir() else None
+
+
+def _no_file(path: Path) -> tuple[str, str]:
+    hint = nearest(path.name, [path.parent])
+    return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct base.gguf_file."
 
 
 def _no_directory(name: str) -> tuple[str, str]:

@@ -12,8 +12,7 @@ from lora_llava.preflight.setup import Setup, Start
 from lora_llava.recipe import Recipe
 
 CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
-    base.base_can_be_had,
-    base.base_is_a_llava,
+    base.base_can_be_used,
     data.data_files_are_there,
 )
 """In the order in which a user reads what they find: base, data, directory, machine."""

@@ -35,5 +35,9 @@ class Setup:
             "base.language_model": (base.language_model, None),
             "base.vision_tower": (base.vision_tower, None),
         }
-        models = {key: find_model(name, revision, near) for key, (name, revision) in named.items() if name}
+        models = {
+            key: find_model(name, revision, near, base.gguf_file if key == "base.language_model" else None)
+            for key, (name, revision) in named.items()
+            if name
+        }
         return cls(recipe, start, near, models)

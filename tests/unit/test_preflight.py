@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from transformers import LlavaConfig
 
 from lora_llava.cli import cli
+from lora_llava.modeling.base import num_image_tokens
+from lora_llava.modeling.layout import expected_shapes
+from lora_llava.preflight.shapes import LlavaShape
 from lora_llava.recipe_file import load_recipe
 from tests.helpers.runs import write_data, write_recipe
+from tests.helpers.tiny import tiny_config
 
 INSTRUCT = "stages.instruct"
 
@@ -84,12 +89,68 @@ def edited(place: str, **changes: object) -> Callable[[Project], list[str]]:
     return break_it
 
 
+def part(name: str, **changes: object) -> Callable[[Project], list[str]]:
+    def break_it(project: Project) -> list[str]:
+        config = json.loads((project.base / "config.json").read_text(encoding="utf-8"))
+        project.edit("base/config.json", **{name: {**config[name], **changes}})
+        return []
+
+    return break_it
+
+
+def pickled(project: Project) -> list[str]:
+    (project.base / "model.safetensors").rename(project.base / "pytorch_model.bin")
+    return []
+
+
+def cut_off(project: Project) -> list[str]:
+    os.truncate(project.base / "model.safetensors", 400_000)
+    return []
+
+
+def as_type(dtype: str) -> Callable[[Project], list[str]]:
+    def break_it(project: Project) -> list[str]:
+        path = project.base / "model.safetensors"
+        length = int.from_bytes(path.read_bytes()[:8], "little")
+        header = path.read_bytes()[8 : 8 + length].replace(b'"F32"', f'"{dtype}" '.encode(), 1)
+        path.write_bytes(length.to_bytes(8, "little") + header + path.read_bytes()[8 + length :])
+        return []
+
+    return break_it
+
+
 BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "base misspelled": (override("base.model_name_or_path=./bsae"), "does not exist. Did you mean base?"),
     "base without config": (remove("base/config.json"), "holds no config.json"),
     "config not JSON": (text("base/config.json", "{"), "not valid JSON"),
     "config a list": (text("base/config.json", "[]"), "holds a list"),
     "base not a LLaVA": (edited("base/config.json", model_type="bert"), "model_type is 'bert', needed 'llava'"),
+    "custom code": (edited("base/config.json", auto_map={"AutoConfig": "c.C"}), "it needs code of its own (auto_map"),
+    "base in bitsandbytes": (
+        edited("base/config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}),
+        "it is quantized already (bitsandbytes)",
+    ),
+    "base in GPTQ": (part("text_config", quantization_config={"quant_method": "gptq"}), "quantized already (gptq)"),
+    "base in AWQ": (part("text_config", quantization_config={"quant_method": "awq"}), "quantized already (awq)"),
+    "base in FP8": (edited("base/config.json", quantization_config={"quant_method": "fp8"}), "already (fp8)"),
+    "quantized weights": (as_type("U8"), "it is quantized already: its weights are of type U8"),
+    "language model of another kind": (part("text_config", model_type="qwen2"), "the language model is 'qwen2'"),
+    "SigLIP tower": (part("vision_config", model_type="siglip_vision_model"), "tower is 'siglip_vision_model'"),
+    "feature layer out of range": (edited("base/config.json", vision_feature_layer=-4), "allowed are -3 to 2"),
+    "features of several layers": (edited("base/config.json", vision_feature_layer=[-2, -1]), "only of one"),
+    "patch above image": (part("vision_config", patch_size=56), "patch_size 56 is above its image_size 28"),
+    "weights missing": (remove("base/model.safetensors"), "holds no weights"),
+    "weights pickled": (pickled, "holds pickled weights alone (pytorch_model.bin)"),
+    "weights empty": (text("base/model.safetensors", ""), "model.safetensors is empty"),
+    "weights cut off": (cut_off, "model.safetensors is damaged or cut off"),
+    "shard missing": (
+        text("base/model.safetensors.index.json", '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
+        "model-00002-of-00002.safetensors of its index is missing",
+    ),
+    "weights of another config": (
+        part("text_config", num_hidden_layers=3),
+        "layers.2.input_layernorm.weight is missing",
+    ),
     "data file missing": (remove("train.json"), f"{INSTRUCT}.data.path: "),
     "data file empty": (text("train.json", ""), "train.json is empty"),
     "data file a directory": (override(f"{INSTRUCT}.data.path=images/d.json"), "images/d.json does not exist"),
@@ -137,6 +198,32 @@ def test_what_is_right_passes(project: Project) -> None:
     findings = preflight(load_recipe(project.recipe), recipe_file=project.recipe)
     assert findings.problems == []
     assert findings.notices == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"text_config.attention_bias": True, "text_config.mlp_bias": True},
+        {"text_config.tie_word_embeddings": True},
+        {"multimodal_projector_bias": False, "vision_feature_select_strategy": "full"},
+        {"text_config.head_dim": 20, "text_config.num_key_value_heads": 4, "vision_config.image_size": 42},
+    ],
+)
+def test_shapes_are_those_that_transformers_builds(changes: dict[str, object]) -> None:
+    config = tiny_config().to_dict()
+    for key, value in changes.items():
+        place, _, name = key.rpartition(".")
+        (config[place] if place else config)[name] = value
+    shape = LlavaShape.of(config)
+    built = LlavaConfig.from_dict(config)
+    assert dict(shape.tensors()) == expected_shapes(built)
+    assert shape.num_image_tokens == num_image_tokens(built)
+
+
+def test_shapes_of_a_config_that_leaves_everything_out() -> None:
+    config = {"model_type": "llava"}
+    assert dict(LlavaShape.of(config).tensors()) == expected_shapes(LlavaConfig.from_dict(config))
 
 
 @pytest.mark.parametrize(
