@@ -19,9 +19,10 @@ from lora_llava.data.images import open_image
 from lora_llava.data.records import Record
 from lora_llava.errors import DataError
 from lora_llava.evaluation.decoding import Progress
+from lora_llava.evaluation.exact import answer_tokens, exact_match
 from lora_llava.evaluation.figures import SheetItem, contact_sheet
 from lora_llava.evaluation.generation import generate_answers
-from lora_llava.evaluation.metrics import ALL, Accuracy, accuracy_by_type, normalize_answer
+from lora_llava.evaluation.metrics import ALL, Accuracy, accuracy_by_type
 from lora_llava.evaluation.report import accuracy_table, prediction_row, write_predictions
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe_stages import AspectRatio
@@ -79,10 +80,10 @@ def compare(
     blind = blind_subset(records, blind_questions) if blind_questions else []
     blind_answers = _ask(loaded, [records[place] for place in blind], asking, BLIND, console) if blind else []
     truth = [record.turns[-1].text for record in records]
-    scores = {name: accuracy_by_type(predictions, truth) for name, predictions in answers.items()}
+    scores = {name: _accuracies(predictions, truth) for name, predictions in answers.items()}
     subset = {
-        TUNED: accuracy_by_type([answers[TUNED][place] for place in blind], [truth[place] for place in blind]),
-        BLIND: accuracy_by_type(blind_answers, [truth[place] for place in blind]),
+        TUNED: _accuracies([answers[TUNED][place] for place in blind], [truth[place] for place in blind]),
+        BLIND: _accuracies(blind_answers, [truth[place] for place in blind]),
     }
     result = summarize(scores, subset if blind else {}, num_images(records))
     write_predictions(directory / PREDICTIONS, _rows(records, answers, dict(zip(blind, blind_answers, strict=True))))
@@ -90,6 +91,10 @@ def compare(
     _write_samples(directory / SAMPLES, records, answers)
     _show(scores, subset if blind else {}, result, console)
     return result
+
+
+def _accuracies(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, Accuracy]:
+    return accuracy_by_type([exact_match(*pair) for pair in zip(predictions, answers, strict=True)], answers)
 
 
 def _ask(loaded: LoadedModel, records: Sequence[Record], asking: Asking, name: str, console: Console) -> list[str]:
@@ -183,12 +188,12 @@ def varied_samples(records: Sequence[Record], count: int) -> list[int]:
             by_image.setdefault(record.image.key, []).append(place)
     groups = list(by_image.values())
     count = min(count, len(groups))
-    shown: Counter[str] = Counter()
+    shown: Counter[tuple[str, ...]] = Counter()
     chosen = []
     for number in range(count):
         places = groups[number * len(groups) // count]
-        best = min(places, key=lambda place: shown[normalize_answer(records[place].turns[-1].text)])
-        shown[normalize_answer(records[best].turns[-1].text)] += 1
+        best = min(places, key=lambda place: shown[answer_tokens(records[place].turns[-1].text)])
+        shown[answer_tokens(records[best].turns[-1].text)] += 1
         chosen.append(best)
     return chosen
 

@@ -38,9 +38,9 @@ def test_samples_are_of_different_images_and_answers() -> None:
 
 def test_the_summary_counts_points() -> None:
     truth = ["yes", "no", "red", "2"]
-    tuned, base = accuracy_by_type(["yes", "no", "red", "3"], truth), accuracy_by_type(["yes", "yes", "a", "b"], truth)
-    blind = accuracy_by_type(["yes", "yes"], ["yes", "no"])
-    seen = accuracy_by_type(["yes", "no"], ["yes", "no"])
+    tuned, base = accuracy_by_type([1, 1, 1, 0], truth), accuracy_by_type([1, 0, 0, 0], truth)
+    blind = accuracy_by_type([1, 0], ["yes", "no"])
+    seen = accuracy_by_type([1, 1], ["yes", "no"])
     result = summarize({"base": base, "tuned": tuned}, {"tuned": seen, "blind": blind}, images=2)
     assert (result["tuned"]["accuracy"], result["base"]["accuracy"]) == (0.75, 0.25)
     assert result["points_gained"] == 50.0

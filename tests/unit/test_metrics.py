@@ -5,14 +5,20 @@ import sys
 
 import pytest
 
+from lora_llava.evaluation.exact import exact_match
 from lora_llava.evaluation.metrics import (
     Accuracy,
     accuracy_by_type,
+    answer_groups,
     answer_type,
-    exact_match,
-    normalize_answer,
+    difference,
+    majority_answers,
+    pick_metric,
+    score_answer,
+    token_f1,
     wilson_interval,
 )
+from lora_llava.evaluation.vqa_v2 import normalize_answer, vqa_v2
 
 # Worked out by hand from the published rules: processPunctuation, then processDigitArticle.
 GOLDEN = {
@@ -65,9 +71,10 @@ def test_normalization_follows_the_official_rules(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", GOLDEN)
-def test_normalized_references_match_themselves(text: str) -> None:
-    assert exact_match(text, text)
-    assert exact_match(f" {text.upper()}", text)
+def test_references_match_themselves(text: str) -> None:
+    for equal in (exact_match, lambda one, other: vqa_v2(one, [other])):
+        assert equal(text, text)
+        assert equal(f" {text.upper()}", text)
 
 
 def test_exact_match_is_strict_about_words() -> None:
@@ -83,7 +90,10 @@ def test_exact_match_is_strict_about_words() -> None:
         ("no.", "yes/no"),
         ("not seen", "other"),
         ("two", "number"),
-        ("none", "number"),
+        ("none", "other"),
+        ("-3", "number"),
+        ("<5", "other"),
+        ("1/2", "other"),
         ("12", "number"),
         ("2.5", "number"),
         ("5.", "number"),
@@ -123,7 +133,9 @@ def test_wilson_interval_refuses_impossible_counts(correct: int, total: int) -> 
 
 
 def test_accuracy_by_type_counts_each_group() -> None:
-    table = accuracy_by_type(["yes", "No.", "two", "left", "the heart"], ["Yes", "yes", "2", "right", "heart"])
+    answers = ["Yes", "yes", "2", "right", "heart"]
+    given = ["yes", "No.", "two", "left", "the heart"]
+    table = accuracy_by_type([exact_match(*pair) for pair in zip(given, answers, strict=True)], answers)
     assert {group: (a.correct, a.total) for group, a in table.items()} == {
         "all": (3, 5),
         "closed": (1, 2),
@@ -138,14 +150,71 @@ def test_accuracy_by_type_counts_each_group() -> None:
 
 
 def test_accuracy_by_type_leaves_out_empty_groups_but_never_all() -> None:
-    assert list(accuracy_by_type(["a"], ["left"])) == ["all", "open", "other"]
+    assert list(accuracy_by_type([0], ["left"])) == ["all", "open", "other"]
     assert accuracy_by_type([], []) == {"all": Accuracy(0, 0, 0.0, 1.0)}
     assert accuracy_by_type([], [])["all"].share == 0.0
 
 
 def test_accuracy_by_type_refuses_different_lengths() -> None:
-    with pytest.raises(ValueError, match="got 1 predictions for 2 answers"):
-        accuracy_by_type(["yes"], ["yes", "no"])
+    with pytest.raises(ValueError, match="got 1 scores for 2 answers"):
+        accuracy_by_type([1], ["yes", "no"])
+
+
+def test_k38_a_question_without_an_answer_has_no_type() -> None:
+    assert answer_groups(" ") == ("all",)
+    assert answer_groups("none") == ("all", "open", "other")
+
+
+def test_vqa_v2_is_the_official_rule() -> None:
+    assert vqa_v2("-3", ["3"]) == 1, "its own normalization takes signs away"
+    assert vqa_v2("", ["A"]) == 1
+    answers = ["red"] * 2 + ["Red."] + ["dark red"] * 7
+    # Two of the ten count two other matches each if they gave it themselves: min(1, 2/3) three times, 1 seven times.
+    assert vqa_v2("red", answers) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
+    assert vqa_v2("blue", answers) == 0
+    assert vqa_v2("the dark red", answers) == 1
+    # Where all agree the official tool compares the texts as they are.
+    assert vqa_v2("Yes.", ["yes"] * 10) == 0
+    assert vqa_v2("yes", ["yes"] * 10) == 1
+    # Its call takes 32 periods away, re.UNICODE being given as the count.
+    assert normalize_answer("x" + "." * 40) == "x" + "." * 8
+
+
+def test_several_references_score_by_the_best() -> None:
+    for metric in ("exact_match", "vqa_v2", "token_f1"):
+        assert score_answer(metric, "a lung", ["heart", "the lung"]) == 1
+        assert score_answer(metric, "a bone", ["heart", "the lung"]) == 0
+
+
+def test_token_f1_counts_words() -> None:
+    assert token_f1("The left lung is clear.", "left lung") == pytest.approx(2 * 2 / 6)
+    assert token_f1("lung lung lung", "lung") == pytest.approx(2 * 1 / 4), "repeating a word earns nothing"
+    assert token_f1("", "lung") == 0
+    assert token_f1("-3", "3") == pytest.approx(2 / 3)
+
+
+def test_auto_takes_the_metric_that_fits_the_references() -> None:
+    assert pick_metric("auto", ["yes", "the left lung is clear of any mass"]) == "exact_match"
+    assert pick_metric("auto", ["the left lung is clear of any mass"]) == "token_f1"
+    assert pick_metric("vqa_v2", ["the left lung is clear of any mass"]) == "vqa_v2"
+
+
+def test_the_majority_answer_is_that_of_the_type() -> None:
+    assert majority_answers(["yes", "Yes.", "no", "2", "red", "two"]) == ["yes", "yes", "yes", "2", "red", "2"]
+
+
+def test_a_difference_is_of_pairs() -> None:
+    same = difference([1, 0, 1, 0], [1, 0, 1, 0])
+    assert (same.mean, same.is_clear, same.questions) == (0, False, 4)
+    # Agresti and Min (2005): n + 2 questions, half a discordant one on each side.
+    better = difference([1] * 30 + [0] * 10, [0] * 30 + [0] * 9 + [1])
+    assert better.mean == pytest.approx(29 / 40)
+    half = 1.96 * ((32 - 29 * 29 / 42) ** 0.5) / 42
+    assert (better.low, better.high) == pytest.approx((29 / 42 - half, 29 / 42 + half))
+    assert better.is_clear
+    assert not difference([1, 1, 0], [0, 0, 1]).is_clear
+    with pytest.raises(ValueError, match="at least one"):
+        difference([], [])
 
 
 def test_metrics_need_no_torch() -> None:

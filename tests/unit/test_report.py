@@ -24,8 +24,8 @@ from lora_llava.evaluation.report import (
 
 ANSWERS = ["yes", "no", "2", "left lung"]
 RESULTS = {
-    "base": accuracy_by_type(["Yes", "yes", "3", "right"], ANSWERS),
-    "tuned": accuracy_by_type(["Yes", "no", "two", "right"], ANSWERS),
+    "base": accuracy_by_type([1, 0, 0, 0], ANSWERS),
+    "tuned": accuracy_by_type([1, 1, 1, 0], ANSWERS),
 }
 
 

@@ -1,0 +1,121 @@
+"""The equality by which answers are scored: lenient about writing, strict about meaning."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_llava.evaluation.exact import answer_tokens, exact_match, holds_answer
+
+DIFFERENT = [
+    ("", "A"), ("the", "A"), ("a an the", ""), ("", "the"), ("?", ""), ("...", "?"), ("-", "+"),
+    ("-3", "3"), ("+5", "5"), ("\u22123", "3"), ("\u20133", "3"), ("minus 3", "3"), ("-2 to 3", "2 to 3"),
+    ("\u00b15", "5"),
+    ("<5", ">5"), ("\u22645", "<5"), ("!=5", "=5"), ("~5", "5"), ("#3", "3"),
+    ("1/2", "1-2"), ("1/2", "12"), ("\u00bd", "12"), ("1\u00bd", "11/2"), ("1:2", "12"), ("10:30", "1030"),
+    ("3-4", "34"), ("1 2", "12"), ("1,2", "12"), ("1,2", "1.2"), ("1.2.3", "123"), ("(1,2)", "[1,2]"),
+    ("50%", "50"), ("1.5", "15"), ("0.5", "5"), ("100,000", "100.000"), ("1e5", "1e-5"), ("10^3", "103"),
+    ("10\u00b3", "103"), ("$5", "5"), ("5\u00b0", "5"), ("5'", '5"'), ("5 mg", "5"), ("5 mg", "5 g"), ("m/s", "m s"),
+    ("A+", "A-"), ("A-", "A"), ("ER+", "ER-"), ("-ve", "+ve"), ("none", "0"), ("no", "not"), ("normal", "no"),
+    ("vitamin A", "vitamin"), ("hepatitis a", "hepatitis"), ("right lung base", "right lung"),
+]  # fmt: skip
+SAME = [
+    ("Yes.", "yes"), ("The left lung", "left lung"), ("x-ray", "X ray"), ("left_lung", "left lung"),
+    ("Caf\u00e9", "cafe\u0301"),
+    ("a cat and a dog", "cat and dog"), ("(left) [side]", "left side"), ('"left"', "left"), ("**left**", "left"),
+    ("Answer: yes", "yes"), ("The answer is yes.", "yes"), ("dont know", "don't know"), ("It\u2019s", "it's"),
+    ("U.S.", "US"), ("e.g. this", "eg this"), ("black / white", "black/white"), ("5-year", "5 year"),
+    ("1,000", "1000"), ("3.0", "3"), (".5", "0.5"), ("two", "2"), ("eleven", "11"), ("\u0663", "3"),
+    ("\u22123", "-3"), ("\u20133", "-3"), ("- 3", "-3"), ("minus 3", "-3"), ("3 \u2013 4", "3-4"), ("\u2264 5", "<=5"),
+    ("50 %", "50%"), ("50 percent", "50%"), ("\u00bd", "1/2"), ("1 / 2", "1/2"), ("1, 2, 3", "1,2,3"), ("5mg", "5 mg"),
+    ("cm\u00b2", "cm^2"), ("", "  "), ("?", " ?"),
+]  # fmt: skip
+OPTIONS = [
+    "A", "a", "A.", "(A)", "A)", "[A]", " a ", "**A**", "'A'", "Answer: A", "The answer is A.", "Option A",
+    "option (a)", "A. Pneumonia", "A: pneumonia", "A:pneumonia", "A) Pneumonia", "(A) Pneumonia", "A - Pneumonia",
+    "A\nPneumonia", "A. 5", "A) 5 mm", "A. Vitamin D.", "A is correct", "The correct answer is (A) Pneumonia",
+    "Answer: A. Pneumonia",
+]  # fmt: skip
+NO_OPTION_A = [
+    "", "the", "The answer", "B", "B. Pneumonia", "A, B", "A and B", "A/B", "A. B", "A-", "A+", "a cat", "A pneumonia",
+    "AB", "a.m.", "x-ray", "A.5", "A. Pneumonia B. Fracture", "A. Pneumonia\nB. Fracture", "A) no\nB) yes", "Aorta",
+    "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_k12_different_meanings_are_different(one: str, other: str) -> None:
+    assert not exact_match(one, other)
+    assert not exact_match(other, one)
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_k12_another_way_of_writing_is_the_same(one: str, other: str) -> None:
+    assert exact_match(one, other)
+    assert exact_match(other, one)
+
+
+@pytest.mark.parametrize("answer", OPTIONS)
+def test_k12_a_reference_of_one_letter_is_an_option(answer: str) -> None:
+    for reference in ("A", "a", "(A)", "A."):
+        assert exact_match(answer, reference)
+        assert exact_match(reference, answer)
+    assert not exact_match(answer, "B")
+    assert not exact_match(answer, "C. Fracture")
+
+
+@pytest.mark.parametrize("answer", NO_OPTION_A)
+def test_k12_what_does_not_name_the_option_is_wrong(answer: str) -> None:
+    assert not exact_match(answer, "A")
+    assert not exact_match("A", answer)
+
+
+def test_k12_saying_nothing_is_right_about_nothing() -> None:
+    for reference in ("A", "B", "C", "D", "the", "an", "none", "?", "-", "no"):
+        assert not exact_match("", reference)
+
+
+TEXT = st.text(alphabet="aAbtheno 0123456789.,-+<>=/%:()'\"?\n\u2212\u00bd", max_size=12)
+
+
+@given(TEXT | st.text(max_size=12), TEXT | st.text(max_size=12))
+def test_k12_equality_is_symmetric(one: str, other: str) -> None:
+    assert exact_match(one, other) == exact_match(other, one)
+
+
+@given(TEXT | st.text(max_size=20))
+def test_k12_every_answer_equals_itself(text: str) -> None:
+    assert exact_match(text, text)
+    assert exact_match(f" {text}\n", text)
+    assert answer_tokens(text) == answer_tokens(f"  {text} ")
+
+
+NUMBERS = st.from_regex(r"[-+<>=]?[1-9][0-9]{0,3}(\.[0-9]?[1-9])?([-/:][-]?[1-9]?)?( ?%| mg)?", fullmatch=True)
+
+
+@given(NUMBERS, NUMBERS)
+def test_k12_equal_numbers_have_the_same_digits_and_signs(one: str, other: str) -> None:
+    if exact_match(one, other):
+        kept = [re.sub(r"[\s:.]+$|\s", "", text) for text in (one, other)]
+        assert kept[0] == kept[1]
+
+
+@given(st.integers(0, 10**7), st.sampled_from("-+<>~"))
+def test_k12_a_sign_in_front_counts_and_a_separator_does_not(number: int, sign: str) -> None:
+    assert exact_match(f"{number:,}", str(number))
+    assert not exact_match(f"{sign}{number}", str(number))
+
+
+def test_a_sentence_can_hold_the_answer() -> None:
+    assert holds_answer("Yes, there is a circle.", "yes")
+    assert holds_answer("It lies in the left lung.", "the left lung")
+    assert not holds_answer("The lung is normal.", "no")
+    assert not holds_answer("It is -3.", "3")
+    assert not holds_answer("It is 3%.", "3")
+    assert holds_answer("There are 3 of them.", "3")
+    assert not holds_answer("anything", "?")
+    assert holds_answer("I think it is B.", "B")
+    assert not holds_answer("A circle is shown.", "A")
