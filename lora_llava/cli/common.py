@@ -87,9 +87,19 @@ def describe(error: Exception, *, debug: bool) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' warnings and bars off the screen, unless --debug was given."""
-    if click.get_current_context().find_root().params.get("debug"):
+    """Keep the libraries' warnings and bars off the screen, unless --debug was given; imports transformers."""
+    if not quiet_environment():
         return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def quiet_environment() -> bool:
+    """Say what the libraries must find when they are imported to be quiet; False if --debug was given."""
+    if click.get_current_context().find_root().params.get("debug"):
+        return False
     import logging
     import os
     import warnings
@@ -101,10 +111,7 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     for library in ("bitsandbytes", "torch", "accelerate", "huggingface_hub", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    return True
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -131,11 +138,15 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return load_recipe(path, overrides)
 
 
-def look_ahead(recipe: Recipe, name: str, console: Console, *, start: Start = "new") -> None:
-    """Run the preflight on the recipe of file `name`; PreflightError lists all problems, notices are printed."""
+def look_ahead(recipe: Recipe, name: str, console: Console, *, start: Start = "new", here: bool = True) -> None:
+    """Run the preflight on the recipe of file `name`; PreflightError lists all problems, notices are printed.
+
+    `here`: it is to run on this machine, and is not only planned for another.
+    """
     from lora_llava.preflight.run import preflight
 
-    findings = preflight(recipe, start=start, recipe_file=Path(name))
+    quiet_environment()
+    findings = preflight(recipe, start=start, recipe_file=Path(name), here=here)
     findings.refuse()
     for notice in findings.notices:
         console.print(f"Note: {notice}", soft_wrap=True, markup=False)

@@ -42,7 +42,7 @@ def finetune(
     settings = open_recipe(recipe, overrides)
     console = make_console()
     start: Start = "overwrite" if overwrite else "resume" if resume or resume_anyway else "new"
-    look_ahead(settings, recipe, console, start=start)
+    look_ahead(settings, recipe, console, start=start, here=not dry_run or memory is None)
     quiet_libraries()
     if dry_run:
         from lora_llava.training.dry_run import print_dry_run

@@ -8,10 +8,9 @@ from typing import Any
 from lora_llava.preflight import weights
 from lora_llava.preflight.findings import Finding, Problem
 from lora_llava.preflight.model import ModelFiles
-from lora_llava.preflight.setup import Setup
+from lora_llava.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
 from lora_llava.preflight.shapes import LlavaShape, Shape, text_config, text_tensors, tower_tensors, vision_config
 
-LLAVA, LANGUAGE_MODEL, VISION_TOWER = "base.model_name_or_path", "base.language_model", "base.vision_tower"
 _LLAMA = "the kit trains language models of the Llama architecture: Llama, Vicuna, TinyLlama, SmolLM2"
 _TOWERS = "the kit reads CLIP vision towers, such as openai/clip-vit-large-patch14-336"
 _UNQUANTIZED = "Name the unquantized model that it was made from; quantization.type: nf4 quantizes it as it is loaded."
@@ -32,6 +31,13 @@ def base_can_be_used(setup: Setup) -> Iterator[Finding]:
     """Every model that the recipe names can be had, is of a kind that the kit takes, and is whole."""
     for key, model in setup.models.items():
         yield from model_problems(key, model)
+
+
+def features_can_be_read(setup: Setup) -> Iterator[Finding]:
+    """The vision tower of a base to be assembled has the layer that the recipe projects."""
+    if setup.shape is not None and LLAVA not in setup.models:
+        for what, _ in _features(setup.shape.whole, setup.shape.vision, ""):
+            yield Problem("base.vision_feature_layer", what.partition(" ")[2], "Set it to -2, as in LLaVA-1.5.")
 
 
 def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
 
+from lora_llava.artifact import file_sha256
 from lora_llava.cli import cli
 from lora_llava.modeling.base import num_image_tokens
 from lora_llava.modeling.layout import expected_shapes
 from lora_llava.preflight.shapes import LlavaShape
 from lora_llava.recipe_file import load_recipe
+from tests.helpers.artifacts import make_artifact
 from tests.helpers.runs import write_data, write_recipe
 from tests.helpers.tiny import tiny_config
 
@@ -119,6 +123,53 @@ def as_type(dtype: str) -> Callable[[Project], list[str]]:
     return break_it
 
 
+def without_token(token: str) -> Callable[[Project], list[str]]:
+    def break_it(project: Project) -> list[str]:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            path = project.base / name
+            path.write_text(path.read_text(encoding="utf-8").replace(token, "<gone>"), encoding="utf-8")
+        return []
+
+    return break_it
+
+
+def artifact(project: Project) -> list[str]:
+    make_artifact(project.base, project.directory / "earlier")
+    return ["stages.align=null", "start_from=./earlier"]
+
+
+def damaged_artifact(project: Project) -> list[str]:
+    overrides = artifact(project)
+    with (project.directory / "earlier" / "adapter_model.safetensors").open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        handle.write(b"!")
+    return overrides
+
+
+def artifact_of_rank_2(project: Project) -> list[str]:
+    return [*artifact(project), "adapter.r=2"]
+
+
+def artifact_of_wider_base(project: Project) -> list[str]:
+    return rewrite(project, lambda name, tensor: (name, tensor[:, :-2] if "lora_A" in name else tensor))
+
+
+def artifact_outside(project: Project) -> list[str]:
+    return rewrite(
+        project, lambda name, tensor: (name.replace("language_model.layers", "vision_tower.encoder.layers"), tensor)
+    )
+
+
+def rewrite(project: Project, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> list[str]:
+    """Make an artifact to start from, its tensors changed, and its manifest with the hash of that."""
+    overrides = artifact(project)
+    path = project.directory / "earlier" / "adapter_model.safetensors"
+    changed = dict(change(name, tensor) for name, tensor in load_file(path).items())
+    save_file({name: tensor.contiguous() for name, tensor in changed.items()}, path)
+    project.edit("earlier/manifest.json", adapter_sha256=file_sha256(path))
+    return overrides
+
+
 BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "base misspelled": (override("base.model_name_or_path=./bsae"), "does not exist. Did you mean base?"),
     "base without config": (remove("base/config.json"), "holds no config.json"),
@@ -151,6 +202,33 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
         part("text_config", num_hidden_layers=3),
         "layers.2.input_layernorm.weight is missing",
     ),
+    "tokenizer missing": (remove("base/tokenizer.json"), "holds no tokenizer"),
+    "tokenizer with code": (
+        edited("base/tokenizer_config.json", auto_map={"AutoTokenizer": "t.T"}),
+        "its tokenizer needs code of its own",
+    ),
+    "image token elsewhere": (edited("base/config.json", image_token_index=5), "is 4 in its tokenizer, but 5 in its"),
+    "image token missing": (without_token("<image>"), "its tokenizer has no token <image>"),
+    "template's token missing": (
+        lambda project: [*without_token("<|im_start|>")(project), f"{INSTRUCT}.template=chatml"],
+        "chatml needs the tokens <|im_start|>",
+    ),
+    "image mean missing": (edited("base/processor_config.json", image_processor=None), "how images are normalized"),
+    "no room for text": (override("stages.align.max_length=4"), "an image alone takes 4 tokens"),
+    "longer than the context": (
+        override(f"{INSTRUCT}.max_length=600", f"{INSTRUCT}.tokens_per_micro_batch=600"),
+        "above the 512 tokens",
+    ),
+    "start_from missing": (override("start_from=./run/instrct"), "start_from: "),
+    "start_from no artifact": (override("start_from=./images"), "is not an artifact: it has no manifest.json"),
+    "start_from damaged": (damaged_artifact, "was altered: its sha256 is"),
+    "start_from of another base": (artifact_of_wider_base, "was trained on a base of another shape"),
+    "start_from with LoRA outside": (artifact_outside, "has LoRA outside the language model"),
+    "start_from of another rank": (artifact_of_rank_2, "adapter.r: is 2, but the adapter in start_from"),
+    "bf16 on a CPU": (override("precision=bf16"), "bf16 cannot be computed on this machine"),
+    "flex_attention on a CPU": (override("attn_implementation=flex_attention"), "has no backward pass on a CPU"),
+    "tracker misspelled": (override("report_to=wandbb"), "no tracker is called wandbb. Did you mean wandb?"),
+    "tracker not installed": (override("report_to=[swanlab]"), "swanlab is not installed. Install it: pip install"),
     "data file missing": (remove("train.json"), f"{INSTRUCT}.data.path: "),
     "data file empty": (text("train.json", ""), "train.json is empty"),
     "data file a directory": (override(f"{INSTRUCT}.data.path=images/d.json"), "images/d.json does not exist"),
