@@ -16,6 +16,11 @@ StageName = Literal["align", "instruct"]
 AspectRatio = Literal["pad", "square"]
 """How an image becomes a square; see ImageSettings."""
 
+MIN_RATE = 1e-9
+"""Lowest learning rate: a fp32 weight of 0.01, as a projector has, does not change by less than 5e-10."""
+LLAVA_BATCH_SIZE: dict[StageName, int] = {"align": 256, "instruct": 128}
+"""Conversations in an optimizer step of LLaVA-1.5; the most that `batch_size: auto` takes."""
+
 GradientCheckpointing = bool | Literal["selective"]
 """What is computed again on the way back: nothing, the cheap part of a layer, or whole layers; see `recompute`."""
 
@@ -126,15 +131,17 @@ class StageSettings(Settings):
     num_train_epochs: Annotated[Positive, OnResume.ORDER] = 1.0
     max_steps: Annotated[int, OnResume.ORDER] = -1
     """Optimizer steps; -1: as `num_train_epochs` says."""
-    batch_size: Annotated[Count, OnResume.ORDER]
-    """Conversations in one optimizer step, however they are packed."""
+    batch_size: Annotated[Count | Literal["auto"], OnResume.ORDER] = "auto"
+    """Conversations in one optimizer step, however they are packed. `auto`: as LLaVA-1.5 (align 256, instruct 128), or
+    the largest power of two below that gives 30 steps."""
     learning_rate: Annotated[Positive, OnResume.LATER]
     lr_scheduler_type: Annotated[Literal["cosine", "linear", "constant", "constant_with_warmup"], OnResume.LATER] = (
         "cosine"
     )
     warmup_ratio: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.03
-    """Share of the steps."""
+    """Share of the steps, at least one step, in which the learning rate rises to `learning_rate`."""
     weight_decay: Annotated[NotNegative, OnResume.LATER] = 0.0
+    """Of weights; biases and norms do not decay."""
     max_grad_norm: Annotated[Positive, OnResume.LATER] = 1.0
     adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.9
     adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.999
@@ -155,7 +162,7 @@ class StageSettings(Settings):
     directory. Worth it from the second epoch on."""
     dataloader_num_workers: Annotated[int, Field(ge=0), OnResume.FREE] = 0
     logging_steps: Annotated[Count, OnResume.FREE] = 10
-    """Optimizer steps from one line of the log to the next."""
+    """Optimizer steps from one line of the log to the next; fewer in a short stage, which has ten lines at least."""
     eval_steps: Annotated[Count | None, OnResume.FREE] = None
     """Optimizer steps from one validation to the next; null: at the end only."""
     num_sample_answers: Annotated[int, Field(ge=0), OnResume.FREE] = 4
@@ -184,7 +191,6 @@ class AlignSettings(StageSettings):
     """Stage 1: the projector alone, on captions."""
 
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM] = "plain"
-    batch_size: Annotated[Count, OnResume.ORDER] = 256
     learning_rate: Annotated[Positive, OnResume.LATER] = 1e-3
 
 
@@ -192,7 +198,6 @@ class InstructSettings(StageSettings):
     """Stage 2: LoRA and the projector, on conversations."""
 
     template: Annotated[Literal["vicuna_v1", "chatml"], OnResume.FORM] = "vicuna_v1"
-    batch_size: Annotated[Count, OnResume.ORDER] = 128
     learning_rate: Annotated[Positive, OnResume.LATER] = 2e-4
     mm_projector_lr: Annotated[Positive | None, OnResume.LATER] = 2e-5
     """Learning rate of the projector; null: that of the rest."""

@@ -84,9 +84,7 @@ def make_plan(
     for index, item in enumerate(items):
         if item.length > tokens_per_row:
             raise ValueError(f"conversation {index} has {item.length} tokens, a row holds {tokens_per_row}")
-    steps_an_epoch = math.ceil(len(items) / batch_size)
-    # Rounded, so that 1.1 epochs of 10 steps are 11 steps and not 12.
-    steps_wanted = max_steps if max_steps > 0 else max(1, math.ceil(round(num_train_epochs * steps_an_epoch, 6)))
+    steps_wanted = count_steps(len(items), batch_size, num_train_epochs, max_steps)
     batches: list[list[Tree]] = []
     epoch = 0
     while len(batches) < steps_wanted:
@@ -109,6 +107,14 @@ def make_plan(
         num_computed_tokens=sum(tree_length(tree, items) for batch in batches for tree in batch),
         num_separate_tokens=sum(items[index].length for index in used),
     )
+
+
+def count_steps(num_items: int, batch_size: int, num_train_epochs: float, max_steps: int = -1) -> int:
+    """Return the optimizer steps of a stage; the last step of an epoch may have fewer conversations."""
+    if max_steps > 0:
+        return max_steps
+    # Rounded, so that 1.1 epochs of 10 steps are 11 steps and not 12.
+    return max(1, math.ceil(round(num_train_epochs * math.ceil(num_items / batch_size), 6)))
 
 
 def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row]:

@@ -26,7 +26,7 @@ from lora_llava.recipe_stages import StageName
 from lora_llava.training.dry_run import compute_dtype, this_machine
 from lora_llava.training.memory import planned_parameters
 from lora_llava.training.memory_plan import StageShapes, plan_memory
-from lora_llava.training.plan import StageData, StageRecords, plan_records
+from lora_llava.training.plan import StageData, StageRecords, length_lines, plan_records
 
 _NO_BOUND = 2**31
 """Length of a question of the evaluation: it is not cut."""
@@ -151,7 +151,10 @@ def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaCo
         facts["problem"] = str(error)
         given = settings.tokens_per_micro_batch
         tokens = max(records.longest, settings.max_length) if given == "auto" else given
-    return facts | _plan_facts(plan_records(records, settings, tokens, recipe.seed), tokens, records.longest)
+    data = plan_records(records, stage, settings, tokens, recipe.seed)
+    if lines := length_lines(stage, settings, data):
+        facts["steps"] = "; ".join(lines)
+    return facts | _plan_facts(data, tokens, records.longest)
 
 
 def _encoded(side: Side, made: Conversations) -> EncodedRecords:
@@ -165,7 +168,9 @@ def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
     return {
         "conversations": len(data.encoded),
         "validation_conversations": len(data.validation),
+        "batch_size": data.length.batch_size,
         "optimizer_steps": len(plan.steps),
+        "warmup_steps": data.length.num_warmup_steps,
         "micro_batches_per_step": plan.rows_per_step,
         "tokens_per_micro_batch": tokens,
         "longest_conversation": longest,

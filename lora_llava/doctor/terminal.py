@@ -12,6 +12,7 @@ from rich.text import Text
 from lora_llava.data.sources import printable
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.report import PAGE, REPORT, Report
+from lora_llava.training.schedule import steps_line
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _NUM_NAMED = 3
@@ -30,10 +31,13 @@ def print_report(report: Report, directory: str, console: Console) -> None:
         problem = f"; {plan['problem']}" if "problem" in plan else ""
         if "optimizer_steps" in plan:
             console.print(
-                f"{stage}: {plan['optimizer_steps']:,} optimizer steps, {plan['computed_tokens']:,} tokens, "
-                f"{plan['share_saved_by_packing']:.0%} saved by packing{problem}",
+                f"{stage}: {steps_line(plan['optimizer_steps'], plan['warmup_steps'])}, "
+                f"{plan['computed_tokens']:,} tokens, {plan['share_saved_by_packing']:.0%} saved by packing{problem}",
                 markup=False,
+                soft_wrap=True,
             )
+            if "steps" in plan:
+                console.print(f"{stage}: {plan['steps']}", markup=False, soft_wrap=True)
         else:
             console.print(f"{stage}: no plan{problem}", markup=False)
     if report.findings:

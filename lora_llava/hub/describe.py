@@ -149,7 +149,7 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "of the projector": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
         "schedule": f"{stage['lr_scheduler_type']}, warmup {stage['warmup_ratio']:g}",
         "length": length,
-        "conversations in a step": f"{stage['batch_size']:,}",
+        "conversations in a step": _batch(seen.get("batch_size", stage["batch_size"])),
         "weight decay": f"{stage['weight_decay']:g}",
         "tokens of a conversation, at most": f"{stage['max_length']:,}",
         "template": stage["template"],
@@ -163,6 +163,10 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "loss at the end": f"{seen['train_loss']:.4g}" if "train_loss" in seen else "",
         "validation loss": f"{seen['eval_loss']:.4g}" if "eval_loss" in seen else "",
     }
+
+
+def _batch(size: int | str) -> str:
+    return f"{size:,}" if isinstance(size, int) else size
 
 
 def made_of(facts: Facts) -> str:

@@ -24,6 +24,7 @@ from lora_llava.training.image_check import make_image_check
 from lora_llava.training.image_facts import image_transform
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
+from lora_llava.training.schedule import logging_interval
 from lora_llava.training.trainer import PackedTrainer
 from lora_llava.training.watch import StageWatch
 
@@ -102,14 +103,14 @@ def training_arguments(
         gradient_accumulation_steps=data.plan.rows_per_step // world_size(),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_ratio,
+        warmup_steps=data.length.num_warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         optim=optim,
         dataloader_num_workers=settings.dataloader_num_workers,
-        logging_steps=settings.logging_steps,
+        logging_steps=logging_interval(settings, len(data.plan.steps)),
         # The default hides a NaN loss by repeating the last finite one.
         logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no",

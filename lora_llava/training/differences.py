@@ -30,7 +30,7 @@ Difference = tuple[str, Any, Any]
 RESOLVED = (
     "tokens_per_micro_batch", "gradient_checkpointing", "gradient_checkpointing_layers", "optim", "keep_dequantized",
 )  # fmt: skip
-"""Settings that may be `auto`; what they came to is compared."""
+"""Settings of memory and speed that may be `auto`; what they came to is compared."""
 _FREE = (
     "dataloader_num_workers", "logging_steps", "eval_steps", "num_sample_answers", "save_steps", "save_total_limit",
     "data.path", "data.image_root", "data.split", "data.name", "data.revision", "data.exclude", "data.on_bad_record",
@@ -88,6 +88,7 @@ def run_facts(
         f"{key}.data (number of records)": len(data.encoded),
         f"{key}.data (sha256 of the records)": fingerprint(data.encoded.records),
         f"{key}.data.validation (sha256 of the records)": fingerprint(data.validation.records),
+        f"{key}.batch_size": data.length.batch_size,
         f"{key}.tokens_per_micro_batch": chosen.tokens_per_micro_batch,
         f"{key}.gradient_checkpointing": str(chosen.recompute),
         f"{key}.optim": chosen.optim,

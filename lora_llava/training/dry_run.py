@@ -20,6 +20,7 @@ from lora_llava.modeling.describe import describe_base, is_missing
 from lora_llava.modeling.packed import HEAD_CHUNK
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
+from lora_llava.text import counted
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory import (
     MemoryRow,
@@ -30,7 +31,7 @@ from lora_llava.training.memory import (
     planned_parameters,
 )
 from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, lora_rank, plan_memory, usable_bytes
-from lora_llava.training.plan import StageRecords, cache_offer, plan_records, read_records
+from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.training.tables import mebibytes, parameter_table_view
 
 CARDS = (12, 16, 24)
@@ -65,12 +66,12 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
 def settings_view(stage: StageName, settings: StageSettings) -> Table:
     """Lay out the settings of a stage that decide most."""
     table = Table(title=f"Stage {stage}", title_justify="left", show_header=False)
-    length = f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs:g} epochs"
+    length = f"{settings.max_steps} steps" if settings.max_steps > 0 else counted(settings.num_train_epochs, "epoch")
     rows = {
         "data": settings.data.path,
         "template": settings.template,
         "length": length,
-        "batch_size": f"{settings.batch_size} conversations a step",
+        "batch_size": "auto" if settings.batch_size == "auto" else counted(settings.batch_size, "conversation") + " a step",
         "learning_rate": f"{settings.learning_rate:g}, {settings.lr_scheduler_type}",
         "packing": settings.packing,
     }
@@ -114,8 +115,8 @@ def _print_stage(
     chosen = plan_memory(shapes, machine)
     tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
     if records is not None:
-        data = plan_records(records, settings, tokens, recipe.seed)
-        console.print(data.summary())
+        data = plan_records(records, stage, settings, tokens, recipe.seed)
+        console.print("\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=True)
         if offer := cache_offer(settings, data):
             console.print(offer)
         tokens, targets = largest_row(data)

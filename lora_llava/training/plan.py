@@ -17,8 +17,10 @@ from lora_llava.data.sharing import Sharing, sharing
 from lora_llava.device import world_size
 from lora_llava.errors import DataError
 from lora_llava.modeling.base import num_image_tokens
-from lora_llava.recipe_stages import StageSettings
+from lora_llava.recipe_stages import StageName, StageSettings
+from lora_llava.text import counted
 from lora_llava.training.progress import StepCounts
+from lora_llava.training.schedule import StageLength, stage_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class StageData:
     counts: list[StepCounts]
     validation: EncodedRecords
     validation_rows: list[Row]
+    length: StageLength
     skipped: Sequence[BadRecord] = ()
 
     def summary(self) -> str:
@@ -58,8 +61,8 @@ class StageData:
         plan, cut = self.plan, self.encoded.num_cut
         held_out = f" and {len(self.validation):,} for validation" if self.validation else ""
         return (
-            f"{len(self.encoded):,} conversations{held_out}; {len(plan.steps):,} optimizer steps of "
-            f"{plan.rows_per_step} micro-batches; {plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by "
+            f"{counted(len(self.encoded), 'conversation')}{held_out}; {self.length.steps_line()}; "
+            f"{counted(plan.rows_per_step, 'micro-batch', 'micro-batches')} a step; {plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by "
             f"packing{f'; {cut:,} conversations cut short by max_length' if cut else ''}"
             f"{f'; {len(self.skipped):,} bad records skipped' if self.skipped else ''}"
         )
@@ -87,6 +90,12 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
     )
 
 
+def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list[str]:
+    """Say which batch was chosen, and propose another and more epochs where the steps are few."""
+    lines = (data.length.batch_line(name, stage), data.length.proposal(stage))
+    return [line for line in lines if line]
+
+
 def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed: int) -> StageRecords:
     """Read, split and encode the data of a stage; DataError names the first record that does not fit."""
     template = get_template(stage.template, stage.system)
@@ -108,11 +117,14 @@ def read_records(stage: StageSettings, config: LlavaConfig, tokenizer: Any, seed
     return StageRecords(template, EncodedRecords(train, **settings), EncodedRecords(validation, **settings), skipped)
 
 
-def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_batch: int, seed: int) -> StageData:
+def plan_records(
+    records: StageRecords, name: StageName, stage: StageSettings, tokens_per_micro_batch: int, seed: int
+) -> StageData:
     """Plan every step of a stage, and the rows of its validation."""
+    length = stage_length(name, stage, len(records.train))
     plan = make_plan(
         records.train.items,
-        batch_size=stage.batch_size,
+        batch_size=length.batch_size,
         tokens_per_row=tokens_per_micro_batch,
         branches_per_tree=stage.branches_per_tree,
         packing=stage.packing,
@@ -128,6 +140,7 @@ def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_b
         counts=step_counts(plan, records.train),
         validation=records.validation,
         validation_rows=plan_in_order(records.validation.items, tokens_per_row=tokens_per_micro_batch),
+        length=length,
         skipped=records.skipped,
     )
 

@@ -63,8 +63,10 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.progress.update(self.task, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar."""
+        """Advance the bar; ask for a line of the log at the last step, and before each validation."""
         self.progress.update(self.task, completed=state.global_step)
+        if state.global_step >= state.max_steps or control.should_evaluate:
+            control.should_log = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

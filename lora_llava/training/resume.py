@@ -92,8 +92,9 @@ def check_unchanged(
     if checkpoint is None:
         return True
     stage, step = checkpoint.progress.stage, checkpoint.progress.step
-    before = checkpoint.facts
-    differences = changed_settings(checkpoint.directory, recipe, stage)
+    # Older checkpoints know batch_size as a setting alone.
+    before = {**flat_settings(stored_recipe(checkpoint.directory)), **checkpoint.facts}
+    differences = [one for one in changed_settings(checkpoint.directory, recipe, stage) if one[0] not in facts]
     differences += [(key, before.get(key), now) for key, now in facts.items() if before.get(key) != now]
     refuse_or_say(differences, stage, checkpoint.directory, recipe, resume, console)
     if step > num_steps:
@@ -140,8 +141,12 @@ def resume_finished(
     artifact = recipe.resolved_output_dir / stage
     if resume == "no" or not is_finished(artifact, stage, identity, parent):
         return False
-    refuse_or_say(changed_settings(artifact, recipe, stage), stage, artifact, recipe, resume, console)
     manifest = read_manifest(artifact)
+    differences = changed_settings(artifact, recipe, stage)
+    if recipe.stage(stage).batch_size == manifest.seen.get("batch_size"):
+        # `auto` then, and now what it came to.
+        differences = [one for one in differences if one[0] != f"stages.{stage}.batch_size"]
+    refuse_or_say(differences, stage, artifact, recipe, resume, console)
     # A run that was killed between the artifact and its summary knows less of it.
     summary.setdefault(stage, {**manifest.seen, **manifest.metrics})
     console.print(f"{stage}: trained already")

@@ -30,7 +30,7 @@ from lora_llava.training.cost import Machine
 from lora_llava.training.differences import Resume, run_facts
 from lora_llava.training.memory import planned_parameters
 from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
-from lora_llava.training.plan import StageRecords, cache_offer, plan_records, read_records
+from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.training.prepare import prepare_base
 from lora_llava.training.resumable import Saver
 from lora_llava.training.resume import check_unchanged, find_checkpoint, resume_finished, stored_memory_plan, take_up
@@ -111,14 +111,15 @@ def train_stage(
     machine = Machine(device.type, usable_bytes(device, memory), attention)
     found = find_checkpoint(recipe, stage, resume, console)
     chosen = stored_memory_plan(found, recipe, stage, memory) or plan_memory(shapes, machine)
-    data = plan_records(records, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
+    data = plan_records(records, stage, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
     facts = run_facts(stage, shapes, data, chosen, identity, parent, machine)
     exact = check_unchanged(found, recipe, facts, len(data.plan.steps), resume, console)
     take_up(recipe, stage, found)
     loaded, table = build_model(recipe, stage, base_directory, identity, parent, chosen, machine, dtype)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
-    about = [data.summary(), str(chosen), f"attention {attention}, {why}", cache_offer(recipe.stage(stage), data)]
-    console.print("\n".join(f"{stage}: {line}" for line in about if line))
+    about = [data.summary(), *length_lines(stage, recipe.stage(stage), data), str(chosen)]
+    about += [f"attention {attention}, {why}", cache_offer(recipe.stage(stage), data) or ""]
+    console.print("\n".join(f"{stage}: {line}" for line in about if line), soft_wrap=True)
     trainer = make_trainer(recipe, stage, loaded, data, chosen.optim, dtype, console)
     artifact = StageArtifact(recipe, stage, loaded, data, parent)
     saver = Saver(artifact, chosen, facts, started, found, exact=exact)
@@ -129,7 +130,8 @@ def train_stage(
         check_first_row(loaded.model, trainer.train_dataset, dtype, device)
         trainer.train_and_save(saver)
     metrics, step = closing_metrics(trainer), trainer.state.global_step
-    console.print(f"{stage}: {trainer.check_frozen()}\n{stage}: {saver}")
+    closing = [trainer.check_frozen(), trainer.check_trained(), str(saver)]
+    console.print("\n".join(f"{stage}: {line}" for line in closing if line))
     artifact.save(step, metrics)
     seen = {**seen_until(data, step), **metrics, **saver.cost()}
     memory_facts = {"memory_plan": asdict(chosen), "peak_memory_bytes": peak_memory_bytes()}

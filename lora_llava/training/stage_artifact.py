@@ -71,6 +71,7 @@ def seen_until(data: StageData, step: int) -> dict[str, int]:
     counts = data.counts[:step]
     return {
         "steps": step,
+        "batch_size": data.length.batch_size,
         "conversations": sum(len(tree) for one in data.plan.steps[:step] for row in one for tree in row),
         "questions": sum(one.questions for one in counts),
         "supervised_tokens": sum(one.supervised_tokens for one in counts),

@@ -54,9 +54,12 @@ def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
     content = _with_tensors(_read(directory / OPTIMIZER), tensors)
     fresh = optimizer.state_dict()["param_groups"]
     groups = content["param_groups"]
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in fresh]:
+    sizes, fresh_sizes = ([len(group["params"]) for group in one] for one in (groups, fresh))
+    if sum(sizes) != sum(fresh_sizes):
         raise TrainingError(f"{directory / OPTIMIZER} is of another number of parameters than are trained now")
-    for group, other in zip(groups, fresh, strict=True):
+    # Parameters have one order; with weight decay it is cut into more groups than without.
+    settings = settings and sizes == fresh_sizes
+    for group, other in zip(groups, fresh, strict=settings):
         # JSON has no tuples.
         group |= {key: tuple(group[key]) for key, value in other.items() if isinstance(value, tuple)}
     state = {int(key): value for key, value in content["state"].items()}
@@ -77,8 +80,9 @@ def _page(optimizer: Any) -> None:
 
 def load_scheduler(directory: Path, scheduler: Any, step: int, *, settings: bool) -> None:
     """Give a scheduler its state back; without `settings`, set a fresh one to `step` of its own schedule."""
-    if settings:
-        scheduler.load_state_dict(_read(directory / SCHEDULER))
+    saved = _read(directory / SCHEDULER)
+    if settings and len(saved["base_lrs"]) == len(scheduler.base_lrs):
+        scheduler.load_state_dict(saved)
         return
     scheduler.last_epoch, scheduler._step_count = step, step + 1
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
 
@@ -19,6 +21,8 @@ from lora_llava.training.guards import NonFiniteGuard, forked_rng
 from lora_llava.training.image_check import ImageCheck, not_looking
 from lora_llava.training.interruption import end_with_parent
 from lora_llava.training.resumable import ResumableTrainer, Saver
+from lora_llava.training.schedule import rate_factor
+from lora_llava.training.trained import LORA_PART, PROJECTOR_PART, check_changed, part_checksums, part_of
 from lora_llava.training.watch import GuardsState, StageWatch
 
 
@@ -60,7 +64,8 @@ class PackedTrainer(ResumableTrainer):
         self.image_check = image_check
         self.frozen: FrozenWeights | None = None
         self.losses: list[torch.Tensor] = []
-        callbacks = [*(callbacks or []), GuardsState(self.guard, self.watch)]
+        self.guards_state = GuardsState(self.guard, self.watch)
+        callbacks = [*(callbacks or []), self.guards_state]
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, and leave
@@ -70,12 +75,19 @@ class PackedTrainer(ResumableTrainer):
     def train_and_save(self, saver: Saver) -> None:
         """Train as `ResumableTrainer` does, with frozen weights hashed, and a guard that knows where to go back to."""
         self.frozen = FrozenWeights(self.model)
+        self.guards_state.start = part_checksums(self.model)
         self.guard.last_checkpoint = saver.last_whole
         super().train_and_save(saver)
 
     def check_frozen(self) -> str:
         """Return a line that says that no frozen weight has changed; TrainingError names those that have."""
         return self.frozen.check(self.guard.stage) if self.frozen else ""
+
+    def check_trained(self) -> str | None:
+        """Return a line on a part whose weights did not change, if there is one; TrainingError if none did."""
+        steps, skipped = self.state.global_step, self.guard.skipped
+        start = self.guards_state.start
+        return check_changed(self.model, start, stage=self.guard.stage, num_steps=steps, skipped=skipped)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # On resuming, the base would be as it was, and what was trained on another would pass for right.
@@ -121,7 +133,9 @@ class PackedTrainer(ResumableTrainer):
         losses = torch.stack(self.losses)
         self.losses.clear()
         assert self.optimizer is not None
-        groups = {group["name"]: group["params"] for group in self.optimizer.param_groups}
+        groups: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            groups.setdefault(group["name"], []).extend(group["params"])
         total = losses.sum()
         step = self.state.global_step + 1
         problem = self.guard.problem(self.model, groups, losses, self.accelerator.reduce(total, "sum"), step)
@@ -161,14 +175,31 @@ class PackedTrainer(ResumableTrainer):
         return optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
-        groups: dict[str, list[nn.Parameter]] = {"lora": [], "projector": []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups["projector" if ".multi_modal_projector." in name else "lora"].append(parameter)
-        rates = {"lora": self.args.learning_rate, "projector": self.mm_projector_lr or self.args.learning_rate}
-        for name, parameters in groups.items():
-            if parameters:
-                yield {"params": parameters, "lr": rates[name], "weight_decay": self.args.weight_decay, "name": name}
+        """Yield LoRA, then the projector; with weight decay each is cut where a bias, which does not decay, begins."""
+        trained = [(name, one) for name, one in self.model.named_parameters() if one.requires_grad]
+        rates = {LORA_PART: self.args.learning_rate, PROJECTOR_PART: self.mm_projector_lr or self.args.learning_rate}
+        decay = self.args.weight_decay
+        decayed = set(self.get_decay_parameter_names(self.model)) if decay else set()
+        # Cut, not sorted: the order is that of the optimizer's state in every checkpoint.
+        ordered = sorted(trained, key=lambda pair: list(rates).index(part_of(pair[0])))
+        for (part, decays), members in groupby(ordered, key=lambda pair: (part_of(pair[0]), pair[0] in decayed)):
+            parameters = [one for _, one in members]
+            yield {"params": parameters, "lr": rates[part], "weight_decay": decay if decays else 0.0, "name": part}
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Build the schedule of `rate_factor`, in which the rate of no step is 0."""
+        if self.lr_scheduler is None:
+            kind, warmup = self.args.lr_scheduler_type.value, self.args.get_warmup_steps(num_training_steps)
+
+            def factor(steps_taken: int) -> float:
+                return rate_factor(kind, steps_taken + 1, num_training_steps, warmup)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        scheduler: LambdaLR = self.lr_scheduler
+        return scheduler
 
     def evaluate(
         self,

@@ -161,6 +161,8 @@ class GuardsState(TrainerCallback):  # type: ignore[misc]
     def __init__(self, guard: NonFiniteGuard, watch: StageWatch) -> None:
         self.guard = guard
         self.watch = watch
+        self.start: dict[str, str] = {}
+        """Checksums of the trained weights where the stage began."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,6 +171,8 @@ class GuardsState(TrainerCallback):  # type: ignore[misc]
         known = state.stateful_callbacks.get(self.KEY)
         self.guard.skipped = list(known["skipped"]) if known else []
         self.watch.restore(known["watch"] if known else StageWatch().state())
+        if known:
+            self.start = known.get("start", {})
         self._keep(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -180,4 +184,8 @@ class GuardsState(TrainerCallback):  # type: ignore[misc]
         self._keep(state)
 
     def _keep(self, state: TrainerState) -> None:
-        state.stateful_callbacks[self.KEY] = {"skipped": list(self.guard.skipped), "watch": self.watch.state()}
+        state.stateful_callbacks[self.KEY] = {
+            "skipped": list(self.guard.skipped),
+            "watch": self.watch.state(),
+            "start": self.start,
+        }

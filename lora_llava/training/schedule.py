@@ -1,0 +1,134 @@
+"""How long a stage is and how fast it learns: batch, steps, warm-up, and the learning rate of every step.
+
+Pure arithmetic over the settings of a stage and the number of its records; needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lora_llava.data.packing import count_steps
+from lora_llava.recipe_stages import LLAVA_BATCH_SIZE, StageName, StageSettings
+from lora_llava.text import counted
+
+MIN_AUTO_STEPS = 30
+"""Optimizer steps that `batch_size: auto` aims at.
+
+Adam moves a weight by about its learning rate a step, so a stage of a few steps ends where it began, whatever the data
+say. Below 1 / warmup_ratio = 33 steps even one step of warm-up is more than the share that LLaVA gives to it.
+"""
+FEW_STEPS = 20
+"""Below so many optimizer steps a longer stage is proposed,"""
+PROPOSED_STEPS = 50
+"""with at least so many,"""
+PROPOSED_EPOCHS, MAX_PROPOSED_EPOCHS = 3, 10
+"""in so many epochs: three, as is usual for fine-tuning on small data, or more where even batches of 1 need them."""
+LOG_LINES = 10
+"""Lines that the log of a stage has at least, if it has as many steps."""
+
+
+def count_warmup_steps(num_steps: int, settings: StageSettings) -> int:
+    """Return the steps of the warm-up: `warmup_ratio` of all, rounded up, but never all of them."""
+    if settings.lr_scheduler_type == "constant":
+        return 0
+    return min(math.ceil(round(settings.warmup_ratio * num_steps, 6)), num_steps - 1)
+
+
+def rate_factor(scheduler: str, step: int, num_steps: int, num_warmup_steps: int) -> float:
+    """Return what the learning rate of `step`, counted from 1, is multiplied by: above 0 in each of `num_steps`.
+
+    With W warm-up steps of T, and P = max(W, 1), the step of the highest rate:
+
+    - step k < P: k / W
+    - step k >= P: cosine (1 + cos(pi p)) / 2, linear 1 - p, with p = (k - P) / (T + 1 - P); constant_with_warmup 1
+    - constant: 1 in each step
+
+    LLaVA trains with `transformers.get_scheduler`, whose rate of step k is that of k - 1 here: (k - 1) / W, then
+    p = (k - 1 - W) / (T - W). Its first step has rate 0, so of a stage of two steps half is lost. Both decays reach 0
+    one step after the last.
+    """
+    if scheduler == "constant":
+        return 1.0
+    peak = max(num_warmup_steps, 1)
+    if step < peak:
+        return step / num_warmup_steps
+    if scheduler == "constant_with_warmup":
+        return 1.0
+    progress = min(1.0, (step - peak) / (num_steps + 1 - peak))
+    return 1.0 - progress if scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def steps_line(num_steps: int, num_warmup_steps: int) -> str:
+    """Say how many steps a stage has, and how many of them are warm-up."""
+    return f"{counted(num_steps, 'optimizer step')}, {num_warmup_steps or 'none'} of them warm-up"
+
+
+@dataclass(frozen=True, slots=True)
+class StageLength:
+    """How long a stage is."""
+
+    batch_size: int
+    """Conversations in one optimizer step; with `auto` chosen by the number of records."""
+    num_steps: int
+    num_warmup_steps: int
+    num_records: int
+
+    def steps_line(self) -> str:
+        """Say how many steps there are, and how many of them are warm-up."""
+        return steps_line(self.num_steps, self.num_warmup_steps)
+
+    def batch_line(self, stage: StageName, settings: StageSettings) -> str | None:
+        """Say which batch was chosen, and why; None if the recipe names one."""
+        if settings.batch_size != "auto":
+            return None
+        records, largest = counted(self.num_records, "record"), LLAVA_BATCH_SIZE[stage]
+        if self.batch_size == largest:
+            return f"batch_size: {self.batch_size} (auto: {records}; LLaVA's own)"
+        steps = count_steps(self.num_records, largest, settings.num_train_epochs)
+        return f"batch_size: {self.batch_size} (auto: {records}; LLaVA's {largest} would give {counted(steps, 'step')})"
+
+    def proposal(self, settings: StageSettings) -> str | None:
+        """Propose a batch and epochs where the steps are so few that little is learned; None if they are not.
+
+        A recipe that sets `max_steps` asks for few.
+        """
+        if self.num_steps >= FEW_STEPS or settings.max_steps > 0:
+            return None
+        epochs: float = max(settings.num_train_epochs, PROPOSED_EPOCHS)
+        batch = _largest_batch(self.num_records, epochs, PROPOSED_STEPS, self.batch_size)
+        if (steps := count_steps(self.num_records, batch, epochs)) < PROPOSED_STEPS:
+            # Even one record a step is too few steps.
+            epochs = max(epochs, min(math.ceil(PROPOSED_STEPS / self.num_records), MAX_PROPOSED_EPOCHS))
+            steps = count_steps(self.num_records, batch, epochs)
+        if steps <= self.num_steps:
+            return None
+        more = "" if steps >= FEW_STEPS else "; more records are the better way"
+        return (
+            f"{counted(self.num_steps, 'optimizer step')} can teach the model little; with batch_size={batch} "
+            f"num_train_epochs={epochs:g}: {counted(steps, 'step')}{more}"
+        )
+
+
+def stage_length(stage: StageName, settings: StageSettings, num_records: int) -> StageLength:
+    """Work out batch and steps of a stage that trains on `num_records` conversations."""
+    batch = settings.batch_size
+    if batch == "auto":
+        # By epochs even where max_steps ends the stage: a test of a few steps has the batch of the whole run.
+        batch = _largest_batch(num_records, settings.num_train_epochs, MIN_AUTO_STEPS, LLAVA_BATCH_SIZE[stage])
+    steps = count_steps(num_records, batch, settings.num_train_epochs, settings.max_steps)
+    return StageLength(batch, steps, count_warmup_steps(steps, settings), num_records)
+
+
+def _largest_batch(num_records: int, num_train_epochs: float, num_steps: int, largest: int) -> int:
+    """Return the largest power of two, `largest` at most, that gives at least `num_steps` steps; 1 if none does."""
+    batch = 2 ** int(math.log2(largest))
+    while batch > 1 and count_steps(num_records, batch, num_train_epochs) < num_steps:
+        batch //= 2
+    return batch
+
+
+def logging_interval(settings: StageSettings, num_steps: int) -> int:
+    """Return `logging_steps`, or less where a stage is so short that its log would have fewer than ten lines."""
+    return max(1, min(settings.logging_steps, num_steps // LOG_LINES))
+

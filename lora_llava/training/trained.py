@@ -1,0 +1,54 @@
+"""Checksums of the trained weights at a stage's start: a stage that changes none of them is an error, not a result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_llava.errors import TrainingError
+from lora_llava.text import counted, listed
+from lora_llava.training.frozen import checksum
+
+PROJECTOR_PART, LORA_PART = "projector", "lora"
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a trained parameter belongs to."""
+    return PROJECTOR_PART if ".multi_modal_projector." in name else LORA_PART
+
+
+def part_checksums(model: nn.Module) -> dict[str, str]:
+    """Return a checksum of all trained parameters of each part, to the bit."""
+    digests: dict[str, hashlib._Hash] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digests.setdefault(part_of(name), hashlib.sha256()).update(checksum(parameter).encode())
+    return {part: digest.hexdigest() for part, digest in digests.items()}
+
+
+def check_changed(
+    model: nn.Module, start: dict[str, str], *, stage: str, num_steps: int, skipped: Sequence[int]
+) -> str | None:
+    """Compare the trained parameters with their checksums at the `start` of the stage.
+
+    Returns a line that names a part that did not change while another did. Raises TrainingError if none changed; no
+    `start`, as in the checkpoints of older versions, proves nothing.
+    """
+    unchanged = [part for part, digest in part_checksums(model).items() if start.get(part) == digest]
+    if not unchanged:
+        return None
+    if len(unchanged) < len(start):
+        needs = "records with images" if unchanged == [PROJECTOR_PART] else "gradients that are not 0"
+        return f"{unchanged[0]}: not one weight changed in {counted(num_steps, 'step')}; it needs {needs}"
+    if len(set(skipped)) >= num_steps:
+        raise TrainingError(
+            f"stage {stage}: nothing was learned: each of the {counted(num_steps, 'step')} was left out, since its "
+            "loss or gradient was not finite (on_non_finite: skip). The log says which records were in them."
+        )
+    raise TrainingError(
+        f"stage {stage}: nothing was learned: after {counted(num_steps, 'step')} {listed(unchanged, separator=' and ')} "
+        "are to the bit what they were. Gradients that are 0 (no supervised text, a part of the model that ignores its "
+        "input) do this, and so does a learning_rate or max_grad_norm near 0."
+    )
