@@ -184,6 +184,11 @@ class StageSettings(Settings):
             )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be -1 or at least 1")
+        if self.learning_rate < MIN_RATE:
+            raise ValueError(
+                f"learning_rate {self.learning_rate:g} is so small that fp32 weights cannot change; LLaVA's are 1e-3 "
+                "(align) and 2e-4 (instruct)"
+            )
         return self
 
 

@@ -71,7 +71,7 @@ def settings_view(stage: StageName, settings: StageSettings) -> Table:
         "data": settings.data.path,
         "template": settings.template,
         "length": length,
-        "batch_size": "auto" if settings.batch_size == "auto" else counted(settings.batch_size, "conversation") + " a step",
+        "batch_size": "auto" if (size := settings.batch_size) == "auto" else f"{counted(size, 'conversation')} a step",
         "learning_rate": f"{settings.learning_rate:g}, {settings.lr_scheduler_type}",
         "packing": settings.packing,
     }

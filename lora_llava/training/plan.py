@@ -60,12 +60,15 @@ class StageData:
         """Say in a line what will be trained on, and what was cut."""
         plan, cut = self.plan, self.encoded.num_cut
         held_out = f" and {len(self.validation):,} for validation" if self.validation else ""
-        return (
-            f"{counted(len(self.encoded), 'conversation')}{held_out}; {self.length.steps_line()}; "
-            f"{counted(plan.rows_per_step, 'micro-batch', 'micro-batches')} a step; {plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by "
-            f"packing{f'; {cut:,} conversations cut short by max_length' if cut else ''}"
-            f"{f'; {len(self.skipped):,} bad records skipped' if self.skipped else ''}"
-        )
+        parts = [
+            f"{counted(len(self.encoded), 'conversation')}{held_out}",
+            self.length.steps_line(),
+            f"{counted(plan.rows_per_step, 'micro-batch', 'micro-batches')} a step",
+            f"{plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by packing",
+            f"{counted(cut, 'conversation')} cut short by max_length" if cut else "",
+            f"{counted(len(self.skipped), 'bad record')} skipped" if self.skipped else "",
+        ]
+        return "; ".join(part for part in parts if part)
 
 
 SEEN_OFTEN = 1.5

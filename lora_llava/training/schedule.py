@@ -122,7 +122,7 @@ def stage_length(stage: StageName, settings: StageSettings, num_records: int) ->
 
 def _largest_batch(num_records: int, num_train_epochs: float, num_steps: int, largest: int) -> int:
     """Return the largest power of two, `largest` at most, that gives at least `num_steps` steps; 1 if none does."""
-    batch = 2 ** int(math.log2(largest))
+    batch = 1 << (largest.bit_length() - 1)
     while batch > 1 and count_steps(num_records, batch, num_train_epochs) < num_steps:
         batch //= 2
     return batch
@@ -131,4 +131,3 @@ def _largest_batch(num_records: int, num_train_epochs: float, num_steps: int, la
 def logging_interval(settings: StageSettings, num_steps: int) -> int:
     """Return `logging_steps`, or less where a stage is so short that its log would have fewer than ten lines."""
     return max(1, min(settings.logging_steps, num_steps // LOG_LINES))
-

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from lora_llava.errors import TrainingError
 from lora_llava.text import counted, listed
 from lora_llava.training.frozen import checksum
 
+NOTHING = 1e-12
 PROJECTOR_PART, LORA_PART = "projector", "lora"
 
 
@@ -20,11 +22,14 @@ def part_of(name: str) -> str:
 
 
 def part_checksums(model: nn.Module) -> dict[str, str]:
-    """Return a checksum of all trained parameters of each part, to the bit."""
+    """Return a checksum of all trained parameters of each part, to the bit; below `NOTHING` a value counts as 0."""
     digests: dict[str, hashlib._Hash] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            digests.setdefault(part_of(name), hashlib.sha256()).update(checksum(parameter).encode())
+            # LoRA's B starts at 0, from where any change, however small, is one of its bits.
+            is_nothing = float(parameter.detach().abs().max()) < NOTHING
+            tensor = torch.zeros_like(parameter) if is_nothing else parameter
+            digests.setdefault(part_of(name), hashlib.sha256()).update(checksum(tensor).encode())
     return {part: digest.hexdigest() for part, digest in digests.items()}
 
 
@@ -40,15 +45,18 @@ def check_changed(
     if not unchanged:
         return None
     if len(unchanged) < len(start):
-        needs = "records with images" if unchanged == [PROJECTOR_PART] else "gradients that are not 0"
-        return f"{unchanged[0]}: not one weight changed in {counted(num_steps, 'step')}; it needs {needs}"
+        images = "no record has an image, " if unchanged == [PROJECTOR_PART] else ""
+        return (
+            f"not one weight of {unchanged[0]} changed in {counted(num_steps, 'step')}: {images}its gradient was 0, or "
+            "its learning rate is near 0"
+        )
     if len(set(skipped)) >= num_steps:
         raise TrainingError(
             f"stage {stage}: nothing was learned: each of the {counted(num_steps, 'step')} was left out, since its "
             "loss or gradient was not finite (on_non_finite: skip). The log says which records were in them."
         )
     raise TrainingError(
-        f"stage {stage}: nothing was learned: after {counted(num_steps, 'step')} {listed(unchanged, separator=' and ')} "
-        "are to the bit what they were. Gradients that are 0 (no supervised text, a part of the model that ignores its "
-        "input) do this, and so does a learning_rate or max_grad_norm near 0."
+        f"stage {stage}: nothing was learned: not one weight of {listed(unchanged, separator=' and ')} changed in "
+        f"{counted(num_steps, 'step')}. Either no gradient reached them (grad_norm in the log is 0: a part of the "
+        "model ignores its input), or each change was rounded away (learning_rate or max_grad_norm is near 0)."
     )

@@ -40,6 +40,7 @@ class PackedTrainer(ResumableTrainer):
     """Trains on the rows of a plan, in its order; one epoch of the Trainer is the whole stage."""
 
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LambdaLR | None
     control: TrainerControl
 
     def __init__(
@@ -186,9 +187,7 @@ class PackedTrainer(ResumableTrainer):
             parameters = [one for _, one in members]
             yield {"params": parameters, "lr": rates[part], "weight_decay": decay if decays else 0.0, "name": part}
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LambdaLR:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Build the schedule of `rate_factor`, in which the rate of no step is 0."""
         if self.lr_scheduler is None:
             kind, warmup = self.args.lr_scheduler_type.value, self.args.get_warmup_steps(num_training_steps)
@@ -196,10 +195,10 @@ class PackedTrainer(ResumableTrainer):
             def factor(steps_taken: int) -> float:
                 return rate_factor(kind, steps_taken + 1, num_training_steps, warmup)
 
+            assert self.optimizer is not None
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
-        scheduler: LambdaLR = self.lr_scheduler
-        return scheduler
+        return self.lr_scheduler
 
     def evaluate(
         self,

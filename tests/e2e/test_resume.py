@@ -27,6 +27,7 @@ from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (
     SETTINGS,
     STATE,
+    Stopped,
     at_step,
     log_of,
     outcome,
@@ -60,6 +61,25 @@ def test_a_stopped_run_goes_on_to_the_bit(
     stopped_run(project, tmp_path / "run", stage, step)
     train(project, tmp_path / "run", resume="exact")
     assert outcome(tmp_path / "run") == straight
+
+
+def test_a_loss_between_two_lines_of_the_log_goes_on(project: Path, tmp_path: Path) -> None:
+    # 25 steps: a line every two; checkpoints of odd steps, too.
+    instruct = ["stages.align=null", "stages.instruct.num_train_epochs=5", "stages.instruct.num_sample_answers=0"]
+    train(project, tmp_path / "straight", *instruct)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, "instruct", 11, stop)
+        with pytest.raises(Stopped):
+            train(project, tmp_path / "run", *instruct)
+    _, shown = train(project, tmp_path / "run", *instruct, resume="exact")
+    assert "going on after step 9" in shown
+    lines = log_of(tmp_path / "run")
+    assert [row["step"] for row in lines if "loss" in row][:5] == [2, 4, 6, 8, 10]
+    assert [row["step"] for row in lines if "loss" in row][-1] == 25
+    assert lines == log_of(tmp_path / "straight")
+    assert file_sha256(tmp_path / "run" / "instruct" / WEIGHTS) == file_sha256(
+        tmp_path / "straight" / "instruct" / WEIGHTS
+    )
 
 
 def test_finished_stages_are_kept_and_times_add_up(

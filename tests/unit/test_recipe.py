@@ -36,7 +36,7 @@ def test_a_minimal_recipe_has_the_settings_of_llava(tmp_path: Path) -> None:
     stage = recipe.stages.instruct
     assert stage is not None
     assert stage.learning_rate == 1e-4
-    assert (stage.batch_size, stage.mm_projector_lr, stage.template) == (128, 2e-5, "vicuna_v1")
+    assert (stage.batch_size, stage.mm_projector_lr, stage.template) == ("auto", 2e-5, "vicuna_v1")
     assert (recipe.adapter.r, recipe.adapter.lora_alpha, recipe.quantization.type) == (128, 256.0, "nf4")
     assert recipe.stage_names == ["instruct"]
 

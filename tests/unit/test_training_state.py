@@ -98,6 +98,23 @@ def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
         load_optimizer(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]), settings=True)
 
 
+def test_k41_a_state_fits_groups_cut_where_biases_begin(tmp_path: Path) -> None:
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
+    save_state(tmp_path, optimizer, scheduler, _Trainer())
+
+    def cut(parameters: list[torch.nn.Parameter]) -> Any:
+        groups = [{"params": [one], "weight_decay": decay} for one, decay in zip(parameters, (0.1, 0.0), strict=True)]
+        return torch.optim.AdamW(groups, lr=0.5)
+
+    parameters, other, _ = trained(cut, 0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(other, [lambda step: 1 / (1 + step)] * 2)
+    load_optimizer(tmp_path, other, settings=True)
+    load_scheduler(tmp_path, schedule, 3, settings=True)
+    assert [(group["lr"], group["weight_decay"]) for group in other.param_groups] == [(0.125, 0.1), (0.125, 0.0)]
+    for here, there in zip(optimizer.state.values(), (other.state[one] for one in parameters), strict=True):
+        assert torch.equal(here["exp_avg"], there["exp_avg"])
+
+
 def test_random_numbers_go_on(tmp_path: Path) -> None:
     # The one that libraries draw from.
     numpy_state: Any = np.random.mtrand._rand
