@@ -10,8 +10,9 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.work import IMAGE_ID, Shapes
-from lora_llava.modeling.base import LANGUAGE_MODEL, dequantize, keep_unpacked
+from lora_llava.modeling.base import dequantize, keep_unpacked
 from lora_llava.modeling.stages import build_stage
+from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import StageName
 

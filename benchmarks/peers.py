@@ -21,10 +21,11 @@ from lora_llava.conversation import IGNORE_INDEX
 from lora_llava.data.batch import Batch, PackedRows, build_row
 from lora_llava.data.packing import PlanItem, make_plan
 from lora_llava.data.sharing import sharing
-from lora_llava.modeling.attention import TREES, set_attention
+from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.attention_choice import pick_attention
-from lora_llava.modeling.base import VISION_TOWER, drop_unused_layers
+from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.recompute import set_recompute
+from lora_llava.modeling.structure import TREES, VISION_TOWER
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import GradientCheckpointing
 from lora_llava.training.cost import Machine
@@ -202,7 +203,7 @@ def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
     table = planned_parameters(recipe, stage, config, task.dtype)
     shared = sharing(plan_items(task.work), len(task.work.conversations), "tree")
     shapes = StageShapes(recipe, stage, config, table, task.dtype, longest, shared)
-    plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device, task.cap), attention))
+    plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device.type, task.cap), attention))
     sys.stderr.write(f"{plan}; {attention}: {why}\n")
     return attention, plan
 

@@ -23,7 +23,8 @@ from lora_llava.conversation import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.files import remove_directory, staged
 from lora_llava.modeling.assemble import save_processor
-from lora_llava.modeling.base import PROJECTOR, BaseIdentity, LoadedModel, hash_weights, load_base, locate
+from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
+from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import AspectRatio, StageName
 

@@ -127,7 +127,8 @@ class StageSettings(Settings):
     branches_per_tree: Annotated[Count, OnResume.ORDER] = 8
     """Most conversations that share one image in one tree."""
     tokens_per_micro_batch: Annotated[Count | Literal["auto"], OnResume.OUTCOME] = "auto"
-    """Most tokens of one forward pass; `auto`, here and below: chosen from the memory there is."""
+    """Most tokens of one forward pass, at least those of the longest conversation; `auto`, here and below: chosen from
+    the memory there is."""
     num_train_epochs: Annotated[Positive, OnResume.ORDER] = 1.0
     max_steps: Annotated[int, OnResume.ORDER] = -1
     """Optimizer steps; -1: as `num_train_epochs` says."""
@@ -177,11 +178,6 @@ class StageSettings(Settings):
     def _fits(self) -> Self:
         if self.template == "plain" and self.data.merge_turns:
             raise ValueError("template plain takes one caption an image; take data.merge_turns out or change template")
-        if self.tokens_per_micro_batch != "auto" and self.tokens_per_micro_batch < self.max_length:
-            raise ValueError(
-                f"tokens_per_micro_batch {self.tokens_per_micro_batch} is less than max_length {self.max_length}: "
-                "a micro-batch must hold the longest conversation"
-            )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be -1 or at least 1")
         if self.learning_rate < MIN_RATE:

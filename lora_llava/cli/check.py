@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import look_ahead, make_console, open_recipe, quiet_libraries
+from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +41,7 @@ def check(recipe: str, overrides: tuple[str, ...], output: Path | None, workers:
     # First, so that the processes are forked before torch makes this one large.
     with counter(console, "images") as advance:
         found = survey(settings, workers, advance)
+    leave_torch_out(settings)
     quiet_libraries()
     from lora_llava.doctor.conversations import encode_sides
     from lora_llava.doctor.page import write_page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lora_llava.cli.common import make_console, open_recipe, quiet_libraries
+from lora_llava.cli.common import leave_torch_out, make_console, open_recipe, quiet_libraries
 
 
 @click.command()
@@ -19,6 +19,7 @@ def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | No
     the model.
     """
     settings = open_recipe(recipe, overrides)
+    leave_torch_out(settings)
     quiet_libraries()
     from lora_llava.training.inspection import inspect_record
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import look_ahead, make_console, memory_size, open_recipe, quiet_libraries
+from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, memory_size, open_recipe, quiet_libraries
 from lora_llava.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def finetune(
     console = make_console()
     start: Start = "overwrite" if overwrite else "resume" if resume or resume_anyway else "new"
     look_ahead(settings, recipe, console, start=start, here=not dry_run or memory is None)
+    if dry_run:
+        leave_torch_out(settings)
     quiet_libraries()
     if dry_run:
         from lora_llava.training.dry_run import print_dry_run

@@ -54,6 +54,12 @@ KINDS: dict[str, Kind] = {
         "All answers lie beyond `max_length`, so no token of the conversation would be trained on.",
         "Raise `max_length`, shorten the question, or leave the records out with `exclude`.",
     ),
+    "micro_batch": Kind(
+        "error",
+        "A micro-batch too small for the data",
+        "`tokens_per_micro_batch` is less than the tokens of the longest conversation, so a run would stop.",
+        "Raise `tokens_per_micro_batch` or set it to auto, or lower `max_length`.",
+    ),
     "group_leak": Kind(
         "error",
         "Groups on both sides",

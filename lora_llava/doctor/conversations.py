@@ -18,14 +18,13 @@ from lora_llava.data.records import merge_turns
 from lora_llava.data.sources import Record
 from lora_llava.doctor.compare import Finding, at
 from lora_llava.doctor.survey import Side, Survey
-from lora_llava.errors import DataError, ModelError, TrainingError
-from lora_llava.modeling.base import num_image_tokens
+from lora_llava.errors import DataError, ModelError, RecipeError, TrainingError
 from lora_llava.modeling.describe import describe_base, is_missing
+from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.training.dry_run import compute_dtype, this_machine
-from lora_llava.training.memory import planned_parameters
-from lora_llava.training.memory_plan import StageShapes, plan_memory
+from lora_llava.training.memory_plan import plan_memory, stage_shapes
 from lora_llava.training.plan import StageData, StageRecords, length_lines, plan_records
 
 _NO_BOUND = 2**31
@@ -140,21 +139,22 @@ def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaCo
         Side("", stage, "validation", sides["training"].source, []), made
     )
     records = StageRecords(get_template(settings.template, settings.system), encoded["training"], validation)
-    dtype = compute_dtype(recipe)
-    shapes = StageShapes(
-        recipe, stage, config, planned_parameters(recipe, stage, config, dtype), dtype, records.longest
-    )
-    facts: dict[str, Any] = {}
+    longest, facts = records.longest.length, dict[str, Any]()
     try:
+        shapes = stage_shapes(recipe, stage, config, compute_dtype(recipe), records)
         tokens = plan_memory(shapes, this_machine(recipe, None)).tokens_per_micro_batch
+    except RecipeError as error:
+        source = sides["training"].source
+        made.findings.append(Finding("micro_batch", source.name, source.data_name, 0, None, str(error)))
+        tokens = longest
     except TrainingError as error:
         facts["problem"] = str(error)
         given = settings.tokens_per_micro_batch
-        tokens = max(records.longest, settings.max_length) if given == "auto" else given
+        tokens = max(longest, settings.max_length) if given == "auto" else given
     data = plan_records(records, stage, settings, tokens, recipe.seed)
     if lines := length_lines(stage, settings, data):
         facts["steps"] = "; ".join(lines)
-    return facts | _plan_facts(data, tokens, records.longest)
+    return facts | _plan_facts(data, tokens, longest)
 
 
 def _encoded(side: Side, made: Conversations) -> EncodedRecords:

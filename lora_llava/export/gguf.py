@@ -19,7 +19,7 @@ from lora_llava.export.ollama import modelfile
 from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.files import staged
 from lora_llava.merge.run import merge_artifact, summary
-from lora_llava.modeling.base import read_config
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles
 
 TEXT_FILE = "text.gguf"

@@ -10,7 +10,7 @@ from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
 from lora_llava.merge.run import merge_artifact, summary
-from lora_llava.modeling.base import read_config
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles, each_tensor, expected_shapes, write_weights
 
 _KEPT = ("*.json", "*.jinja", "tokenizer.model", "*.txt")

@@ -15,7 +15,7 @@ from lora_llava.export.llava_adapter import export_adapter, left_out
 from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
-from lora_llava.modeling.base import read_config
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles, each_tensor, expected_shapes, write_json, write_weights
 from lora_llava.modeling.names import EMBEDDINGS, PROJECTOR_PREFIX
 from lora_llava.modeling.original import TOWER_DIRECTORY, is_linear, original_name, to_original_config

@@ -17,7 +17,8 @@ from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
 from lora_llava.merge.adapter import Adapter
-from lora_llava.modeling.base import locate, read_config
+from lora_llava.modeling.base import locate
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import expected_shapes, write_json
 from lora_llava.modeling.names import PROJECTOR_PREFIX
 from lora_llava.modeling.original import (

@@ -10,7 +10,7 @@ from typing import Any
 from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, Manifest, is_artifact, merged_manifest, read_manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.compare import ACCURACY, SAMPLES
-from lora_llava.modeling.base import read_config
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles
 from lora_llava.recipe_file import load_recipe
 from lora_llava.run_directory import output

@@ -18,8 +18,8 @@ from lora_llava.conversation import IMAGE_PLACEHOLDER, get_template
 from lora_llava.errors import ModelError
 from lora_llava.files import staged
 from lora_llava.imports.options import ImportOptions
-from lora_llava.modeling.assemble import VOCABULARY_MULTIPLE, pad_rows, save_config, save_processor
-from lora_llava.modeling.base import hub_errors, num_image_tokens
+from lora_llava.modeling.assemble import pad_rows, save_config, save_processor
+from lora_llava.modeling.describe import VOCABULARY_MULTIPLE, hub_errors
 from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
 from lora_llava.modeling.names import EMBEDDINGS, HEAD, canonical_name
 from lora_llava.modeling.original import (
@@ -31,6 +31,7 @@ from lora_llava.modeling.original import (
     read_json,
     read_tensors,
 )
+from lora_llava.modeling.structure import num_image_tokens
 
 _PAD = "<pad>"
 _TOWER = "vision_tower."

@@ -27,10 +27,12 @@ from lora_llava.errors import ArtifactError
 from lora_llava.files import staged
 from lora_llava.merge.adapter import PEFT_PREFIX, Adapter
 from lora_llava.modeling.assemble import save_processor
-from lora_llava.modeling.base import BaseIdentity, hash_weights, locate, num_image_tokens, read_config
+from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_json
 from lora_llava.modeling.names import PROJECTOR_PREFIX, memory_name
 from lora_llava.modeling.original import identity_layer, is_linear
+from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe_stages import AspectRatio
 
 _BLOCK = re.compile(r"^model\.language_model\.layers\.\d+\..*\.(\w+)$")

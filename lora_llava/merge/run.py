@@ -21,7 +21,8 @@ from lora_llava.merge.adapter import Adapter
 from lora_llava.merge.probe import Difference, adapted_model, ask, difference, logits_of, merged_model
 from lora_llava.merge.stream import BaseKind, Read, base_reader, describe_dtype, merged_reader
 from lora_llava.modeling.assemble import save_processor
-from lora_llava.modeling.base import hash_weights, locate, read_config
+from lora_llava.modeling.base import hash_weights, locate
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.modeling.names import EMBEDDINGS
 

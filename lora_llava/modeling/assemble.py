@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPVisionModel,
     GenerationConfig,
     GgufConfig,
@@ -20,69 +16,13 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER
-from lora_llava.errors import ModelError
-from lora_llava.modeling.base import (
-    LANGUAGE_MODEL,
-    LM_HEAD,
-    PROJECTOR,
-    VISION_TOWER,
-    hub_errors,
-    meta_model,
-    num_image_tokens,
-)
+from lora_llava.modeling.base import meta_model
+from lora_llava.modeling.describe import hub_errors, part_configs, vision_tower_source
 from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
 from lora_llava.modeling.names import canonical_name
+from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER
 from lora_llava.recipe import BaseModelSettings
 from lora_llava.recipe_stages import AspectRatio
-
-VOCABULARY_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this, as llava-hf does (32,000 + `<image>` + `<pad>` -> 32,064)."""
-
-_PROJECTOR_ACTIVATION = {"mlp2x_gelu": "gelu", "linear": "linear"}
-_PACKAGED = "package:"
-
-
-def vision_tower_source(name: str) -> str:
-    """Resolve `package:NAME` to the directory of a tower that ships with the package."""
-    if not name.startswith(_PACKAGED):
-        return name
-    directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
-    if not directory.is_dir():
-        raise ModelError(f"base.vision_tower: the package holds no tower {name!r}; it holds package:vision_tower")
-    return str(directory)
-
-
-def assembled_config(settings: BaseModelSettings, text_config: Any, vision_config: Any, tokenizer: Any) -> LlavaConfig:
-    """Make the configuration of the whole from those of its parts; adds `<image>` to `tokenizer`."""
-    if text_config.model_type != "llama":
-        raise ModelError(
-            f"base.language_model {settings.language_model!r} is a {text_config.model_type!r} model; needed: one of "
-            "the Llama architecture (Llama 2, Vicuna, TinyLlama, SmolLM2, ...)"
-        )
-    if vision_config.model_type != "clip_vision_model":
-        raise ModelError(f"base.vision_tower {settings.vision_tower!r} is not a CLIP vision tower")
-    text_config = copy.deepcopy(text_config)
-    if hasattr(text_config, "quantization_config"):
-        del text_config.quantization_config
-    # Where the parts lay on this machine is nobody's business.
-    text_config._name_or_path = vision_config._name_or_path = ""
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    size = max(int(text_config.vocab_size), len(tokenizer))
-    text_config.vocab_size = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
-        projector_hidden_act=_PROJECTOR_ACTIVATION[settings.mm_projector_type],
-        vision_feature_layer=settings.vision_feature_layer,
-        vision_feature_select_strategy=settings.vision_feature_select_strategy,
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
-    )
-    config.image_seq_length = num_image_tokens(config)
-    return config
 
 
 def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
@@ -126,18 +66,6 @@ def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype) -> Non
     config.dtype = dtype
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
-
-
-def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
-    """Return the configuration and tokenizer that `assemble` would write, without reading any weight."""
-    assert settings.language_model and settings.vision_tower
-    with hub_errors("language model", settings.language_model):
-        tokenizer = AutoTokenizer.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
-        text_config = AutoConfig.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
-    with hub_errors("vision tower", settings.vision_tower):
-        vision_config = AutoConfig.from_pretrained(vision_tower_source(settings.vision_tower))
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    return assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
 
 
 def save_processor(

@@ -21,10 +21,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-Attention = str
-"""How training attends: with SDPA tree by tree, or with `flex_attention`, which skips the blocks of the mask that hold
-nothing; and transformers' `sdpa`, which answers."""
-TREES, FLEX, SDPA = "sdpa_by_tree", "flex_attention", "sdpa"
+from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention
+
 BLOCK = 128
 """Side of a block of FlexAttention's mask; rows are filled up to a multiple of it."""
 NO_TREE = -1

@@ -12,7 +12,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, SDPA, TREES, Attention, as_trees, attend_by_tree, block_mask
+from lora_llava.modeling.attention import as_trees, attend_by_tree, block_mask
+from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention, attention_on_cpu
 
 TRIED_TOKENS, TRIED_TREE, TRIED_PREFIX, TRIED_BRANCH = 4096, 1024, 640, 24
 """The row on which attentions are compared: trees of an image's tokens and some questions."""
@@ -26,11 +27,7 @@ def pick_attention(setting: str, text_config: Any, device: torch.device, dtype: 
     Raises TrainingError if FlexAttention is asked for on a CPU, where it has no backward pass, or does not work.
     """
     if device.type == "cpu":
-        if setting == FLEX:
-            raise TrainingError(
-                "attn_implementation: flex_attention has no backward pass on a CPU; set auto or sdpa, or run on CUDA"
-            )
-        return TREES, "the one for a CPU"
+        return attention_on_cpu(setting), "the one for a CPU"
     if setting == SDPA:
         return TREES, "as set"
     try:

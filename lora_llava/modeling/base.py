@@ -7,9 +7,6 @@ know that one form only, and so does plain `LlavaForConditionalGeneration.from_p
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaFo
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.errors import ModelError
-
-VISION_TOWER = "model.vision_tower"
-PROJECTOR = "model.multi_modal_projector"
-LANGUAGE_MODEL = "model.language_model"
-LM_HEAD = "lm_head"
-PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, LM_HEAD)
-"""Names of the four parts in memory; every selection of modules is anchored on these alone."""
+from lora_llava.modeling.describe import hub_errors, read_config
+from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, num_image_tokens, used_layers
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -75,22 +67,6 @@ class LoadedModel:
         return int(self.config.image_token_id)
 
 
-def num_image_tokens(config: LlavaConfig) -> int:
-    """Count the vision tower's output tokens: one a patch, and the class token where the strategy keeps it."""
-    patches = (int(config.vision_config.image_size) // int(config.vision_config.patch_size)) ** 2
-    return patches + (1 if config.vision_feature_select_strategy == "full" else 0)
-
-
-@contextmanager
-def hub_errors(what: str, name: str) -> Iterator[None]:
-    """Turn the many errors of a missing file, hub or network into one ModelError that names `name`."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{what} {name!r} cannot be loaded: {reason}. Check the name, or the network.") from error
-
-
 def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     """Return the local directory of a base and the commit it came from (None for a directory).
 
@@ -104,22 +80,6 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     with hub_errors("base", name):
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     return snapshot, snapshot.name
-
-
-def read_config(directory: Path) -> LlavaConfig:
-    """Read the configuration of a LLaVA directory; ModelError if it holds something else."""
-    with hub_errors("base", str(directory)):
-        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if data.get("model_type") != "llava":
-        raise ModelError(
-            f"{directory}: model_type is {data.get('model_type')!r}, needed 'llava'. Name a converted LLaVA-1.5 "
-            "(such as llava-hf/llava-1.5-7b-hf) in base.model_name_or_path, or the parts in base.language_model "
-            "and base.vision_tower."
-        )
-    config = LlavaConfig.from_dict(data)
-    if config.text_config.model_type != "llama":
-        raise ModelError(f"{directory}: the language model is {config.text_config.model_type!r}, needed 'llama'")
-    return config
 
 
 def hash_weights(directory: Path) -> str:
@@ -228,11 +188,8 @@ def dequantize(model: nn.Module) -> None:
 def drop_unused_layers(model: Any) -> None:
     """Remove the vision tower's layers behind the one whose output is projected: of CLIP's the last."""
     layers = model.get_submodule(VISION_TOWER).encoder.layers
-    # Hidden state 0 is the embeddings'. Counted from the front it stays the same when layers behind it go.
-    wanted = model.config.vision_feature_layer
-    wanted = wanted if wanted >= 0 else len(layers) + 1 + wanted
-    # transformers takes a 0 for "no hidden states".
-    if wanted == 0:
+    wanted = used_layers(model.config)
+    if wanted == len(layers):
         return
     del layers[wanted:]
     model.config.vision_feature_layer = wanted
@@ -242,14 +199,6 @@ def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
     """Build the model's shapes without its memory."""
     with torch.device("meta"):
         return LlavaForConditionalGeneration(config)
-
-
-def part_of(name: str) -> str:
-    """Name the part that a parameter or module of the (unwrapped) model belongs to; ModelError if none."""
-    for part in PARTS:
-        if name == part or name.startswith(part + "."):
-            return part
-    raise ModelError(f"{name!r} belongs to none of the parts {', '.join(PARTS)}")
 
 
 def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,11 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_llava.modeling.attention import attention_of, masked_inputs
-from lora_llava.modeling.base import LANGUAGE_MODEL
 from lora_llava.modeling.last_layer import only_where_predicted
-
-HEAD_CHUNK = 512
-"""Supervised rows whose logits exist at one time: 512 x 32,064 in fp32 are 63 MiB."""
+from lora_llava.modeling.structure import HEAD_CHUNK, LANGUAGE_MODEL
 
 
 def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

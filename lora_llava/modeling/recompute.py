@@ -16,8 +16,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from lora_llava.modeling.base import LANGUAGE_MODEL
 from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.recipe_stages import GradientCheckpointing
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "bitsandbytes::gemm_4bit"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +13,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from lora_llava.errors import ModelError
-from lora_llava.modeling.base import LANGUAGE_MODEL, PARTS, PROJECTOR, part_of
+from lora_llava.modeling.structure import LANGUAGE_MODEL, PARTS, PROJECTOR, PartRow, adapted_names, part_of
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import StageName
 
 _PEFT_PREFIX = "base_model.model."
 _WRAPPED = re.compile(r"\.(modules_to_save\.default|original_module)\.")
-
-
-@dataclass(frozen=True, slots=True)
-class PartRow:
-    """What one part of a built model holds; counts are of elements, `bytes` of memory."""
-
-    part: str
-    total: int
-    trainable: int
-    quantized: int
-    adapter: int
-    dtypes: str
-    bytes: int
 
 
 def build_stage(model: Any, stage: StageName, adapter: AdapterSettings) -> PeftModel:
@@ -70,19 +56,14 @@ def train_only_what_is_saved(model: PeftModel) -> None:
             parameter.data = parameter.data.float()
 
 
-def target_pattern(model: nn.Module, target_modules: str | tuple[str, ...] | list[str]) -> str:
+def target_pattern(model: nn.Module, target_modules: str | list[str]) -> str:
     """Return the regular expression of the language model's layers to adapt.
 
     Raises ModelError if a named layer does not exist in it.
     """
     language_model = model.get_submodule(LANGUAGE_MODEL)
     linears = {name.rsplit(".", 1)[-1] for name, module in language_model.named_modules() if _is_linear(module)}
-    wanted = linears if isinstance(target_modules, str) else set(target_modules)
-    if unknown := wanted - linears:
-        raise ModelError(
-            f"adapter.target_modules: no linear layer {', '.join(sorted(unknown))} in the language model; "
-            f"it has {', '.join(sorted(linears))}"
-        )
+    wanted = adapted_names(target_modules, linears)
     return rf"{re.escape(LANGUAGE_MODEL)}\..*\.({'|'.join(sorted(wanted))})"
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
-from lora_llava.modeling.attention import Attention
-from lora_llava.training.memory import Recompute, linear_weights, query_width
+from lora_llava.modeling.structure import Attention, linear_weights
+from lora_llava.training.memory import Recompute, query_width
 
 DEQUANTIZING = {"cuda": 176, "cpu": 60}
 """Reading NF4 once takes as long as so many tokens' forward pass. CUDA: 2.5 bytes a weight at 70 % of an RTX 4090's

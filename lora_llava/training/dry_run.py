@@ -6,18 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlavaConfig
 
-from lora_llava.data.sharing import alone
-from lora_llava.device import pick_device, pick_dtype
+from lora_llava.device import device_type, pick_device, pick_dtype
 from lora_llava.errors import DataError, ModelError, TrainingError
-from lora_llava.modeling.attention import FLEX, TREES
-from lora_llava.modeling.attention_choice import pick_attention
 from lora_llava.modeling.describe import describe_base, is_missing
-from lora_llava.modeling.packed import HEAD_CHUNK
+from lora_llava.modeling.structure import BF16, FLEX, FP32, HEAD_CHUNK, TREES, ElementType, attention_on_cpu
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
 from lora_llava.text import counted
@@ -30,7 +26,15 @@ from lora_llava.training.memory import (
     largest_row,
     planned_parameters,
 )
-from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, lora_rank, plan_memory, usable_bytes
+from lora_llava.training.memory_plan import (
+    GIB,
+    MemoryPlan,
+    StageShapes,
+    lora_rank,
+    plan_memory,
+    stage_shapes,
+    usable_bytes,
+)
 from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.training.tables import mebibytes, parameter_table_view
 
@@ -107,10 +111,10 @@ def _print_stage(
     console: Console,
 ) -> None:
     settings, dtype = recipe.stage(stage), compute_dtype(recipe)
-    longest = settings.max_length if records is None else records.longest
-    shared = alone if records is None else records.sharing(settings)
-    table = planned_parameters(recipe, stage, config, dtype)
-    shapes = StageShapes(recipe, stage, config, table, dtype, longest, shared)
+    shapes = _shapes_without_data(recipe, stage, config, dtype)
+    if records is not None:
+        shapes = stage_shapes(recipe, stage, config, dtype, records)
+    table = shapes.table
     machine = this_machine(recipe, memory)
     chosen = plan_memory(shapes, machine)
     tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
@@ -130,23 +134,31 @@ def _print_stage(
     console.print(cards_view(cards(shapes)))
 
 
+def _shapes_without_data(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: ElementType) -> StageShapes:
+    """Take the longest conversation that the settings allow."""
+    settings = recipe.stage(stage)
+    given = settings.tokens_per_micro_batch
+    longest = settings.max_length if given == "auto" else min(given, settings.max_length)
+    return StageShapes(recipe, stage, config, planned_parameters(recipe, stage, config, dtype), dtype, longest)
+
+
 def this_machine(recipe: Recipe, memory: int | None) -> Machine:
     """Describe this machine, or its device with `memory` bytes; on CUDA `auto` is taken for FlexAttention, untried."""
-    device, setting = pick_device(), recipe.attn_implementation
-    if device.type == "cpu":
-        return Machine("cpu", usable_bytes(device, memory), pick_attention(setting, None, device, torch.float32)[0])
-    return Machine("cuda", usable_bytes(device, memory), TREES if setting == "sdpa" else FLEX)
+    device, setting = device_type(), recipe.attn_implementation
+    if device == "cpu":
+        return Machine(device, usable_bytes(device, memory), attention_on_cpu(setting))
+    return Machine(device, usable_bytes(device, memory), TREES if setting == "sdpa" else FLEX)
 
 
 def cards(shapes: StageShapes) -> dict[int, MemoryPlan | None]:
     """Plan a stage for cards of some sizes, in GiB; None where it does not fit."""
     recipe = shapes.recipe
-    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    dtype = FP32 if recipe.precision == "fp32" else BF16
     table = planned_parameters(recipe, shapes.stage, shapes.config, dtype)
     attention = TREES if recipe.attn_implementation == "sdpa" else FLEX
     plans: dict[int, MemoryPlan | None] = {}
     for size in CARDS:
-        machine = Machine("cuda", usable_bytes(torch.device("cuda"), size * GIB), attention)
+        machine = Machine("cuda", usable_bytes("cuda", size * GIB), attention)
         try:
             plans[size] = plan_memory(replace(shapes, table=table, dtype=dtype), machine)
         except TrainingError:
@@ -154,11 +166,12 @@ def cards(shapes: StageShapes) -> dict[int, MemoryPlan | None]:
     return plans
 
 
-def compute_dtype(recipe: Recipe) -> torch.dtype:
+def compute_dtype(recipe: Recipe) -> ElementType:
     """Precision of the run; bf16 in the recipe is taken on its word, since the run may be on another machine."""
     if recipe.precision == "bf16":
-        return torch.bfloat16
-    return pick_dtype(recipe.precision, pick_device())
+        return BF16
+    # A CPU computes in fp32; only of a GPU it must be asked, through PyTorch, what it can do.
+    return FP32 if device_type() == "cpu" else pick_dtype(recipe.precision, pick_device())
 
 
 def memory_view(rows: list[MemoryRow], activations: int, tokens: int) -> Table:

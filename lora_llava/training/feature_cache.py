@@ -23,8 +23,8 @@ from lora_llava.data.batch import ImageTransform
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.device import free_memory_bytes
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.base import VISION_TOWER
 from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import VISION_TOWER
 
 BATCH = 16
 """Images that pass through the tower at one time."""
@@ -156,7 +156,7 @@ def _computed(
 def _check_room(shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None) -> None:
     needed = shape[0] * shape[1] * shape[2] * dtype.itemsize
     if path is None:
-        free, where = int(MOST_OF_MEMORY * free_memory_bytes(torch.device("cpu"))), "half of the free memory is"
+        free, where = int(MOST_OF_MEMORY * free_memory_bytes("cpu")), "half of the free memory is"
     else:
         free, where = shutil.disk_usage(path.parent).free, f"in {path.parent} are"
     if needed > free:

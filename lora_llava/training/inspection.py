@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, get_template
-from lora_llava.data.batch import build_row
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.images import open_image
+from lora_llava.data.layout import lay_out
 from lora_llava.data.records import Record, load_split
 from lora_llava.errors import DataError
-from lora_llava.modeling.base import num_image_tokens
 from lora_llava.modeling.describe import describe_base
+from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
 
@@ -120,13 +120,11 @@ def facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:
         "prefix that conversations on the image share": encoded.prefix_length,
         "image": f"{image.width} x {image.height} pixels" if image else "none",
     }
-    facts.update({name: _shape(tensor) for name, tensor in build_row([[encoded]]).items() if name != "labels"})
+    facts.update(
+        {name: f"{array.shape} {array.dtype}" for name, array in lay_out([[encoded]]).items() if name != "labels"}
+    )
     if image:
         facts["pixel_values"] = f"(1, 3, {image_size}, {image_size}) float32"
     for name, value in facts.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
     return table
-
-
-def _shape(tensor: Any) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from transformers import LlavaConfig
 
 from lora_llava.data.packing import Row, tree_length
-from lora_llava.modeling.attention import FLEX, TREES, Attention
-from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_layers, meta_model
-from lora_llava.modeling.packed import HEAD_CHUNK
-from lora_llava.modeling.stages import PartRow, build_stage, parameter_table
+from lora_llava.modeling.structure import (
+    FLEX,
+    FP32,
+    HEAD_CHUNK,
+    LANGUAGE_MODEL,
+    TREES,
+    Attention,
+    ElementType,
+    PartRow,
+    attention_widths,
+    linear_weights,
+    stage_parameters,
+)
 from lora_llava.recipe import QuantizationSettings, Recipe
 from lora_llava.recipe_stages import GradientCheckpointing, StageName
 from lora_llava.training.plan import StageData
@@ -56,16 +63,13 @@ class MemoryRow:
         return self.weights + self.gradients + self.optimizer
 
 
-def planned_parameters(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: torch.dtype) -> list[PartRow]:
-    """Build the stage's model without memory and return its table; nothing is quantised yet, see `in_4_bits`."""
-    model: Any = meta_model(config).to(dtype)
-    model.get_submodule(PROJECTOR).float()
-    drop_unused_layers(model)
-    return parameter_table(build_stage(model, stage, recipe.adapter))
+def planned_parameters(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: ElementType) -> list[PartRow]:
+    """Return the table of the stage's model; nothing is quantised yet, see `in_4_bits`."""
+    return stage_parameters(config, stage, recipe.adapter, dtype)
 
 
 def in_4_bits(
-    table: list[PartRow], config: LlavaConfig, quantization: QuantizationSettings, dtype: torch.dtype
+    table: list[PartRow], config: LlavaConfig, quantization: QuantizationSettings, dtype: ElementType
 ) -> list[PartRow]:
     """Return `table` with the language model's linear layers in NF4."""
     count = linear_weights(config)
@@ -78,17 +82,9 @@ def in_4_bits(
     ]
 
 
-def linear_weights(config: LlavaConfig) -> int:
-    """Count the weights of the language model's linear layers, without the head."""
-    text = config.text_config
-    queries, keys = _attention_widths(config)
-    width, wide = int(text.hidden_size), int(text.intermediate_size)
-    return int(text.num_hidden_layers) * width * (2 * queries + 2 * keys + 3 * wide)
-
-
 def query_width(config: LlavaConfig) -> int:
     """Return the width of a layer's queries, all heads together."""
-    return _attention_widths(config)[0]
+    return attention_widths(config)[0]
 
 
 def expected_memory(optim: str, table: list[PartRow]) -> list[MemoryRow]:
@@ -116,7 +112,7 @@ def activation_bytes(
     recompute: Recompute,
     tokens: int,
     targets: int,
-    dtype: torch.dtype,
+    dtype: ElementType,
     rank: int,
     attention: Attention = TREES,
 ) -> int:
@@ -146,34 +142,28 @@ def activation_bytes(
     return round(tokens * kept + mask + logits)
 
 
-def _whole_layer(config: LlavaConfig, dtype: torch.dtype, rank: int) -> int:
+def _whole_layer(config: LlavaConfig, dtype: ElementType, rank: int) -> int:
     """Bytes a token that a layer with LoRA keeps when nothing is computed again.
 
     Measured on Llama layers, fp32: 9 widths and 4 intermediate widths, and the inner products of its seven adapters.
     In bf16 the two norms keep fp32 copies besides.
     """
     text = config.text_config
-    widths = 9 if dtype == torch.float32 else 13
+    widths = 9 if dtype.itemsize == FP32.itemsize else 13
     return (widths * int(text.hidden_size) + 4 * int(text.intermediate_size) + 7 * rank) * dtype.itemsize
 
 
-def _last_layer(config: LlavaConfig, dtype: torch.dtype, rank: int) -> int:
+def _last_layer(config: LlavaConfig, dtype: ElementType, rank: int) -> int:
     """Bytes a token that the last layer keeps: what keys, values and attention need; see `modeling.last_layer`.
 
     Measured as for `_whole_layer`.
     """
-    widths = 7 if dtype == torch.float32 else 9
+    widths = 7 if dtype.itemsize == FP32.itemsize else 9
     return (widths * int(config.text_config.hidden_size) + 3 * rank) * dtype.itemsize
 
 
 def _layer_products(config: LlavaConfig) -> int:
     """Elements a token that selective recomputing keeps: of the seven linear layers and of attention."""
     text = config.text_config
-    queries, keys = _attention_widths(config)
+    queries, keys = attention_widths(config)
     return 2 * queries + 2 * keys + 2 * int(text.hidden_size) + 2 * int(text.intermediate_size)
-
-
-def _attention_widths(config: LlavaConfig) -> tuple[int, int]:
-    """Widths of a layer's queries, and of its keys or values."""
-    text = config.text_config
-    return int(text.num_attention_heads) * int(text.head_dim), int(text.num_key_value_heads) * int(text.head_dim)

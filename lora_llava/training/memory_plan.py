@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-import torch
 from transformers import LlavaConfig
 
 from lora_llava.data.sharing import Sharing, alone
 from lora_llava.device import free_memory_bytes
-from lora_llava.errors import TrainingError
-from lora_llava.modeling.stages import PartRow
+from lora_llava.errors import RecipeError, TrainingError
+from lora_llava.modeling.structure import ElementType, PartRow
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training.cost import Machine, relative_cost
-from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits
+from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits, planned_parameters
+from lora_llava.training.plan import StageRecords
 
 GIB = 1024**3
 MOST_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -60,10 +60,10 @@ class MemoryPlan:
         )
 
 
-def usable_bytes(device: torch.device, memory: int | None = None) -> int:
-    """Bytes to plan with: of a card of `memory` bytes, or of what is free on `device` now."""
+def usable_bytes(device: str, memory: int | None = None) -> int:
+    """Bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda` or `cpu`) now."""
     if memory is not None:
-        return int(USABLE * memory - (CUDA_OVERHEAD if device.type == "cuda" else 0))
+        return int(USABLE * memory - (CUDA_OVERHEAD if device == "cuda" else 0))
     return int(USABLE * free_memory_bytes(device))
 
 
@@ -76,11 +76,30 @@ class StageShapes:
     config: LlavaConfig
     table: list[PartRow]
     """Its parameters before quantisation; see `planned_parameters`."""
-    dtype: torch.dtype
+    dtype: ElementType
     longest: int
     """Tokens of the longest conversation: a micro-batch holds it whole."""
     sharing: Sharing = alone
     """What rows of a length compute of the conversations' tokens."""
+
+
+def stage_shapes(
+    recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: ElementType, records: StageRecords
+) -> StageShapes:
+    """Collect what dry run, check and run plan a stage from.
+
+    Raises RecipeError where a micro-batch of the given size does not hold the longest conversation.
+    """
+    settings = recipe.stage(stage)
+    given, longest = settings.tokens_per_micro_batch, records.longest
+    if given != "auto" and given < longest.length:
+        raise RecipeError(
+            f"stages.{stage}.tokens_per_micro_batch: is {given:,}, but {longest.where} has {longest.length:,} tokens, "
+            f"and a micro-batch must hold the longest conversation; set auto, or {longest.length:,} or more, or a "
+            f"lower stages.{stage}.max_length, which cuts conversations"
+        )
+    table = planned_parameters(recipe, stage, config, dtype)
+    return StageShapes(recipe, stage, config, table, dtype, longest.length, records.sharing(settings))
 
 
 def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import LlavaConfig
 
@@ -16,11 +16,27 @@ from lora_llava.data.records import Record, load_split
 from lora_llava.data.sharing import Sharing, sharing
 from lora_llava.device import world_size
 from lora_llava.errors import DataError
-from lora_llava.modeling.base import num_image_tokens
+from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.text import counted
-from lora_llava.training.progress import StepCounts
 from lora_llava.training.schedule import StageLength, stage_length
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """What one optimizer step holds, known from the plan."""
+
+    questions: int
+    supervised_tokens: int
+    computed_tokens: int
+
+
+class Longest(NamedTuple):
+    """The conversation that decides how many tokens a micro-batch must hold at the least."""
+
+    length: int
+    where: str
+    """File and record, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +50,16 @@ class StageRecords:
     """Records left out because they cannot be used, as `on_bad_record: skip` asks."""
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest conversation."""
-        return max(item.length for encoded in (self.train, self.validation) for item in encoded.items)
+    def longest(self) -> Longest:
+        """Find the longest conversation, of training or validation."""
+        return max(
+            (
+                Longest(item.length, record.where)
+                for encoded in (self.train, self.validation)
+                for item, record in zip(encoded.items, encoded.records, strict=True)
+            ),
+            key=lambda one: one.length,
+        )
 
     def sharing(self, stage: StageSettings) -> Sharing:
         """Tell what rows of a length compute of the conversations' tokens."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_llava.files import fsync
 from lora_llava.run_directory.output import writing_named
-
-
-@dataclass(frozen=True, slots=True)
-class StepCounts:
-    """What one optimizer step holds, known from the plan."""
-
-    questions: int
-    supervised_tokens: int
-    computed_tokens: int
+from lora_llava.training.plan import StepCounts
 
 
 class TrainLog(TrainerCallback):  # type: ignore[misc]

@@ -21,15 +21,15 @@ from lora_llava.modeling.base import BaseIdentity, LoadedModel, load_base
 from lora_llava.modeling.describe import describe_directory
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
-from lora_llava.modeling.stages import PartRow, build_stage, check_stage, train_only_what_is_saved
+from lora_llava.modeling.stages import build_stage, check_stage, train_only_what_is_saved
+from lora_llava.modeling.structure import PartRow
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.training.build import make_trainer
 from lora_llava.training.cost import Machine
 from lora_llava.training.differences import Resume, run_facts
-from lora_llava.training.memory import planned_parameters
-from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
+from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, stage_shapes, usable_bytes
 from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.training.prepare import prepare_base
 from lora_llava.training.resumable import Saver
@@ -108,7 +108,7 @@ def train_stage(
     # The data before the weights: a mistake in it shows at once.
     records, shapes = read_stage(recipe, stage, base_directory, dtype)
     attention, why = pick_attention(recipe.attn_implementation, shapes.config.text_config, device, dtype)
-    machine = Machine(device.type, usable_bytes(device, memory), attention)
+    machine = Machine(device.type, usable_bytes(device.type, memory), attention)
     found = find_checkpoint(recipe, stage, resume, console)
     chosen = stored_memory_plan(found, recipe, stage, memory) or plan_memory(shapes, machine)
     data = plan_records(records, stage, recipe.stage(stage), chosen.tokens_per_micro_batch, recipe.seed)
@@ -176,9 +176,7 @@ def read_stage(
     config, tokenizer = describe_directory(base_directory)
     records = read_records(recipe.stage(stage), config, tokenizer, recipe.seed)
     output.note_skipped(recipe.resolved_output_dir, stage, records.skipped)
-    table = planned_parameters(recipe, stage, config, dtype)
-    shared = records.sharing(recipe.stage(stage))
-    return records, StageShapes(recipe, stage, config, table, dtype, records.longest, shared)
+    return records, stage_shapes(recipe, stage, config, dtype, records)
 
 
 def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: Path | None) -> Any:

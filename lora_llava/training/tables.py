@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from lora_llava.modeling.stages import PartRow
+from lora_llava.modeling.structure import PartRow
 
 
 def parameter_table_view(rows: Sequence[PartRow], title: str) -> Table:

@@ -13,8 +13,9 @@ from lora_llava.data.batch import PackedRows
 from lora_llava.data.packing import PlanItem, tree_length
 from lora_llava.device import peak_memory_bytes
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, TREES, attention_of, set_attention
+from lora_llava.modeling.attention import attention_of, set_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.modeling.structure import BF16, FLEX, TREES, ElementType
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller
 
@@ -51,14 +52,14 @@ def try_longest_row(
     return lengths[longest]
 
 
-def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) -> None:
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in row.items()}
     was_training = model.training
     model.train()
     try:
         for _ in range(STEPS):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == BF16.itemsize):
                 loss = packed_loss(model, batch, max(1, batch["labels"].numel()))
             loss.backward()
     finally:

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_llava.modeling.base import PROJECTOR
 from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.training.guards import NonFiniteGuard
-from lora_llava.training.progress import StepCounts
+from lora_llava.training.plan import StepCounts
 
 REMEMBERED, FEWEST = 50, 10
 """Steps whose gradient norms a new one is compared with, at most and at least."""

@@ -23,7 +23,8 @@ from lora_llava.artifact import (
     read_manifest,
 )
 from lora_llava.errors import ArtifactError
-from lora_llava.modeling.base import PROJECTOR, LoadedModel, hash_weights, projector_state
+from lora_llava.modeling.base import LoadedModel, hash_weights, projector_state
+from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe_stages import StageName
 from tests.helpers.artifacts import CPU, FILES, logits, save, train
 from tests.helpers.tiny import save_tiny_base, tiny_llava

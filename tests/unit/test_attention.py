@@ -13,9 +13,6 @@ from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.batch import build_row
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import (
-    FLEX,
-    SDPA,
-    TREES,
     additive_mask,
     as_trees,
     attention_of,
@@ -25,6 +22,7 @@ from lora_llava.modeling.attention import (
     with_sdpa,
 )
 from lora_llava.modeling.packed import llava_in, packed_logits
+from lora_llava.modeling.structure import FLEX, SDPA, TREES
 from tests.parity.test_packed import branches, build_model, row_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -14,8 +14,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from lora_llava.cli import cli
-from lora_llava.modeling.base import LANGUAGE_MODEL, PROJECTOR, drop_unused_layers, read_config
+from lora_llava.modeling.base import drop_unused_layers
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.stages import build_stage, parameter_table
+from lora_llava.modeling.structure import LANGUAGE_MODEL, PROJECTOR
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import load_recipe
 from lora_llava.training.memory import expected_memory, in_4_bits, planned_parameters

@@ -15,8 +15,9 @@ import lora_llava.training.feature_cache as feature_cache
 from lora_llava.data.batch import ImageTransform, PackedRows
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.base import VISION_TOWER, drop_unused_layers
+from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.modeling.structure import VISION_TOWER
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.plan import cache_offer
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD

@@ -24,7 +24,7 @@ from lora_llava.export.options import ExportOptions
 from lora_llava.imports import import_any
 from lora_llava.imports.options import ImportOptions
 from lora_llava.merge.run import merge_artifact
-from lora_llava.modeling.base import read_config
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles, write_weights
 from lora_llava.modeling.names import EMBEDDINGS, HEAD
 from lora_llava.modeling.original import from_original_name

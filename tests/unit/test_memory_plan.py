@@ -18,11 +18,13 @@ from lora_llava.data.batch import build_row
 from lora_llava.data.packing import PlanItem
 from lora_llava.data.sharing import sharing
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, TREES, set_attention
-from lora_llava.modeling.base import BaseIdentity, load_base, read_config
+from lora_llava.modeling.attention import set_attention
+from lora_llava.modeling.base import BaseIdentity, load_base
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.recompute import set_recompute
-from lora_llava.modeling.stages import PartRow, build_stage
+from lora_llava.modeling.stages import build_stage
+from lora_llava.modeling.structure import FLEX, TREES, PartRow
 from lora_llava.recipe import AdapterSettings, Recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.training.cost import Machine

@@ -20,7 +20,8 @@ from lora_llava.merge import run as merge_run
 from lora_llava.merge.adapter import Adapter
 from lora_llava.merge.run import merge_artifact
 from lora_llava.merge.stream import through_nf4
-from lora_llava.modeling.base import BaseIdentity, dequantize, hash_weights, load_base, read_config
+from lora_llava.modeling.base import BaseIdentity, dequantize, hash_weights, load_base
+from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles
 from lora_llava.modeling.names import memory_name
 from lora_llava.modeling.stages import is_quantized

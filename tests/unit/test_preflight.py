@@ -17,8 +17,8 @@ from transformers import LlavaConfig
 
 from lora_llava.artifact import file_sha256
 from lora_llava.cli import cli
-from lora_llava.modeling.base import num_image_tokens
 from lora_llava.modeling.layout import expected_shapes
+from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.preflight.shapes import LlavaShape
 from lora_llava.recipe_file import load_recipe
 from tests.helpers.artifacts import make_artifact

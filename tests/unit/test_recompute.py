@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lora_llava.modeling.recompute as recompute
 from lora_llava.data.batch import Batch, build_row
-from lora_llava.modeling.attention import TREES, set_attention
+from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.stages import build_stage
+from lora_llava.modeling.structure import TREES
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import GradientCheckpointing
 from tests.helpers.tiny import IMAGE_SIZE, tiny_config, tiny_llava

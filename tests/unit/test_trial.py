@@ -12,8 +12,9 @@ import lora_llava.training.trial as trial
 from lora_llava.data.batch import Batch
 from lora_llava.data.packing import PlanItem
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import FLEX, TREES, attention_of, set_attention
+from lora_llava.modeling.attention import attention_of, set_attention
 from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import FLEX, TREES
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory_plan import StageShapes, plan_memory
 from tests.parity.test_packed import branches, build_model, row_of

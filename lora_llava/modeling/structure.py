@@ -1,0 +1,218 @@
+"""What a LLaVA consists of, told by its configuration: parts, tokens of an image, parameters. Without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lora_llava.errors import ModelError, TrainingError
+from lora_llava.recipe import AdapterSettings
+from lora_llava.recipe_stages import StageName
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
+
+VISION_TOWER = "model.vision_tower"
+PROJECTOR = "model.multi_modal_projector"
+LANGUAGE_MODEL = "model.language_model"
+LM_HEAD = "lm_head"
+PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, LM_HEAD)
+"""Names of the four parts in memory; every selection of modules is anchored on these alone."""
+
+Attention = str
+"""How training attends: with SDPA tree by tree, or with `flex_attention`, which skips the blocks of the mask that hold
+nothing; and transformers' `sdpa`, which answers."""
+TREES, FLEX, SDPA = "sdpa_by_tree", "flex_attention", "sdpa"
+
+HEAD_CHUNK = 512
+"""Supervised rows whose logits exist at one time: 512 x 32,064 in fp32 are 63 MiB."""
+
+
+class ElementType(Protocol):
+    """What is needed of the type of a tensor's elements; `torch.dtype` has it."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A type of elements where PyTorch is not imported."""
+
+    name: str
+    itemsize: int
+
+    def __str__(self) -> str:
+        """Name the type as PyTorch does."""
+        return self.name
+
+
+FP32, BF16 = Precision("float32", 4), Precision("bfloat16", 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """What one part of a built model holds; counts are of elements, `bytes` of memory."""
+
+    part: str
+    total: int
+    trainable: int
+    quantized: int
+    adapter: int
+    dtypes: str
+    bytes: int
+
+
+def attention_on_cpu(setting: str) -> Attention:
+    """Return the attention of a run on a CPU; TrainingError if `setting` asks for another."""
+    if setting == FLEX:
+        raise TrainingError(
+            "attn_implementation: flex_attention has no backward pass on a CPU; set auto or sdpa, or run on CUDA"
+        )
+    return TREES
+
+
+def part_of(name: str) -> str:
+    """Name the part that a parameter or module of the (unwrapped) model belongs to; ModelError if none."""
+    for part in PARTS:
+        if name == part or name.startswith(part + "."):
+            return part
+    raise ModelError(f"{name!r} belongs to none of the parts {', '.join(PARTS)}")
+
+
+def num_image_tokens(config: LlavaConfig) -> int:
+    """Count the vision tower's output tokens: one a patch, and the class token where the strategy keeps it."""
+    return _patches(config) + (1 if config.vision_feature_select_strategy == "full" else 0)
+
+
+def _patches(config: LlavaConfig) -> int:
+    return (int(config.vision_config.image_size) // int(config.vision_config.patch_size)) ** 2
+
+
+def used_layers(config: LlavaConfig) -> int:
+    """Count the vision tower's layers up to the one whose output is projected; those behind it are dropped."""
+    layers = int(config.vision_config.num_hidden_layers)
+    # Hidden state 0 is the embeddings'. Counted from the front it stays the same when layers behind it go.
+    wanted = int(config.vision_feature_layer)
+    wanted = wanted if wanted >= 0 else layers + 1 + wanted
+    # transformers takes a 0 for "no hidden states".
+    return wanted or layers
+
+
+def attention_widths(config: LlavaConfig) -> tuple[int, int]:
+    """Return the widths of a layer's queries, and of its keys or values, all heads together."""
+    text = config.text_config
+    return int(text.num_attention_heads) * int(text.head_dim), int(text.num_key_value_heads) * int(text.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Shape of a linear layer."""
+
+    inputs: int
+    outputs: int
+    bias: bool
+
+    @property
+    def size(self) -> int:
+        """Count its parameters."""
+        return self.inputs * self.outputs + self.outputs * self.bias
+
+
+def layer_linears(config: LlavaConfig) -> dict[str, Linear]:
+    """Return the linear layers of one of the language model's layers, by name."""
+    text = config.text_config
+    queries, keys = attention_widths(config)
+    width, wide = int(text.hidden_size), int(text.intermediate_size)
+    attention, mlp = bool(text.attention_bias), bool(text.mlp_bias)
+    return {
+        "q_proj": Linear(width, queries, attention),
+        "k_proj": Linear(width, keys, attention),
+        "v_proj": Linear(width, keys, attention),
+        "o_proj": Linear(queries, width, attention),
+        "gate_proj": Linear(width, wide, mlp),
+        "up_proj": Linear(width, wide, mlp),
+        "down_proj": Linear(wide, width, mlp),
+    }
+
+
+def linear_weights(config: LlavaConfig) -> int:
+    """Count the weights of the language model's linear layers, without the head."""
+    one = sum(linear.inputs * linear.outputs for linear in layer_linears(config).values())
+    return int(config.text_config.num_hidden_layers) * one
+
+
+def adapted_names(target_modules: str | list[str], linears: set[str]) -> set[str]:
+    """Return the names of the linear layers that LoRA adapts; ModelError for one that the language model lacks."""
+    wanted = linears if isinstance(target_modules, str) else set(target_modules)
+    if unknown := wanted - linears:
+        raise ModelError(
+            f"adapter.target_modules: no linear layer {', '.join(sorted(unknown))} in the language model; "
+            f"it has {', '.join(sorted(linears))}"
+        )
+    return wanted
+
+
+def stage_parameters(
+    config: LlavaConfig, stage: StageName, adapter: AdapterSettings, dtype: ElementType
+) -> list[PartRow]:
+    """Count the parameters of a stage's model by formula, as `stages.parameter_table` counts those of a built one.
+
+    Frozen ones are in `dtype`, trained ones in fp32, and nothing is quantized. Raises ModelError for a LoRA target
+    that the language model lacks.
+    """
+    return list(_part_rows(config, stage, adapter, dtype))
+
+
+def _part_rows(
+    config: LlavaConfig, stage: StageName, adapter: AdapterSettings, dtype: ElementType
+) -> Iterator[PartRow]:
+    text, name = config.text_config, str(dtype).removeprefix("torch.")
+    vision = vision_parameters(config)
+    yield PartRow(VISION_TOWER, vision, 0, 0, 0, name, vision * dtype.itemsize)
+    # PEFT keeps the projector as it was, frozen, beside the trained copy; both in fp32.
+    first, second = projector_linears(config)
+    trained = first.size + (0 if config.projector_hidden_act == "linear" else second.size)
+    projector = first.size + second.size
+    yield PartRow(PROJECTOR, projector, trained, 0, 0, "float32", 2 * 4 * projector)
+    vocabulary = int(text.vocab_size) * int(text.hidden_size)
+    lora = lora_parameters(config, adapter) if stage == "instruct" else 0
+    language = vocabulary + _decoder_parameters(config)
+    dtypes = ", ".join(sorted({name, "float32"} if lora else {name}))
+    yield PartRow(LANGUAGE_MODEL, language, lora, 0, lora, dtypes, language * dtype.itemsize + 4 * lora)
+    head = 0 if config.tie_word_embeddings else vocabulary
+    yield PartRow(LM_HEAD, head, 0, 0, 0, name if head else "", head * dtype.itemsize)
+
+
+def vision_parameters(config: LlavaConfig) -> int:
+    """Count the parameters of CLIP's vision tower, without the layers that are dropped."""
+    vision = config.vision_config
+    width, wide = int(vision.hidden_size), int(vision.intermediate_size)
+    embeddings = width * (1 + int(vision.num_channels) * int(vision.patch_size) ** 2 + _patches(config) + 1)
+    layer = 4 * (width + 1) * width + (width + 1) * wide + (wide + 1) * width + 4 * width
+    return embeddings + used_layers(config) * layer + 4 * width
+
+
+def projector_linears(config: LlavaConfig) -> tuple[Linear, Linear]:
+    """Return the two linear layers of the projector."""
+    width, bias = int(config.text_config.hidden_size), bool(config.multimodal_projector_bias)
+    return Linear(int(config.vision_config.hidden_size), width, bias), Linear(width, width, bias)
+
+
+def _decoder_parameters(config: LlavaConfig) -> int:
+    text = config.text_config
+    width, linears = int(text.hidden_size), layer_linears(config)
+    layer = sum(linear.size for linear in linears.values()) + 2 * width
+    return int(text.num_hidden_layers) * layer + width
+
+
+def lora_parameters(config: LlavaConfig, adapter: AdapterSettings) -> int:
+    """Count LoRA's parameters on the language model: A and B of each adapted layer, and DoRA's magnitudes."""
+    linears = layer_linears(config)
+    adapted = [linears[name] for name in adapted_names(adapter.target_modules, set(linears))]
+    one = sum(adapter.r * (linear.inputs + linear.outputs) for linear in adapted)
+    if adapter.type == "dora":
+        one += sum(linear.outputs for linear in adapted)
+    return int(config.text_config.num_hidden_layers) * one

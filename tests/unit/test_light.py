@@ -1,0 +1,228 @@
+"""Dry run, check and inspect without PyTorch: the same numbers and ids, in a fraction of the time and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerFast
+
+from lora_llava.modeling.base import drop_unused_layers, meta_model
+from lora_llava.modeling.stages import build_stage, parameter_table
+from lora_llava.modeling.structure import BF16, FP32, PROJECTOR, stage_parameters
+from lora_llava.recipe import AdapterSettings
+from tests.helpers.runs import write_data, write_recipe
+from tests.helpers.tiny import tiny_config, tiny_tokenizer
+
+VICUNA = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding" / "tokenizer"
+MEMORY, SECONDS = 250e6, 5.0
+"""Bytes at the peak, and seconds of CPU time; without other work on two cores 1.7 were measured."""
+
+Change = Callable[[LlavaConfig], Any]
+
+
+def tie(config: LlavaConfig) -> None:
+    for part in (config, config.text_config):
+        part.tie_word_embeddings = True
+
+
+CHANGES: dict[str, Change] = {
+    "as it is": lambda config: config,
+    "tied": tie,
+    "biases": lambda config: config.text_config.update({"attention_bias": True, "mlp_bias": True}),
+    "linear": lambda config: config.update({"projector_hidden_act": "linear"}),
+    "no projector bias": lambda config: config.update({"multimodal_projector_bias": False}),
+    "last layer": lambda config: config.update({"vision_feature_layer": -1}),
+    "first layer": lambda config: config.update({"vision_feature_layer": 1}),
+    "embeddings": lambda config: config.update({"vision_feature_layer": 0}),
+    "class token": lambda config: config.update({"vision_feature_select_strategy": "full"}),
+    "wide heads": lambda config: config.text_config.update({"head_dim": 20, "num_key_value_heads": 1}),
+    "larger": lambda config: config.vision_config.update({"num_hidden_layers": 5, "image_size": 56, "num_channels": 4}),
+}
+ADAPTERS = [
+    {"r": 4},
+    {"r": 3, "type": "rslora", "target_modules": ["q_proj", "down_proj"]},
+    {"r": 2, "type": "dora"},
+]
+
+
+def built(config: LlavaConfig, stage: Any, adapter: AdapterSettings, dtype: torch.dtype) -> Any:
+    model: Any = meta_model(config).to(dtype)
+    model.get_submodule(PROJECTOR).float()
+    drop_unused_layers(model)
+    return parameter_table(build_stage(model, stage, adapter))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS], ids=["align", "lora", "rslora", "dora"])
+def test_k26_parameters_by_formula_are_those_of_a_built_model(name: str, adapter: dict[str, Any] | None) -> None:
+    stage: Any = "align" if adapter is None else "instruct"
+    settings = AdapterSettings(**(adapter or {}))
+    for ours, theirs in ((FP32, torch.float32), (BF16, torch.bfloat16)):
+        config = tiny_config(layers=3)
+        CHANGES[name](config)
+        expected = stage_parameters(config, stage, settings, ours)
+        assert expected == stage_parameters(config, stage, settings, theirs)
+        assert expected == built(config, stage, settings, theirs)
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """A tokenizer of pieces with a space mark and byte fallback, as Llama's fast ones."""
+    pieces = ["<unk>", "<s>", "</s>", "<image>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abeinorstuy"]
+    merges = [("\u2581", "a"), ("i", "s"), ("\u2581", "is"), ("t", "o")]
+    pieces += ["".join(pair) for pair in merges]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.ByteFallback()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def llama3() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that splits digits and words as Llama 3's."""
+    made = tiny_tokenizer()
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s+|[^\s\p{N}]+"), "isolated")
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return made
+
+
+TEXTS = [
+    "What is it?",
+    "  two  spaces",
+    "\nline\n\n",
+    "1,234.5 cm",
+    "</s> <image> <s>",
+    "ä\u00df \U0001f600 \u4e2d",
+    "",
+]
+ASK = """
+import json, sys
+sys.modules["torch"] = None
+from transformers import AutoTokenizer
+from lora_llava.templates import tokenise
+for directory in sys.argv[2:]:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    texts = json.loads(sys.argv[1])
+    print(json.dumps([tokenise(tokenizer, texts, trusted=trusted) for trusted in (True, False)]))
+"""
+
+
+def test_k26_every_kind_of_tokenizer_gives_the_same_ids_without_torch(tmp_path: Path) -> None:
+    from lora_llava.templates import tokenise
+
+    directories = [VICUNA]
+    for name, made in (("bytes", tiny_tokenizer()), ("metaspace", metaspace()), ("llama3", llama3())):
+        directories.append(tmp_path / name)
+        made.save_pretrained(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(TEXTS), *map(str, directories)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == len(directories)
+    for directory, line in zip(directories, done.stdout.splitlines(), strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        assert json.loads(line) == [tokenise(tokenizer, TEXTS, trusted=trusted) for trusted in (True, False)], directory
+
+
+RUN = """
+import re, resource, sys
+from pathlib import Path
+from lora_llava.cli import cli
+try:
+    cli(sys.argv[1:], prog_name="lora-llava")
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+    assert sys.modules["torch"] is None
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    # Not ru_maxrss: it begins with what the process that started this one held.
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    print("USED", used.ru_utime + used.ru_stime, 1024 * int(peak[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("light")
+    write_data(directory)
+    write_recipe(directory, {"model_name_or_path": str(tiny_base)})
+    return directory
+
+
+def costs(project: Path, *args: str) -> tuple[float, float, str]:
+    """Run a command in a process of its own; returns its CPU time, its peak memory and its output."""
+    command = [sys.executable, "-c", RUN, *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [used] = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("USED")]
+    return float(used[0]), float(used[1]), done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["finetune", "tiny.yaml", "--dry-run"],
+        ["finetune", "tiny.yaml", "precision=bf16", "--dry-run"],
+        ["check", "tiny.yaml", "--output", "check"],
+        ["inspect", "tiny.yaml"],
+    ],
+    ids=lambda args: "-".join(args[::2]),
+)
+def test_k26_commands_that_look_ahead_do_without_torch(project: Path, args: list[str]) -> None:
+    seconds, memory, _ = costs(project, *args)
+    assert seconds < SECONDS
+    assert memory < MEMORY
+
+
+def test_k62_check_and_dry_run_say_the_same(project: Path) -> None:
+    memory = ["stages.align.tokens_per_micro_batch=auto", "stages.instruct.tokens_per_micro_batch=auto"]
+    _, _, planned = costs(project, "finetune", "tiny.yaml", *memory, "--dry-run")
+    _, _, checked = costs(project, "check", "tiny.yaml", *memory, "--output", "same")
+    plans = json.loads((project / "same" / "check.json").read_text(encoding="utf-8"))["plans"]
+    for stage in ("align", "instruct"):
+        plan = plans[stage]
+        tokens, saved = f"{plan['computed_tokens']:,} tokens", f"{plan['share_saved_by_packing']:.0%} saved by packing"
+        assert f"{tokens}, {saved}" in planned
+        assert f"{tokens}, {saved}" in checked
+    assert plans["instruct"]["share_saved_by_packing"] > 0.4
+
+
+def changed(project: Path, **settings: object) -> str:
+    recipe = yaml.safe_load((project / "tiny.yaml").read_text(encoding="utf-8"))
+    recipe["stages"]["instruct"] |= settings
+    path = project / "changed.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path.name
+
+
+def test_k62_a_micro_batch_is_compared_with_the_longest_conversation(project: Path) -> None:
+    recipe = changed(project, max_length=2048, tokens_per_micro_batch=200)
+    costs(project, "finetune", recipe, "--dry-run")
+    costs(project, "check", recipe, "--output", "fits")
+
+
+@pytest.mark.parametrize("args", [["finetune", "--dry-run"], ["finetune"], ["check", "--output", "small"]])
+def test_k62_a_micro_batch_too_small_names_both_lengths(project: Path, args: list[str]) -> None:
+    recipe = changed(project, max_length=2048, tokens_per_micro_batch=20)
+    code = "import sys; from lora_llava.cli import main; main()"
+    command = [sys.executable, "-c", code, args[0], recipe, "stages.align=null", *args[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert "stages.instruct.tokens_per_micro_batch: is 20, but train.json, record" in said
+    longest = json.loads((project / "fits" / "check.json").read_text(encoding="utf-8"))["plans"]["instruct"]
+    assert f"has {longest['longest_conversation']} tokens" in said
