@@ -7,7 +7,7 @@ SOURCES := lora_llava tools tests benchmarks
 # llama.cpp as npm has it, for the CPU alone; the tests marked `node` ask it what it makes of exported files.
 LLAMA_NODE := 1.7.15
 
-.PHONY: quickstart node test fuzz torture check bench clean
+.PHONY: quickstart node test fuzz torture mutants check bench clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,13 @@ fuzz: $(VENV)/installed
 torture: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --kills=20 tests/torture
 
+# Which changes of the heart does no test see? The modules are named in pyproject.toml, the survivors in docs/mutants.md.
+mutants: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mutants]'
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
+
 check: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -46,4 +53,4 @@ bench: $(VENV)/installed
 
 # Not runs/: what is trained there may have cost days.
 clean:
-	rm -rf $(VENV) .node build dist *.egg-info quickstart
+	rm -rf $(VENV) .node mutants build dist *.egg-info quickstart

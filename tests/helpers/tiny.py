@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,14 +35,15 @@ _MERGES = [
 ]  # fmt: skip
 
 
-def tiny_tokenizer(*, add_bos: bool = True) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, add_bos: bool = True, more_merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
     """Build a byte-level BPE tokenizer; it puts `<s>` first (as Llama's does) unless `add_bos` is false."""
+    merges = [*_MERGES, *more_merges]
     vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab.setdefault(symbol, len(vocab))
-    for left, right in _MERGES:
+    for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_MERGES, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])

@@ -28,10 +28,10 @@ Tree = Sequence[Encoded]
 Gradients = dict[str, torch.Tensor]
 
 
-def build_model(dtype: torch.dtype = torch.float32, kind: str = "lora") -> Any:
+def build_model(dtype: torch.dtype = torch.float32, kind: str = "lora", layers: int = 2) -> Any:
     """A tiny LLaVA in stage instruct; LoRA's B is not zero, so that every gradient counts."""
     torch.manual_seed(0)
-    model = build_stage(tiny_llava(seed=3), "instruct", AdapterSettings(type=kind, r=4, lora_alpha=8.0))
+    model = build_stage(tiny_llava(seed=3, layers=layers), "instruct", AdapterSettings(type=kind, r=4, lora_alpha=8.0))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -281,3 +281,56 @@ def test_the_silent_mistakes_would_be_seen_here(
     batch = mistake(model, row_of(trees, torch.float32), monkeypatch)
     loss = F.cross_entropy(packed_logits(model, batch).float(), batch["shift_labels"])
     assert error(gradients(model, loss), theirs) > 1e-3
+
+
+def test_k32_of_more_than_two_layers_the_last_is_the_one_cut_short() -> None:
+    deep = build_model(layers=3)
+    trees = [branches(3), branches(2)]
+    ours_loss, ours = packed(deep, trees)
+    theirs_loss, theirs = separate(deep, trees)
+    assert float(ours_loss) == pytest.approx(float(theirs_loss), rel=1e-6)
+    assert error(ours, theirs) < TOLERANCE[torch.float32]
+
+
+class Wrapper(torch.nn.Module):
+    """Wraps a model as data parallelism does, and keeps what it was called with."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.module = model
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, **inputs: Any) -> Any:
+        self.seen = inputs
+        return self.module(**inputs)
+
+
+def test_k32_a_wrapped_model_is_called_as_a_whole_and_keeps_no_cache(model: Any) -> None:
+    wrapper, row = Wrapper(model), row_of([branches(2)], dtype_of(model))
+    count = row["labels"].numel()
+    assert torch.equal(packed_loss(wrapper, row, count), packed_loss(model, row, count))
+    assert wrapper.seen["use_cache"] is False
+    assert llava_in(wrapper) is llava_in(model)
+
+
+def test_k32_a_model_without_an_adapter_is_its_own_llava() -> None:
+    plain = tiny_llava()
+    assert llava_in(plain) is plain
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_k32_gradients_can_be_asked_for_without_a_backward_pass(
+    model: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    # As the guard does, which looks for the record whose gradient is not finite.
+    monkeypatch.setattr(packed_module, "HEAD_CHUNK", chunk)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    row = row_of([branches(3)], dtype_of(model))
+    loss = packed_loss(model, row, row["labels"].numel())
+    found = torch.autograd.grad(loss, list(trained.values()))
+    assert error(dict(zip(trained, found, strict=True)), separate(model, [branches(3)])[1]) < TOLERANCE[dtype_of(model)]
+
+
+def test_k32_the_head_computes_in_its_own_precision() -> None:
+    head = torch.nn.Linear(8, 5, bias=False, dtype=torch.bfloat16)
+    assert packed_module._head_logits(head, torch.ones(2, 8)).dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import (
     additive_mask,
     as_trees,
+    attend_by_tree,
     attention_of,
     block_mask,
     check_attention,
+    masked_inputs,
     set_attention,
     with_sdpa,
 )
@@ -144,3 +147,79 @@ def test_attentions_are_compared_on_trees() -> None:
     assert tried[0].unique().tolist() == [0, 1, 2, 3]
     assert tried[1].unique().tolist() == list(range(17))
     assert int((tried[1] == 0).sum()) == 4 * choice.TRIED_PREFIX
+
+
+def test_k32_masks_are_made_where_the_segments_are() -> None:
+    places = segments().to("meta")
+    assert additive_mask(places, torch.float32).device.type == "meta"
+    assert additive_mask(places, torch.float32, torch.tensor([1, 2], device="meta")).shape == (1, 1, 2, 7)
+
+
+def test_k32_sdpa_takes_plain_text_trees_and_the_places_that_predict() -> None:
+    row = row_of([branches(3), branches(1)], torch.float32)
+    inputs = masked_inputs(row, TREES, torch.float32)
+    # All ones: transformers then neither guesses a packing from the positions nor makes a mask.
+    assert torch.equal(inputs.pop("attention_mask"), torch.ones_like(row["input_ids"]))
+    assert inputs.pop("trees")[0].length == int(row["tree_spans"][0, 2])
+    queries = inputs.pop("at_the_end")
+    assert torch.equal(queries.places, row["predicting_places"])
+    assert torch.equal(queries.mask[0, 0], additive_mask(row["segments"], torch.float32)[0, 0, queries.places])
+    assert inputs.keys() == {"input_ids", "position_ids"}
+
+
+def test_k32_rows_of_flex_attention_are_filled_up_with_tokens_that_nothing_sees() -> None:
+    row = row_of([branches(3), branches(1)], torch.float32)
+    inputs = masked_inputs(row, FLEX, torch.float32)
+    length, whole = row["input_ids"].shape[1], inputs["input_ids"].shape[1]
+    assert whole % 128 == 0
+    assert length < whole < length + 128
+    assert inputs["position_ids"].shape[1] == whole
+    assert torch.equal(inputs["input_ids"][:, :length], row["input_ids"])
+    sees = create_mask(inputs["attention_mask"].mask_mod, None, None, whole, whole, device="cpu")[0, 0]
+    assert not sees[length:, :length].any()
+    assert not sees[:length, length:].any()
+
+
+class Layer:
+    """What attention asks a decoder layer's attention module."""
+
+    num_key_value_groups = 1
+    config = SimpleNamespace(num_hidden_layers=3)
+
+    def __init__(self, index: int) -> None:
+        self.layer_idx = index
+
+
+def attended(index: int, scaling: float, width: int, at_the_end: bool) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Attend in layer `index` of three; returns that, plain softmax attention by the dense mask, and `places`."""
+    row = row_of([branches(3), branches(1)], torch.float32)
+    query, key, value = torch.randn(3, 1, 2, row["input_ids"].shape[1], width, generator=torch.manual_seed(0))
+    inputs = masked_inputs(row, TREES, torch.float32)
+    queries = inputs["at_the_end"] if at_the_end else None
+    ours, weights = attend_by_tree(
+        Layer(index), query, key, value, None, trees=inputs["trees"], scaling=scaling, at_the_end=queries
+    )
+    assert weights is None
+    scores = query @ key.transpose(2, 3) * scaling + additive_mask(row["segments"], torch.float32)
+    return ours, (scores.softmax(-1) @ value).transpose(1, 2), row["predicting_places"].tolist()
+
+
+# A width that is also the length of a tree must not be taken for it.
+FIRST_TREE = int(row_of([branches(3), branches(1)], torch.float32)["tree_spans"][0, 2])
+
+
+@pytest.mark.parametrize("scaling", [0.05, 1.0])
+@pytest.mark.parametrize("width", [12, FIRST_TREE])
+@pytest.mark.parametrize(("index", "at_the_end"), [(0, True), (1, True), (2, False)])
+def test_k32_attention_by_trees_is_that_of_the_dense_mask(
+    scaling: float, width: int, index: int, at_the_end: bool
+) -> None:
+    ours, dense, _ = attended(index, scaling, width, at_the_end)
+    assert torch.allclose(ours, dense, atol=1e-5)
+
+
+def test_k32_the_last_layer_attends_where_something_is_predicted_and_nowhere_else() -> None:
+    ours, dense, places = attended(2, 0.3, 12, at_the_end=True)
+    assert torch.allclose(ours[:, places], dense[:, places], atol=1e-5)
+    ours[:, places] = 0
+    assert not ours.any()

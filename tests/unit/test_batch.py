@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lora_llava.conversation import IGNORE_INDEX, Encoded
 from lora_llava.data.batch import build_row
@@ -26,3 +27,40 @@ def test_row_by_hand() -> None:
     assert row["predict_positions"].tolist() == [2, 1, 5]
     assert row["shift_labels"].tolist() == row["labels"].tolist() == [4, 5, 7]
     assert row["segments"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 1, 1]]
+    assert row["tree_spans"].tolist() == [[0, 4, 5], [5, 7, 7]]
+    assert row["predicting_places"].tolist() == [1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(Encoded([1, 9, 5], [IGNORE_INDEX] * 2 + [5], 2), id="other tokens, same length"),
+        pytest.param(Encoded([1, 2, 5], [IGNORE_INDEX] * 2 + [5], 1), id="same tokens, other length"),
+    ],
+)
+def test_k32_a_prefix_is_shared_in_tokens_and_in_length(other: Encoded) -> None:
+    first = Encoded([1, 2, 3], [IGNORE_INDEX, IGNORE_INDEX, 3], 2)
+    with pytest.raises(ValueError, match="share their prefix"):
+        build_row([[first, other]])
+
+
+def test_k32_the_first_token_of_a_row_is_predicted_by_nothing() -> None:
+    row = build_row([[Encoded([6, 7], [6, 7], 0)]])
+    assert row["predict_positions"].tolist() == [0]
+    assert row["shift_labels"].tolist() == [7]
+
+
+def test_k32_an_empty_row_has_the_types_and_shapes_of_any_other() -> None:
+    row = build_row([])
+    assert {tensor.dtype for tensor in row.values()} == {torch.long}
+    shapes = {name: tuple(tensor.shape) for name, tensor in row.items()}
+    assert shapes == {
+        "input_ids": (1, 0),
+        "position_ids": (1, 0),
+        "segments": (2, 0),
+        "tree_spans": (0, 3),
+        "predict_positions": (0,),
+        "predicting_places": (0,),
+        "labels": (0,),
+        "shift_labels": (0,),
+    }

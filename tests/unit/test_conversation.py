@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lora_llava.conversation import (
     IGNORE_INDEX,
@@ -188,14 +191,8 @@ def test_tokenizer_without_the_markers_is_refused() -> None:
     with pytest.raises(ModelError, match="the tokenizer has none") as caught:
         run(talk("q", "a"), tokenizer=tokenizer)
     assert str(caught.value).startswith(WHERE)
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     with pytest.raises(ModelError, match=r"needs the token <\|im_start\|>") as caught:
-        run(talk("q", "a"), "chatml", tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+        run(talk("q", "a"), "chatml", tokenizer=without_markers())
     assert str(caught.value).startswith(WHERE)
 
 
@@ -210,3 +207,79 @@ def test_plain_has_no_system_text() -> None:
     with pytest.raises(RecipeError, match="plain has no system text"):
         get_template("plain", "Be brief.")
     assert get_template("plain", "") == TEMPLATES["plain"]
+
+
+def melting_tokenizer() -> Any:
+    """Build a tokenizer in which a second line feed melts into the template's, as in most that are in use."""
+    return tiny_tokenizer(more_merges=[("Ċ", "Ċ")])
+
+
+def spaced_tokenizer() -> Any:
+    """Build a tokenizer of letters that begins every text with a space piece, as those of the first Llamas do."""
+    symbols = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "▁", *map(chr, range(32, 127)), "\n"]
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in symbols[:4]])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def without_markers() -> Any:
+    """Build a tokenizer of single bytes that knows no marker of any template."""
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("text", ["\nyes", "\n</s>", "\n\n<|im_end|>"])
+def test_k32_text_that_melts_into_the_template_stays_text(text: str) -> None:
+    tokenizer = melting_tokenizer()
+    encoded = run(talk("What?", text), "chatml", tokenizer=tokenizer)
+    answer = [label for label in encoded.labels if label != IGNORE_INDEX]
+    assert answer[-1] == IM_END_ID
+    assert not {EOS_ID, IM_END_ID} & set(answer[:-1])
+    assert tokenizer.decode(answer[:-1]) == text
+    # What stands before the answer is the same whatever the answer is.
+    prompt = encode_prompt(talk("What?"), get_template("chatml"), tokenizer, **OPTIONS)
+    assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
+def test_k32_no_space_is_put_before_a_text_that_follows_a_line_feed() -> None:
+    tokenizer = spaced_tokenizer()
+    encoded = run(talk("What?", "yes", "no?", "on"), "chatml", tokenizer=tokenizer)
+    answers = [tokenizer.convert_ids_to_tokens(label) for label in encoded.labels if label != IGNORE_INDEX]
+    assert answers == ["y", "e", "s", "<|im_end|>", "o", "n", "<|im_end|>"]
+    assert "▁W" not in "".join(tokenizer.convert_ids_to_tokens(encoded.input_ids))
+
+
+def test_k32_an_image_in_a_later_turn_stands_after_that_turns_prefix() -> None:
+    encoded = run(talk("hi", "yes", "<image>\nWhat?", "no"))
+    image = "<image>" * 4
+    system = TEMPLATES["vicuna_v1"].system
+    assert written(encoded) == f"<s>{system} USER: hi ASSISTANT: yes</s>USER: {image}\nWhat? ASSISTANT: no</s>"
+
+
+def test_k32_an_image_that_fills_the_length_is_whole_and_leaves_nothing_to_learn() -> None:
+    image_end = 5  # <s> and four tokens of the image.
+    with pytest.raises(DataError, match="nothing to learn"):
+        run(talk("<image>", "a cat"), "plain", max_length=image_end)
+    with pytest.raises(DataError, match="would cut through the image, which ends at token 5"):
+        run(talk("<image>", "a cat"), "plain", max_length=image_end - 1)
+
+
+def test_k32_a_cut_is_noted_and_nothing_else() -> None:
+    whole = run(talk("What?", "yes"))
+    assert whole.is_cut is False
+    length = len(whole.input_ids)
+    assert run(talk("What?", "yes"), max_length=length).is_cut is False
+    assert run(talk("What?", "yes"), max_length=length - 1).is_cut is True
+
+
+def test_k32_errors_of_a_prompt_name_its_record() -> None:
+    with pytest.raises(DataError, match=rf"^{re.escape(WHERE)}: template plain takes one image"):
+        encode_prompt(talk("What?"), get_template("plain"), TOKENIZER, **OPTIONS)
+    with pytest.raises(DataError, match=r"got 3 turns"):
+        encode_prompt(talk("<image>", "a cat", "More?"), get_template("plain"), TOKENIZER, **OPTIONS)
+    with pytest.raises(ModelError, match=rf"^{re.escape(WHERE)}: "):
+        encode_prompt(talk("What?"), get_template("chatml"), without_markers(), **OPTIONS)

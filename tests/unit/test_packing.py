@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lora_llava.data import packing
 from lora_llava.data.packing import Plan, PlanItem, make_plan, plan_in_order, tree_length
 
 PREFIX = 10
@@ -201,3 +202,79 @@ def test_evaluation_rows_hold_every_conversation_once_in_whole_trees() -> None:
     assert len(groups) == len(set(groups))
     assert plan_in_order(items, tokens_per_row=64) == plan_in_order(items, tokens_per_row=64)
     assert plan_in_order([], tokens_per_row=64) == []
+
+
+def test_k32_the_plan_of_a_seed_stays_what_it_is() -> None:
+    # A checkpoint of yesterday goes on in the plan of its seed: any other order would repeat and drop records.
+    items = [PlanItem(PREFIX + 1 + index, PREFIX, index // 3) for index in range(6)] + [PlanItem(3, 0, -1)] * 2
+    made = plan(items, batch_size=4, branches_per_tree=2, num_train_epochs=2.0)
+    assert made.steps == (
+        (((0, 2), (7,), (6,)),),
+        (((3, 4), (5,), (1,)),),
+        (((3, 4), (2,), (7,)),),
+        (((5,), (0, 1), (6,)),),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_k32_the_trees_of_an_epoch_come_in_random_order(seed: int) -> None:
+    # Two conversations an image, in steps of two: each step is one image, and the images do not come by their number.
+    items = [PlanItem(PREFIX + 1, PREFIX, index // 2) for index in range(40)]
+    made = plan(items, batch_size=2, seed=seed)
+    images = [items[step[0]].group for step in conversations(made)]
+    assert sorted(images) == list(range(20))
+    assert images != sorted(images)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_k32_the_conversations_of_an_image_come_in_random_order(seed: int) -> None:
+    items = [PlanItem(PREFIX + 1, PREFIX, 0)] * 20
+    order = [
+        index for step in conversations(plan(items, branches_per_tree=20, batch_size=20, seed=seed)) for index in step
+    ]
+    assert sorted(order) == list(range(20))
+    assert order != sorted(order)
+
+
+def test_k32_epochs_of_two_seeds_share_no_order() -> None:
+    # Seed and number of the epoch are both in the seed of its shuffle, the first epoch has number 0.
+    items = [PlanItem(5, 0, -1) for _ in range(30)]
+    orders = [conversations(plan(items, batch_size=30, num_train_epochs=2.0, seed=seed)) for seed in (0, 1)]
+    shuffled = [tuple(sorted(range(30), key=step.index)) for steps in orders for step in steps]
+    assert len(set(shuffled)) == 4
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(0, 5), (1, 1), (5, 5)])
+def test_k32_a_number_of_steps_counts_from_one(max_steps: int, steps: int) -> None:
+    assert len(plan(random_items(0), max_steps=max_steps).steps) == steps
+
+
+def test_k32_evaluation_trees_hold_one_image_each() -> None:
+    items = random_items(5)
+    for row in plan_in_order(items, tokens_per_row=4096):
+        for tree in row:
+            assert len({(items[index].group, items[index].prefix_length) for index in tree}) == 1
+
+
+def test_k32_the_longest_tree_finds_its_row_first() -> None:
+    # In the order given, 30 and 30 would share a row, and 60 and 60 need one each.
+    items = [PlanItem(length, 0, -1) for length in (30, 30, 60, 60)]
+    assert plan(items, batch_size=4, tokens_per_row=90).rows_per_step == 2
+
+
+def test_k32_rows_are_balanced_longest_first_up_to_the_last_token() -> None:
+    # In the order given, rows of 100 and 60 would come out. Rows of exactly 80 tokens are not too long: the fallback,
+    # first-fit, would put the two of 40 together.
+    items = [PlanItem(length, 0, -1) for length in (20, 20, 20, 40, 20, 40)]
+    [step] = plan(items, batch_size=6, tokens_per_row=80).steps
+    assert [sorted(items[index].length for tree in row for index in tree) for row in step] == [[20, 20, 40]] * 2
+
+
+def test_k32_a_fallback_of_too_few_rows_is_filled_up_from_the_fullest() -> None:
+    items = [PlanItem(length, 0, -1) for length in (6, 6, 4, 4, 4)]
+    trees = [(index,) for index in range(5)]
+    fallback = [[(0,)], [(2,), (3,), (1,)], [(4,)]]
+    rows = packing._balance(trees, fallback, items, 4, 8, 5)
+    assert [len(row) for row in rows] == [0, 0, 0, 0, 1, 2, 1, 1]
+    assert sorted(tree for row in rows for tree in row) == trees
+    assert [len(row) for row in fallback] == [1, 3, 1]
