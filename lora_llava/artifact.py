@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from lora_llava.chat_template import chat_template
-from lora_llava.conversation import get_template
+from lora_llava.chat_template import OwnTemplate, chat_template, read_json, read_own_template, recognize
+from lora_llava.conversation import TEMPLATES, Template, get_template
+from lora_llava.endings import stated_ends, write_generation_config
 from lora_llava.errors import ArtifactError
-from lora_llava.files import remove_directory, staged
+from lora_llava.files import remove_directory, shown_path, staged
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
@@ -43,6 +45,10 @@ _KEYS = {
     "images": ("image_aspect_ratio",),
 }
 """What a reader needs of the manifest's mappings."""
+
+BASE_OPTION = "--base-model"
+"""The option of every command that takes an artifact, for a base that is not where its manifest says."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
 _PROJECTOR_KEY = f"base_model.model.{PROJECTOR}."
@@ -78,13 +84,17 @@ class Manifest:
 class Usage:
     """How a model is asked as it was trained: the template, what becomes of images, the text after each question."""
 
-    template: dict[str, Any]
+    template: dict[str, Any] | None
+    """`name` and `system` of a template of the kit; None if none writes what the model was trained on."""
     image_aspect_ratio: AspectRatio
     answer_prompt: str | None
+    own: OwnTemplate | None = None
+    """The model's own chat template, where none of the kit writes the same."""
 
-
-LLAVA_USAGE = Usage({"name": "vicuna_v1", "system": None}, "pad", None)
-"""How LLaVA-1.5 was trained, and so how a model without a record of its training is asked."""
+    @property
+    def prompt_template(self) -> Template | OwnTemplate | None:
+        """The template to ask in; None if nothing says which."""
+        return self.own if self.template is None else get_template(**self.template)
 
 
 def library_versions() -> dict[str, str]:
@@ -111,10 +121,44 @@ def is_artifact(directory: Path) -> bool:
     )
 
 
-def read_usage(directory: Path) -> Usage:
-    """Return how an artifact, a merged model or any LLaVA in the llava-hf layout is to be asked."""
+def read_usage(directory: Path, template: str | None = None) -> Usage:
+    """Return how an artifact, a merged model or any LLaVA in the llava-hf layout is to be asked.
+
+    Its manifest decides; where there is none, the chat template beside the model. `template` names one of the kit's
+    for a model that has neither, or has a wrong one; ArtifactError for an artifact, which knows its own.
+    """
     manifest = read_manifest(directory) if is_artifact(directory) else merged_manifest(directory)
-    return manifest.usage if manifest else LLAVA_USAGE
+    if template is not None:
+        if is_artifact(directory):
+            raise ArtifactError(f"{directory} is an artifact and says how it was trained; leave --template out")
+        get_template(template)
+        known = manifest.usage if manifest else Usage(None, _aspect_ratio(directory), None)
+        return replace(known, template={"name": template, "system": None}, own=None)
+    if manifest is not None:
+        return manifest.usage
+    own = read_own_template(directory)
+    found = recognize(own) if own else None
+    if found is None:
+        return Usage(None, _aspect_ratio(directory), None, own)
+    return Usage({"name": found.name, "system": found.system}, _aspect_ratio(directory), None)
+
+
+def template_to_ask(usage: Usage, directory: Path) -> Template | OwnTemplate:
+    """Return the template to ask a model in; ArtifactError if nothing beside it says which."""
+    if (template := usage.prompt_template) is None:
+        raise ArtifactError(
+            f"{directory} does not say how it is asked: it has neither a {MERGE_REPORT} nor a chat template "
+            f"(chat_template.jinja, or chat_template in tokenizer_config.json). Name the template that it was trained "
+            f"in: --template {' or '.join(TEMPLATES)}"
+        )
+    return template
+
+
+def _aspect_ratio(directory: Path) -> AspectRatio:
+    """Read whether a model's own processor pads images to a square, as LLaVA-1.5 does; those of old do not say."""
+    path = directory / "processor_config.json"
+    images = read_json(path).get("image_processor") if path.is_file() else None
+    return "pad" if not isinstance(images, dict) or images.get("do_pad") else "square"
 
 
 def merged_manifest(directory: Path) -> Manifest | None:
@@ -129,17 +173,24 @@ def merged_manifest(directory: Path) -> Manifest | None:
 
 
 def load_model(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, base: str | None = None
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: str | None = None,
+    template: str | None = None,
 ) -> tuple[LoadedModel, Usage]:
     """Load an artifact onto its base, or a whole model, ready to answer; with how to ask it.
 
-    Raises ArtifactError as `load_artifact` does, and if `base` is given for a model that needs none.
+    `base` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these do, for a model
+    that does not say how it is asked, and if `base` is given for a model that needs none.
     """
-    usage = read_usage(directory)
+    usage = read_usage(directory, template)
+    template_to_ask(usage, directory)
     if is_artifact(directory):
         return load_artifact(directory, device=device, dtype=dtype, base=base)[0], usage
     if base is not None:
-        raise ArtifactError(f"{directory} is a whole model and has no base beside it; leave --base out")
+        raise ArtifactError(f"{directory} is a whole model and has no base beside it; leave {BASE_OPTION} out")
     identity = BaseIdentity(directory.resolve().name, None, "")
     loaded = load_base(directory, identity, nf4=False, double_quant=False, dtype=dtype, device=device)
     loaded.model.eval()
@@ -214,6 +265,7 @@ def write_artifact(
         aspect_ratio=facts["images"]["image_aspect_ratio"],
         chat_template=chat_template(template, loaded.tokenizer.eos_token),
     )
+    write_generation_config(staging, loaded.directory, template, loaded.tokenizer)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     facts = {**facts, "quantization": {**facts["quantization"], "compute_dtype": dtype}}
     (staging / RECIPE).write_text(recipe_yaml, encoding="utf-8")
@@ -239,8 +291,7 @@ def load_artifact(
     there are not those the artifact was trained on.
     """
     manifest = read_manifest(directory)
-    here = manifest.base["path"] and str(directory / manifest.base["path"])
-    base_directory, _ = locate(base or here or manifest.base["name"], manifest.base["revision"])
+    base_directory = find_base(manifest, directory, base)
     check_base(manifest, hash_weights(base_directory), str(base_directory), directory)
     loaded = load_base(
         base_directory,
@@ -250,20 +301,46 @@ def load_artifact(
         dtype=dtype,
         device=device,
     )
+    # Where an answer ends is a matter of what was taught, not of the base alone.
+    if ends := stated_ends(directory):
+        loaded.model.generation_config.eos_token_id = ends
     loaded.model = PeftModel.from_pretrained(loaded.model, str(directory), torch_device=str(device))
     loaded.model.eval()
     return loaded, manifest
 
 
-def check_base(
-    manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path, *, option: str = "--base"
-) -> None:
-    """Refuse a base other than the one the artifact was trained on; `option` names the way to give another."""
+def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Path:
+    """Return the directory of an artifact's base: `base` (directory or hub id), or where the manifest says it is.
+
+    Raises ArtifactError if there is no such directory, and names the base that is needed.
+    """
+    name, revision, path = (manifest.base[key] for key in ("name", "revision", "path"))
+    if base is None and path and not (artifact / path).is_dir():
+        raise ArtifactError(
+            f"{artifact} was moved away from its base: there is no directory {shown_path(artifact / path)}. "
+            f"{_needed(manifest)}"
+        )
+    if base is None and not path and revision is None:
+        raise ArtifactError(f"{artifact} was trained on a local directory and does not know where. {_needed(manifest)}")
+    if base is not None and not Path(base).expanduser().is_dir() and not _HUB_ID.fullmatch(base):
+        raise ArtifactError(f"{BASE_OPTION} {base}: there is no such directory. {_needed(manifest)}")
+    return locate(base or (str(artifact / path) if path else name), revision)[0]
+
+
+def _needed(manifest: Manifest) -> str:
+    return (
+        f"Give its base with {BASE_OPTION} DIR: {manifest.base['name']}, whose weights have the sha256 "
+        f"{manifest.base['weights_sha256']}"
+    )
+
+
+def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path) -> None:
+    """Refuse a base other than the one the artifact was trained on."""
     wanted = manifest.base["weights_sha256"]
     if weights_sha256 != wanted:
         raise ArtifactError(
             f"{artifact} was trained on another base: weights {wanted} ({manifest.base['name']}), but those at "
-            f"{found_at} are {weights_sha256}. Give the right one with {option}."
+            f"{found_at} are {weights_sha256}. Give the right one with {BASE_OPTION} DIR."
         )
 
 

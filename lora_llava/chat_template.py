@@ -40,6 +40,7 @@ _JINJA = """\
 {%- endfor -%}
 """
 
+TEMPLATE_FILE = "chat_template.jinja"
 _QUESTION, _SECOND, _ANSWER = "Is it 4 or 5?", "And where?", "xyz4"
 _WITH_IMAGE = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{_QUESTION}"),)
 _TEXT_ONLY = (Turn("user", _QUESTION),)
@@ -90,17 +91,17 @@ class OwnTemplate:
 
 def read_own_template(directory: Path) -> OwnTemplate | None:
     """Read the chat template that lies beside a model; None if there is none."""
-    tokenizer = _read_json(directory / "tokenizer_config.json")
-    named = {**_read_json(directory / "special_tokens_map.json"), **tokenizer}
+    tokenizer = read_json(directory / "tokenizer_config.json")
+    named = {**read_json(directory / "special_tokens_map.json"), **tokenizer}
     tokens = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in named.items()
         if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value
     }
-    file = directory / "chat_template.jinja"
+    file = directory / TEMPLATE_FILE
     jinja: Any = file.read_text(encoding="utf-8") if file.is_file() else None
     for name in ("chat_template.json", "processor_config.json"):
-        jinja = jinja or _read_json(directory / name).get("chat_template")
+        jinja = jinja or read_json(directory / name).get("chat_template")
     jinja = jinja or tokenizer.get("chat_template")
     if isinstance(jinja, list):
         # Several under names, as a list of {name, template}.
@@ -108,7 +109,8 @@ def read_own_template(directory: Path) -> OwnTemplate | None:
     return OwnTemplate(jinja, tuple(sorted(tokens.items()))) if isinstance(jinja, str) and jinja.strip() else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model; empty if it is missing or holds no mapping. Raises ModelError if it is damaged."""
     if not path.is_file():
         return {}
     try:

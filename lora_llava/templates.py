@@ -151,6 +151,14 @@ def _anchor(tokenizer: Tokenizer, literal: str, markers: tuple[str, ...]) -> Anc
     )
 
 
+def _check_end_text(tokenizer: Any, template: Template, end_text: str) -> None:
+    """Raise ModelError unless the last token of an answer holds the whole end: at half an end nothing can stop."""
+    ids = tokenise(tokenizer, [end_text], trusted=False)[0] if end_text else []
+    if end_text and not (ids and str(tokenizer.decode(ids[-1:])).endswith(end_text)):
+        what = f"makes {len(ids)} tokens of" if len(ids) > 1 else "cannot write"
+        raise ModelError(f"template {template.name} ends an answer with {end_text!r}, which the tokenizer {what}")
+
+
 @lru_cache(maxsize=8)
 def template_pieces(tokenizer: Any, template: Template) -> Pieces:
     """Tokenise what is the same in every conversation."""
@@ -167,6 +175,7 @@ def template_pieces(tokenizer: Any, template: Template) -> Pieces:
         if len(ids(marker)) != 1:
             raise ModelError(f"template {template.name} needs the token {marker}, which the tokenizer lacks")
     end_text = "" if template.end is None or template.end in markers else template.end
+    _check_end_text(tokenizer, template, end_text)
     end = markers[0] if template.end is None else template.end
     again = template.separator + template.user_prefix
     joined = not template.assistant_prefix.startswith(markers)

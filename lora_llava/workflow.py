@@ -12,8 +12,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 
-from lora_llava.artifact import load_model
-from lora_llava.conversation import get_template
+from lora_llava.artifact import load_model, template_to_ask
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.records import Record, load_records
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
@@ -79,6 +78,7 @@ def evaluate_artifact(
     blind_questions: int | None,
     compare_base: bool = True,
     base: str | None = None,
+    template: str | None = None,
 ) -> dict[str, Any]:
     """Load an artifact or a merged model, ask it `records` in the form of its training, and score it.
 
@@ -89,11 +89,13 @@ def evaluate_artifact(
     gc.collect()
     torch.cuda.empty_cache()
     device = pick_device()
-    loaded, usage = load_model(artifact, device=device, dtype=pick_dtype(precision, device), base=base)
+    loaded, usage = load_model(
+        artifact, device=device, dtype=pick_dtype(precision, device), base=base, template=template
+    )
     return compare(
         loaded,
         records,
-        template=get_template(**usage.template),
+        template=template_to_ask(usage, artifact),
         aspect_ratio=usage.image_aspect_ratio,
         max_new_tokens=max_new_tokens,
         max_rows=max_rows,

@@ -32,6 +32,7 @@ LAYERS = [
     {"recipe_file"},
     {"conversation"},
     {"chat_template"},
+    {"endings"},
     {"data", "modeling"},
     {"run_directory"},
     {"preflight"},

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.cli.common import make_console, quiet_libraries
+from lora_llava.cli.options import base_option, template_option
+from lora_llava.errors import DataError
 from lora_llava.files import shown_path
+from lora_llava.text import printable
 
 if TYPE_CHECKING:
+    from lora_llava.evaluation.chat import Chat
     from lora_llava.recipe_stages import DataSettings
 
 _EVALUATION = Path("evaluation")
 _PATH = click.Path(path_type=Path)
+_LAST_WORDS = ("exit", "quit", "/exit", "/quit")
 
 
 @click.command("eval")
@@ -40,7 +45,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--no-base", is_flag=True, help="Do not ask the base, which takes half of the time.")
 @click.option("--blind", type=click.IntRange(min=1), help="Ask so many questions without their images too.")
 @click.option("--output", type=_PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
-@click.option("--base", help="Directory of the base, if it is not where the artifact says.")
+@base_option
+@template_option
 def evaluate(
     artifact: Path,
     path: str,
@@ -54,29 +60,26 @@ def evaluate(
     no_base: bool,
     blind: int | None,
     output: Path,
-    base: str | None,
+    base_model: str | None,
+    template: str | None,
 ) -> None:
     """Ask ARTIFACT and its base the questions of a data set.
 
     A merged model has no base. An answer is right if it equals the reference after the normalisation of VQA v2.
     """
     refuse_results_in(output)
-    fields = {
-        "path": path,
-        "image_root": image_root,
-        "columns": parse_columns(columns),
-        "split": split,
-        "answer_prompt": answer_prompt,
-        "max_records": max_records,
-    }
+    fields: dict[str, Any] = {"path": path, "image_root": image_root, "columns": parse_columns(columns), "split": split}
+    fields |= {"answer_prompt": answer_prompt, "max_records": max_records}
     data_settings(fields)  # A mistake on the command line shows before anything heavy is imported.
     quiet_libraries()
-    from lora_llava.artifact import read_usage
+    from lora_llava.artifact import read_usage, template_to_ask
     from lora_llava.data.records import load_records
     from lora_llava.workflow import evaluate_artifact
 
+    usage = read_usage(artifact, template)
+    template_to_ask(usage, artifact)
     if answer_prompt is None:
-        fields["answer_prompt"] = read_usage(artifact).answer_prompt
+        fields["answer_prompt"] = usage.answer_prompt
     console = make_console()
     evaluate_artifact(
         artifact,
@@ -88,7 +91,8 @@ def evaluate(
         max_rows=max_rows,
         blind_questions=blind,
         compare_base=not no_base,
-        base=base,
+        base=base_model,
+        template=template,
     )
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
 
@@ -125,40 +129,88 @@ def data_settings(fields: dict[str, Any]) -> DataSettings:
         raise click.UsageError("\n".join(problems)) from error
 
 
+def one_image(_: click.Context, __: click.Parameter, images: tuple[Path, ...]) -> Path | None:
+    """Return the image of `--image`; click.BadParameter if there are several."""
+    if len(images) > 1:
+        raise click.BadParameter(
+            f"given {len(images)} times; LLaVA-1.5 is trained on one image in a conversation. Ask about one at a time."
+        )
+    for image in images:
+        if image.is_dir():
+            raise click.BadParameter(f"needs a file; {image} is a folder")
+    return images[0] if images else None
+
+
 @click.command()
 @click.argument("artifact", type=_PATH)
 @click.argument("question", required=False)
-@click.option("--image", type=_PATH, required=True, help="The image to talk about.")
+@click.option("--image", type=_PATH, multiple=True, callback=one_image, help="The image to talk about [none].")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--base", help="Directory of the base, if it is not where the artifact says.")
-def chat(artifact: Path, question: str | None, image: Path, max_new_tokens: int, base: str | None) -> None:
-    """Ask ARTIFACT, or a merged model, about an image.
+@base_option
+@template_option
+def chat(
+    artifact: Path,
+    question: str | None,
+    image: Path | None,
+    max_new_tokens: int,
+    base_model: str | None,
+    template: str | None,
+) -> None:
+    """Ask ARTIFACT, or a merged model, about an image or without one.
 
-    Without a QUESTION, talk until an empty line. Only answers go to stdout.
+    Without a QUESTION, talk until an empty line, or exit. Only answers go to stdout.
     """
+    if not artifact.exists():
+        raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")
     quiet_libraries()
-    from lora_llava.artifact import load_model
     from lora_llava.data.images import open_image
     from lora_llava.data.records import ImageSource
-    from lora_llava.device import pick_device, pick_dtype
-    from lora_llava.evaluation.chat import Chat
 
-    source = ImageSource(str(image), image, None)
-    open_image(source)
-    device = pick_device()
-    with make_console(stderr=True).status("loading the model"):
-        loaded, usage = load_model(artifact, device=device, dtype=pick_dtype("auto", device), base=base)
+    source = None if image is None else ImageSource(str(image), image, None)
+    if source is not None:
+        open_image(source)
+    console = make_console(stderr=True)
+    with console.status("loading the model"):
+        from lora_llava.artifact import load_model
+        from lora_llava.device import pick_device, pick_dtype
+        from lora_llava.evaluation.chat import Chat
+
+        device = pick_device()
+        loaded, usage = load_model(
+            artifact, device=device, dtype=pick_dtype("auto", device), base=base_model, template=template
+        )
     conversation = Chat(loaded, usage, source, max_new_tokens)
-    for one in [question] if question is not None else questions():
-        click.echo(conversation.ask(one))
+    if question is not None:
+        _answer(conversation, question)
+        return
+    for one in questions():
+        try:
+            _answer(conversation, one)
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            click.echo(f"Error: {error}", err=True)
+
+
+def _answer(conversation: Chat, question: str) -> None:
+    """Ask, and write the answer to stdout while it grows."""
+    conversation.ask(question, write_piece)
+    click.echo()
+
+
+def write_piece(text: str) -> None:
+    """Write a piece of an answer; on a terminal, control characters other than line feeds are written out."""
+    if sys.stdout.isatty():
+        text = "\n".join(printable(line) for line in text.split("\n"))
+    click.echo(text, nl=False)
 
 
 def questions() -> Iterator[str]:
-    """Yield lines of stdin up to an empty one, with a prompt on a terminal."""
+    """Yield lines of stdin up to an empty one, its end, or `exit`, with a prompt on a terminal."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
-        click.echo("An empty line ends the talk.", err=True)
+        click.echo("An empty line or exit ends the talk.", err=True)
     click.echo(prompt, nl=False, err=True)
-    while line := sys.stdin.readline().strip():
+    while (line := sys.stdin.readline().strip()) and line.lower() not in _LAST_WORDS:
         yield line
         click.echo(prompt, nl=False, err=True)

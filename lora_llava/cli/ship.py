@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
 from lora_llava.cli.common import file_size, make_console, quiet_libraries
+from lora_llava.cli.options import base_option, onto_option, template_option
 from lora_llava.export import FORMATS
 from lora_llava.export.options import ExportOptions
 from lora_llava.files import refuse_existing
@@ -18,16 +20,12 @@ _PATH = click.Path(path_type=Path)
 @click.command()
 @click.argument("artifact", type=_PATH)
 @click.argument("output", type=_PATH)
-@click.option(
-    "--base",
-    type=click.Choice(["dequantized", "original"]),
-    help="Fold into the base as the adapter saw it, or as it is stored [as it was trained].",
-)
-@click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
+@base_option
+@onto_option
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type to write [the base's].")
 @click.option("--max-shard-size", type=file_size, default="5GB", show_default=True, help="Largest file, such as 2GB.")
 def merge(
-    artifact: Path, output: Path, base: str | None, base_model: str | None, dtype: str | None, max_shard_size: int
+    artifact: Path, output: Path, base_model: str | None, onto: str | None, dtype: str | None, max_shard_size: int
 ) -> None:
     """Fold ARTIFACT, LoRA and projector, into its base.
 
@@ -43,7 +41,7 @@ def merge(
     report = merge_artifact(
         artifact,
         output,
-        base=base,  # type: ignore[arg-type]  # click has checked it
+        base=onto,  # type: ignore[arg-type]  # click has checked it
         base_model=base_model,
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=max_shard_size,
@@ -62,8 +60,9 @@ def show(lines: list[str]) -> None:
 @click.argument("model", type=_PATH)
 @click.argument("output", type=_PATH)
 @click.option("--format", "layout", type=click.Choice(list(FORMATS)), required=True, help="Layout to write.")
-@click.option("--base-model", help="The base, if it is not where the artifact says: directory or hub id.")
-@click.option("--base", type=click.Choice(["dequantized", "original"]), help="hf, vllm: as in merge.")
+@base_option
+@onto_option
+@template_option
 @click.option("--vision-tower", help="llava: name the tower instead of including it.")
 @click.option(
     "--outtype",
@@ -75,7 +74,8 @@ def export(
     output: Path,
     layout: str,
     base_model: str | None,
-    base: str | None,
+    onto: str | None,
+    template: str | None,
     vision_tower: str | None,
     outtype: str | None,
 ) -> None:
@@ -85,8 +85,13 @@ def export(
     """
     refuse_existing(output)
     quiet_libraries()
-    # click has checked `base`
-    options = ExportOptions(base_model=base_model, base=base, vision_tower=vision_tower, outtype=outtype)  # type: ignore[arg-type]
+    options = ExportOptions(
+        base_model=base_model,
+        base=onto,  # type: ignore[arg-type]  # click has checked it
+        template=template,
+        vision_tower=vision_tower,
+        outtype=outtype,
+    )
     report = FORMATS[layout](model, output, options)
     show(report["summary"])
 
@@ -94,7 +99,7 @@ def export(
 @click.command("import")
 @click.argument("source", type=_PATH)
 @click.argument("output", type=_PATH)
-@click.option("--base-model", help="What an adapter was trained on: a LLaVA in the llava-hf layout.")
+@partial(base_option, about="What an adapter was trained on: a LLaVA in the llava-hf layout, directory or hub id.")
 @click.option("--vision-tower", help="The tower of an original checkpoint, if not what its config names.")
 def import_(source: Path, output: Path, base_model: str | None, vision_tower: str | None) -> None:
     """Bring in SOURCE, made by another tool.

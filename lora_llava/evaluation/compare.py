@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from lora_llava.chat_template import OwnTemplate
 from lora_llava.conversation import Template
 from lora_llava.data.images import open_image
 from lora_llava.data.records import Record
@@ -41,7 +42,7 @@ TUNED_ON_BLIND = "tuned_on_blind_questions"
 class Asking:
     """How questions are put to the models; the same for all of them."""
 
-    template: Template
+    template: Template | OwnTemplate
     aspect_ratio: AspectRatio
     max_new_tokens: int
     max_rows: int
@@ -51,7 +52,7 @@ def compare(
     loaded: LoadedModel,
     records: Sequence[Record],
     *,
-    template: Template,
+    template: Template | OwnTemplate,
     aspect_ratio: AspectRatio,
     max_new_tokens: int,
     blind_questions: int | None,

@@ -17,6 +17,8 @@ from transformers import DynamicCache
 
 Progress = Callable[[int, int], None]
 """Called with the number of questions done and the number of all."""
+OnToken = Callable[[int], None]
+"""Called with each token of an answer as soon as it is known, an end token included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,55 @@ def greedy_decode(
             if progress is not None:
                 progress(done, len(prompts))
     return answers
+
+
+class GrowingConversation:
+    """One conversation, question by question: what a prompt begins with like the last one is not computed again.
+
+    Answers are those of `greedy_decode`. After an error or an interruption the next prompt is computed whole.
+    """
+
+    def __init__(self, model: nn.Module, image_token_id: int) -> None:
+        self.model = model
+        self.image_token_id = image_token_id
+        self._cache = DynamicCache()
+        self._ids: list[int] = []
+        """Tokens whose keys and values are in the cache."""
+
+    def answer(
+        self, prompt: Prompt, *, eos_token_ids: Collection[int], max_new_tokens: int, on_token: OnToken | None = None
+    ) -> list[int]:
+        """Continue `prompt` greedily, up to and with an end token or to `max_new_tokens`."""
+        cache, known = self._cache, self._ids
+        self._cache, self._ids = DynamicCache(), []
+        shared = self._shared(prompt.input_ids, known)
+        if not shared:
+            cache = DynamicCache()
+        elif shared < len(known):
+            cache.crop(shared - len(known))
+        with _inference(self.model):
+            state = self._prefill(prompt, cache, shared)
+            [answer] = _grow(self.model, state, frozenset(eos_token_ids), max_new_tokens, on_token)
+        # The last token was not fed: nothing has come after it.
+        self._cache, self._ids = cache, [*prompt.input_ids, *answer[:-1]]
+        return answer
+
+    def _shared(self, ids: list[int], known: list[int]) -> int:
+        """Count the tokens at the start that need not be computed; one is left to predict from, an image is whole."""
+        shared = 0
+        while shared < min(len(ids) - 1, len(known)) and ids[shared] == known[shared]:
+            shared += 1
+        cuts_image = self.image_token_id in ids[shared:] and self.image_token_id in ids[:shared]
+        return 0 if cuts_image else shared
+
+    def _prefill(self, prompt: Prompt, cache: DynamicCache, shared: int) -> _State:
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([prompt.input_ids[shared:]], device=device)
+        mask = torch.ones((1, len(prompt.input_ids)), dtype=torch.long, device=device)
+        positions = torch.arange(shared, len(prompt.input_ids), device=device)[None]
+        pixels = prompt.pixels()[None].to(device) if self.image_token_id in prompt.input_ids[shared:] else None
+        logits = _forward(self.model, ids, mask, positions, cache, pixels)
+        return _State(cache, mask, positions[:, -1] + 1, logits)
 
 
 def plan_batches(prompts: Sequence[Prompt], max_rows: int) -> list[list[int]]:
@@ -197,7 +248,9 @@ def _forward(
     return logits
 
 
-def _grow(model: nn.Module, state: _State, eos: frozenset[int], max_new_tokens: int) -> list[list[int]]:
+def _grow(
+    model: nn.Module, state: _State, eos: frozenset[int], max_new_tokens: int, on_token: OnToken | None = None
+) -> list[list[int]]:
     """Add token by token to each row; finished rows leave, so that only long answers pay for length."""
     answers: list[list[int]] = [[] for _ in range(len(state.mask))]
     alive = list(range(len(answers)))
@@ -206,6 +259,8 @@ def _grow(model: nn.Module, state: _State, eos: frozenset[int], max_new_tokens: 
         keep: list[int] = []
         for row, token in enumerate(tokens.tolist()):
             answers[alive[row]].append(token)
+            if on_token is not None:
+                on_token(token)
             if token not in eos:
                 keep.append(row)
         if not keep or step + 1 == max_new_tokens:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
 
-from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Template, Turn, encode, encode_prompt
+from lora_llava import endings
+from lora_llava.chat_template import OwnTemplate, encode_own
+from lora_llava.conversation import Encoded, Template, Turn, encode_prompt
 from lora_llava.data.images import mean_colour, open_image, preprocess
 from lora_llava.data.records import ImageSource, Record
 from lora_llava.evaluation.decoding import Progress, Prompt, greedy_decode
@@ -54,7 +55,7 @@ def generate_answers(
     loaded: GenerationModel,
     records: Sequence[Record],
     *,
-    template: Template,
+    template: Template | OwnTemplate,
     aspect_ratio: AspectRatio,
     max_new_tokens: int,
     max_rows: int = 64,
@@ -71,20 +72,12 @@ def generate_answers(
     # An image whose questions do not fit in one batch is still in here when the next batch asks for it.
     @lru_cache(maxsize=max_rows)
     def pixels(source: ImageSource | None) -> torch.Tensor:
-        image = mean_colour(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
-        tensor: torch.Tensor = preprocess(
-            image,
-            size=loaded.image_size,
-            mean=loaded.image_mean,
-            std=loaded.image_std,
-            aspect_ratio=aspect_ratio,
-        )
-        return tensor
+        return image_tensor(loaded, source, aspect_ratio)
 
     ends = end_token_ids(loaded, template)
     answers = greedy_decode(
         loaded.model,
-        [_prompt(loaded, record, template, pixels, blind) for record in records],
+        [last_question(loaded, record, template, pixels, blind) for record in records],
         eos_token_ids=ends,
         # Any id will do: padding is masked. Llama's tokenizers have no pad token of their own.
         pad_token_id=min(ends, default=0),
@@ -92,51 +85,46 @@ def generate_answers(
         max_rows=max_rows,
         progress=progress,
     )
-    return [_text(loaded.tokenizer, answer, ends) for answer in answers]
+    return [answer_text(loaded.tokenizer, answer, ends) for answer in answers]
 
 
-def end_token_ids(loaded: GenerationModel, template: Template) -> frozenset[int]:
-    """Return the tokens that end an answer: the tokenizer's own end, and the one that training taught.
-
-    The latter is read off `encode`, so that it cannot differ from what was supervised.
-    """
-    taught = [_supervised(loaded, template, answer) for answer in ("x", "2")]
-    endings = zip(*(reversed(labels) for labels in taught), strict=False)
-    common = [pair[0] for pair in takewhile(lambda pair: pair[0] == pair[1], endings)]
-    own = loaded.tokenizer.eos_token_id
-    return frozenset(common[-1:]) | (frozenset() if own is None else frozenset({int(own)}))
+def end_token_ids(loaded: GenerationModel, template: Template | OwnTemplate) -> frozenset[int]:
+    """Return the tokens that end an answer: those of the model's generation_config.json, and the taught one."""
+    own = getattr(loaded.model, "generation_config", None)
+    named = getattr(own, "eos_token_id", None)
+    ends = [] if named is None else named if isinstance(named, list) else [named]
+    return frozenset(endings.end_token_ids(template, loaded.tokenizer, ends))
 
 
-def _supervised(loaded: GenerationModel, template: Template, answer: str) -> list[int]:
-    encoded = encode(
-        [Turn("user", f"{IMAGE_PLACEHOLDER}\n?"), Turn("assistant", answer)],
-        template,
-        loaded.tokenizer,
-        image_token_id=loaded.image_token_id,
-        num_image_tokens=1,
-        max_length=10_000,
-        where="end of an answer",
+def encode_turns(
+    loaded: GenerationModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str
+) -> Encoded:
+    """Encode turns that end with the user's, in a template of the kit or in the model's own."""
+    sizes: dict[str, Any] = {"image_token_id": loaded.image_token_id, "num_image_tokens": loaded.num_image_tokens}
+    if isinstance(template, OwnTemplate):
+        return encode_own(turns, template, loaded.tokenizer, where=where, **sizes)
+    return encode_prompt(turns, template, loaded.tokenizer, where=where, **sizes)
+
+
+def image_tensor(loaded: GenerationModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
+    """Open and preprocess an image, (3, size, size); None is the mean color. Raises DataError."""
+    image = mean_colour(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
+    tensor: torch.Tensor = preprocess(
+        image, size=loaded.image_size, mean=loaded.image_mean, std=loaded.image_std, aspect_ratio=aspect_ratio
     )
-    return [label for label in encoded.labels if label != IGNORE_INDEX]
+    return tensor
 
 
-def _prompt(
+def last_question(
     loaded: GenerationModel,
     record: Record,
-    template: Template,
+    template: Template | OwnTemplate,
     pixels: Callable[[ImageSource | None], torch.Tensor],
-    blind: bool,
+    blind: bool = False,
 ) -> Prompt:
     """Encode the turns before a record's last answer."""
     turns = record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns
-    encoded = encode_prompt(
-        turns,
-        template,
-        loaded.tokenizer,
-        image_token_id=loaded.image_token_id,
-        num_image_tokens=loaded.num_image_tokens,
-        where=record.where,
-    )
+    encoded = encode_turns(loaded, turns, template, record.where)
     if record.image is None:
         return Prompt(encoded.input_ids, 0, None, None)
     source = None if blind else record.image
@@ -144,7 +132,7 @@ def _prompt(
     return Prompt(encoded.input_ids, encoded.prefix_length, partial(pixels, source), key)
 
 
-def _text(tokenizer: Any, answer: list[int], ends: frozenset[int]) -> str:
+def answer_text(tokenizer: Any, answer: list[int], ends: frozenset[int]) -> str:
     """Decode an answer without its end token, which need not be a special one (plain: a line feed)."""
     if answer and answer[-1] in ends:
         answer = answer[:-1]

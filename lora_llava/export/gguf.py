@@ -9,12 +9,13 @@ from typing import cast, get_args
 from transformers import AutoTokenizer
 
 from lora_llava.artifact import is_artifact, read_usage
-from lora_llava.conversation import Template, get_template
+from lora_llava.conversation import Template
+from lora_llava.endings import end_token_ids, stated_ends
 from lora_llava.errors import RecipeError
 from lora_llava.export.gguf_file import F16, OutType, Tensor, check_gguf, general_fields, write_gguf
 from lora_llava.export.gguf_mmproj import FILE, KNOWN_DEFECT, check_vision, write_mmproj
 from lora_llava.export.gguf_text import ARCHITECTURE, text_fields, text_tensors
-from lora_llava.export.gguf_tokenizer import tokenizer_fields
+from lora_llava.export.gguf_tokenizer import AnyTemplate, tokenizer_fields
 from lora_llava.export.ollama import modelfile
 from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.files import staged
@@ -40,7 +41,8 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
             model = staging / _MERGED
             report = merge_artifact(source, model, base_model=options.base_model)
             lines = summary(report, model)[1:]
-        lines = _write(model, staging, output.name, outtype) + lines
+        template = read_usage(model, options.template).prompt_template
+        lines = _write(model, staging, output.name, outtype, template) + lines
         if model != source:
             shutil.rmtree(model)
     return {"summary": [f"{output}: {lines[0]}", *lines[1:]]}
@@ -54,13 +56,12 @@ def out_type(options: ExportOptions, default: OutType) -> OutType:
     raise RecipeError(f"outtype {options.outtype!r} is none of {', '.join(get_args(OutType))}")
 
 
-def _write(model: Path, staging: Path, name: str, outtype: OutType) -> list[str]:
+def _write(model: Path, staging: Path, name: str, outtype: OutType, template: AnyTemplate) -> list[str]:
     """Write the files of a model directory into `staging`; returns the lines to show."""
     config = read_config(model)
     check_vision(config)
     files = WeightFiles(model)
     files.check(config)
-    template = get_template(**read_usage(model).template)
     fields = {
         **general_fields(name, "model", outtype),
         **text_fields(config),
@@ -70,17 +71,29 @@ def _write(model: Path, staging: Path, name: str, outtype: OutType) -> list[str]
     write_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
     check_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
     count = write_mmproj(staging / FILE, config, files.read, model, name, outtype)
-    _write_modelfile(staging, model, template)
+    untold = _write_modelfile(staging, model, template)
     return [
         f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and the same",
         *_odd_rows(tensors, outtype),
+        *untold,
         KNOWN_DEFECT,
     ]
 
 
-def _write_modelfile(staging: Path, model: Path, template: Template) -> None:
-    eos_token = AutoTokenizer.from_pretrained(model).eos_token
-    (staging / MODELFILE).write_text(modelfile([TEXT_FILE, FILE], template, eos_token), encoding="utf-8")
+def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
+    """Write the Modelfile; returns the lines to show of what it could not hold."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
+    stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
+    text = modelfile([TEXT_FILE, FILE], template, tokenizer.eos_token, stops)
+    (staging / MODELFILE).write_text(text, encoding="utf-8")
+    if isinstance(template, Template):
+        return []
+    return [
+        "the Modelfile has no TEMPLATE: nothing says how this model is asked; name its template with --template"
+        if template is None
+        else "the Modelfile has no TEMPLATE: Ollama reads the model's own chat template from text.gguf"
+    ]
 
 
 def _odd_rows(tensors: list[Tensor], outtype: OutType) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_llava.artifact import is_artifact
-from lora_llava.chat_template import chat_template
+from lora_llava.chat_template import TEMPLATE_FILE, chat_template
 from lora_llava.conversation import get_template
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.export.gguf import out_type
@@ -36,7 +36,6 @@ from lora_llava.modeling.layout import expected_shapes
 from lora_llava.modeling.names import HEAD
 
 LORA_FILE = "lora.gguf"
-TEMPLATE_FILE = "chat_template.jinja"
 
 _LANGUAGE = "language_model."
 _INSTEAD = "Export it with --format gguf, which merges it."

@@ -14,13 +14,17 @@ from typing import Any
 from gguf import TokenType
 from transformers import AutoTokenizer
 
-from lora_llava.chat_template import chat_template
-from lora_llava.conversation import Template
+from lora_llava.chat_template import OwnTemplate, chat_template
+from lora_llava.conversation import IMAGE_PLACEHOLDER, Template
+from lora_llava.endings import end_token_ids, stated_ends
 from lora_llava.errors import ModelError
 from lora_llava.export.gguf_file import Fields, boolean, integer, integers, reals, string, strings
 
 MEDIA_MARKER = "<__media__>"
 """What stands for an image in the text that llama.cpp's mtmd is given."""
+
+AnyTemplate = Template | OwnTemplate | None
+"""How a model is asked: a template of the kit, the model's own, or unknown."""
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\u2581"
@@ -49,7 +53,7 @@ Source: `llama-vocab.cpp` of llama.cpp. SmolLM2 is `smollm` as published; read f
 """
 
 
-def tokenizer_fields(directory: Path, vocabulary: int, template: Template) -> Fields:
+def tokenizer_fields(directory: Path, vocabulary: int, template: AnyTemplate) -> Fields:
     """Write the tokenizer of a model directory, and the chat template, as metadata.
 
     `vocabulary` is the number of rows of the embeddings; those without a token are named and marked unused. Raises
@@ -75,11 +79,17 @@ def tokenizer_fields(directory: Path, vocabulary: int, template: Template) -> Fi
         fields[f"{_PREFIX}scores"] = reals(scores(tokens, types, merges))
     else:
         fields[f"{_PREFIX}merges"] = strings([" ".join(pair) for pair in merges])
-    return {
-        **fields,
-        **_special_tokens(tokenizer, template),
-        "tokenizer.chat_template": string(chat_template(template, tokenizer.eos_token, MEDIA_MARKER)),
-    }
+    fields |= _special_tokens(directory, tokenizer, template)
+    if template is not None:
+        fields["tokenizer.chat_template"] = string(_jinja(template, tokenizer.eos_token))
+    return fields
+
+
+def _jinja(template: Template | OwnTemplate, eos_token: str) -> str:
+    """Write a template in Jinja with llama.cpp's word for an image."""
+    if isinstance(template, OwnTemplate):
+        return template.jinja.replace(IMAGE_PLACEHOLDER, MEDIA_MARKER)
+    return chat_template(template, eos_token, MEDIA_MARKER)
 
 
 def _tokens(directory: Path, tokenizer: Any, vocabulary: int) -> list[str]:
@@ -151,13 +161,14 @@ def has_space_prefix(backend: Mapping[str, Any]) -> bool:
     )
 
 
-def _special_tokens(tokenizer: Any, template: Template) -> Fields:
+def _special_tokens(directory: Path, tokenizer: Any, template: AnyTemplate) -> Fields:
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
     ids["padding"] = tokenizer.pad_token_id
-    # What ends an answer where that is another token than the tokenizer's own end.
-    end = template.end if template.end in template.markers else None
-    if end is not None and (taught := tokenizer.convert_tokens_to_ids(end)) != tokenizer.eos_token_id:
-        ids["eot"] = taught
+    own = stated_ends(directory)
+    ends = own if template is None else end_token_ids(template, tokenizer, own)
+    # The format has two more keys that end an answer; what was taught is the last, and must be among them.
+    others = [one for one in reversed(ends) if one != tokenizer.eos_token_id]
+    ids |= dict(zip(("eot", "eom"), others, strict=False))
     around = tokenizer("a").input_ids
     fields = {f"{_PREFIX}{name}_token_id": integer(index) for name, index in ids.items() if index is not None}
     fields[f"{_PREFIX}add_bos_token"] = boolean(around[0] == tokenizer.bos_token_id)

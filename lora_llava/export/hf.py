@@ -5,7 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lora_llava.artifact import is_artifact
+from transformers import AutoTokenizer
+
+from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.chat_template import TEMPLATE_FILE, chat_template
+from lora_llava.conversation import Template
+from lora_llava.endings import write_generation_config
 from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
@@ -28,16 +33,24 @@ def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportRepor
     with staged(output) as staging:
         names = sorted(expected_shapes(config))
         written = write_weights(staging, ((name, files.read(name)) for name in names))
-        copy_surroundings(source, staging)
+        copy_surroundings(source, staging, options)
         for name, tensor in each_tensor(staging):
             check_bits(tensor, files.read(name), name)
         shutil.copyfile(source / "config.json", staging / "config.json")
     return {"files": written, "summary": [f"{output}: {len(names)} tensors, each read back and the same"]}
 
 
-def copy_surroundings(source: Path, staging: Path) -> None:
-    """Copy tokenizer, processor and settings of a model directory; its config.json is for the end."""
+def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> None:
+    """Copy tokenizer, processor and settings of a model directory; its config.json is for the end.
+
+    The ends of an answer and the chat template are those it is asked with, also where its files name others.
+    """
     for pattern in _KEPT:
         for path in source.glob(pattern):
             if path.is_file() and path.name not in _REPLACED:
                 shutil.copyfile(path, staging / path.name)
+    template = read_usage(source, options.template).prompt_template
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    write_generation_config(staging, source, template, tokenizer)
+    if isinstance(template, Template):
+        (staging / TEMPLATE_FILE).write_text(chat_template(template, tokenizer.eos_token), encoding="utf-8")

@@ -47,10 +47,10 @@ def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportR
         _check_written(staging, {own[name]: name for name in main}, files)
         if options.vision_tower is None:
             _write_tower(staging / TOWER_DIRECTORY, source, config, files)
-        copy_surroundings(source, staging)
+        copy_surroundings(source, staging, options)
         for name in _PROCESSORS:
             (staging / name).unlink(missing_ok=True)
-        aspect_ratio = read_usage(source).image_aspect_ratio
+        aspect_ratio = read_usage(source, options.template).image_aspect_ratio
         write_json(staging / "config.json", to_original_config(config, files.dtype(EMBEDDINGS), tower, aspect_ratio))
     where = "in its directory vision_tower" if options.vision_tower is None else f"{tower}, by name: not compared"
     lines = [

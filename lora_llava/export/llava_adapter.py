@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import LlavaConfig
+from transformers import AutoTokenizer, LlavaConfig
 
-from lora_llava.artifact import WEIGHTS, Manifest, read_manifest
+from lora_llava.artifact import WEIGHTS, Manifest, find_base, read_manifest
+from lora_llava.conversation import get_template
+from lora_llava.endings import write_generation_config
 from lora_llava.errors import ArtifactError
 from lora_llava.export.options import ExportOptions, ExportReport
 from lora_llava.export.verify import check_bits
 from lora_llava.files import staged
 from lora_llava.merge.adapter import Adapter
-from lora_llava.modeling.base import locate
 from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import expected_shapes, write_json
 from lora_llava.modeling.names import PROJECTOR_PREFIX
@@ -70,8 +71,7 @@ def export_adapter(source: Path, output: Path, options: ExportOptions) -> Export
     """Write an artifact as the original's LoRA directory, or as `mm_projector.bin` if it holds no LoRA."""
     manifest = read_manifest(source)
     adapter = Adapter(source)
-    here = manifest.base["path"] and str(source / manifest.base["path"])
-    base, _ = locate(options.base_model or here or manifest.base["name"], manifest.base["revision"])
+    base = find_base(manifest, source, options.base_model)
     config = read_config(base)
     adapter.check(expected_shapes(config))
     other = [name for name in adapter.layers if not name.startswith(_LANGUAGE)]
@@ -90,6 +90,8 @@ def export_adapter(source: Path, output: Path, options: ExportOptions) -> Export
     with staged(output) as staging:
         if adapter.layers:
             _write_lora(staging, adapter, manifest)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            write_generation_config(staging, base, get_template(**manifest.template), tokenizer)
             torch.save({f"{_WRAPPER}{name}": one for name, one in named.items()}, staging / NON_LORA)
         else:
             torch.save(named, staging / MM_PROJECTOR)

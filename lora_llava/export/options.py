@@ -19,6 +19,8 @@ class ExportOptions:
     """Directory or hub id of the base, if it is not where the artifact says."""
     base: Literal["dequantized", "original"] | None = None
     """Which base to write or fold into, as in `merge`; None: the one the adapter was trained on."""
+    template: str | None = None
+    """Name of the template that a model is asked in, where nothing beside it says so."""
     vision_tower: str | None = None
     """`llava`: name of the vision tower in its place; None: the tower goes with the model."""
     outtype: str | None = None

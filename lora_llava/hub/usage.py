@@ -20,14 +20,14 @@ quantization = BitsAndBytesConfig(
 """
 _ASK = """\
 processor = AutoProcessor.from_pretrained("{repo}")
-
+{config}
 question = {question}
 content = [{{"type": "image", "image": Image.open("image.png")}}, {{"type": "text", "text": question}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 ).to(model.device)
-output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+output = model.generate(**inputs, {ends}max_new_tokens=64, do_sample=False)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
@@ -35,9 +35,10 @@ def python_code(facts: Facts, repo: str) -> str:
     """Write the lines of Python that load the model and ask it about an image."""
     names = ["AutoProcessor", *(["BitsAndBytesConfig"] if facts.is_adapter and nf4(facts) else [])]
     names.append("LlavaForConditionalGeneration")
+    names += ["GenerationConfig"] if facts.is_adapter else []
     imports = ["import torch"] if facts.is_adapter and nf4(facts) else []
     imports += ["from peft import PeftModel"] if facts.is_adapter else []
-    lines = [*imports, "from PIL import Image", f"from transformers import {', '.join(names)}", ""]
+    lines = [*imports, "from PIL import Image", f"from transformers import {', '.join(sorted(names))}", ""]
     if not facts.is_adapter:
         lines.append(
             f'model = LlavaForConditionalGeneration.from_pretrained("{repo}", dtype="auto", device_map="auto")'
@@ -46,7 +47,10 @@ def python_code(facts: Facts, repo: str) -> str:
         lines += _load_adapter(facts, repo)
     prompt = (facts.manifest.usage.answer_prompt if facts.manifest else None) or ""
     question = "What is in the image?" + (f"\n{prompt}" if prompt else "")
-    return "\n".join(lines) + "\n" + _ASK.format(repo=repo, question=json.dumps(question))
+    # The base's own generation settings do not know the end that training taught; a merged model's do.
+    config = f'ends = GenerationConfig.from_pretrained("{repo}")\n' if facts.is_adapter else ""
+    ends = "generation_config=ends, " if facts.is_adapter else ""
+    return "\n".join(lines) + "\n" + _ASK.format(repo=repo, question=json.dumps(question), config=config, ends=ends)
 
 
 def _load_adapter(facts: Facts, repo: str) -> list[str]:

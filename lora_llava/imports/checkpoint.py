@@ -12,9 +12,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionModel, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.artifact import LLAVA_USAGE, MERGE_REPORT
+from lora_llava.artifact import MERGE_REPORT, read_usage
 from lora_llava.chat_template import chat_template
 from lora_llava.conversation import IMAGE_PLACEHOLDER, get_template
+from lora_llava.endings import write_generation_config
 from lora_llava.errors import ModelError
 from lora_llava.files import staged
 from lora_llava.imports.options import ImportOptions
@@ -79,6 +80,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
         save_config(staging, config, dtype)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging / "generation_config.json")
+        write_generation_config(staging, staging, read_usage(staging).prompt_template, tokenizer)
     return [f"{source}: an original LLaVA-1.5; now in the llava-hf layout: {output}", f"vision tower: {tower}"]
 
 
@@ -162,4 +164,4 @@ def _padded(read: Read, size: int) -> Read:
 
 
 def _template(tokenizer: Any) -> str:
-    return chat_template(get_template(**LLAVA_USAGE.template), tokenizer.eos_token)
+    return chat_template(get_template("vicuna_v1"), tokenizer.eos_token)

@@ -23,6 +23,7 @@ from lora_llava.artifact import (
 )
 from lora_llava.chat_template import chat_template
 from lora_llava.conversation import get_template
+from lora_llava.endings import write_generation_config
 from lora_llava.errors import ArtifactError
 from lora_llava.files import staged
 from lora_llava.merge.adapter import PEFT_PREFIX, Adapter
@@ -209,8 +210,10 @@ def _save_surroundings(staging: Path, brought: Brought, base: Base) -> dict[str,
     """Write tokenizer and processor, and return what the manifest says of images."""
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(base.directory)
-    template = chat_template(get_template(brought.template), tokenizer.eos_token)
-    save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=brought.aspect_ratio, chat_template=template)
+    template = get_template(brought.template)
+    jinja = chat_template(template, tokenizer.eos_token)
+    save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=brought.aspect_ratio, chat_template=jinja)
+    write_generation_config(staging, base.directory, template, tokenizer)
     return {
         "size": int(base.config.vision_config.image_size),
         "mean": list(pixels["image_mean"]),

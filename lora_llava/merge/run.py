@@ -12,16 +12,25 @@ import torch
 from transformers import AutoTokenizer, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.artifact import MERGE_REPORT, Manifest, check_base, library_versions, portable, read_manifest
+from lora_llava.artifact import (
+    MERGE_REPORT,
+    Manifest,
+    check_base,
+    find_base,
+    library_versions,
+    portable,
+    read_manifest,
+)
 from lora_llava.chat_template import chat_template
 from lora_llava.conversation import get_template
+from lora_llava.endings import write_generation_config
 from lora_llava.errors import ArtifactError
 from lora_llava.files import staged
 from lora_llava.merge.adapter import Adapter
 from lora_llava.merge.probe import Difference, adapted_model, ask, difference, logits_of, merged_model
 from lora_llava.merge.stream import BaseKind, Read, base_reader, describe_dtype, merged_reader
 from lora_llava.modeling.assemble import save_processor
-from lora_llava.modeling.base import hash_weights, locate
+from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.modeling.names import EMBEDDINGS
@@ -36,7 +45,7 @@ scale are at 0.1 and above.
 _REASONS = {
     "dequantized": "the adapter was trained on the base in NF4, and these are the weights that it saw",
     "original": "the adapter was trained on the base as it is",
-    "chosen": "chosen with --base; the adapter was trained on the base in NF4",
+    "chosen": "chosen with --onto; the adapter was trained on the base in NF4",
 }
 
 
@@ -61,13 +70,12 @@ def open_source(artifact: Path, base_model: str | None) -> Source:
     """Read an artifact and find its base. Raises ArtifactError for a wrong base or an incomplete adapter."""
     manifest = read_manifest(artifact)
     adapter = Adapter(artifact)
-    here = manifest.base["path"] and str(artifact / manifest.base["path"])
-    base, _ = locate(base_model or here or manifest.base["name"], manifest.base["revision"])
+    base = find_base(manifest, artifact, base_model)
     config = read_config(base)
     files = WeightFiles(base)
     files.check(config)
     adapter.check(expected_shapes(config))
-    check_base(manifest, hash_weights(base), str(base), artifact, option="--base-model")
+    check_base(manifest, hash_weights(base), str(base), artifact)
     return Source(artifact, manifest, adapter, base, files, config)
 
 
@@ -165,6 +173,7 @@ def verify(
 def save_surroundings(directory: Path, source: Source) -> None:
     """Write tokenizer, processor and generation settings, so that images and chats are read as in training."""
     images = source.manifest.images
+    template = get_template(**source.manifest.template)
     tokenizer = AutoTokenizer.from_pretrained(source.base)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(source.base)
     save_processor(
@@ -173,11 +182,11 @@ def save_surroundings(directory: Path, source: Source) -> None:
         source.config,
         pixels,
         aspect_ratio=images["image_aspect_ratio"],
-        chat_template=chat_template(get_template(**source.manifest.template), tokenizer.eos_token),
+        chat_template=chat_template(template, tokenizer.eos_token),
     )
-    for name in ("generation_config.json", "tokenizer.model"):
-        if (source.base / name).is_file():
-            shutil.copyfile(source.base / name, directory / name)
+    write_generation_config(directory, source.base, template, tokenizer)
+    if (source.base / "tokenizer.model").is_file():
+        shutil.copyfile(source.base / "tokenizer.model", directory / "tokenizer.model")
 
 
 def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:

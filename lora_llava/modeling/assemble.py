@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,31 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
     write_weights(directory, ((name, canonical[name]) for name in sorted(expected_shapes(config))))
     WeightFiles(directory).check(config)
     save_processor(directory, tokenizer, config, pixels)
-    save_config(directory, config, dtype)
+    save_config(directory, config, dtype, _ends(language_model, tokenizer))
 
 
-def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json of a model whose weights are of `dtype`."""
+def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype, ends: Sequence[int] = ()) -> None:
+    """Write config.json and generation_config.json of a model whose weights are of `dtype`.
+
+    `ends` are the tokens that end an answer; without any, those of `config`.
+    """
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = dtype
     config.save_pretrained(directory)
-    GenerationConfig.from_model_config(config).save_pretrained(directory)
+    generation = GenerationConfig.from_model_config(config)
+    if ends:
+        generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+    generation.save_pretrained(directory)
+
+
+def _ends(language_model: Any, tokenizer: Any) -> list[int]:
+    """Return the end tokens of a language model: those it states, and its tokenizer's."""
+    stated = language_model.generation_config.eos_token_id
+    ends = stated if isinstance(stated, list) else [stated]
+    # A configuration that states none has 2 by default, in some vocabularies a word.
+    special = [one for one in ends if one in tokenizer.added_tokens_decoder]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*special, *own]))
 
 
 def save_processor(

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from lora_llava.artifact import LLAVA_USAGE, Usage, load_model, read_usage
+from lora_llava.artifact import Usage, load_model, read_usage, template_to_ask
 from lora_llava.chat_template import chat_template
 from lora_llava.cli import cli
 from lora_llava.cli.common import file_size
 from lora_llava.conversation import Turn, encode, encode_prompt, get_template
 from lora_llava.data.images import preprocess
+from lora_llava.errors import ArtifactError
 from lora_llava.export import FORMATS, hf
 from lora_llava.export import llava as llava_export
 from lora_llava.export.options import ExportOptions
@@ -163,7 +164,11 @@ def test_eval_and_chat_take_a_merged_model(artifact: Path, merged: Path, tmp_pat
 
 def test_how_a_model_wants_to_be_asked(artifact: Path, merged: Path, tiny_base: Path) -> None:
     assert read_usage(merged) == read_usage(artifact) == Usage({"name": "vicuna_v1", "system": None}, "pad", None)
-    assert read_usage(tiny_base) is LLAVA_USAGE
+    # Neither a manifest nor a chat template: nothing is guessed.
+    assert read_usage(tiny_base) == Usage(None, "square", None)
+    with pytest.raises(ArtifactError, match=r"does not say how it is asked.*--template"):
+        template_to_ask(read_usage(tiny_base), tiny_base)
+    assert template_to_ask(read_usage(tiny_base, "chatml"), tiny_base) == get_template("chatml")
 
 
 def test_export_hf(artifact: Path, merged: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "generation_config.json",
     "manifest.json",
     "processor_config.json",
     "recipe.yaml",
