@@ -23,7 +23,7 @@ from lora_llava.chat_template import OwnTemplate, chat_template, read_json, read
 from lora_llava.conversation import TEMPLATES, Template, get_template
 from lora_llava.endings import stated_ends, write_generation_config
 from lora_llava.errors import ArtifactError
-from lora_llava.files import remove_directory, shown_path, staged
+from lora_llava.files import Place, place_new, shown_path, staged
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
@@ -234,14 +234,18 @@ def _check_keys(manifest: Manifest) -> None:
 
 
 def save_artifact(
-    directory: Path, model: PeftModel, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str
+    directory: Path,
+    model: PeftModel,
+    loaded: LoadedModel,
+    facts: dict[str, Any],
+    recipe_yaml: str,
+    place: Place = place_new,
 ) -> Manifest:
-    """Write an artifact; the directory appears by rename when it is complete, in the place of an older one.
+    """Write an artifact; the directory appears by rename, or as `place` does it, when it is complete.
 
     `facts` are the manifest's fields other than `base`, `adapter_sha256` and `versions`.
     """
-    remove_directory(directory)
-    with staged(directory) as staging:
+    with staged(directory, place) as staging:
         return write_artifact(staging, directory, model, loaded, facts, recipe_yaml)
 
 

@@ -1,17 +1,33 @@
-"""Files and directories that are whole or absent, whatever happens while they are written."""
+"""Files and directories that are whole or absent, whatever happens while they are written.
+
+What is being written lies in a staging directory: its name cannot be guessed, and a claim inside it holds its inode
+and is locked as long as its process lives. Only a directory with such a claim is ever cleared away, never one by its
+name.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_llava.errors import ArtifactError
 
-PARTIAL, REMOVED = ".partial", ".removed"
-"""Endings of what is being written, or being removed: never read, and cleared away by the next run."""
+STAGING = ".lora-llava-"
+"""Begins the names of staging directories."""
+_CLAIM = "claim.json"
+_MADE_BY = "lora-llava"
+
+Place = Callable[[Path, Path], None]
+"""Moves a whole directory, which the first path names, to where the second says."""
+
+_in_use: dict[int, int] = {}
+"""Staging directories of this process: by inode, the handle whose lock says so."""
 
 
 def refuse_existing(output: Path) -> None:
@@ -29,55 +45,158 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Give an empty directory beside `output` to write into; it becomes `output` when the block ends well.
+def make_directories(directory: Path) -> list[Path]:
+    """Make a directory and its parents; return those that were not there, the outermost first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]
 
-    An error, or a stop from the keyboard, removes it. Files reach the disk before the rename, and the rename
-    before the block is left. Raises ArtifactError if `output` exists.
-    """
-    refuse_existing(output)
-    staging = output.with_name(output.name + PARTIAL)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+
+def remove_empty(directories: list[Path]) -> None:
+    """Remove directories, the innermost first; one that holds anything, or is a link, stays."""
+    for directory in sorted(directories, key=lambda path: len(path.parts), reverse=True):
+        if not directory.is_symlink():
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def is_elsewhere(directory: Path) -> bool:
+    """Tell whether a directory leads to another disk, or may: a link to a directory, or a mount point."""
+    return directory.is_dir() and (directory.is_symlink() or directory.is_mount())
+
+
+@contextmanager
+def staging_in(parent: Path) -> Iterator[Path]:
+    """Give an empty staging directory below `parent`, which is removed when the block ends."""
+    clear_stale(parent)
+    directory = Path(tempfile.mkdtemp(prefix=STAGING, dir=parent))
+    inode, handle = directory.stat().st_ino, -1
     try:
-        yield staging
-        for path in [*sorted(staging.rglob("*")), staging]:
-            fsync(path)
+        handle = os.open(directory / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        _in_use[inode] = handle
+        # A file system without locks: then nobody clears the directory away but this process.
+        with suppress(OSError):
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(handle, json.dumps({"made_by": _MADE_BY, "inode": inode}).encode())
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        _in_use.pop(inode, None)
+        if handle >= 0:
+            os.close(handle)
+
+
+def clear_stale(parent: Path) -> None:
+    """Remove the staging directories below `parent` whose processes were killed."""
+    try:
+        with os.scandir(parent) as entries:
+            named = [one for one in entries if one.name.startswith(STAGING) and one.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for entry in named:
+        # Not entry.inode(): of a file system laid over another it may be that of the one below.
+        if entry.stat(follow_symlinks=False).st_ino not in _in_use:
+            _clear(Path(entry.path))
+
+
+def is_staging(directory: Path) -> bool:
+    """Tell whether a directory is one that `staging_in` made, by its claim."""
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    # Not opened: closing it again would give up the lock that this process holds.
+    if directory.stat().st_ino in _in_use:
+        return True
+    try:
+        handle = os.open(directory / _CLAIM, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return _claims(handle, directory)
+    finally:
+        os.close(handle)
+
+
+def _claims(handle: int, directory: Path) -> bool:
+    try:
+        content = json.loads(os.read(handle, 200))
+    except (OSError, ValueError):
+        return False
+    return bool(content == {"made_by": _MADE_BY, "inode": directory.stat().st_ino})
+
+
+def _clear(directory: Path) -> None:
+    try:
+        handle = os.open(directory / _CLAIM, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        if _claims(handle, directory):
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+    except OSError:
+        # Its process lives.
+        return
+    finally:
+        os.close(handle)
+
+
+def place_new(staged_directory: Path, output: Path) -> None:
+    """Give a whole directory its name; ArtifactError if there is something of that name."""
+    refuse_existing(output)
+    staged_directory.rename(output)
+
+
+@contextmanager
+def staged(output: Path, place: Place = place_new) -> Iterator[Path]:
+    """Give an empty directory near `output` to write into; it becomes `output`, by `place`, when the block ends well.
+
+    An error, or a stop from the keyboard, removes it, and the parents that were made for it. Files reach the disk
+    before `place` is called, and what it did before the block is left. Raises ArtifactError if `output` exists, unless
+    `place` says otherwise.
+    """
+    if place is place_new:
         refuse_existing(output)
-        staging.rename(output)
-        fsync(output.parent)
+    # A directory that the user linked to another disk is filled there.
+    parent = output if is_elsewhere(output) else output.parent
+    made = make_directories(parent)
+    try:
+        with staging_in(parent) as staging:
+            inside = staging / output.name
+            inside.mkdir()
+            yield inside
+            flush_tree(inside)
+            place(inside, output)
+            fsync(parent)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
         raise
+
+
+def flush_tree(directory: Path) -> None:
+    """Bring all files below a directory, and the directories, to the disk."""
+    for path in [*sorted(directory.rglob("*")), directory]:
+        fsync(path)
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Give a path to write a file to, which takes the name `path`, replacing what is there, when the block ends well.
+
+    The block may be left before anything was written; then nothing is replaced.
+    """
+    with staging_in(path.parent) as staging:
+        temporary = staging / path.name
+        yield temporary
+        if temporary.exists():
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that holds either `text` or, if that does not come to an end, what it held before."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        fsync(partial)
-        partial.replace(path)
-        fsync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def remove_directory(directory: Path) -> None:
-    """Remove a directory, if it is there; under its name it is never seen in part."""
-    if directory.exists():
-        doomed = directory.with_name(directory.name + REMOVED)
-        shutil.rmtree(doomed, ignore_errors=True)
-        directory.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def clear_leftovers(directory: Path) -> None:
-    """Remove what a run that was killed had been writing or removing in `directory`."""
-    for path in [*directory.glob(f"*{PARTIAL}"), *directory.glob(f"*{REMOVED}")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with staged_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def shown_path(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.records import Record, load_records
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.evaluation.compare import SAMPLES, compare
-from lora_llava.files import shown_path
+from lora_llava.files import shown_path, staged
 from lora_llava.recipe import Recipe
 from lora_llava.run_directory import output
+from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.lock import locked
 from lora_llava.training.differences import Resume
 from lora_llava.training.run import run_recipe
@@ -50,16 +52,18 @@ def finetune_and_evaluate(
             return summary
         output.note_skipped(directory, output.EVALUATION, skipped)
         clock = time.monotonic()
-        summary["evaluation"] = evaluate_artifact(
-            directory / recipe.stage_names[-1],
-            records,
-            directory=directory / output.EVALUATION,
-            console=console,
-            precision=recipe.precision,
-            max_new_tokens=settings.max_new_tokens,
-            max_rows=settings.batch_size,
-            blind_questions=settings.blind_questions,
-        )
+        results = directory / output.EVALUATION
+        with staged(results, partial(place, directory)) as staging:
+            summary["evaluation"] = evaluate_artifact(
+                directory / recipe.stage_names[-1],
+                records,
+                directory=staging,
+                console=console,
+                precision=recipe.precision,
+                max_new_tokens=settings.max_new_tokens,
+                max_rows=settings.batch_size,
+                blind_questions=settings.blind_questions,
+            )
         summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
         summary["peak_memory_bytes"] = peak_memory_bytes()
         output.write_summary(directory, summary)
@@ -116,6 +120,6 @@ def print_outcome(recipe: Recipe, console: Console) -> None:
         )
     places = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}", output.SKIPPED]
     console.print(f"\nIn {shown_path(directory)}:")
-    for place in places:
-        if (directory / place).exists():
-            console.print(f"  {place}")
+    for name in places:
+        if (directory / name).exists():
+            console.print(f"  {name}")

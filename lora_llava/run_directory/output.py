@@ -1,11 +1,11 @@
-"""The directory of a run: claimed before the first step, never emptied of what the kit did not write."""
+"""What a run writes to its directory: names, summary, log, and the list of records that were left out."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
-from lora_llava.files import clear_leftovers, shown_path, write_text
+from lora_llava.files import shown_path, staged_file
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import dump_resolved
+from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
 
 RECIPE = "recipe.yaml"
 TRAIN_LOG = "train_log.jsonl"
@@ -32,66 +33,40 @@ FEATURES = "features"
 """Cached image features; named by what they depend on, so that they outlive the run that made them."""
 STAGES = ("align", "instruct")
 
-_FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED)
-_DIRECTORIES = (BASE, EVALUATION, CHECKPOINTS, *STAGES)
+FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED)
+DIRECTORIES = (BASE, EVALUATION, *STAGES, *(f"{CHECKPOINTS}/{stage}" for stage in STAGES))
+"""All that a run writes, apart from `FEATURES`."""
 
 
-def claim_output_dir(directory: Path, *, overwrite: bool) -> None:
-    """Create the run's directory, or clear the traces of an earlier run from it if `overwrite`.
+@contextmanager
+def writing(directory: Path, name: str) -> Iterator[Path]:
+    """Give a path to write the run's file `name` to; it is listed and gets its name when the block ends well.
 
-    Raises TrainingError if it holds a run and `overwrite` is false, or if it cannot be written. Files that no
-    run writes stay where they are.
+    Raises TrainingError if it cannot be written, or if a link or a directory has its name.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"output_dir {directory} cannot be made: {error.strerror}") from error
-    known = [directory / name for name in (*_FILES, *_DIRECTORIES)]
-    found = [path for path in known if path.exists()]
-    if found and not overwrite:
-        raise TrainingError(
-            f"output_dir {directory} holds a run already ({', '.join(path.name for path in found)}). --resume goes on "
-            "with it, --overwrite replaces it; or give another with output_dir=PATH."
-        )
-    clear_leftovers(directory)
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _check_writable(directory)
+    with writing_named(name, directory):
+        path = current(directory) / name
+        if path.is_symlink() or path.is_dir():
+            raise TrainingError(f"{shown_path(path)} is a link or a directory, and no run writes to those; move it")
+        with staged_file(path) as temporary:
+            yield temporary
+            if temporary.exists():
+                note_all(directory, {name: temporary})
 
 
-def reopen_output_dir(directory: Path) -> dict[str, Any]:
-    """Take up the run in `directory` again and return its summary as far as it goes.
-
-    Raises TrainingError if there is no run, or if it cannot be written.
-    """
-    if not (directory / RECIPE).is_file():
-        raise TrainingError(
-            f"--resume: there is nothing to resume in output_dir {directory}: it holds no {RECIPE} of a run. Leave "
-            "--resume out to start one, or give the right directory with output_dir=PATH."
-        )
-    _check_writable(directory)
-    clear_leftovers(directory)
-    return read_summary(directory)
-
-
-def _check_writable(directory: Path) -> None:
-    try:
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise TrainingError(f"output_dir {directory} cannot be written: {error.strerror}") from error
+def _write(directory: Path, name: str, text: str) -> None:
+    with writing(directory, name) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
     """Write the recipe of a run, every default written out."""
-    with writing_named(RECIPE, directory):
-        write_text(directory / RECIPE, dump_resolved(recipe, directory))
+    _write(directory, RECIPE, dump_resolved(recipe, directory))
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Read the run's summary, {} if there is none yet."""
-    path = directory / SUMMARY
+    path = current(directory) / SUMMARY
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
@@ -101,32 +76,55 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Write the run's summary."""
-    with writing_named(SUMMARY, directory):
-        write_text(directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    _write(directory, SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def log_path(directory: Path) -> Path:
+    """Return where the run's log is now."""
+    return current(directory) / TRAIN_LOG
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
     """Read the run's log."""
-    path = directory / TRAIN_LOG
+    path = log_path(directory)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append_to_log(directory: Path, row: Mapping[str, Any]) -> None:
+    """Write one line of the run's log."""
+    with writing_named("the log", directory):
+        handle = os.open(log_path(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def cut_log(directory: Path, size: int) -> None:
     """Cut away what the log says beyond `size` bytes: of steps that are trained again."""
-    path = directory / TRAIN_LOG
+    path = log_path(directory)
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
 
 def drop_from_log(directory: Path, stage: str) -> None:
     """Cut away what the log says from `stage` on, which starts again, and a line that was not written to its end."""
-    path = directory / TRAIN_LOG
+    path = log_path(directory)
     size = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if not line.endswith(b"\n") or json.loads(line)["stage"] == stage:
             break
         size += len(line)
     cut_log(directory, size)
+
+
+def final_path(directory: Path, path: Path) -> Path:
+    """Return the path that a file of the run has when it has its first checkpoint."""
+    new = directory / STATE / NEW
+    return directory / path.relative_to(new) if path.is_relative_to(new) else path
+
+
+def present_path(directory: Path, path: Path) -> Path:
+    """Return the path that a file of the run has now, which may have had its first checkpoint since."""
+    return path if is_pending(directory) else final_path(directory, path)
 
 
 def resume_command(directory: Path) -> str:
@@ -154,11 +152,10 @@ def writing_named(what: str, directory: Path) -> Iterator[None]:
 
 def note_skipped(directory: Path, part: str, skipped: Sequence[BadRecord]) -> None:
     """Note the records that a part of the run (a stage, or the evaluation) left out in the run's list of them."""
-    path = directory / SKIPPED
+    path = current(directory) / SKIPPED
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     # A part that is done again says it again.
     kept = [line for line in kept if line.endswith("\n") and json.loads(line)["part"] != part]
     kept += [json.dumps({"part": part, **asdict(record)}) + "\n" for record in skipped]
     if kept:
-        with writing_named(SKIPPED, directory):
-            write_text(path, "".join(kept))
+        _write(directory, SKIPPED, "".join(kept))

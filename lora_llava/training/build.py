@@ -18,6 +18,7 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.run_directory import output
+from lora_llava.run_directory.written import current
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.guards import NonFiniteGuard
 from lora_llava.training.image_check import make_image_check
@@ -78,7 +79,7 @@ def make_trainer(
     directory = recipe.resolved_output_dir
     return PackedTrainer(
         loaded.model,
-        training_arguments(recipe, settings, data, directory / output.CHECKPOINTS / stage, optim, dtype),
+        training_arguments(recipe, settings, data, current(directory) / output.CHECKPOINTS / stage, optim, dtype),
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),

@@ -10,21 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_llava.artifact import file_sha256
 from lora_llava.errors import TrainingError
-from lora_llava.files import clear_leftovers, remove_directory, shown_path, staged
+from lora_llava.files import clear_stale, shown_path, staged
 from lora_llava.recipe_stages import StageName
+from lora_llava.run_directory.claim import move_into
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
 """Version of the manifest; a reader refuses a newer one."""
 
 _NAME = re.compile(r"step-(\d+)")
+
+Place = Callable[[Path, Path, Mapping[str, str]], None]
+"""Gives a whole directory, the first path, the name of the second; with the SHA-256 of its files."""
 
 
 class DamagedCheckpointError(TrainingError):
@@ -72,19 +77,23 @@ def write_checkpoint(
     memory_plan: dict[str, Any],
     facts: dict[str, Any],
     write: Callable[[Path, Path], None],
+    place: Place = lambda staging, directory, _: move_into(staging, directory),
 ) -> Path:
     """Write a checkpoint below `parent` and return its directory.
 
-    `write` is called with the directory to write to and with the one that it will be. A damaged checkpoint of the
-    same step gives way.
+    `write` is called with the directory to write to and with the one that it will be; `place` gives it its name. The
+    files of a damaged checkpoint of the same step give way.
     """
     directory = parent / f"step-{progress.step}"
-    remove_directory(directory)
-    with staged(directory) as staging:
+    files: dict[str, dict[str, Any]] = {}
+
+    def place_listed(staging: Path, target: Path) -> None:
+        place(staging, target, {name: facts["sha256"] for name, facts in files.items()})
+
+    with staged(directory, place_listed) as staging:
         write(staging, directory)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(staging.iterdir())
-        }
+        for path in sorted(staging.iterdir()):
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         content = {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -118,7 +127,7 @@ def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
     """
     if not parent.is_dir():
         return None
-    clear_leftovers(parent)
+    clear_stale(parent)
     damaged = []
     for directory in reversed(_directories(parent)):
         try:
@@ -144,13 +153,31 @@ def rotate(parent: Path, step: int, limit: int) -> None:
     """
     for directory in _directories(parent):
         if _step(directory) > step:
-            remove_directory(directory)
+            remove_checkpoint(directory)
     losses = dict(_losses(parent))
     measured = {directory: loss for directory, loss in losses.items() if loss is not None}
     # In the order in which they are worth keeping.
     kept = [parent / f"step-{step}", *sorted(measured, key=lambda one: measured[one])[:1], *reversed(losses)]
     for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]):
-        remove_directory(directory)
+        remove_checkpoint(directory)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove the files of a checkpoint, and its directory if it holds nothing else.
+
+    They are those of its manifest, which goes first, so that it is never seen in part. If that cannot be read, those
+    of its neighbors have the same names.
+    """
+    names: set[str] = set()
+    for one in (directory, *_directories(directory.parent)):
+        with suppress(DamagedCheckpointError, TrainingError):
+            names = set(_read(one)[1])
+            break
+    if directory.is_dir():
+        for name in (MANIFEST, *sorted(names)):
+            (directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def best_loss(parent: Path) -> float | None:

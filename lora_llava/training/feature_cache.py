@@ -23,6 +23,7 @@ from lora_llava.data.batch import ImageTransform
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.device import free_memory_bytes
 from lora_llava.errors import TrainingError
+from lora_llava.files import staged_file
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import VISION_TOWER
 
@@ -90,17 +91,14 @@ def _kept(
     path = directory / f"{name}.features"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         try:
-            _computed(tower, layer, records, transform, partial)
-            partial.replace(path)
+            with staged_file(path) as temporary:
+                _computed(tower, layer, records, transform, temporary)
         except OSError as error:
             raise TrainingError(
                 f"cache_image_features: the features could not be written to {directory}: {error.strerror}; make room "
                 "or set cache_image_features: off"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
     return _open(path, _shape(tower, layer, records, transform), _dtype(tower), "r")
 
 

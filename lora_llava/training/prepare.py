@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import TrainingError
-from lora_llava.files import shown_path, staged
+from lora_llava.files import Place, place_new, shown_path, staged
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
 from lora_llava.recipe import Recipe
 from lora_llava.run_directory import output
+from lora_llava.run_directory.claim import place
+from lora_llava.run_directory.written import current, is_pending
 
 
 def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tuple[Path, BaseIdentity]:
@@ -23,9 +26,10 @@ def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tu
         base_directory, revision = locate(settings.model_name_or_path, settings.revision)
         name = settings.model_name_or_path if revision else base_directory.resolve().name
         return base_directory, BaseIdentity(name, revision, hash_weights(base_directory))
-    base_directory, name = directory / output.BASE, f"{recipe.name}-{output.BASE}"
+    base_directory, name = current(directory) / output.BASE, f"{recipe.name}-{output.BASE}"
+    place_base: Place = place_new if is_pending(directory) else partial(place, directory)
     if not base_directory.exists():
-        with output.writing_named("the base", directory), staged(base_directory) as staging:
+        with output.writing_named("the base", directory), staged(base_directory, place_base) as staging:
             assemble(settings, staging, recipe.seed)
     identity = BaseIdentity(name, None, hash_weights(base_directory))
     if summary.setdefault("base_sha256", identity.weights_sha256) != identity.weights_sha256:

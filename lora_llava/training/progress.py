@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.files import fsync
-from lora_llava.run_directory.output import writing_named
+from lora_llava.run_directory.output import append_to_log, log_path
 from lora_llava.training.plan import StepCounts
 
 
@@ -82,8 +81,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         row.pop("epoch", None)
         if "loss" in logs:
             row |= self._rates(step)
-        with writing_named("the log", self.path.parent), self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_to_log(self.path.parent, row)
         self._show(row)
 
     @property
@@ -93,10 +91,11 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
     def flushed(self) -> int:
         """Bring what was logged to the disk, and return the size of the log in bytes."""
-        if not self.path.exists():
+        path = log_path(self.path.parent)
+        if not path.exists():
             return 0
-        fsync(self.path)
-        return self.path.stat().st_size
+        fsync(path)
+        return path.stat().st_size
 
     def _rates(self, step: int) -> dict[str, float]:
         now = time.monotonic()

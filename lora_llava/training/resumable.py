@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.errors import RunInterruptedError, TrainingError
+from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import resume_command, writing_named
+from lora_llava.run_directory.written import is_pending
 from lora_llava.training import state as training_state
 from lora_llava.training.checkpoint import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
 from lora_llava.training.interruption import Interruption
@@ -48,7 +51,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         """Whether optimizer and scheduler go on with the settings of the checkpoint, which are the recipe's."""
         self.settings = artifact.recipe.stage(artifact.stage)
         self.parent = checkpoints_of(artifact.recipe, artifact.stage)
-        self.best = best_loss(self.parent)
+        self.best = best_loss(self.parent) if resumed else None
         before = resumed.progress if resumed else None
         self.seconds_before = before.seconds if before else 0.0
         self.saving_seconds = before.saving_seconds if before else 0.0
@@ -113,7 +116,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
         with writing_named(f"the checkpoint of step {step}", self.run_directory):
             progress = self._progress(trainer, step, loss)
-            write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write)
+            write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write, self._place)
             rotate(self.parent, step, self.settings.save_total_limit)
         if loss is not None:
             self.best = loss if self.best is None else min(self.best, loss)
@@ -121,6 +124,9 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.last_saved = time.monotonic()
         self.last_duration = self.last_saved - clock
         self.saving_seconds += self.last_duration
+
+    def _place(self, staging: Path, directory: Path, hashes: Mapping[str, str]) -> None:
+        place(self.run_directory, staging, directory, hashes, first=True)
 
     def _progress(self, trainer: ResumableTrainer, step: int, loss: float | None) -> Progress:
         return Progress(
@@ -139,6 +145,9 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     def last_whole(self) -> str | None:
         """Name the newest whole checkpoint of the stage, in the run's directory; None if there is none."""
+        # Until it has one, those of an earlier run are still there.
+        if is_pending(self.run_directory):
+            return None
         try:
             found = latest(self.parent, lambda _: None)
         except TrainingError:

@@ -26,6 +26,7 @@ from lora_llava.modeling.structure import PartRow
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
+from lora_llava.run_directory.claim import claimed
 from lora_llava.training.build import make_trainer
 from lora_llava.training.cost import Machine
 from lora_llava.training.differences import Resume, run_facts
@@ -54,15 +55,20 @@ def run_recipe(
     `resume`: go on with the run in `output_dir`, from its latest whole checkpoint. Returns the run's summary, which is
     also written to `summary.json`. Raises LoraLlavaError's subclasses.
     """
-    directory = recipe.resolved_output_dir
     if recipe.start_from is not None:
         read_manifest(recipe.start_from)
+    with claimed(recipe, overwrite=overwrite, resume=resume != "no"):
+        return train_stages(recipe, console, memory, resume)
+
+
+def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: Resume) -> dict[str, Any]:
+    """Train every stage of `recipe` in its directory, which is claimed; see `run_recipe`."""
+    directory = recipe.resolved_output_dir
+    summary: dict[str, Any] = {}
     if resume == "no":
-        output.claim_output_dir(directory, overwrite=overwrite)
         output.write_recipe(directory, recipe)
-        summary: dict[str, Any] = {}
     else:
-        summary = output.reopen_output_dir(directory)
+        summary = output.read_summary(directory)
     summary = {"name": recipe.name, "seconds": {}, **summary, "hardware": describe_device()}
     clock = time.monotonic()
     base_directory, identity = prepare_base(recipe, directory, summary)
@@ -73,14 +79,16 @@ def run_recipe(
             parent = directory / stage
             continue
         output.write_summary(directory, summary)
+        # It moves with the first checkpoint of the run, if the run assembled it.
+        base_directory = output.present_path(directory, base_directory)
         summary[stage], seconds = train_stage(
             recipe, stage, base_directory, identity, parent, console, memory, resume=resume
         )
         summary.pop(output.EVALUATION, None)
         summary["seconds"][stage] = round(seconds, 1)
         parent = directory / stage
-        with output.writing_named(output.LOSS_PLOT, directory):
-            plot_loss(directory / output.LOSS_PLOT, output.read_log(directory))
+        with output.writing(directory, output.LOSS_PLOT) as picture:
+            plot_loss(picture, output.read_log(directory))
     summary["peak_memory_bytes"] = peak_memory_bytes()
     output.write_summary(directory, summary)
     return summary
@@ -159,6 +167,8 @@ def build_model(
         dtype=dtype,
         device=torch.device(machine.device),
     )
+    # What is saved names the base by the path that it has then.
+    loaded.directory = output.final_path(recipe.resolved_output_dir, base_directory)
     model = start_stage(recipe, stage, loaded, parent)
     table = check_stage(model, stage, nf4=nf4 and not chosen.keep_dequantized)
     set_recompute(model, chosen.recompute.policy, chosen.recompute.full_layers)

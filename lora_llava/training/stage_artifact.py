@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import WEIGHTS, file_sha256, save_artifact, write_artifact
+from lora_llava.artifact import MANIFEST, WEIGHTS, file_sha256, save_artifact, write_artifact
 from lora_llava.data.records import fingerprint
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import dump_resolved
 from lora_llava.recipe_stages import StageName
+from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import writing_named
 from lora_llava.training.image_facts import image_facts
 from lora_llava.training.plan import StageData
@@ -33,7 +35,11 @@ class StageArtifact:
         directory = self.recipe.resolved_output_dir / self.stage
         facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.recipe, directory)
         with writing_named(f"the artifact of stage {self.stage}", self.recipe.resolved_output_dir):
-            save_artifact(directory, self.loaded.model, self.loaded, facts, recipe_yaml)
+            save_artifact(directory, self.loaded.model, self.loaded, facts, recipe_yaml, self._place)
+
+    def _place(self, staging: Path, directory: Path) -> None:
+        manifest = json.loads((staging / MANIFEST).read_text(encoding="utf-8"))
+        place(self.recipe.resolved_output_dir, staging, directory, {WEIGHTS: manifest["adapter_sha256"]})
 
     def write(self, staging: Path, directory: Path, step: int, metrics: dict[str, float]) -> None:
         """Write the files of an artifact that will stand in `directory` to `staging`."""

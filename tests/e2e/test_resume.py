@@ -22,6 +22,7 @@ from lora_llava.artifact import WEIGHTS, file_sha256, load_artifact, read_manife
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
 from lora_llava.run_directory import output
+from lora_llava.run_directory.lock import LOCK
 from lora_llava.training.checkpoint import DamagedCheckpointError, verified
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (
@@ -245,7 +246,7 @@ def test_an_evaluation_that_was_not_done_is_done(
 
     def evaluate(artifact: Path, *_: Any, **__: Any) -> dict[str, Any]:
         done.append(artifact)
-        locks.append((tmp_path / "run" / ".lock").read_text(encoding="utf-8"))
+        locks.append((tmp_path / "run" / LOCK).read_text(encoding="utf-8"))
         return {"questions": 1}
 
     monkeypatch.setattr(workflow, "evaluate_artifact", evaluate)

@@ -112,7 +112,7 @@ def test_resume_and_overwrite_exclude_each_other(project: Path) -> None:
 
 
 def test_a_run_in_the_way_is_refused_with_the_way_on(project: Path, halted: Path) -> None:
-    with pytest.raises(TrainingError, match=r"holds a run already .*--resume goes on with it"):
+    with pytest.raises(TrainingError, match=r"holds a run already .*--resume continues it"):
         train(project, halted)
 
 
@@ -129,7 +129,9 @@ def test_an_assembled_base_is_kept_and_verified(project: Path, tmp_path: Path, m
     loaded = load_recipe(project, [parts, f"output_dir={tmp_path / 'run'}"])
     directory, identity = prepare.prepare_base(loaded, tmp_path / "run", summary)
     assert prepare.prepare_base(loaded, tmp_path / "run", summary) == (directory, identity)
-    assert made == [tmp_path / "run" / "base.partial"]
+    [staging] = made
+    assert staging.name == "base" and staging.parent.parent == tmp_path / "run"
+    assert not staging.exists()
     assert summary == {"base_sha256": identity.weights_sha256}
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")

@@ -12,8 +12,8 @@ import pytest
 
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
-from lora_llava.files import write_text
-from lora_llava.run_directory.lock import locked
+from lora_llava.files import STAGING, write_text
+from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.output import note_skipped, writing_named
 from lora_llava.training.checkpoint import (
     MANIFEST,
@@ -24,7 +24,7 @@ from lora_llava.training.checkpoint import (
     verified,
     write_checkpoint,
 )
-from tests.helpers.disk import Disk, full, read_only
+from tests.helpers.disk import WRITES, Disk, full, read_only
 
 FILES = ("adapter_model.safetensors", "optimizer.json", "optimizer.safetensors")
 
@@ -43,7 +43,12 @@ def write(parent: Path, step: int, eval_loss: float | None = None) -> Path:
 
 
 def steps(parent: Path) -> list[int]:
-    return sorted(int(one.name.removeprefix("step-")) for one in parent.iterdir())
+    return sorted(int(one.name.removeprefix("step-")) for one in parent.glob("step-*") if one.suffix == "")
+
+
+def left_behind(directory: Path) -> list[Path]:
+    """List files that were never given their name; a disk that fails at last may keep an empty directory."""
+    return [path for one in directory.glob(f"{STAGING}*") for path in one.iterdir()]
 
 
 def quiet(_: str) -> None:
@@ -87,8 +92,9 @@ def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
         write(tmp_path, step)
     (tmp_path / "step-10" / FILES[0]).write_bytes(b"")
     (tmp_path / "step-11").mkdir()
-    (tmp_path / "step-12.partial").mkdir()
-    (tmp_path / "step-3.removed").mkdir()
+    for mine in ("step-12.partial", "step-3.removed"):
+        (tmp_path / mine).mkdir()
+        (tmp_path / mine / "notes.txt").write_text("mine", encoding="utf-8")
     said: list[str] = []
     found = latest(tmp_path, said.append)
     assert found is not None and found.progress.step == 9
@@ -96,6 +102,9 @@ def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
     assert "step-11 is damaged (checkpoint.json is missing" in said[0]
     assert "step-10 is damaged (adapter_model.safetensors has 0 bytes, not 64); going on from step-9" in said[1]
     assert steps(tmp_path) == [2, 9, 10, 11]
+    # Nothing is cleared away for how its name ends.
+    assert (tmp_path / "step-12.partial/notes.txt").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "step-3.removed/notes.txt").read_text(encoding="utf-8") == "mine"
     assert latest(tmp_path / "none", quiet) is None
 
 
@@ -177,9 +186,9 @@ def test_an_error_at_any_point_of_a_save_leaves_the_checkpoint_before(
                 refusals.append(str(error))
         found = latest(directory, lambda line: pytest.fail(line))
         assert found is not None and found.progress.step in (2, 3)
-        assert not list(directory.glob("*.partial"))
         save(directory)
         assert steps(directory) == [2, 3]
+        assert left_behind(directory) == []
     assert len(refusals) > 10
     for said in refusals:
         assert words in said
@@ -190,12 +199,18 @@ def test_an_error_at_any_point_of_a_save_leaves_the_checkpoint_before(
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_text(path, "before")
-    for first in range(4):
+    counting = Disk(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        counting.install(patch)
+        write_text(path, "before")
+    writes = [name for name, _ in counting.calls if name in WRITES]
+    assert writes == ["mkdir", "open", "fsync", "replace", "fsync"]
+    for first in range(len(writes)):
         with pytest.MonkeyPatch.context() as patch:
             Disk(tmp_path, full, first).install(patch)
             with pytest.raises(OSError, match="No space"):
                 write_text(path, "after")
-        assert path.read_text(encoding="utf-8") == ("after" if first == 3 else "before")
+        assert path.read_text(encoding="utf-8") == ("after" if first == len(writes) - 1 else "before")
         assert [one.name for one in tmp_path.iterdir()] == ["summary.json"]
 
 
@@ -217,7 +232,7 @@ def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path
         other.kill()
         other.wait()
     with locked(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").read_text(encoding="utf-8") == f"{os.getpid()}\n"
+        assert (tmp_path / "run" / LOCK).read_text(encoding="utf-8") == f"{os.getpid()}\n"
     assert not list((tmp_path / "run").iterdir())
 
 

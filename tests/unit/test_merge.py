@@ -273,8 +273,8 @@ def test_what_a_killed_merge_leaves_is_no_model(
         patch.setattr(merge_run, "write_config", kill)
         with pytest.raises(KeyboardInterrupt):
             merge_artifact(artifact, tmp_path / "merged")
-    [left] = tmp_path.iterdir()
-    assert left.name == "merged.partial"
+    [staging] = tmp_path.iterdir()
+    left = staging / "merged"
     assert (left / "model.safetensors").is_file()
     assert not (left / "config.json").exists()
     with pytest.raises(ModelError):
