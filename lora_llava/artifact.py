@@ -338,6 +338,19 @@ def _needed(manifest: Manifest) -> str:
     )
 
 
+def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:
+    """Load a second artifact as adapter `name` onto the base of a loaded one, which stays active; return its usage.
+
+    Raises ArtifactError if it was trained on another base.
+    """
+    manifest = read_manifest(directory)
+    check_base(manifest, loaded.identity.weights_sha256, str(loaded.directory), directory)
+    device = next(loaded.model.parameters()).device
+    loaded.model.load_adapter(str(directory), adapter_name=name, torch_device=str(device))
+    loaded.model.eval()
+    return manifest.usage
+
+
 def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path) -> None:
     """Refuse a base other than the one the artifact was trained on."""
     wanted = manifest.base["weights_sha256"]

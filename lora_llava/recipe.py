@@ -114,8 +114,16 @@ class EvaluationSettings(Settings):
 
     data: DataSettings
     max_new_tokens: Annotated[Count, OnResume.AGAIN] = 16
+    """Tokens of an answer; longer answers are cut, and counted."""
     batch_size: Annotated[Count, OnResume.AGAIN] = 64
     """Questions decoded at a time."""
+    metric: Annotated[Literal["auto", "exact_match", "vqa_v2", "token_f1"], OnResume.AGAIN] = "auto"
+    """How answers are scored; `auto`: by exact match, or by token F1 where at least half of the references have more
+    than five words. See docs/evaluation.md."""
+    by: Annotated[list[str], OnResume.AGAIN] = Field(default_factory=list)
+    """Keys or columns of the data, such as [patient, modality], by which accuracies are given too."""
+    base_questions: Annotated[Count | None, OnResume.AGAIN] = 300
+    """Questions that the base is asked, of whole images spread over the set; null: all."""
     blind_questions: Annotated[Count | None, OnResume.AGAIN] = None
     """Questions asked once more with the mean colour in place of the image; null: none."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 
-from lora_llava.artifact import load_model, template_to_ask
+from lora_llava.artifact import Usage, add_adapter, load_model, template_to_ask
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.records import Record, load_records
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
-from lora_llava.evaluation.compare import SAMPLES, compare
+from lora_llava.errors import ArtifactError
+from lora_llava.evaluation.compare import SAMPLES, Asking, Models, compare
+from lora_llava.evaluation.outcome import START
+from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.files import shown_path, staged
-from lora_llava.recipe import Recipe
+from lora_llava.recipe import EvaluationSettings, Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.lock import locked
@@ -44,11 +45,11 @@ def finetune_and_evaluate(
     settings = recipe.evaluation
     # Before training: a mistake in the test data must not come to light hours later.
     skipped: list[BadRecord] = []
-    records = load_records(settings.data, skipped) if settings else []
+    questions = load_questions(settings.data, settings.by, skipped) if settings else None
     directory = recipe.resolved_output_dir
     with locked(directory):
         summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory, resume=resume)
-        if settings is None or output.EVALUATION in summary:
+        if settings is None or questions is None or output.EVALUATION in summary:
             return summary
         output.note_skipped(directory, output.EVALUATION, skipped)
         clock = time.monotonic()
@@ -56,13 +57,12 @@ def finetune_and_evaluate(
         with staged(results, partial(place, directory)) as staging:
             summary["evaluation"] = evaluate_artifact(
                 directory / recipe.stage_names[-1],
-                records,
+                questions,
+                settings,
                 directory=staging,
                 console=console,
                 precision=recipe.precision,
-                max_new_tokens=settings.max_new_tokens,
-                max_rows=settings.batch_size,
-                blind_questions=settings.blind_questions,
+                start=recipe.start_from,
             )
         summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
         summary["peak_memory_bytes"] = peak_memory_bytes()
@@ -72,22 +72,21 @@ def finetune_and_evaluate(
 
 def evaluate_artifact(
     artifact: Path,
-    records: Sequence[Record],
+    questions: QuestionSet,
+    settings: EvaluationSettings,
     *,
     directory: Path,
     console: Console,
-    precision: str,
-    max_new_tokens: int,
-    max_rows: int,
-    blind_questions: int | None,
+    precision: str = "auto",
     compare_base: bool = True,
     base: str | None = None,
     template: str | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
-    """Load an artifact or a merged model, ask it `records` in the form of its training, and score it.
+    """Load an artifact or a merged model, put questions to it in the form of its training, and score it.
 
-    `base` replaces the place where the artifact says its base is. A merged model has no base to be compared with.
-    Returns what `compare` does.
+    `base` replaces the path where the artifact says its base is; `start` is an artifact on the same base to compare
+    with, such as the one that training started from. A merged model has neither. Returns what `compare` does.
     """
     # The trained model is no longer needed: on a small card there is no room for two.
     gc.collect()
@@ -96,18 +95,20 @@ def evaluate_artifact(
     loaded, usage = load_model(
         artifact, device=device, dtype=pick_dtype(precision, device), base=base, template=template
     )
-    return compare(
+    is_adapter = isinstance(loaded.model, PeftModel)
+    if start is not None and not is_adapter:
+        raise ArtifactError(f"{artifact} is a whole model: there is no start on the same base to compare it with")
+    models = Models(
         loaded,
-        records,
-        template=template_to_ask(usage, artifact),
-        aspect_ratio=usage.image_aspect_ratio,
-        max_new_tokens=max_new_tokens,
-        max_rows=max_rows,
-        blind_questions=blind_questions,
-        directory=directory,
-        console=console,
-        base=compare_base and isinstance(loaded.model, PeftModel),
+        _asking(usage, artifact),
+        start=None if start is None else _asking(add_adapter(loaded, start, START), start),
+        base=compare_base and is_adapter,
     )
+    return compare(models, questions, settings, directory, console)
+
+
+def _asking(usage: Usage, directory: Path) -> Asking:
+    return Asking(template_to_ask(usage, directory), usage.image_aspect_ratio)
 
 
 def print_outcome(recipe: Recipe, console: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ from lora_llava.text import printable
 
 if TYPE_CHECKING:
     from lora_llava.evaluation.chat import Chat
+    from lora_llava.recipe import EvaluationSettings
     from lora_llava.recipe_stages import DataSettings
 
 _EVALUATION = Path("evaluation")
+_METRICS = ["auto", "exact_match", "vqa_v2", "token_f1"]
 _PATH = click.Path(path_type=Path)
 _LAST_WORDS = ("exit", "quit", "/exit", "/quit")
 
@@ -42,59 +44,76 @@ _LAST_WORDS = ("exit", "quit", "/exit", "/quit")
     show_default=True,
     help="Questions decoded at a time.",
 )
-@click.option("--no-base", is_flag=True, help="Do not ask the base, which takes half of the time.")
-@click.option("--blind", type=click.IntRange(min=1), help="Ask so many questions without their images too.")
+@click.option("--metric", type=click.Choice(_METRICS), default="auto", show_default=True)
+@click.option("--by", multiple=True, metavar="KEY", help="Accuracy by a key or column of the data too; repeatable.")
+@click.option("--no-base", is_flag=True, help="Do not ask the base.")
+@click.option(
+    "--base-questions",
+    type=click.IntRange(min=0),
+    default=300,
+    show_default=True,
+    help="Questions to ask the base; 0: all.",
+)
+@click.option("--blind", type=click.IntRange(min=1), metavar="N", help="Ask N questions without their images too.")
+@click.option("--start", type=_PATH, help="Artifact on the same base to compare with.")
 @click.option("--output", type=_PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
 @base_option
 @template_option
 def evaluate(
     artifact: Path,
-    path: str,
-    image_root: str | None,
-    columns: str | None,
-    split: str,
-    answer_prompt: str | None,
-    max_records: int | None,
-    max_new_tokens: int,
-    max_rows: int,
-    no_base: bool,
-    blind: int | None,
     output: Path,
+    start: Path | None,
+    no_base: bool,
     base_model: str | None,
     template: str | None,
+    **options: Any,
 ) -> None:
     """Ask ARTIFACT and its base the questions of a data set.
 
-    A merged model has no base. An answer is right if it equals the reference after the normalisation of VQA v2.
+    A merged model has no base. Every answered turn of a record is a question. What counts as right, and what the
+    figures mean, is in docs/evaluation.md.
     """
     refuse_results_in(output)
-    fields: dict[str, Any] = {"path": path, "image_root": image_root, "columns": parse_columns(columns), "split": split}
-    fields |= {"answer_prompt": answer_prompt, "max_records": max_records}
-    data_settings(fields)  # A mistake on the command line shows before anything heavy is imported.
+    evaluation_settings(options)  # A mistake on the command line shows before anything heavy is imported.
     quiet_libraries()
     from lora_llava.artifact import read_usage, template_to_ask
-    from lora_llava.data.records import load_records
+    from lora_llava.evaluation.questions import load_questions
     from lora_llava.workflow import evaluate_artifact
 
     usage = read_usage(artifact, template)
     template_to_ask(usage, artifact)
-    if answer_prompt is None:
-        fields["answer_prompt"] = usage.answer_prompt
+    if options["answer_prompt"] is None:
+        options["answer_prompt"] = usage.answer_prompt
+    settings = evaluation_settings(options)
     console = make_console()
     evaluate_artifact(
         artifact,
-        load_records(data_settings(fields)),
+        load_questions(settings.data, settings.by),
+        settings,
         directory=output,
         console=console,
-        precision="auto",
-        max_new_tokens=max_new_tokens,
-        max_rows=max_rows,
-        blind_questions=blind,
+        start=start,
         compare_base=not no_base,
         base=base_model,
         template=template,
     )
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
+
+
+def evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
+    """Make settings of the options of `eval`; click.UsageError if they do not fit together."""
+    from lora_llava.recipe import EvaluationSettings
+
+    fields = {name: options[name] for name in ("path", "image_root", "split", "answer_prompt", "max_records")}
+    return EvaluationSettings(
+        data=data_settings({**fields, "columns": parse_columns(options["columns"])}),
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["max_rows"],
+        metric=options["metric"],
+        by=list(options["by"]),
+        base_questions=options["base_questions"] or None,
+        blind_questions=options["blind"],
+    )
 
 
 def refuse_results_in(output: Path) -> None:

@@ -90,6 +90,18 @@ KINDS: dict[str, Kind] = {
         "The conversation is longer than `max_length`; what is beyond is neither read nor learnt.",
         "Raise `max_length`, or split the conversation.",
     ),
+    "long_reference": Kind(
+        "warning",
+        "Test answers longer than the model may answer",
+        "The reference has more tokens than `evaluation.max_new_tokens`, so every answer is cut too early to be right.",
+        "Raise `evaluation.max_new_tokens` to the longest reference.",
+    ),
+    "void_reference": Kind(
+        "warning",
+        "Test answers that the score cannot see",
+        "The reference normalizes to nothing under `evaluation.metric`, so the score says nothing about it.",
+        "Correct the answer, or choose another metric: `vqa_v2` makes nothing of options such as A.",
+    ),
     "duplicate_id": Kind(
         "warning",
         "Ids that stand twice",
@@ -125,7 +137,7 @@ KINDS: dict[str, Kind] = {
     "no_answer": Kind(
         "note",
         "Questions without an answer",
-        "The evaluation passes over records that end with a question, since there is nothing to compare with.",
+        "The evaluation passes over a last question without an answer, since there is nothing to compare with.",
         "Add the answers, or remove the records.",
     ),
 }

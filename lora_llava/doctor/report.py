@@ -15,6 +15,7 @@ from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
 from lora_llava.doctor.compare import Finding, at, compare_sides, of_bad
 from lora_llava.doctor.conversations import Conversations
 from lora_llava.doctor.figures import side_figures
+from lora_llava.doctor.references import reference_findings
 from lora_llava.doctor.survey import Source, Survey
 
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
@@ -79,6 +80,7 @@ def make_report(survey: Survey, conversations: Conversations, seconds: float) ->
     found = [*_bad(survey), *compare_sides(survey), *conversations.findings]
     for source, record in survey.unanswered:
         found.append(at("no_answer", source, record, record.where, record.image))
+    found += reference_findings(survey, conversations.tokenizer)
     findings = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
     return Report(
         survey,

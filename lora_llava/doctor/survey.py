@@ -13,6 +13,7 @@ from lora_llava.data.records import held_out_source, image_kills_its_reader, rea
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
 from lora_llava.errors import DataError
+from lora_llava.evaluation.questions import answered_part, without_blank_answer
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName
 
@@ -63,7 +64,7 @@ class Survey:
     images: dict[str, ImageFacts]
     """By `image_id`."""
     unanswered: list[tuple[Source, Record]]
-    """Records of the evaluation that end with a question."""
+    """Records of the evaluation whose last question has no answer."""
 
     def facts(self, image: ImageSource) -> ImageFacts:
         """Return what is known of an image."""
@@ -86,7 +87,8 @@ def survey(recipe: Recipe, workers: int | None = None, advance: Advance | None =
         _put_aside(source, images)
         if source.name == "evaluation":
             unanswered = [(source, record) for record in source.records if record.turns[-1].role == "user"]
-            source.records = [record for record in source.records if record.turns[-1].role == "assistant"]
+            answered = (answered_part(record) for record in source.records)
+            source.records = [record for record in answered if record is not None]
     return Survey(recipe, sources, list(_sides(recipe, sources)), images, unanswered)
 
 
@@ -118,6 +120,8 @@ def _sources(recipe: Recipe) -> Iterator[Source]:
 def _read(source: Source) -> None:
     try:
         records = read_source(source.data, source.bad)
+        if source.name == "evaluation":
+            records = [without_blank_answer(record) for record in records]
         if not records and not source.bad.found:
             raise DataError(f"{source.data_name}: holds no records; correct path or split")
     except DataError as error:

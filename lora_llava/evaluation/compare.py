@@ -1,10 +1,9 @@
-"""The tuned model beside its base, and beside itself with the images taken away, on the same questions."""
+"""The tuned model beside its base, beside what it started from, and beside itself without the images."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,31 @@ from rich.progress import Progress as Bar
 from lora_llava.chat_template import OwnTemplate
 from lora_llava.conversation import Template
 from lora_llava.data.images import open_image
-from lora_llava.data.records import Record
-from lora_llava.errors import DataError
+from lora_llava.evaluation.confusion import confusion
 from lora_llava.evaluation.decoding import Progress
-from lora_llava.evaluation.exact import answer_tokens, exact_match
-from lora_llava.evaluation.figures import SheetItem, contact_sheet
+from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet
 from lora_llava.evaluation.generation import generate_answers
-from lora_llava.evaluation.metrics import ALL, Accuracy, accuracy_by_type
-from lora_llava.evaluation.report import accuracy_table, prediction_row, write_predictions
+from lora_llava.evaluation.metrics import METRIC_NAMES, Metric, pick_metric
+from lora_llava.evaluation.notes import outcome_notes, question_notes
+from lora_llava.evaluation.outcome import (
+    BASE,
+    BLIND,
+    START,
+    TUNED,
+    Answers,
+    Outcome,
+    accuracies_by,
+    prediction_rows,
+    score_all,
+    summarize,
+)
+from lora_llava.evaluation.questions import Question, QuestionSet
+from lora_llava.evaluation.report import accuracy_table, confusion_table, value_table, write_predictions
+from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.modeling.base import LoadedModel
+from lora_llava.recipe import EvaluationSettings
 from lora_llava.recipe_stages import AspectRatio
+from lora_llava.text import counted
 
 ACCURACY = "accuracy.json"
 PREDICTIONS = "predictions.jsonl"
@@ -34,204 +48,169 @@ SAMPLES = "samples.png"
 NUM_SAMPLES = 12
 """Images on the contact sheet."""
 
-BASE, TUNED, BLIND = "base", "tuned", "blind"
-TUNED_ON_BLIND = "tuned_on_blind_questions"
-
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How questions are put to the models; the same for all of them."""
+    """The form in which a model is asked: that of its training."""
 
     template: Template | OwnTemplate
     aspect_ratio: AspectRatio
-    max_new_tokens: int
-    max_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What is compared: adapters on one loaded base."""
+
+    loaded: LoadedModel
+    tuned: Asking
+    start: Asking | None = None
+    """With it, `loaded.model` has an adapter named `START`: what the training started from."""
+    base: bool = True
+    """Whether to ask the base: the same model without its adapter and with its own projector."""
+
+    def asking(self, name: str) -> Asking:
+        """Return the form in which a model is asked; the base gets that of the tuned model."""
+        return self.start if name == START and self.start is not None else self.tuned
+
+    @contextmanager
+    def as_model(self, name: str) -> Iterator[None]:
+        """Make the loaded model answer as the one of this name."""
+        if name == BASE:
+            with self.loaded.model.disable_adapter():
+                yield
+        elif name == START:
+            active = self.loaded.model.active_adapter
+            self.loaded.model.set_adapter(START)
+            try:
+                yield
+            finally:
+                self.loaded.model.set_adapter(active)
+        else:
+            yield
 
 
 def compare(
-    loaded: LoadedModel,
-    records: Sequence[Record],
-    *,
-    template: Template | OwnTemplate,
-    aspect_ratio: AspectRatio,
-    max_new_tokens: int,
-    blind_questions: int | None,
-    directory: Path,
-    console: Console,
-    base: bool = True,
-    max_rows: int = 64,
+    models: Models, asked: QuestionSet, settings: EvaluationSettings, directory: Path, console: Console
 ) -> dict[str, Any]:
-    """Answer `records` with the tuned model, with its base, and blind; score, write and show the results.
+    """Put the questions to every model; score, write and show the results.
 
-    The base is the same loaded `PeftModel` without its adapter and with its own projector. Blind puts the mean
-    colour in place of the images, on the first images that hold `blind_questions` questions (None: not at all).
-    Writes `predictions.jsonl`, `accuracy.json` and `samples.png` into `directory`, and returns what is in
-    `accuracy.json`. Raises DataError if there is no question with an answer.
+    The tuned model, and what it started from, are asked all; the base `settings.base_questions`. Blind puts the mean
+    color in place of the images, on the first images that hold `settings.blind_questions`. Writes `predictions.jsonl`,
+    `accuracy.json` and `samples.png` into `directory`, and returns what is in `accuracy.json`.
     """
-    records = [record for record in records if record.turns[-1].role == "assistant"]
-    if not records:
-        raise DataError("evaluation: there is no question with an answer to compare with")
     directory.mkdir(parents=True, exist_ok=True)
-    asking = Asking(template, aspect_ratio, max_new_tokens, max_rows)
-    answers: dict[str, list[str]] = {}
-    if base:
-        with loaded.model.disable_adapter():
-            answers[BASE] = _ask(loaded, records, asking, BASE, console)
-    answers[TUNED] = _ask(loaded, records, asking, TUNED, console)
-    blind = blind_subset(records, blind_questions) if blind_questions else []
-    blind_answers = _ask(loaded, [records[place] for place in blind], asking, BLIND, console) if blind else []
-    truth = [record.turns[-1].text for record in records]
-    scores = {name: _accuracies(predictions, truth) for name, predictions in answers.items()}
-    subset = {
-        TUNED: _accuracies([answers[TUNED][place] for place in blind], [truth[place] for place in blind]),
-        BLIND: _accuracies(blind_answers, [truth[place] for place in blind]),
-    }
-    result = summarize(scores, subset if blind else {}, num_images(records))
-    write_predictions(directory / PREDICTIONS, _rows(records, answers, dict(zip(blind, blind_answers, strict=True))))
-    (directory / ACCURACY).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _write_samples(directory / SAMPLES, records, answers)
-    _show(scores, subset if blind else {}, result, console)
+    questions = asked.questions
+    references = [question.answer for question in questions]
+    metric = pick_metric(settings.metric, references)
+    cautions = question_notes(questions, metric, settings.max_new_tokens, _token_counter(models.loaded))
+    # Before the wait for the answers: what needs another setting shows at once.
+    for caution in cautions:
+        console.print(f"evaluation: {caution}", style="yellow", markup=False, highlight=False)
+    everything = range(len(questions))
+    places: dict[str, Sequence[int]] = {}
+    if models.base:
+        places[BASE] = spread_subset(questions, settings.base_questions)
+    if models.start is not None:
+        places[START] = everything
+    places[TUNED] = everything
+    if settings.blind_questions and (blind := blind_subset(questions, settings.blind_questions)):
+        places[BLIND] = blind
+    answers = {name: _ask(models, name, questions, some, metric, settings, console) for name, some in places.items()}
+    outcome = Outcome(questions, metric, answers)
+    notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
+    result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
+    write_predictions(directory / PREDICTIONS, prediction_rows(outcome))
+    (directory / ACCURACY).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_samples(directory / SAMPLES, outcome)
+    _show(outcome, settings.by, console)
+    console.print()
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
     return result
 
 
-def _accuracies(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, Accuracy]:
-    return accuracy_by_type([exact_match(*pair) for pair in zip(predictions, answers, strict=True)], answers)
+def _asked(asked: QuestionSet, settings: EvaluationSettings) -> dict[str, Any]:
+    """Say how much of the data was asked, and with what limit."""
+    passed_over = {"records_without_an_answer": asked.unanswered, "last_questions_without_an_answer": asked.open_ended}
+    return {"records": asked.num_records, "passed_over": passed_over, "max_new_tokens": settings.max_new_tokens}
 
 
-def _ask(loaded: LoadedModel, records: Sequence[Record], asking: Asking, name: str, console: Console) -> list[str]:
-    """Let one model answer, with progress shown."""
-    with shown_progress(f"answers, {name}", len(records), console) as progress:
-        return generate_answers(
-            loaded,
-            records,
+def _token_counter(loaded: LoadedModel) -> Any:
+    def num_tokens(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in loaded.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    return num_tokens
+
+
+def _ask(
+    models: Models,
+    name: str,
+    questions: Sequence[Question],
+    places: Sequence[int],
+    metric: Metric,
+    settings: EvaluationSettings,
+    console: Console,
+) -> Answers:
+    """Let one model answer the questions at `places`, with progress shown."""
+    chosen = [questions[place] for place in places]
+    asking = models.asking(name)
+    cut: list[int] = []
+    with models.as_model(name), shown_progress(f"answers, {name}", len(chosen), console) as progress:
+        texts = generate_answers(
+            models.loaded,
+            [question.record for question in chosen],
             template=asking.template,
             aspect_ratio=asking.aspect_ratio,
-            max_new_tokens=asking.max_new_tokens,
-            max_rows=asking.max_rows,
+            max_new_tokens=settings.max_new_tokens,
+            max_rows=settings.batch_size,
             blind=name == BLIND,
             progress=progress,
+            on_cut=cut.append,
         )
+    return Answers(places, texts, score_all(metric, chosen, texts), frozenset(places[index] for index in cut))
 
 
-def blind_subset(records: Sequence[Record], num_questions: int) -> list[int]:
-    """Return the places of the questions on the first images that together hold at least `num_questions`.
-
-    Whole images: the share that is right blind depends on which questions an image is asked.
-    """
-    by_image: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
-        if record.image is not None:
-            by_image.setdefault(record.image.key, []).append(place)
-    chosen: list[int] = []
-    for places in by_image.values():
-        if len(chosen) >= num_questions:
-            break
-        chosen += places
-    return sorted(chosen)
-
-
-def num_images(records: Sequence[Record]) -> int:
-    """Count the different images."""
-    return len({record.image.key for record in records if record.image is not None})
-
-
-def summarize(
-    scores: Mapping[str, Mapping[str, Accuracy]], subset: Mapping[str, Mapping[str, Accuracy]], images: int
-) -> dict[str, Any]:
-    """Put scores into the form of `accuracy.json`; accuracies and intervals are between 0 and 1."""
-    result: dict[str, Any] = {"questions": scores[TUNED][ALL].total, "images": images}
-    result.update({name: _by_type(table) for name, table in scores.items()})
-    if BASE in scores:
-        gained = 100 * (scores[TUNED][ALL].share - scores[BASE][ALL].share)
-        result["points_gained"] = round(gained, 2)
-    if subset:
-        result[BLIND] = _by_type(subset[BLIND])
-        result[TUNED_ON_BLIND] = _by_type(subset[TUNED])
-        gained = 100 * (subset[TUNED][ALL].share - subset[BLIND][ALL].share)
-        result["points_gained_over_blind"] = round(gained, 2)
-    return result
-
-
-def _by_type(table: Mapping[str, Accuracy]) -> dict[str, Any]:
-    return {
-        **_figures(table[ALL]),
-        "by_type": {name: _figures(one) for name, one in table.items() if name != ALL},
-    }
-
-
-def _figures(accuracy: Accuracy) -> dict[str, Any]:
-    return {
-        "accuracy": round(accuracy.share, 5),
-        "low": round(accuracy.low, 5),
-        "high": round(accuracy.high, 5),
-        "correct": accuracy.correct,
-        "questions": accuracy.total,
-    }
-
-
-def _rows(
-    records: Sequence[Record], answers: Mapping[str, Sequence[str]], blind: Mapping[int, str]
-) -> Iterator[dict[str, Any]]:
-    for place, record in enumerate(records):
-        predictions = {name: given[place] for name, given in answers.items()}
-        if place in blind:
-            predictions[BLIND] = blind[place]
-        # The file's name alone: where the images lie is a matter of this machine.
-        image = record.image.path.name if record.image and record.image.path else None
-        yield prediction_row(record.id, image, record.question, record.turns[-1].text, predictions)
-
-
-def varied_samples(records: Sequence[Record], count: int) -> list[int]:
-    """Return the places of up to `count` questions: images spread over the set, answers as varied as may be."""
-    by_image: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
-        if record.image is not None:
-            by_image.setdefault(record.image.key, []).append(place)
-    groups = list(by_image.values())
-    count = min(count, len(groups))
-    shown: Counter[tuple[str, ...]] = Counter()
-    chosen = []
-    for number in range(count):
-        places = groups[number * len(groups) // count]
-        best = min(places, key=lambda place: shown[answer_tokens(records[place].turns[-1].text)])
-        shown[answer_tokens(records[best].turns[-1].text)] += 1
-        chosen.append(best)
-    return chosen
-
-
-def _write_samples(path: Path, records: Sequence[Record], answers: Mapping[str, Sequence[str]]) -> None:
+def _write_samples(path: Path, outcome: Outcome) -> None:
     """Draw the contact sheet; without images there is none."""
+    among = outcome.answers[BASE].places if BASE in outcome.answers else None
+    known = {name: outcome.answers[name].by_place() for name in (BASE, START, TUNED) if name in outcome.answers}
     items = []
-    for place in varied_samples(records, NUM_SAMPLES):
-        record = records[place]
-        assert record.image is not None
-        items.append(
-            SheetItem(
-                image=open_image(record.image),
-                question=record.question,
-                answer=record.turns[-1].text,
-                base=answers[BASE][place] if BASE in answers else None,
-                tuned=answers[TUNED][place],
-            )
-        )
+    for place in varied_samples(outcome.questions, NUM_SAMPLES, among):
+        question = outcome.questions[place]
+        assert question.record.image is not None
+        answers = [
+            ShownAnswer(name, *answers[place], is_cut=place in outcome.answers[name].cut)
+            for name, answers in known.items()
+        ]
+        items.append(SheetItem(open_image(question.record.image), question.record.question, question.answer, answers))
     if items:
-        contact_sheet(path, items)
+        title = f"{len(items)} of {counted(len(outcome.questions), 'test question')}, answered by {', '.join(known)}"
+        contact_sheet(path, items, title=title, metric=METRIC_NAMES[outcome.metric])
 
 
-def _show(
-    scores: Mapping[str, Mapping[str, Accuracy]],
-    subset: Mapping[str, Mapping[str, Accuracy]],
-    result: Mapping[str, Any],
-    console: Console,
-) -> None:
-    """Print the tables: all questions, then those that were asked blind too."""
-    console.print(accuracy_table(scores))
-    if "points_gained" in result:
-        console.print(f"tuned over base: {result['points_gained']:+.1f} points, {result['images']:,} images")
-    if subset:
-        console.print("The same questions without their images (the mean colour in place of each):")
-        console.print(accuracy_table({TUNED: subset[TUNED], BLIND: subset[BLIND]}))
-        console.print(f"tuned over blind: {result['points_gained_over_blind']:+.1f} points")
+def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
+    """Print the tables."""
+    console.print()
+    console.print(accuracy_table(outcome.tables(), outcome.metric))
+    images = {question.image for question in outcome.questions} - {None}
+    console.print(f"{counted(len(outcome.questions), 'question')} on {counted(len(images), 'image')}")
+    console.print("majority: always giving the most frequent answer of each type of question")
+    if BASE in outcome.answers and len(asked := outcome.answers[BASE].places) < len(outcome.questions):
+        console.print(f"base: asked {counted(len(asked), 'question')}, on images spread over the set")
+    if BLIND in outcome.answers:
+        console.print("\nThe same questions without their images (the mean color in place of each):")
+        blind = {TUNED: outcome.table(TUNED, on=BLIND), BLIND: outcome.table(BLIND)}
+        console.print(accuracy_table(blind, outcome.metric))
+    for key in by:
+        console.print()
+        console.print(value_table(accuracies_by(outcome, key), key, outcome.metric))
+    tuned = outcome.answers[TUNED]
+    if counts := confusion([question.answer for question in outcome.questions], tuned.texts):
+        console.print()
+        console.print(confusion_table(counts, TUNED))
+        if yes := counts.yes:
+            figures = [f"{name} {'-' if value is None else f'{100 * value:.1f} %'}" for name, value in yes.items()]
+            console.print(f"yes: {', '.join(figures).replace('f1', 'F1')}")
 
 
 @contextmanager

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_llava.evaluation.metrics import exact_match
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -29,22 +27,35 @@ _BOLD_CHARACTERS = 36
 
 
 @dataclass(frozen=True, slots=True)
+class ShownAnswer:
+    """A model's answer on a contact sheet."""
+
+    name: str
+    text: str
+    score: float
+    """Between 0 and 1."""
+    is_cut: bool = False
+    """Whether `max_new_tokens` cut it short."""
+
+
+@dataclass(frozen=True, slots=True)
 class SheetItem:
     """One test question of a contact sheet."""
 
     image: Image
     question: str
     answer: str
-    base: str | None
-    """The base model's answer; None if it was not asked."""
-    tuned: str
-    """The trained model's answer."""
+    """The reference."""
+    answers: Sequence[ShownAnswer]
 
 
-def contact_sheet(path: Path, items: Sequence[SheetItem], *, columns: int = 4, title: str = "") -> None:
-    """Write a PNG: test images, each with its question, the true answer and both models' answers marked.
+def contact_sheet(
+    path: Path, items: Sequence[SheetItem], *, columns: int = 4, title: str = "", metric: str = "exact match"
+) -> None:
+    """Write a PNG: test images, each with its question, the reference and the models' answers, marked.
 
-    Raises ValueError if there is nothing to show.
+    With a title there is a legend below it, which names the `metric` of the marks. Raises ValueError if there is
+    nothing to show.
     """
     if not items:
         raise ValueError("a contact sheet needs at least one item")
@@ -54,12 +65,13 @@ def contact_sheet(path: Path, items: Sequence[SheetItem], *, columns: int = 4, t
     # Every row of the sheet is as high as its own longest text.
     lines = [max(len(text) for text in texts[row * columns : (row + 1) * columns]) for row in range(rows)]
     heights = [_IMAGE_INCHES + (count + 1.2) * _LINE_INCHES for count in lines]
-    head = 0.5 if title else 0.1
+    head = 0.75 if title else 0.1
     size = (columns * _COLUMN_INCHES, sum(heights) + head)
     with _figure(path, size) as figure:
         if title:
             style: dict[str, Any] = {"size": 13, "weight": "bold", "color": _PLAIN, "parse_math": False}
-            figure.text(0.5, 1 - 0.16 / size[1], title, va="top", ha="center", **style)
+            figure.text(0.15 / size[0], 1 - 0.14 / size[1], title, va="top", **style)
+            _draw_legend(figure, size, _legend_of(items, metric))
         top = size[1] - head
         for row in range(rows):
             for column, place in enumerate(range(row * columns, min((row + 1) * columns, len(items)))):
@@ -70,14 +82,37 @@ def contact_sheet(path: Path, items: Sequence[SheetItem], *, columns: int = 4, t
 def _sheet_lines(item: SheetItem) -> list[tuple[str, str, bool]]:
     """Lay out the text below an image: lines of (text, colour, bold)."""
     lines = [(line, _PLAIN, True) for line in _wrapped("", item.question, 3, _BOLD_CHARACTERS)]
-    lines += [(line, _PLAIN, False) for line in _wrapped("answer: ", item.answer, 2)]
-    for name, prediction in (("base", item.base), ("tuned", item.tuned)):
-        if prediction is None:
-            continue
-        correct = exact_match(prediction, item.answer)
-        mark, colour = ("\N{CHECK MARK}", _RIGHT) if correct else ("\N{BALLOT X}", _WRONG)
-        lines += [(line, colour, False) for line in _wrapped(f"{mark} {name}: ", prediction or "(nothing)", 2)]
+    lines += [(line, _PLAIN, False) for line in _wrapped("reference: ", item.answer, 2)]
+    for answer in item.answers:
+        mark, color = _marked(answer.score)
+        text = (answer.text or "(nothing)") + ("\N{HORIZONTAL ELLIPSIS}" if answer.is_cut else "")
+        lines += [(line, color, False) for line in _wrapped(f"{mark} {answer.name}: ", text, 2)]
     return lines
+
+
+def _marked(score: float) -> tuple[str, str]:
+    """Return the mark and color of a score."""
+    if score in (0, 1):
+        return ("\N{CHECK MARK}", _RIGHT) if score else ("\N{BALLOT X}", _WRONG)
+    return f"{score:.2f}", _PLAIN
+
+
+def _legend_of(items: Sequence[SheetItem], metric: str) -> list[tuple[str, str]]:
+    """Explain the marks that the items have, in pieces of (text, color)."""
+    answers = [answer for item in items for answer in item.answers]
+    pieces = [("\N{CHECK MARK} right", _RIGHT), ("\N{BALLOT X} wrong", _WRONG), (f"by {metric}", _PLAIN)]
+    if any(0 < answer.score < 1 for answer in answers):
+        pieces.insert(2, ("0.50 in part", _PLAIN))
+    if any(answer.is_cut for answer in answers):
+        pieces.append(("\N{HORIZONTAL ELLIPSIS} cut at max_new_tokens", _PLAIN))
+    return pieces
+
+
+def _draw_legend(figure: Figure, size: tuple[float, float], pieces: Sequence[tuple[str, str]]) -> None:
+    left = 0.15
+    for text, color in pieces:
+        figure.text(left / size[0], 1 - 0.45 / size[1], text, va="top", size=9, color=color, parse_math=False)
+        left += 0.075 * len(text) + 0.22
 
 
 def _wrapped(label: str, text: str, max_lines: int, width: int = _LINE_CHARACTERS) -> list[str]:

@@ -61,12 +61,14 @@ def generate_answers(
     max_rows: int = 64,
     blind: bool = False,
     progress: Progress | None = None,
+    on_cut: Callable[[int], object] | None = None,
 ) -> list[str]:
     """Answer the last question of each record greedily; its own answer is not shown, earlier turns are.
 
     `max_rows` bounds the questions in a forward pass (see `greedy_decode` for what a row costs). `blind` puts
-    the mean colour in place of every image: what is still right then was known without looking. Raises
-    DataError for a record or image that cannot be used.
+    the mean colour in place of every image: what is still right then was known without looking. `on_cut` is called
+    with the index of each answer that `max_new_tokens` cut short. Raises DataError for a record or image that cannot
+    be used.
     """
 
     # An image whose questions do not fit in one batch is still in here when the next batch asks for it.
@@ -85,6 +87,10 @@ def generate_answers(
         max_rows=max_rows,
         progress=progress,
     )
+    if on_cut is not None:
+        for index, answer in enumerate(answers):
+            if not answer or answer[-1] not in ends:
+                on_cut(index)
     return [answer_text(loaded.tokenizer, answer, ends) for answer in answers]
 
 

@@ -1,30 +1,28 @@
-"""Results to read: one line a question, a table of accuracies."""
+"""Results to read: one line a question, tables of accuracies and of answers by reference."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lora_llava.evaluation.metrics import CLOSED, GROUPS, NUMBER, OTHER, YES_NO, Accuracy, exact_match
+from lora_llava.evaluation.confusion import Confusion
+from lora_llava.evaluation.metrics import ALL, CLOSED, GROUPS, METRIC_NAMES, NUMBER, OTHER, YES_NO, Accuracy, Metric
+from lora_llava.text import printable
 
+MAJORITY = "majority"
+"""Name of the column of always giving the most frequent answer."""
 _LABELS = {CLOSED: "closed (yes/no)", NUMBER: "open: number", OTHER: "open: other"}
-
-
-def prediction_row(
-    record_id: str, image: str | None, question: str, answer: str, predictions: Mapping[str, str]
-) -> dict[str, Any]:
-    """Make a row of `write_predictions`; `predictions` has an answer for each model's name."""
-    row: dict[str, Any] = {"id": record_id, "image": image, "question": question, "answer": answer}
-    for name, prediction in predictions.items():
-        if name in row:
-            raise ValueError(f"a model cannot be called {name!r}: that is a field of every row")
-        row[name] = {"prediction": prediction, "correct": exact_match(prediction, answer)}
-    return row
+_MAX_WIDTH = 78
+"""Columns of a terminal that a table may take."""
+_MAX_VALUES = 12
+"""Values of an own key that a table lists."""
+_MAX_LABEL = 20
 
 
 def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -37,34 +35,96 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def accuracy_rows(results: Mapping[str, Mapping[str, Accuracy]]) -> list[list[str]]:
     """Lay accuracies out as text, a heading row first: group, questions, then a column for each model's name.
 
-    `results` maps a model's name to what `accuracy_by_type` returned, for the same questions.
+    `results` maps a model's name to what `accuracy_by_type` returned. A model that was asked fewer questions than the
+    others has their number in its heading.
     """
     groups = [group for group in GROUPS if any(group in table for table in results.values())]
     if CLOSED in groups:
         # The same questions under their other name.
         groups = [group for group in groups if group != YES_NO]
-    rows = [["answers", "questions", *results]]
+    return _rows(results, ALL, groups, "answers", _LABELS)
+
+
+def _rows(
+    results: Mapping[str, Mapping[str, Accuracy]],
+    whole: str,
+    groups: Sequence[str],
+    heading: str,
+    labels: Mapping[str, str],
+) -> list[list[str]]:
+    most = {group: max(table[group].total for table in results.values() if group in table) for group in groups}
+    asked = {
+        name: table[whole].total if whole in table else sum(accuracy.total for accuracy in table.values())
+        for name, table in results.items()
+    }
+    names = [name if count == max(asked.values()) else f"{name} ({count:,})" for name, count in asked.items()]
+    rows = [[heading, "questions", *names]]
     for group in groups:
-        totals = {str(table[group].total) for table in results.values() if group in table}
-        cells = [_cell(table.get(group)) for table in results.values()]
-        rows.append([_LABELS.get(group, group), "/".join(sorted(totals)), *cells])
+        cells = [_cell(table.get(group), bare=name == MAJORITY) for name, table in results.items()]
+        rows.append([labels.get(group, group), str(most[group]), *cells])
     return rows
 
 
-def _cell(accuracy: Accuracy | None) -> str:
+def value_rows(results: Mapping[str, Mapping[str, Accuracy]], key: str) -> list[list[str]]:
+    """Lay the accuracies by the values of an own key out as `accuracy_rows` does, those with most questions first."""
+    values = list(dict.fromkeys(value for table in reversed([*results.values()]) for value in table))
+    shown = values[:_MAX_VALUES]
+    labels = {value: _short(printable(value)) for value in shown}
+    rows = _rows(results, "", values, _short(printable(key)), labels)
+    rows = [rows[0], *rows[1 : 1 + _MAX_VALUES]]
+    if len(values) > len(shown):
+        rows.append([f"and {len(values) - len(shown):,} more", *[""] * (len(rows[0]) - 1)])
+    return rows
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _cell(accuracy: Accuracy | None, *, bare: bool) -> str:
     if accuracy is None or accuracy.total == 0:
         return "-"
+    if bare:
+        # Taken from these very questions: there is nothing to be sure of.
+        return f"{100 * accuracy.share:.1f}"
     return f"{100 * accuracy.share:.1f} ({100 * accuracy.low:.1f}-{100 * accuracy.high:.1f})"
 
 
-def accuracy_table(results: Mapping[str, Mapping[str, Accuracy]]) -> Table:
-    """Show accuracies in per cent with their 95 % Wilson intervals, for a terminal."""
-    heading, *rows = accuracy_rows(results)
-    table = Table(title="Accuracy in % (95 % interval)", title_justify="left")
+def accuracy_table(results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match") -> Table:
+    """Show accuracies in per cent with their 95 % Wilson intervals, for a terminal of 80 columns."""
+    return _table(accuracy_rows(results), f"{score_title(metric)} (95 % interval)")
+
+
+def value_table(results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric) -> Table:
+    """Show the accuracies by the values of an own key."""
+    return _table(value_rows(results, key), f"{score_title(metric)} by {printable(key)} (95 % interval)")
+
+
+def score_title(metric: Metric) -> str:
+    """Name what a table shows."""
+    return "Token F1 in %" if metric == "token_f1" else f"Accuracy in %, {METRIC_NAMES[metric]}"
+
+
+def confusion_table(counts: Confusion, name: str) -> Table:
+    """Show how often each answer was given for each reference."""
+    # Ten labels fit 80 columns if they are short.
+    width = min(12, 62 // (len(counts.labels) + 1) - 1)
+    heading = ["reference", *(printable(label)[:width] for label in counts.labels), "other"[:width]]
+    body = [[printable(label)[:12], *map(str, row)] for label, row in zip(counts.labels, counts.counts, strict=True)]
+    return _table([heading, *body], f"Answers of {name} by reference")
+
+
+def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    heading, *body = rows
+    widths = [max(len(row[place]) for row in rows) for place in range(len(heading))]
+    if sum(widths) + 2 * len(widths) > _MAX_WIDTH:
+        # The interval on a line of its own.
+        body = [[*row[:2], *(cell.replace(" (", "\n(") for cell in row[2:])] for row in body]
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for place, name in enumerate(heading):
         table.add_column(Text(name), justify="left" if place == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row, end_section=row is rows[0], style="bold" if row is rows[0] else None)
+    for row in body:
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 

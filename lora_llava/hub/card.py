@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from lora_llava.errors import ArtifactError
-from lora_llava.evaluation.compare import BASE, BLIND, TUNED, TUNED_ON_BLIND
-from lora_llava.evaluation.metrics import ALL, YES_NO
+from lora_llava.evaluation.metrics import ALL, METRIC_NAMES, YES_NO, Metric
+from lora_llava.evaluation.outcome import BASE, BLIND, START, TUNED, TUNED_ON_BLIND
 from lora_llava.hub import describe
 from lora_llava.hub.facts import Facts
 from lora_llava.hub.licences import LICENCES, OTHER
@@ -40,9 +40,10 @@ def make_card(facts: Facts, repo_id: str) -> str:
         name=name,
         opening=describe.opening(facts),
         base_note=describe.base_note(facts),
-        scores=describe.score_table(facts, BASE, TUNED),
+        scores=describe.score_table(facts, BASE, START, TUNED),
         blind_scores=describe.score_table(facts, TUNED_ON_BLIND, BLIND),
         tested=describe.tested(facts),
+        metric=describe.metric(facts),
         pictures=facts.pictures,
         intended_use=card.get("intended_use") or _USE,
         limits=card.get("limits") or _LIMITS,
@@ -123,6 +124,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     path = str(source.get("path", ""))
     local = not path or is_local(path)
     results = []
+    metric: Metric = facts.accuracy.get("metric", "exact_match")
     # yes/no is the other name of closed.
     by_type = {kind: figures for kind, figures in tuned["by_type"].items() if kind != YES_NO}
     for kind, figures in {ALL: tuned, **by_type}.items():
@@ -137,8 +139,8 @@ def _results(facts: Facts) -> list[EvalResult]:
                 dataset_config=source.get("name"),
                 dataset_split=None if local else source.get("split"),
                 dataset_revision=source.get("revision"),
-                metric_type="accuracy",
-                metric_name=f"exact match, {kind}, {figures['questions']} questions ({interval})",
+                metric_type="f1" if metric == "token_f1" else "accuracy",
+                metric_name=f"{METRIC_NAMES[metric]}, {kind}, {figures['questions']} questions ({interval})",
                 metric_value=figures["accuracy"],
             )
         )

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_llava.evaluation.compare import TUNED, TUNED_ON_BLIND
-from lora_llava.evaluation.metrics import ALL, Accuracy
+from lora_llava.evaluation.metrics import ALL, METRIC_NAMES, Accuracy
+from lora_llava.evaluation.outcome import TUNED, TUNED_ON_BLIND
 from lora_llava.evaluation.report import accuracy_markdown
 from lora_llava.hub.content import ADAPTER_CONFIG
 from lora_llava.hub.facts import Facts
@@ -77,13 +77,21 @@ def _parts(facts: Facts) -> str:
     return f", assembled from {' and '.join(f'`{part}`' for part in parts)}" if parts else ""
 
 
-def score_table(facts: Facts, first: str, second: str) -> str:
-    """Lay two models' accuracies side by side, in Markdown; empty if the second was not asked."""
-    found = {name: facts.accuracy.get(name) for name in (first, second)}
-    if not found[second]:
+def metric(facts: Facts) -> str:
+    """Say how answers were scored; before the metric was recorded it was that of VQA v2."""
+    name = facts.accuracy.get("metric")
+    if name is None:
+        return "accuracy in %: exact match after the normalization of VQA v2"
+    return "token F1 in %" if name == "token_f1" else f"accuracy in %: {METRIC_NAMES[name]}"
+
+
+def score_table(facts: Facts, *names: str) -> str:
+    """Lay the models' accuracies side by side, in Markdown; empty if the last was not asked."""
+    found = {name: facts.accuracy.get(name) for name in names}
+    if not found[names[-1]]:
         return ""
-    names = {TUNED_ON_BLIND: TUNED}
-    return accuracy_markdown({names.get(name, name): _accuracies(table) for name, table in found.items() if table})
+    shown = {TUNED_ON_BLIND: TUNED}
+    return accuracy_markdown({shown.get(name, name): _accuracies(table) for name, table in found.items() if table})
 
 
 def _accuracies(table: Mapping[str, Any]) -> dict[str, Accuracy]:

@@ -112,7 +112,7 @@ def write_recipe(
                 "batch_size": 8,
             }
         },
-        "evaluation": {"data": {"path": "test.json", "image_root": "images", **data}, "max_new_tokens": 2},
+        "evaluation": {"data": {"path": "test.json", "image_root": "images", **data}, "max_new_tokens": 12},
     }
     path = directory / "faulty.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -4,51 +4,245 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from lora_llava.conversation import Turn
 from lora_llava.data.records import ImageSource, Record
-from lora_llava.evaluation.compare import blind_subset, shown_progress, summarize, varied_samples
-from lora_llava.evaluation.metrics import accuracy_by_type
+from lora_llava.evaluation.compare import shown_progress
+from lora_llava.evaluation.confusion import confusion
+from lora_llava.evaluation.metrics import Metric
+from lora_llava.evaluation.notes import outcome_notes, question_notes
+from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
+from lora_llava.evaluation.questions import Question
+from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 
 
-def record(image: str | None, answer: str = "yes") -> Record:
+def question(image: str | None, answer: str = "yes", **extra: Any) -> Question:
     source = None if image is None else ImageSource(image, Path(image), None)
-    return Record("id", source, (Turn("user", "<image>\n?"), Turn("assistant", answer)), "here")
+    turns = (Turn("user", "<image>\n?"), Turn("assistant", answer))
+    return Question(Record("id", source, turns, "here", extra=tuple(extra.items())), (answer,))
+
+
+def outcome(references: list[str], tuned: list[str], metric: Metric = "exact_match", **others: list[str]) -> Outcome:
+    """Make the outcome of answers to questions on two images; the others may have been asked the first ones only."""
+    questions = [question(f"{number % 2}.png", answer, part=number % 3) for number, answer in enumerate(references)]
+    answers = {
+        name: Answers(range(len(texts)), texts, score_all(metric, questions[: len(texts)], texts))
+        for name, texts in {**others, "tuned": tuned}.items()
+    }
+    return Outcome(questions, metric, answers)
 
 
 def test_the_blind_subset_is_of_whole_images() -> None:
-    records = [record("a"), record("b"), record(None), record("a"), record("c"), record("b")]
-    assert blind_subset(records, 1) == [0, 3]
-    assert blind_subset(records, 2) == [0, 3]
-    assert blind_subset(records, 3) == [0, 1, 3, 5]
-    assert blind_subset(records, 100) == [0, 1, 3, 4, 5]
+    questions = [question("a"), question("b"), question(None), question("a"), question("c"), question("b")]
+    assert blind_subset(questions, 1) == [0, 3]
+    assert blind_subset(questions, 2) == [0, 3]
+    assert blind_subset(questions, 3) == [0, 1, 3, 5]
+    assert blind_subset(questions, 100) == [0, 1, 3, 4, 5]
+
+
+def test_k68_the_base_is_asked_whole_images_spread_over_the_set() -> None:
+    questions = [question(str(number // 10)) for number in range(2000)]
+    chosen = spread_subset(questions, 300)
+    assert len(chosen) == 300
+    images = [questions[place].image for place in chosen]
+    assert len(set(images)) == 30
+    assert all(images.count(image) == 10 for image in set(images))
+    assert min(chosen) < 100
+    assert max(chosen) > 1900
+    assert spread_subset(questions, None) == spread_subset(questions, 5000) == list(range(2000))
+
+
+def test_k68_the_sample_is_neither_too_small_nor_too_large() -> None:
+    assert len(spread_subset([question(None)] * 1000, 300)) == 300
+    assert len(spread_subset([question("one")] * 1000, 300)) == 300
+    few = spread_subset([question("one")] * 900 + [question("two")] * 100, 300)
+    assert 300 <= len(few) <= 600
+    uneven = [question(str(number)) for number in range(100) for _ in range(1 + number % 7)]
+    assert 100 <= len(spread_subset(uneven, 100)) <= 110
 
 
 def test_samples_are_of_different_images_and_answers() -> None:
-    records = [record(str(number // 4), ("yes", "no", "red", "2")[number % 4]) for number in range(80)]
-    chosen = varied_samples(records, 12)
-    assert len({records[place].image for place in chosen}) == 12
-    assert {records[place].turns[-1].text for place in chosen} == {"yes", "no", "red", "2"}
+    questions = [question(str(number // 4), ("yes", "no", "red", "2")[number % 4]) for number in range(80)]
+    chosen = varied_samples(questions, 12)
+    assert len({questions[place].image for place in chosen}) == 12
+    assert {questions[place].answer for place in chosen} == {"yes", "no", "red", "2"}
     assert chosen[-1] >= 72, "spread over the whole set"
-    assert len(varied_samples(records[:6], 12)) == 2
-    assert varied_samples([record(None)], 12) == []
+    assert len(varied_samples(questions[:6], 12)) == 2
+    assert varied_samples([question(None)], 12) == []
+    assert set(varied_samples(questions, 12, among=[1, 2, 9])) <= {1, 2, 9}
 
 
-def test_the_summary_counts_points() -> None:
+def test_the_summary_counts_points_on_the_same_questions() -> None:
     truth = ["yes", "no", "red", "2"]
-    tuned, base = accuracy_by_type([1, 1, 1, 0], truth), accuracy_by_type([1, 0, 0, 0], truth)
-    blind = accuracy_by_type([1, 0], ["yes", "no"])
-    seen = accuracy_by_type([1, 1], ["yes", "no"])
-    result = summarize({"base": base, "tuned": tuned}, {"tuned": seen, "blind": blind}, images=2)
-    assert (result["tuned"]["accuracy"], result["base"]["accuracy"]) == (0.75, 0.25)
+    made = outcome(truth, ["yes", "no", "red", "3"], base=["yes", "yes"], blind=["yes", "yes"])
+    result = summarize(made)
+    assert (result["questions"], result["images"], result["metric"]) == (4, 2, "exact_match")
+    assert (result["tuned"]["accuracy"], result["base"]["accuracy"]) == (0.75, 0.5)
+    assert (result["base"]["questions"], result["tuned_on_base_questions"]["accuracy"]) == (2, 1.0)
     assert result["points_gained"] == 50.0
+    assert result["comparisons"]["tuned_over_base"]["questions"] == 2
     assert result["blind"]["accuracy"] == 0.5
     assert result["tuned_on_blind_questions"]["accuracy"] == 1.0
     assert result["points_gained_over_blind"] == 50.0
     assert result["tuned"]["by_type"]["closed"]["correct"] == 2
-    assert "points_gained" not in summarize({"tuned": tuned}, {}, images=2)
+    assert isinstance(result["tuned"]["correct"], int)
+    alone = summarize(outcome(truth, truth))
+    assert not {"points_gained", "base", "blind", "start"} & set(alone)
+    assert "tuned_on_base_questions" not in summarize(outcome(truth, truth, base=truth))
+
+
+def test_k37_the_result_is_compared_with_its_start() -> None:
+    truth = ["yes", "no"] * 30
+    made = outcome(truth, ["yes"] * 60, base=["It is so."] * 60, start=truth)
+    result = summarize(made)
+    assert [result[name]["accuracy"] for name in ("base", "start", "tuned")] == [0, 1, 0.5]
+    assert result["comparisons"]["tuned_over_start"]["points"] == -50
+    first, *_ = outcome_notes(made, 16)
+    assert first.startswith("tuned against the start: -50.0 points (95 % interval -6")
+    assert first.endswith("on 60 questions: it got worse.")
+
+
+def test_k64_the_majority_answer_stands_beside() -> None:
+    truth = ["yes"] * 11 + ["no"] * 9
+    made = outcome(truth, ["yes"] * 20, base=["Yes, there is one here."] * 20)
+    result = summarize(made)
+    assert result["majority"]["accuracy"] == result["tuned"]["accuracy"] == 0.55
+    assert result["points_gained"] == 55.0
+    notes = "\n".join(outcome_notes(made, 16))
+    assert "tuned against the most frequent answer: +0.0 points" in notes
+    assert "it does not beat always giving that" in notes
+    assert "The base answers in sentences: 55 % of its answers contain the reference" in notes
+    assert result["base_holds_reference"] == 0.55
+
+
+@pytest.mark.parametrize(
+    ("blind", "said"),
+    [
+        (["yes", "no"] * 20, "it may not look at the images"),
+        (["red"] * 40, "points (95 % interval +"),
+        (None, None),
+    ],
+)
+def test_k64_a_model_that_does_not_look_is_told(blind: list[str] | None, said: str | None) -> None:
+    truth = ["yes", "no"] * 20
+    made = outcome(truth, truth, **({} if blind is None else {"blind": blind}))
+    notes = [note for note in outcome_notes(made, 16) if "no images" in note]
+    if said is None:
+        assert notes == []
+    else:
+        assert said in notes[0]
+        assert ("may not look" in notes[0]) == ("may not look" in said)
+
+
+def test_k64_gains_and_losses_are_said_in_one_tone() -> None:
+    truth, wrong = ["yes", "no"] * 20, ["no", "yes"] * 20
+    for tuned, blind, sign, verdict in ((truth, wrong, "+", "."), (wrong, truth, "-", ": it answers better without")):
+        [note] = [one for one in outcome_notes(outcome(truth, tuned, blind=blind), 16) if "no images" in one]
+        assert note.startswith(f"tuned against no images: {sign}100.0 points (95 % interval ")
+        assert (f"{sign}87.3" in note) and (f"{sign}100.0" in note)
+        assert f"on 40 questions{verdict}" in note
+
+
+def test_k64_yes_and_no_have_a_confusion_matrix() -> None:
+    made = confusion(["yes", "Yes.", "no", "no"], ["yes", "It is.", "yes", "No"])
+    assert made is not None
+    assert made.labels == ["yes", "no"]
+    assert made.counts == [[1, 0, 1], [1, 1, 0]]
+    assert made.yes == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
+    always = confusion(["yes", "no", "no"], ["no", "no", "no"])
+    assert always is not None
+    assert always.yes == {"precision": None, "recall": 0.0, "f1": 0.0}
+    assert confusion(["a b c", "d e f"], ["a", "b"]) is None
+
+
+def test_k64_small_sets_of_labels_have_one_and_large_ones_that_of_yes_and_no() -> None:
+    colors = ["red", "green", "blue"] * 4
+    made = confusion(colors, ["red"] * 12)
+    assert made is not None
+    assert sorted(made.labels) == ["blue", "green", "red"]
+    assert made.yes is None
+    assert [sum(row) for row in made.counts] == [4, 4, 4]
+    many = [str(number) for number in range(20)] * 2 + ["yes"]
+    only = confusion(many, many)
+    assert only is not None
+    assert (only.labels, only.counts) == (["yes", "no"], [[1, 0, 0], [0, 0, 0]])
+    options = confusion(["A", "B"] * 5, ["A. Pneumonia"] * 10)
+    assert options is not None
+    assert options.counts == [[5, 0, 0], [5, 0, 0]]
+
+
+def test_k38_accuracy_by_an_own_key_has_intervals_and_counts() -> None:
+    truth = ["yes"] * 6
+    result = summarize(outcome(truth, ["yes", "no"] * 3, base=["no"] * 3), by=["part", "missing"])
+    assert list(result["by"]["part"]) == ["0", "1", "2"]
+    assert result["by"]["part"]["0"]["tuned"]["questions"] == 2
+    assert {"low", "high", "accuracy", "correct"} <= set(result["by"]["part"]["0"]["tuned"])
+    assert result["by"]["part"]["0"]["base"]["questions"] == 1
+    assert list(result["by"]["missing"]) == ["(none)"]
+
+
+def test_k38_predictions_carry_own_keys_folders_and_turns() -> None:
+    record = Record(
+        "7",
+        ImageSource("ward/a.png", Path("/x/ward/a.png"), None),
+        (Turn("user", "<image>\n?"), Turn("assistant", "yes")),
+        "here",
+        extra=(("patient", 3), ("answer", "kept apart"), ("tuned", "too")),
+    )
+    asked = [Question(record, ("yes", "yeah"), 2, 5)]
+    [row] = prediction_rows(Outcome(asked, "exact_match", {"tuned": Answers([0], ["yeah"], [1.0], frozenset({0}))}))
+    assert row == {
+        "id": "7",
+        "image": "ward/a.png",
+        "question": "?",
+        "answer": "yes",
+        "turn": 2,
+        "references": ["yes", "yeah"],
+        "patient": 3,
+        "data_answer": "kept apart",
+        "data_tuned": "too",
+        "tuned": {"prediction": "yeah", "correct": True, "cut": True},
+    }
+
+
+def test_k13_references_that_cannot_match_are_counted() -> None:
+    questions = [question("a", "one two three"), question("a", "yes")]
+
+    def count(texts: Any) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    [note] = question_notes(questions, "exact_match", 2, count)
+    assert note.startswith(
+        "1 of 2 references is longer than max_new_tokens 2, so no answer can equal them: raise it to 3"
+    )
+    [note] = question_notes([question("a", "one two three")] * 12, "exact_match", 2, count)
+    assert note.startswith("12 of 12 references are longer than max_new_tokens 2")
+    assert question_notes(questions, "exact_match", 3, count) == []
+    [note] = question_notes([question("a", "A"), question("a", "the")], "vqa_v2", 3, count)
+    assert note.startswith("2 references ('A', 'the') normalize to nothing under VQA v2")
+    assert question_notes([question("a", "A")], "exact_match", 3, count) == []
+    [note] = question_notes([question("a", "?")], "exact_match", 3, count)
+    assert note.startswith("1 reference ('?') normalizes to nothing under exact match")
+
+
+def test_k13_answers_that_were_cut_are_counted() -> None:
+    truth = ["yes", "no"]
+    made = Outcome(
+        [question("a", answer) for answer in truth],
+        "exact_match",
+        {"tuned": Answers([0, 1], ["Yes, there", "no"], [0, 1], frozenset({0}))},
+    )
+    assert "Answers cut at max_new_tokens 4: 1 of 2 of tuned." in list(outcome_notes(made, 4))
+    assert summarize(made)["cut"] == {"tuned": 1}
+
+
+def test_k13_long_references_are_scored_by_their_words() -> None:
+    made = outcome(["the left lung is clear"], ["left lung clear"], "token_f1")
+    assert summarize(made)["tuned"]["accuracy"] == pytest.approx(2 * 3 / (3 + 4), abs=1e-5)
 
 
 def test_progress_is_plain_lines_off_a_terminal() -> None:

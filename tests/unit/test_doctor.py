@@ -170,3 +170,20 @@ def test_merged_turns_are_planned_as_a_run_does(tiny_base: Path, tmp_path: Path)
     recipe = write_recipe(tmp_path, tiny_base, *sound_data())
     assert check(str(recipe), "stages.instruct.data.merge_turns=3").exit_code == 0
     assert report_in(tmp_path / "run" / "check")["plans"]["instruct"]["conversations"] == 8
+
+
+def test_k12_k13_references_that_no_answer_can_equal_are_found(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    for number, answer in enumerate(["?", "one two three four five six seven eight nine ten", "A", " "]):
+        tested[number]["conversations"][1]["value"] = answer
+    tested[4]["conversations"].append({"from": "human", "value": "and why?"})
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested)
+    for metric, void in (("exact_match", {0}), ("vqa_v2", {0, 2})):
+        result = check(str(recipe), f"evaluation.metric={metric}")
+        assert result.exit_code == 0, result.output
+        assert found_in(report_in(tmp_path / "run" / "check")) == {
+            *(("void_reference", "evaluation", tested[number]["id"]) for number in void),
+            ("long_reference", "evaluation", tested[1]["id"]),
+            ("no_answer", "evaluation", tested[3]["id"]),
+            ("no_answer", "evaluation", tested[4]["id"]),
+        }

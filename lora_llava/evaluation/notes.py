@@ -1,0 +1,94 @@
+"""Sentences on an evaluation: what was not asked, what cannot be right, and what the differences between models show.
+
+All comparisons are said in one tone, gains and losses alike, each with its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+from lora_llava.evaluation.exact import answer_tokens
+from lora_llava.evaluation.metrics import ALL, METRIC_NAMES, Difference, Metric, is_void
+from lora_llava.evaluation.outcome import BASE, BLIND, START, Outcome
+from lora_llava.evaluation.questions import Question
+from lora_llava.evaluation.report import MAJORITY
+from lora_llava.text import counted, listed, printable
+
+_SENTENCE = 4
+"""Words: a base whose answers have at least so many, and twice those of the references, answers in sentences."""
+_NAMES = {BASE: "the base", START: "the start", MAJORITY: "the most frequent answer", BLIND: "no images"}
+
+
+def question_notes(
+    questions: Sequence[Question], metric: Metric, max_new_tokens: int, num_tokens: Callable[[Sequence[str]], list[int]]
+) -> list[str]:
+    """Say which references no answer can equal; `num_tokens` counts the tokens of texts."""
+    notes = []
+    lengths = num_tokens([question.answer for question in questions])
+    long = [length for length in lengths if length > max_new_tokens]
+    if long:
+        what = "can equal them" if metric != "token_f1" else "can hold all of them"
+        notes.append(
+            f"{len(long):,} of {counted(len(lengths), 'reference')} {'is' if len(long) == 1 else 'are'} longer than "
+            f"max_new_tokens {max_new_tokens}, so no answer {what}: raise it to {max(long)} or more"
+        )
+    void = [question.answer for question in questions if is_void(metric, question.answer)]
+    if void:
+        shown = listed([repr(printable(text)) for text in dict.fromkeys(void)], 3)
+        notes.append(
+            f"{counted(len(void), 'reference')} ({shown}) {'normalizes' if len(void) == 1 else 'normalize'} to nothing "
+            f"under {METRIC_NAMES[metric]}: the score says nothing about {'it' if len(void) == 1 else 'them'}"
+        )
+    return notes
+
+
+def outcome_notes(outcome: Outcome, max_new_tokens: int) -> Iterator[str]:
+    """Say what the answers show: each comparison with its interval, and what qualifies it."""
+    for name in (START, BASE, MAJORITY, BLIND):
+        if name in outcome.compared:
+            yield _comparison(outcome, name)
+    if BASE in outcome.answers and (note := _base_form(outcome)):
+        yield note
+    cut = [(name, answers) for name, answers in outcome.answers.items() if answers.cut]
+    if cut:
+        counts = ", ".join(f"{len(answers.cut):,} of {len(answers.places):,} of {name}" for name, answers in cut)
+        yield f"Answers cut at max_new_tokens {max_new_tokens}: {counts}."
+
+
+def _comparison(outcome: Outcome, name: str) -> str:
+    gap = outcome.over(name)
+    same = "the same " if gap.questions < len(outcome.questions) else ""
+    text = (
+        f"tuned against {_NAMES[name]}: {100 * gap.mean:+.1f} points (95 % interval {100 * gap.low:+.1f} to "
+        f"{100 * gap.high:+.1f}) on {same}{counted(gap.questions, 'question')}"
+    )
+    return f"{text}{_verdict(name, gap)}."
+
+
+def _verdict(name: str, gap: Difference) -> str:
+    """Say what a difference does not show, or shows against the tuned model."""
+    if gap.is_clear and gap.mean > 0:
+        return ""
+    unclear = ": too few questions, or too small a difference, to tell"
+    if name == MAJORITY:
+        return f"{unclear} whether it beats that" if gap.mean > 0 else ": it does not beat always giving that"
+    if name == BLIND:
+        if gap.is_clear:
+            return ": it answers better without the images"
+        return f"{unclear} whether it looks at the images" if gap.mean > 0 else ": it may not look at the images"
+    return ": it got worse" if gap.is_clear else f"{unclear} them apart"
+
+
+def _base_form(outcome: Outcome) -> str:
+    """Qualify the score of a base that answers in sentences."""
+    answers = outcome.answers[BASE]
+    given = median(len(answer_tokens(text)) for text in answers.texts)
+    wanted = median(len(answer_tokens(outcome.questions[place].answer)) for place in answers.places)
+    if given < _SENTENCE or given < 2 * wanted:
+        return ""
+    score = outcome.table(BASE)[ALL].share
+    return (
+        f"The base answers in sentences: {100 * outcome.share_holding(BASE):.0f} % of its answers contain the "
+        f"reference, where its score is {100 * score:.1f} %, so part of the gain over it is the form of the answers."
+    )

@@ -1,0 +1,154 @@
+"""Records as questions: every answered turn of a record is one; what is passed over is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn, check_turns
+from lora_llava.data.bad_records import BadRecord
+from lora_llava.data.records import Record, load_records
+from lora_llava.data.sources import Scalar
+from lora_llava.errors import DataError
+from lora_llava.recipe_stages import DataSettings
+from lora_llava.text import counted, listed
+
+NO_VALUE = "(none)"
+"""Group of the questions whose record lacks the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question: the turns before it with their reference answers, as in training, and its own answer last."""
+
+    record: Record
+    references: tuple[str, ...]
+    """Acceptable answers, the first of them that of the turns."""
+    number: int = 1
+    """Its place among the answered questions of its record."""
+    of: int = 1
+
+    @property
+    def answer(self) -> str:
+        """The first reference."""
+        return self.references[0]
+
+    @property
+    def image(self) -> str | None:
+        """Key of its image."""
+        return None if self.record.image is None else self.record.image.key
+
+    @property
+    def own(self) -> dict[str, Scalar]:
+        """The data's own keys."""
+        return dict(self.record.extra)
+
+    def value(self, key: str) -> str:
+        """Return the value of an own key as text."""
+        value = self.own.get(key)
+        return NO_VALUE if value is None or value == "" else value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """The questions of an evaluation, and what is passed over."""
+
+    questions: tuple[Question, ...]
+    num_records: int
+    unanswered: int = 0
+    """Records without any answer."""
+    open_ended: int = 0
+    """Records whose last question has no answer, and whose earlier ones are asked."""
+
+    def passed_over(self) -> list[str]:
+        """Say what is not asked, by cause; nothing if all is."""
+        lines = []
+        if self.unanswered:
+            have = "has" if self.unanswered == 1 else "have"
+            lines.append(f"{self.unanswered:,} of {counted(self.num_records, 'record')} {have} no answer: not asked")
+        if self.open_ended:
+            lines.append(
+                f"{counted(self.open_ended, 'record')} of {self.num_records:,} with a last question without an answer: "
+                "only the earlier ones are asked"
+            )
+        return lines
+
+
+def load_questions(data: DataSettings, by: Sequence[str] = (), skipped: list[BadRecord] | None = None) -> QuestionSet:
+    """Read the questions of an evaluation.
+
+    Raises DataError for a record that cannot be asked, if there is no answer at all, or if no record has a key of `by`.
+    """
+    records = load_records(data, skipped, _check, extra=True)
+    for record in records:
+        _check(record)
+    made = make_questions(records)
+    if not made.questions:
+        raise DataError(
+            f"evaluation: none of the {counted(len(records), 'record')} of {data.path} has an answer to compare with; "
+            "add the answers, or ask single questions with lora-llava chat"
+        )
+    check_keys(made.questions, by)
+    return made
+
+
+def make_questions(records: Sequence[Record]) -> QuestionSet:
+    """Make a question of every answered turn, in the order of the records."""
+    questions: list[Question] = []
+    unanswered = open_ended = 0
+    for record in records:
+        answered = answered_part(record)
+        if answered is None:
+            unanswered += 1
+            continue
+        open_ended += len(answered.turns) < len(without_blank_answer(record).turns)
+        ends = [place for place, turn in enumerate(answered.turns) if turn.role == "assistant"]
+        questions += (_question(answered, end, number, len(ends)) for number, end in enumerate(ends, start=1))
+    return QuestionSet(tuple(questions), len(records), unanswered, open_ended)
+
+
+def answered_part(record: Record) -> Record | None:
+    """Return a record up to its last answer; None if it has none."""
+    record = without_blank_answer(record)
+    turns = record.turns if not record.turns or record.turns[-1].role == "assistant" else record.turns[:-1]
+    return replace(record, turns=turns) if turns else None
+
+
+def without_blank_answer(record: Record) -> Record:
+    """Return a record without a last answer that is blank: it is none."""
+    last = record.turns[-1] if record.turns else None
+    blank = last is not None and last.role == "assistant" and not last.text.strip()
+    return replace(record, turns=record.turns[:-1]) if blank else record
+
+
+def _check(record: Record) -> None:
+    answered = answered_part(record)
+    if answered is not None:
+        check_turns(answered.turns, "assistant", record.where)
+
+
+def _question(record: Record, end: int, number: int, of: int) -> Question:
+    turns: tuple[Turn, ...] = record.turns[: end + 1]
+    is_last = end + 1 == len(record.turns)
+    shown = any(turn.role == "user" and IMAGE_PLACEHOLDER in turn.text for turn in turns)
+    asked = replace(
+        record,
+        turns=turns,
+        # An image that is shown in a later turn is not seen yet.
+        image=record.image if shown else None,
+        where=record.where if of == 1 else f"{record.where}, question {number}",
+    )
+    return Question(asked, (is_last and record.references) or (turns[-1].text,), number, of)
+
+
+def check_keys(questions: Sequence[Question], by: Sequence[str]) -> None:
+    """Raise DataError for a key of `by` that no record has, naming those there are."""
+    known = sorted({key for question in questions for key, _ in question.record.extra})
+    for key in by:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            have = f"they have {listed(known)}" if known else "they have no keys of their own"
+            raise DataError(f"evaluation.by: no record has the key or column {key!r}; {hint}{have}")
