@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from lora_llava.chat_template import OwnTemplate, chat_template, read_json, read_own_template, recognize
@@ -29,6 +29,7 @@ from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, lo
 from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import AspectRatio, StageName
+from lora_llava.recipe_start import adapter_of
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -362,11 +363,11 @@ def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact:
 
 
 def check_adapter(artifact: Path, wanted: AdapterSettings) -> None:
-    """Refuse to go on training a LoRA of another form than the recipe states."""
-    config = LoraConfig.from_pretrained(str(artifact))
-    form = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
-    found = {"type": form, "r": config.r, "lora_alpha": config.lora_alpha}
-    differing = [f"adapter.{name}: {value}" for name, value in found.items() if value != getattr(wanted, name)]
+    """Refuse to go on training a LoRA of another form than the recipe states; see `recipe_start`, which is first."""
+    found = adapter_of(json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8")))
+    differing = [
+        f"adapter.{name}: {value}" for name, value in found.items() if value not in (None, getattr(wanted, name))
+    ]
     if differing:
         raise ArtifactError(f"start_from: {artifact} has {', '.join(differing)}; set the recipe's to these")
 

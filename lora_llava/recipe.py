@@ -31,9 +31,9 @@ class BaseModelSettings(Settings):
 
     example = "{model_name_or_path: DIRECTORY} or {language_model: DIRECTORY, vision_tower: DIRECTORY}"
 
-    model_name_or_path: Annotated[str | None, OnResume.OUTCOME, Names.PATH_OR_ID] = None
+    model_name_or_path: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH_OR_ID] = None
     """A LLaVA in the llava-hf layout: hub id or directory."""
-    revision: Annotated[str | None, OnResume.OUTCOME] = None
+    revision: Annotated[str | None, OnResume.SAME_CONTENT] = None
     """Commit, branch or tag of the hub repository `model_name_or_path`."""
     language_model: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A Llama-family language model: hub id or directory."""
@@ -67,7 +67,7 @@ class QuantizationSettings(Settings):
     type: Annotated[Literal["nf4", "none"], OnResume.FORM] = "nf4"
     double_quant: Annotated[bool, OnResume.FORM] = True
     """Quantise the scales too: 0.4 bits a weight less."""
-    keep_dequantized: Annotated[bool | Literal["auto"], OnResume.OUTCOME] = "auto"
+    keep_dequantized: Annotated[bool | Literal["auto"], OnResume.RESOLVED] = "auto"
     """Hold the quantised weights in the compute precision: the same numbers, faster, for four times their memory.
     `auto`: where there is memory to spare."""
 
@@ -159,13 +159,13 @@ class Recipe(Settings):
     output_dir: Annotated[LocalPath | None, OnResume.FREE, Names.PATH] = None
     """Directory of the run; null: runs/<name> below the current directory."""
     seed: Annotated[int, Field(ge=0, lt=2**32), OnResume.ORDER] = 42
-    precision: Annotated[Literal["auto", "bf16", "fp32"], OnResume.OUTCOME] = "auto"
+    precision: Annotated[Literal["auto", "bf16", "fp32"], OnResume.RESOLVED] = "auto"
     """`auto`: bf16 on CUDA, fp32 on a CPU."""
-    attn_implementation: Annotated[Literal["auto", "sdpa", "flex_attention"], OnResume.OUTCOME] = "auto"
+    attn_implementation: Annotated[Literal["auto", "sdpa", "flex_attention"], OnResume.RESOLVED] = "auto"
     """Attention of the language model in training; `auto`: on CUDA the faster, both being tried; on a CPU sdpa."""
     report_to: Annotated[Literal["none"] | list[str], BeforeValidator(_one_as_list), _TRACKERS, OnResume.FREE] = "none"
     """Trackers of transformers, such as [tensorboard]."""
-    start_from: Annotated[LocalPath | None, OnResume.OUTCOME, Names.PATH] = None
+    start_from: Annotated[LocalPath | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Artifact whose projector, and LoRA if it has one, the first stage starts from."""
     base: BaseModelSettings
     quantization: QuantizationSettings = QuantizationSettings()

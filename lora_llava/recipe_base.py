@@ -23,10 +23,11 @@ Count = Annotated[int, Field(ge=1)]
 class OnResume(enum.Enum):
     """What it means that a setting has another value when a stage is resumed; the value is for the docs."""
 
-    FREE = "may change; from then on it holds"
+    FREE = "may change; refused if the stage is finished"
     AGAIN = "may change; the evaluation is made again"
     CARD = "may change; it is written to the artifacts that are finished, too"
-    OUTCOME = "may change if what comes of it (records, weights, the memory plan) stays the same"
+    SAME_CONTENT = "may change if the records, or the weights, stay the same"
+    RESOLVED = "may change if the choice that comes of it stays the same; refused if the stage is finished"
     LATER = "refused; with `--resume-anyway` it holds for the steps that follow"
     FORM = "refused; with `--resume-anyway` one model is then trained in two forms"
     ORDER = "refused; with `--resume-anyway` records may come twice or not at all"

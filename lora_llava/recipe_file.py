@@ -17,6 +17,8 @@ from lora_llava.recipe import Recipe
 from lora_llava.recipe_base import Names, Settings, section_in, settings_of
 from lora_llava.recipe_errors import problems_in
 from lora_llava.recipe_names import meant_by
+from lora_llava.recipe_start import continued
+from lora_llava.recipe_unused import FRESH, unused_settings
 from lora_llava.text import printable
 
 MAX_BYTES = 1 << 20
@@ -72,11 +74,20 @@ for _name, (_form, _first) in _NUMBERS_AND_BOOLS.items():
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key.sub=value` overrides.
+    """Read a recipe, apply `key.sub=value` overrides, and take over from `start_from` what it does not name.
 
     Relative paths in the file are resolved against its directory, those in overrides against the current one.
-    Raises RecipeError with every problem, one a line.
+    Raises RecipeError with every problem, one a line; settings that have no effect are among them.
     """
+    recipe = read_recipe(path, overrides)
+    without_effect = [f"{path}: {unused}" for unused in unused_settings(recipe) if unused.refused]
+    if without_effect:
+        raise RecipeError("\n".join(without_effect))
+    return continued(recipe)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe as it is: one that a run wrote, of which nothing is refused any more."""
     data = _read(path)
     _resolve_paths(data, path.resolve().parent, str(path))
     problems = []
@@ -96,6 +107,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def dump_resolved(recipe: Recipe, directory: Path) -> str:
     """Write the whole recipe as YAML that works from `directory`, where its relative paths start."""
     data = recipe.plain()
+    if recipe.base.model_name_or_path is not None:
+        # What a fresh model would be made with: of a whole one, the defaults would say what need not be so.
+        given = recipe.base.model_fields_set
+        data["base"] = {key: value for key, value in data["base"].items() if key in given or key not in FRESH}
     # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
     start = directory.resolve()
     data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))

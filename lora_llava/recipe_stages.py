@@ -30,10 +30,10 @@ class ColumnSettings(Settings):
 
     example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
-    image: Annotated[str | None, OnResume.OUTCOME] = None
-    question: Annotated[str | None, OnResume.OUTCOME] = None
-    answer: Annotated[str | None, OnResume.OUTCOME] = None
-    messages: Annotated[str | None, OnResume.OUTCOME] = None
+    image: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    question: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    answer: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    messages: Annotated[str | None, OnResume.SAME_CONTENT] = None
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -49,11 +49,11 @@ class ValidationSettings(Settings):
 
     example = "{share: 0.1} or {path: FILE}"
 
-    path: Annotated[str | None, OnResume.OUTCOME, Names.PATH_OR_ID] = None
+    path: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH_OR_ID] = None
     """A file or data set of the same form as the training data."""
     share: Annotated[Share | None, OnResume.VALIDATION] = None
     """Share of the training records, split by image, and by `data.group` if that is given."""
-    exclude: Annotated[str | None, OnResume.OUTCOME, Names.PATH] = None
+    exclude: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Records of `path` to leave out, as `data.exclude`."""
 
     @model_validator(mode="after")
@@ -70,14 +70,14 @@ class DataSettings(Settings):
 
     example = "{path: FILE}"
 
-    path: Annotated[str, OnResume.OUTCOME, Names.PATH_OR_ID]
+    path: Annotated[str, OnResume.SAME_CONTENT, Names.PATH_OR_ID]
     """LLaVA JSON or JSONL; or, with `columns`, a parquet file, a directory or a hub id."""
-    image_root: Annotated[str | None, OnResume.OUTCOME, Names.PATH] = None
+    image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory of the images; default: that of the data file."""
-    split: Annotated[str, OnResume.OUTCOME] = "train"
-    name: Annotated[str | None, OnResume.OUTCOME] = None
+    split: Annotated[str, OnResume.SAME_CONTENT] = "train"
+    name: Annotated[str | None, OnResume.SAME_CONTENT] = None
     """Configuration of a hub data set."""
-    revision: Annotated[str | None, OnResume.OUTCOME] = None
+    revision: Annotated[str | None, OnResume.SAME_CONTENT] = None
     columns: ColumnSettings | None = None
     answer_prompt: Annotated[str | None, OnResume.FORM] = None
     """Text after each question that says what form the answer takes."""
@@ -85,11 +85,11 @@ class DataSettings(Settings):
     """Take the first so many records only."""
     group: Annotated[str | None, OnResume.ORDER] = None
     """Key of a record, or column, such as patient: no value of it is both in training and in validation."""
-    on_bad_record: Annotated[Literal["error", "skip"], OnResume.OUTCOME] = "error"
+    on_bad_record: Annotated[Literal["error", "skip"], OnResume.SAME_CONTENT] = "error"
     """`skip` leaves out records that cannot be used; every image is then opened before the run. `error`: stop."""
-    max_bad_records: Annotated[Count, OnResume.OUTCOME] = 10
+    max_bad_records: Annotated[Count, OnResume.SAME_CONTENT] = 10
     """With `skip`: more than so many stop the run all the same."""
-    exclude: Annotated[str | None, OnResume.OUTCOME, Names.PATH] = None
+    exclude: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """JSON Lines of records to leave out, each with its number, as `lora-llava check` writes them."""
     merge_turns: Annotated[Annotated[int, Field(ge=2)] | None, OnResume.ORDER] = None
     """Train on the questions about an image as turns of one conversation, at most so many in each, as LLaVA-1.5
@@ -126,13 +126,13 @@ class StageSettings(Settings):
     """`tree`: questions about one image share its tokens. It changes the speed, never the mathematics."""
     branches_per_tree: Annotated[Count, OnResume.ORDER] = 8
     """Most conversations that share one image in one tree."""
-    tokens_per_micro_batch: Annotated[Count | Literal["auto"], OnResume.OUTCOME] = "auto"
+    tokens_per_micro_batch: Annotated[Count | Literal["auto"], OnResume.RESOLVED] = "auto"
     """Most tokens of one forward pass, at least those of the longest conversation; `auto`, here and below: chosen from
     the memory there is."""
     num_train_epochs: Annotated[Positive, OnResume.ORDER] = 1.0
     max_steps: Annotated[int, OnResume.ORDER] = -1
     """Optimizer steps; -1: as `num_train_epochs` says."""
-    batch_size: Annotated[Count | Literal["auto"], OnResume.ORDER] = "auto"
+    batch_size: Annotated[Count | Literal["auto"], OnResume.RESOLVED] = "auto"
     """Conversations in one optimizer step, however they are packed. `auto`: as LLaVA-1.5 (align 256, instruct 128), or
     the largest power of two below that gives 30 steps."""
     learning_rate: Annotated[Positive, OnResume.LATER]
@@ -151,12 +151,12 @@ class StageSettings(Settings):
     max_non_finite_steps: Annotated[Count, OnResume.FREE] = 3
     """With `skip`: more than so many stop the run all the same."""
     optim: Annotated[
-        Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"], OnResume.OUTCOME
+        Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"], OnResume.RESOLVED
     ] = "auto"
     """`auto`: in fp32 where that fits."""
-    gradient_checkpointing: Annotated[GradientCheckpointing | Literal["auto"], OnResume.OUTCOME] = "auto"
+    gradient_checkpointing: Annotated[GradientCheckpointing | Literal["auto"], OnResume.RESOLVED] = "auto"
     """Memory for time: `selective` keeps matrix products and attention, true keeps a layer's input alone."""
-    gradient_checkpointing_layers: Annotated[int, Field(ge=0), OnResume.OUTCOME] = 0
+    gradient_checkpointing_layers: Annotated[int, Field(ge=0), OnResume.RESOLVED] = 0
     """With `selective`: so many layers, from the first, keep their input alone."""
     cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"
     """Compute what the vision tower makes of an image once, not in every epoch; on disk it stays in the run's

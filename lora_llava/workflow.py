@@ -17,6 +17,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.compare import SAMPLES, Asking, Models, compare
+from lora_llava.evaluation.identity import differing_facts, evaluation_facts
 from lora_llava.evaluation.outcome import START
 from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.files import shown_path, staged
@@ -24,8 +25,12 @@ from lora_llava.recipe import EvaluationSettings, Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.lock import locked
+from lora_llava.text import listed
 from lora_llava.training.differences import Resume
 from lora_llava.training.run import run_recipe
+
+_MADE_OF = "evaluation_of"
+"""In the summary: what its evaluation was made of."""
 
 
 def finetune_and_evaluate(
@@ -49,14 +54,21 @@ def finetune_and_evaluate(
     directory = recipe.resolved_output_dir
     with locked(directory):
         summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory, resume=resume)
-        if settings is None or questions is None or output.EVALUATION in summary:
+        artifact = directory / recipe.stage_names[-1]
+        if settings is None or questions is None:
             return summary
+        facts = evaluation_facts(recipe, questions, artifact)
+        if output.EVALUATION in summary:
+            changed = differing_facts(summary.get(_MADE_OF, {}), facts)
+            if not changed:
+                return summary
+            console.print(f"evaluation: made again, since it was made with other {listed(changed)}", markup=False)
         output.note_skipped(directory, output.EVALUATION, skipped)
         clock = time.monotonic()
         results = directory / output.EVALUATION
         with staged(results, partial(place, directory)) as staging:
             summary["evaluation"] = evaluate_artifact(
-                directory / recipe.stage_names[-1],
+                artifact,
                 questions,
                 settings,
                 directory=staging,
@@ -64,6 +76,7 @@ def finetune_and_evaluate(
                 precision=recipe.precision,
                 start=recipe.start_from,
             )
+        summary[_MADE_OF] = facts
         summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
         summary["peak_memory_bytes"] = peak_memory_bytes()
         output.write_summary(directory, summary)

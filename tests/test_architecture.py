@@ -29,6 +29,7 @@ LAYERS = [
     {"recipe"},
     {"recipe_names", "templates", "device"},
     {"recipe_errors"},
+    {"recipe_start", "recipe_unused"},
     {"recipe_file"},
     {"conversation"},
     {"chat_template"},

@@ -12,7 +12,7 @@ from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.compare import ACCURACY, SAMPLES
 from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import WeightFiles
-from lora_llava.recipe_file import load_recipe
+from lora_llava.recipe_file import read_recipe
 from lora_llava.run_directory import output
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
@@ -63,7 +63,7 @@ def gather(source: Path, run: Path | None) -> Facts:
         merge = _read_json(source / MERGE_REPORT)
     found = _run_of(source, manifest, run)
     recipes = [source / RECIPE, found / manifest.stage / RECIPE] if found and manifest else [source / RECIPE]
-    recipe = next((load_recipe(path).plain() for path in recipes if path.is_file()), {})
+    recipe = next((read_recipe(path).plain() for path in recipes if path.is_file()), {})
     if found is None or manifest is None:
         return Facts(source, manifest, merge, recipe)
     stages = recipe.get("stages") or {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lora_llava.preflight import base, data, environment, start_from, text_side
+from lora_llava.preflight import base, data, environment, settings, start_from, text_side
 from lora_llava.preflight.environment import refuse_several_processes
 from lora_llava.preflight.findings import Finding, Findings
 from lora_llava.preflight.setup import Setup, Start
 from lora_llava.recipe import Recipe
 
 CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
+    settings.settings_are_used,
     base.features_can_be_read,
     text_side.tokenizer_can_be_read,
     text_side.image_token_is_known,

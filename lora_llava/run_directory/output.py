@@ -17,7 +17,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
 from lora_llava.files import shown_path, staged_file
 from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import dump_resolved
+from lora_llava.recipe_file import dump_resolved, read_recipe
 from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
 
 RECIPE = "recipe.yaml"
@@ -62,6 +62,14 @@ def _write(directory: Path, name: str, text: str) -> None:
 def write_recipe(directory: Path, recipe: Recipe) -> None:
     """Write the recipe of a run, every default written out."""
     _write(directory, RECIPE, dump_resolved(recipe, directory))
+
+
+def write_card(directory: Path, stage: str, recipe: Recipe) -> None:
+    """Write what the recipe says for the model card to the recipe of a finished stage; the rest of that stays."""
+    stored = read_recipe(directory / stage / RECIPE)
+    if stored.card != recipe.card:
+        stored = stored.model_copy(update={"card": recipe.card})
+        _write(directory, f"{stage}/{RECIPE}", dump_resolved(stored, directory / stage))
 
 
 def read_summary(directory: Path) -> dict[str, Any]:

@@ -2,71 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from lora_llava.artifact import WEIGHTS, file_sha256, library_versions
+from lora_llava.data.pictures import picture_facts, same_pictures
 from lora_llava.data.records import fingerprint
 from lora_llava.device import world_size
 from lora_llava.errors import TrainingError
 from lora_llava.files import shown_path
 from lora_llava.modeling.base import BaseIdentity
 from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import load_recipe
+from lora_llava.recipe_base import OnResume, settings_of, value_at
+from lora_llava.recipe_file import read_recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
+from lora_llava.text import counted
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory_plan import MemoryPlan, StageShapes
 from lora_llava.training.plan import StageData
 
 Resume = Literal["no", "exact", "anyway"]
-"""Start a run; go on with one that is still the same; go on with one that is not."""
+"""Start a run; resume one that is still the same; resume one that is not."""
 
 Difference = tuple[str, Any, Any]
 """Key, what it was, what it is."""
 
-RESOLVED = (
-    "tokens_per_micro_batch", "gradient_checkpointing", "gradient_checkpointing_layers", "optim", "keep_dequantized",
-)  # fmt: skip
-"""Settings of memory and speed that may be `auto`; what they came to is compared."""
-_FREE = (
-    "dataloader_num_workers", "logging_steps", "eval_steps", "num_sample_answers", "save_steps", "save_total_limit",
-    "data.path", "data.image_root", "data.split", "data.name", "data.revision", "data.exclude", "data.on_bad_record",
-    "data.max_bad_records", "data.validation.path", "data.validation.exclude", "on_non_finite", "max_non_finite_steps",
-)  # fmt: skip
-"""Settings of a stage that change what is seen of a training, or where its data lie, and not what is learnt."""
-_SHARED = {"align": ("seed", "quantization", "images"), "instruct": ("seed", "quantization", "images", "adapter")}
-"""Sections of a recipe that a stage depends on besides its own."""
-_FIXED = ("base (its weights)", "adapter.r", "adapter.type", "adapter.target_modules", "adapter.lora_alpha")
-"""What the weights of a checkpoint are bound to."""
-_MODEL: tuple[str, ...] = (
-    "type",
-    "double_quant",
-    "image_aspect_ratio",
-    "template",
-    "system",
-    "start_from (its weights)",
-)
-_MODEL += ("vision_feature_layer", "vision_feature_select_strategy")
-_LATER: tuple[str, ...] = (
-    "learning_rate",
-    "mm_projector_lr",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-)
-_LATER += ("adam_beta1", "adam_beta2", "lora_dropout", "optim")
-_ROUNDING: tuple[str, ...] = (
-    "tokens_per_micro_batch",
-    "gradient_checkpointing",
-    "keep_dequantized",
-    "attn_implementation",
-    "device",
-)
-_ROUNDING += ("precision", "processes", "cache_image_features")
+_GIVEN_UP = {
+    OnResume.FORM: "one model, asked in one form, for the whole stage: {name} holds from here on",
+    OnResume.LATER: "one {name} for the whole stage: it holds from here on",
+    OnResume.ROUNDING: "figures that are those of an uninterrupted run bit by bit",
+    OnResume.VALIDATION: "validation losses that can be compared with the earlier ones",
+    OnResume.ORDER: "each record once an epoch: the plan is another one, and is entered at the same step",
+}
+"""What a run that is resumed with another value no longer is."""
+SHARED = {
+    "align": ("name", "seed", "precision", "attn_implementation", "base", "quantization", "images"),
+    "instruct": ("name", "seed", "precision", "attn_implementation", "base", "quantization", "images", "adapter"),
+}
+"""Settings and sections of a recipe that a stage depends on besides its own."""
+_COMPARED = {*_GIVEN_UP, OnResume.FIXED}
+"""What of a stage that is not finished is compared by value; the rest may change, or what it comes to is compared."""
+_COMPARED_IF_FINISHED = {*_COMPARED, OnResume.RESOLVED, OnResume.FREE}
+BASE, START = "base (its weights)", "start_from (its weights)"
+IMAGES = "data (images)"
 
 
 def run_facts(
@@ -81,14 +63,15 @@ def run_facts(
     """Collect what a stage depends on besides the settings of its recipe, by recipe key where there is one."""
     key = f"stages.{stage}"
     return {
-        "base (its weights)": identity.weights_sha256,
+        BASE: identity.weights_sha256,
         "base.vision_feature_layer": shapes.config.vision_feature_layer,
         "base.vision_feature_select_strategy": shapes.config.vision_feature_select_strategy,
-        "start_from (its weights)": file_sha256(parent / WEIGHTS) if parent else None,
+        START: file_sha256(parent / WEIGHTS) if parent else None,
         f"{key}.data (number of records)": len(data.encoded),
         f"{key}.data (sha256 of the records)": fingerprint(data.encoded.records),
         f"{key}.data.validation (sha256 of the records)": fingerprint(data.validation.records),
         f"{key}.batch_size": data.length.batch_size,
+        f"{key}.{IMAGES}": picture_facts([*data.encoded.records, *data.validation.records]),
         f"{key}.tokens_per_micro_batch": chosen.tokens_per_micro_batch,
         f"{key}.gradient_checkpointing": str(chosen.recompute),
         f"{key}.optim": chosen.optim,
@@ -101,14 +84,40 @@ def run_facts(
     }
 
 
-def changed_settings(artifact: Path, recipe: Recipe, stage: StageName) -> list[Difference]:
-    """List the settings of `stage` that are not those with which the artifact, or checkpoint, was trained."""
-    before, now = flat_settings(stored_recipe(artifact)), flat_settings(recipe)
-    return [
-        (key, before.get(key), now.get(key))
-        for key in dict.fromkeys((*before, *now))
-        if _counts(key, stage) and before.get(key) != now.get(key)
-    ]
+def changed_facts(before: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Difference]:
+    """List the facts that are not what they were; image files that an older version did not note are not compared."""
+    changed: list[Difference] = []
+    for key, now in facts.items():
+        then = before.get(key)
+        if key.endswith(IMAGES):
+            if then is not None and not same_pictures(then, now):
+                changed.append((key, _files(then), _files(now)))
+        elif then != now:
+            changed.append((key, then, now))
+    return changed
+
+
+def _files(facts: dict[str, Any]) -> str:
+    """Describe image files in a few words that differ where they do."""
+    return f"{counted(facts['files'], 'file')}, {facts['bytes']:,} bytes, sha256 {facts['content'] or facts['times']}"
+
+
+def changed_settings(artifact: Path, recipe: Recipe, stage: StageName, *, finished: bool = False) -> list[Difference]:
+    """List the settings of `stage` that are not those with which the artifact, or checkpoint, was trained.
+
+    Of a stage that is `finished`, also those that would change nothing but what is seen of it, or how fast it is.
+    """
+    compared = _COMPARED_IF_FINISHED if finished else _COMPARED
+    keys = [one.key for one in settings_of(Recipe) if one.on_resume in compared and _concerns(one.key, stage)]
+    if finished and stage == recipe.stage_names[-1]:
+        keys.append("report_to")
+    return differing_values(keys, stored_recipe(artifact), recipe)
+
+
+def differing_values(keys: Iterable[str], before: Recipe, now: Recipe) -> list[Difference]:
+    """List those of the settings that differ between two recipes, with both values."""
+    pairs = [(key, value_at(before, key), value_at(now, key)) for key in keys]
+    return [(key, then, later) for key, then, later in pairs if then != later]
 
 
 def refuse_or_say(
@@ -118,73 +127,66 @@ def refuse_or_say(
     recipe: Recipe,
     resume: Resume,
     console: Console,
+    *,
+    finished: bool = False,
 ) -> None:
-    """Raise TrainingError if there are differences, or say what goes with them if the run goes on all the same."""
+    """Raise TrainingError if there are differences, or say what goes with them if the run is resumed anyway."""
     if not differences:
         return
     lines = [f"  {key}: {_shown(before)} then, {_shown(now)} now" for key, before, now in differences]
-    listed = "\n".join([f"stage {stage} is not what it was when {shown_path(artifact)} was written:", *lines])
-    fixed = [key for key, _, _ in differences if key in _FIXED]
+    without_effect = ". It is finished, so these have no effect" if finished else ""
+    head = f"stage {stage} is not what it was when {shown_path(artifact)} was written{without_effect}:"
+    listed = "\n".join([head, *lines])
+    fixed = [key for key, _, _ in differences if key == BASE or note_of(key) is OnResume.FIXED]
     if fixed:
         raise TrainingError(
             f"{listed}\nWeights trained so far fit nothing else ({', '.join(fixed)}). Set these back, or start a new "
             "run with another output_dir."
         )
+    lost = [f"these settings: {shown_path(artifact)} stays as it is"] if finished else given_up(differences)
     if resume != "anyway":
+        further = f" To train further, or on other data, start a new run with start_from={shown_path(artifact)}."
         raise TrainingError(
-            f"{listed}\nSet these back to go on as if nothing had happened: {shown_path(recipe.resolved_output_dir)}/"
-            f"{output.RECIPE} is the recipe of the run. Or go on with --resume-anyway, which gives up: "
-            f"{'; '.join(given_up(differences))}."
+            f"{listed}\nSet these back to resume as if nothing had happened: {shown_path(recipe.resolved_output_dir)}/"
+            f"{output.RECIPE} is the recipe of the run. Or resume with --resume-anyway, which gives up: "
+            f"{'; '.join(lost)}.{further if finished else ''}"
         )
-    text = f"{listed}\ngoing on all the same, which gives up: {'; '.join(given_up(differences))}"
+    text = f"{listed}\nresumed anyway, which gives up: {'; '.join(lost)}"
     console.print(text, style="bold yellow", markup=False, soft_wrap=True)
 
 
 def given_up(differences: list[Difference]) -> list[str]:
-    """Say what a run that goes on with `differences` no longer is."""
-    texts = []
-    for key, _, _ in differences:
-        name = key.rpartition(".")[2]
-        if name in _ROUNDING or key.startswith("version of "):
-            texts.append("figures that are those of an uninterrupted run bit by bit")
-        elif name in _MODEL:
-            texts.append(f"one model, asked in one form, for the whole stage: {name} holds from here on")
-        elif name in _LATER:
-            texts.append(f"one {name} for the whole stage: it holds from here on")
-        elif "validation" in key:
-            texts.append("validation losses that can be compared with the earlier ones")
-        else:
-            texts.append("each record once an epoch: the plan is another one, and is entered at the same step")
+    """Say what a run that is resumed with `differences` no longer is."""
+    texts = [_GIVEN_UP[_loss(key)].format(name=key.rpartition(".")[2]) for key, _, _ in differences]
     return list(dict.fromkeys(texts))
+
+
+def _loss(key: str) -> OnResume:
+    """Tell what is lost with a difference, by a setting's note or, of a fact, by what it is of."""
+    note = note_of(key)
+    if note in _GIVEN_UP:
+        return note
+    if key.endswith(".optim"):
+        return OnResume.LATER
+    if ".data" in key or key.endswith(".batch_size"):
+        return OnResume.VALIDATION if "validation" in key else OnResume.ORDER
+    return OnResume.FORM if key == START or key.startswith("base.") else OnResume.ROUNDING
+
+
+def note_of(key: str) -> OnResume | None:
+    """Return what changing a setting on resume means; None for a fact that is no setting."""
+    return next((one.on_resume for one in settings_of(Recipe) if one.key == key), None)
 
 
 def stored_recipe(directory: Path) -> Recipe:
     """Read the recipe with which an artifact, or a checkpoint, was trained."""
-    return load_recipe(directory / output.RECIPE)
+    return read_recipe(directory / output.RECIPE)
 
 
-def flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of a recipe by their dotted keys; lists are values."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, one in value.items():
-                walk(one, f"{key}.{name}" if key else name)
-        else:
-            flat[key] = value
-
-    walk(recipe.plain(), "")
-    return flat
-
-
-def _counts(key: str, stage: StageName) -> bool:
-    """Tell whether a setting has a part in what `stage` learns."""
-    section, _, rest = key.partition(".")
-    if section != "stages":
-        return section in _SHARED[stage] and rest not in RESOLVED
-    name, _, setting = rest.partition(".")
-    return name == stage and setting not in _FREE + RESOLVED
+def _concerns(key: str, stage: StageName) -> bool:
+    """Tell whether a setting is one of those that `stage` depends on."""
+    section, *names = key.split(".")
+    return names[0] == stage if section == "stages" else section in SHARED[stage]
 
 
 def _shown(value: Any) -> str:

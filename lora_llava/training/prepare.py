@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_llava.errors import TrainingError
+from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.files import Place, place_new, shown_path, staged
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.describe import read_config
 from lora_llava.recipe import Recipe
+from lora_llava.recipe_unused import unlike_the_model
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.written import current, is_pending
@@ -24,6 +26,8 @@ def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tu
     settings = recipe.base
     if settings.model_name_or_path:
         base_directory, revision = locate(settings.model_name_or_path, settings.revision)
+        if unlike := list(unlike_the_model(recipe, read_config(base_directory).to_dict())):
+            raise RecipeError("\n".join(map(str, unlike)))
         name = settings.model_name_or_path if revision else base_directory.resolve().name
         return base_directory, BaseIdentity(name, revision, hash_weights(base_directory))
     base_directory, name = current(directory) / output.BASE, f"{recipe.name}-{output.BASE}"

@@ -8,19 +8,26 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_llava.artifact import MANIFEST, WEIGHTS, file_sha256, read_manifest
-from lora_llava.errors import ArtifactError, TrainingError
+from lora_llava.artifact import MANIFEST, WEIGHTS, Manifest, file_sha256, read_manifest
+from lora_llava.data.pictures import picture_facts
+from lora_llava.data.records import fingerprint, load_split
+from lora_llava.errors import ArtifactError, DataError, TrainingError
 from lora_llava.files import shown_path
 from lora_llava.modeling.base import BaseIdentity
 from lora_llava.recipe import Recipe
+from lora_llava.recipe_base import OnResume, settings_of, value_at
 from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
+from lora_llava.run_directory.written import current
 from lora_llava.training.checkpoint import Checkpoint, latest
 from lora_llava.training.differences import (
-    RESOLVED,
+    IMAGES,
+    SHARED,
+    Difference,
     Resume,
+    changed_facts,
     changed_settings,
-    flat_settings,
+    differing_values,
     refuse_or_say,
     stored_recipe,
 )
@@ -69,12 +76,17 @@ def stored_memory_plan(
     """
     if checkpoint is None or memory is not None:
         return None
-    before, now = flat_settings(stored_recipe(checkpoint.directory)), flat_settings(recipe)
-    keys = ["quantization.keep_dequantized", *(f"stages.{stage}.{key}" for key in RESOLVED)]
-    if any(before.get(key) != now.get(key) for key in keys):
+    if differing_values(_planned_keys(stage), stored_recipe(checkpoint.directory), recipe):
         return None
     fields = checkpoint.memory_plan
     return MemoryPlan(**{**fields, "recompute": Recompute(**fields["recompute"])})
+
+
+def _planned_keys(stage: StageName) -> list[str]:
+    """List the settings that the memory plan decides where they are `auto`."""
+    keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.RESOLVED]
+    stages = [key for key in keys if key.startswith(f"stages.{stage}.") and not key.endswith(".batch_size")]
+    return [*stages, "quantization.keep_dequantized"]
 
 
 def check_unchanged(
@@ -93,9 +105,9 @@ def check_unchanged(
         return True
     stage, step = checkpoint.progress.stage, checkpoint.progress.step
     # Older checkpoints know batch_size as a setting alone.
-    before = {**flat_settings(stored_recipe(checkpoint.directory)), **checkpoint.facts}
-    differences = [one for one in changed_settings(checkpoint.directory, recipe, stage) if one[0] not in facts]
-    differences += [(key, before.get(key), now) for key, now in facts.items() if before.get(key) != now]
+    key = f"stages.{stage}.batch_size"
+    before = {key: value_at(stored_recipe(checkpoint.directory), key), **checkpoint.facts}
+    differences = changed_settings(checkpoint.directory, recipe, stage) + changed_facts(before, facts)
     refuse_or_say(differences, stage, checkpoint.directory, recipe, resume, console)
     if step > num_steps:
         raise TrainingError(f"stage {stage} has {num_steps:,} steps now, and {step:,} were trained already")
@@ -142,12 +154,88 @@ def resume_finished(
     if resume == "no" or not is_finished(artifact, stage, identity, parent):
         return False
     manifest = read_manifest(artifact)
-    differences = changed_settings(artifact, recipe, stage)
+    differences = changed_settings(artifact, recipe, stage, finished=True)
     if recipe.stage(stage).batch_size == manifest.seen.get("batch_size"):
         # `auto` then, and now what it came to.
         differences = [one for one in differences if one[0] != f"stages.{stage}.batch_size"]
-    refuse_or_say(differences, stage, artifact, recipe, resume, console)
+    differences += changed_data(artifact, recipe, stage, manifest, console)
+    refuse_or_say(differences, stage, artifact, recipe, resume, console, finished=True)
+    output.write_card(recipe.resolved_output_dir, stage, recipe)
     # A run that was killed between the artifact and its summary knows less of it.
     summary.setdefault(stage, {**manifest.seen, **manifest.metrics})
     console.print(f"{stage}: trained already")
     return True
+
+
+def refuse_another_run(recipe: Recipe) -> None:
+    """Raise TrainingError if a recipe is not of the run in its directory, in what no resumed run can change.
+
+    That is its name, its stages, and what its base was assembled from.
+    """
+    directory = recipe.resolved_output_dir
+    before = stored_recipe(current(directory))
+    now, then = recipe.stage_names, before.stage_names
+    if now[: len(then)] != then:
+        raise TrainingError(
+            f"stages: {', '.join(then)} then, {', '.join(now)} now. A run can be extended by the stage that follows; "
+            "for other stages start a new run with another output_dir"
+        )
+    keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.FIXED]
+    keys = [key for key in keys if not key.startswith(("stages.", "adapter."))]
+    if recipe.base.model_name_or_path is None:
+        # A fresh projector is drawn by it.
+        keys.append("seed")
+    differing = [f"  {key}: {then} then, {now} now" for key, then, now in differing_values(keys, before, recipe)]
+    if differing:
+        raise TrainingError(
+            "\n".join([f"{shown_path(directory)} is a run of another recipe:", *differing])
+            + "\nSet these back, or start a new run with another output_dir."
+        )
+
+
+def as_finished(recipe: Recipe, stage: StageName) -> Recipe:
+    """Return the recipe with the settings by which a finished stage was trained, so that nothing else is stated.
+
+    If it is the last one, the sections that stages share are those of its training, too.
+    """
+    stored = stored_recipe(recipe.resolved_output_dir / stage)
+    stages = recipe.stages.model_copy(update={stage: stored.stage(stage)})
+    shared = SHARED[stage] if stage == recipe.stage_names[-1] else ()
+    return recipe.model_copy(update={"stages": stages, **{name: getattr(stored, name) for name in shared}})
+
+
+def changed_data(
+    artifact: Path, recipe: Recipe, stage: StageName, manifest: Manifest, console: Console
+) -> list[Difference]:
+    """List how the data of a finished stage differ from those that it was trained on, and by which settings.
+
+    Data that are gone, with settings that did not change, are not compared, and that is said.
+    """
+    key, data = f"stages.{stage}", recipe.stage(stage).data
+    keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.SAME_CONTENT]
+    moved = differing_values([one for one in keys if one.startswith(f"{key}.data.")], stored_recipe(artifact), recipe)
+    known = manifest.data
+    try:
+        train, validation = load_split(data, recipe.seed)
+        # Which records cannot be used is found out with the tokenizer, which is not loaded for this.
+        reason = "bad ones were skipped" if known.get("skipped_records") else None
+    except DataError as error:
+        if moved:
+            other = ", ".join(one for one, _, _ in moved)
+            raise TrainingError(f"stage {stage} is finished; its data, with other {other}: {error}") from error
+        reason = str(error)
+    if reason is not None:
+        console.print(f"{stage}: its records are not compared with those it was trained on: {reason}", markup=False)
+        return moved
+    facts = {
+        f"{key}.data (number of records)": (known.get("records"), len(train)),
+        f"{key}.data (sha256 of the records)": (known.get("sha256"), fingerprint(train)),
+        f"{key}.data.validation (sha256 of the records)": (known.get("validation_sha256"), fingerprint(validation)),
+        f"{key}.{IMAGES}": (known.get("images"), picture_facts([*train, *validation])),
+    }
+    # What an older version did not note is not compared.
+    noted = {one: pair for one, pair in facts.items() if pair[0] is not None}
+    changed = changed_facts(
+        {one: then for one, (then, _) in noted.items()}, {one: now for one, (_, now) in noted.items()}
+    )
+    return [*moved, *changed] if changed else []

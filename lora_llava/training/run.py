@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from lora_llava.artifact import check_adapter, check_base, load_projector, read_manifest
 from lora_llava.device import describe_device, peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.attention_choice import pick_attention
@@ -34,7 +35,15 @@ from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory
 from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.training.prepare import prepare_base
 from lora_llava.training.resumable import Saver
-from lora_llava.training.resume import check_unchanged, find_checkpoint, resume_finished, stored_memory_plan, take_up
+from lora_llava.training.resume import (
+    as_finished,
+    check_unchanged,
+    find_checkpoint,
+    refuse_another_run,
+    resume_finished,
+    stored_memory_plan,
+    take_up,
+)
 from lora_llava.training.self_check import check_first_row
 from lora_llava.training.stage_artifact import StageArtifact, seen_until
 from lora_llava.training.tables import parameter_table_view
@@ -56,7 +65,7 @@ def run_recipe(
     also written to `summary.json`. Raises LoraLlavaError's subclasses.
     """
     if recipe.start_from is not None:
-        read_manifest(recipe.start_from)
+        _check_start(recipe.start_from)
     with claimed(recipe, overwrite=overwrite, resume=resume != "no"):
         return train_stages(recipe, console, memory, resume)
 
@@ -68,6 +77,7 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
     if resume == "no":
         output.write_recipe(directory, recipe)
     else:
+        refuse_another_run(recipe)
         summary = output.read_summary(directory)
     summary = {"name": recipe.name, "seconds": {}, **summary, "hardware": describe_device()}
     clock = time.monotonic()
@@ -76,7 +86,7 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
     parent = recipe.start_from
     for stage in recipe.stage_names:
         if resume_finished(recipe, stage, identity, parent, summary, resume, console):
-            parent = directory / stage
+            recipe, parent = as_finished(recipe, stage), directory / stage
             continue
         output.write_summary(directory, summary)
         # It moves with the first checkpoint of the run, if the run assembled it.
@@ -90,8 +100,16 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
         with output.writing(directory, output.LOSS_PLOT) as picture:
             plot_loss(picture, output.read_log(directory))
     summary["peak_memory_bytes"] = peak_memory_bytes()
+    output.write_recipe(directory, recipe)
     output.write_summary(directory, summary)
     return summary
+
+
+def _check_start(artifact: Path) -> None:
+    try:
+        read_manifest(artifact)
+    except ArtifactError as error:
+        raise ArtifactError(f"start_from: {error}") from error
 
 
 def train_stage(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.artifact import MANIFEST, WEIGHTS, file_sha256, save_artifact, write_artifact
+from lora_llava.data.pictures import picture_facts
 from lora_llava.data.records import fingerprint
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe import Recipe
@@ -65,6 +66,8 @@ def stage_facts(
             "sha256": fingerprint(data.encoded.records),
             "records": len(data.encoded),
             "validation_records": len(data.validation),
+            "validation_sha256": fingerprint(data.validation.records),
+            "images": picture_facts([*data.encoded.records, *data.validation.records]),
             "skipped_records": len(data.skipped),
             "answer_prompt": settings.data.answer_prompt,
             "merge_turns": settings.data.merge_turns,

@@ -1,0 +1,44 @@
+"""What an evaluation was made of, so that one that is out of date is not taken for another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_llava.artifact import WEIGHTS, file_sha256
+from lora_llava.data.pictures import picture_facts, same_pictures
+from lora_llava.data.records import fingerprint
+from lora_llava.evaluation.questions import QuestionSet
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_base import settings_of, value_at
+
+IMAGES = "evaluation.data (images)"
+
+
+def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> dict[str, Any]:
+    """Collect what an evaluation depends on; where its data lie is not part of it, what they hold is."""
+    records = [one.record for one in questions.questions]
+    answers = [(one.references, one.own) for one in questions.questions]
+    settings = [one.key for one in settings_of(Recipe) if one.key.startswith("evaluation.") and one.names is None]
+    return {
+        **{key: value_at(recipe, key) for key in settings},
+        "evaluation.data (sha256 of the records)": fingerprint(records),
+        "evaluation.data (sha256 of answers and own keys)": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+        IMAGES: picture_facts(records),
+        "precision": recipe.precision,
+        "artifact": file_sha256(artifact / WEIGHTS),
+        "start_from": file_sha256(recipe.start_from / WEIGHTS) if recipe.start_from else None,
+    }
+
+
+def differing_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name what is not as it was when an evaluation was made."""
+    return [
+        key
+        for key, value in now.items()
+        if (key == IMAGES and not (before.get(key) and same_pictures(before[key], value)))
+        or (key != IMAGES and before.get(key) != value)
+    ]
