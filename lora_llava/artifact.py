@@ -78,7 +78,13 @@ class Manifest:
     @property
     def usage(self) -> Usage:
         """How the trained model wants to be asked."""
-        return Usage(self.template, self.images["image_aspect_ratio"], self.data.get("answer_prompt"))
+        window = self.images.get("window")
+        return Usage(
+            self.template,
+            self.images["image_aspect_ratio"],
+            self.data.get("answer_prompt"),
+            window=window and tuple(window),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,8 @@ class Usage:
     answer_prompt: str | None
     own: OwnTemplate | None = None
     """The model's own chat template, where none of the kit writes the same."""
+    window: tuple[float, float] | None = None
+    """Values of grey images with more than 8 bits that become black and white; None: the range of each image."""
 
     @property
     def prompt_template(self) -> Template | OwnTemplate | None:

@@ -175,6 +175,16 @@ class Recipe(Settings):
     evaluation: Annotated[EvaluationSettings | None, OnResume.AGAIN] = None
     card: Annotated[CardSettings, OnResume.CARD] = CardSettings()
 
+    @model_validator(mode="after")
+    def _seen_alike(self) -> Self:
+        trained = self.stage(self.stage_names[-1]).data.window
+        if self.evaluation is not None and self.evaluation.data.window != trained:
+            raise ValueError(
+                f"evaluation.data.window {self.evaluation.data.window} is not that of the last stage, {trained}: "
+                "images would be asked about in other shades than they were trained in; write the same"
+            )
+        return self
+
     @property
     def stage_names(self) -> list[StageName]:
         """The stages to run, in order."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from lora_llava.recipe_base import Count, Names, NotNegative, OnResume, Positive, Settings, Share
+from lora_llava.recipe_base import Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
 
 StageName = Literal["align", "instruct"]
 
@@ -94,7 +94,23 @@ class DataSettings(Settings):
     merge_turns: Annotated[Annotated[int, Field(ge=2)] | None, OnResume.ORDER] = None
     """Train on the questions about an image as turns of one conversation, at most so many in each, as LLaVA-1.5
     does; null: on the records as they are. Records held out for validation stay as they are."""
+    window: Annotated[
+        Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None, Form("[low, high]"), OnResume.FORM
+    ] = None
+    """Of grey images with more than 8 bits: the values that become black and white, such as [0, 4095]; null: the
+    lowest and highest value of each image."""
     validation: ValidationSettings | None = None
+
+    @property
+    def grey_window(self) -> tuple[float, float] | None:
+        """The window as a pair."""
+        return None if self.window is None else (self.window[0], self.window[1])
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError(f"window {self.window}: the first value, which becomes black, must be the lower one")
+        return self
 
     @model_validator(mode="after")
     def _form(self) -> Self:

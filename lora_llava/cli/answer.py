@@ -84,6 +84,7 @@ def evaluate(
     template_to_ask(usage, artifact)
     if options["answer_prompt"] is None:
         options["answer_prompt"] = usage.answer_prompt
+    options["window"] = usage.window and list(usage.window)
     settings = evaluation_settings(options)
     console = make_console()
     evaluate_artifact(
@@ -105,6 +106,7 @@ def evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     from lora_llava.recipe import EvaluationSettings
 
     fields = {name: options[name] for name in ("path", "image_root", "split", "answer_prompt", "max_records")}
+    fields["window"] = options.get("window")
     return EvaluationSettings(
         data=data_settings({**fields, "columns": parse_columns(options["columns"])}),
         max_new_tokens=options["max_new_tokens"],

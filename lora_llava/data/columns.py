@@ -42,7 +42,8 @@ def load_columns(
     rows, cache = _open(data, columns, extra)
     used = set(_named(data, columns)) - {data.group}
     directory = path if path.is_dir() else path.parent
-    images = _Images(image_root or (directory if path.exists() else cache), str(columns.image), bad.collects)
+    root = image_root or (directory if path.exists() else cache)
+    images = _Images(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.grey_window))
     excluded = Exclusions(data.exclude)
     records = []
     number = 0
@@ -148,8 +149,8 @@ _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
 class _Images:
     """Images of the cells of a column; equal bytes are kept once."""
 
-    def __init__(self, root: Path, column: str, at_once: bool) -> None:
-        self.root = ImageRoot(root, column, at_once=at_once)
+    def __init__(self, root: ImageRoot) -> None:
+        self.root = root
         self._embedded: dict[str, ImageSource] = {}
 
     def source(self, cell: Any, where: str) -> ImageSource | None:
@@ -159,7 +160,9 @@ class _Images:
         data, path = cell["bytes"], cell["path"]
         if data is not None:
             key = hashlib.sha256(data).hexdigest()
-            return self._embedded.setdefault(key, ImageSource(key, None, data, where, _file_name(path)))
+            return self._embedded.setdefault(
+                key, ImageSource(key, None, data, where, _file_name(path), self.root.window)
+            )
         if path is None:
             return None
         # Readers of directories give full paths; one that a row brought itself must lead into the root.

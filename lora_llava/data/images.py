@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_llava.data.grey import Window, to_eight_bits
 from lora_llava.data.sources import ImageSource
 from lora_llava.errors import DataError
 
@@ -25,16 +26,18 @@ MAX_BYTES = 512 * 2**20
 BAD = "bad_image"
 """Kind of the errors of this module."""
 
-_SIXTEEN_BIT = ("I", "I;16", "I;16B")
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of more than 8 bits a pixel; of deep colour images it keeps the upper 8 bits."""
 _RESCALE = 1 / 255
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image as RGB, upright as its EXIF data says; of an animation, the first frame.
 
+    Grey of more than 8 bits becomes 8 bits by `source.window`, see `to_eight_bits`.
     Raises DataError naming the image if it is missing, of another format, larger than `max_pixels`, or broken.
     """
-    return decode_image(read_image(source), source.name, max_pixels=max_pixels)
+    return decode_image(read_image(source), source.name, max_pixels=max_pixels, window=source.window)
 
 
 def read_image(source: ImageSource) -> bytes:
@@ -53,14 +56,14 @@ def read_image(source: ImageSource) -> bytes:
     return data
 
 
-def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, window: Window | None = None) -> Image.Image:
     """Decode the bytes of an image as `open_image` does; `name` begins its messages."""
     try:
         # Pillow's own bound is checked below, with ours; its other warnings are about metadata.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _decode(image, name, max_pixels)
+                return _decode(image, name, max_pixels, window)
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -75,7 +78,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
         ) from None
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _decode(image: Image.Image, name: str, max_pixels: int, window: Window | None) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(
@@ -83,10 +86,9 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         )
     image.load()
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in _SIXTEEN_BIT:
+    if upright.mode in DEEP_GREY:
         # convert("RGB") would clip every value above 255 to white.
-        values = np.asarray(upright).astype(np.int64)
-        return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(to_eight_bits(np.asarray(upright), window)).convert("RGB")
     return upright.convert("RGB")
 
 

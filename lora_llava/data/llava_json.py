@@ -42,7 +42,7 @@ def load_llava_json(
     take it.
     """
     path = Path(data.path)
-    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects)
+    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.grey_window)
     excluded = Exclusions(data.exclude)
     records: list[Record] = []
     number = 0

@@ -33,6 +33,8 @@ class ImageSource:
     """The first record that shows it, for messages."""
     file_name: str = field(default="", compare=False)
     """Of an embedded image: the file name that the data set has for it."""
+    window: tuple[float, float] | None = None
+    """Values of a grey image of more than 8 bits that become black and white; None: the range it uses."""
 
     @property
     def label(self) -> str:
@@ -77,8 +79,11 @@ class ImageRoot:
     Missing ones are reported together by `check`, or, if `at_once`, whenever a record asks for one.
     """
 
-    def __init__(self, root: Path, field_name: str, *, at_once: bool = False) -> None:
+    def __init__(
+        self, root: Path, field_name: str, *, at_once: bool = False, window: tuple[float, float] | None = None
+    ) -> None:
         self.root = root
+        self.window = window
         self.at_once = at_once
         self.field_name = field_name
         """Field or column of the paths, for messages."""
@@ -144,7 +149,8 @@ class ImageRoot:
                 raise DataError(f"{place} is a link out of image_root; copy the image, or set image_root", "image_path")
             if not stat.S_ISREG(mode):
                 raise DataError(f"{place} is not a file; correct it", "image_path")
-        return ImageSource(Path(os.path.relpath(real, self._real_root)).as_posix(), Path(real), None, where)
+        key = Path(os.path.relpath(real, self._real_root)).as_posix()
+        return ImageSource(key, Path(real), None, where, window=self.window)
 
     def _real_directory(self, directory: str) -> str | None:
         if directory not in self._directories:

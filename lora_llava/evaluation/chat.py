@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +27,7 @@ class Chat:
     def __init__(self, loaded: LoadedModel, usage: Usage, image: ImageSource | None, max_new_tokens: int) -> None:
         self.loaded = loaded
         self.template = template_to_ask(usage, loaded.directory)
-        self.image = image
+        self.image = image and replace(image, window=usage.window)
         self.max_new_tokens = max_new_tokens
         self.turns: tuple[Turn, ...] = ()
         self._ends = end_token_ids(loaded, self.template)

@@ -113,6 +113,7 @@ def _facts(tower: nn.Module, layer: int, records: list[Record], transform: Image
         "layer": layer,
         "transform": asdict(transform),
         "images": [_image_sha256(one.image) for one in records if one.image],
+        "windows": [one.image.window for one in records if one.image],
     }
 
 

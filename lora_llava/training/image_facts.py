@@ -28,6 +28,7 @@ def image_facts(recipe: Recipe, settings: StageSettings, loaded: LoadedModel) ->
         "mean": list(transform.mean),
         "std": list(transform.std),
         "image_aspect_ratio": transform.aspect_ratio,
+        "window": settings.data.window,
         "vision_feature_layer": loaded.config.vision_feature_layer,
         "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
         "num_image_tokens": loaded.num_image_tokens,

@@ -123,12 +123,6 @@ def test_palette_with_transparency_by_bytes_keeps_its_colours() -> None:
     assert [opened.getpixel((x, 0)) for x in (0, 1)] == [RED, (0, 0, 255)]
 
 
-def test_sixteen_bit_grey_keeps_its_range() -> None:
-    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-    opened = open_image(embedded(saved(Image.fromarray(values), "PNG")))
-    assert [opened.getpixel((x, 0)) for x in range(5)] == [(v, v, v) for v in (0, 0, 1, 128, 255)]
-
-
 def test_mean_colour_is_llavas_and_all_but_zero_once_normalised() -> None:
     image = mean_colour(28, MEAN)
     assert image.size == (28, 28)
