@@ -26,7 +26,7 @@ GradientCheckpointing = bool | Literal["selective"]
 
 
 class ColumnSettings(Settings):
-    """Columns of a Hugging Face dataset."""
+    """Columns of a table or Hugging Face dataset, or keys of flat JSON records."""
 
     example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
@@ -71,7 +71,7 @@ class DataSettings(Settings):
     example = "{path: FILE}"
 
     path: Annotated[str, OnResume.SAME_CONTENT, Names.PATH_OR_ID]
-    """LLaVA JSON or JSONL; or, with `columns`, a parquet file, a directory or a hub id."""
+    """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, parquet, a directory or a hub id."""
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory of the images; default: that of the data file."""
     split: Annotated[str, OnResume.SAME_CONTENT] = "train"
@@ -114,16 +114,15 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _form(self) -> Self:
-        is_json = self.path.endswith((".json", ".jsonl"))
-        if is_json and self.columns:
-            raise ValueError("columns is for parquet and Hugging Face datasets; LLaVA JSON has none")
-        if not is_json and not self.columns:
-            raise ValueError("columns is needed, since path is not a .json or .jsonl file")
-        if is_json and (self.name or self.revision):
-            raise ValueError("name and revision are for hub data sets; path is a file")
         held_out = self.validation.path if self.validation else None
-        if held_out and held_out.endswith((".json", ".jsonl")) != is_json:
-            raise ValueError("validation.path and path must both be LLaVA JSON, or both be read by columns")
+        for key, path in (("path", self.path), ("validation.path", held_out)):
+            if path and not self.columns and not path.endswith((".json", ".jsonl")):
+                raise ValueError(
+                    f"columns is needed, since {key} is not a .json or .jsonl file; for instance "
+                    "columns: {image: COLUMN, question: COLUMN, answer: COLUMN}"
+                )
+        if self.path.endswith((".json", ".jsonl", ".csv", ".tsv")) and (self.name or self.revision):
+            raise ValueError("name and revision are for hub data sets; path is a file")
         return self
 
 

@@ -1,41 +1,42 @@
-"""Hugging Face data sets as records: a hub id, a parquet file or a directory, and names of columns."""
+"""Tables as records, by names of columns: CSV, JSON, parquet, directories and Hugging Face data sets."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from lora_llava.conversation import Turn
 from lora_llava.data.bad_records import BadRecords, Exclusions, data_name
+from lora_llava.data.cells import ImageCells, join_images, place_image, read_answer, read_question, read_talk
+from lora_llava.data.forms import propose_columns
 from lora_llava.data.sources import (
     ImageRoot,
-    ImageSource,
     Record,
     check_group,
     check_placeholder,
-    check_text,
     own_values,
     with_answer_prompt,
 )
+from lora_llava.data.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import ColumnSettings, DataSettings
+from lora_llava.text import listed, printable
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 
 
 def load_columns(
     data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
 ) -> list[Record]:
-    """Read the rows of a data set, one record each; embedded images are kept as they are, undecoded.
+    """Read the rows of a table, one record each; embedded images are kept as they are, undecoded.
 
     `extra`: keep the columns with flat values that have no other use.
 
-    Image paths in a data set are relative to `image_root`; default: the directory, or that of the file.
+    Image paths in a table are relative to `image_root`; default: the directory, or that of the file.
     Raises DataError naming data set, record and column, where `bad` does not take it.
     """
     path = Path(data.path)
@@ -43,16 +44,21 @@ def load_columns(
     used = set(_named(data, columns)) - {data.group}
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
-    images = _Images(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.grey_window))
+    images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.grey_window))
     excluded = Exclusions(data.exclude)
+    place = data_name(data) if path.suffix in _FILES else f"{data_name(data)} ({data.split})"
     records = []
     number = 0
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
+        if number == data.max_records:
+            break
+        number += 1
         if excluded.holds(number, None):
             continue
         try:
-            record = _record(row, number, f"{data_name(data)} ({data.split})", data, columns, images)
-            records.append(replace(record, extra=own_values(row, used)) if extra else record)
+            line = "" if row.line is None else f" (line {row.line})"
+            record = _record(row, number, f"{place}, record {number}{line}", data, columns, images)
+            records.append(replace(record, extra=own_values(row.value, used)) if extra else record)
         except DataError as error:
             bad.add(number, None, error)
     excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
@@ -61,24 +67,31 @@ def load_columns(
 
 
 def _record(
-    row: Mapping[str, Any], number: int, name: str, data: DataSettings, columns: ColumnSettings, images: _Images
+    entry: Entry, number: int, where: str, data: DataSettings, columns: ColumnSettings, images: ImageCells
 ) -> Record:
-    where = f"{name}, record {number}"
-    image = None if columns.image is None else images.source(row[columns.image], where)
+    if entry.error is not None:
+        raise entry.error
+    row: Mapping[str, Any] = entry.value
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object with the keys that columns names")
+    references: tuple[str, ...] = ()
+    cell = None if columns.image is None else row.get(columns.image)
     if columns.messages is not None:
-        turns = _messages(row[columns.messages], f"{where}: {columns.messages}", image is not None)
+        talk = read_talk(row.get(columns.messages), f"{where}: {columns.messages}")
+        turns, references, cell = talk.turns, talk.references, join_images(cell, talk.images)
     else:
-        question = _text(row[str(columns.question)], f"{where}: {columns.question}")
-        answer = _text(row[str(columns.answer)], f"{where}: {columns.answer}")
-        shown = question if image is None else f"{IMAGE_PLACEHOLDER}\n{question}"
-        turns = [Turn("user", shown), Turn("assistant", answer)]
+        question = read_question(row.get(str(columns.question)), f"{where}: {columns.question}")
+        answer, references = read_answer(row.get(str(columns.answer)), f"{where}: {columns.answer}")
+        turns = [Turn("user", question), Turn("assistant", answer)]
+    image = images.source(cell, where)
+    turns = turns if image is None else place_image(turns)
     check_placeholder(turns, image, where)
     prompted = tuple(
         Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
         for turn in turns
     )
-    group = None if data.group is None else check_group(row[data.group], f"{where}: {data.group}")
-    return Record(str(number), image, prompted, where, number, group)
+    group = None if data.group is None else check_group(row.get(data.group), f"{where}: {data.group}")
+    return Record(str(number), image, prompted, where, number, group, references)
 
 
 def _named(data: DataSettings, columns: ColumnSettings) -> list[str]:
@@ -92,44 +105,94 @@ def _flat_columns(table: Any) -> list[str]:
     return [name for name, feature in table.features.items() if type(feature).__name__ in ("Value", "ClassLabel")]
 
 
-def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Iterable[Mapping[str, Any]], Path]:
-    """Open the data set with the columns asked for; returns its rows and where the hub's files are kept.
+def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Iterable[Entry], Path]:
+    """Open the data with the columns asked for; returns its rows and where the hub's files are kept.
 
     `extra`: also with its columns of flat values.
     """
     path = Path(data.path)
-    if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
-        raise DataError(f"{data.path}: there is no such file or directory, nor is it a hub id; correct path")
-    # Imported here: slow, and of no use for LLaVA JSON.
-    import datasets
-
-    try:
-        if path.is_file():
-            if path.suffix != ".parquet":
-                raise DataError(f"{path.name}: columns read parquet files, directories and hub ids; convert the file")
-            table = datasets.load_dataset(
-                "parquet", data_files={data.split.partition("[")[0]: str(path)}, split=data.split
-            )
-        else:
-            revision = None if path.is_dir() else data.revision
-            table = datasets.load_dataset(data.path, data.name, split=data.split, revision=revision)
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001 - readers and network raise anything
-        raise _unreadable(data.path, error) from None
+    if path.suffix in _FILES and not path.is_dir():
+        return _file_rows(path, data, columns), path.parent
+    table, cache = _open_table(path, data)
     named = _named(data, columns)
-    for column in named:
-        if column not in table.column_names:
-            raise DataError(f"{data.path}: columns: there is no {column!r}; it has {', '.join(table.column_names)}")
+    _check_columns(named, table.column_names, data.path)
     if data.max_records is not None:
         table = table.select(range(min(data.max_records, len(table))))
     table = table.select_columns(list(dict.fromkeys([*named, *(_flat_columns(table) if extra else [])])))
     if columns.image is not None:
-        try:
-            table = table.cast_column(columns.image, datasets.Image(decode=False))
-        except Exception:  # noqa: BLE001 - arrow raises several kinds
-            raise DataError(f"{data.path}: column {columns.image!r} holds no images; correct columns.image") from None
+        table = _with_images_undecoded(table, columns.image, data.path)
+    return (Entry(row, None) for row in table), cache
+
+
+def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
+    """Open a parquet file, a directory or a hub data set."""
+    if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
+        raise DataError(f"{data.path}: there is no such file or directory, nor is it a hub id; correct path")
+    if path.is_file() and path.suffix != ".parquet":
+        line = f"import pandas; pandas.read_{_reader(path)}('{path.name}').to_csv('{path.stem}.csv', index=False)"
+        raise DataError(
+            f"{path.name}: a {path.suffix or 'nameless'} file is not read. Save it as CSV (UTF-8), for instance: "
+            f'python -c "{line}"'
+        )
+    # Imported here: slow, and of no use for JSON and CSV.
+    import datasets
+
+    try:
+        if path.is_file():
+            files = {data.split.partition("[")[0]: str(path)}
+            table = datasets.load_dataset("parquet", data_files=files, split=data.split)
+        else:
+            revision = None if path.is_dir() else data.revision
+            table = datasets.load_dataset(data.path, data.name, split=data.split, revision=revision)
+    except Exception as error:  # noqa: BLE001 - readers and network raise anything
+        raise _unreadable(data.path, error) from None
     return table, Path(datasets.config.HF_CACHE_HOME)
+
+
+def _reader(path: Path) -> str:
+    """Name pandas' reader of a file by its ending."""
+    readers = {".xlsx": "excel", ".xls": "excel", ".ods": "excel", ".feather": "feather", ".orc": "orc"}
+    return readers.get(path.suffix.lower(), "table")
+
+
+def _with_images_undecoded(table: Any, column: str, name: str) -> Any:
+    """Cast a column to images that stay bytes or paths; lists of images too."""
+    import datasets
+
+    feature = table.features[column]
+    in_list = isinstance(feature, list | datasets.List | datasets.LargeList)
+    image = datasets.Image(decode=False)
+    try:
+        return table.cast_column(column, datasets.List(image) if in_list else image)
+    except Exception:  # noqa: BLE001 - arrow raises several kinds
+        raise DataError(f"{name}: column {column!r} holds no images; correct columns.image") from None
+
+
+def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Iterator[Entry]:
+    """Yield the rows of a file; DataError if it has not the columns that are asked for."""
+    is_table = path.suffix in TABLE_SUFFIXES
+    needed = [name for name in _named(data, columns) if is_table or name != columns.image]
+    is_first, has_image = True, columns.image is None
+    for entry in read_rows(path) if is_table else read_entries(path):
+        if isinstance(entry.value, dict):
+            if is_first:
+                _check_columns(needed, list(entry.value), path.name)
+                is_first = False
+            has_image = has_image or columns.image in entry.value
+        yield entry
+    if not is_first and not has_image:
+        raise DataError(
+            f"{path.name}: columns: no record has {columns.image!r}; correct columns.image, or leave it out"
+        )
+
+
+def _check_columns(needed: list[str], present: list[str], name: str) -> None:
+    for column in needed:
+        if column not in present:
+            proposed = propose_columns(present)
+            hint = f". To have it read: {proposed}" if proposed else ""
+            shown = listed([printable(str(one)) for one in present], 20)
+            raise DataError(f"{name}: columns: there is no {printable(column)!r}; it has {shown}{hint}")
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
@@ -140,84 +203,7 @@ def _unreadable(name: str, error: Exception) -> DataError:
         )
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK:
         return DataError(f"{name}: the hub cannot be reached; check the connection, or give path a local copy")
-    return DataError(f"{name}: the data set cannot be read: {reason or type(error).__name__}")
+    return DataError(f"{name}: the data set cannot be read: {printable(reason) or type(error).__name__}")
 
 
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
-
-
-class _Images:
-    """Images of the cells of a column; equal bytes are kept once."""
-
-    def __init__(self, root: ImageRoot) -> None:
-        self.root = root
-        self._embedded: dict[str, ImageSource] = {}
-
-    def source(self, cell: Any, where: str) -> ImageSource | None:
-        """Return the image of a cell, None for an empty one."""
-        if cell is None:
-            return None
-        data, path = cell["bytes"], cell["path"]
-        if data is not None:
-            key = hashlib.sha256(data).hexdigest()
-            return self._embedded.setdefault(
-                key, ImageSource(key, None, data, where, _file_name(path), self.root.window)
-            )
-        if path is None:
-            return None
-        # Readers of directories give full paths; one that a row brought itself must lead into the root.
-        if os.path.isabs(path):  # noqa: PTH117 - strings: once for every row
-            path = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root.root))
-        return self.root.source(path, where)
-
-
-def _file_name(path: str | None) -> str:
-    """Return the name that a data set has for an embedded image; of a path on somebody's machine its last part."""
-    if not path:
-        return ""
-    is_absolute = path.startswith("/") or ":" in path or "\\" in path
-    return path.replace("\\", "/").rpartition("/")[2] if is_absolute else path
-
-
-def _text(value: Any, place: str) -> str:
-    if isinstance(value, str):
-        return check_text(value, place)
-    if isinstance(value, list):
-        raise DataError(f"{place}: is a list of {len(value)}, must be text; make a column with the one to learn")
-    kinds = {bool: "a truth value", int: "an integer", float: "a number", dict: "a structure"}
-    kind = "empty" if value is None else kinds.get(type(value), f"of type {type(value).__name__}")
-    raise DataError(f"{place}: is {kind}, must be text; convert the column, or remove the row")
-
-
-def _messages(value: Any, place: str, has_image: bool) -> list[Turn]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise DataError(f"{place}: must be a list of messages with role and content")
-    turns: list[Turn] = []
-    for index, message in enumerate(value):
-        role = message.get("role")
-        if role not in ("user", "assistant"):
-            hint = "; give system text as `system` of the stage" if role == "system" else ""
-            raise DataError(f"{place}[{index}].role: is {role!r:.80}, must be user or assistant{hint}")
-        turns.append(Turn(role, _content(message.get("content"), f"{place}[{index}].content")))
-    if has_image and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
-        for index, turn in enumerate(turns):
-            if turn.role == "user":
-                turns[index] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{turn.text}")
-                break
-    return turns
-
-
-def _content(value: Any, place: str) -> str:
-    """Write content as text: a string as it is, a list of parts as lines."""
-    if not isinstance(value, list):
-        return _text(value, place)
-    lines = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            lines.append(IMAGE_PLACEHOLDER)
-        elif kind == "text":
-            lines.append(_text(part.get("text"), place))
-        else:
-            raise DataError(f"{place}: has a part of type {kind!r:.80}, must be text or image")
-    return "\n".join(lines)

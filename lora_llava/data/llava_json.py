@@ -1,18 +1,20 @@
-"""LLaVA's own data format: JSON, or JSON Lines, of `id`, `image` and `conversations`."""
+"""LLaVA's own data format, JSON or JSON Lines of `id`, `image` and `conversations`, and its near relatives.
+
+These have `messages` of role and content for `conversations`, or `images`, a list of one, for `image`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_llava.conversation import Turn
 from lora_llava.data.bad_records import BadRecords, Exclusions
+from lora_llava.data.cells import ImageCells, join_images, kind_of, place_image, read_talk
+from lora_llava.data.forms import describe_record
 from lora_llava.data.sources import (
     ImageRoot,
-    ImageSource,
     Record,
     check_group,
     check_placeholder,
@@ -21,16 +23,13 @@ from lora_llava.data.sources import (
     printable,
     with_answer_prompt,
 )
+from lora_llava.data.tables import Entry, read_entries
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import DataSettings
 
-_KEYS = frozenset({"id", "image", "conversations"})
-_ROLES: dict[str, Literal["user", "assistant"]] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+# LLaVA-Med's published files spell it like the second.
+_TALKS = ("conversations", "conversatons", "messages")
+_KEYS = frozenset({"id", "image", "images", *_TALKS})
 
 
 def load_llava_json(
@@ -43,21 +42,22 @@ def load_llava_json(
     """
     path = Path(data.path)
     root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.grey_window)
+    images = ImageCells(root)
     excluded = Exclusions(data.exclude)
     records: list[Record] = []
     number = 0
-    for entry, line in _entries(path):
+    for entry in read_entries(path):
         if number == data.max_records:
             break
         number += 1
         identity = None
         try:
-            if isinstance(entry, bytes):
-                entry = _parse(entry, f"{path.name}, {line}", lines=True)
-            identity = _identity(entry)
+            if entry.error is not None:
+                raise entry.error
+            identity = _identity(entry.value)
             if not excluded.holds(number, identity):
-                record = _record(entry, number, f"{path.name}, record {number}", line, root, data)
-                records.append(replace(record, extra=own_values(entry, _KEYS)) if extra else record)
+                record = _record(entry, number, f"{path.name}, record {number}", images, data)
+                records.append(replace(record, extra=own_values(entry.value, _KEYS)) if extra else record)
         except DataError as error:
             if excluded.holds(number, identity):
                 continue
@@ -65,58 +65,6 @@ def load_llava_json(
     excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
     root.check()
     return records
-
-
-def _entries(path: Path) -> Iterator[tuple[Any, str]]:
-    """Yield every entry, and its line where that is known; of JSON Lines the bytes of the line."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}; correct path") from None
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(raw.split(b"\n"), start=1):
-            if line.strip():
-                yield line, f"line {number}"
-        return
-    entries = _parse(raw, path.name, lines=False)
-    if not isinstance(entries, list):
-        raise DataError(f"{path.name}: holds {_kind(entries)}, must hold a list of records; wrap it in [ ]")
-    for entry in entries:
-        yield entry, ""
-
-
-def _parse(raw: bytes, place: str, *, lines: bool) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
-    except _NotJsonError as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        spot = f"column {error.colno}" if lines else f"line {error.lineno}, column {error.colno}"
-        hint = "; for one record a line, name the file .jsonl" if error.msg == "Extra data" and not lines else ""
-        raise DataError(f"{place}{', ' if lines else ': '}{spot}: not valid JSON: {error.msg}{hint}") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{place}: not valid JSON: a number too long, or nested too deeply; correct it") from None
-
-
-class _NotJsonError(Exception):
-    """Something that Python reads and JSON does not have."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping of an object's members; Python's own would keep the last of two with one key, without a word."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _NotJsonError(f"key {twice!r:.80} stands twice in one object; remove one")
-    return made
-
-
-def _no_number(word: str) -> None:
-    raise _NotJsonError(f"{word} is not a number of JSON; write null, or a number")
 
 
 def _identity(entry: Any) -> str | None:
@@ -128,59 +76,34 @@ def _identity(entry: Any) -> str | None:
     return text if text.encode("utf-8", "replace").decode("utf-8") == text else None
 
 
-def _record(entry: Any, number: int, place: str, line: str, root: ImageRoot, data: DataSettings) -> Record:
-    if not isinstance(entry, dict):
+def _record(entry: Entry, number: int, place: str, images: ImageCells, data: DataSettings) -> Record:
+    record, line = entry.value, "" if entry.line is None else f"line {entry.line}"
+    if not isinstance(record, dict):
         suffix = f" ({line})" if line else ""
-        raise DataError(f"{place}{suffix}: is {_kind(entry)}, must be an object with id, image and conversations")
-    given = entry.get("id")
+        raise DataError(f"{place}{suffix}: is {kind_of(record)}, must be an object with id, image and conversations")
+    given = record.get("id")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-        raise DataError(f"{place}: id: is {_kind(given)}, must be a string or an integer")
+        raise DataError(f"{place}: id: is {kind_of(given)}, must be text or an integer")
     details = [line] if line else []
     if given is not None:
         details.append(f"id {printable(check_text(str(given), f'{place}: id'))}")
     where = f"{place} ({', '.join(details)})" if details else place
-    image = _image(entry.get("image"), where, root)
-    turns = _turns(entry.get("conversations"), where, data.answer_prompt)
-    check_placeholder(turns, image, f"{where}: conversations")
-    group = None if data.group is None else check_group(entry.get(data.group), f"{where}: {data.group}")
-    return Record(str(number) if given is None else str(given), image, turns, where, number, group)
+    key = next((key for key in _TALKS if record.get(key) is not None), None)
+    if key is None:
+        raise DataError(f"{where}: conversations: is missing; {describe_record(record)}", "form")
+    talk = read_talk(record[key], f"{where}: {key}")
+    own = record.get("images") if record.get("image") is None else record["image"]
+    image = images.source(join_images(own, talk.images), where)
+    # LLaVA's own form says where the image stands; the others need not.
+    turns = place_image(talk.turns) if image is not None and key == "messages" else talk.turns
+    check_placeholder(turns, image, f"{where}: {key}")
+    group = None if data.group is None else check_group(record.get(data.group), f"{where}: {data.group}")
+    identity = str(number) if given is None else str(given)
+    return Record(identity, image, _prompted(turns, data), where, number, group, talk.references)
 
 
-def _image(value: Any, where: str, root: ImageRoot) -> ImageSource | None:
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise DataError(f"{where}: image: a list of {len(value)}; a record has one image, or none (leave it out)")
-        value = value[0]
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise DataError(f"{where}: image: is {_kind(value)}, must be a path relative to image_root")
-    return root.source(check_text(value, f"{where}: image"), where)
-
-
-def _turns(value: Any, where: str, answer_prompt: str | None) -> tuple[Turn, ...]:
-    if not isinstance(value, list) or not value:
-        found = "missing" if value is None else "empty" if value == [] else _kind(value)
-        raise DataError(f"{where}: conversations: is {found}, must be a list of turns with from and value")
-    turns = []
-    for index, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            raise DataError(f"{where}: conversations[{index}]: is {_kind(turn)}, must be an object with from and value")
-        speaker, text = turn.get("from"), turn.get("value")
-        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            hint = "; give system text as `system` of the stage" if speaker == "system" else ""
-            raise DataError(
-                f"{where}: conversations[{index}].from: is {speaker!r:.80}, must be one of {', '.join(_ROLES)}{hint}"
-            )
-        if not isinstance(text, str):
-            raise DataError(f"{where}: conversations[{index}].value: is {_kind(text)}, must be a string")
-        check_text(text, f"{where}: conversations[{index}].value")
-        turns.append(Turn(role, with_answer_prompt(text, answer_prompt) if role == "user" else text))
-    return tuple(turns)
-
-
-def _kind(value: Any) -> str:
-    """Name the kind of a JSON value, with its article."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
+def _prompted(turns: list[Turn], data: DataSettings) -> tuple[Turn, ...]:
+    return tuple(
+        Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
+        for turn in turns
+    )

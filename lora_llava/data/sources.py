@@ -122,12 +122,17 @@ class ImageRoot:
         if not name.strip() or "\0" in name:
             raise DataError(f"{place} is not a path; give one relative to image_root", "image_path")
         if _SCHEME.match(name):
-            raise DataError(f"{place} is a URL or names a drive; download the image and give its path", "image_path")
-        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+            if "//" in name or name[:5].lower() == "file:":
+                advice = "is a URL; images are not downloaded: fetch them into image_root first"
+            else:
+                advice = "is a URL or names a drive; copy the image into image_root and give its path"
+            raise DataError(f"{place} {advice}", "image_path")
+        path = self._below(name)
+        if path is None:
             raise DataError(
-                f"{place} must be relative to image_root, without '..'; shorten it or set image_root", "image_path"
+                f"{place} must be relative to image_root, or below it, without '..'; shorten it or set image_root",
+                "image_path",
             )
-        path = os.path.normpath(name)
         directory, base = os.path.split(path)
         real_directory = self._real_directory(directory)
         if real_directory is None:
@@ -151,6 +156,19 @@ class ImageRoot:
                 raise DataError(f"{place} is not a file; correct it", "image_path")
         key = Path(os.path.relpath(real, self._real_root)).as_posix()
         return ImageSource(key, Path(real), None, where, window=self.window)
+
+    def _below(self, name: str) -> str | None:
+        """Return a path relative to the root, also of an absolute one that is below it; None if it leads elsewhere."""
+        if name.startswith("\\") or ".." in re.split(r"[/\\]", name):
+            return None
+        path = os.path.normpath(name)
+        if not os.path.isabs(path):  # noqa: PTH117 - strings: once for every image
+            return path
+        # Not the image itself: a link below the root is looked at where it is.
+        directory = os.path.realpath(os.path.dirname(path))  # noqa: PTH120
+        if not self._inside(directory):
+            return None
+        return os.path.relpath(os.path.join(directory, os.path.basename(path)), self._real_root)  # noqa: PTH118, PTH119
 
     def _real_directory(self, directory: str) -> str | None:
         if directory not in self._directories:

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_first_bad_record_stops_the_run_by_default(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"record 7 \(id mute\): conversations\[1\]\.value: is null"):
+    with pytest.raises(DataError, match=r"record 7 \(id mute\): conversations\[1\]\.value: is empty"):
         load_records(settings(folder))
 
 

@@ -116,9 +116,8 @@ def test_messages_with_strings_and_with_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (["a", "b"], "answer: is a list of 2, must be text; make a column with the one to learn"),
-        (True, "answer: is a truth value, must be text; convert the column"),
-        (3, "answer: is an integer, must be text; convert the column"),
+        ([], "answer: is an empty list"),
+        ({"x": 1}, "answer: is an object, must be text; convert it"),
         (None, "answer: is empty, must be text"),
     ],
 )
@@ -132,10 +131,13 @@ def test_answers_that_are_no_text_are_refused(tmp_path: Path, answer: Any, messa
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("x", "messages: must be a list of messages"),
-        ([{"role": "system", "content": "x"}], "messages[0].role: is 'system', must be user or assistant; give system"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content: has a part of type 'image_url'"),
-        ([{"role": "user", "content": 3}], "messages[0].content: is an integer, must be text"),
+        ("x", "messages: is text, must be a list of turns"),
+        (
+            [{"role": "system", "content": "x"}],
+            "messages[0].role: is 'system', must be one of human, user, gpt, assistant; take the system",
+        ),
+        ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content: has a part of type 'video'"),
+        ([{"role": "user", "content": 3}], "messages[0].content: is a number, must be text"),
     ],
 )
 def test_broken_messages_are_named_with_the_place(tmp_path: Path, messages: Any, message: str) -> None:
@@ -173,9 +175,9 @@ def test_column_without_images_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.parquet: there is no such file or directory"):
         load(tmp_path / "gone.parquet")
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"a\.csv: columns read parquet files"):
-        load(tmp_path / "a.csv")
+    (tmp_path / "a.xml").write_text("x")
+    with pytest.raises(DataError, match=r"a\.xml: a \.xml file is not read. Save it as CSV"):
+        load(tmp_path / "a.xml")
     (tmp_path / "bad.parquet").write_bytes(b"x")
     with pytest.raises(DataError, match=r"bad\.parquet: the data set cannot be read"):
         load(tmp_path / "bad.parquet")

@@ -38,9 +38,9 @@ def refused(folder: Path, content: bytes, name: str = "train.json") -> str:
     [
         (b'[{"id": NaN}]', "NaN is not a number of JSON"),
         (b'[{"id": -Infinity}]', "-Infinity is not a number of JSON"),
-        (b'[{"id": "a", "id": "b"}]', "key 'id' stands twice in one object"),
-        (b'[{"x": {"y": 1, "y": 1}}]', "key 'y' stands twice in one object"),
-        (b'[{"id": 1e999}]', "id: is a number, must be a string or an integer"),
+        (b'[{"id": "a", "id": "b"}]', "key 'id' occurs twice in one object"),
+        (b'[{"x": {"y": 1, "y": 1}}]', "key 'y' occurs twice in one object"),
+        (b'[{"id": 1e999}]', "id: is a number, must be text or an integer"),
         (b'[{"id": "x"},]', "not valid JSON"),
         (b"[" + b'{"a":' * 50_000, "not valid JSON"),
         (b'{"a": 1', "not valid JSON"),

@@ -74,12 +74,15 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("some/llava", "some/llava, vision_tower: x"), "exclude each other"),
         (("{model_name_or_path: some/llava}", "{language_model: some/lm}"), "vision_tower"),
         (("data/train.json", "some/data"), "columns is needed"),
-        (("data/train.json", "data/train.json, columns: {question: q, answer: a}"), "LLaVA JSON has none"),
+        (("data/train.json", "train.csv, revision: x, columns: {question: q, answer: a}"), "revision are for hub"),
         (("data/train.json", "data/train.json, validation: {share: 1.0}"), "less than 1"),
         (("data/train.json", "data/train.json, validation: {}"), "give path or share"),
         (("  instruct:", "  tune:"), "unknown key"),
         (("data/train.json", "data/train.json, name: x"), "name and revision are for hub data sets"),
-        (("data/train.json", "data/train.json, validation: {path: some/data}"), "must both be LLaVA JSON"),
+        (
+            ("data/train.json", "data/train.json, validation: {path: some/data}"),
+            "since validation.path",
+        ),
         (("model_name_or_path: some/llava", "language_model: a, vision_tower: b, revision: c"), "revision is that of"),
         (
             ("name: small", "name: small\nadapter: {target_modules: []}"),
