@@ -23,6 +23,8 @@ def _one_as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) and value != "none" else value
 
 
+MetricSetting = Literal["auto", "exact_match", "vqa_v2", "token_f1"]
+"""How answers are scored; see `evaluation.metrics`."""
 LocalPath = Annotated[Path, Field(strict=False)]
 
 
@@ -117,7 +119,7 @@ class EvaluationSettings(Settings):
     """Tokens of an answer; longer answers are cut, and counted."""
     batch_size: Annotated[Count, OnResume.AGAIN] = 64
     """Questions decoded at a time."""
-    metric: Annotated[Literal["auto", "exact_match", "vqa_v2", "token_f1"], OnResume.AGAIN] = "auto"
+    metric: Annotated[MetricSetting, OnResume.AGAIN] = "auto"
     """How answers are scored; `auto`: by exact match, or by token F1 where at least half of the references have more
     than five words. See docs/evaluation.md."""
     by: Annotated[list[str], OnResume.AGAIN] = Field(default_factory=list)

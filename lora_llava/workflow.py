@@ -13,6 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from lora_llava.artifact import Usage, add_adapter, load_model, template_to_ask
+from lora_llava.conversation import Template
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.errors import ArtifactError
@@ -111,10 +112,11 @@ def evaluate_artifact(
     is_adapter = isinstance(loaded.model, PeftModel)
     if start is not None and not is_adapter:
         raise ArtifactError(f"{artifact} is a whole model: there is no start on the same base to compare it with")
+    tuned = _asking(usage, artifact)
     models = Models(
         loaded,
-        _asking(usage, artifact),
-        start=None if start is None else _asking(add_adapter(loaded, start, START), start),
+        tuned,
+        start=None if start is None else _start_asking(_asking(add_adapter(loaded, start, START), start), tuned),
         base=compare_base and is_adapter,
     )
     return compare(models, questions, settings, directory, console)
@@ -122,6 +124,11 @@ def evaluate_artifact(
 
 def _asking(usage: Usage, directory: Path) -> Asking:
     return Asking(template_to_ask(usage, directory), usage.image_aspect_ratio)
+
+
+def _start_asking(start: Asking, tuned: Asking) -> Asking:
+    """Return the form in which to ask a start: that of its training, unless that held no question."""
+    return tuned if isinstance(start.template, Template) and start.template.caption_only else start
 
 
 def print_outcome(recipe: Recipe, console: Console) -> None:

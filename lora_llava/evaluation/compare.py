@@ -184,7 +184,7 @@ def _write_samples(path: Path, outcome: Outcome) -> None:
         ]
         items.append(SheetItem(open_image(question.record.image), question.record.question, question.answer, answers))
     if items:
-        title = f"{len(items)} of {counted(len(outcome.questions), 'test question')}, answered by {', '.join(known)}"
+        title = f"{len(items)} of {counted(len(outcome.questions), 'test question')}, answered by {' and '.join(known)}"
         contact_sheet(path, items, title=title, metric=METRIC_NAMES[outcome.metric])
 
 

@@ -55,7 +55,8 @@ def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusio
     if counts.keys() & {_YES, _NO}:
         counts.update({_YES: 0, _NO: 0})
     ordered = sorted(counts, key=lambda key: (key != _YES, key != _NO, -counts[key], key))
-    labels = [" ".join(key) for key in ordered]
+    spelled = {key: reference.strip() for key, reference in reversed([*zip(keys, references, strict=True)])}
+    labels = [" ".join(key) if key in (_YES, _NO) else spelled[key] for key in ordered]
     table = [[0] * (len(labels) + 1) for _ in labels]
     for key, prediction in zip(keys, predictions, strict=True):
         if key in counts:

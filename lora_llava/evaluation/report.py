@@ -121,6 +121,8 @@ def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
         # The interval on a line of its own.
         body = [[*row[:2], *(cell.replace(" (", "\n(") for cell in row[2:])] for row in body]
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    # A title wraps at the width of its table.
+    table.min_width = len(title)
     for place, name in enumerate(heading):
         table.add_column(Text(name), justify="left" if place == 0 else "right", no_wrap=True)
     for row in body:

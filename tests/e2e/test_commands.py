@@ -148,3 +148,16 @@ def test_the_base_is_asked_as_it_was(trained: Path, tiny_base: Path) -> None:
                 parameter.add_(1.0)
     with loaded.model.disable_adapter():
         assert generate_answers(loaded, records, **asked) == ours
+
+
+def test_k37_a_start_that_trained_on_captions_is_asked_questions_too(trained: Path, tmp_path: Path) -> None:
+    args = ["--data", str(trained.parent / "data.json"), "--max-new-tokens", "3", "--start", str(trained / "align")]
+    run("eval", str(trained / "instruct"), *args, "--output", str(tmp_path / "new"))
+    lines = (tmp_path / "new" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    loaded, _ = load_artifact(trained / "align", device=torch.device("cpu"), dtype=torch.float32)
+    records = load_records(DataSettings(path=str(trained.parent / "data.json")))
+    asked = {"template": get_template("vicuna_v1"), "aspect_ratio": "pad", "max_new_tokens": 3}
+    assert [row["start"]["prediction"] for row in rows] == generate_answers(loaded, records, **asked)
+    before = (trained / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [row["tuned"] for row in rows] == [json.loads(line)["tuned"] for line in before]

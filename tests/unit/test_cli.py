@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -12,9 +13,10 @@ from click.testing import CliRunner
 
 from lora_llava import __version__
 from lora_llava.cli import cli
-from lora_llava.cli.answer import parse_columns
+from lora_llava.cli.answer import evaluate, parse_columns
 from lora_llava.cli.common import KitGroup
 from lora_llava.errors import DataError, RecipeError
+from lora_llava.recipe import MetricSetting
 from lora_llava.recipe_file import bundled_recipes
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "pydantic", "rich", "matplotlib")
@@ -170,3 +172,8 @@ def test_env_names_versions_and_no_path() -> None:
     assert result.exit_code == 0
     assert {"python", "torch", "device"} <= {line.split()[0] for line in result.output.splitlines()}
     assert str(Path.home()) not in result.output
+
+
+def test_eval_offers_the_metrics_of_recipes() -> None:
+    [option] = [one for one in evaluate.params if one.name == "metric"]
+    assert list(getattr(option.type, "choices", [])) == list(get_args(MetricSetting))

@@ -172,6 +172,7 @@ def test_k64_small_sets_of_labels_have_one_and_large_ones_that_of_yes_and_no() -
     assert (only.labels, only.counts) == (["yes", "no"], [[1, 0, 0], [0, 0, 0]])
     options = confusion(["A", "B"] * 5, ["A. Pneumonia"] * 10)
     assert options is not None
+    assert options.labels == ["A", "B"]
     assert options.counts == [[5, 0, 0], [5, 0, 0]]
 
 
