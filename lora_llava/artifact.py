@@ -329,10 +329,8 @@ def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Pa
     """
     name, revision, path = (manifest.base[key] for key in ("name", "revision", "path"))
     if base is None and path and not (artifact / path).is_dir():
-        raise ArtifactError(
-            f"{artifact} was moved away from its base: there is no directory {shown_path(artifact / path)}. "
-            f"{_needed(manifest)}"
-        )
+        missing = shown_path((artifact / path).resolve())
+        raise ArtifactError(f"{artifact} was moved away from its base: no directory {missing}. {_needed(manifest)}")
     if base is None and not path and revision is None:
         raise ArtifactError(f"{artifact} was trained on a local directory and does not know where. {_needed(manifest)}")
     if base is not None and not Path(base).expanduser().is_dir() and not _HUB_ID.fullmatch(base):

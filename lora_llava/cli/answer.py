@@ -223,7 +223,8 @@ def write_piece(text: str) -> None:
     """Write a piece of an answer; on a terminal, control characters other than line feeds are written out."""
     if sys.stdout.isatty():
         text = "\n".join(printable(line) for line in text.split("\n"))
-    click.echo(text, nl=False)
+    # Otherwise click drops some of the control characters where stdout is not a terminal.
+    click.echo(text, nl=False, color=True)
 
 
 def questions() -> Iterator[str]:

@@ -7,7 +7,6 @@ import io
 import json
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tokenizers import models
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, LlavaForConditionalGeneration
 
-from lora_llava.artifact import load_model, save_artifact
-from lora_llava.conversation import Turn, encode, encode_prompt, get_template
+from lora_llava.artifact import load_model
+from lora_llava.conversation import Turn, encode, get_template
 from lora_llava.data.records import ImageSource
 from lora_llava.endings import end_token_ids, stated_ends, taught_ends
 from lora_llava.errors import ModelError
@@ -31,17 +29,13 @@ from lora_llava.export.options import ExportOptions
 from lora_llava.hub.facts import gather
 from lora_llava.hub.usage import python_code
 from lora_llava.merge.run import merge_artifact
-from lora_llava.modeling.assemble import save_processor
-from lora_llava.modeling.base import BaseIdentity, hash_weights, load_base
-from lora_llava.modeling.stages import build_stage
-from lora_llava.recipe import AdapterSettings
-from lora_llava.templates import TEMPLATES, Template
-from tests.helpers.artifacts import CPU, facts
-from tests.helpers.tiny import EOS_ID, IM_END_ID, IMAGE_MEAN, IMAGE_STD, NUM_IMAGE_TOKENS, tiny_config, tiny_tokenizer
+from lora_llava.templates import TEMPLATES
+from tests.helpers.artifacts import CPU
+from tests.helpers.speaking import QUESTION, chain_of, say, write_artifact, write_base
+from tests.helpers.tiny import EOS_ID, IM_END_ID, tiny_tokenizer
 
 SENTENCEPIECE = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding" / "tokenizer"
 MARKERS = ["<|im_start|>", "<|im_end|>"]
-QUESTION = "What is it?"
 MAX_NEW_TOKENS = 9
 
 
@@ -54,59 +48,6 @@ def sentencepiece() -> Any:
 
 
 TOKENIZERS = {"bpe": tiny_tokenizer, "bpe_without_bos": lambda: tiny_tokenizer(add_bos=False), "spm": sentencepiece}
-
-
-def prompt_of(template: Template, tokenizer: Any) -> list[int]:
-    turns = [Turn("user", f"<image>\n{QUESTION}")]
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    sizes: dict[str, Any] = {"image_token_id": image, "num_image_tokens": NUM_IMAGE_TOKENS, "where": "a question"}
-    return encode_prompt(turns, template, tokenizer, **sizes).input_ids
-
-
-def chain_of(template: Template, tokenizer: Any, end: int) -> list[int]:
-    """Tokens that the model says one after the other: an answer, its end, and what must not be said."""
-    words = [index for index in range(20, 280) if tokenizer.decode([index]).isalpha()][:5]
-    return [prompt_of(template, tokenizer)[-1], words[0], words[1], end, words[2], words[3], words[4]]
-
-
-def write_base(directory: Path, tokenizer: Any, own_end: int) -> Path:
-    """A LLaVA whose layers add nothing, so that each token is followed by the one whose row of the head is its own."""
-    config = tiny_config()
-    config.text_config.vocab_size = -(-len(tokenizer) // 64) * 64
-    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
-    config.text_config.eos_token_id = own_end
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-        words = model.get_input_embeddings().weight
-        words.data = torch.nn.functional.normalize(torch.randn_like(words), dim=1)
-    for name, parameter in model.named_parameters():
-        if "o_proj" in name or "down_proj" in name or "linear_2" in name:
-            parameter.data.zero_()
-    model.model.multi_modal_projector.linear_2.bias.data = words.data[config.image_token_index].clone()
-    model.save_pretrained(directory)
-    save_processor(directory, tokenizer, config, {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD})
-    return directory
-
-
-def say(base: Path, chain: list[int]) -> None:
-    """Give the head the rows that make the base say this."""
-    state = load_file(base / "model.safetensors")
-    [words] = [tensor for name, tensor in state.items() if name.endswith("embed_tokens.weight")]
-    head = torch.zeros_like(words)
-    for token, after in pairwise(chain):
-        head[after] = words[token]
-    [name] = [name for name in state if name.endswith("lm_head.weight")]
-    save_file({**state, name: head}, base / "model.safetensors", metadata={"format": "pt"})
-
-
-def write_artifact(base: Path, directory: Path, template: str) -> Path:
-    identity = BaseIdentity("base", None, hash_weights(base))
-    loaded = load_base(base, identity, nf4=False, double_quant=True, dtype=torch.float32, device=CPU)
-    loaded.model = build_stage(loaded.model, "instruct", AdapterSettings(r=4, lora_alpha=8.0))
-    made = facts("instruct", nf4=False) | {"template": {"name": template, "system": None}}
-    save_artifact(directory, loaded.model, loaded, made, "version: 1\n")
-    return directory
 
 
 def shipped(artifact: Path, base: Path, out: Path) -> dict[str, tuple[Any, Path]]:
