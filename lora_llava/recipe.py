@@ -44,6 +44,7 @@ class BaseModelSettings(Settings):
     vision_tower: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A CLIP vision tower: hub id, directory, or `package:vision_tower`, the small one that ships with the package."""
     mm_projector_type: Annotated[Literal["mlp2x_gelu", "linear"], OnResume.FIXED] = "mlp2x_gelu"
+    """Shape of a fresh projector: two layers with GELU, as in LLaVA-1.5, or one."""
     projector_init: Annotated[Literal["llava", "embeddings"], OnResume.FIXED] = "llava"
     """Where a fresh one starts: as in LLaVA, or with outputs among the language model's word embeddings."""
     vision_feature_layer: Annotated[int, OnResume.FIXED] = -2
@@ -67,6 +68,7 @@ class QuantizationSettings(Settings):
     """Precision of the language model's frozen linear layers."""
 
     type: Annotated[Literal["nf4", "none"], OnResume.FORM] = "nf4"
+    """`nf4`: 4 bits, as QLoRA does; `none`: the compute precision."""
     double_quant: Annotated[bool, OnResume.FORM] = True
     """Quantise the scales too: 0.4 bits a weight less."""
     keep_dequantized: Annotated[bool | Literal["auto"], OnResume.RESOLVED] = "auto"
@@ -78,9 +80,13 @@ class AdapterSettings(Settings):
     """LoRA on the language model, in stage `instruct`."""
 
     type: Annotated[Literal["lora", "rslora", "dora"], OnResume.FIXED] = "lora"
+    """LoRA, rank-stabilized LoRA, or DoRA."""
     r: Annotated[Count, OnResume.FIXED] = 128
+    """Rank: more of it learns more, and takes more memory."""
     lora_alpha: Annotated[Positive, OnResume.FIXED] = 256.0
+    """Scale of what the LoRA adds: lora_alpha / r, or / sqrt(r) for rslora."""
     lora_dropout: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.0
+    """Share of the LoRA's inputs that is dropped in training."""
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], _LAYERS, OnResume.FIXED
     ] = "all-linear"
@@ -149,18 +155,24 @@ class CardSettings(Settings):
     data_license: str | None = None
     """Licences of the data, in words."""
     intended_use: str | None = None
+    """What the model is for."""
     limits: str | None = None
+    """What it cannot do, and where it fails."""
     tags: list[str] = Field(default_factory=list)
+    """Tags of the model on the Hub."""
 
 
 class Recipe(Settings):
     """A whole run."""
 
     version: Annotated[Literal[1], OnResume.FIXED] = 1
+    """Version of the recipe's form."""
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$"), _NAME, OnResume.FIXED]
+    """Name of the run, in its directory, its trackers and the card."""
     output_dir: Annotated[LocalPath | None, OnResume.FREE, Names.PATH] = None
     """Directory of the run; null: runs/<name> below the current directory."""
     seed: Annotated[int, Field(ge=0, lt=2**32), OnResume.ORDER] = 42
+    """Seed of the order of the records, of validation shares, and of fresh weights."""
     precision: Annotated[Literal["auto", "bf16", "fp32"], OnResume.RESOLVED] = "auto"
     """`auto`: bf16 on CUDA, fp32 on a CPU."""
     attn_implementation: Annotated[Literal["auto", "sdpa", "flex_attention"], OnResume.RESOLVED] = "auto"

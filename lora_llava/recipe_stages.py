@@ -31,9 +31,13 @@ class ColumnSettings(Settings):
     example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
     image: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    """Column of the images, or of their paths; null: text only."""
     question: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    """Column of the questions."""
     answer: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    """Column of the answers."""
     messages: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    """Column of whole conversations, in place of question and answer."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -75,9 +79,11 @@ class DataSettings(Settings):
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory of the images; default: that of the data file."""
     split: Annotated[str, OnResume.SAME_CONTENT] = "train"
+    """Split of a data set."""
     name: Annotated[str | None, OnResume.SAME_CONTENT] = None
     """Configuration of a hub data set."""
     revision: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    """Commit, branch or tag of a hub data set."""
     columns: ColumnSettings | None = None
     answer_prompt: Annotated[str | None, OnResume.FORM] = None
     """Text after each question that says what form the answer takes."""
@@ -131,6 +137,7 @@ class StageSettings(Settings):
 
     data: DataSettings
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM]
+    """Form in which questions and answers are put to the language model."""
     system: Annotated[str | None, OnResume.FORM] = None
     """Replaces the template's system text."""
     image_aspect_ratio: Annotated[AspectRatio | None, OnResume.FORM] = None
@@ -145,22 +152,28 @@ class StageSettings(Settings):
     """Most tokens of one forward pass, at least those of the longest conversation; `auto`, here and below: chosen from
     the memory there is."""
     num_train_epochs: Annotated[Positive, OnResume.ORDER] = 1.0
+    """Times that every record is trained on."""
     max_steps: Annotated[int, OnResume.ORDER] = -1
     """Optimizer steps; -1: as `num_train_epochs` says."""
     batch_size: Annotated[Count | Literal["auto"], OnResume.RESOLVED] = "auto"
     """Conversations in one optimizer step, however they are packed. `auto`: as LLaVA-1.5 (align 256, instruct 128), or
     the largest power of two below that gives 30 steps."""
     learning_rate: Annotated[Positive, OnResume.LATER]
+    """Highest learning rate, after the warm-up."""
     lr_scheduler_type: Annotated[Literal["cosine", "linear", "constant", "constant_with_warmup"], OnResume.LATER] = (
         "cosine"
     )
+    """How the learning rate falls after the warm-up."""
     warmup_ratio: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.03
     """Share of the steps, at least one step, in which the learning rate rises to `learning_rate`."""
     weight_decay: Annotated[NotNegative, OnResume.LATER] = 0.0
     """Of weights; biases and norms do not decay."""
     max_grad_norm: Annotated[Positive, OnResume.LATER] = 1.0
+    """Gradients of a larger norm are scaled down to it."""
     adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.9
+    """Decay of AdamW's mean of the gradients."""
     adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.999
+    """Decay of AdamW's mean of their squares."""
     on_non_finite: Annotated[Literal["error", "skip"], OnResume.FREE] = "error"
     """A step whose loss or gradient is NaN or infinite: stop before it, or leave it out and go on (`skip`)."""
     max_non_finite_steps: Annotated[Count, OnResume.FREE] = 3
@@ -177,6 +190,7 @@ class StageSettings(Settings):
     """Compute what the vision tower makes of an image once, not in every epoch; on disk it stays in the run's
     directory. Worth it from the second epoch on."""
     dataloader_num_workers: Annotated[int, Field(ge=0), OnResume.FREE] = 0
+    """Processes that prepare images and rows beside the training; 0: none."""
     logging_steps: Annotated[Count, OnResume.FREE] = 10
     """Optimizer steps from one line of the log to the next; fewer in a short stage, which has ten lines at least."""
     eval_steps: Annotated[Count | None, OnResume.FREE] = None
@@ -207,13 +221,17 @@ class AlignSettings(StageSettings):
     """Stage 1: the projector alone, on captions."""
 
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM] = "plain"
+    """Form of the captions; `plain`: the image, then the caption."""
     learning_rate: Annotated[Positive, OnResume.LATER] = 1e-3
+    """Highest learning rate of the projector."""
 
 
 class InstructSettings(StageSettings):
     """Stage 2: LoRA and the projector, on conversations."""
 
     template: Annotated[Literal["vicuna_v1", "chatml"], OnResume.FORM] = "vicuna_v1"
+    """Form of the conversations."""
     learning_rate: Annotated[Positive, OnResume.LATER] = 2e-4
+    """Highest learning rate of the LoRA."""
     mm_projector_lr: Annotated[Positive | None, OnResume.LATER] = 2e-5
     """Learning rate of the projector; null: that of the rest."""

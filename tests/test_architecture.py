@@ -13,6 +13,7 @@ import pytest
 import lora_llava
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_base import settings_of
+from lora_llava.recipe_docs import settings_page
 
 PACKAGE = Path(lora_llava.__file__).parent
 ROOT = PACKAGE.parent
@@ -29,7 +30,7 @@ LAYERS = [
     {"recipe"},
     {"recipe_names", "templates", "device"},
     {"recipe_errors"},
-    {"recipe_start", "recipe_unused"},
+    {"recipe_docs", "recipe_start", "recipe_unused"},
     {"recipe_file"},
     {"conversation"},
     {"chat_template"},
@@ -140,6 +141,12 @@ def test_the_ignore_index_is_defined_once() -> None:
 def test_every_setting_says_what_changing_it_on_resume_means() -> None:
     keys = [setting.key for setting in settings_of(Recipe)]
     assert len(keys) == len(set(keys)) > 100
+
+
+def test_the_page_of_all_settings_is_up_to_date() -> None:
+    page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(), "run: python -m lora_llava.recipe_docs > docs/settings.md"
+    assert "|  |" not in page, "a setting without a meaning: write a docstring below it"
 
 
 @pytest.mark.parametrize("module", LIGHT)

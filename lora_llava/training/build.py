@@ -16,7 +16,7 @@ from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import StageName, StageSettings
+from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.run_directory.written import current
 from lora_llava.training.feature_cache import use_features
@@ -26,6 +26,7 @@ from lora_llava.training.image_facts import image_transform
 from lora_llava.training.plan import StageData
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.schedule import logging_interval
+from lora_llava.training.trackers import TrackedRun, run_name
 from lora_llava.training.trainer import PackedTrainer
 from lora_llava.training.watch import StageWatch
 
@@ -77,9 +78,10 @@ def make_trainer(
         ]
 
     directory = recipe.resolved_output_dir
+    tracked = [TrackedRun(recipe, stage, validates=bool(data.validation))] if recipe.report_to != "none" else []
     return PackedTrainer(
         loaded.model,
-        training_arguments(recipe, settings, data, current(directory) / output.CHECKPOINTS / stage, optim, dtype),
+        training_arguments(recipe, stage, data, current(directory) / output.CHECKPOINTS / stage, optim, dtype),
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
@@ -87,19 +89,24 @@ def make_trainer(
         guard=NonFiniteGuard.by_settings(train, stage, settings, dtype),
         watch=StageWatch(data.counts, settings.max_grad_norm),
         image_check=make_image_check(validation, image_transform(recipe, settings, loaded)) if validation else None,
-        callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console)],
+        callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )
 
 
 def training_arguments(
-    recipe: Recipe, settings: StageSettings, data: StageData, directory: Path, optim: str, dtype: torch.dtype
+    recipe: Recipe, stage: StageName, data: StageData, directory: Path, optim: str, dtype: torch.dtype
 ) -> TrainingArguments:
     """Translate the settings of a stage to `transformers`."""
+    settings = recipe.stage(stage)
     evaluates = bool(data.validation) and settings.eval_steps is not None
     return TrainingArguments(
         output_dir=str(directory),
+        run_name=run_name(recipe, stage),
+        project=recipe.name,
         # The plan is the data loader: one pass over it is the whole stage.
         max_steps=len(data.plan.steps),
+        # For trackers alone, which would show transformers' default of 3.
+        num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=data.plan.rows_per_step // world_size(),
         learning_rate=settings.learning_rate,

@@ -204,6 +204,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         [log] = [one for one in self.callback_handler.callbacks if isinstance(one, TrainLog)]
         return log
 
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log; `train_loss` is the mean over all steps, where the Trainer divides by those of this session alone."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.saver is not None and self.args.should_save:
             self.saver.save(self)

@@ -14,7 +14,7 @@ from lora_llava.recipe_file import bundled_recipes, load_recipe
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
-NAMES = {"quickstart", "easy_vqa", "llava_v15_7b", "llava_v15_13b", "medical_vqa"}
+NAMES = {"quickstart", "easy_vqa", "llava_v15_7b", "llava_v15_13b", "medical_vqa", "continue"}
 
 
 def header_of(path: Path) -> str:
@@ -72,3 +72,16 @@ def test_the_two_sizes_of_llava_differ_in_the_language_model_only() -> None:
     assert small.pop("name") != large.pop("name")
     assert small["base"].pop("language_model") != large["base"].pop("language_model")
     assert small == large
+
+
+def test_k37_the_recipe_for_going_on_takes_the_adapter_as_it_is() -> None:
+    recipe = load_recipe(ROOT / "recipes/continue.yaml")
+    assert recipe.start_from is not None
+    assert recipe.stage_names == ["instruct"]
+    assert recipe.evaluation is not None
+    given = recipe.model_fields_set, recipe.stage("instruct").model_fields_set
+    assert not {"adapter", "quantization", "images"} & given[0]
+    assert not {"template", "system", "image_aspect_ratio"} & given[1]
+    page = (ROOT / "docs/continue.md").read_text(encoding="utf-8")
+    assert "start_from" in page
+    assert "recipes copy continue" in page

@@ -1,0 +1,108 @@
+"""Trackers (wandb, mlflow, ...): each stage is a run of its own, named after the recipe, with the recipe's settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_llava.recipe import Recipe
+from lora_llava.recipe_base import settings_of, value_at
+from lora_llava.recipe_file import is_local
+from lora_llava.recipe_stages import StageName
+
+_PROJECT_VARIABLES = {
+    "wandb": "WANDB_PROJECT",
+    "mlflow": "MLFLOW_EXPERIMENT_NAME",
+    "comet_ml": "COMET_PROJECT_NAME",
+    "swanlab": "SWANLAB_PROJECT",
+    "clearml": "CLEARML_PROJECT",
+}
+"""Where transformers reads a tracker's project from; what the user has set there holds."""
+_STAY_OPEN = ("wandb", "swanlab")
+"""Trackers whose run transformers leaves open, so that the next stage would write into it."""
+_BATCH = 100
+"""Parameters that mlflow takes at a time."""
+
+
+def run_name(recipe: Recipe, stage: StageName) -> str:
+    """Return the name of a stage's run in a tracker."""
+    return f"{recipe.name}-{stage}"
+
+
+def tracked_settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
+    """Return the settings that a stage is trained with, by key; of a local path only its last part."""
+    other = "stages.instruct." if stage == "align" else "stages.align."
+    found = {}
+    for setting in settings_of(Recipe):
+        value = value_at(recipe, setting.key)
+        if value is None or setting.key.startswith((other, "card.", "evaluation.")):
+            continue
+        local = setting.names is not None and is_local(str(value))
+        found[f"recipe/{setting.key}"] = Path(str(value)).name if local else value
+    return found
+
+
+class TrackedRun(TrainerCallback):  # type: ignore[misc]
+    """Names the project of a stage's run, adds the recipe to its configuration, and ends it with the stage.
+
+    Made before the Trainer, whose tracker callbacks read the environment as soon as they are.
+    """
+
+    def __init__(self, recipe: Recipe, stage: StageName, *, validates: bool) -> None:
+        self.settings = tracked_settings(recipe, stage)
+        self.validates = validates
+        self.trackers = [] if recipe.report_to == "none" else list(recipe.report_to)
+        variables = {
+            variable: recipe.name
+            for tracker, variable in _PROJECT_VARIABLES.items()
+            if tracker in self.trackers or "all" in self.trackers
+        }
+        if {"tensorboard", "all"} & set(self.trackers):
+            place = recipe.resolved_output_dir / "tensorboard" / run_name(recipe, stage)
+            variables["TENSORBOARD_LOGGING_DIR"] = str(place / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        self.variables = {name: value for name, value in variables.items() if name not in os.environ}
+        os.environ.update(self.variables)
+        self.not_ours = {name for name in _STAY_OPEN if _open_run(name) is not None}
+        """Trackers with a run that was open before: who opened it ends it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the recipe's own settings to those of the Trainer, which its trackers have sent by now."""
+        for name in ("wandb", "trackio", "swanlab"):
+            config = getattr(sys.modules.get(name), "config", None) if name in self.trackers else None
+            if config is not None:
+                options = {} if name == "swanlab" else {"allow_val_change": True}
+                config.update(self.settings, **options)
+        if "mlflow" in self.trackers and (mlflow := sys.modules.get("mlflow")) is not None and mlflow.active_run():
+            values = [(key.replace("/", "."), str(value)[:250]) for key, value in self.settings.items()]
+            for start in range(0, len(values), _BATCH):
+                mlflow.log_params(dict(values[start : start + _BATCH]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Validate at the last step while the run is open: after the training it would be in no run, or a new one."""
+        if self.validates and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the stage's run."""
+        for name in _STAY_OPEN:
+            if name not in self.not_ours and _open_run(name) is not None:
+                sys.modules[name].finish()
+        for name in self.variables:
+            os.environ.pop(name, None)
+
+
+def _open_run(tracker: str) -> Any:
+    """Return the run that a tracker has open; None if there is none, or it is not loaded."""
+    module = sys.modules.get(tracker)
+    if module is None:
+        return None
+    return module.get_run() if tracker == "swanlab" else module.run
