@@ -34,8 +34,10 @@ _LEAD = re.compile(r"(?:the |my )?(?:final |correct |best |right )*answer\s*(?:i
 _OPTION_LEAD = re.compile(
     r"(?:the |my )?(?:final |correct |best |right )*(?:answer|option|choice)\s*(?:is\s*:?|[:=])?\s*(?:option\s+)?"
 )
-_ENCLOSED = re.compile(r"([*_`\"']+)(.*?)\1", re.DOTALL)
-_BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.:]?\)?")
+_ENCLOSING = "*_`\"'"
+_MAX_CHARACTERS = 10_000
+"""Longer texts are no short answers: they are compared word by word as they are."""
+_BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.,:;]?\)?")
 _OPTIONS = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -48,6 +50,8 @@ _OPTIONS = tuple(
     )
 )
 
+# Of Chinese and Japanese keyboards.
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3001: ",", 0x3002: "."}
 _SUPERSCRIPTS = str.maketrans(
     "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-"
 )
@@ -62,7 +66,6 @@ _SAME = str.maketrans(
         "\u2215": "/",
         "\u00d7": " x ",
         "&": " and ",
-        "\uff05": "%",
         "`": "'",
     }
 )
@@ -124,6 +127,8 @@ def _is_signed(words: tuple[str, ...], place: int) -> bool:
 @lru_cache(maxsize=8192)
 def answer_tokens(text: str) -> tuple[str, ...]:
     """Return the words, numbers and signs of an answer that count, in one spelling; empty for "" and "?"."""
+    if len(text) > _MAX_CHARACTERS:
+        return tuple(text.casefold().split())
     text = _spelled(_unwrapped(text))
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
     listed = _NUMBER_LIST.search(text) is not None
@@ -157,7 +162,9 @@ def _option_letter(text: str) -> str:
         if match := pattern.fullmatch(text):
             letter, rest = match[1], match[2]
             following = chr(ord(letter) + 1)
-            lists_options = re.search(rf"(?:^|\s)[(\[]?{following}[)\].:]\s*\S", rest) is not None
+            lists_options = (
+                re.search(rf"(?:^|\s)[(\[]?{following}(?:[)\].:]|\s+[-\u2013\u2014]\s)\s*\S", rest) is not None
+            )
             # "a.m." and "1.5" are no options, and "A. B" is two; "A. 5" is one.
             has_text = len(re.findall(r"\w", rest)) > 1 or re.match(r"\s+\d", rest) is not None
             glued_number = re.match(r"\d", rest) is not None
@@ -173,10 +180,13 @@ def _option_text(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """Return text in lower case without the quotation marks, or marks of bold type, around all of it."""
-    text = unicodedata.normalize("NFC", text).casefold().strip()
-    while len(text) > 1 and (match := _ENCLOSED.fullmatch(text)):
-        text = match[2].strip()
-    return text
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
+    text = text.casefold().strip()
+    start, end = 0, len(text)
+    while end - start > 1 and text[start] == text[end - 1] and text[start] in _ENCLOSING:
+        start, end = start + 1, end - 1
+    return text[start:end].strip()
 
 
 def _spelled(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -37,12 +38,12 @@ OPTIONS = [
     "A", "a", "A.", "(A)", "A)", "[A]", " a ", "**A**", "'A'", "Answer: A", "The answer is A.", "Option A",
     "option (a)", "A. Pneumonia", "A: pneumonia", "A:pneumonia", "A) Pneumonia", "(A) Pneumonia", "A - Pneumonia",
     "A\nPneumonia", "A. 5", "A) 5 mm", "A. Vitamin D.", "A is correct", "The correct answer is (A) Pneumonia",
-    "Answer: A. Pneumonia",
+    "Answer: A. Pneumonia", "\uff08A\uff09", "\uff21", "A\uff0e", "A,",
 ]  # fmt: skip
 NO_OPTION_A = [
     "", "the", "The answer", "B", "B. Pneumonia", "A, B", "A and B", "A/B", "A. B", "A-", "A+", "a cat", "A pneumonia",
     "AB", "a.m.", "x-ray", "A.5", "A. Pneumonia B. Fracture", "A. Pneumonia\nB. Fracture", "A) no\nB) yes", "Aorta",
-    "1",
+    "1", "A - no, B - yes",
 ]  # fmt: skip
 
 
@@ -119,3 +120,16 @@ def test_a_sentence_can_hold_the_answer() -> None:
     assert not holds_answer("anything", "?")
     assert holds_answer("I think it is B.", "B")
     assert not holds_answer("A circle is shown.", "A")
+
+
+@pytest.mark.parametrize(
+    "piece", ["'", '"', "(", "1,111,", "1,", "-", "a. ", ".", "[1,", " \u2013 ", "*_", "\u00bd", "x"]
+)
+def test_the_time_for_an_answer_grows_with_its_length_alone(piece: str) -> None:
+    for length in (9_000, 1_000_000):
+        text = piece * (length // len(piece))
+        clock = time.process_time()
+        assert exact_match(text, text)
+        exact_match(text, "A")
+        holds_answer(text, "1,000")
+        assert time.process_time() - clock < 2
