@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,7 @@ from lora_llava.data.records import held_out_source, image_kills_its_reader, rea
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
 from lora_llava.errors import DataError
-from lora_llava.evaluation.questions import answered_part, without_blank_answer
+from lora_llava.evaluation.questions import answered_part, check_keys, make_questions, without_blank_answer
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName
 
@@ -79,8 +79,9 @@ def image_id(image: ImageSource) -> str:
 def survey(recipe: Recipe, workers: int | None = None, advance: Advance | None = None) -> Survey:
     """Read every source of a recipe and open every image, in `workers` processes; nothing is raised for bad data."""
     sources = list(_sources(recipe))
+    by = recipe.evaluation.by if recipe.evaluation else []
     for source in sources:
-        _read(source)
+        _read(source, by if source.name == "evaluation" else ())
     images = open_images((record for source in sources for record in source.records), workers, advance)
     unanswered: list[tuple[Source, Record]] = []
     for source in sources:
@@ -117,9 +118,10 @@ def _sources(recipe: Recipe) -> Iterator[Source]:
         yield Source("evaluation", "evaluation.data", data, BadRecords(data, None))
 
 
-def _read(source: Source) -> None:
+def _read(source: Source, by: Sequence[str] = ()) -> None:
+    """Read the records of a source; those of the evaluation must have the keys of `by`."""
     try:
-        records = read_source(source.data, source.bad)
+        records = read_source(source.data, source.bad, extra=bool(by))
         if source.name == "evaluation":
             records = [without_blank_answer(record) for record in records]
         if not records and not source.bad.found:
@@ -135,6 +137,10 @@ def _read(source: Source) -> None:
             source.records.append(record)
         except DataError as error:
             source.bad.add_record(record, error)
+    try:
+        check_keys(make_questions(source.records).questions if by else (), by)
+    except DataError as error:
+        source.error = error
 
 
 def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:

@@ -118,7 +118,7 @@ def answered_part(record: Record) -> Record | None:
 
 def without_blank_answer(record: Record) -> Record:
     """Return a record without a last answer that is blank: it is none."""
-    last = record.turns[-1] if record.turns else None
+    last = record.turns[-1] if len(record.turns) > 1 else None
     blank = last is not None and last.role == "assistant" and not last.text.strip()
     return replace(record, turns=record.turns[:-1]) if blank else record
 

@@ -187,3 +187,11 @@ def test_k12_k13_references_that_no_answer_can_equal_are_found(tiny_base: Path, 
             ("no_answer", "evaluation", tested[3]["id"]),
             ("no_answer", "evaluation", tested[4]["id"]),
         }
+
+
+def test_k38_a_key_that_no_test_record_has_is_found(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, *sound_data())
+    assert check(str(recipe), "evaluation.by=[patient]").exit_code == 0
+    assert check(str(recipe), "evaluation.by=[patiet]").exit_code == 1
+    [found] = report_in(tmp_path / "run" / "check")["findings"]
+    assert "did you mean 'patient'?" in found["records"][0]["problem"]

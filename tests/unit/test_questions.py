@@ -57,6 +57,8 @@ def test_k13_nothing_to_ask_is_refused(tmp_path: Path) -> None:
 def test_turns_out_of_order_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="turn 2"):
         load(tmp_path, [turns("a?", "", "b?", "2")])
+    with pytest.raises(DataError, match="turn 1"):
+        load(tmp_path, [[{"from": "gpt", "value": " "}]])
 
 
 def test_k38_by_names_a_key_of_the_data(tmp_path: Path) -> None:
