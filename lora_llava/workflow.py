@@ -22,6 +22,7 @@ from lora_llava.evaluation.identity import differing_facts, evaluation_facts
 from lora_llava.evaluation.outcome import START
 from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.files import shown_path, staged
+from lora_llava.progress import phase
 from lora_llava.recipe import EvaluationSettings, Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import place
@@ -106,6 +107,7 @@ def evaluate_artifact(
     gc.collect()
     torch.cuda.empty_cache()
     device = pick_device()
+    phase("Loading the model to ask")
     loaded, usage = load_model(
         artifact, device=device, dtype=pick_dtype(precision, device), base=base, template=template
     )

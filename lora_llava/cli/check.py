@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, quiet_libraries
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lora_llava.data.parallel import Advance
+from lora_llava.progress import phase
 
 DIRECTORY = "check"
 """Where the report lies, below the run's directory."""
@@ -38,9 +31,9 @@ def check(recipe: str, overrides: tuple[str, ...], output: Path | None, workers:
     look_ahead(settings, recipe, console)
     from lora_llava.doctor.survey import survey
 
-    # First, so that the processes are forked before torch makes this one large.
-    with counter(console, "images") as advance:
-        found = survey(settings, workers, advance)
+    # First, so that the processes are forked before transformers makes this one large.
+    phase("Reading the data")
+    found = survey(settings, workers)
     leave_torch_out(settings)
     quiet_libraries()
     from lora_llava.doctor.conversations import encode_sides
@@ -48,26 +41,10 @@ def check(recipe: str, overrides: tuple[str, ...], output: Path | None, workers:
     from lora_llava.doctor.report import make_report, write_report
     from lora_llava.doctor.terminal import print_report
 
-    with counter(console, "conversations") as advance:
-        conversations = encode_sides(found, workers, advance)
+    conversations = encode_sides(found, workers)
     report = make_report(found, conversations, time.monotonic() - clock)
     directory = output or settings.resolved_output_dir / DIRECTORY
     write_report(report, write_page(report), directory)
     print_report(report, click.format_filename(directory), console)
     if report.count("error"):
         click.get_current_context().exit(1)
-
-
-@contextmanager
-def counter(console: Console, what: str) -> Iterator[Advance]:
-    """Show how many are done, on a terminal; no thread draws it, since processes are forked meanwhile."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn(f"{what}: {{task.completed:,.0f}}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-
-        def advance(count: int) -> None:
-            progress.update(task, advance=count, refresh=True)
-
-        yield advance

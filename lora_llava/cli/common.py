@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
+from lora_llava.progress import hide, show_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,11 +133,18 @@ def quiet_environment() -> bool:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Make the console of a command: as wide as the terminal, and wide enough for a line elsewhere."""
+    """Make the console of a command: as wide as the terminal, and wide enough for a line elsewhere.
+
+    What the command does shows its progress there.
+    """
     from rich.console import Console
 
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+    context = click.get_current_context()
+    context.call_on_close(partial(hide, show_on(console)))
+    return console
 
 
 def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:

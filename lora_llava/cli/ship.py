@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,10 @@ from lora_llava.export import FORMATS
 from lora_llava.export.options import ExportOptions
 from lora_llava.files import refuse_existing
 from lora_llava.imports.options import ImportOptions
+from lora_llava.progress import phase
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PATH = click.Path(path_type=Path)
 
@@ -33,6 +38,8 @@ def merge(
     keeps it only if they agree.
     """
     refuse_existing(output)
+    console = make_console()
+    phase("Loading PyTorch and transformers")
     quiet_libraries()
     import torch
 
@@ -46,12 +53,11 @@ def merge(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=max_shard_size,
     )
-    show(summary(report, output))
+    show(summary(report, output), console)
 
 
-def show(lines: list[str]) -> None:
+def show(lines: list[str], console: Console) -> None:
     """Print the lines of a report."""
-    console = make_console()
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 
@@ -84,6 +90,8 @@ def export(
     OUTPUT must not exist; it appears when it is complete and has been checked.
     """
     refuse_existing(output)
+    console = make_console()
+    phase("Loading PyTorch and transformers")
     quiet_libraries()
     options = ExportOptions(
         base_model=base_model,
@@ -93,7 +101,7 @@ def export(
         outtype=outtype,
     )
     report = FORMATS[layout](model, output, options)
-    show(report["summary"])
+    show(report["summary"], console)
 
 
 @click.command("import")
@@ -108,7 +116,9 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     a PEFT adapter becomes an artifact. Pickled files are read for tensors alone.
     """
     refuse_existing(output)
+    console = make_console()
+    phase("Loading PyTorch and transformers")
     quiet_libraries()
     from lora_llava.imports import import_any
 
-    show(import_any(source, output, ImportOptions(base_model=base_model, vision_tower=vision_tower)))
+    show(import_any(source, output, ImportOptions(base_model=base_model, vision_tower=vision_tower)), console)

@@ -10,6 +10,7 @@ import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, memory_size, open_recipe, quiet_libraries
 from lora_llava.errors import RecipeError
+from lora_llava.progress import phase
 
 if TYPE_CHECKING:
     from lora_llava.preflight.setup import Start
@@ -41,10 +42,13 @@ def finetune(
         raise click.UsageError("--overwrite starts over and --resume goes on: give one of them")
     settings = open_recipe(recipe, overrides)
     console = make_console()
+    console.print(f"Recipe {settings.name}: {', then '.join(settings.stage_names)}.")
     start: Start = "overwrite" if overwrite else "resume" if resume or resume_anyway else "new"
     look_ahead(settings, recipe, console, start=start, here=not dry_run or memory is None)
     if dry_run:
         leave_torch_out(settings)
+    else:
+        phase("Loading PyTorch and transformers")
     quiet_libraries()
     if dry_run:
         from lora_llava.training.dry_run import print_dry_run
@@ -74,10 +78,12 @@ def quickstart(directory: Path) -> None:
     Fetches SmolLM2-135M and easy-VQA (93 MiB) with pip, trains both stages, and compares with the base. Run
     again, it starts over, and fetches nothing twice.
     """
+    console = make_console()
+    phase("Loading PyTorch and transformers")
     quiet_libraries()
     from lora_llava.quickstart import run_quickstart
 
-    run_quickstart(directory, make_console())
+    run_quickstart(directory, console)
 
 
 @click.group()

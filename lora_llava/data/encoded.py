@@ -14,6 +14,7 @@ from typing import NamedTuple, overload
 from lora_llava.conversation import Encoded, Template, Tokenizer, Turn, encode
 from lora_llava.data.packing import PlanItem
 from lora_llava.data.records import Record
+from lora_llava.progress import counting
 
 Encode = Callable[..., Encoded]
 """`conversation.encode` with all but the turns and their place settled."""
@@ -67,11 +68,17 @@ class EncodedRecords(Sequence[Encoded]):
         self.num_cut = 0
         """Conversations that `max_length` cut short."""
         numbers: dict[str, int] = {}
-        for record, one in zip(records, map(size_of, self) if sizes is None else sizes, strict=True):
+        for record, one in zip(records, self._sizes() if sizes is None else sizes, strict=True):
             group = -1 if record.image is None else numbers.setdefault(record.image.key, len(numbers))
             self.items.append(PlanItem(one.length, one.prefix_length, group))
             self.num_supervised.append(one.num_supervised)
             self.num_cut += one.is_cut
+
+    def _sizes(self) -> Iterator[Size]:
+        with counting("encoding conversations", len(self.records)) as advance:
+            for encoded in self:
+                yield size_of(encoded)
+                advance(1)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -11,11 +11,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from lora_llava.progress import Advance, counting
+
 T = TypeVar("T")
 R = TypeVar("R")
-Advance = Callable[[int], None]
-"""Hears how many items are done since the last time."""
-
 _CHUNKS_A_WORKER = 8
 _MOST_A_CHUNK = 256
 
@@ -34,9 +33,12 @@ def in_processes(
     *,
     died: Callable[[T], R],
     workers: int | None = None,
+    label: str | None = None,
     advance: Advance | None = None,
 ) -> list[R]:
     """Return `work` of every item, in their order; only the results pass between the processes.
+
+    `label` names the items where progress is shown; `advance` hears of them as well.
 
     A library in C that is given hostile bytes may take its process along: `died` makes the result of that item.
     """
@@ -46,16 +48,23 @@ def in_processes(
     chunks = [(start, min(start + size, len(items))) for start in range(0, len(items), size)]
     _job = (work, items)
     try:
-        done = _run(chunks, workers, advance)
-        for chunk in chunks:
-            if chunk not in done:
-                done.update(_one_by_one(chunk, died, items, advance))
+        with counting(label or "", len(items) if label else 0) as shown:
+
+            def hear(count: int) -> None:
+                shown(count)
+                if advance is not None:
+                    advance(count)
+
+            done = _run(chunks, workers, hear)
+            for chunk in chunks:
+                if chunk not in done:
+                    done.update(_one_by_one(chunk, died, items, hear))
     finally:
         _job = None
     return [result for chunk in sorted(done) for result in done[chunk]]
 
 
-def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance | None) -> dict[tuple[int, int], list[Any]]:
+def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance) -> dict[tuple[int, int], list[Any]]:
     """Run chunks of items; those that were left when a process died are missing."""
     done: dict[tuple[int, int], list[Any]] = {}
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _ignore_interrupts)
@@ -67,8 +76,7 @@ def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance | Non
         for future in as_completed(futures):
             start, stop = futures[future]
             done[start, stop] = future.result()
-            if advance:
-                advance(stop - start)
+            advance(stop - start)
     except BrokenProcessPool:
         pass
     finally:
@@ -77,7 +85,7 @@ def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance | Non
 
 
 def _one_by_one(
-    chunk: tuple[int, int], died: Callable[[Any], Any], items: Sequence[Any], advance: Advance | None
+    chunk: tuple[int, int], died: Callable[[Any], Any], items: Sequence[Any], advance: Advance
 ) -> dict[tuple[int, int], list[Any]]:
     """Find the item of a chunk that a process dies on, by halves."""
     done = _run([chunk], 1, advance)
@@ -85,8 +93,7 @@ def _one_by_one(
         return done
     start, stop = chunk
     if stop - start == 1:
-        if advance:
-            advance(1)
+        advance(1)
         return {chunk: [died(items[start])]}
     middle = (start + stop) // 2
     return _one_by_one((start, middle), died, items, advance) | _one_by_one((middle, stop), died, items, advance)

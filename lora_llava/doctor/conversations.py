@@ -13,7 +13,7 @@ from transformers import LlavaConfig
 
 from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, encode, get_template
 from lora_llava.data.encoded import EncodedRecords, Size, size_of
-from lora_llava.data.parallel import Advance, in_processes
+from lora_llava.data.parallel import in_processes
 from lora_llava.data.records import merge_turns
 from lora_llava.data.sources import Record
 from lora_llava.doctor.compare import Finding, at
@@ -47,7 +47,7 @@ class Conversations:
     image_token_id: int = -1
 
 
-def encode_sides(survey: Survey, workers: int | None = None, advance: Advance | None = None) -> Conversations:
+def encode_sides(survey: Survey, workers: int | None = None) -> Conversations:
     """Encode every conversation of a survey in `workers` processes, and plan the stages; bad records are put aside.
 
     Without the base's tokenizer one line says so, and nothing else is known.
@@ -62,7 +62,7 @@ def encode_sides(survey: Survey, workers: int | None = None, advance: Advance | 
         return made
     made.image_token_id = int(config.image_token_id)
     for side in survey.sides:
-        _encode_side(survey.recipe, side, made, config, workers, advance)
+        _encode_side(survey.recipe, side, made, config, workers)
     for stage in survey.recipe.stage_names:
         made.plans[stage] = _plan(survey, stage, made, config)
     return made
@@ -77,9 +77,7 @@ def _without_paths(text: str, recipe: Recipe) -> str:
     return text
 
 
-def _encode_side(
-    recipe: Recipe, side: Side, made: Conversations, config: LlavaConfig, workers: int | None, advance: Advance | None
-) -> None:
+def _encode_side(recipe: Recipe, side: Side, made: Conversations, config: LlavaConfig, workers: int | None) -> None:
     """Encode the records of a side one by one; then, if the stage merges them, the conversations it makes."""
     stage = recipe.stage(side.stage)
     encoder = partial(
@@ -91,7 +89,9 @@ def _encode_side(
         max_length=_NO_BOUND if side.role == "evaluation" else stage.max_length,
     )
     made.encoders[side.name] = encoder
-    found = in_processes(partial(_size, encoder), side.records, died=_died, workers=workers, advance=advance)
+    found = in_processes(
+        partial(_size, encoder), side.records, died=_died, workers=workers, label=f"conversations, {side.name}"
+    )
     special = set(made.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
     usable = []
     for record, (size, error) in zip(side.records, found, strict=True):

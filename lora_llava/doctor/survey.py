@@ -8,7 +8,7 @@ from typing import Literal
 
 from lora_llava.conversation import check_turns
 from lora_llava.data.bad_records import BadRecords, data_name
-from lora_llava.data.parallel import Advance, in_processes
+from lora_llava.data.parallel import in_processes
 from lora_llava.data.records import held_out_source, image_kills_its_reader, read_source, split_records
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
@@ -76,13 +76,13 @@ def image_id(image: ImageSource) -> str:
     return image.key if image.path is None else str(image.path)
 
 
-def survey(recipe: Recipe, workers: int | None = None, advance: Advance | None = None) -> Survey:
+def survey(recipe: Recipe, workers: int | None = None) -> Survey:
     """Read every source of a recipe and open every image, in `workers` processes; nothing is raised for bad data."""
     sources = list(_sources(recipe))
     by = recipe.evaluation.by if recipe.evaluation else []
     for source in sources:
         _read(source, by if source.name == "evaluation" else ())
-    images = open_images((record for source in sources for record in source.records), workers, advance)
+    images = open_images((record for source in sources for record in source.records), workers)
     unanswered: list[tuple[Source, Record]] = []
     for source in sources:
         _put_aside(source, images)
@@ -93,7 +93,7 @@ def survey(recipe: Recipe, workers: int | None = None, advance: Advance | None =
     return Survey(recipe, sources, list(_sides(recipe, sources)), images, unanswered)
 
 
-def open_images(records: Iterable[Record], workers: int | None, advance: Advance | None) -> dict[str, ImageFacts]:
+def open_images(records: Iterable[Record], workers: int | None) -> dict[str, ImageFacts]:
     """Look at every image once, however often it is shown."""
     found = {image_id(record.image): record.image for record in records if record.image is not None}
     looked_at = in_processes(
@@ -101,7 +101,7 @@ def open_images(records: Iterable[Record], workers: int | None, advance: Advance
         list(found.values()),
         died=lambda source: ImageFacts(image_kills_its_reader(source)),
         workers=workers,
-        advance=advance,
+        label="images",
     )
     return dict(zip(found, looked_at, strict=True))
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from lora_llava.data.sources import printable
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.report import PAGE, REPORT, Report
+from lora_llava.table import Column, FittingTable
 from lora_llava.training.schedule import steps_line
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -48,15 +48,14 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     console.print(f"{counts}. In {directory}: {PAGE} to look at, {REPORT} to work with.", soft_wrap=True)
 
 
-def sides_view(report: Report) -> Table:
+def sides_view(report: Report) -> FittingTable:
     """Lay out how much data there is."""
-    table = Table(title=f"Data of recipe {report.survey.recipe.name}", title_justify="left")
-    table.add_column("")
-    for heading in ("records", "images", "questions", "different answers", "tokens"):
-        table.add_column(heading, justify="right")
+    keys = {"records": 0, "images": 0, "questions": 2, "different_answers": 3, "total_tokens": 1}
+    headings = ("records", "images", "questions", "different\nanswers", "tokens")
+    columns = [Column(heading, importance=rank) for heading, rank in zip(headings, keys.values(), strict=True)]
+    table = FittingTable(f"Data of recipe {report.survey.recipe.name}", [Column("", is_number=False), *columns])
     for name, figures in report.figures.items():
-        keys = ("records", "images", "questions", "different_answers", "total_tokens")
-        table.add_row(name, *(f"{figures[key]:,}" if key in figures else "?" for key in keys))
+        table.add(name, *(f"{figures[key]:,}" if key in figures else "?" for key in keys))
     return table
 
 

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize, quantize
 
 from lora_llava.errors import ArtifactError, ModelError
+from lora_llava.progress import counting
 
 OutType = Literal["f32", "f16", "q8_0", "q4_0"]
 
@@ -141,8 +143,10 @@ def write_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(_encoded(tensor))
+        with counting(f"writing {path.name}", len(tensors)) as advance:
+            for tensor in tensors:
+                writer.write_tensor_data(_encoded(tensor))
+                advance(1)
     finally:
         writer.close()
 
@@ -185,16 +189,21 @@ def check_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
     stored = {one.name: one for one in reader.tensors}
     if strange := stored.keys() ^ {tensor.name for tensor in tensors}:
         raise _differs(path, ", ".join(sorted(strange)[:6]))
-    for tensor in tensors:
-        one = stored[tensor.name]
-        if one.tensor_type != tensor.kind or tuple(reversed(one.shape.tolist())) != tensor.shape:
-            raise _differs(path, tensor.name)
-        # Not through the reader's map of the file, whose pages would all stay in memory.
-        stored_bytes = np.fromfile(path, np.uint8, count=int(one.n_bytes), offset=int(one.data_offset))
-        rows = stored_bytes.view(one.data.dtype).reshape(one.data.shape)
-        values = dequantize(rows, tensor.kind).reshape(tensor.shape)
-        if not _agree(deinterleave(values, tensor.heads) if tensor.heads else values, _values(tensor), tensor):
-            raise _differs(path, tensor.name)
+    with counting(f"checking {path.name}", len(tensors)) as advance:
+        for tensor in tensors:
+            _check_tensor(path, stored[tensor.name], tensor)
+            advance(1)
+
+
+def _check_tensor(path: Path, one: ReaderTensor, tensor: Tensor) -> None:
+    if one.tensor_type != tensor.kind or tuple(reversed(one.shape.tolist())) != tensor.shape:
+        raise _differs(path, tensor.name)
+    # Not through the reader's map of the file, whose pages would all stay in memory.
+    stored_bytes = np.fromfile(path, np.uint8, count=int(one.n_bytes), offset=int(one.data_offset))
+    rows = stored_bytes.view(one.data.dtype).reshape(one.data.shape)
+    values = dequantize(rows, tensor.kind).reshape(tensor.shape)
+    if not _agree(deinterleave(values, tensor.heads) if tensor.heads else values, _values(tensor), tensor):
+        raise _differs(path, tensor.name)
 
 
 def _agree(found: np.ndarray, source: np.ndarray, tensor: Tensor) -> bool:

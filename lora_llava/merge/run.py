@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.modeling.names import EMBEDDINGS
+from lora_llava.progress import Advance, counting, phase
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative difference of logits between merged model and base + adapter, by the type that is written.
@@ -112,7 +114,8 @@ def merge_artifact(
         kind = choose_base(source, base)
         merged = merged_reader(source.files, base_reader(source.files, source.manifest, kind), source.adapter, dtype)
         names = sorted(expected_shapes(source.config))
-        shards = write_weights(staging, ((name, merged(name)) for name in names), max_shard_bytes)
+        with counting("merging", len(names)) as advance:
+            shards = write_weights(staging, each(names, merged, advance), max_shard_bytes)
         save_surroundings(staging, source)
         written = WeightFiles(staging)
         report = {
@@ -130,6 +133,13 @@ def merge_artifact(
     return report
 
 
+def each(names: Sequence[str], read: Read, advance: Advance) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read tensors one after another; `advance` hears of each."""
+    for name in names:
+        yield name, read(name)
+        advance(1)
+
+
 def verify(
     source: Source, kind: BaseKind, written: WeightFiles, dtype: torch.dtype | None, staging: Path
 ) -> dict[str, Any]:
@@ -139,6 +149,7 @@ def verify(
     """
     written.check(source.config)
     config, adapter = source.config, source.adapter
+    phase("Asking the merged model, and base + adapter, the same questions")
     model = merged_model(written.read, config)
     asked = ask(model, config, source.manifest, staging)
     ours = logits_of(model, asked)

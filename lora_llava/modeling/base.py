@@ -23,6 +23,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from lora_llava.errors import ModelError
 from lora_llava.modeling.describe import hub_errors, read_config
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, num_image_tokens, used_layers
+from lora_llava.progress import Advance, counting
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -92,12 +93,22 @@ def hash_weights(directory: Path) -> str:
         with safe_open(file, framework="pt") as handle:
             places.update(dict.fromkeys(handle.keys(), file))
     digest = hashlib.sha256()
+    total = sum(file.stat().st_size for file in files) // 2**20
+    with counting("hashing the weights, MiB", total) as advance:
+        _hash_tensors(places, digest, advance)
+    return digest.hexdigest()
+
+
+def _hash_tensors(places: dict[str, Path], digest: hashlib._Hash, advance: Advance) -> None:
+    hashed = 0
     for name in sorted(places):
         with safe_open(places[name], framework="pt") as handle:
             tensor = handle.get_tensor(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        digest.update(data)
+        advance((hashed + data.nbytes) // 2**20 - hashed // 2**20)
+        hashed += data.nbytes
 
 
 def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from transformers import LlavaConfig
 
 from lora_llava.device import device_type, pick_device, pick_dtype
@@ -16,6 +15,7 @@ from lora_llava.modeling.describe import describe_base, is_missing
 from lora_llava.modeling.structure import BF16, FLEX, FP32, HEAD_CHUNK, TREES, ElementType, attention_on_cpu
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
+from lora_llava.table import Column, FittingTable
 from lora_llava.text import counted
 from lora_llava.training.cost import Machine
 from lora_llava.training.memory import (
@@ -36,7 +36,7 @@ from lora_llava.training.memory_plan import (
     usable_bytes,
 )
 from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
-from lora_llava.training.tables import mebibytes, parameter_table_view
+from lora_llava.training.tables import mebibytes, parameter_table_view, short_part
 
 CARDS = (12, 16, 24)
 """Sizes of consumer cards, in GiB."""
@@ -49,7 +49,7 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
 
     If the base, or data of the hub, cannot be had, one line says so and the rest is printed from the recipe.
     """
-    console.print(f"Recipe {recipe.name}: {', then '.join(recipe.stage_names)}. A dry run: nothing is written.")
+    console.print("A dry run: nothing is written.")
     try:
         base = describe_base(recipe.base)
     except ModelError as error:
@@ -67,9 +67,9 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
             _print_stage(recipe, stage, config, records, memory, console)
 
 
-def settings_view(stage: StageName, settings: StageSettings) -> Table:
+def settings_view(stage: StageName, settings: StageSettings) -> FittingTable:
     """Lay out the settings of a stage that decide most."""
-    table = Table(title=f"Stage {stage}", title_justify="left", show_header=False)
+    table = FittingTable(f"Stage {stage}", [Column("", is_number=False), Column("", is_number=False)])
     length = f"{settings.max_steps} steps" if settings.max_steps > 0 else counted(settings.num_train_epochs, "epoch")
     rows = {
         "data": settings.data.path,
@@ -80,7 +80,7 @@ def settings_view(stage: StageName, settings: StageSettings) -> Table:
         "packing": settings.packing,
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add(name, value)
     return table
 
 
@@ -174,30 +174,43 @@ def compute_dtype(recipe: Recipe) -> ElementType:
     return FP32 if device_type() == "cpu" else pick_dtype(recipe.precision, pick_device())
 
 
-def memory_view(rows: list[MemoryRow], activations: int, tokens: int) -> Table:
+def memory_view(rows: list[MemoryRow], activations: int, tokens: int) -> FittingTable:
     """Lay out the expected memory in MiB."""
-    table = Table(title="Memory to expect, MiB", title_justify="left")
-    table.add_column("part")
-    for heading in ("weights", "gradients", "optimizer", "total"):
-        table.add_column(heading, justify="right")
+    columns = [
+        Column("part", is_number=False),
+        Column("weights", importance=1),
+        Column("gradients", importance=3),
+        Column("optimizer", importance=2),
+        Column("total"),
+    ]
+    table = FittingTable("Memory to expect, MiB", columns)
     for row in rows:
-        table.add_row(row.part, *(mebibytes(size) for size in (row.weights, row.gradients, row.optimizer, row.total)))
-    table.add_row(f"activations, {tokens:,} tokens (estimate)", "", "", "", mebibytes(activations), end_section=True)
-    table.add_row("all", "", "", "", mebibytes(sum(row.total for row in rows) + activations), style="bold")
+        sizes = (row.weights, row.gradients, row.optimizer, row.total)
+        table.add(short_part(row.part), *(mebibytes(size) for size in sizes))
+    table.add(f"activations, {tokens:,} tokens (estimate)", "", "", "", mebibytes(activations))
+    total = mebibytes(sum(row.total for row in rows) + activations)
+    table.add("all", "", "", "", total, is_total=True)
     return table
 
 
-def cards_view(plans: dict[int, MemoryPlan | None]) -> Table:
+def cards_view(plans: dict[int, MemoryPlan | None]) -> FittingTable:
     """Lay out what would be chosen on cards of several sizes; the fastest counts as 1."""
-    table = Table(title="On a card of", title_justify="left")
-    for heading in ("GiB", "tokens a micro-batch", "recomputing", "optimizer", "dequantised", "GiB needed", "time"):
-        table.add_column(heading, justify="right")
+    columns = [
+        Column("GiB"),
+        Column("tokens a\nmicro-batch"),
+        Column("recomputing", importance=1),
+        Column("optimizer", importance=3),
+        Column("dequantized", importance=4),
+        Column("GiB needed"),
+        Column("relative\ntime", importance=2),
+    ]
+    table = FittingTable("On a card of", columns)
     fastest = min((plan.cost for plan in plans.values() if plan), default=1.0)
     for size, plan in plans.items():
         if plan is None:
-            table.add_row(str(size), "does not fit")
+            table.add(str(size), "does not fit", "", "", "", "", "")
             continue
-        table.add_row(
+        table.add(
             str(size),
             f"{plan.tokens_per_micro_batch:,}",
             str(plan.recompute),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -10,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.files import fsync
+from lora_llava.progress import Bar, duration
 from lora_llava.run_directory.output import append_to_log, log_path
 from lora_llava.training.plan import StepCounts
 
@@ -31,16 +32,8 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.seconds_before = 0.0
         """Time spent on the stage's steps by earlier sessions."""
         self.last_step = 0
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task(stage, total=len(counts), status="")
+        self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
+        self.bar = Bar(stage, len(counts), console, quiet_seconds=math.inf)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,12 +42,11 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.last_time = time.monotonic()
         self.started = self.last_time - self.seconds_before
         self.last_step = state.global_step
-        self.progress.start()
-        self.progress.update(self.task, completed=state.global_step)
+        self.bar.start(state.global_step, self.computed[state.global_step])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar; ask for a line of the log at the last step, and before each validation."""
-        self.progress.update(self.task, completed=state.global_step)
+        self.bar.update(state.global_step, self.computed[state.global_step], self.computed[-1])
         if state.global_step >= state.max_steps or control.should_evaluate:
             control.should_log = True
 
@@ -62,7 +54,13 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the display down."""
-        self.progress.stop()
+        self.bar.stop()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the time left go on between the steps."""
+        self.bar.redraw()
 
     def on_log(
         self,
@@ -126,15 +124,36 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
                 )
         if "loss" not in row:
             return
-        left = (total - step) * row["seconds"] / max(step, 1)
-        status = (
-            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-            f"{row['questions_per_second']:.1f} questions/s  "
-            f"{row['supervised_tokens_per_second']:.0f} supervised tokens/s"
-        )
-        norms = [f"{key[10:]} {value:.2g}" for key, value in row.items() if key.startswith("grad_norm_")]
-        status += f"  gradients: {', '.join(norms)}" if norms else ""
-        status += f"  projector moved {row['projector_change']:.1%}" if "projector_change" in row else ""
-        self.progress.update(self.task, status=status)
-        if not self.console.is_terminal:
-            self.console.print(f"{self.stage} {step}/{total}: {status}  {left:.0f} s left")
+        figures = log_figures(row)
+        self.bar.figures = figures
+        # Above the bar a line that fits stays; where there is no terminal, all of it.
+        head, left = f"{self.stage} {step}/{total}:", self.bar.seconds_left
+        ending = f"{duration(left)} left" if left is not None else ""
+        if self.console.is_terminal:
+            figures = fitting(figures, self.console.width - 2 - len(head))
+            self.console.print(f"{head} {'  '.join(figures)}", markup=False, soft_wrap=True)
+        else:
+            self.console.print(f"{head} {'  '.join([*figures, ending])}", markup=False, soft_wrap=True)
+
+
+def log_figures(row: dict[str, Any]) -> list[str]:
+    """Write the figures of a line of the log, the most important first."""
+    norms = [f"{key.removeprefix('grad_norm_')} {one:.2g}" for key, one in row.items() if key.startswith("grad_norm_")]
+    figures = [
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"{row['questions_per_second']:.1f} questions/s",
+        f"{row['supervised_tokens_per_second']:.0f} supervised tokens/s",
+    ]
+    figures += [f"gradients: {', '.join(norms)}"] if norms else []
+    return figures + ([f"projector moved {row['projector_change']:.1%}"] if "projector_change" in row else [])
+
+
+def fitting(figures: Sequence[str], width: int) -> list[str]:
+    """Take the first figures that fit `width` columns, one at least."""
+    shown = list(figures[:1])
+    for figure in figures[1:]:
+        if sum(len(one) + 2 for one in shown) + len(figure) > width:
+            break
+        shown.append(figure)
+    return shown

@@ -24,6 +24,7 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage, check_stage, train_only_what_is_saved
 from lora_llava.modeling.structure import PartRow
+from lora_llava.progress import phase
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
@@ -81,6 +82,7 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
         summary = output.read_summary(directory)
     summary = {"name": recipe.name, "seconds": {}, **summary, "hardware": describe_device()}
     clock = time.monotonic()
+    phase("Preparing the base")
     base_directory, identity = prepare_base(recipe, directory, summary)
     summary["seconds"]["base"] = round(time.monotonic() - clock + summary["seconds"].get("base", 0), 1)
     parent = recipe.start_from
@@ -132,6 +134,7 @@ def train_stage(
     dtype = pick_dtype(recipe.precision, device := pick_device())
     set_seed(recipe.seed)
     # The data before the weights: a mistake in it shows at once.
+    phase(f"{stage}: reading the data")
     records, shapes = read_stage(recipe, stage, base_directory, dtype)
     attention, why = pick_attention(recipe.attn_implementation, shapes.config.text_config, device, dtype)
     machine = Machine(device.type, usable_bytes(device.type, memory), attention)
@@ -141,6 +144,7 @@ def train_stage(
     facts = run_facts(stage, shapes, data, chosen, identity, parent, machine)
     exact = check_unchanged(found, recipe, facts, len(data.plan.steps), resume, console)
     take_up(recipe, stage, found)
+    phase(f"{stage}: loading the base{', in 4 bits' if recipe.quantization.type == 'nf4' else ''}")
     loaded, table = build_model(recipe, stage, base_directory, identity, parent, chosen, machine, dtype)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
     about = [data.summary(), *length_lines(stage, recipe.stage(stage), data), str(chosen)]
@@ -153,6 +157,7 @@ def train_stage(
         if device.type == "cuda":
             tokens = try_longest_row(loaded.model, trainer.train_dataset, data.encoded.items, shapes, console)
             console.print(f"{stage}: {trial_line(tokens, chosen)}")
+        phase(f"{stage}: checking the packed forward pass on the first row")
         check_first_row(loaded.model, trainer.train_dataset, dtype, device)
         trainer.train_and_save(saver)
     metrics, step = closing_metrics(trainer), trainer.state.global_step
