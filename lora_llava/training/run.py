@@ -134,7 +134,6 @@ def train_stage(
     dtype = pick_dtype(recipe.precision, device := pick_device())
     set_seed(recipe.seed)
     # The data before the weights: a mistake in it shows at once.
-    phase(f"{stage}: reading the data")
     records, shapes = read_stage(recipe, stage, base_directory, dtype)
     attention, why = pick_attention(recipe.attn_implementation, shapes.config.text_config, device, dtype)
     machine = Machine(device.type, usable_bytes(device.type, memory), attention)
@@ -144,7 +143,6 @@ def train_stage(
     facts = run_facts(stage, shapes, data, chosen, identity, parent, machine)
     exact = check_unchanged(found, recipe, facts, len(data.plan.steps), resume, console)
     take_up(recipe, stage, found)
-    phase(f"{stage}: loading the base{', in 4 bits' if recipe.quantization.type == 'nf4' else ''}")
     loaded, table = build_model(recipe, stage, base_directory, identity, parent, chosen, machine, dtype)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
     about = [data.summary(), *length_lines(stage, recipe.stage(stage), data), str(chosen)]
@@ -157,7 +155,6 @@ def train_stage(
         if device.type == "cuda":
             tokens = try_longest_row(loaded.model, trainer.train_dataset, data.encoded.items, shapes, console)
             console.print(f"{stage}: {trial_line(tokens, chosen)}")
-        phase(f"{stage}: checking the packed forward pass on the first row")
         check_first_row(loaded.model, trainer.train_dataset, dtype, device)
         trainer.train_and_save(saver)
     metrics, step = closing_metrics(trainer), trainer.state.global_step
@@ -181,6 +178,7 @@ def build_model(
 ) -> tuple[LoadedModel, list[PartRow]]:
     """Load the base as the recipe, and the plan of its memory, ask for, and make the model of the stage of it."""
     nf4 = recipe.quantization.type == "nf4"
+    phase(f"{stage}: loading the base{', in 4 bits' if nf4 else ''}")
     loaded = load_base(
         base_directory,
         identity,
@@ -206,6 +204,7 @@ def read_stage(
 
     Records that are skipped are noted in the run's directory.
     """
+    phase(f"{stage}: reading the data")
     config, tokenizer = describe_directory(base_directory)
     records = read_records(recipe.stage(stage), config, tokenizer, recipe.seed)
     output.note_skipped(recipe.resolved_output_dir, stage, records.skipped)

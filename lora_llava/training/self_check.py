@@ -16,6 +16,7 @@ from lora_llava.data.packing import Row, Tree
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits
+from lora_llava.progress import phase
 
 MOST_CONVERSATIONS = 3
 """Conversations that are compared: enough for one to have neighbours on both sides."""
@@ -33,6 +34,7 @@ def check_first_row(model: Any, rows: PackedRows, dtype: torch.dtype, device: to
     trees = _first_trees(rows)
     if not trees:
         return None
+    phase("Checking the packed forward pass on the first row")
     single = PackedRows([trees], rows.records, rows.encoded, rows.read_image)
     was_training = model.training
     model.eval()
