@@ -59,21 +59,32 @@ class FittingTable:
             yield Text(f"Without room in this terminal: {' '.join(', '.join(left_out).split())}", style="dim")
 
     def _table(self, kept: Sequence[int]) -> Table:
+        from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(show_header=any(column.heading for column in self.columns))
+        has_heading = any(column.heading for column in self.columns)
+        table = Table(show_header=has_heading, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         for place in kept:
             column = self.columns[place]
             # Only texts fold; a number that is cut is another number.
             table.add_column(
-                Text(column.heading),
-                justify="right" if column.is_number else "left",
+                Text(self._shown(place, column.heading)),
                 no_wrap=column.is_number,
                 overflow="ignore" if column.is_number else "fold",
             )
         for number, (cells, is_total) in enumerate(self.rows):
             ends = number + 1 < len(self.rows) and self.rows[number + 1][1]
-            shown = [Text(cells[place]) for place in kept]
+            shown = [Text(self._shown(place, cells[place])) for place in kept]
             table.add_row(*shown, end_section=ends, style="bold" if is_total else None)
         return table
+
+    def _shown(self, place: int, cell: str) -> str:
+        """Put the lines of a number to the right; rich does not where it must not cut."""
+        column = self.columns[place]
+        if not column.is_number:
+            return cell
+        width = max(
+            len(line) for one in (column.heading, *(row[place] for row, _ in self.rows)) for line in one.split("\n")
+        )
+        return "\n".join(line.rjust(width) for line in cell.split("\n"))

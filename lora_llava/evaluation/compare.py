@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from lora_llava.chat_template import OwnTemplate
 from lora_llava.conversation import Template
 from lora_llava.data.images import open_image
 from lora_llava.evaluation.confusion import confusion
-from lora_llava.evaluation.decoding import Progress
 from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet
 from lora_llava.evaluation.generation import generate_answers
 from lora_llava.evaluation.metrics import METRIC_NAMES, Metric, pick_metric
@@ -38,6 +35,7 @@ from lora_llava.evaluation.questions import Question, QuestionSet
 from lora_llava.evaluation.report import accuracy_table, confusion_table, value_table, write_predictions
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.modeling.base import LoadedModel
+from lora_llava.progress import Bar
 from lora_llava.recipe import EvaluationSettings
 from lora_llava.recipe_stages import AspectRatio
 from lora_llava.text import counted
@@ -155,7 +153,7 @@ def _ask(
     chosen = [questions[place] for place in places]
     asking = models.asking(name)
     cut: list[int] = []
-    with models.as_model(name), shown_progress(f"answers, {name}", len(chosen), console) as progress:
+    with models.as_model(name), Bar(f"answers, {name}", len(chosen), console) as bar:
         texts = generate_answers(
             models.loaded,
             [question.record for question in chosen],
@@ -164,7 +162,7 @@ def _ask(
             max_new_tokens=settings.max_new_tokens,
             max_rows=settings.batch_size,
             blind=name == BLIND,
-            progress=progress,
+            progress=lambda done, _: bar.update(done),
             on_cut=cut.append,
         )
     return Answers(places, texts, score_all(metric, chosen, texts), frozenset(places[index] for index in cut))
@@ -211,28 +209,3 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
         if yes := counts.yes:
             figures = [f"{name} {'-' if value is None else f'{100 * value:.1f} %'}" for name, value in yes.items()]
             console.print(f"yes: {', '.join(figures).replace('f1', 'F1')}")
-
-
-@contextmanager
-def shown_progress(label: str, total: int, console: Console) -> Iterator[Progress]:
-    """Give a function to call with (done, all): a bar on a terminal, a plain line each tenth elsewhere."""
-    if console.is_terminal:
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Bar(*columns, console=console) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda done, all_: bar.update(task, completed=done, total=all_)
-        return
-    last = 0
-
-    def line(done: int, all_: int) -> None:
-        nonlocal last
-        if (tenth := 10 * done // max(all_, 1)) > last:
-            last = tenth
-            console.print(f"{label}: {done:,}/{all_:,}")
-
-    yield line

@@ -7,12 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from lora_llava.evaluation.confusion import Confusion
 from lora_llava.evaluation.metrics import ALL, CLOSED, GROUPS, METRIC_NAMES, NUMBER, OTHER, YES_NO, Accuracy, Metric
+from lora_llava.table import MUST, Column, FittingTable
 from lora_llava.text import printable
 
 MAJORITY = "majority"
@@ -90,12 +87,12 @@ def _cell(accuracy: Accuracy | None, *, bare: bool) -> str:
     return f"{100 * accuracy.share:.1f} ({100 * accuracy.low:.1f}-{100 * accuracy.high:.1f})"
 
 
-def accuracy_table(results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match") -> Table:
+def accuracy_table(results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match") -> FittingTable:
     """Show accuracies in per cent with their 95 % Wilson intervals, for a terminal of 80 columns."""
     return _table(accuracy_rows(results), f"{score_title(metric)} (95 % interval)")
 
 
-def value_table(results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric) -> Table:
+def value_table(results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric) -> FittingTable:
     """Show the accuracies by the values of an own key."""
     return _table(value_rows(results, key), f"{score_title(metric)} by {printable(key)} (95 % interval)")
 
@@ -105,7 +102,7 @@ def score_title(metric: Metric) -> str:
     return "Token F1 in %" if metric == "token_f1" else f"Accuracy in %, {METRIC_NAMES[metric]}"
 
 
-def confusion_table(counts: Confusion, name: str) -> Table:
+def confusion_table(counts: Confusion, name: str) -> FittingTable:
     """Show how often each answer was given for each reference."""
     # Ten labels fit 80 columns if they are short.
     width = min(12, 62 // (len(counts.labels) + 1) - 1)
@@ -114,19 +111,20 @@ def confusion_table(counts: Confusion, name: str) -> Table:
     return _table([heading, *body], f"Answers of {name} by reference")
 
 
-def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
+def _table(rows: Sequence[Sequence[str]], title: str) -> FittingTable:
     heading, *body = rows
     widths = [max(len(row[place]) for row in rows) for place in range(len(heading))]
     if sum(widths) + 2 * len(widths) > _MAX_WIDTH:
         # The interval on a line of its own.
         body = [[*row[:2], *(cell.replace(" (", "\n(") for cell in row[2:])] for row in body]
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    # A title wraps at the width of its table.
-    table.min_width = len(title)
-    for place, name in enumerate(heading):
-        table.add_column(Text(name), justify="left" if place == 0 else "right", no_wrap=True)
+    # The number of questions goes first where there is no room, then the models beside the tuned one.
+    ranks = (
+        [MUST, len(heading), *range(len(heading) - 3, -1, -1)] if heading[1] == "questions" else [MUST] * len(heading)
+    )
+    columns = [Column(name, is_number=place > 0, importance=ranks[place]) for place, name in enumerate(heading)]
+    table = FittingTable(title, columns)
     for row in body:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add(*row)
     return table
 
 

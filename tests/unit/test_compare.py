@@ -11,13 +11,13 @@ from rich.console import Console
 
 from lora_llava.conversation import Turn
 from lora_llava.data.records import ImageSource, Record
-from lora_llava.evaluation.compare import shown_progress
 from lora_llava.evaluation.confusion import confusion
 from lora_llava.evaluation.metrics import Metric
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
 from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
+from lora_llava.progress import Bar
 
 
 def question(image: str | None, answer: str = "yes", **extra: Any) -> Question:
@@ -248,9 +248,9 @@ def test_k13_long_references_are_scored_by_their_words() -> None:
 
 def test_progress_is_plain_lines_off_a_terminal() -> None:
     text = io.StringIO()
-    with shown_progress("answers", 100, Console(file=text)) as progress:
+    with Bar("answers", 100, Console(file=text)) as bar:
         for done in range(0, 101, 4):
-            progress(done, 100)
+            bar.update(done)
     lines = text.getvalue().splitlines()
     assert lines[-1] == "answers: 100/100"
     assert len(lines) == 10

@@ -141,8 +141,9 @@ def test_k28_a_table_cuts_neither_a_name_nor_a_number(width: int) -> None:
         assert number in text
     if width >= 60:
         assert all(part.part.removeprefix("model.") in text for part in ROWS)
-    assert ("6,476,005,376" in text) == (width >= 120)
+    assert ("6,476,005,376" in text) == (width >= 100)
     assert ("Without room" in text) == (width < 120)
+    assert ("  303,507,456" in text) and "\nlm_head" in text
 
 
 def test_k28_texts_fold_before_a_number_is_cut() -> None:
