@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.sources import ImageRoot, ImageSource, check_text
+from lora_llava.data.stored import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.text import counted
 
@@ -167,7 +168,7 @@ class ImageCells:
             return self._of_mapping(cell, where)
         if cell is None:
             return None
-        if isinstance(cell, bytes):
+        if isinstance(cell, bytes | StoredBytes):
             return self.embedded(cell, where)
         if not isinstance(cell, str):
             raise DataError(f"{place}: is {kind_of(cell)}, must be a path relative to image_root")
@@ -184,9 +185,9 @@ class ImageCells:
             return None if (url := cell.get("url")) is None else self.source(url, where)
         return self.root.source(path, where)
 
-    def embedded(self, data: bytes, where: str, path: str | None = None) -> ImageSource:
-        """Return the image of bytes; `path` is the name that the data has for it."""
-        key = hashlib.sha256(data).hexdigest()
+    def embedded(self, data: bytes | StoredBytes, where: str, path: str | None = None) -> ImageSource:
+        """Return the image of bytes, which may stay where they are; `path` is the name that the data has for it."""
+        key = hashlib.sha256(data.read() if isinstance(data, StoredBytes) else data).hexdigest()
         source = ImageSource(key, None, data, where, _file_name(path), self.root.window)
         return self._embedded.setdefault(key, source)
 

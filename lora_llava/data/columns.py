@@ -20,6 +20,7 @@ from lora_llava.data.sources import (
     own_values,
     with_answer_prompt,
 )
+from lora_llava.data.stored import image_cells
 from lora_llava.data.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import ColumnSettings, DataSettings
@@ -119,9 +120,15 @@ def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Ite
     if data.max_records is not None:
         table = table.select(range(min(data.max_records, len(table))))
     table = table.select_columns(list(dict.fromkeys([*named, *(_flat_columns(table) if extra else [])])))
-    if columns.image is not None:
-        table = _with_images_undecoded(table, columns.image, data.path)
-    return (Entry(row, None) for row in table), cache
+    if columns.image is None:
+        return (Entry(row, None) for row in table), cache
+    return _with_images(_with_images_undecoded(table, columns.image, data.path), columns.image), cache
+
+
+def _with_images(table: Any, column: str) -> Iterator[Entry]:
+    """Yield rows whose images stay on the disk."""
+    for row, cell in zip(table.remove_columns(column), image_cells(table, column), strict=True):
+        yield Entry({**row, column: cell}, None)
 
 
 def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
@@ -140,13 +147,28 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     try:
         if path.is_file():
             files = {data.split.partition("[")[0]: str(path)}
-            table = datasets.load_dataset("parquet", data_files=files, split=data.split)
+            builder = datasets.load_dataset_builder("parquet", data_files=files)
         else:
             revision = None if path.is_dir() else data.revision
-            table = datasets.load_dataset(data.path, data.name, split=data.split, revision=revision)
+            builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
+        table = _prepared(builder, data.split)
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
         raise _unreadable(data.path, error) from None
     return table, Path(datasets.config.HF_CACHE_HOME)
+
+
+def _prepared(builder: Any, split: str) -> Any:
+    """Bring a data set into the cache, as `datasets.load_dataset` does, and open it.
+
+    Of parquet page by page: its row groups, which are read whole otherwise, may be the whole file.
+    """
+    if type(builder).__name__ == "Parquet":
+        from lora_llava.data.parquet import PagedParquet
+
+        # The same builder, with the same cache, but for how it reads its files.
+        builder.__class__ = PagedParquet
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _reader(path: Path) -> str:

@@ -46,7 +46,7 @@ def read_image(source: ImageSource) -> bytes:
     try:
         if source.path is not None and (size := source.path.stat().st_size) > MAX_BYTES:
             raise DataError(f"{name}: {size:,} bytes, at most {MAX_BYTES:,} are read; make it smaller", BAD)
-        data = source.data if source.path is None else source.path.read_bytes()
+        data = source.embedded() if source.path is None else source.path.read_bytes()
     except OSError as error:
         raise DataError(
             f"{name}: the image cannot be read: {error.strerror}; restore it or remove its records", BAD

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.stored import StoredBytes
 from lora_llava.errors import DataError
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
@@ -28,13 +29,18 @@ class ImageSource:
     key: str
     """Identifies the image: its path under the image root, or the sha256 of its bytes."""
     path: Path | None
-    data: bytes | None
+    data: bytes | StoredBytes | None
+    """Of an embedded image: its bytes, or where they are."""
     where: str = field(default="", compare=False)
     """The first record that shows it, for messages."""
     file_name: str = field(default="", compare=False)
     """Of an embedded image: the file name that the data set has for it."""
     window: tuple[float, float] | None = None
     """Values of a grey image of more than 8 bits that become black and white; None: the range it uses."""
+
+    def embedded(self) -> bytes:
+        """Return the bytes of an embedded image. Raises OSError if they cannot be read any more."""
+        return self.data.read() if isinstance(self.data, StoredBytes) else self.data or b""
 
     @property
     def label(self) -> str:

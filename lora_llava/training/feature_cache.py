@@ -118,7 +118,7 @@ def _facts(tower: nn.Module, layer: int, records: list[Record], transform: Image
 
 
 def _image_sha256(image: ImageSource) -> str:
-    data = image.data if image.data is not None else image.path.read_bytes() if image.path else b""
+    data = image.embedded() if image.path is None else image.path.read_bytes()
     return hashlib.sha256(data).hexdigest()
 
 

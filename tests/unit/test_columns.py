@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import random
+import subprocess
+import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from lora_llava.data.images import open_image
 from lora_llava.data.records import Record, load_records
+from lora_llava.data.stored import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import DataSettings
 
@@ -187,7 +195,7 @@ def test_hub_that_cannot_be_reached_is_one_plain_line(monkeypatch: pytest.Monkey
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Max retries\nsecond line")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(DataError) as caught:
         load("some/set")
     assert str(caught.value) == ("some/set: the hub cannot be reached; check the connection, or give path a local copy")
@@ -197,7 +205,7 @@ def test_unknown_data_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any, **__: Any) -> None:
         raise datasets.exceptions.DatasetNotFoundError("long story")
 
-    monkeypatch.setattr(datasets, "load_dataset", unknown)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unknown)
     with pytest.raises(DataError, match="some/set: there is no such data set on the hub, or no access"):
         load("some/set")
 
@@ -214,3 +222,101 @@ def test_k38_own_columns_and_names_of_images_are_kept_for_an_evaluation(tmp_path
     assert dict(records[0].extra) == {"type": "open", "patient": 7, "score": None}
     assert [record.image and record.image.label for record in records] == ["ward/a.png", "b.png", "ward/a.png", None]
     assert not any(record.extra for record in load_records(data))
+
+
+def stored(record: Record) -> StoredBytes:
+    assert record.image is not None
+    assert isinstance(record.image.data, StoredBytes)
+    return record.image.data
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [1, 2, 1]),
+        ({"split": "train[1:3]"}, [2, 1]),
+        ({"split": "train[:50%]"}, [1, 2]),
+        ({"max_records": 2}, [1, 2]),
+    ],
+)
+def test_k25_images_in_parquet_stay_in_the_cache_file(
+    tmp_path: Path, settings: dict[str, Any], kept: list[int]
+) -> None:
+    records = load(write(tmp_path / "vqa.parquet", rows()), **settings)
+    assert [stored(record).read() for record in records if record.image] == [png(red) for red in kept]
+    assert [record.image.key for record in records if record.image] == [sha256(png(red)).hexdigest() for red in kept]
+    assert [open_image(record.image).getpixel((0, 0)) for record in records if record.image] == [
+        (red, 0, 0) for red in kept
+    ]
+
+
+def test_k25_images_of_a_directory_with_several_files_stay_in_the_cache_files(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        write(
+            tmp_path / "set" / f"train-{number}.parquet", [{"image": cell(number), "question": "?", "answer": "a"}] * 2
+        )
+    records = load(tmp_path / "set")
+    assert [stored(record).read() for record in records] == [png(number) for number in (0, 0, 1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("in_list", [False, True])
+def test_k25_plain_bytes_and_lists_of_images_stay_in_the_cache_file(tmp_path: Path, kind: Any, in_list: bool) -> None:
+    if in_list:
+        images = pa.array(
+            [[cell(5)], [], None, [cell(6)]], pa.list_(pa.struct([("bytes", kind), ("path", pa.string())]))
+        )
+    else:
+        images = pa.array([png(5), None, None, png(6)], kind)
+    pq.write_table(pa.table({"image": images, "question": ["?"] * 4, "answer": ["a"] * 4}), tmp_path / "a.parquet")
+    records = load(tmp_path / "a.parquet")
+    assert [record.image is None for record in records] == [False, True, True, False]
+    assert [stored(record).read() for record in records if record.image] == [png(5), png(6)]
+
+
+def test_k25_a_cache_that_is_gone_is_named(tmp_path: Path) -> None:
+    [record] = load(write(tmp_path / "vqa.parquet", rows()[:1]))
+    stored(record).path.unlink()
+    assert record.image is not None
+    with pytest.raises(DataError, match=r"vqa.parquet \(train\), record 1.*cannot be read"):
+        open_image(record.image)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from lora_llava.data.images import open_image
+from lora_llava.data.records import load_records
+from lora_llava.recipe_stages import DataSettings
+import datasets, pyarrow.parquet
+datasets.disable_progress_bars()
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+before = peak()
+columns = {"image": "image", "question": "question", "answer": "answer"}
+records = load_records(DataSettings.model_validate({"path": sys.argv[1], "columns": columns}))
+for record in records:
+    open_image(record.image)
+print(len(records), peak() - before)
+"""
+
+
+def test_k25_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    noise = random.Random(0)
+    pictures = [Image.frombytes("RGB", (400, 400), noise.randbytes(480_000)) for _ in range(8)]
+    entries = []
+    for number in range(640):
+        buffer = io.BytesIO()
+        pictures[number % 8].save(buffer, "PNG", compress_level=0)
+        # Different bytes of the same picture.
+        entries.append({"bytes": buffer.getvalue() + str(number).encode(), "path": None})
+    table = pa.table({"image": entries, "question": ["?"] * 640, "answer": ["a"] * 640})
+    pq.write_table(table, tmp_path / "large.parquet", row_group_size=40)
+    assert (tmp_path / "large.parquet").stat().st_size > 300e6
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    count, grown = map(int, done.stdout.split())
+    assert count == 640
+    assert grown < 150

@@ -147,7 +147,7 @@ def test_k63_without_the_base_nothing_is_planned(
     assert result.exit_code == 2
     assert "base.model_name_or_path: " in result.stderr
     assert Path(base).name in result.stderr
-    assert result.stdout == ""
+    assert result.stdout == "Recipe tiny: align, then instruct.\n"
 
 
 def test_a_base_that_does_not_fit_is_an_error(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ try:
     cli(sys.argv[1:], prog_name="lora-llava")
 except SystemExit as end:
     assert end.code in (0, None), end.code
-    assert sys.modules["torch"] is None
+    assert "torch" not in sys.modules
     used = resource.getrusage(resource.RUSAGE_SELF)
     # Not ru_maxrss: it begins with what the process that started this one held.
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())

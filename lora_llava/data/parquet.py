@@ -1,0 +1,30 @@
+"""Parquet files on their way into the cache of the `datasets` library, a page of a column in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.builder import Key
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+_ROWS = 32
+"""Rows of a batch: of images of a MiB, 32 MiB."""
+_BUFFER_BYTES = 2**20
+
+
+class PagedParquet(Parquet):  # type: ignore[misc]  # datasets has no types
+    """The library's builder reads a row group whole, which in many files is all of it, and decodes it all at once."""
+
+    def _generate_tables(
+        self, files: Sequence[str], row_groups_list: Sequence[Sequence[int] | None]
+    ) -> Iterator[tuple[Key, pa.Table]]:
+        """Yield the rows of the files in small tables, in their order."""
+        for number, (file, row_groups) in enumerate(zip(files, row_groups_list, strict=True)):
+            with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
+                groups: Any = None if row_groups is None else list(row_groups)
+                batches = parquet.iter_batches(_ROWS, row_groups=groups, columns=self.config.columns, use_threads=False)
+                for place, batch in enumerate(batches):
+                    yield Key(number, place), self._cast_table(pa.Table.from_batches([batch]))
