@@ -138,6 +138,24 @@ def recognize(own: OwnTemplate) -> Template | None:
     return None
 
 
+def recognize_question(own: OwnTemplate) -> Template | None:
+    """Return the template of the kit that asks a first question as a model's own one; None if none does.
+
+    Its later turns may differ: llava-hf's own template ends an answer with a space, `vicuna_v1` with the end token.
+    """
+    eos_token = dict(own.tokens).get("eos_token", "")
+    try:
+        opened = _bare(own, _TEXT_ONLY)
+        for known in TEMPLATES.values():
+            template = _with_system_of(known, opened, eos_token)
+            ours = OwnTemplate(chat_template(template, eos_token))
+            if not known.caption_only and all(_bare(own, one) == _bare(ours, one) for one in (_TEXT_ONLY, _WITH_IMAGE)):
+                return template
+    except ModelError:
+        return None
+    return None
+
+
 def _with_system_of(known: Template, opened: str, eos_token: str) -> Template:
     """Return a template of the kit with the system text that a prompt without an image begins with."""
     bare = replace(known, system="")

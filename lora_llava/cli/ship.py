@@ -109,7 +109,8 @@ def export(
 @click.argument("output", type=_PATH)
 @partial(base_option, about="What an adapter was trained on: a LLaVA in the llava-hf layout, directory or hub id.")
 @click.option("--vision-tower", help="The tower of an original checkpoint, if not what its config names.")
-def import_(source: Path, output: Path, base_model: str | None, vision_tower: str | None) -> None:
+@template_option
+def import_(source: Path, output: Path, base_model: str | None, vision_tower: str | None, template: str | None) -> None:
     """Bring in SOURCE, made by another tool.
 
     An original LLaVA-1.5 checkpoint becomes a model in the llava-hf layout; an original LoRA, mm_projector.bin or
@@ -121,4 +122,4 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     quiet_libraries()
     from lora_llava.imports import import_any
 
-    show(import_any(source, output, ImportOptions(base_model=base_model, vision_tower=vision_tower)), console)
+    show(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)

@@ -12,6 +12,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from lora_llava.artifact import WEIGHTS
+from lora_llava.chat_template import read_own_template, recognize, recognize_question
+from lora_llava.conversation import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.imports.options import ImportOptions
 from lora_llava.imports.write import Base, Brought, LayerLora, open_base, write_artifact
@@ -52,18 +54,38 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
         _sort(parts, read_tensors(source / NON_LORA), from_original_name, source / NON_LORA)
     base = open_base(options.base_model, source)
     layers = {name: _layer(name, parts, form, source) for name in parts.lora}
+    template, reason = _template(source, base, original, options.template)
     brought = Brought(
         layers=layers,
         replaced=parts.replaced,
         form=form,
-        template="vicuna_v1",
+        template=template,
         aspect_ratio=_original_ratio(source) if original else _processor_ratio(source),
     )
     own = any(name.startswith(PROJECTOR_PREFIX) for name in brought.replaced)
     write_artifact(output, brought, base, source)
     kind = "the original's LoRA" if original else "a PEFT adapter"
     where = "its own projector" if own else "the base's projector, as it has none"
-    return [f"{source}: {kind} on {len(layers)} layers with {where}; now an artifact: {output}", *_notes(brought, base)]
+    return [
+        f"{source}: {kind} on {len(layers)} layers with {where}; now an artifact: {output}",
+        *_notes(brought, base, reason),
+    ]
+
+
+def _template(source: Path, base: Base, original: bool, named: str | None) -> tuple[Template, str]:
+    """Return the template that an adapter was trained in, and how that is known."""
+    if named is not None:
+        return get_template(named), "as --template says"
+    for directory, where in () if original else ((source, "beside it"), (base.directory, "of its base")):
+        own = read_own_template(directory)
+        found = (recognize(own) or recognize_question(own)) if own else None
+        if found is not None:
+            return found, f"as the chat template {where} is"
+        if own is not None:
+            return get_template(
+                "vicuna_v1"
+            ), f"the chat template {where} is none of the kit's; name one with --template"
+    return get_template("vicuna_v1"), "as LLaVA-1.5; name another with --template"
 
 
 def import_projector(source: Path, output: Path, options: ImportOptions) -> list[str]:
@@ -75,16 +97,20 @@ def import_projector(source: Path, output: Path, options: ImportOptions) -> list
     if parts.lora or not all(name.startswith(PROJECTOR_PREFIX) for name in parts.replaced):
         raise ArtifactError(f"{source}: holds more than a projector; give the directory that it lies in")
     base = open_base(options.base_model, source)
-    brought = Brought({}, parts.replaced, None, "plain", _original_ratio(source.parent))
+    template, reason = (
+        get_template(options.template or "plain"),
+        "as --template says" if options.template else "captions",
+    )
+    brought = Brought({}, parts.replaced, None, template, _original_ratio(source.parent))
     write_artifact(output, brought, base, source)
-    return [f"{source}: a projector; now an artifact: {output}", *_notes(brought, base)]
+    return [f"{source}: a projector; now an artifact: {output}", *_notes(brought, base, reason)]
 
 
-def _notes(brought: Brought, base: Base) -> list[str]:
+def _notes(brought: Brought, base: Base, reason: str) -> list[str]:
     return [
         f"base: {base.identity.name}, weights {base.identity.weights_sha256[:12]}...",
-        f"asked in template {brought.template}, images {brought.aspect_ratio}; change this in manifest.json if it was "
-        "trained otherwise",
+        f"asked in template {brought.template.name} ({reason}), images {brought.aspect_ratio}; change this in "
+        "manifest.json if it was trained otherwise",
     ]
 
 

@@ -72,7 +72,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
             config,
             pixels,
             aspect_ratio="pad" if aspect_ratio == "pad" else "square",
-            chat_template=tokenizer.chat_template or _template(tokenizer),
+            chat_template=_chat_template(tokenizer, options.template),
         )
         for name in ("tokenizer.model", MERGE_REPORT):
             if (source / name).is_file():
@@ -163,5 +163,8 @@ def _padded(read: Read, size: int) -> Read:
     return lambda: pad_rows(read(), size)
 
 
-def _template(tokenizer: Any) -> str:
-    return chat_template(get_template("vicuna_v1"), tokenizer.eos_token)
+def _chat_template(tokenizer: Any, named: str | None) -> str:
+    """Return the chat template to write: the one that is named, the checkpoint's own, or LLaVA-1.5's."""
+    if named is None and tokenizer.chat_template:
+        return str(tokenizer.chat_template)
+    return chat_template(get_template(named or "vicuna_v1"), tokenizer.eos_token)

@@ -13,3 +13,5 @@ class ImportOptions:
     """What an adapter or a projector was trained on: directory or hub id of a LLaVA in the llava-hf layout."""
     vision_tower: str | None = None
     """Where the vision tower of an original checkpoint is, if not where its config.json says."""
+    template: str | None = None
+    """Name of the template that an adapter was trained in, where nothing beside it or its base says so."""

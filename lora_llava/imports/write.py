@@ -22,7 +22,7 @@ from lora_llava.artifact import (
     library_versions,
 )
 from lora_llava.chat_template import chat_template
-from lora_llava.conversation import get_template
+from lora_llava.conversation import Template, get_template
 from lora_llava.endings import write_generation_config
 from lora_llava.errors import ArtifactError
 from lora_llava.files import staged
@@ -57,7 +57,7 @@ class Brought:
     replaced: dict[str, torch.Tensor]
     form: LoraConfig | None
     """Settings of its LoRA; None without one."""
-    template: str
+    template: Template
     aspect_ratio: AspectRatio
 
 
@@ -116,7 +116,7 @@ def write_artifact(output: Path, brought: Brought, base: Base, source: Path) -> 
             adapter_sha256=file_sha256(staging / WEIGHTS),
             # Not to be known; the base as it is stored is what its author names.
             quantization={"type": "none", "double_quant": False},
-            template={"name": brought.template, "system": None},
+            template={"name": brought.template.name, "system": _own_system(brought.template)},
             images=images,
             data={"answer_prompt": None},
             seen={},
@@ -124,6 +124,11 @@ def write_artifact(output: Path, brought: Brought, base: Base, source: Path) -> 
             versions=library_versions(),
         )
         write_json(staging / MANIFEST, asdict(manifest))
+
+
+def _own_system(template: Template) -> str | None:
+    """Return the system text that a manifest states; None is the template's own."""
+    return None if template == get_template(template.name) else template.system
 
 
 def _whole_projector(brought: Brought, base: Base) -> tuple[dict[str, LayerLora], dict[str, torch.Tensor]]:
@@ -210,10 +215,9 @@ def _save_surroundings(staging: Path, brought: Brought, base: Base) -> dict[str,
     """Write tokenizer and processor, and return what the manifest says of images."""
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(base.directory)
-    template = get_template(brought.template)
-    jinja = chat_template(template, tokenizer.eos_token)
+    jinja = chat_template(brought.template, tokenizer.eos_token)
     save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=brought.aspect_ratio, chat_template=jinja)
-    write_generation_config(staging, base.directory, template, tokenizer)
+    write_generation_config(staging, base.directory, brought.template, tokenizer)
     return {
         "size": int(base.config.vision_config.image_size),
         "mean": list(pixels["image_mean"]),

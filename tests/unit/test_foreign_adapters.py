@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from lora_llava.artifact import WEIGHTS, load_artifact, read_manifest
+from lora_llava.chat_template import chat_template
+from lora_llava.conversation import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.export.llava import export_llava
 from lora_llava.export.options import ExportOptions
@@ -150,3 +152,30 @@ def test_another_base_and_none(tiny_base: Path, tmp_path: Path) -> None:
     other = save_tiny_base(tmp_path / "other", seed=3)
     with pytest.raises(ArtifactError, match="trained on another base"):
         merge_artifact(brought, tmp_path / "merged", base_model=str(other))
+
+
+def test_k10_an_adapter_of_others_is_asked_as_its_own_chat_template_says(tiny_base: Path, tmp_path: Path) -> None:
+    smol = chat_template(get_template("chatml", "You are Smol"), "</s>")
+    llava_hf = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
+        "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    cases = {
+        "none": (None, {"name": "vicuna_v1", "system": None}, "as LLaVA-1.5; name another with --template"),
+        "smol": (smol, {"name": "chatml", "system": "You are Smol"}, "as the chat template beside it is"),
+        "hf": (llava_hf, {"name": "vicuna_v1", "system": ""}, "as the chat template beside it is"),
+        "odd": ("[{{ messages|length }}]", {"name": "vicuna_v1", "system": None}, "is none of the kit's; name one"),
+    }
+    for name, (jinja, template, reason) in cases.items():
+        make(tiny_base, tmp_path / name / "theirs")
+        if jinja is not None:
+            (tmp_path / name / "theirs" / "chat_template.jinja").write_text(jinja)
+        lines = import_any(
+            tmp_path / name / "theirs", tmp_path / name / "ours", ImportOptions(base_model=str(tiny_base))
+        )
+        assert read_manifest(tmp_path / name / "ours").template == template, name
+        assert reason in lines[-1]
+    chosen = ImportOptions(base_model=str(tiny_base), template="chatml")
+    import_any(tmp_path / "odd" / "theirs", tmp_path / "odd" / "named", chosen)
+    assert read_manifest(tmp_path / "odd" / "named").template == {"name": "chatml", "system": None}
