@@ -21,7 +21,7 @@ from lora_llava.recipe import Recipe
 from lora_llava.run_directory.exchange import EXCHANGE, Exchange, finish_exchange, run_exchange
 from lora_llava.run_directory.lock import is_locked, locked
 from lora_llava.run_directory.output import BASE, DIRECTORIES, FEATURES, TRAIN_LOG
-from lora_llava.run_directory.problems import problems_of_output_dir
+from lora_llava.run_directory.problems import found_in, problems_of_output_dir
 from lora_llava.run_directory.written import (
     LIST,
     NEW,
@@ -63,9 +63,12 @@ def claimed(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) ->
     try:
         yield
     finally:
-        if is_pending(root):
-            _drop_pending(root)
-            remove_empty(made)
+        # An exchange that could not even be taken back, on a disk that failed, is left to the next command.
+        with suppress(OSError):
+            finish_exchange(root)
+            if is_pending(root):
+                _drop_pending(root)
+                remove_empty(made)
 
 
 def _begin(root: Path) -> None:
@@ -183,11 +186,16 @@ def _exchange(root: Path, checkpoint: Mapping[str, Path]) -> None:
     note_all(root, {name: path for name, path in own.items() if name.startswith(f"{BASE}/")})
     _note_log(root)
     written = read_written(root)
+    leaving = sorted(written.present(), key=lambda name: Path(name).name not in MANIFESTS) if written else []
+    if written is not None:
+        # A directory in which files of the user stay is still one that a run made.
+        shared = [name for names in found_in(root).values() if set(names) - set(leaving) for name in names]
+        note(root, [one for name in shared for one in written.versions.get(name, [])])
     with ExitStack() as stack:
         sources = {name: _on_disk_of(root, name, path, stack) for name, path in own.items()}
         exchange = Exchange.plan(
             root,
-            leaving=sorted(written.present(), key=lambda name: Path(name).name not in MANIFESTS) if written else [],
+            leaving=leaving,
             coming={f"{STATE}/{LIST}": new / LIST, **sources, **checkpoint},
         )
         run_exchange(root, exchange)

@@ -151,10 +151,12 @@ def writing_named(what: str, directory: Path) -> Iterator[None]:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         free = shutil.disk_usage(directory).free / 2**20
+        then = "Earlier checkpoints are whole. Make room, or make the directory writable; then go on with: "
+        then += resume_command(directory)
+        if is_pending(directory):
+            then = "What the directory held before is untouched. Make room, or make it writable; then run it again"
         raise TrainingError(
-            f"{what} could not be written to {shown_path(directory)}: {reason} ({free:,.0f} MiB are free there). "
-            "Earlier checkpoints are whole. Make room, or make the directory writable; then go on with: "
-            f"{resume_command(directory)}"
+            f"{what} could not be written to {shown_path(directory)}: {reason} ({free:,.0f} MiB are free there). {then}"
         ) from error
 
 

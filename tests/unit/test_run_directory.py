@@ -1,0 +1,449 @@
+"""The directory of a run: what a run finds there stays whole, whatever happens before its first checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_llava.errors import TrainingError
+from lora_llava.files import STAGING, staged
+from lora_llava.recipe import Recipe
+from lora_llava.run_directory import output
+from lora_llava.run_directory.claim import claimed, restore
+from lora_llava.run_directory.lock import LOCK, locked
+from lora_llava.run_directory.problems import problems_of_output_dir
+from lora_llava.run_directory.written import STATE
+from tests.helpers.claiming import a_recipe, contents, run
+from tests.helpers.disk import Disk, full, read_only
+
+
+class Stopped(BaseException):
+    """Ends a run at once, as no handler expects."""
+
+
+@pytest.fixture(autouse=True)
+def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is flushed shows after a power cut alone, and takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return a_recipe(tmp_path / "run")
+
+
+def calls_until_the_first_checkpoint(recipe: Recipe, *, overwrite: bool) -> int:
+    """Count what a run does to the disk until its first checkpoint is whole."""
+    counting = Disk(recipe.resolved_output_dir)
+    counts = []
+
+    def moment(name: str) -> None:
+        if name == "saved 1":
+            counts.append(len(counting.calls))
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        counting.install(patch)
+        with pytest.raises(Stopped):
+            run(recipe, "counted", moment, overwrite=overwrite)
+    return counts[0]
+
+
+def files(root: Path) -> dict[str, str]:
+    """List files and links with what they hold; a disk that failed at last may keep an empty directory."""
+    return {name: value for name, value in contents(root).items() if value}
+
+
+def stop_at(moment: str) -> Callable[[str], None]:
+    def stop(name: str) -> None:
+        if name == moment:
+            raise Stopped
+
+    return stop
+
+
+@pytest.mark.parametrize("moment", ["started", "step 1"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_k1_k4_an_error_before_the_first_checkpoint_leaves_the_directory_as_it_was(
+    recipe: Recipe, moment: str, overwrite: bool
+) -> None:
+    root = recipe.resolved_output_dir
+    if overwrite:
+        run(recipe, "old")
+        (root / "instruct/notes.txt").write_text("mine", encoding="utf-8")
+    before = contents(root, kits=True)
+    with pytest.raises(Stopped):
+        run(recipe, "new", stop_at(moment), overwrite=overwrite)
+    assert contents(root, kits=True) == before
+    assert root.exists() == overwrite
+    # The corrected command just works.
+    run(recipe, "new", overwrite=overwrite)
+    assert json.loads((root / "summary.json").read_text(encoding="utf-8"))["seed"] == "new"
+    assert (root / "instruct/notes.txt").exists() == overwrite
+
+
+def test_k1_the_earlier_run_is_used_until_the_first_checkpoint_and_gone_after_it(recipe: Recipe) -> None:
+    root = recipe.resolved_output_dir
+    run(recipe, "old", steps=2)
+    before = contents(root)
+
+    def look(moment: str) -> None:
+        if moment in ("started", "step 1"):
+            assert contents(root) == before
+        elif moment == "saved 1":
+            seen = contents(root)
+            assert not {
+                name for name in seen if name.startswith(("instruct", "evaluation", "checkpoints/instruct/step-2"))
+            }
+            assert not list(root.rglob(f"{STAGING}*"))
+            assert json.loads((root / "summary.json").read_text(encoding="utf-8")) == {"seed": "new"}
+
+    run(recipe, "new", look, overwrite=True)
+    # The two recipes are the same.
+    assert [name for name, digest in files(root).items() if before.get(name) == digest] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("act", [full, read_only])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_k1_a_disk_that_fails_at_any_call_leaves_the_earlier_run(
+    recipe: Recipe, tmp_path: Path, overwrite: bool, act: Callable[[str, str], None]
+) -> None:
+    root, kept = recipe.resolved_output_dir, tmp_path / "kept"
+    kept.mkdir()
+    if overwrite:
+        run(recipe, "old")
+        (root / "instruct/notes.txt").write_text("mine", encoding="utf-8")
+        shutil.copytree(root, kept, dirs_exist_ok=True, symlinks=True)
+    count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
+    for first in range(count):
+        shutil.rmtree(root)
+        if overwrite:
+            shutil.copytree(kept, root, symlinks=True)
+        before, failed = files(root), False
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(root, act, first).install(patch)
+            try:
+                run(recipe, "new", stop_at("saved 1"), overwrite=overwrite)
+            except (OSError, TrainingError):
+                failed = True
+            except Stopped:
+                pass
+        root.mkdir(exist_ok=True)
+        restore(root)
+        after = files(root)
+        if failed and after != before:
+            # The exchange was done: only what went aside could not be removed.
+            assert json.loads((root / "summary.json").read_text(encoding="utf-8")) == {"seed": "new"}, first
+            assert (root / "checkpoints/instruct/step-1/checkpoint.json").is_file()
+            assert first > count // 2
+        if overwrite:
+            assert (root / "instruct/notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def forked(work: Callable[[], None]) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die(name: str, path: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
+    recipe: Recipe, tmp_path: Path, overwrite: bool
+) -> None:
+    root, kept = recipe.resolved_output_dir, tmp_path / "kept"
+    kept.mkdir()
+    if overwrite:
+        run(recipe, "old")
+        (root / "instruct/notes.txt").write_text("mine", encoding="utf-8")
+        shutil.copytree(root, kept, dirs_exist_ok=True)
+    count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
+    ended_new = 0
+    for first in range(0, count, 1 if overwrite else 3):
+        shutil.rmtree(root, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(kept, root)
+        before = files(root)
+
+        def work(first: int = first) -> None:
+            patch = pytest.MonkeyPatch()
+            Disk(root, die, first).install(patch)
+            run(recipe, "new", overwrite=overwrite)
+
+        assert forked(work) == -signal.SIGKILL
+        # What the next command does first.
+        with locked(root):
+            restore(root)
+        after = files(root)
+        if any(name.startswith("checkpoints/instruct/step-1/") for name in after) and after != before:
+            ended_new += 1
+            names = {
+                "config.json",
+                "recipe.yaml",
+                "summary.json",
+                "skipped.jsonl",
+                "train_log.jsonl",
+                "checkpoint.json",
+            }
+            assert names <= {Path(name).name for name in after}
+            assert problems_of_output_dir(recipe, resume=True) == []
+        else:
+            assert after == before, first
+    assert ended_new < count // 3
+    run(recipe, "last", overwrite=(root / "recipe.yaml").exists())
+    assert json.loads((root / "summary.json").read_text(encoding="utf-8"))["seed"] == "last"
+
+
+def said(recipe: Recipe, **how: bool) -> str:
+    return "\n".join(" ".join(problem) for problem in problems_of_output_dir(recipe, **how))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("key", ["start_from", "base", "data", "image_root", "validation", "evaluation"])
+def test_k2_an_input_that_would_be_replaced_is_refused_by_name(tmp_path: Path, key: str, overwrite: bool) -> None:
+    root = tmp_path / "run"
+    run(a_recipe(root), "old")
+    data = {"path": str(tmp_path / "train.json"), "image_root": None, "validation": None}
+    inside = {
+        "start_from": (("start_from",), root / "instruct"),
+        "base": (("base", "model_name_or_path"), root / "base"),
+        "data": (("stages", "instruct", "data", "path"), root / "instruct/mine.json"),
+        "image_root": (("stages", "instruct", "data", "image_root"), root / "evaluation"),
+        "validation": (("stages", "instruct", "data", "validation", "path"), root / "align/v.json"),
+        "evaluation": (("evaluation", "data", "path"), root / "evaluation/mine.json"),
+    }
+    names, path = inside[key]
+    if path.suffix:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("[]", encoding="utf-8")
+    settings: dict[str, object] = {
+        "stages": {"instruct": {"data": data, "tokens_per_micro_batch": 4096}},
+        "base": {"model_name_or_path": str(tmp_path)},
+        "evaluation": {"data": {"path": str(tmp_path / "test.json")}},
+    }
+    holder = settings
+    for name in names[:-1]:
+        holder[name] = holder.get(name) or {}
+        holder = holder[name]  # type: ignore[assignment]
+    holder[names[-1]] = path if key == "start_from" else str(path)
+    recipe = a_recipe(root, **settings)
+    before = contents(root, kits=True)
+    shown = said(recipe, overwrite=overwrite)
+    assert ".".join(names) in shown and str(path) in shown
+    if not overwrite:
+        assert "--overwrite replaces" not in shown
+    with pytest.raises(TrainingError, match="output_dir"), claimed(recipe, overwrite=overwrite):
+        pytest.fail("claimed")
+    assert contents(root, kits=True) == before
+
+
+def test_k2_an_input_is_known_through_a_link_and_one_beside_the_run_is_no_problem(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run(a_recipe(root), "old")
+    (tmp_path / "link").symlink_to(root / "instruct")
+    assert "start_from" in said(a_recipe(root, start_from=tmp_path / "link"), overwrite=True)
+    (root / "check").mkdir()
+    (root / "check/train.jsonl").write_text("", encoding="utf-8")
+    data = {"path": "./train.json", "exclude": str(root / "check/train.jsonl")}
+    stages = {"instruct": {"data": data, "tokens_per_micro_batch": 4096}}
+    assert said(a_recipe(root, stages=stages), overwrite=True) == ""
+
+
+@pytest.mark.parametrize("name", ["base", "evaluation", "checkpoints", "align", "instruct", "checkpoints/instruct"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_k3_a_directory_of_the_user_is_refused_by_name_and_stays(recipe: Recipe, name: str, overwrite: bool) -> None:
+    root = recipe.resolved_output_dir
+    (root / name).mkdir(parents=True)
+    (root / name / "model.safetensors").write_text("mine", encoding="utf-8")
+    before = contents(root, kits=True)
+    with pytest.raises(TrainingError, match=rf"holds {name}/, which no run of the kit wrote. Give another"):
+        run(recipe, "new", overwrite=overwrite)
+    assert contents(root, kits=True) == before
+
+
+def test_k3_files_of_the_user_in_a_run_stay_where_they_are(recipe: Recipe) -> None:
+    root = recipe.resolved_output_dir
+    run(recipe, "old")
+    mine = ("notes.txt", "instruct/README.md", "checkpoints/instruct/step-3/notes.txt", "base/sub/mine", "features/f")
+    for name in mine:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("mine", encoding="utf-8")
+    (root / "instruct/link").symlink_to("README.md")
+    run(recipe, "new", overwrite=True, steps=5)
+    assert [(root / name).read_text(encoding="utf-8") for name in mine] == ["mine"] * len(mine)
+    assert (root / "instruct/link").readlink() == Path("README.md")
+    assert "new" in (root / "instruct/adapter_model.safetensors").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "train_log.jsonl", "instruct/adapter_model.safetensors"])
+def test_k3_a_file_that_was_changed_since_is_not_the_run_s_any_more(recipe: Recipe, name: str) -> None:
+    root = recipe.resolved_output_dir
+    run(recipe, "old")
+    with (root / name).open("a", encoding="utf-8") as file:
+        file.write("# mine\n")
+    before = contents(root, kits=True)
+    with pytest.raises(TrainingError, match=rf"{name} was changed since the run wrote it"):
+        run(recipe, "new", overwrite=True)
+    assert contents(root, kits=True) == before
+
+
+def test_k3_a_run_without_a_list_continues_but_is_not_overwritten(recipe: Recipe) -> None:
+    root = recipe.resolved_output_dir
+    run(recipe, "old")
+    shutil.rmtree(root / STATE)
+    with pytest.raises(TrainingError, match=r"no list of what a run wrote .* Move it away: mv .*run .*run\.old"):
+        run(recipe, "new", overwrite=True)
+    with pytest.raises(TrainingError, match=r"holds a run already .*--resume continues it") as error:
+        run(recipe, "new")
+    assert "--overwrite" not in str(error.value)
+    with claimed(recipe, resume=True):
+        output.write_summary(root, {"resumed": True})
+    assert output.read_summary(root) == {"resumed": True}
+
+
+def test_k3_a_run_that_was_copied_or_moved_is_known_by_its_content(recipe: Recipe, tmp_path: Path) -> None:
+    run(recipe, "old")
+    copied = a_recipe(tmp_path / "copied")
+    # Times and inodes are others.
+    shutil.copytree(recipe.resolved_output_dir, tmp_path / "copied", copy_function=shutil.copy)
+    run(copied, "new", overwrite=True)
+    assert output.read_summary(tmp_path / "copied")["seed"] == "new"
+
+
+def test_k4_to_resume_a_run_without_a_checkpoint_says_what_to_do(recipe: Recipe) -> None:
+    root = recipe.resolved_output_dir
+
+    def work() -> None:
+        run(recipe, "new", lambda name: die("", "") if name == "step 1" else None)
+
+    assert forked(work) == -signal.SIGKILL
+    assert root.exists()
+    words = r"no run in it has come to its first checkpoint. Leave --resume out"
+    with pytest.raises(TrainingError, match=words), claimed(recipe, resume=True):
+        pytest.fail("there is nothing to resume")
+    run(recipe, "new")
+
+
+def test_k42_k43_a_folder_of_the_user_is_what_it_was_after_everything(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "mine"
+    elsewhere.mkdir()
+    (elsewhere / "secret.txt").write_text("mine", encoding="utf-8")
+    root.mkdir()
+    for name in (
+        "paper.partial",
+        "data.removed",
+        ".lock",
+        "base.partial/x",
+        "out.partial/x",
+        "step-1.removed/y",
+        ".writable",
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("mine", encoding="utf-8")
+    (root / ".lora-llava-mine").mkdir()
+    (root / ".lora-llava-mine/notes.txt").write_text("mine", encoding="utf-8")
+    (root / "link").symlink_to(elsewhere / "secret.txt")
+    (root / "dangling").symlink_to(elsewhere / "not there")
+    before, outside = contents(root, kits=True), contents(elsewhere)
+    recipe = a_recipe(root)
+
+    def mine() -> dict[str, str]:
+        found = contents(root, kits=True)
+        return {name: found.get(name, "gone") for name in before}
+
+    with pytest.raises(Stopped):
+        run(recipe, "failed", stop_at("step 1"))
+    assert contents(root, kits=True) == before
+    run(recipe, "first")
+    assert mine() == before
+    with pytest.raises(TrainingError, match="holds a run already"):
+        run(recipe, "refused")
+    run(recipe, "second", overwrite=True)
+    with staged(root / "out") as staging:
+        (staging / "model").write_text("merged", encoding="utf-8")
+    assert mine() == before
+    assert contents(elsewhere) == outside
+
+
+@pytest.mark.parametrize(
+    "name", [LOCK, "recipe.yaml", "train_log.jsonl", "loss.png", "summary.json", "skipped.jsonl", STATE]
+)
+def test_k43_nothing_is_written_through_a_link(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    root, target = recipe.resolved_output_dir, tmp_path / "target"
+    root.mkdir()
+    target.write_text("mine", encoding="utf-8")
+    (root / name).symlink_to(target)
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match=name.replace(".", r"\.")):
+            run(recipe, "new", overwrite=overwrite)
+    assert target.read_text(encoding="utf-8") == "mine"
+    assert contents(root, kits=True) == {name: f"-> {target}"}
+
+
+def test_k43_a_lock_of_another_tool_stays(recipe: Recipe) -> None:
+    root = recipe.resolved_output_dir
+    root.mkdir()
+    (root / LOCK).write_text("held by a scheduler", encoding="utf-8")
+    with pytest.raises(TrainingError, match="is not a lock of the kit"):
+        run(recipe, "new")
+    assert (root / LOCK).read_text(encoding="utf-8") == "held by a scheduler"
+
+
+def test_k43_links_that_the_user_made_to_another_disk_work_and_stay(tmp_path: Path) -> None:
+    disks = {name: tmp_path / "disk" / name.replace("/", "-") for name in ("checkpoints", "instruct", "base", "run")}
+    for disk in disks.values():
+        disk.mkdir(parents=True)
+    (disks["checkpoints"] / "thesis.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "run").symlink_to(disks["run"])
+    for name in ("checkpoints", "instruct", "base"):
+        (tmp_path / "run" / name).symlink_to(disks[name])
+    recipe = a_recipe(tmp_path / "run")
+    for seed, overwrite in (("first", False), ("second", True), ("third", True)):
+        with pytest.raises(Stopped):
+            run(recipe, "failed", stop_at("step 1"), overwrite=overwrite)
+        run(recipe, seed, overwrite=overwrite)
+        assert (disks["instruct"] / "adapter_model.safetensors").read_text(encoding="utf-8") == seed * 100
+        assert (disks["base"] / "config.json").read_text(encoding="utf-8") == seed
+        assert sorted(one.name for one in (disks["checkpoints"] / "instruct").iterdir()) == ["step-2", "step-3"]
+    assert (tmp_path / "run").is_symlink()
+    assert all((tmp_path / "run" / name).is_symlink() for name in ("checkpoints", "instruct", "base"))
+    assert (disks["checkpoints"] / "thesis.txt").read_text(encoding="utf-8") == "mine"
+    assert not list((tmp_path / "disk").rglob(f"{STAGING}*"))
+
+
+def test_k43_a_link_to_a_disk_that_is_not_there_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.resolved_output_dir.mkdir()
+    (recipe.resolved_output_dir / "checkpoints").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(TrainingError, match=r"checkpoints is a link to .*unplugged, which is not there"):
+        run(recipe, "new")
+
+
+def test_k42_only_what_a_killed_process_of_the_kit_claimed_is_cleared(tmp_path: Path) -> None:
+    def work() -> None:
+        with staged(tmp_path / "out") as staging:
+            (staging / "half").write_text("half", encoding="utf-8")
+            die("", "")
+
+    assert forked(work) == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    shutil.copytree(left, tmp_path / ".lora-llava-copied")
+    with staged(tmp_path / "out"):
+        pass
+    # A copy of it has another inode, so that it is somebody's.
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".lora-llava-copied", "out"]
