@@ -30,6 +30,7 @@ from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe import AdapterSettings
 from lora_llava.recipe_stages import AspectRatio, StageName
 from lora_llava.recipe_start import adapter_of
+from lora_llava.run_directory.claim import restore_around
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -119,6 +120,7 @@ def file_sha256(path: Path) -> str:
 
 def is_artifact(directory: Path) -> bool:
     """Tell an artifact from a model; ArtifactError for a directory that is neither."""
+    restore_around(directory)
     if (directory / MANIFEST).is_file():
         return True
     if (directory / "config.json").is_file():
@@ -208,6 +210,7 @@ def load_model(
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and check the manifest of an artifact; ArtifactError names what is wrong with it."""
+    restore_around(directory)
     path = directory / MANIFEST
     if not path.is_file():
         raise ArtifactError(

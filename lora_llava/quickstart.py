@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lora_llava.files import shown_path
+from lora_llava.files import shown_path, write_text
 from lora_llava.quickstart_assets import prepare_assets
 from lora_llava.recipe_file import bundled_recipes, load_recipe
 from lora_llava.run_directory.output import write_summary
@@ -42,12 +43,15 @@ def run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
 
 def place_recipe(source: Path, directory: Path, console: Console) -> None:
     """Copy a recipe beside the data; one that was edited there is kept under another name."""
-    target = directory / source.name
-    if target.exists() and target.read_bytes() != source.read_bytes():
-        kept = target.with_name(f"{target.name}.old")
-        target.replace(kept)
+    target, text = directory / source.name, source.read_text(encoding="utf-8")
+    if target.is_file() and not target.is_symlink() and target.read_text(encoding="utf-8", errors="replace") == text:
+        return
+    if os.path.lexists(target):
+        names = (target.with_name(f"{target.name}.old{number or ''}") for number in itertools.count())
+        kept = next(path for path in names if not os.path.lexists(path))
+        target.rename(kept)
         console.print(f"{target.name} had been edited: it is now {kept.name}")
-    shutil.copyfile(source, target)
+    write_text(target, text)
 
 
 def print_next(directory: Path, artifact_directory: Path, console: Console) -> None:

@@ -124,7 +124,7 @@ def copy_recipe(name: str, target: Path | None) -> None:
     target = target or Path(source.name)
     if target.is_dir():
         target /= source.name
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise RecipeError(f"{target} exists already and is not overwritten; give another file with --to")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from lora_llava.doctor.conversations import Conversations
 from lora_llava.doctor.figures import side_figures
 from lora_llava.doctor.references import reference_findings
 from lora_llava.doctor.survey import Source, Survey
+from lora_llava.errors import DataError
+from lora_llava.files import shown_path, staged_file
+from lora_llava.run_directory.written import note_all, read_written
 
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
 FORMAT = 1
@@ -124,32 +128,51 @@ def _kind_as_json(kind: str, found: list[Finding]) -> dict[str, Any]:
 
 
 def write_report(report: Report, page: str, directory: Path) -> None:
-    """Write the report, its page and the lists; each file appears when it is complete, `check.json` last."""
+    """Write the report, its page and the lists; each file appears when it is complete, `check.json` last.
+
+    Files of an earlier check are replaced. Raises DataError, before anything is written, if a file that no check wrote,
+    or that was changed since, has the name of one.
+    """
     lists = directory / LISTS
+    in_use = {os.path.realpath(one.data.exclude) for one in report.survey.sources if one.data.exclude}
+    _refuse_foreign(directory, [f"{LISTS}/{one.name}.jsonl" for one in report.survey.sources], in_use)
     lists.mkdir(parents=True, exist_ok=True)
     for source in report.survey.sources:
-        path = lists / f"{source.name}.jsonl"
+        name = f"{LISTS}/{source.name}.jsonl"
         if not source.bad.found:
-            path.unlink(missing_ok=True)
+            (directory / name).unlink(missing_ok=True)
             continue
         # A list that was in use is taken over: the new one replaces it.
         before = [
             BadRecord(source.data_name, number, identity, "excluded", "left out before")
             for number, identity in Exclusions(source.data.exclude).ids.items()
         ]
-        staged = path.with_name(f"{path.name}.partial")
-        write_bad_records(staged, [*source.bad.found, *before])
-        staged.replace(path)
+        with _listed(directory, name) as path:
+            write_bad_records(path, [*source.bad.found, *before])
     if not any(lists.iterdir()):
         lists.rmdir()
-    _write(directory / PAGE, page)
-    _write(directory / REPORT, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+    for name, text in ((PAGE, page), (REPORT, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")):
+        with _listed(directory, name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f"{path.name}.partial")
-    with staged.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    staged.replace(path)
+@contextmanager
+def _listed(directory: Path, name: str) -> Iterator[Path]:
+    """Give a path to write to; the file is listed as the kit's and named when the block ends."""
+    with staged_file(directory / name) as path:
+        yield path
+        note_all(directory, {name: path})
+
+
+def _refuse_foreign(directory: Path, lists: list[str], in_use: set[str]) -> None:
+    written = read_written(directory)
+    for name in (PAGE, REPORT, *lists):
+        path = directory / name
+        # What a list in use holds is taken over into the new one, however it was edited.
+        taken_over = os.path.realpath(path) in in_use and not path.is_symlink()
+        ours = written is not None and written.is_ours(name)
+        if os.path.lexists(path) and not taken_over and not ours:
+            raise DataError(
+                f"{shown_path(path)} was not written by lora-llava check, or was changed since; move it elsewhere, or "
+                "give another directory with --output"
+            )

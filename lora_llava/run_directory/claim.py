@@ -116,11 +116,12 @@ def restore(root: Path) -> None:
 def restore_around(directory: Path) -> None:
     """Put back the run of `directory`, an artifact or a checkpoint, if its exchange for another was broken off.
 
-    A run that is at work there is left alone.
+    A run that is at work there is left alone; so is a disk that cannot be written.
     """
-    for root in (directory, *directory.parents[:3]):
+    here = directory.absolute()
+    for root in (here, *here.parents[:3]):
         if (root / STATE / EXCHANGE).is_file() and not is_locked(root):
-            with locked(root):
+            with suppress(TrainingError), locked(root):
                 restore(root)
 
 

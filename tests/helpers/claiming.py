@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -95,3 +98,35 @@ def contents(root: Path, *, kits: bool = False) -> dict[str, str]:
         else:
             found[name] = "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+class Stopped(BaseException):
+    """Ends a run at once, as no handler expects."""
+
+
+def stop_at(moment: str) -> Moment:
+    """Make what ends a run at a moment."""
+
+    def stop(name: str) -> None:
+        if name == moment:
+            raise Stopped
+
+    return stop
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Do `work` in another process; return its exit code, negative if a signal ended it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die(name: str, path: str) -> None:
+    """Be killed here."""
+    os.kill(os.getpid(), signal.SIGKILL)
