@@ -174,7 +174,7 @@ def _overwrite_problems(
             "Move it elsewhere, or give another output_dir=PATH.",
         )
     # Strangers' files in a directory that the run made stay in it; a directory without any of its files is not its own.
-    foreign = [name for name, paths in found.items() if not any(path in written.versions for path in paths)]
+    foreign = [name for name in found if not any(f"{path}/".startswith(f"{name}/") for path in written.versions)]
     if foreign:
         yield _not_ours(root, foreign)
 

@@ -16,6 +16,7 @@ from lora_llava.files import STAGING
 from lora_llava.recipe import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, restore, restore_around
+from lora_llava.run_directory.exchange import EXCHANGE
 from lora_llava.run_directory.lock import locked
 from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.run_directory.written import STATE
@@ -34,10 +35,13 @@ def recipe(tmp_path: Path) -> Recipe:
     return a_recipe(tmp_path / "run")
 
 
-def calls_until_the_first_checkpoint(recipe: Recipe, *, overwrite: bool) -> int:
-    """Count what a run does to the disk until its first checkpoint is whole."""
+def calls_until_the_first_checkpoint(recipe: Recipe, *, overwrite: bool) -> tuple[list[int], int]:
+    """List the calls to the disk at which to fail, and count those until the first checkpoint is whole.
+
+    Before the exchange of the runs every fourth, which are of each kind; then every one.
+    """
     counting = Disk(recipe.resolved_output_dir)
-    counts = []
+    counts: list[int] = []
 
     def moment(name: str) -> None:
         if name == "saved 1":
@@ -48,7 +52,9 @@ def calls_until_the_first_checkpoint(recipe: Recipe, *, overwrite: bool) -> int:
         counting.install(patch)
         with pytest.raises(Stopped):
             run(recipe, "counted", moment, overwrite=overwrite)
-    return counts[0]
+    count = counts[0]
+    begins = next(number for number, call in enumerate(counting.calls) if EXCHANGE in call[1])
+    return [*range(0, begins, 4), *range(begins, count)], count
 
 
 def files(root: Path) -> dict[str, str]:
@@ -108,8 +114,8 @@ def test_k1_a_disk_that_fails_at_any_call_leaves_the_earlier_run(
         run(recipe, "old")
         (root / "instruct/notes.txt").write_text("mine", encoding="utf-8")
         shutil.copytree(root, kept, dirs_exist_ok=True, symlinks=True)
-    count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
-    for first in range(count):
+    calls, count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
+    for first in calls:
         shutil.rmtree(root)
         if overwrite:
             shutil.copytree(kept, root, symlinks=True)
@@ -144,9 +150,9 @@ def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
         run(recipe, "old")
         (root / "instruct/notes.txt").write_text("mine", encoding="utf-8")
         shutil.copytree(root, kept, dirs_exist_ok=True)
-    count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
+    calls, count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
     ended_new = 0
-    for first in range(0, count, 1 if overwrite else 3):
+    for first in calls:
         shutil.rmtree(root, ignore_errors=True)
         if overwrite:
             shutil.copytree(kept, root)
