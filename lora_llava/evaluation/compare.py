@@ -32,7 +32,7 @@ from lora_llava.evaluation.outcome import (
     summarize,
 )
 from lora_llava.evaluation.questions import Question, QuestionSet
-from lora_llava.evaluation.report import accuracy_table, confusion_table, value_table, write_predictions
+from lora_llava.evaluation.report import accuracy_table, confusion_table, most_labels, value_table, write_predictions
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.progress import Bar
@@ -189,7 +189,8 @@ def _write_samples(path: Path, outcome: Outcome) -> None:
 def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
     """Print the tables."""
     console.print()
-    console.print(accuracy_table(outcome.tables(), outcome.metric))
+    width = console.width
+    console.print(accuracy_table(outcome.tables(), outcome.metric, width))
     images = {question.image for question in outcome.questions} - {None}
     console.print(f"{counted(len(outcome.questions), 'question')} on {counted(len(images), 'image')}")
     console.print("majority: always giving the most frequent answer of each type of question")
@@ -198,14 +199,17 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
     if BLIND in outcome.answers:
         console.print("\nThe same questions without their images (the mean color in place of each):")
         blind = {TUNED: outcome.table(TUNED, on=BLIND), BLIND: outcome.table(BLIND)}
-        console.print(accuracy_table(blind, outcome.metric))
+        console.print(accuracy_table(blind, outcome.metric, width))
     for key in by:
         console.print()
-        console.print(value_table(accuracies_by(outcome, key), key, outcome.metric))
+        console.print(value_table(accuracies_by(outcome, key), key, outcome.metric, width))
     tuned = outcome.answers[TUNED]
     if counts := confusion([question.answer for question in outcome.questions], tuned.texts):
         console.print()
-        console.print(confusion_table(counts, TUNED))
+        if len(counts.labels) <= most_labels(width):
+            console.print(confusion_table(counts, TUNED, width))
+        else:
+            console.print(f"{ACCURACY} has the answers by reference, too many for {width} columns.")
         if yes := counts.yes:
             figures = [f"{name} {'-' if value is None else f'{100 * value:.1f} %'}" for name, value in yes.items()]
             console.print(f"yes: {', '.join(figures).replace('f1', 'F1')}")

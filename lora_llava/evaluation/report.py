@@ -15,8 +15,8 @@ from lora_llava.text import printable
 MAJORITY = "majority"
 """Name of the column of always giving the most frequent answer."""
 _LABELS = {CLOSED: "closed (yes/no)", NUMBER: "open: number", OTHER: "open: other"}
-_MAX_WIDTH = 78
-"""Columns of a terminal that a table may take."""
+_WIDTH = 80
+"""Columns of a terminal, unless told otherwise."""
 _MAX_VALUES = 12
 """Values of an own key that a table lists."""
 _MAX_LABEL = 20
@@ -87,14 +87,18 @@ def _cell(accuracy: Accuracy | None, *, bare: bool) -> str:
     return f"{100 * accuracy.share:.1f} ({100 * accuracy.low:.1f}-{100 * accuracy.high:.1f})"
 
 
-def accuracy_table(results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match") -> FittingTable:
-    """Show accuracies in per cent with their 95 % Wilson intervals, for a terminal of 80 columns."""
-    return _table(accuracy_rows(results), f"{score_title(metric)} (95 % interval)")
+def accuracy_table(
+    results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match", width: int = _WIDTH
+) -> FittingTable:
+    """Show accuracies in per cent with their 95 % Wilson intervals, for a terminal of `width` columns, at least 60."""
+    return _table(accuracy_rows(results), f"{score_title(metric)} (95 % interval)", width)
 
 
-def value_table(results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric) -> FittingTable:
+def value_table(
+    results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric, width: int = _WIDTH
+) -> FittingTable:
     """Show the accuracies by the values of an own key."""
-    return _table(value_rows(results, key), f"{score_title(metric)} by {printable(key)} (95 % interval)")
+    return _table(value_rows(results, key), f"{score_title(metric)} by {printable(key)} (95 % interval)", width)
 
 
 def score_title(metric: Metric) -> str:
@@ -102,30 +106,48 @@ def score_title(metric: Metric) -> str:
     return "Token F1 in %" if metric == "token_f1" else f"Accuracy in %, {METRIC_NAMES[metric]}"
 
 
-def confusion_table(counts: Confusion, name: str) -> FittingTable:
+def most_labels(width: int) -> int:
+    """Return how many labels a table of answers by reference can have in `width` columns."""
+    return (width - 14) // 6 - 1
+
+
+def confusion_table(counts: Confusion, name: str, width: int = _WIDTH) -> FittingTable:
     """Show how often each answer was given for each reference."""
-    # Ten labels fit 80 columns if they are short.
-    width = min(12, 62 // (len(counts.labels) + 1) - 1)
-    heading = ["reference", *(printable(label)[:width] for label in counts.labels), "other"[:width]]
+    room = max(3, min(12, (width - 14) // (len(counts.labels) + 1) - 2))
+    heading = ["reference", *(printable(label)[:room] for label in counts.labels), "other"[:room]]
     body = [[printable(label)[:12], *map(str, row)] for label, row in zip(counts.labels, counts.counts, strict=True)]
-    return _table([heading, *body], f"Answers of {name} by reference")
+    return _table([heading, *body], f"Answers of {name} by reference", width)
 
 
-def _table(rows: Sequence[Sequence[str]], title: str) -> FittingTable:
-    heading, *body = rows
-    widths = [max(len(row[place]) for row in rows) for place in range(len(heading))]
-    if sum(widths) + 2 * len(widths) > _MAX_WIDTH:
-        # The interval on a line of its own.
-        body = [[*row[:2], *(cell.replace(" (", "\n(") for cell in row[2:])] for row in body]
+def _table(rows: Sequence[Sequence[str]], title: str, width: int) -> FittingTable:
+    heading, *body = _fitted(rows, width)
     # The number of questions goes first where there is no room, then the models beside the tuned one.
-    ranks = (
-        [MUST, len(heading), *range(len(heading) - 3, -1, -1)] if heading[1] == "questions" else [MUST] * len(heading)
-    )
+    ranks = [MUST] * len(heading)
+    if rows[0][1] == "questions":
+        ranks = [MUST, len(heading), *range(len(heading) - 3, -1, -1)]
     columns = [Column(name, is_number=place > 0, importance=ranks[place]) for place, name in enumerate(heading)]
     table = FittingTable(title, columns)
     for row in body:
         table.add(*row)
     return table
+
+
+def _fitted(rows: Sequence[Sequence[str]], width: int) -> Sequence[Sequence[str]]:
+    """Break cells so that the table fits: the interval on a line of its own, then on two, with short headings."""
+    broken = [[*row[:2], *(cell.replace(" (", "\n(") for cell in row[2:])] for row in rows]
+    narrow = [[cell.replace(" (", "\n(") for cell in row[:2]] + [_in_lines(cell) for cell in row[2:]] for row in rows]
+    narrow[0][1] = {"questions": "n"}.get(narrow[0][1], narrow[0][1])
+    return next((form for form in (rows, broken) if _width(form) <= width), narrow)
+
+
+def _in_lines(cell: str) -> str:
+    score, bracket, interval = cell.partition(" (")
+    return f"{score}\n({interval.replace('-', '-' + chr(10))}" if bracket else cell
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    columns = zip(*rows, strict=True)
+    return sum(2 + max(len(line) for cell in column for line in cell.split("\n")) for column in columns) - 1
 
 
 def accuracy_markdown(results: Mapping[str, Mapping[str, Accuracy]]) -> str:

@@ -20,6 +20,7 @@ from lora_llava.evaluation.report import (
     accuracy_rows,
     accuracy_table,
     confusion_table,
+    most_labels,
     value_table,
     write_predictions,
 )
@@ -59,21 +60,25 @@ def test_k68_a_model_that_was_asked_less_has_the_number_in_its_heading() -> None
     assert rows[1][1] == "4"
 
 
-def test_tables_fit_80_columns() -> None:
-    console = Console(width=80)
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_tables_fit_the_terminal(width: int) -> None:
+    console = Console(width=width)
     names = ("majority", "base (300)", "start", "tuned")
     wide = accuracy_by_type([1] * 1200, ["yes", "2", "left lung"] * 400)
     values = accuracy_by_value([1] * 40, [f"a long name of patient {number}" for number in range(40)])
     with console.capture() as capture:
-        console.print(accuracy_table(dict.fromkeys(names, wide), "vqa_v2"))
-        console.print(value_table(dict.fromkeys(names[1:], values), "patient", "token_f1"))
-        labels = [f"label number {number}" for number in range(10)]
-        console.print(confusion_table(Confusion(labels, [[1000] * 11] * 10), "tuned"))
+        console.print(accuracy_table(dict.fromkeys(names, wide), "vqa_v2", width))
+        console.print(value_table(dict.fromkeys(names[1:], values), "patient", "token_f1", width))
+        labels = [f"label number {number}" for number in range(min(10, most_labels(width)))]
+        counts = Confusion(labels, [[9999] * (len(labels) + 1)] * len(labels))
+        console.print(confusion_table(counts, "tuned", width))
     lines = capture.get().splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= width
     assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines if "a long name" not in line)
     assert "Accuracy in %, VQA v2 (95 % interval)" in capture.get()
+    assert most_labels(80) == 10
     assert "and 28 more" in capture.get()
+    assert ("100.0 (99.7-100.0)" in capture.get()) == (width == 160)
 
 
 def test_accuracy_table_and_markdown_show_the_rows() -> None:
