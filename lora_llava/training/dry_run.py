@@ -22,6 +22,7 @@ from lora_llava.training.memory import (
     MemoryRow,
     activation_bytes,
     expected_memory,
+    held_bytes,
     in_4_bits,
     largest_row,
     planned_parameters,
@@ -129,6 +130,7 @@ def _print_stage(
     console.print(parameter_table_view(table, "Parameters, as they would be"))
     rank = lora_rank(recipe, stage)
     activations = activation_bytes(config, chosen.recompute, tokens, targets, dtype, rank, machine.attention)
+    activations = held_bytes(activations, chosen.recompute, machine.device)
     console.print(f"On this machine: {chosen}")
     console.print(memory_view(expected_memory(chosen.optim, table), activations, tokens))
     console.print(cards_view(cards(shapes)))

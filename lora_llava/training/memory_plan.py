@@ -20,7 +20,14 @@ from lora_llava.modeling.structure import ElementType, PartRow
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.training.cost import Machine, relative_cost
-from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits, planned_parameters
+from lora_llava.training.memory import (
+    Recompute,
+    activation_bytes,
+    expected_memory,
+    held_bytes,
+    in_4_bits,
+    planned_parameters,
+)
 from lora_llava.training.plan import StageRecords
 
 GIB = 1024**3
@@ -142,7 +149,6 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
     kept = recipe.quantization.keep_dequantized
     keeping = [kept] if isinstance(kept, bool) else [False, True] if nf4 else [False]
     optimizers = ["adamw_torch", "paged_adamw_8bit"] if machine.device == "cuda" else ["adamw_torch"]
-    rank = lora_rank(recipe, shapes.stage)
     quantized = in_4_bits(shapes.table, config, recipe.quantization, shapes.dtype)
     for dequantized, optim, recompute in product(
         keeping,
@@ -158,7 +164,7 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
                 recompute,
                 optim,
                 bool(dequantized),
-                fixed + activation_bytes(config, recompute, tokens, tokens, shapes.dtype, rank, machine.attention),
+                fixed + held_bytes(_activations(shapes, machine, recompute, tokens), recompute, machine.device),
                 machine.usable,
                 shapes.sharing(tokens)
                 * relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
@@ -167,6 +173,12 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
         ]
         fitting = [plan for plan in rows if plan.bytes_needed <= plan.bytes_usable]
         yield min(fitting, key=_preference) if fitting else min(rows, key=lambda plan: plan.bytes_needed)
+
+
+def _activations(shapes: StageShapes, machine: Machine, recompute: Recompute, tokens: int) -> int:
+    """Estimate what a micro-batch needs whose tokens are all supervised."""
+    rank = lora_rank(shapes.recipe, shapes.stage)
+    return activation_bytes(shapes.config, recompute, tokens, tokens, shapes.dtype, rank, machine.attention)
 
 
 def lora_rank(recipe: Recipe, stage: StageName) -> int:

@@ -28,7 +28,14 @@ from lora_llava.modeling.structure import FLEX, TREES, PartRow
 from lora_llava.recipe import AdapterSettings, Recipe
 from lora_llava.recipe_stages import StageName
 from lora_llava.training.cost import Machine
-from lora_llava.training.memory import Recompute, activation_bytes, expected_memory, in_4_bits, planned_parameters
+from lora_llava.training.memory import (
+    CPU_HEAP,
+    Recompute,
+    activation_bytes,
+    expected_memory,
+    in_4_bits,
+    planned_parameters,
+)
 from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory
 from tests.helpers.tiny import tiny_config
 
@@ -221,3 +228,17 @@ def test_a_row_is_as_long_as_a_tree_where_that_saves_the_image() -> None:
     tokens = plan_memory(shapes, cpu).tokens_per_micro_batch
     assert shared(tokens) == shared(10**6) < shared(1000) < shared(668) == 1.0
     assert tokens >= 616 + 16 * 44
+
+
+@pytest.mark.parametrize(("policy", "factor"), [(False, 1.0), ("selective", CPU_HEAP), (True, CPU_HEAP)])
+def test_k67_on_a_cpu_the_plan_counts_what_the_heap_keeps_where_layers_are_computed_again(
+    policy: Any, factor: float
+) -> None:
+    quantization = {"keep_dequantized": True}
+    fixed = {"optim": "adamw_torch", "gradient_checkpointing": policy, "tokens_per_micro_batch": 1536}
+    settings = recipe(stage=fixed, quantization=quantization)
+    table = table_of(settings.adapter.r, "instruct")
+    shapes = StageShapes(settings, "instruct", llava_7b(), table, torch.float32, 1024)
+    needed = {device: plan_memory(shapes, Machine(device, 10**15, TREES)).bytes_needed for device in ("cpu", "cuda")}
+    parameters = sum(row.total for row in expected_memory("adamw_torch", table))
+    assert needed["cpu"] - parameters == pytest.approx(factor * (needed["cuda"] - parameters), abs=2)
