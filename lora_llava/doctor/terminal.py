@@ -24,7 +24,7 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     if report.conversations.missing:
         console.print(
             f"Not checked: tokens and plan, since the base is not here: {report.conversations.missing}",
-            soft_wrap=True,
+            soft_wrap=not console.is_terminal,
             markup=False,
         )
     for stage, plan in report.conversations.plans.items():
@@ -34,16 +34,19 @@ def print_report(report: Report, directory: str, console: Console) -> None:
                 f"{stage}: {steps_line(plan['optimizer_steps'], plan['warmup_steps'])}, "
                 f"{plan['computed_tokens']:,} tokens, {plan['share_saved_by_packing']:.0%} saved by packing{problem}",
                 markup=False,
-                soft_wrap=True,
+                soft_wrap=not console.is_terminal,
             )
             if "steps" in plan:
-                console.print(f"{stage}: {plan['steps']}", markup=False, soft_wrap=True)
+                console.print(f"{stage}: {plan['steps']}", markup=False, soft_wrap=not console.is_terminal)
         else:
             console.print(f"{stage}: no plan{problem}", markup=False)
     if report.findings:
         console.print(findings_view(report))
     for key, (file, count) in report.lists.items():
-        console.print(f"{count:,} bad records can be left out with {key}={Path(directory) / file}", soft_wrap=True)
+        console.print(
+            f"{count:,} bad records can be left out with {key}={Path(directory) / file}",
+            soft_wrap=not console.is_terminal,
+        )
     counts = ", ".join(f"{report.count(one):,} {one}{'' if report.count(one) == 1 else 's'}" for one in SEVERITIES)
     console.print(f"{counts}. In {directory}: {PAGE} to look at, {REPORT} to work with.", soft_wrap=True)
 

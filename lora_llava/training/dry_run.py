@@ -121,7 +121,9 @@ def _print_stage(
     tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
     if records is not None:
         data = plan_records(records, stage, settings, tokens, recipe.seed)
-        console.print("\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=True)
+        console.print(
+            "\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=not console.is_terminal
+        )
         if offer := cache_offer(settings, data):
             console.print(offer)
         tokens, targets = largest_row(data)

@@ -147,7 +147,7 @@ def train_stage(
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
     about = [data.summary(), *length_lines(stage, recipe.stage(stage), data), str(chosen)]
     about += [f"attention {attention}, {why}", cache_offer(recipe.stage(stage), data) or ""]
-    console.print("\n".join(f"{stage}: {line}" for line in about if line), soft_wrap=True)
+    console.print("\n".join(f"{stage}: {line}" for line in about if line), soft_wrap=not console.is_terminal)
     trainer = make_trainer(recipe, stage, loaded, data, chosen.optim, dtype, console)
     artifact = StageArtifact(recipe, stage, loaded, data, parent)
     saver = Saver(artifact, chosen, facts, started, found, exact=exact)
