@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_llava.recipe import Recipe
@@ -15,7 +16,7 @@ from lora_llava.recipe_base import Settings
 from lora_llava.recipe_errors import shown
 from lora_llava.recipe_stages import DataSettings, StageSettings
 
-_JSON = (".json", ".jsonl")
+_ONE_FILE = (".json", ".jsonl", ".csv", ".tsv")
 _OF_THE_MODEL = {
     "vision_feature_layer": ("vision_feature_layer", -2),
     "vision_feature_select_strategy": ("vision_feature_select_strategy", "default"),
@@ -119,8 +120,10 @@ def _unused_in_data(place: str, data: DataSettings) -> Iterator[Unused]:
     if data.on_bad_record != "skip":
         fix = "Set on_bad_record: skip, or leave it out"
         yield from _changed(data, place, ["max_bad_records"], "on_bad_record stops at the first such record", fix)
-    if data.path.endswith(_JSON):
-        yield from _changed(data, place, ["split"], "a JSON file has no splits", "Name another file in path")
+    if data.path.endswith(_ONE_FILE):
+        yield from _changed(
+            data, place, ["split"], f"a {Path(data.path).suffix} file has no splits", "Name another file in path"
+        )
     elif _is_path(data.path):
         yield from _changed(data, place, ["revision"], "path is on this disk, and only Hub data sets have revisions")
         if data.path.endswith(".parquet"):

@@ -58,6 +58,8 @@ def finetune_and_evaluate(
         summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory, resume=resume)
         artifact = directory / recipe.stage_names[-1]
         if settings is None or questions is None:
+            if output.EVALUATION in summary:
+                console.print("evaluation: the recipe has none now; that of an earlier session stays as it is")
             return summary
         facts = evaluation_facts(recipe, questions, artifact)
         if output.EVALUATION in summary:
