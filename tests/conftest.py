@@ -32,12 +32,13 @@ def _one_thread() -> Iterator[None]:
 def _hub_switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command that finds no Hub says so to the libraries of its process, which is that of the other tests too."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
-    before = os.environ.get("HF_HUB_OFFLINE")
+    before = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
     offline.cache_clear()
     yield
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    if before is not None:
-        os.environ["HF_HUB_OFFLINE"] = before
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

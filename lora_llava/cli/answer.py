@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava.cli.common import make_console, quiet_libraries
+from lora_llava.cli.common import make_console, quiet_libraries, refuse_model
 from lora_llava.cli.options import base_option, template_option
 from lora_llava.errors import DataError
 from lora_llava.files import shown_path
@@ -75,6 +75,7 @@ def evaluate(
     """
     refuse_results_in(output)
     evaluation_settings(options)  # A mistake on the command line shows before anything heavy is imported.
+    refuse_model(artifact, base_model)
     quiet_libraries()
     from lora_llava.artifact import read_usage, template_to_ask
     from lora_llava.evaluation.questions import load_questions
@@ -183,6 +184,7 @@ def chat(
     """
     if not artifact.exists():
         raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")
+    refuse_model(artifact, base_model)
     quiet_libraries()
     from lora_llava.data.images import open_image
     from lora_llava.data.records import ImageSource

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, quiet_libraries
 from lora_llava.progress import phase
+
+if TYPE_CHECKING:
+    from lora_llava.preflight.setup import Start
 
 DIRECTORY = "check"
 """Where the report lies, below the run's directory."""
@@ -19,7 +23,11 @@ DIRECTORY = "check"
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Directory [check/ of the run].")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes [one a core].")
-def check(recipe: str, overrides: tuple[str, ...], output: Path | None, workers: int | None) -> None:
+@click.option("--overwrite", is_flag=True, help="Check what finetune --overwrite would do.")
+@click.option("--resume", is_flag=True, help="Check what finetune --resume would do.")
+def check(
+    recipe: str, overrides: tuple[str, ...], output: Path | None, workers: int | None, overwrite: bool, resume: bool
+) -> None:
     """Open all data of RECIPE and report what is wrong with it.
 
     Reads every record, decodes every image, encodes every conversation, and compares the sides of each split. Of
@@ -28,13 +36,14 @@ def check(recipe: str, overrides: tuple[str, ...], output: Path | None, workers:
     clock = time.monotonic()
     settings = open_recipe(recipe, overrides)
     console = make_console()
-    look_ahead(settings, recipe, console)
+    leave_torch_out(settings)
+    start: Start = "overwrite" if overwrite else "resume" if resume else "new"
+    look_ahead(settings, recipe, console, start=start, data=False)
     from lora_llava.doctor.survey import survey
 
     # First, so that the processes are forked before transformers makes this one large.
     phase("Reading the data")
     found = survey(settings, workers)
-    leave_torch_out(settings)
     quiet_libraries()
     from lora_llava.doctor.conversations import encode_sides
     from lora_llava.doctor.page import write_page

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
-from lora_llava.progress import hide, show_on
+from lora_llava.progress import hide, phase, show_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,15 +169,40 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return load_recipe(path, overrides)
 
 
-def look_ahead(recipe: Recipe, name: str, console: Console, *, start: Start = "new", here: bool = True) -> None:
-    """Run the preflight on the recipe of file `name`; PreflightError lists all problems, notices are printed.
+def look_ahead(
+    recipe: Recipe, file: str, console: Console, *, start: Start = "new", here: bool = True, data: bool = True
+) -> None:
+    """Run the preflight on the recipe of `file`; PreflightError lists all problems, notices are printed.
 
-    `here`: it is to run on this machine, and is not only planned for another.
+    `here`: it is to run on this machine, and is not only planned for another; `data`: all images are opened too.
     """
-    from lora_llava.preflight.run import preflight
+    from lora_llava.preflight.environment import refuse_several_processes
+    from lora_llava.preflight.run import look_at_data, preflight
+    from lora_llava.preflight.setup import Setup
 
+    refuse_several_processes()
     quiet_environment()
-    findings = preflight(recipe, start=start, recipe_file=Path(name), here=here)
+    setup = Setup.of(recipe, start, Path(file), here=here)
+    findings = preflight(setup)
     findings.refuse()
     for notice in findings.notices:
         console.print(f"Note: {notice}", soft_wrap=True, markup=False)
+    if data:
+        phase("Opening all images")
+        look_at_data(setup).refuse()
+
+
+def refuse_model(path: Path, base_model: str | None) -> None:
+    """Raise PreflightError if an artifact's base, or a whole model, cannot be loaded by what its files tell."""
+    from lora_llava.preflight import shipping
+
+    shipping.refuse_model(path, base_model)
+
+
+def refuse_source(path: Path, base_model: str | None) -> None:
+    """Raise PreflightError if what is to be imported, or the base it is for, cannot be read by what its files tell."""
+    from lora_llava.preflight import shipping
+
+    shipping.refuse_source(path)
+    if base_model is not None:
+        shipping.refuse_base(base_model)

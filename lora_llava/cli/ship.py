@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import file_size, make_console, quiet_libraries
+from lora_llava.cli.common import file_size, make_console, quiet_libraries, refuse_model, refuse_source
 from lora_llava.cli.options import base_option, onto_option, template_option
 from lora_llava.export import FORMATS
 from lora_llava.export.options import ExportOptions
@@ -38,6 +38,7 @@ def merge(
     keeps it only if they agree.
     """
     refuse_existing(output)
+    refuse_model(artifact, base_model)
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()
@@ -65,7 +66,9 @@ def show(lines: list[str], console: Console) -> None:
 @click.command()
 @click.argument("model", type=_PATH)
 @click.argument("output", type=_PATH)
-@click.option("--format", "layout", type=click.Choice(list(FORMATS)), required=True, help="Layout to write.")
+@click.option(
+    "--format", "layout", type=click.Choice(list(FORMATS), case_sensitive=False), required=True, help="Layout to write."
+)
 @base_option
 @onto_option
 @template_option
@@ -90,6 +93,7 @@ def export(
     OUTPUT must not exist; it appears when it is complete and has been checked.
     """
     refuse_existing(output)
+    refuse_model(model, base_model)
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()
@@ -117,6 +121,7 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     a PEFT adapter becomes an artifact. Pickled files are read for tensors alone.
     """
     refuse_existing(output)
+    refuse_source(source, base_model)
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with the run in output_dir as if it had not been stopped.")
 @click.option("--resume-anyway", is_flag=True, help="Go on though settings or data changed; says what is given up.")
 @click.option("--memory", type=memory_size, metavar="SIZE", help="Plan for a card of, say, 12GiB [what is free].")
+@click.option("--skip-image-check", is_flag=True, help="Do not open all images before the first step.")
 def finetune(
     recipe: str,
     overrides: tuple[str, ...],
@@ -32,6 +33,7 @@ def finetune(
     resume: bool,
     resume_anyway: bool,
     memory: int | None,
+    skip_image_check: bool,
 ) -> None:
     """Train the stages of RECIPE, a YAML file.
 
@@ -43,11 +45,12 @@ def finetune(
     settings = open_recipe(recipe, overrides)
     console = make_console()
     console.print(f"Recipe {settings.name}: {', then '.join(settings.stage_names)}.")
-    start: Start = "overwrite" if overwrite else "resume" if resume or resume_anyway else "new"
-    look_ahead(settings, recipe, console, start=start, here=not dry_run or memory is None)
     if dry_run:
         leave_torch_out(settings)
-    else:
+    start: Start = "overwrite" if overwrite else "resume" if resume or resume_anyway else "new"
+    here = not dry_run or memory is None
+    look_ahead(settings, recipe, console, start=start, here=here, data=not skip_image_check)
+    if not dry_run:
         phase("Loading PyTorch and transformers")
     quiet_libraries()
     if dry_run:
@@ -78,6 +81,9 @@ def quickstart(directory: Path) -> None:
     Fetches SmolLM2-135M and easy-VQA (93 MiB) with pip, trains both stages, and compares with the base. Run
     again, it starts over, and fetches nothing twice.
     """
+    from lora_llava.preflight.environment import refuse_several_processes
+
+    refuse_several_processes()
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()

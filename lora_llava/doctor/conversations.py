@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from transformers import LlavaConfig
@@ -18,8 +17,8 @@ from lora_llava.data.records import merge_turns
 from lora_llava.data.sources import Record
 from lora_llava.doctor.compare import Finding, at
 from lora_llava.doctor.survey import Side, Survey
-from lora_llava.errors import DataError, ModelError, RecipeError, TrainingError
-from lora_llava.modeling.describe import describe_base, is_missing
+from lora_llava.errors import DataError, RecipeError, TrainingError
+from lora_llava.modeling.describe import describe_base
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
@@ -35,8 +34,6 @@ _NO_BOUND = 2**31
 class Conversations:
     """What the tokenizer tells."""
 
-    missing: str | None = None
-    """Why there is none."""
     sizes: dict[str, list[Size]] = field(default_factory=dict)
     """Of the conversations of each side, by its name, as they are trained on or asked."""
     plans: dict[StageName, dict[str, Any]] = field(default_factory=dict)
@@ -48,33 +45,15 @@ class Conversations:
 
 
 def encode_sides(survey: Survey, workers: int | None = None) -> Conversations:
-    """Encode every conversation of a survey in `workers` processes, and plan the stages; bad records are put aside.
-
-    Without the base's tokenizer one line says so, and nothing else is known.
-    """
+    """Encode every conversation of a survey in `workers` processes, and plan the stages; bad records are put aside."""
     made = Conversations()
-    try:
-        config, made.tokenizer = describe_base(survey.recipe.base)
-    except ModelError as error:
-        if not is_missing(error):
-            raise
-        made.missing = _without_paths(str(error), survey.recipe)
-        return made
+    config, made.tokenizer = describe_base(survey.recipe.base)
     made.image_token_id = int(config.image_token_id)
     for side in survey.sides:
         _encode_side(survey.recipe, side, made, config, workers)
     for stage in survey.recipe.stage_names:
         made.plans[stage] = _plan(survey, stage, made, config)
     return made
-
-
-def _without_paths(text: str, recipe: Recipe) -> str:
-    """Name local models by their last part: a report is passed on, and shows no directory of the user's."""
-    base = recipe.base
-    for name in (base.model_name_or_path, base.language_model, base.vision_tower):
-        if name is not None and Path(name).is_absolute():
-            text = text.replace(name, Path(name).name)
-    return text
 
 
 def _encode_side(recipe: Recipe, side: Side, made: Conversations, config: LlavaConfig, workers: int | None) -> None:
@@ -183,8 +162,6 @@ def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
 
 def pieces(record: Record, side: Side, made: Conversations) -> list[tuple[str, str]]:
     """Write a record as the model gets it, in runs: (`read` or `learnt` or `image`, text)."""
-    if made.tokenizer is None:
-        return [("learnt" if turn.role == "assistant" else "read", turn.text + "\n") for turn in record.turns]
     encoded = made.encoders[side.name](record.turns, where=record.where)
     kinds = [
         "image" if token == made.image_token_id else "read" if label == IGNORE_INDEX else "learnt"

@@ -49,7 +49,6 @@ def write_page(report: Report) -> str:
         version=__version__,
         seconds=f"{report.seconds:.0f}",
         counts={severity: report.count(severity) for severity in SEVERITIES},
-        missing=report.conversations.missing,
         findings=[_kind(kind, found) for kind, found in report.findings.items()],
         lists=report.lists,
         sources=report.survey.sources,

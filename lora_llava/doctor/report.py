@@ -62,7 +62,6 @@ class Report:
             "version": __version__,
             "seconds": round(self.seconds, 1),
             "counts": {severity: self.count(severity) for severity in SEVERITIES},
-            "not_checked": self.conversations.missing,
             "sources": [
                 {
                     "name": source.name,

@@ -21,12 +21,6 @@ _NUM_NAMED = 3
 def print_report(report: Report, directory: str, console: Console) -> None:
     """Print what was found and what to do about it; `directory` is where the report lies."""
     console.print(sides_view(report))
-    if report.conversations.missing:
-        console.print(
-            f"Not checked: tokens and plan, since the base is not here: {report.conversations.missing}",
-            soft_wrap=not console.is_terminal,
-            markup=False,
-        )
     for stage, plan in report.conversations.plans.items():
         problem = f"; {plan['problem']}" if "problem" in plan else ""
         if "optimizer_steps" in plan:

@@ -29,8 +29,7 @@ _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     """Return the configuration and tokenizer of a base, found or to be assembled; no weight is read.
 
-    For local files no network is touched. Raises ModelError; `is_missing` tells whether the base is not to be
-    had here, or is not fit.
+    For local files no network is touched. Raises ModelError.
     """
     name = settings.model_name_or_path
     if name is None:
@@ -130,8 +129,3 @@ def assembled_config(settings: BaseModelSettings, text_config: Any, vision_confi
     )
     config.image_seq_length = num_image_tokens(config)
     return config
-
-
-def is_missing(error: ModelError) -> bool:
-    """Tell a base that could not be had, from one that was read and cannot be used."""
-    return isinstance(error.__cause__, OSError)

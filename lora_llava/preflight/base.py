@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,15 @@ from lora_llava.preflight import weights
 from lora_llava.preflight.findings import Finding, Problem
 from lora_llava.preflight.model import ModelFiles
 from lora_llava.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
-from lora_llava.preflight.shapes import LlavaShape, Shape, text_config, text_tensors, tower_tensors, vision_config
+from lora_llava.preflight.shapes import (
+    LINEAR_LAYERS,
+    LlavaShape,
+    Shape,
+    text_config,
+    text_tensors,
+    tower_tensors,
+    vision_config,
+)
 
 _LLAMA = "the kit trains language models of the Llama architecture: Llama, Vicuna, TinyLlama, SmolLM2"
 _TOWERS = "the kit reads CLIP vision towers, such as openai/clip-vit-large-patch14-336"
@@ -24,6 +33,8 @@ _A_LLAVA = (
 )
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _TEXT_SIZES = (*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+_MOST_LAYERS, _MOST = 1_000, 100_000_000
+"""Sizes beyond these are no model's; working them out would take all memory."""
 _VISION_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels")
 
 
@@ -38,6 +49,20 @@ def features_can_be_read(setup: Setup) -> Iterator[Finding]:
     if setup.shape is not None and LLAVA not in setup.models:
         for what, _ in _features(setup.shape.whole, setup.shape.vision, ""):
             yield Problem("base.vision_feature_layer", what.partition(" ")[2], "Set it to -2, as in LLaVA-1.5.")
+
+
+def adapter_has_its_layers(setup: Setup) -> Iterator[Finding]:
+    """Every layer that adapter.target_modules names is one of the language model's."""
+    wanted = setup.recipe.adapter.target_modules
+    if isinstance(wanted, str) or "instruct" not in setup.recipe.stage_names:
+        return
+    layers = [name.partition(".")[2] for name in LINEAR_LAYERS]
+    for name in wanted:
+        if name not in layers:
+            near = difflib.get_close_matches(name, layers, n=1)
+            what = f"the language model has no linear layer {name}"
+            hint = f"Did you mean {near[0]}? " if near else ""
+            yield Problem("adapter.target_modules", what, f"{hint}There are {', '.join(layers)}.")
 
 
 def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:
@@ -57,6 +82,14 @@ def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:
 def _unfit(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
     """Yield what config.json says that makes the model unfit."""
     config = model.config
+    changed = list(unreadable(config))
+    yield from changed
+    if not changed:
+        yield from {LLAVA: _llava, LANGUAGE_MODEL: _language_model, VISION_TOWER: _tower}[key](config)
+
+
+def unreadable(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield why the weights of a model of any architecture cannot be read as they are: its own code, quantization."""
     if (found := _custom_code(config)) is not None:
         yield (
             f"it needs code of its own ({found} in config.json), and the kit runs no code that comes with a model",
@@ -65,9 +98,6 @@ def _unfit(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
         return
     if (method := quantized(config)) is not None:
         yield f"it is quantized already ({method}), so it can be neither trained by LoRA here nor merged", _UNQUANTIZED
-        return
-    check = {LLAVA: _llava, LANGUAGE_MODEL: _language_model, VISION_TOWER: _tower}[key]
-    yield from check(config)
 
 
 def _custom_code(config: dict[str, Any]) -> str | None:
@@ -129,11 +159,11 @@ def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterato
     wrong = [
         f"{name} {config[name]!r}"
         for name in names
-        if config.get(name) is not None and (not isinstance(config[name], int) or config[name] < 1)
+        if config.get(name) is not None and not _is_size(name, config[name])
     ]
     if wrong:
         yield (
-            f"the {part}'s {', '.join(wrong)} in config.json: an integer above 0 is needed",
+            f"the {part}'s {', '.join(wrong)} in config.json: needed is an integer, above 0 and of no absurd size",
             "Download the model again.",
         )
     elif part == "vision tower" and config["patch_size"] > config["image_size"]:
@@ -141,6 +171,11 @@ def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterato
             f"the vision tower's patch_size {config['patch_size']} is above its image_size {config['image_size']}",
             "Download the model again.",
         )
+
+
+def _is_size(name: str, value: object) -> bool:
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _features(whole: dict[str, Any], vision: dict[str, Any], fix: str) -> Iterator[tuple[str, str]]:

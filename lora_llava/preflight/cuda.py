@@ -8,6 +8,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from lora_llava.device import has_driver
+
 _MAJOR, _MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 
@@ -15,6 +17,8 @@ _MAJOR, _MINOR = 75, 76
 @cache
 def capabilities() -> list[tuple[int, int]] | None:
     """Return the compute capability of each visible device, none on a CPU; None where only torch can tell (ROCm)."""
+    if not has_driver():
+        return []
     built = _torch_built_for()
     if built != "cuda":
         return [] if built == "cpu" else None

@@ -32,6 +32,22 @@ def data_files_are_there(setup: Setup) -> Iterator[Finding]:
             yield Problem(place.key, *problem)
 
 
+def hub_data_can_be_had(setup: Setup) -> Iterator[Finding]:
+    """Data sets of the Hub are in its cache, or it can be reached."""
+    for key, data in sources(setup.recipe):
+        held_out = data.validation.path if data.validation else None
+        for place, name in ((f"{key}.path", data.path), (f"{key}.validation.path", held_out)):
+            if name is None or data.columns is None or is_local(name) or Path(name).expanduser().exists():
+                continue
+            from lora_llava.preflight.hub import is_cached_data, offline
+
+            if offline() and not is_cached_data(name):
+                hint = nearest(Path(name).name, setup.near)
+                what = f"{name} is not here, is not in the Hub's cache, and the Hub cannot be reached"
+                fix = "Check the name; or connect, or give the path of a copy."
+                yield Problem(place, what, f"Did you mean {hint}? {fix}" if hint else fix)
+
+
 def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
     """Yield the key and settings of every data source of a recipe, without those of validation data."""
     for stage in recipe.stage_names:
@@ -65,6 +81,8 @@ def _path(key: str, name: str, data: DataSettings) -> Iterator[Place]:
 def _unreadable(place: Place) -> tuple[str, str] | None:
     """Say what is wrong with a place, and what to do; None if nothing is."""
     path = place.path
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {path.readlink()}, which is not there", "Restore that, or correct the path."
     if not path.exists():
         hint = nearest(path.name, [path.parent])
         return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."

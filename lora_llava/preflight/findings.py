@@ -18,11 +18,11 @@ class Problem:
     what: str
     """What was found and, unless that is plain, what is allowed: a sentence without its period."""
     fix: str
-    """What to do: a sentence."""
+    """What to do: a sentence; empty if `what` says it."""
 
     def __str__(self) -> str:
         """Write it as one line that a terminal can show safely."""
-        return printable(f"{self.where}: {self.what}. {self.fix}")
+        return printable(f"{self.where}: {self.what}. {self.fix}" if self.fix else f"{self.where}: {self.what}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-TIMEOUT = 3.0
+TIMEOUT = 2.0
 """Seconds in which the Hub must take a connection; else this machine counts as offline."""
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _OFFLINE = "HF_HUB_OFFLINE"
@@ -56,6 +56,16 @@ def _fetch(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str
         return None, (what, "Try again, or give the directory of a copy.")
 
 
+def is_cached_data(name: str) -> bool:
+    """Tell whether a data set of the Hub was fetched before: its files, or the tables that `datasets` made of it."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HOME)
+    tables = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    places = (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}", tables / name.replace("/", "___"))
+    return any(place.is_dir() for place in places)
+
+
 @cache
 def offline() -> bool:
     """Tell whether the Hub is switched off or out of reach; then the libraries that read it are told so."""
@@ -92,4 +102,5 @@ def _switch_off() -> None:
     from huggingface_hub import constants
 
     os.environ[_OFFLINE] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from lora_llava.preflight import base, data, environment, settings, start_from, text_side
-from lora_llava.preflight.environment import refuse_several_processes
+from lora_llava.preflight import base, data, directory, disk, environment, settings, shipping, start_from, text_side
 from lora_llava.preflight.findings import Finding, Findings
-from lora_llava.preflight.setup import Setup, Start
-from lora_llava.recipe import Recipe
+from lora_llava.preflight.setup import Setup
 
 CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     settings.settings_are_used,
     base.features_can_be_read,
+    base.adapter_has_its_layers,
     text_side.tokenizer_can_be_read,
     text_side.image_token_is_known,
     text_side.template_can_be_written,
     text_side.lengths_fit,
     start_from.start_from_fits,
     data.data_files_are_there,
+    data.hub_data_can_be_had,
+    directory.output_dir_can_be_used,
+    disk.room_is_there,
     environment.trackers_are_installed,
     environment.libraries_are_installed,
     environment.device_can_compute,
 )
 """After the base itself, in the order in which a user reads what they find: base, data, directory, machine."""
-NOTICES: tuple[Callable[[Setup], Iterable[Finding]], ...] = (text_side.template_is_the_bases,)
+NOTICES: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
+    text_side.template_is_the_bases,
+    shipping.exports_that_fail,
+)
 """What takes longer, and only tells: looked at where no problem was found."""
 
 
-def preflight(recipe: Recipe, *, start: Start = "new", recipe_file: Path | None = None, here: bool = True) -> Findings:
-    """Run every check on a recipe; nothing is raised for what they find.
-
-    `recipe_file` is where the recipe was read from: misspelled names are looked for beside it. `here`: it is to run
-    on this machine. Raises PreflightError at once in each of several processes.
-    """
-    refuse_several_processes()
-    setup = Setup.of(recipe, start, recipe_file, here=here)
+def preflight(setup: Setup) -> Findings:
+    """Run every check that reads no data; nothing is raised for what they find."""
     findings = Findings()
     findings.add(base.base_can_be_used(setup))
     setup.sound = not findings.problems
@@ -45,4 +43,16 @@ def preflight(recipe: Recipe, *, start: Start = "new", recipe_file: Path | None 
     if not findings.problems:
         for check in NOTICES:
             findings.add(check(setup))
+    return findings
+
+
+def look_at_data(setup: Setup) -> Findings:
+    """Read every local source and open every image that the run will open, in parallel; `preflight` comes first."""
+    from lora_llava.preflight import images
+
+    findings = Findings()
+    found = images.read_images(setup.recipe)
+    findings.add(found.problems)
+    findings.add(images.images_can_be_opened(found))
+    findings.add(disk.room_for_features(setup, {key: len(one) for key, one in found.by_key.items()}))
     return findings

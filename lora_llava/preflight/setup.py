@@ -25,6 +25,8 @@ class Setup:
     start: Start = "new"
     here: bool = True
     """Whether it would run on this machine, and is not only planned for another."""
+    near: tuple[Path, ...] = ()
+    """Directories in which a misspelled name is looked for: the recipe file's and the current one."""
     models: dict[str, ModelFiles] = field(default_factory=dict)
     """The models that the base is made of, by recipe key; each may have a problem."""
     sound: bool = False
@@ -46,7 +48,7 @@ class Setup:
             for key, (name, revision) in named.items()
             if name
         }
-        return cls(recipe, start, here, models)
+        return cls(recipe, start, here, near, models)
 
     def usable(self) -> Iterator[tuple[str, ModelFiles]]:
         """Yield the models whose files can be looked into, by key; none if the base is not sound."""

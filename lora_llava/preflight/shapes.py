@@ -53,6 +53,9 @@ LLAVA_DEFAULTS: dict[str, Any] = {
 }
 
 Shape = tuple[int, ...]
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEAR_LAYERS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""The linear layers of a Llama's decoder layer, by their names in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +126,8 @@ def linear_layers(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     width, wide = int(text["hidden_size"]), int(text["intermediate_size"])
     queries = int(text["num_attention_heads"]) * int(text["head_dim"])
     keys = int(text["num_key_value_heads"]) * int(text["head_dim"])
-    return {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (wide, width),
-        "mlp.up_proj": (wide, width),
-        "mlp.down_proj": (width, wide),
-    }
+    attention: list[tuple[int, int]] = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    return dict(zip(LINEAR_LAYERS, [*attention, (wide, width), (wide, width), (width, wide)], strict=True))
 
 
 def text_tensors(text: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:

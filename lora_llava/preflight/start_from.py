@@ -1,13 +1,11 @@
-"""Checks of `start_from`: an artifact, undamaged, that fits the base and the recipe's adapter."""
+"""Checks of `start_from`: an artifact, undamaged, that fits the base."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lora_llava.errors import ModelError
 from lora_llava.modeling.names import canonical_name
@@ -17,7 +15,6 @@ from lora_llava.preflight.setup import Setup
 from lora_llava.preflight.shapes import LlavaShape, Shape
 from lora_llava.preflight.text_side import read_json
 from lora_llava.preflight.weights import Tensor, read_header, shown
-from lora_llava.recipe import AdapterSettings
 
 _KEY = "start_from"
 _MANIFEST, _WEIGHTS, _CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
@@ -29,7 +26,7 @@ _AGAIN = "Take the artifact from its source again."
 
 
 def start_from_fits(setup: Setup) -> Iterator[Finding]:
-    """The artifact to start from is whole, and has the shape of the base and of the recipe's adapter."""
+    """The artifact to start from is whole, and has the shape of the base."""
     path = setup.recipe.start_from
     if path is None:
         return
@@ -86,7 +83,7 @@ def _damage(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Finding]:
-    """Yield what does not fit the base, and where the LoRA differs from what the recipe says."""
+    """Yield what does not fit the base; a LoRA of another form than the recipe's is refused as that is read."""
     lora: dict[str, dict[str, Shape]] = {}
     outside, projector = [], {}
     for name, tensor in tensors.items():
@@ -110,9 +107,6 @@ def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Fi
     if setup.shape is not None and (wrong := _wrong_shapes(lora, projector, setup.shape)):
         what = f"{path} was trained on a base of another shape: {shown(wrong)}"
         yield Problem(_KEY, what, "Name the base that it was trained on; its manifest.json says which.")
-    manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    if manifest["stage"] == "instruct" and setup.recipe.stage_names[0] == "instruct":
-        yield from _other_adapter(path, read_json(path / _CONFIG) or {}, setup.recipe.adapter)
 
 
 def _wrong_shapes(lora: dict[str, dict[str, Shape]], projector: dict[str, Shape], base: LlavaShape) -> list[str]:
@@ -127,12 +121,3 @@ def _wrong_shapes(lora: dict[str, dict[str, Shape]], projector: dict[str, Shape]
         if found != shape:
             wrong.append(f"{name} is {'missing' if found is None else found}, the base has {shape}")
     return wrong
-
-
-def _other_adapter(path: Path, config: dict[str, Any], wanted: AdapterSettings) -> Iterator[Finding]:
-    form = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-    found = {"type": form, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    for name, value in found.items():
-        if value != getattr(wanted, name):
-            what = f"is {getattr(wanted, name)}, but the adapter in start_from ({path}) has {value}"
-            yield Problem(f"adapter.{name}", what, f"Set adapter.{name}: {value}, or leave start_from out.")

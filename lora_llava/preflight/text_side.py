@@ -46,7 +46,7 @@ def image_token_is_known(setup: Setup) -> Iterator[Finding]:
             f"{model.name}: the id of {IMAGE_PLACEHOLDER} is {found} in its tokenizer, but {wanted} in its config.json"
         )
         yield Problem(LLAVA, what, "Take tokenizer and config.json of one model.")
-    elif wanted >= setup.shape.text["vocab_size"]:
+    elif not isinstance(wanted, int) or not 0 <= wanted < setup.shape.text["vocab_size"]:
         what = (
             f"{model.name}: image_token_index {wanted} is outside its vocabulary of {setup.shape.text['vocab_size']:,}"
         )
@@ -109,6 +109,13 @@ def lengths_fit(setup: Setup) -> Iterator[Finding]:
 
 def known_tokens(model: ModelFiles) -> dict[str, int | None] | None:
     """Return the tokens of a model with their ids, None for one yet to be given; None if its files do not tell."""
+    try:
+        return _tokens_in(model)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None  # Not the form of a tokenizer; what reads it says so.
+
+
+def _tokens_in(model: ModelFiles) -> dict[str, int | None] | None:
     assert model.directory is not None
     file = read_json(model.directory / "tokenizer.json")
     if file is None:

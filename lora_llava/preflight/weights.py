@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ModelError
-from lora_llava.modeling.names import BUFFERS, canonical_name
+from lora_llava.modeling.names import BUFFERS, HEAD, canonical_name
 from lora_llava.preflight.shapes import Shape
 from lora_llava.text import listed
 
@@ -109,7 +109,8 @@ def misfits(tensors: dict[str, Tensor], wanted: dict[str, Shape], *, prefix: str
         except ModelError:
             wrong += [] if extra else [f"{name} does not belong to it"]
     wrong += [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [] if extra else [f"{name} does not belong to it" for name in found if name not in wanted]
+    # A head that is tied to the embeddings may be stored all the same.
+    wrong += [] if extra else [f"{name} does not belong to it" for name in found if name not in wanted and name != HEAD]
     wrong += [
         f"{name} is {found[name]}, must be {shape}"
         for name, shape in wanted.items()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import LlavaConfig
 
 from lora_llava.device import device_type, pick_device, pick_dtype
-from lora_llava.errors import DataError, ModelError, TrainingError
-from lora_llava.modeling.describe import describe_base, is_missing
-from lora_llava.modeling.structure import BF16, FLEX, FP32, HEAD_CHUNK, TREES, ElementType, attention_on_cpu
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.describe import describe_base
+from lora_llava.modeling.structure import BF16, FLEX, FP32, TREES, ElementType, attention_on_cpu
 from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import DataSettings, StageName, StageSettings
+from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.table import Column, FittingTable
 from lora_llava.text import counted
 from lora_llava.training.cost import Machine
@@ -47,25 +45,15 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
     """Print the plan of every stage, its parameters and the memory to expect; write nothing, train nothing.
 
     `memory`: bytes to plan for; None: what is free here.
-
-    If the base, or data of the hub, cannot be had, one line says so and the rest is printed from the recipe.
     """
     console.print("A dry run: nothing is written.")
-    try:
-        base = describe_base(recipe.base)
-    except ModelError as error:
-        if not is_missing(error):
-            raise
-        console.print(f"Not here, so data and memory are not shown: {error}", soft_wrap=True, markup=False)
-        base = None
+    config, tokenizer = describe_base(recipe.base)
     for stage in recipe.stage_names:
         settings = recipe.stage(stage)
         console.print()
         console.print(settings_view(stage, settings))
-        if base is not None:
-            config, tokenizer = base
-            records = _records_or_line(recipe, settings, config, tokenizer, console)
-            _print_stage(recipe, stage, config, records, memory, console)
+        records = read_records(settings, config, tokenizer, recipe.seed)
+        _print_stage(recipe, stage, config, records, memory, console)
 
 
 def settings_view(stage: StageName, settings: StageSettings) -> FittingTable:
@@ -85,48 +73,24 @@ def settings_view(stage: StageName, settings: StageSettings) -> FittingTable:
     return table
 
 
-def is_hub_data(data: DataSettings) -> bool:
-    """Tell whether records would come from the hub."""
-    return not data.path.endswith((".json", ".jsonl", ".parquet")) and not Path(data.path).expanduser().exists()
-
-
-def _records_or_line(
-    recipe: Recipe, settings: StageSettings, config: LlavaConfig, tokenizer: Any, console: Console
-) -> StageRecords | None:
-    """Read and encode the data of a stage; None, and a line that says so, if it is on the hub and cannot be had."""
-    try:
-        return read_records(settings, config, tokenizer, recipe.seed)
-    except DataError as error:
-        if not is_hub_data(settings.data):
-            raise
-        console.print(f"Data not here, so steps are not counted: {error}", soft_wrap=True, markup=False)
-        return None
-
-
 def _print_stage(
     recipe: Recipe,
     stage: StageName,
     config: LlavaConfig,
-    records: StageRecords | None,
+    records: StageRecords,
     memory: int | None,
     console: Console,
 ) -> None:
     settings, dtype = recipe.stage(stage), compute_dtype(recipe)
-    shapes = _shapes_without_data(recipe, stage, config, dtype)
-    if records is not None:
-        shapes = stage_shapes(recipe, stage, config, dtype, records)
+    shapes = stage_shapes(recipe, stage, config, dtype, records)
     table = shapes.table
     machine = this_machine(recipe, memory)
     chosen = plan_memory(shapes, machine)
-    tokens, targets = chosen.tokens_per_micro_batch, HEAD_CHUNK
-    if records is not None:
-        data = plan_records(records, stage, settings, tokens, recipe.seed)
-        console.print(
-            "\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=not console.is_terminal
-        )
-        if offer := cache_offer(settings, data):
-            console.print(offer)
-        tokens, targets = largest_row(data)
+    data = plan_records(records, stage, settings, chosen.tokens_per_micro_batch, recipe.seed)
+    console.print("\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=not console.is_terminal)
+    if offer := cache_offer(settings, data):
+        console.print(offer)
+    tokens, targets = largest_row(data)
     if recipe.quantization.type == "nf4" and not chosen.keep_dequantized:
         table = in_4_bits(table, config, recipe.quantization, dtype)
     console.print(parameter_table_view(table, "Parameters, as they would be"))
@@ -136,14 +100,6 @@ def _print_stage(
     console.print(f"On this machine: {chosen}")
     console.print(memory_view(expected_memory(chosen.optim, table), activations, tokens))
     console.print(cards_view(cards(shapes)))
-
-
-def _shapes_without_data(recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: ElementType) -> StageShapes:
-    """Take the longest conversation that the settings allow."""
-    settings = recipe.stage(stage)
-    given = settings.tokens_per_micro_batch
-    longest = settings.max_length if given == "auto" else min(given, settings.max_length)
-    return StageShapes(recipe, stage, config, planned_parameters(recipe, stage, config, dtype), dtype, longest)
 
 
 def this_machine(recipe: Recipe, memory: int | None) -> Machine:

@@ -162,7 +162,7 @@ def test_a_mistake_in_local_data_is_an_error(write_recipe: WriteRecipe, tmp_path
     recipe = write_recipe()
     (tmp_path / "0.png").unlink()
     result = dry_run(str(recipe))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "0.png" in result.stderr
 
 

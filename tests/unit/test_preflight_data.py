@@ -1,0 +1,107 @@
+"""The preflight of data: every image is opened before the first step, and the disk has room for what comes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_llava.data.sources import ImageSource
+from lora_llava.preflight.disk import trained_weights
+from lora_llava.preflight.images import open_header
+from lora_llava.preflight.shapes import LlavaShape
+from lora_llava.recipe_file import load_recipe
+from lora_llava.training.memory import planned_parameters
+from tests.helpers.broken import COMMANDS, Project, command
+from tests.helpers.runs import picture
+from tests.helpers.tiny import tiny_config
+
+
+def bad_images(project: Project) -> None:
+    """Damage an image that training shows, and one that only a data set for evaluation does."""
+    images = project.directory / "images"
+    whole = (images / "3.png").read_bytes()
+    (images / "3.png").write_bytes(whole[: len(whole) // 2])
+    (images / "last.png").write_text("no image", encoding="utf-8")
+    records = json.loads((project.directory / "train.json").read_text(encoding="utf-8"))[:1]
+    records[0]["image"] = "last.png"
+    (project.directory / "test.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+EVALUATION = "evaluation={data: {path: ./test.json, image_root: images}}"
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+@pytest.mark.parametrize("name", ["finetune", "dry run"])
+def test_k16_every_image_of_the_run_is_opened_before_it(
+    project: Project, name: str, decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not decoded:
+        monkeypatch.setattr("lora_llava.preflight.images._DECODED_BYTES", 0)
+    bad_images(project)
+    result = command(name, project, EVALUATION)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert lines[0] == "Error: 2 problems found before anything was started:"
+    assert lines[1].startswith(
+        "  stages.align.data: captions.json, record 4 (id c3), image 3.png: the image is truncated"
+    )
+    assert lines[2].startswith("  evaluation.data: test.json, record 1 (id q0-0), image last.png: not an image")
+    assert not (project.directory / "run").exists()
+
+
+def test_k16_check_says_the_same_of_an_image(project: Project) -> None:
+    bad_images(project)
+    result = command("check", project, EVALUATION)
+    assert result.exit_code == 1
+    report = json.loads((project.directory / "run" / "check" / "check.json").read_text(encoding="utf-8"))
+    problems = [one["problem"] for kind in report["findings"] for one in kind["records"]]
+    assert any("image 3.png: the image is truncated" in problem for problem in problems)
+
+
+def test_k16_the_images_can_be_skipped(project: Project) -> None:
+    bad_images(project)
+    result = command("dry run", project, EVALUATION, "--skip-image-check")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_k16_a_header_tells_a_whole_image_from_one_cut_off(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    picture(3)[1].resize((200, 300)).save(path, format=kind)
+    source = ImageSource("image", path, None)
+    assert open_header(source) is None
+    path.write_bytes(path.read_bytes()[:-900])
+    assert "truncated" in str(open_header(source))
+    path.write_bytes(b"")
+    assert "is empty" in str(open_header(source))
+
+
+def test_k16_data_of_later_stages_are_read_before_the_first(project: Project) -> None:
+    records = json.loads((project.directory / "train.json").read_text(encoding="utf-8"))
+    records[5]["conversations"].pop()
+    (project.directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    result = command("finetune", project)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: stages.instruct.data: train.json, record 6 (id q1-1): ")
+
+
+def test_a_disk_that_is_too_small_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(project.directory)._replace(free=100_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    results = [command(name, project) for name in COMMANDS]
+    assert [result.exit_code for result in results] == [2, 2, 2]
+    assert len({result.stderr for result in results}) == 1
+    assert "GiB are free on the disk" in results[0].stderr
+
+
+def test_trained_weights_are_counted_as_the_stages_train_them(project: Project) -> None:
+    recipe = load_recipe(project.recipe)
+    config = tiny_config()
+    for stage in recipe.stage_names:
+        table = planned_parameters(recipe, stage, config, torch.float32)
+        shape = LlavaShape.of(config.to_dict())
+        assert trained_weights(shape, stage, recipe.adapter) == sum(row.trainable for row in table)

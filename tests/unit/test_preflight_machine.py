@@ -1,0 +1,147 @@
+"""The preflight of the machine: processes, the Hub out of reach; and shapes that are worked out from config.json."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from transformers import LlavaConfig
+
+from lora_llava.chat_template import chat_template
+from lora_llava.modeling.layout import expected_shapes
+from lora_llava.modeling.structure import num_image_tokens
+from lora_llava.preflight.shapes import LlavaShape
+from lora_llava.templates import get_template
+from tests.helpers.broken import COMMANDS, INSTRUCT, Project, command
+from tests.helpers.tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"text_config.attention_bias": True, "text_config.mlp_bias": True},
+        {"text_config.tie_word_embeddings": True},
+        {"multimodal_projector_bias": False, "vision_feature_select_strategy": "full"},
+        {"text_config.head_dim": 20, "text_config.num_key_value_heads": 4, "vision_config.image_size": 42},
+    ],
+)
+def test_shapes_are_those_that_transformers_builds(changes: dict[str, object]) -> None:
+    config = tiny_config().to_dict()
+    for key, value in changes.items():
+        place, _, name = key.rpartition(".")
+        (config[place] if place else config)[name] = value
+    shape = LlavaShape.of(config)
+    built = LlavaConfig.from_dict(config)
+    assert dict(shape.tensors()) == expected_shapes(built)
+    assert shape.num_image_tokens == num_image_tokens(built)
+
+
+def test_shapes_of_a_config_that_leaves_everything_out() -> None:
+    config = {"model_type": "llava"}
+    assert dict(LlavaShape.of(config).tensors()) == expected_shapes(LlavaConfig.from_dict(config))
+
+
+@pytest.mark.parametrize(
+    "variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_k27_several_processes_are_refused_in_each(
+    project: Project, name: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, "2")
+        monkeypatch.setenv("RANK", rank)
+        result = command(name, project)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"Error: {variable}: is 2")
+    assert not (project.directory / "run").exists()
+
+
+def test_k27_one_process_of_a_launcher_is_no_problem(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert command("dry run", project).exit_code == 0
+
+
+@pytest.fixture
+def tried(project: Project, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Connections that were tried on a machine without a network."""
+    tried: list[object] = []
+
+    def refuse(*args: object, **_: object) -> None:
+        tried.append(args)
+        raise OSError("the network was touched")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project.directory / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(project.directory / "cache"))
+    return tried
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_k63_offline_is_found_out_once(project: Project, tried: list[object], name: str) -> None:
+    columns = "columns={question: q, answer: a}"
+    result = command(
+        name,
+        project,
+        "base.model_name_or_path=someone/some-model",
+        f"{INSTRUCT}.data={{path: someone/some-data, {columns.replace('=', ': ')}}}",
+    )
+    assert result.exit_code == 2
+    for words in (
+        "base.model_name_or_path: someone/some-model is not a directory, is not in the Hub's cache, and the Hub",
+        f"{INSTRUCT}.data.path: someone/some-data is not here, is not in the Hub's cache, and the Hub cannot be",
+    ):
+        assert words in result.stderr
+    assert len(tried) == 1
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_k63_a_base_in_the_cache_needs_no_network(project: Project, tried: list[object]) -> None:
+    repository = project.directory / "cache" / "models--someone--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    shutil.copytree(project.base, repository / "snapshots" / ("0" * 40))
+    result = command("dry run", project, "base.model_name_or_path=someone/some-model")
+    assert result.exit_code == 0, result.output
+    assert "Memory to expect" in result.stdout
+    assert len(tried) == 1
+
+
+def test_k63_a_misspelled_directory_is_no_hub_id(project: Project, tried: list[object]) -> None:
+    result = command("dry run", project, "base.model_name_or_path=bsae")
+    assert "Did you mean base?" in result.stderr
+    assert result.exit_code == 2
+    assert len(tried) <= 1
+
+
+def test_k63_the_whole_refusal_is_quick(project: Project) -> None:
+    """Time of the processor, not of the clock: other tests run beside this one."""
+    project.edit("base/config.json", quantization_config={"quant_method": "gptq"})
+    for arguments in COMMANDS.values():
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-c", "from lora_llava.cli import cli; cli()", *arguments, str(project.recipe)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        after = os.times()
+        assert done.returncode == 2, done.stderr
+        assert "quantized already (gptq)" in done.stderr
+        assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+
+
+def test_k10_a_template_other_than_the_bases_is_told_by_all_three(project: Project) -> None:
+    jinja = chat_template(get_template("chatml"), "</s>")
+    (project.base / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    for name in COMMANDS:
+        limits = [] if name == "check" else [f"{INSTRUCT}.max_steps=1", "stages.align.max_steps=1"]
+        said = command(name, project, *limits, f"output_dir=./{name[:3]}").stdout
+        line = next(line for line in said.splitlines() if line.startswith(f"Note: {INSTRUCT}.template: "))
+        assert "it is chatml; to train in the base's own form, set template: chatml" in line
