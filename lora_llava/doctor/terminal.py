@@ -39,7 +39,7 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     for key, (file, count) in report.lists.items():
         console.print(
             f"{count:,} bad records can be left out with {key}={Path(directory) / file}",
-            soft_wrap=not console.is_terminal,
+            soft_wrap=True,
         )
     counts = ", ".join(f"{report.count(one):,} {one}{'' if report.count(one) == 1 else 's'}" for one in SEVERITIES)
     console.print(f"{counts}. In {directory}: {PAGE} to look at, {REPORT} to work with.", soft_wrap=True)
