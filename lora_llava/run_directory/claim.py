@@ -18,11 +18,12 @@ from pathlib import Path
 from lora_llava.errors import TrainingError
 from lora_llava.files import clear_stale, fsync, make_directories, remove_empty, shown_path, staging_in, write_text
 from lora_llava.recipe import Recipe
-from lora_llava.run_directory.exchange import EXCHANGE, Exchange, finish_exchange, run_exchange
+from lora_llava.run_directory.exchange import Exchange, finish_exchange, run_exchange
 from lora_llava.run_directory.lock import is_locked, locked
 from lora_llava.run_directory.output import BASE, DIRECTORIES, FEATURES, TRAIN_LOG
 from lora_llava.run_directory.problems import found_in, problems_of_output_dir
 from lora_llava.run_directory.written import (
+    EXCHANGE,
     LIST,
     NEW,
     PENDING,

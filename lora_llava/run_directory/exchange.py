@@ -12,10 +12,7 @@ from pathlib import Path
 
 from lora_llava.errors import TrainingError
 from lora_llava.files import STAGING, fsync, is_elsewhere, remove_empty, shown_path, write_text
-from lora_llava.run_directory.written import LIST, STATE
-
-EXCHANGE = "exchange.json"
-"""In `STATE`, while an exchange is in progress: what it moves, and whether it is done."""
+from lora_llava.run_directory.written import EXCHANGE, LIST, STATE
 
 
 @dataclass(frozen=True, slots=True)

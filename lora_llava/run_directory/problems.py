@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lora_llava.files import is_staging, shown_path
 from lora_llava.recipe import Recipe
 from lora_llava.run_directory.output import CHECKPOINTS, DIRECTORIES, FILES, RECIPE
-from lora_llava.run_directory.written import STATE, Written, is_kits, read_written
+from lora_llava.run_directory.written import EXCHANGE, STATE, Written, is_kits, read_written
 from lora_llava.text import listed
 
 KEY = "output_dir"
@@ -34,6 +34,9 @@ def problems_of_output_dir(recipe: Recipe, *, overwrite: bool = False, resume: b
         return [problem]
     if not root.is_dir():
         return [_nothing_to_resume(root)] if resume else []
+    if (root / STATE / EXCHANGE).is_file():
+        # Broken off: the claim, which puts the earlier run back first, looks again.
+        return []
     problems = list(_links_to_nothing(root))
     if resume:
         return problems + list(_resume_problems(root))
@@ -58,7 +61,8 @@ def _unusable(root: Path) -> DirectoryProblem | None:
     """Say why a directory cannot be made or written."""
     if root.is_symlink() and not root.exists():
         return DirectoryProblem(KEY, f"{shown_path(root)} is a link to {root.readlink()}, which is not there", _DISK)
-    nearest = next(path for path in (root, *root.parents) if path.exists())
+    # Not Path.exists(), which raises for what lies below a directory without permission.
+    nearest = next(path for path in (root, *root.parents) if os.path.exists(path))  # noqa: PTH110
     if not nearest.is_dir():
         return DirectoryProblem(
             KEY, f"{shown_path(root)} cannot be made: {shown_path(nearest)} is a file", "Give another output_dir=PATH."

@@ -20,6 +20,8 @@ FORMAT_FILE = "format.json"
 LIST = "written.jsonl"
 NEW = "new"
 """Below `STATE`: what a run has written before its first whole checkpoint."""
+EXCHANGE = "exchange.json"
+"""In `STATE`, while one run takes the place of another: what moves, and whether it is done."""
 PENDING = "pending.json"
 """In `NEW`, while it is in use."""
 _FORMAT = {"made_by": "lora-llava", "format": 1}

@@ -16,10 +16,9 @@ from lora_llava.files import STAGING
 from lora_llava.recipe import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, restore, restore_around
-from lora_llava.run_directory.exchange import EXCHANGE
 from lora_llava.run_directory.lock import locked
 from lora_llava.run_directory.problems import problems_of_output_dir
-from lora_llava.run_directory.written import STATE
+from lora_llava.run_directory.written import EXCHANGE, STATE
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run, stop_at
 from tests.helpers.disk import Disk, full, read_only
 
@@ -164,6 +163,8 @@ def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
             run(recipe, "new", overwrite=overwrite)
 
         assert forked(work) == -signal.SIGKILL
+        # The preflight sees nothing that keeps the same command out.
+        assert not (overwrite and problems_of_output_dir(recipe, overwrite=True))
         # What a command does first that reads the artifact, and then one that trains.
         restore_around(root / "instruct")
         if files(root).keys() >= before.keys() - {"train_log.jsonl"} and overwrite:
