@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,12 @@ def test_k1_a_disk_that_fails_at_any_call_leaves_the_earlier_run(
             assert (root / "instruct/notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+def killed_at(recipe: Recipe, first: int, overwrite: bool) -> None:
+    """Run until a call to the disk, and die there."""
+    Disk(recipe.resolved_output_dir, die, first).install(pytest.MonkeyPatch())
+    run(recipe, "new", overwrite=overwrite)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
     recipe: Recipe, tmp_path: Path, overwrite: bool
@@ -157,12 +164,7 @@ def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
             shutil.copytree(kept, root)
         before = files(root)
 
-        def work(first: int = first) -> None:
-            patch = pytest.MonkeyPatch()
-            Disk(root, die, first).install(patch)
-            run(recipe, "new", overwrite=overwrite)
-
-        assert forked(work) == -signal.SIGKILL
+        assert forked(partial(killed_at, recipe, first, overwrite)) == -signal.SIGKILL
         # The preflight sees nothing that keeps the same command out.
         assert not (overwrite and problems_of_output_dir(recipe, overwrite=True))
         # What a command does first that reads the artifact, and then one that trains.
