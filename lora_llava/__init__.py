@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
+from lora_llava.quiet import hold_back_advice
+
+hold_back_advice()
+
 __version__ = "0.1.0"

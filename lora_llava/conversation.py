@@ -25,6 +25,7 @@ from lora_llava.templates import (
     template_pieces,
     tokenise,
 )
+from lora_llava.text import counted
 
 __all__ = [
     "IGNORE_INDEX",
@@ -156,8 +157,8 @@ def _check_template(turns: Sequence[Turn], template: Template, where: str) -> No
     images = sum(IMAGE_PLACEHOLDER in turn.text for turn in turns)
     if template.caption_only and (images == 0 or len(turns) > 2):
         raise DataError(
-            f"{where}: template {template.name} takes one image and its caption, got {len(turns)} turns and "
-            f"{images} images; use another template or remove the record"
+            f"{where}: template {template.name} takes one image and its caption, got {counted(len(turns), 'turn')} and "
+            f"{counted(images, 'image')}; use another template or remove the record"
         )
 
 

@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 raise RecipeError(f"line {key.start_mark.line + 1}: a key must be a plain word")
             if key.value in seen:
-                raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} stands twice")
+                raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} occurs twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

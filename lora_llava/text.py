@@ -21,9 +21,19 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
     return f"{shown} {noun if number == 1 else plural or noun + 's'}"
 
 
-def printable(text: str) -> str:
-    r"""Return `text` with every control character written out, as `\e` or `\x07`, so that a terminal cannot obey it."""
+def printable(text: str, most: int | None = None) -> str:
+    r"""Return `text` with every control character written out, as `\e` or `\x07`, so that a terminal cannot obey it.
+
+    A text of more than `most` characters is cut, and ends with an ellipsis.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(one if _is_safe(one) else _SHORT.get(one, _escaped(one)) for one in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` as `printable` does, line by line: its line feeds stay."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def listed(names: Sequence[str], most: int = MAX_LISTED, separator: str = ", ") -> str:

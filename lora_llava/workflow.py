@@ -27,7 +27,7 @@ from lora_llava.recipe import EvaluationSettings, Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.lock import locked
-from lora_llava.text import listed
+from lora_llava.text import counted, listed
 from lora_llava.training.differences import Resume
 from lora_llava.training.run import run_recipe
 
@@ -140,9 +140,8 @@ def print_outcome(recipe: Recipe, console: Console) -> None:
     directory = recipe.resolved_output_dir
     if (skipped := directory / output.SKIPPED).exists():
         count = len(skipped.read_text(encoding="utf-8").splitlines())
-        console.print(
-            f"\n{count:,} bad records were skipped; {output.SKIPPED} says which and why.", style="bold yellow"
-        )
+        were = f"{counted(count, 'bad record')} {'was' if count == 1 else 'were'} skipped"
+        console.print(f"\n{were}; {output.SKIPPED} says which and why.", style="bold yellow")
     places = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}", output.SKIPPED]
     console.print(f"\nIn {shown_path(directory)}:")
     for name in places:

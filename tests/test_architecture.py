@@ -24,6 +24,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 50
 # From the bottom up: a module imports its own layer's package and the layers below it, nothing above.
 # `data` and `modeling` do not know each other, nor do `evaluation` and `training`'s insides from below.
 LAYERS = [
+    {"quiet"},
     {"lora_llava", "errors", "progress", "table", "text"},
     {"recipe_base", "files"},
     {"recipe_stages"},

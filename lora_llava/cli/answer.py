@@ -13,7 +13,7 @@ from lora_llava.cli.common import make_console, quiet_libraries, refuse_model
 from lora_llava.cli.options import base_option, template_option
 from lora_llava.errors import DataError
 from lora_llava.files import shown_path
-from lora_llava.text import printable
+from lora_llava.text import printable_lines
 
 if TYPE_CHECKING:
     from lora_llava.evaluation.chat import Chat
@@ -29,7 +29,10 @@ _LAST_WORDS = ("exit", "quit", "/exit", "/quit")
 @click.command("eval")
 @click.argument("artifact", type=_PATH)
 @click.option(
-    "--data", "path", required=True, help="LLaVA JSON or JSONL; or parquet, directory, hub id with --columns."
+    "--data",
+    "path",
+    required=True,
+    help="LLaVA JSON or JSONL; or, with --columns, CSV, flat JSON, parquet, directory, hub id.",
 )
 @click.option("--image-root", help="Directory of the images [that of the data file].")
 @click.option("--columns", help="Such as image=image,question=question,answer=answer.")
@@ -212,7 +215,7 @@ def chat(
         except DataError as error:
             if not sys.stdin.isatty():
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(printable_lines(f"Error: {error}"), err=True)
 
 
 def _answer(conversation: Chat, question: str) -> None:
@@ -224,7 +227,7 @@ def _answer(conversation: Chat, question: str) -> None:
 def write_piece(text: str) -> None:
     """Write a piece of an answer; on a terminal, control characters other than line feeds are written out."""
     if sys.stdout.isatty():
-        text = "\n".join(printable(line) for line in text.split("\n"))
+        text = printable_lines(text)
     # Otherwise click drops some of the control characters where stdout is not a terminal.
     click.echo(text, nl=False, color=True)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_llava import quiet, text
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
 from lora_llava.progress import hide, phase, show_on
 
@@ -44,13 +45,16 @@ class KitGroup(click.Group):
         """Run the command; an exception becomes a message and an exit code."""
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException):
+        except click.ClickException as error:
+            error.message = text.printable_lines(error.message)  # type: ignore[misc]  # final for other libraries
+            raise
+        except click.exceptions.Exit:
             raise
         except (KeyboardInterrupt, click.Abort):
             click.echo("\nstopped", err=True)
             ctx.exit(INTERRUPTED)
         except RunInterruptedError as error:
-            click.echo(str(error), err=True)
+            click.echo(text.printable_lines(str(error)), err=True)
             ctx.exit(error.exit_code)
         except Exception as error:
             # A closed pipe (`| head`) is click's to end quietly.
@@ -58,7 +62,7 @@ class KitGroup(click.Group):
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
-            click.echo(f"Error: {describe(error, debug=ctx.params['debug'])}", err=True)
+            click.echo(text.printable_lines(f"Error: {describe(error, debug=ctx.params['debug'])}"), err=True)
             ctx.exit(error.exit_code if isinstance(error, LoraLlavaError) else 1)
 
 
@@ -124,6 +128,7 @@ def quiet_libraries() -> None:
 def quiet_environment() -> bool:
     """Say what the libraries must find when they are imported to be quiet; False if --debug was given."""
     if click.get_current_context().find_root().params.get("debug"):
+        quiet.show_advice()
         return False
     import logging
     import warnings
@@ -143,11 +148,11 @@ def make_console(*, stderr: bool = False) -> Console:
 
     What the command does shows its progress there.
     """
-    from rich.console import Console
+    from lora_llava.cli.console import PlainConsole
 
-    console = Console(stderr=stderr, highlight=False)
+    console = PlainConsole(stderr=stderr)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+        console = PlainConsole(stderr=stderr, width=_PLAIN_WIDTH)
     context = click.get_current_context()
     context.call_on_close(partial(hide, show_on(console)))
     return console

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lora_llava.cli.common import make_console, quiet_libraries
+from lora_llava.text import printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +48,8 @@ def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bo
     _show_files(prepared, console)
     if dry_run:
         console.print(f"\ndry run: nothing was sent. The card, {'README.md as it is' * prepared.own_card or 'made'}:\n")
-        click.echo(prepared.card)
+        # Piped to a file it is the card as it is.
+        click.echo(printable_lines(prepared.card) if sys.stdout.isatty() else prepared.card)
         return
     for line in push_prepared(prepared, public=not private):
         console.print(line, soft_wrap=True, markup=False)

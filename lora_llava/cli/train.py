@@ -11,6 +11,7 @@ import click
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, memory_size, open_recipe, quiet_libraries
 from lora_llava.errors import RecipeError
 from lora_llava.progress import phase
+from lora_llava.text import printable
 
 if TYPE_CHECKING:
     from lora_llava.preflight.setup import Start
@@ -134,4 +135,4 @@ def copy_recipe(name: str, target: Path | None) -> None:
         raise RecipeError(f"{target} exists already and is not overwritten; give another file with --to")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    click.echo(f"copied to {target}; run it with: lora-llava finetune {target}")
+    click.echo(printable(f"copied to {target}; run it with: lora-llava finetune {target}"))

@@ -20,12 +20,12 @@ from lora_llava.data.sources import (
     check_placeholder,
     check_text,
     own_values,
-    printable,
     with_answer_prompt,
 )
 from lora_llava.data.tables import Entry, read_entries
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import DataSettings
+from lora_llava.text import printable
 
 # LLaVA-Med's published files spell it like the second.
 _TALKS = ("conversations", "conversatons", "messages")
@@ -86,7 +86,7 @@ def _record(entry: Entry, number: int, place: str, images: ImageCells, data: Dat
         raise DataError(f"{place}: id: is {kind_of(given)}, must be text or an integer")
     details = [line] if line else []
     if given is not None:
-        details.append(f"id {printable(check_text(str(given), f'{place}: id'))}")
+        details.append(f"id {printable(check_text(str(given), f'{place}: id'), 80)}")
     where = f"{place} ({', '.join(details)})" if details else place
     key = next((key for key in _TALKS if record.get(key) is not None), None)
     if key is None:

@@ -16,6 +16,7 @@ from lora_llava.data.parallel import in_processes
 from lora_llava.data.sources import ImageSource, Record
 from lora_llava.errors import DataError
 from lora_llava.recipe_stages import DataSettings
+from lora_llava.text import counted
 
 __all__ = ["ImageSource", "Record", "fingerprint", "load_records", "load_split", "merge_turns", "read_source"]
 
@@ -179,7 +180,7 @@ def _draw(records: list[Record], share: float, seed: int, name: str) -> set[int]
     units = _units(records)
     if len(units) < 2:
         raise DataError(
-            f"{name}: validation.share: all {len(records)} records show one image, or belong to one group, so none "
+            f"{name}: validation.share: {counted(len(records), 'record')} of one image, or of one group, so none "
             "can be held out; give validation.path"
         )
     wanted = min(max(1, round(share * len(records))), len(records) - 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.stored import StoredBytes
 from lora_llava.errors import DataError
+from lora_llava.text import counted, printable
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _NUM_NAMED = 5
@@ -117,8 +118,9 @@ class ImageRoot:
         named = [f"{printable(name, 200)} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
         more = len(self._missing) - len(named)
         raise DataError(
-            f"{self.field_name}: {len(self._missing)} of {len(self._sources)} images are missing in {self.root}: "
-            f"{'; '.join(named)}{f'; and {more} more' if more else ''}. "
+            f"{self.field_name}: {len(self._missing):,} of {counted(len(self._sources), 'image')} "
+            f"{'is' if len(self._missing) == 1 else 'are'} missing in {printable(str(self.root))}: "
+            f"{'; '.join(named)}{f'; and {more:,} more' if more else ''}. "
             "Correct image_root, or remove their records; lora-llava check lists them all",
             "missing_image",
         )
@@ -197,12 +199,6 @@ def check_text(text: str, place: str) -> str:
             f"{place}: character {error.start + 1} is half of a surrogate pair; write the text anew as UTF-8"
         ) from None
     return text
-
-
-def printable(text: str, most: int = 80) -> str:
-    """Cut a text from the data to `most` characters that are safe on a terminal, line feeds and escapes written out."""
-    short = text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
-    return short if short.isprintable() else repr(short)[1:-1]
 
 
 def check_group(value: object, place: str) -> str:

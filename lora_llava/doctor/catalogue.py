@@ -1,4 +1,4 @@
-"""What can be wrong with data, how bad that is, what it means in plain words, and how it is mended."""
+"""What can be wrong with data, how bad that is, what it means in plain words, and what to do about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Kind(NamedTuple):
     severity: Severity
     title: str
     meaning: str
-    mend: str
+    advice: str
 
 
 KINDS: dict[str, Kind] = {
@@ -28,13 +28,19 @@ KINDS: dict[str, Kind] = {
         "error",
         "Records of the wrong form",
         "A record lacks something, has turns out of order, an empty answer, or an image tag in the wrong place.",
-        "Mend the records, or leave them out with `exclude`.",
+        "Correct the records, or leave them out with `exclude`.",
+    ),
+    "form": Kind(
+        "error",
+        "Records in a form that is not read",
+        "The records are not in LLaVA's form (`id`, `image`, `conversations`), and no `columns` say what to take.",
+        "Add the `columns` that the message names to the data, or convert the file; docs/data.md shows the forms.",
     ),
     "image_path": Kind(
         "error",
         "Image paths that are not allowed",
-        "An image is named by a URL, an absolute path, or one that leads out of the image root.",
-        "Copy the image below `image_root` and name it by its relative path.",
+        "An image is named by a URL, or by a path that leads out of the image root.",
+        "Fetch or copy the image into `image_root` and name it by its relative path.",
     ),
     "missing_image": Kind(
         "error",
@@ -60,6 +66,19 @@ KINDS: dict[str, Kind] = {
         "`tokens_per_micro_batch` is less than the tokens of the longest conversation, so a run would stop.",
         "Raise `tokens_per_micro_batch` or set it to auto, or lower `max_length`.",
     ),
+    "blank_image": Kind(
+        "warning",
+        "Images of one color",
+        "The picture is all black, all white or of another single color, so there is nothing to see for the model.",
+        "Look at the pictures; export them again, or leave their records out with `exclude`.",
+    ),
+    "few_levels": Kind(
+        "warning",
+        "Images that lose their shades",
+        "The picture has more than 8 bits, and hardly any of its shades are left in the 8 bits that the model sees.",
+        "Give the values that matter as `window: [low, high]` of the data. Save 16-bit color, or grey "
+        "with transparency, as plain 16-bit grey.",
+    ),
     "group_leak": Kind(
         "error",
         "Groups on both sides",
@@ -69,7 +88,7 @@ KINDS: dict[str, Kind] = {
     "image_leak": Kind(
         "warning",
         "Images on both sides",
-        "The very same picture is trained on and tested on, so the score is better than on new pictures.",
+        "The very same picture is in training and is tested on, so the score is better than on new pictures.",
         "Remove it from one of the two sides.",
     ),
     "near_leak": Kind(
@@ -87,7 +106,7 @@ KINDS: dict[str, Kind] = {
     "truncated": Kind(
         "warning",
         "Conversations cut short",
-        "The conversation is longer than `max_length`; what is beyond is neither read nor learnt.",
+        "The conversation is longer than `max_length`; what is beyond is neither read nor learned.",
         "Raise `max_length`, or split the conversation.",
     ),
     "long_reference": Kind(
@@ -104,13 +123,13 @@ KINDS: dict[str, Kind] = {
     ),
     "duplicate_id": Kind(
         "warning",
-        "Ids that stand twice",
+        "Ids that occur twice",
         "Two records have one id, so a message or a result cannot tell which of them it is about.",
         "Give every record an id of its own.",
     ),
     "duplicate_record": Kind(
         "note",
-        "Records that stand twice",
+        "Records that occur twice",
         "Image, question and answer are the same as in another record; it counts twice.",
         "Keep one, unless the weight is meant.",
     ),
@@ -124,7 +143,7 @@ KINDS: dict[str, Kind] = {
     "transparent": Kind(
         "note",
         "Transparent images",
-        "Transparency is dropped, and the colour that is stored below it is seen; black text may end up on black.",
+        "Transparency is dropped, and the color that is stored below it is seen; black text may end up on black.",
         "Look at the pictures; if they are not as meant, flatten them on the background you want.",
     ),
     "special_text": Kind(
@@ -144,5 +163,5 @@ KINDS: dict[str, Kind] = {
 """In the order in which they are reported; `DataError.kind` is a key of this."""
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-EXCLUDABLE = frozenset({"record", "image_path", "missing_image", "bad_image", "unsupervised"})
+EXCLUDABLE = frozenset({"record", "form", "image_path", "missing_image", "bad_image", "unsupervised"})
 """Kinds that stop a run by a record, which therefore may be left out."""

@@ -1,4 +1,4 @@
-"""Records beside each other: what stands twice, contradicts itself, or is on both sides of a split."""
+"""Records beside each other: what occurs twice, contradicts itself, or is on both sides of a split."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from lora_llava.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.sources import ImageSource, Record, printable
+from lora_llava.data.grey import MIN_LEVELS
+from lora_llava.data.sources import ImageSource, Record
 from lora_llava.doctor.images import near_pairs
 from lora_llava.doctor.survey import Side, Source, Survey, image_id
+from lora_llava.text import counted, printable
 
 SHORT_ANSWER = 5
 """Most words of an answer that another one can contradict; of longer ones two may both be true."""
@@ -28,6 +30,8 @@ class Finding:
     problem: str
     images: tuple[ImageSource, ...] = ()
     """To be shown beside it."""
+    count: int = 1
+    """Records that it stands for."""
 
 
 def at(kind: str, source: Source, record: Record, problem: str, *images: ImageSource | None) -> Finding:
@@ -43,11 +47,12 @@ def of_bad(source: Source, bad: BadRecord) -> Finding:
 
 
 def compare_sides(survey: Survey) -> Iterator[Finding]:
-    """Find what stands twice or contradicts itself in each source, and what is on both sides of each split."""
+    """Find what occurs twice or contradicts itself in each source, and what is on both sides of each split."""
     for source in survey.sources:
         yield from _duplicate_ids(source)
         yield from _duplicate_images(survey, source)
         yield from _transparent(survey, source)
+        yield from _empty_images(survey, source)
         for record in source.records:
             if marker := next((mark for mark in ("USER:", "ASSISTANT:") if _says(record, mark)), None):
                 yield at("special_text", source, record, f"{record.where}: holds {marker}", record.image)
@@ -87,14 +92,29 @@ def _duplicate_images(survey: Survey, source: Source) -> Iterator[Finding]:
     for record, image in _images(source.records):
         other = first.setdefault(survey.facts(image).sha256, image)
         if image_id(other) != image_id(image):
-            problem = f"{record.where}: image {image.key} has the bytes of {other.key}"
+            problem = f"{record.where}: image {printable(image.key, 80)} has the bytes of {printable(other.key, 80)}"
             yield at("duplicate_image", source, record, problem, image, other)
 
 
 def _transparent(survey: Survey, source: Source) -> Iterator[Finding]:
     for record, image in _images(source.records):
         if survey.facts(image).is_transparent:
-            yield at("transparent", source, record, f"{record.where}: image {printable(image.key)}", image)
+            yield at("transparent", source, record, f"{record.where}: image {printable(image.key, 80)}", image)
+
+
+def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:
+    """Find images of which the model would see nothing, or next to nothing."""
+    for record, image in _images(source.records):
+        facts = survey.facts(image)
+        if facts.is_blank:
+            color = "#" + facts.colours[:3].hex()
+            shade = {"#000000": "black", "#ffffff": "white"}.get(color, color)
+            problem = f"{record.where}: image {printable(image.key, 80)} is all {shade}"
+            yield at("blank_image", source, record, problem, image)
+        elif facts.levels < MIN_LEVELS:
+            levels = counted(facts.levels, "shade")
+            problem = f"{record.where}: image {printable(image.key, 80)} keeps {levels} in the 8 bits that are seen"
+            yield at("few_levels", source, record, problem, image)
 
 
 def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
@@ -107,13 +127,15 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
         if other is record:
             continue
         if _texts(other) == _texts(record):
-            yield at("duplicate_record", side.source, record, f"{record.where}: as {other.where}", record.image)
+            yield at(
+                "duplicate_record", side.source, record, f"{record.where}: the same as {other.where}", record.image
+            )
             continue
         ours, theirs = _answer(record), _answer(other)
         if ours != theirs and max(len(ours.split()), len(theirs.split())) <= SHORT_ANSWER:
-            asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip())
-            answers = f"{printable(ours)!r}, and {printable(theirs)!r} in record {other.number}"
-            problem = f"{record.where}: {asked!r} is answered {answers}"
+            asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip(), 80)
+            answers = f"'{printable(ours, 80)}', and '{printable(theirs, 80)}' in record {other.number}"
+            problem = f"{record.where}: '{asked}' is answered {answers}"
             yield at("contradiction", side.source, record, problem, record.image)
 
 
@@ -132,10 +154,8 @@ def _group_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
         if record.group in known and record.group not in seen:
             seen.add(record.group)
             other = known[record.group]
-            problem = (
-                f"{record.where}: {tested.source.data.group} {printable(str(record.group))} is in {trained.name} too: "
-                f"{other.where}"
-            )
+            group = f"{printable(str(tested.source.data.group), 80)} {printable(str(record.group), 80)}"
+            problem = f"{record.where}: {group} is in the training set too ({other.where})"
             yield at("group_leak", tested.source, record, problem, record.image, other.image)
 
 
@@ -149,15 +169,15 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
         if (other := known.get(survey.facts(image).sha256)) is None:
             asked.append((record, image))
             continue
-        problem = f"{record.where}: image {printable(image.key)} is in {trained.name} too: {other[0].where}"
+        problem = f"{record.where}: image {printable(image.key, 80)} is in the training set too ({other[0].where})"
         yield at("image_leak", tested.source, record, problem, image, other[1])
     learnt = list(known.values())
     pairs = near_pairs([survey.facts(image) for _, image in asked], [survey.facts(image) for _, image in learnt])
     for place, found in pairs:
         (record, image), (other_record, other_image) = asked[place], learnt[found]
         problem = (
-            f"{record.where}: image {printable(image.key)} is nearly {printable(other_image.key)} of {trained.name}: "
-            f"{other_record.where}"
+            f"{record.where}: image {printable(image.key, 80)} looks almost like {printable(other_image.key, 80)}, "
+            f"which is in the training set ({other_record.where})"
         )
         yield at("near_leak", tested.source, record, problem, image, other_image)
 

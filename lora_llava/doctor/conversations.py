@@ -22,6 +22,7 @@ from lora_llava.modeling.describe import describe_base
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
+from lora_llava.text import counted
 from lora_llava.training.dry_run import compute_dtype, this_machine
 from lora_llava.training.memory_plan import plan_memory, stage_shapes
 from lora_llava.training.plan import StageData, StageRecords, length_lines, plan_records
@@ -92,7 +93,7 @@ def _encode_side(recipe: Recipe, side: Side, made: Conversations, config: LlavaC
     made.sizes[side.name] = sizes
     for record, size in zip(side.records, sizes, strict=True):
         if size.is_cut:
-            problem = f"{record.where}: is cut to {size.length:,} tokens"
+            problem = f"{record.where}: is cut to {counted(size.length, 'token')}"
             made.findings.append(at("truncated", side.source, record, problem, record.image))
 
 
@@ -112,7 +113,7 @@ def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaCo
     recipe, settings = survey.recipe, survey.recipe.stage(stage)
     sides = {side.role: side for side in survey.sides if side.stage == stage and side.role != "evaluation"}
     if not sides["training"].records:
-        return {"problem": "no record to train on"}
+        return {"problem": "Nothing to train on: no record could be read."}
     encoded = {role: _encoded(side, made) for role, side in sides.items()}
     validation = encoded.get("validation") or _encoded(
         Side("", stage, "validation", sides["training"].source, []), made

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_llava.data.encoded import Size
-from lora_llava.data.sources import printable
 from lora_llava.doctor.survey import Side, Survey, image_id
+from lora_llava.text import printable
 
 _MOST_ANSWERS = 12
 _BINS = 12

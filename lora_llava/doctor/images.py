@@ -8,9 +8,10 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from lora_llava.data.images import FORMATS, decode_image, read_image
+from lora_llava.data.images import DEEP_GREY, FORMATS, decode_image, read_image
 from lora_llava.data.sources import ImageSource
 from lora_llava.errors import DataError
 
@@ -19,6 +20,11 @@ MOST_DIFFERING_BITS = 8
 MOST_COLOUR_DIFFERENCE = 10
 """Of 255, in any of the 8 x 8 fields of two images that show the same."""
 
+MAX_BLANK_RANGE = 2
+"""Of 255: darkest to brightest, in each channel of an image that shows nothing."""
+
+_PNG_DEPTH = 24
+"""Byte of a PNG that holds the bits of a channel."""
 _FIELDS = 8
 _BLOCK = 64
 
@@ -36,13 +42,17 @@ class ImageFacts:
     """64 bits: whether each of 8 x 8 fields is darker than the one to its right."""
     colours: bytes = b""
     """Mean RGB of 8 x 8 fields."""
+    is_blank: bool = False
+    """Whether all of it is one color."""
+    levels: int = 256
+    """Values of a channel that are left of an image of more than 8 bits, if some were lost; else 256."""
 
 
 def look_at_image(source: ImageSource) -> ImageFacts:
     """Open an image as training does, and describe it; what is wrong with it is in `error`."""
     try:
         data = read_image(source)
-        image = decode_image(data, source.name)
+        image = decode_image(data, source.name, window=source.window)
     except DataError as error:
         return ImageFacts(error)
     return ImageFacts(
@@ -53,6 +63,8 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         _is_transparent(data),
         difference_hash(image),
         image.resize((_FIELDS, _FIELDS), Image.Resampling.BOX).tobytes(),
+        _is_blank(image),
+        _levels_left(data, image),
     )
 
 
@@ -60,6 +72,29 @@ def difference_hash(image: Image.Image) -> int:
     """Return the difference hash (dHash) of an image: 64 bits that scaling and recompressing hardly change."""
     grey = np.asarray(image.convert("L").resize((_FIELDS + 1, _FIELDS), Image.Resampling.BOX))
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def _histogram(image: Image.Image) -> npt.NDArray[np.int64]:
+    """Count the values of each channel (3, 256)."""
+    return np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
+
+
+def _is_blank(image: Image.Image) -> bool:
+    """Tell whether an image shows one color."""
+    return all(np.ptp(np.flatnonzero(channel)) <= MAX_BLANK_RANGE for channel in _histogram(image))
+
+
+def _levels_left(data: bytes, image: Image.Image) -> int:
+    """Count the values of a channel in the 8-bit form of a deeper image; 256 if it is not deeper, or lost none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as original:
+            is_deep_grey = original.mode in DEEP_GREY
+            if not is_deep_grey and not (original.format == "PNG" and data[_PNG_DEPTH] == 16):
+                return 256
+            left = int((_histogram(image) > 0).sum(axis=1).max())
+            # Of deep color only the upper 8 bits can be had, so what was lost is not known.
+            return left if not is_deep_grey or len(np.unique(np.asarray(original))) > left else 256
 
 
 def _is_transparent(data: bytes) -> bool:

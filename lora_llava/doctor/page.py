@@ -30,7 +30,7 @@ _SIDE = 168
 _MOST_TEXT = 3000
 _FIGURES = {
     "tokens": "Tokens of a conversation",
-    "supervised_tokens": "Learnt tokens of a conversation",
+    "supervised_tokens": "Learned tokens of a conversation",
     "turns": "Questions of a conversation",
     "answers": "Answers",
     "image_width": "Image width, pixels",
@@ -63,7 +63,7 @@ def _kind(kind: str, found: list[Finding]) -> dict[str, Any]:
     shown = [one for one in found if one.images][:_NUM_SHOWN]
     return {
         **described._asdict(),
-        "count": len(found),
+        "count": sum(one.count for one in found),
         "shown": [
             {
                 "problem": _short(one.problem),
@@ -86,12 +86,16 @@ def _side(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "counts": counts, "charts": charts}
 
 
-def _plans(report: Report) -> list[tuple[str, dict[str, Any]]]:
-    plans: list[tuple[str, dict[str, Any]]] = []
-    for stage, plan in report.conversations.plans.items():
-        rows = {key.replace("_", " "): value for key, value in plan.items()}
-        plans.append((stage, rows))
-    return plans
+def _plans(report: Report) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Return the figures and the sentences of each stage's plan."""
+    return [
+        (
+            stage,
+            {key.replace("_", " "): value for key, value in plan.items() if not isinstance(value, str)},
+            [value for value in plan.values() if isinstance(value, str)],
+        )
+        for stage, plan in report.conversations.plans.items()
+    ]
 
 
 def _samples(report: Report) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from lora_llava.run_directory.written import note_all, read_written
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
 FORMAT = 1
 """Version of `check.json`."""
+MOSTLY, MIN_ALIKE = 0.9, 5
+"""Share of the records of a source, and their number, that make one finding if they fail in the same way."""
+_PLACE = re.compile(r"^.*?, record \d+(?: \([^)]*\))?: ")
 MOST_LISTED = 1000
 """Findings of one kind that `check.json` lists; their number is that of all. Lists of bad records are complete."""
 
@@ -43,7 +48,8 @@ class Report:
 
     def count(self, severity: Severity) -> int:
         """Count findings of one severity."""
-        return sum(len(found) for kind, found in self.findings.items() if KINDS[kind].severity == severity)
+        found = (one for kind, ones in self.findings.items() if KINDS[kind].severity == severity for one in ones)
+        return sum(one.count for one in found)
 
     @property
     def lists(self) -> dict[str, tuple[str, int]]:
@@ -51,7 +57,7 @@ class Report:
         return {
             f"{source.key}.exclude": (f"{LISTS}/{source.name}.jsonl", len(source.bad.found))
             for source in self.survey.sources
-            if source.bad.found
+            if source.bad.found and source.records
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -100,9 +106,34 @@ def _bad(survey: Survey) -> Iterator[Finding]:
             yield Finding(
                 "data_file", source.name, source.data_name, 0, None, _without_paths(str(source.error), source)
             )
-        for bad in sorted(source.bad.found, key=lambda one: one.record):
-            assert bad.kind in EXCLUDABLE, bad.kind
-            yield of_bad(source, bad)
+        assert all(bad.kind in EXCLUDABLE for bad in source.bad.found)
+        yield from _of_source(source)
+
+
+def _of_source(source: Source) -> Iterator[Finding]:
+    """Make a finding of each bad record, or a single one where nearly every record fails in the same way."""
+    bad = sorted(source.bad.found, key=lambda one: one.record)
+    reasons = Counter(map(_reason, bad))
+    [(reason, count)] = reasons.most_common(1) or [("", 0)]
+    if count >= MIN_ALIKE and count >= MOSTLY * (len(bad) + len(source.records)):
+        alike = [one for one in bad if _reason(one) == reason]
+        first = alike[0]
+        share = "Every record" if not source.records and len(alike) == len(bad) else f"Nearly every record ({count:,})"
+        what = "has the wrong form: this is not LLaVA JSON" if first.kind == "form" else "fails in the same way"
+        problem = f"{source.data_name}: {share} {what}. The first: {_without_place(first.problem)}"
+        yield Finding(first.kind, source.name, source.data_name, first.record, first.id, problem, count=count)
+        bad = [one for one in bad if _reason(one) != reason]
+    for one in bad:
+        yield of_bad(source, one)
+
+
+def _reason(bad: BadRecord) -> str:
+    """Return what records that fail in the same way have in common; those of a wrong form differ by their keys."""
+    return bad.kind if bad.kind == "form" else _without_place(bad.problem)
+
+
+def _without_place(problem: str) -> str:
+    return _PLACE.sub("", problem, count=1)
 
 
 def _without_paths(text: str, source: Source) -> str:
@@ -118,7 +149,7 @@ def _kind_as_json(kind: str, found: list[Finding]) -> dict[str, Any]:
         "kind": kind,
         "severity": KINDS[kind].severity,
         "title": KINDS[kind].title,
-        "count": len(found),
+        "count": sum(one.count for one in found),
         "records": [
             {"source": one.source, "data": one.data, "record": one.record, "id": one.id, "problem": one.problem}
             for one in found[:MOST_LISTED]
@@ -138,7 +169,7 @@ def write_report(report: Report, page: str, directory: Path) -> None:
     lists.mkdir(parents=True, exist_ok=True)
     for source in report.survey.sources:
         name = f"{LISTS}/{source.name}.jsonl"
-        if not source.bad.found:
+        if not source.bad.found or not source.records:
             (directory / name).unlink(missing_ok=True)
             continue
         # A list that was in use is taken over: the new one replaces it.

@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from lora_llava.data.sources import printable
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.report import PAGE, REPORT, Report
 from lora_llava.table import Column, FittingTable
+from lora_llava.text import counted, printable
 from lora_llava.training.schedule import steps_line
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -33,7 +33,7 @@ def print_report(report: Report, directory: str, console: Console) -> None:
             if "steps" in plan:
                 console.print(f"{stage}: {plan['steps']}", markup=False, soft_wrap=not console.is_terminal)
         else:
-            console.print(f"{stage}: no plan{problem}", markup=False)
+            console.print(f"{stage}: {plan['problem']}", markup=False, soft_wrap=not console.is_terminal)
     if report.findings:
         console.print(findings_view(report))
     for key, (file, count) in report.lists.items():
@@ -41,8 +41,9 @@ def print_report(report: Report, directory: str, console: Console) -> None:
             f"{count:,} bad records can be left out with {key}={Path(directory) / file}",
             soft_wrap=True,
         )
-    counts = ", ".join(f"{report.count(one):,} {one}{'' if report.count(one) == 1 else 's'}" for one in SEVERITIES)
-    console.print(f"{counts}. In {directory}: {PAGE} to look at, {REPORT} to work with.", soft_wrap=True)
+    counts = ", ".join(counted(report.count(one), one) for one in SEVERITIES)
+    line = f"{counts}. In {printable(directory)}: {PAGE} to look at, {REPORT} to work with."
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def sides_view(report: Report) -> FittingTable:
@@ -64,10 +65,11 @@ def findings_view(report: Report) -> Group:
 def _kind_view(report: Report, kind: str) -> Iterator[RenderableType]:
     described, found = KINDS[kind], report.findings[kind]
     yield Text.assemble(
-        (f"{described.severity}: ", _STYLES[described.severity]), (f"{described.title}: {len(found):,}", "bold")
+        (f"{described.severity}: ", _STYLES[described.severity]),
+        (f"{described.title}: {sum(one.count for one in found):,}", "bold"),
     )
     for one in found[:_NUM_NAMED]:
         yield Text(f"  {printable(one.problem, 300)}")
     if len(found) > _NUM_NAMED:
         yield Text(f"  and {len(found) - _NUM_NAMED:,} more", "dim")
-    yield Text(f"  {described.mend.replace('`', '')}", "dim")
+    yield Text(f"  {described.advice.replace('`', '')}", "dim")

@@ -32,6 +32,7 @@ from lora_llava.modeling.original import (
     read_tensors,
     to_original_config,
 )
+from lora_llava.text import counted
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 """The vision tower of LLaVA-1.5, known by its shape."""
@@ -98,7 +99,7 @@ def export_adapter(source: Path, output: Path, options: ExportOptions) -> Export
         _check_adapter(staging, adapter, projector)
         ratio = manifest.images["image_aspect_ratio"]
         write_json(staging / "config.json", to_original_config(config, torch.float16, tower, ratio))
-    what = f"LoRA on {len(adapter.layers)} layers and the projector" if adapter.layers else "the projector"
+    what = f"LoRA on {counted(len(adapter.layers), 'layer')} and the projector" if adapter.layers else "the projector"
     lines = [f"{output}: {what} in the original layout, read back and the same"]
     if adapter.layers:
         lines.append("the original code takes a directory for a LoRA if its name holds both 'llava' and 'lora'")

@@ -35,6 +35,7 @@ from lora_llava.merge.run import (
 from lora_llava.merge.stream import BaseKind, base_reader, describe_dtype, merged_reader
 from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.modeling.names import EMBEDDINGS, memory_name
+from lora_llava.text import counted
 
 BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
 _BLOCKS = "language_model.model.layers."
@@ -192,8 +193,8 @@ def _summary(report: ExportReport, output: Path, form: Form, layers: int) -> lis
     probe = {key: report["probe"][key] for key in ("max_abs", "relative", "answers_equal", "answers")}
     lines = [
         f"{output / BASE}: the {report['base']} base with the tuned projector, {report['dtype']} ({report['reason']})",
-        f"{output / ADAPTER}: LoRA of rank {form.r} on {layers} layers",
-        f"against the artifact, logits of {report['probe']['questions']} questions: {Difference(**probe)} "
+        f"{output / ADAPTER}: LoRA of rank {form.r} on {counted(layers, 'layer')}",
+        f"against the artifact, logits of {counted(report['probe']['questions'], 'question')}: {Difference(**probe)} "
         f"(at most {report['tolerance']:g} relative is taken for rounding)",
     ]
     if trained := report.get("distance_from_trained"):

@@ -18,6 +18,7 @@ from lora_llava.hub.facts import Facts
 from lora_llava.hub.licences import LICENCES, OTHER
 from lora_llava.hub.usage import gguf_commands, python_code, vllm_commands
 from lora_llava.recipe_file import is_local
+from lora_llava.text import counted
 
 _TASK = "visual-question-answering"
 _MARK = "<!-- Made by lora-llava from the run; sha256 of the above: "
@@ -140,7 +141,7 @@ def _results(facts: Facts) -> list[EvalResult]:
                 dataset_split=None if local else source.get("split"),
                 dataset_revision=source.get("revision"),
                 metric_type="f1" if metric == "token_f1" else "accuracy",
-                metric_name=f"{METRIC_NAMES[metric]}, {kind}, {figures['questions']} questions ({interval})",
+                metric_name=f"{METRIC_NAMES[metric]}, {kind}, {counted(figures['questions'], 'question')} ({interval})",
                 metric_value=figures["accuracy"],
             )
         )

@@ -14,6 +14,7 @@ from lora_llava.hub.content import ADAPTER_CONFIG
 from lora_llava.hub.facts import Facts
 from lora_llava.recipe_file import is_local
 from lora_llava.run_directory import output
+from lora_llava.text import counted
 
 _KIT = "[lora-llava](https://github.com/lora-llava/lora-llava)"
 _FORMS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
@@ -103,7 +104,7 @@ def tested(facts: Facts) -> str:
     """Say what the questions were."""
     count, images = facts.accuracy.get("questions", 0), facts.accuracy.get("images", 0)
     path = str(((facts.recipe.get("evaluation") or {}).get("data") or {}).get("path", ""))
-    return f"{count:,} questions about {images:,} images" + (f" of {data_link(path)}" if path else "")
+    return f"{counted(count, 'question')} about {counted(images, 'image')}" + (f" of {data_link(path)}" if path else "")
 
 
 def data_name(path: str) -> str:
@@ -148,8 +149,8 @@ def settings_table(facts: Facts) -> str:
 
 def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, str]:
     seen = _seen(facts, name)
-    epochs = f"{stage['num_train_epochs']:g} epoch{'' if stage['num_train_epochs'] == 1 else 's'}"
-    length = f"{stage['max_steps']} steps" if stage["max_steps"] > 0 else epochs
+    epochs = counted(stage["num_train_epochs"], "epoch")
+    length = counted(stage["max_steps"], "step") if stage["max_steps"] > 0 else epochs
     aspect = stage["image_aspect_ratio"] or facts.recipe["images"]["image_aspect_ratio"]
     return {
         "trained": "projector" if name == "align" else f"{_FORMS[facts.recipe['adapter']['type']]}, projector",

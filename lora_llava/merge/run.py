@@ -36,6 +36,7 @@ from lora_llava.modeling.describe import read_config
 from lora_llava.modeling.layout import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.modeling.names import EMBEDDINGS
 from lora_llava.progress import Advance, counting, phase
+from lora_llava.text import counted
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative difference of logits between merged model and base + adapter, by the type that is written.
@@ -213,7 +214,7 @@ def summary(report: dict[str, Any], output: Path) -> list[str]:
     """Say what a merge did, in the lines that the command shows."""
     probe = {key: report["probe"][key] for key in ("max_abs", "relative", "answers_equal", "answers")}
     lines = [
-        f"merged into {output}: {len(report['files'])} file(s), {report['dtype']}",
+        f"merged into {output}: {counted(len(report['files']), 'file')}, {report['dtype']}",
         f"base: {report['base']} ({report['reason']})",
         f"against base + adapter, logits of {report['probe']['questions']} questions: {Difference(**probe)} "
         f"(at most {report['tolerance']:g} relative is taken for rounding)",

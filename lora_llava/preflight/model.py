@@ -72,7 +72,9 @@ def read_config(name: str, directory: Path) -> ModelFiles:
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
         return ModelFiles(
-            name, directory, problem=(f"{path} cannot be read: {reason}", "Download the model again, or mend the file.")
+            name,
+            directory,
+            problem=(f"{path} cannot be read: {reason}", "Download the model again, or repair the file."),
         )
     if not isinstance(data, dict):
         what = f"{path} holds a {type(data).__name__}, a mapping is needed"

@@ -26,6 +26,7 @@ from lora_llava.errors import TrainingError
 from lora_llava.files import staged_file
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import VISION_TOWER
+from lora_llava.text import counted
 
 BATCH = 16
 """Images that pass through the tower at one time."""
@@ -160,8 +161,8 @@ def _check_room(shape: tuple[int, int, int], dtype: torch.dtype, path: Path | No
         free, where = shutil.disk_usage(path.parent).free, f"in {path.parent} are"
     if needed > free:
         raise TrainingError(
-            f"cache_image_features: the features of {shape[0]:,} images take {needed / 2**30:.1f} GiB, {where} "
-            f"{free / 2**30:.1f} GiB; set cache_image_features: {'disk or ' if path is None else ''}off"
+            f"cache_image_features: the features of {counted(shape[0], 'image')} take {needed / 2**30:.1f} GiB, "
+            f"{where} {free / 2**30:.1f} GiB; set cache_image_features: {'disk or ' if path is None else ''}off"
         )
 
 

@@ -20,6 +20,7 @@ from lora_llava.modeling.describe import describe_base
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_stages import StageName
+from lora_llava.text import counted, printable_lines
 
 _LEARNT, _READ, _IMAGE = "bold green", "default", "cyan"
 _LINE_FEED = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
@@ -40,7 +41,7 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
     records, _ = load_split(settings.data, recipe.seed)
     if index >= len(records):
         raise DataError(
-            f"{settings.data.path}: there is no record {index}; the {len(records):,} are 0 to {len(records) - 1}"
+            f"{settings.data.path}: there is no record {index}; it has {counted(len(records), 'record')}, from index 0"
         )
     record = records[index]
     config, tokenizer = describe_base(recipe.base)
@@ -107,7 +108,7 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
         # A part of a character is shown as a mark, which the whole character then replaces.
         known = shown if text.startswith(shown) else shown.rstrip(_PART)
         shown = text
-        yield text[len(known) :].replace("\n", f"{_LINE_FEED}\n").replace(_PART, "?")
+        yield printable_lines(text[len(known) :]).replace("\n", f"{_LINE_FEED}\n").replace(_PART, "?")
 
 
 def facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:

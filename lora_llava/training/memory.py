@@ -22,6 +22,7 @@ from lora_llava.modeling.structure import (
 )
 from lora_llava.recipe import QuantizationSettings, Recipe
 from lora_llava.recipe_stages import GradientCheckpointing, StageName
+from lora_llava.text import counted
 from lora_llava.training.plan import StageData
 
 NF4_BYTES = {True: 0.516, False: 0.5625}
@@ -49,7 +50,7 @@ class Recompute:
             return "none"
         if self.policy is True:
             return "full"
-        return f"selective, {self.full_layers} layers in full" if self.full_layers else "selective"
+        return f"selective, {counted(self.full_layers, 'layer')} in full" if self.full_layers else "selective"
 
 
 @dataclass(frozen=True, slots=True)

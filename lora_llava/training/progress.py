@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.files import fsync
 from lora_llava.progress import Bar, duration
 from lora_llava.run_directory.output import append_to_log, log_path
+from lora_llava.text import printable, printable_lines
 from lora_llava.training.plan import StepCounts
+
+MAX_SHOWN = 200
+"""Characters of a question or an answer that the log shows on the screen."""
 
 
 class TrainLog(TrainerCallback):  # type: ignore[misc]
@@ -110,18 +114,13 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
     def _show(self, row: dict[str, Any]) -> None:
         step, total = row["step"], len(self.questions) - 1
         if "warning" in row:
-            self.console.print(
-                f"[yellow]{self.stage} {step}/{total}: {escape(row['warning'])}[/yellow]", soft_wrap=True
-            )
+            line = f"{self.stage} {step}/{total}: {row['warning']}"
+            self.console.print(Text(printable_lines(line), "yellow"), soft_wrap=True)
         if "eval_loss" in row:
             blind = f", without the images {row['eval_loss_blind']:.4f}" if "eval_loss_blind" in row else ""
             self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}{blind}")
             for sample in row.get("samples", []):
-                texts = {key: escape(text) for key, text in sample.items()}
-                self.console.print(
-                    f"  {texts['question']} [dim]->[/dim] {texts['prediction'] or '(nothing)'} "
-                    f"[dim](true: {texts['answer']})[/dim]"
-                )
+                self.console.print(sample_line(sample))
         if "loss" not in row:
             return
         figures = log_figures(row)
@@ -157,3 +156,10 @@ def fitting(figures: Sequence[str], width: int) -> list[str]:
             break
         shown.append(figure)
     return shown
+
+
+def sample_line(sample: Mapping[str, str]) -> Text:
+    """Write a sample answer as one line, whatever the texts hold."""
+    texts = {key: printable(text.strip(), MAX_SHOWN) for key, text in sample.items()}
+    answer = texts["prediction"] or "(nothing)"
+    return Text.assemble("  ", texts["question"], (" -> ", "dim"), answer, (f" (true: {texts['answer']})", "dim"))

@@ -19,6 +19,7 @@ from lora_llava.recipe_base import OnResume, settings_of, value_at
 from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.run_directory.written import current
+from lora_llava.text import counted
 from lora_llava.training.checkpoint import Checkpoint, latest
 from lora_llava.training.differences import (
     IMAGES,
@@ -110,7 +111,7 @@ def check_unchanged(
     differences = changed_settings(checkpoint.directory, recipe, stage) + changed_facts(before, facts)
     refuse_or_say(differences, stage, checkpoint.directory, recipe, resume, console)
     if step > num_steps:
-        raise TrainingError(f"stage {stage} has {num_steps:,} steps now, and {step:,} were trained already")
+        raise TrainingError(f"stage {stage} has {counted(num_steps, 'step')} now, and {step:,} were trained already")
     return not differences
 
 

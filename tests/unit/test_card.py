@@ -67,7 +67,7 @@ def test_the_card_of_a_run(tiny_base: Path, tmp_path: Path) -> None:
     assert "base_model" not in data
     metrics = data["model-index"][0]["results"][0]["metrics"]
     assert metrics[0]["value"] == 0.9105
-    assert metrics[0]["name"] == "exact match, all, 2000 questions (95 % interval 89.7 to 92.2 %)"
+    assert metrics[0]["name"] == "exact match, all, 2,000 questions (95 % interval 89.7 to 92.2 %)"
     for said in (
         "| all             |      2000 | 0.1 (0.0-0.3) |  91.0 (89.7-92.2) |",
         "| all             |       955 |   91.9 (90.0-93.5) | 62.8 (59.7-65.8) |",

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from lora_llava.cli import cli
 from lora_llava.doctor.catalogue import KINDS
@@ -87,7 +89,7 @@ def test_the_page_shows_pictures_and_runs_nothing(faulty: tuple[Path, list[tuple
     assert all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"url\(|@import|<link|<iframe|<form|javascript:|\son\w+=", page)
     assert page.count('class="card sample"') == 10
-    for words in ("Nearly the same images on both sides", "To mend it", "Tokens of a conversation", "optimizer steps"):
+    for words in ("Nearly the same images on both sides", "What to do", "Tokens of a conversation", "optimizer steps"):
         assert words in page
 
 
@@ -195,3 +197,54 @@ def test_k38_a_key_that_no_test_record_has_is_found(tiny_base: Path, tmp_path: P
     assert check(str(recipe), "evaluation.by=[patiet]").exit_code == 1
     [found] = report_in(tmp_path / "run" / "check")["findings"]
     assert "did you mean 'patient'?" in found["records"][0]["problem"]
+
+
+def test_k14_blank_pictures_and_lost_shades_are_found_with_their_pictures(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    scan = np.linspace(0, 4000, 32 * 32).astype(np.uint16).reshape(32, 32)
+    hot = scan.copy()
+    hot[0, :2] = (60_000, 65_535)
+    mask = np.where(scan > 2000, np.uint16(65535), np.uint16(0))
+    made = {"black": np.zeros((8, 8), np.uint8), "white": np.full((8, 8), 255, np.uint8), "flat": scan * 0 + 777}
+    made |= {"scan": scan, "hot": hot, "mask": mask}
+    for name, values in made.items():
+        images[f"{name}.png"] = encoded(Image.fromarray(values))
+        train.append(entry(name, f"{name}.png", "What?", "something"))
+    deep = encoded(Image.new("RGB", (8, 8), (9, 9, 9)))
+    images["plain8.png"] = deep
+    train.append(entry("plain8", "plain8.png", "What?", "a thing"))
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested)
+    result = check(str(recipe))
+    assert result.exit_code == 0, result.output
+    report = report_in(tmp_path / "run" / "check")
+    found = {(kind, name) for kind, _, name in found_in(report) if kind in ("blank_image", "few_levels")}
+    assert found == {*(("blank_image", name) for name in ("black", "white", "flat", "plain8")), ("few_levels", "hot")}
+    assert "white.png is all white" in result.output
+    page = (tmp_path / "run" / "check" / "check.html").read_text(encoding="utf-8")
+    assert re.search(r"hot\.png keeps 1\d shades in the 8 bits that are seen", page)
+    window = ["stages.instruct.data.window=[0, 4095]", "evaluation.data.window=[0, 4095]"]
+    assert check(str(recipe), *window).exit_code == 0
+    assert "few_levels" not in {kind for kind, _, _ in found_in(report_in(tmp_path / "run" / "check"))}
+
+
+def test_records_that_all_fail_alike_are_one_finding(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    flat = [{"Image": one["image"], "PatientID": 7, "Question": "Q", "Answer": "A"} for one in train]
+    flat[3]["note"] = "x"
+    recipe = write_recipe(tmp_path, tiny_base, images, flat, tested)
+    result = check(str(recipe))
+    assert result.exit_code == 1
+    [kind] = [one for one in report_in(tmp_path / "run" / "check")["findings"] if one["kind"] == "form"]
+    assert (kind["count"], len(kind["records"])) == (24, 1)
+    output = " ".join(result.output.split())
+    assert "train.json: Every record has the wrong form: this is not LLaVA JSON. The first: conversations: is" in output
+    assert "it has Image, PatientID, Question, Answer." in output
+    assert "columns: {image: Image, question: Question, answer: Answer}" in output
+    assert "instruct: Nothing to train on: no record could be read." in output
+    assert "24 errors" in output
+    assert "exclude=" not in output, "a list of all records is of no use"
+    empty = [one | {"conversations": [one["conversations"][0], {"from": "gpt", "value": " "}]} for one in train[:-1]]
+    recipe = write_recipe(tmp_path, tiny_base, images, [*empty, train[-1]], tested)
+    assert "Nearly every record (23) fails in the same way. The first: turn 2: the answer is empty" in " ".join(
+        check(str(recipe)).output.split()
+    )

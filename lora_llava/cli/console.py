@@ -1,0 +1,25 @@
+"""The console of the commands: texts of users and of their data are shown as they are, and never obeyed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from lora_llava.text import printable_lines
+
+
+class PlainConsole(Console):
+    """Writes control characters out, and knows neither markup nor emoji codes: `[red]` in a name is shown."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Render as rich does; only rich's own segments may control the terminal."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable_lines(segment.text), segment.style)
