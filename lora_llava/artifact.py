@@ -23,7 +23,7 @@ from lora_llava.chat_template import OwnTemplate, chat_template, read_json, read
 from lora_llava.conversation import TEMPLATES, Template, get_template
 from lora_llava.endings import stated_ends, write_generation_config
 from lora_llava.errors import ArtifactError
-from lora_llava.files import Place, place_new, shown_path, staged
+from lora_llava.files import Place, json_text, place_new, shown_path, staged
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
@@ -288,7 +288,7 @@ def write_artifact(
     manifest = Manifest(
         base=location, adapter_sha256=file_sha256(staging / WEIGHTS), versions=library_versions(), **facts
     )
-    (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    (staging / MANIFEST).write_text(json_text(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -193,8 +193,14 @@ class StageSettings(Settings):
     """Processes that prepare images and rows beside the training; 0: none."""
     logging_steps: Annotated[Count, OnResume.FREE] = 10
     """Optimizer steps from one line of the log to the next; fewer in a short stage, which has ten lines at least."""
-    eval_steps: Annotated[Count | None, OnResume.FREE] = None
-    """Optimizer steps from one validation to the next; null: at the end only."""
+    eval_steps: Annotated[Count | Literal["auto"] | None, OnResume.FREE] = "auto"
+    """Optimizer steps from one validation to the next. `auto`: ten validations, or fewer so that they take a tenth of
+    the time at most; null: at the end only."""
+    keep: Annotated[Literal["best", "last"], OnResume.LATER] = "best"
+    """Weights that the artifact holds: those of the lowest validation loss, or of the last step. Without validations
+    before the end, `best` is the last."""
+    early_stopping_patience: Annotated[Count | None, OnResume.LATER] = None
+    """Stop the stage after this many validations in a row that are no better than the best; null: train to the end."""
     num_sample_answers: Annotated[int, Field(ge=0), OnResume.FREE] = 4
     """Validation questions answered at each validation."""
     save_steps: Annotated[Count | Literal["auto"], OnResume.FREE] = "auto"
@@ -209,6 +215,9 @@ class StageSettings(Settings):
             raise ValueError("template plain takes one caption an image; take data.merge_turns out or change template")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be -1 or at least 1")
+        if self.early_stopping_patience is not None and (self.data.validation is None or self.eval_steps is None):
+            missing = "data.validation" if self.data.validation is None else "eval_steps"
+            raise ValueError(f"early_stopping_patience needs {missing}: it counts validations during training")
         if self.learning_rate < MIN_RATE:
             raise ValueError(
                 f"learning_rate {self.learning_rate:g} is so small that fp32 weights cannot change; LLaVA's are 1e-3 "

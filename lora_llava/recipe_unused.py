@@ -112,7 +112,7 @@ def _unused_in_stage(place: str, stage: StageSettings) -> Iterator[Unused]:
         names, because = ["gradient_checkpointing_layers"], "gradient_checkpointing is not selective"
         yield from _changed(stage, place, names, because, refused=False)
     if stage.data.validation is None:
-        names = ["eval_steps", "num_sample_answers"]
+        names = ["eval_steps", "num_sample_answers", "keep"]
         yield from _changed(stage, place, names, "the stage has no data.validation", refused=False)
 
 

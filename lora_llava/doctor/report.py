@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ from lora_llava.doctor.figures import side_figures
 from lora_llava.doctor.references import reference_findings
 from lora_llava.doctor.survey import Source, Survey
 from lora_llava.errors import DataError
-from lora_llava.files import shown_path, staged_file
+from lora_llava.files import json_text, shown_path, staged_file
 from lora_llava.run_directory.written import note_all, read_written
 
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
@@ -181,7 +180,7 @@ def write_report(report: Report, page: str, directory: Path) -> None:
             write_bad_records(path, [*source.bad.found, *before])
     if not any(lists.iterdir()):
         lists.rmdir()
-    for name, text in ((PAGE, page), (REPORT, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")):
+    for name, text in ((PAGE, page), (REPORT, json_text(report.as_json(), indent=2, ensure_ascii=False) + "\n")):
         with _listed(directory, name) as path:
             path.write_text(text, encoding="utf-8")
 

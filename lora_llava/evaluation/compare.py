@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from lora_llava.evaluation.outcome import (
 from lora_llava.evaluation.questions import Question, QuestionSet
 from lora_llava.evaluation.report import accuracy_table, confusion_table, most_labels, value_table, write_predictions
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
+from lora_llava.files import json_text
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.progress import Bar
 from lora_llava.recipe import EvaluationSettings
@@ -118,7 +118,7 @@ def compare(
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
     result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
     write_predictions(directory / PREDICTIONS, prediction_rows(outcome))
-    (directory / ACCURACY).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / ACCURACY).write_text(json_text(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _write_samples(directory / SAMPLES, outcome)
     _show(outcome, settings.by, console)
     console.print()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_llava.evaluation.confusion import Confusion
 from lora_llava.evaluation.metrics import ALL, CLOSED, GROUPS, METRIC_NAMES, NUMBER, OTHER, YES_NO, Accuracy, Metric
+from lora_llava.files import json_text
 from lora_llava.table import MUST, Column, FittingTable
 from lora_llava.text import printable
 
@@ -26,7 +26,7 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, in UTF-8."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row, ensure_ascii=False) + "\n")
 
 
 def accuracy_rows(results: Mapping[str, Mapping[str, Accuracy]]) -> list[list[str]]:

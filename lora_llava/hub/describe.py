@@ -170,8 +170,20 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         },
         "supervised tokens": f"{seen['supervised_tokens']:,}" if "supervised_tokens" in seen else "",
         "loss at the end": f"{seen['train_loss']:.4g}" if "train_loss" in seen else "",
-        "validation loss": f"{seen['eval_loss']:.4g}" if "eval_loss" in seen else "",
+        "validation loss": _validation_loss(seen),
     }
+
+
+def _validation_loss(seen: Mapping[str, Any]) -> str:
+    """Give the validation loss of the kept weights and, where the best or the last step has another, both."""
+    if seen.get("eval_loss") is None:
+        return ""
+    kept = f"{seen['eval_loss']:.4g}"
+    best, last = seen.get("best_step"), seen.get("last_step")
+    if best is None or last is None or best == last:
+        return kept
+    figures = f"best {seen['best_eval_loss']:.4g} at step {best:,}, last {seen['last_eval_loss']:.4g} at step {last:,}"
+    return f"{kept} ({figures})"
 
 
 def _batch(size: int | str) -> str:

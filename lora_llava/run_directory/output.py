@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
-from lora_llava.files import shown_path, staged_file
+from lora_llava.files import json_text, shown_path, staged_file
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import dump_resolved, read_recipe
 from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
@@ -84,7 +84,7 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Write the run's summary."""
-    _write(directory, SUMMARY, json.dumps(summary, indent=2) + "\n")
+    _write(directory, SUMMARY, json_text(summary, indent=2) + "\n")
 
 
 def log_path(directory: Path) -> Path:
@@ -103,7 +103,7 @@ def append_to_log(directory: Path, row: Mapping[str, Any]) -> None:
     with writing_named("the log", directory):
         handle = os.open(log_path(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row, ensure_ascii=False) + "\n")
 
 
 def cut_log(directory: Path, size: int) -> None:

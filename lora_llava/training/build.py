@@ -89,6 +89,7 @@ def make_trainer(
         guard=NonFiniteGuard.by_settings(train, stage, settings, dtype),
         watch=StageWatch(data.counts, settings.max_grad_norm),
         image_check=make_image_check(validation, image_transform(recipe, settings, loaded)) if validation else None,
+        keeps_best=settings.keep == "best",
         callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )
 
@@ -98,7 +99,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Translate the settings of a stage to `transformers`."""
     settings = recipe.stage(stage)
-    evaluates = bool(data.validation) and settings.eval_steps is not None
+    interval = data.eval_interval(settings)
     return TrainingArguments(
         output_dir=str(directory),
         run_name=run_name(recipe, stage),
@@ -121,8 +122,8 @@ def training_arguments(
         logging_steps=logging_interval(settings, len(data.plan.steps)),
         # The default hides a NaN loss by repeating the last finite one.
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_steps if evaluates else None,
+        eval_strategy="no" if interval is None else "steps",
+        eval_steps=interval,
         # When, between the first step and the last, `Saver` decides if the recipe does not.
         save_strategy="steps",
         save_steps=len(data.plan.steps) if settings.save_steps == "auto" else settings.save_steps,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_llava.errors import TrainingError
-from lora_llava.training.guards import shortened
+from lora_llava.text import listed
 
 CHUNK = 2**20
 """Words of 32 bits that are summed at one time; with their products they take 20 MiB."""
@@ -36,8 +36,9 @@ class FrozenWeights:
         if names:
             raise TrainingError(
                 f"stage {stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
-                f"{shortened(names)}. Nothing more is saved, since it would not fit its base. Report this with the "
-                "versions that lora-llava env prints."
+                f"{listed(names, separator='; ')}. Nothing more is saved, since it would not fit its base. A fault of "
+                "the memory does this, or an error in a library: go on with --resume; if it happens again, report it "
+                "with the versions that lora-llava env prints."
             )
         return (
             f"{len(after):,} frozen tensors, {self.bytes / 2**20:,.0f} MiB, are what they were to the bit "

@@ -19,9 +19,8 @@ from lora_llava.data.batch import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe_stages import StageName, StageSettings
-
-MOST_NAMED = 8
-"""Records, or parameters, that a message names."""
+from lora_llava.text import counted, listed
+from lora_llava.training.frozen import frozen_tensors
 
 Groups = Mapping[str, Sequence[nn.Parameter]]
 """Trained parameters by the name of their group, such as lora and projector."""
@@ -41,10 +40,14 @@ class NonFiniteGuard:
         self.bf16 = bf16
         self.skipped: list[int] = []
         """Steps that were left out, counted from 1."""
+        self.loss = 0.0
+        """Of the last step."""
         self.norms: dict[str, float] = {}
         """Gradient norm of each group in the last step, before clipping."""
         self.last_checkpoint: Callable[[], str | None] = lambda: None
         """Names the checkpoint to go back to."""
+        self.fix = ""
+        """What to do about the last step that was not finite."""
 
     @classmethod
     def by_settings(
@@ -65,7 +68,7 @@ class NonFiniteGuard:
         norms = [gradient_norm(parameters, total.device) for parameters in groups.values()]
         # The step's only wait for the device.
         values: list[float] = torch.stack([total, *norms]).tolist()
-        self.norms = dict(zip(groups, values[1:], strict=True))
+        self.loss, self.norms = values[0], dict(zip(groups, values[1:], strict=True))
         if all(map(math.isfinite, values)):
             return None
         # Room for the passes that look for the culprit; and a step without gradients changes neither weights nor the
@@ -80,13 +83,19 @@ class NonFiniteGuard:
     def _advice(self) -> str:
         checkpoint = f"Last good checkpoint: {self.last_checkpoint() or 'none yet'}."
         if self.most_skipped:
+            steps = ", ".join(map(str, self.skipped))
             return (
-                f"More than max_non_finite_steps {self.most_skipped} steps ({', '.join(map(str, self.skipped))}) were "
-                f"like this; lower learning_rate, or mend or exclude the records. {checkpoint}"
+                f"More than max_non_finite_steps {self.most_skipped} steps ({steps}) were like this. {self.fix} "
+                f"{checkpoint}"
             )
+        return f"{self.fix} Or set on_non_finite: skip to leave out a few such steps. {checkpoint}"
+
+    def restart_advice(self) -> str:
+        """Say what to do about weights that are not finite."""
         return (
-            "Lower learning_rate, mend or exclude the records, or set on_non_finite: skip to leave out a few such "
-            f"steps. {checkpoint}"
+            "A frozen weight came so from the base, or from a fault of memory; a trained one from start_from, or from "
+            "a step before. Replace the file it came from, or resume from an earlier checkpoint with a lower "
+            "learning_rate."
         )
 
     def _describe(self, model: nn.Module, trained: list[nn.Parameter], losses: list[float], step: int) -> str:
@@ -95,12 +104,16 @@ class NonFiniteGuard:
         bad = [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         what = f"the loss of {len(bad)} of {len(rows)} micro-batches" if bad else "the gradient"
         suspects = [index for row in bad or rows for tree in row for index in tree]
-        if broken := [name for name, one in model.named_parameters() if not is_finite(one)]:
-            why = f"Not finite before the step already: {shortened(broken)}. The records: {self._named(suspects)}."
+        if broken := non_finite_tensors(model):
+            why = f"Not finite before the step already: {listed(broken)}. The records: {self._named(suspects)}."
+            self.fix = self.restart_advice()
         elif guilty := [index for index in suspects if not self._is_finite_alone(model, trained, index)]:
-            why = f"Not finite by themselves are {len(guilty)} of {len(suspects)} records: {self._named(guilty)}."
+            why = f"Not finite by themselves are {len(guilty)} of {counted(len(suspects), 'record')}: "
+            why += f"{self._named(guilty)}."
+            self.fix = "Repair these records, or exclude them (data.exclude)."
         else:
             why = f"Each record by itself is finite; together they were {self._named(suspects)}."
+            self.fix = "Lower learning_rate: weights that have grown too large overflow with some records only."
         norms = ", ".join(f"{name} {norm:g}" for name, norm in self.norms.items())
         return (
             f"stage {self.stage}, step {step}: {what} is not finite; the weights are as they were before the step. "
@@ -108,7 +121,7 @@ class NonFiniteGuard:
         )
 
     def _named(self, indices: Sequence[int]) -> str:
-        return shortened([self.rows.records[index].where for index in indices])
+        return listed([self.rows.records[index].where for index in indices], separator="; ")
 
     def _is_finite_alone(self, model: nn.Module, trained: list[nn.Parameter], index: int) -> bool:
         """Pass one conversation forwards and backwards, leaving gradients and random numbers as they are."""
@@ -128,15 +141,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> t
     return get_total_norm([one.grad for one in parameters if one.grad is not None]).to(device)
 
 
+def non_finite_tensors(model: nn.Module) -> list[str]:
+    """Name the weights, buffers and scales of 4-bit weights that hold NaN or infinity."""
+    trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+    return [name for name, one in (*trained, *frozen_tensors(model)) if not is_finite(one)]
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether no element is NaN or infinite; whole numbers, such as 4-bit weights, never are."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def shortened(names: Sequence[str]) -> str:
-    """List a few names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return "; ".join(names[:MOST_NAMED]) + more
 
 
 def forked_rng(device: torch.device) -> Any:

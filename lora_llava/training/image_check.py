@@ -6,20 +6,19 @@ loses without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
-from lora_llava.data.batch import Batch, ImageTransform, PackedRows
+from lora_llava.data.batch import ImageTransform, PackedRows
 from lora_llava.data.images import mean_colour, preprocess
 from lora_llava.data.packing import Row, Tree
+from lora_llava.training.validation import without
 
 MOST_CONVERSATIONS, MOST_IMAGES = 64, 32
 """Bounds of the sample, which is computed twice at each validation, or once if it is all of it."""
-LEAST_GAIN = 0.01
-"""Share of its loss that a model which looks owes to the images."""
 
-MeanLoss = Callable[[Iterable[Batch]], float]
-"""Computes the mean loss over the supervised tokens of rows."""
+MeanLoss = Callable[[PackedRows], float | None]
+"""Computes the mean loss over the supervised tokens of rows; None if none of them is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,14 @@ class ImageCheck:
 
         `whole`: the loss over all validation rows.
         """
-        true = whole if self.is_whole else mean_loss(each(self.true))
-        blind = mean_loss(each(self.blind))
-        return {"eval_loss_blind": blind, "image_gain": blind - true}
+        true = whole if self.is_whole else mean_loss(self.true)
+        blind = mean_loss(self.blind)
+        return {} if true is None or blind is None else {"eval_loss_blind": blind, "image_gain": blind - true}
+
+    def without(self, indices: Collection[int]) -> ImageCheck | None:
+        """Return the check without some records; None if no row is left."""
+        true, blind = (without(rows, indices) for rows in (self.true, self.blind))
+        return replace(self, true=true, blind=blind) if len(true) else None
 
 
 def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck | None:
@@ -85,22 +89,3 @@ def sample_rows(rows: PackedRows) -> list[Row]:
 def count_conversations(rows: Sequence[Row]) -> int:
     """Count the conversations of rows."""
     return sum(len(tree) for row in rows for tree in row)
-
-
-def each(rows: PackedRows) -> Iterator[Batch]:
-    """Read rows one after another, in this process."""
-    for index in range(len(rows)):
-        yield rows[index]
-
-
-def not_looking(metrics: dict[str, float], step: int, max_steps: int) -> str | None:
-    """Say so if the model gains nothing by its images in the second half of a stage; before, it may yet learn to."""
-    blind, gain = metrics["eval_loss_blind"], metrics["image_gain"]
-    # Not "less": a NaN is no proof of looking.
-    if 2 * step < max_steps or gain >= LEAST_GAIN * (blind - gain):
-        return None
-    return (
-        f"the model does not look at the images: its validation loss is {blind - gain:.4f} with them, and {blind:.4f} "
-        "with the mean colour in place of each. Look with lora-llava check whether the images belong to their "
-        "questions; if they do, train longer, align first of all, or raise the projector's learning rate"
-    )

@@ -19,7 +19,7 @@ from lora_llava.errors import DataError
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe_stages import StageName, StageSettings
 from lora_llava.text import counted
-from lora_llava.training.schedule import StageLength, stage_length
+from lora_llava.training.schedule import StageLength, eval_interval, stage_length, validation_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,10 @@ class StageData:
     length: StageLength
     skipped: Sequence[BadRecord] = ()
 
+    def eval_interval(self, stage: StageSettings) -> int | None:
+        """Return the optimizer steps from one validation to the next; None without validation records."""
+        return eval_interval(stage, self.length.num_steps, self.plan.num_conversations, len(self.validation))
+
     def summary(self) -> str:
         """Say in a line what will be trained on, and what was cut."""
         plan, cut = self.plan, self.encoded.num_cut
@@ -90,8 +94,19 @@ class StageData:
             f"{plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by packing",
             f"{counted(cut, 'conversation')} cut short by max_length" if cut else "",
             f"{counted(len(self.skipped), 'bad record')} skipped" if self.skipped else "",
+            repeated(self.encoded.records),
         ]
         return "; ".join(part for part in parts if part)
+
+
+def repeated(records: Sequence[Record]) -> str:
+    """Say how many records have the image and the text of another one; empty if none has.
+
+    They count twice, and where one is held out for validation its loss tells nothing.
+    """
+    kinds = {(record.image.key if record.image else None, record.turns) for record in records}
+    count = len(records) - len(kinds)
+    return f"{count:,} of {counted(len(records), 'record')} repeat another: same image, same text" if count else ""
 
 
 SEEN_OFTEN = 1.5
@@ -117,8 +132,10 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
 
 
 def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list[str]:
-    """Say which batch was chosen, and propose another and more epochs where the steps are few."""
-    lines = (data.length.batch_line(name, stage), data.length.proposal(stage))
+    """Say which batch was chosen, propose another and more epochs where the steps are few, and say when to validate."""
+    interval = data.eval_interval(stage)
+    validation = None if interval is None else validation_line(stage, data.length.num_steps, interval)
+    lines = (data.length.batch_line(name, stage), data.length.proposal(stage), validation)
     return [line for line in lines if line]
 
 

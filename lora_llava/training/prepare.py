@@ -39,6 +39,7 @@ def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tu
     if summary.setdefault("base_sha256", identity.weights_sha256) != identity.weights_sha256:
         raise TrainingError(
             f"{shown_path(base_directory)} was altered: its weights are {identity.weights_sha256}, the run's are "
-            f"{summary['base_sha256']}; remove it to have it assembled again"
+            f"{summary['base_sha256']}. Remove it to have it assembled again; if that changes nothing, the parts it is "
+            "made of have changed: put them back, or start a new run with another output_dir"
         )
     return base_directory, identity

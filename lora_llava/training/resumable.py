@@ -15,9 +15,11 @@ from lora_llava.errors import RunInterruptedError, TrainingError
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import resume_command, writing_named
 from lora_llava.run_directory.written import is_pending
+from lora_llava.text import counted
 from lora_llava.training import state as training_state
 from lora_llava.training.checkpoint import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
 from lora_llava.training.interruption import Interruption
+from lora_llava.training.kept import has_lost_patience
 from lora_llava.training.memory_plan import MemoryPlan
 from lora_llava.training.progress import TrainLog
 from lora_llava.training.resume import checkpoints_of
@@ -92,6 +94,8 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             self.last_loss = (state.global_step, float(loss))
             if state.global_step < state.max_steps and (self.best is None or loss < self.best):
                 control.should_save = True
+            if has_lost_patience(state.log_history, self.settings.early_stopping_patience):
+                control.should_save = control.should_training_stop = True
         self._stop_if_asked(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -154,6 +158,13 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             return None
         return None if found is None else found.directory.relative_to(self.run_directory).as_posix()
 
+    def stopped_early(self, step: int, num_steps: int) -> str | None:
+        """Say so if the stage ended before its last step; None if it did not."""
+        if step >= num_steps:
+            return None
+        patience = counted(self.settings.early_stopping_patience or 0, "validation")
+        return f"stopped after step {step:,} of {num_steps:,}: {patience} without improvement"
+
     @property
     def keeps_optimizer(self) -> bool:
         """Whether the optimizer is of the kind that it was."""
@@ -194,9 +205,25 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.log_file.seconds_before = resumed.progress.log_seconds if resumed else 0.0
         self.add_callback(saver)
         self.add_callback(_LossSum(self))
+        if resumed is not None and self._stopped_early(resumed.directory):
+            return
         with saver.interruption:
             self.train(resume_from_checkpoint=str(resumed.directory) if resumed else None)
         saver.stop_if_asked(self.state.global_step)
+
+    def _stopped_early(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint is the end of a stage that stopped early; then take up its weights and state."""
+        state = TrainerState.load_from_json(str(checkpoint / training_state.TRAINER))
+        assert self.saver is not None
+        if not has_lost_patience(state.log_history, self.saver.settings.early_stopping_patience):
+            return False
+        self.state = state
+        training_state.load_weights(checkpoint, self.model)
+        self.restore_guards()
+        return True
+
+    def restore_guards(self) -> None:
+        """Take up what the state of the training says of its guards."""
 
     @property
     def log_file(self) -> TrainLog:
@@ -246,3 +273,5 @@ class _LossSum(TrainerCallback):  # type: ignore[misc]
             trainer._tr_loss += progress.loss_sum
             trainer._total_loss_scalar = progress.loss_total
             trainer._globalstep_last_logged = progress.last_logged_step
+            # The intervals of the recipe, not those of the checkpoint.
+            state.compute_steps(args, state.max_steps)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_llava.artifact import MANIFEST, WEIGHTS, Manifest, file_sha256, read_manifest
+from lora_llava.artifact import WEIGHTS, Manifest, file_sha256, read_manifest
 from lora_llava.data.pictures import picture_facts
 from lora_llava.data.records import fingerprint, load_split
 from lora_llava.errors import ArtifactError, DataError, TrainingError
@@ -134,7 +134,12 @@ def is_finished(directory: Path, stage: StageName, identity: BaseIdentity, paren
     }
     for key, (found, expected) in wanted.items():
         if found != expected:
-            raise TrainingError(f"{directory / MANIFEST}: {key} is {found}, of this run {expected}; {again}")
+            # Its checkpoints are of the same base and parent: to train from them again would be refused as well.
+            changed = {"base": "the base's weights", "parent_sha256": "the artifact it was trained from"}.get(key, key)
+            raise TrainingError(
+                f"{shown_path(directory)} was trained from other weights: {changed} changed since ({found} then, "
+                f"{expected} now). Put the old ones back, or start a new run with another output_dir"
+            )
     return True
 
 

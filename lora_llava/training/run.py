@@ -30,8 +30,10 @@ from lora_llava.recipe_stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed
 from lora_llava.training.build import make_trainer
+from lora_llava.training.checkpoint import DamagedCheckpointError, verified
 from lora_llava.training.cost import Machine
 from lora_llava.training.differences import Resume, run_facts
+from lora_llava.training.kept import KeptStep, choose_kept
 from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, stage_shapes, usable_bytes
 from lora_llava.training.plan import StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.training.prepare import prepare_base
@@ -47,6 +49,7 @@ from lora_llava.training.resume import (
 )
 from lora_llava.training.self_check import check_first_row
 from lora_llava.training.stage_artifact import StageArtifact, seen_until
+from lora_llava.training.state import load_weights
 from lora_llava.training.tables import parameter_table_view
 from lora_llava.training.trainer import PackedTrainer
 from lora_llava.training.trial import out_of_memory_named, trial_line, try_longest_row
@@ -155,13 +158,14 @@ def train_stage(
         if device.type == "cuda":
             tokens = try_longest_row(loaded.model, trainer.train_dataset, data.encoded.items, shapes, console)
             console.print(f"{stage}: {trial_line(tokens, chosen)}")
-        check_first_row(loaded.model, trainer.train_dataset, dtype, device)
+        check_first_row(loaded.model, trainer.train_dataset, dtype, device, trainer.guard.most_skipped > 0)
         trainer.train_and_save(saver)
-    metrics, step = closing_metrics(trainer), trainer.state.global_step
     closing = [trainer.check_frozen(), trainer.check_trained(), str(saver)]
-    console.print("\n".join(f"{stage}: {line}" for line in closing if line))
-    artifact.save(step, metrics)
-    seen = {**seen_until(data, step), **metrics, **saver.cost()}
+    kept = keep_weights(trainer, saver, console)
+    closing += [saver.stopped_early(kept.last_step, len(data.plan.steps)), str(kept)]
+    console.print("\n".join(f"{stage}: {line}" for line in closing if line), soft_wrap=True)
+    artifact.save(kept.step, kept.metrics)
+    seen = {**seen_until(data, kept.last_step), **kept.metrics, **saver.cost()}
     memory_facts = {"memory_plan": asdict(chosen), "peak_memory_bytes": peak_memory_bytes()}
     return {**seen, **memory_facts, "parameters": [asdict(row) for row in table]}, saver.seconds
 
@@ -226,13 +230,21 @@ def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: P
     return loaded.model
 
 
-def closing_metrics(trainer: PackedTrainer) -> dict[str, float]:
-    """Return the last logged training loss and, with a validation set, the loss on it at the end."""
-    history = trainer.state.log_history
-    losses = [row["loss"] for row in history if "loss" in row]
-    metrics = {"train_loss": float(losses[-1])} if losses else {}
-    if trainer.eval_dataset is not None:
-        at_the_end = [row for row in history if "eval_loss" in row and row["step"] == trainer.state.global_step]
-        last = at_the_end[-1] if at_the_end else trainer.evaluate()
-        metrics |= {key: last[key] for key in ("eval_loss", "eval_loss_blind", "image_gain") if key in last}
-    return metrics
+def keep_weights(trainer: PackedTrainer, saver: Saver, console: Console) -> KeptStep:
+    """Choose the weights that a finished stage keeps, and load them if they are not those of its last step."""
+    state = trainer.state
+    if trainer.eval_dataset is not None and not any(
+        "eval_loss" in row and row["step"] == state.global_step for row in state.log_history
+    ):
+        # Checkpoints of older versions: the last step was validated after it was saved.
+        trainer.evaluate()
+    kept = choose_kept(state.log_history, state.global_step, saver.settings.keep)
+    if kept.step == state.global_step:
+        return kept
+    try:
+        load_weights(verified(saver.parent / f"step-{kept.step}").directory, trainer.model)
+    except DamagedCheckpointError as error:
+        text = f"the checkpoint of the best step, {kept.step:,}, cannot be used ({error}); the last weights are kept"
+        console.print(f"{saver.artifact.stage}: {text}", style="bold yellow", markup=False, soft_wrap=True)
+        return choose_kept(state.log_history, state.global_step, "last")
+    return kept

@@ -24,6 +24,14 @@ PROPOSED_STEPS = 50
 """with at least so many,"""
 PROPOSED_EPOCHS, MAX_PROPOSED_EPOCHS = 3, 10
 """in so many epochs: three, as is usual for fine-tuning on small data, or more where even batches of 1 need them."""
+VALIDATIONS = 10
+"""Validations that `eval_steps: auto` aims at, the one at the end included,"""
+MAX_VALIDATION_SHARE = 0.1
+"""as long as they take no more than this share of the training's time;"""
+FORWARD_SHARE = 1 / 3
+"""a validated conversation costs a forward pass, a trained one about three times as much;"""
+MAX_BLIND = 64
+"""this many at most are computed once more without their images."""
 LOG_LINES = 10
 """Lines that the log of a stage has at least, if it has as many steps."""
 
@@ -131,3 +139,30 @@ def _largest_batch(num_records: int, num_train_epochs: float, num_steps: int, la
 def logging_interval(settings: StageSettings, num_steps: int) -> int:
     """Return `logging_steps`, or less where a stage is so short that its log would have fewer than ten lines."""
     return max(1, min(settings.logging_steps, num_steps // LOG_LINES))
+
+
+def eval_interval(settings: StageSettings, num_steps: int, num_trained: int, num_validation: int) -> int | None:
+    """Return the optimizer steps from one validation to the next; None without validation records.
+
+    `num_trained`: conversations that the stage trains on, those of a second epoch counted again.
+    """
+    if not num_validation:
+        return None
+    if settings.eval_steps is None:
+        return num_steps
+    if settings.eval_steps != "auto":
+        return settings.eval_steps
+    cost = FORWARD_SHARE * (num_validation + min(num_validation, MAX_BLIND))
+    count = max(1, min(VALIDATIONS, int(MAX_VALIDATION_SHARE * num_trained / cost)))
+    return math.ceil(num_steps / count)
+
+
+def validation_line(settings: StageSettings, num_steps: int, interval: int) -> str:
+    """Say how often a stage is validated, and which weights it keeps."""
+    if interval >= num_steps:
+        return f"validation at the end only (eval_steps: {settings.eval_steps or 'null'}), so the last weights are kept"
+    count = counted(math.ceil(num_steps / interval), "time")
+    auto = ", auto" if settings.eval_steps == "auto" else ""
+    patience = settings.early_stopping_patience
+    stop = f"; stops after {counted(patience, 'validation')} without improvement" if patience else ""
+    return f"validation every {counted(interval, 'step')}, {count}{auto}; keep: {settings.keep}{stop}"

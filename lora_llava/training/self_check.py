@@ -17,6 +17,9 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits
 from lora_llava.progress import phase
+from lora_llava.text import listed
+from lora_llava.training.guards import non_finite_tensors
+from lora_llava.training.validation import has_finite_image
 
 MOST_CONVERSATIONS = 3
 """Conversations that are compared: enough for one to have neighbours on both sides."""
@@ -24,12 +27,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Relative difference of the logits at the supervised places, by precision."""
 
 
-def check_first_row(model: Any, rows: PackedRows, dtype: torch.dtype, device: torch.device) -> float | None:
+def check_first_row(
+    model: Any, rows: PackedRows, dtype: torch.dtype, device: torch.device, may_skip: bool = False
+) -> float | None:
     """Compare the logits of the first row with several conversations against theirs one by one.
 
     Of trees the widest comes first. Alone, conversations go through the model's own forward pass, without our mask,
     positions and choice of rows. Returns the relative difference, None if each row holds one conversation; raises
-    TrainingError if it is above the tolerance of `dtype`.
+    TrainingError if it is above the tolerance of `dtype`, or a weight or an image of them is not finite. With
+    `may_skip` such an image is left to the step that will be left out.
     """
     trees = _first_trees(rows)
     if not trees:
@@ -46,13 +52,36 @@ def check_first_row(model: Any, rows: PackedRows, dtype: torch.dtype, device: to
     difference = float((packed - alone).norm() / alone.norm())
     # Not "greater": a NaN must not pass.
     if not difference <= TOLERANCE[dtype]:
+        if _finds_non_finite_image(model, rows, trees, may_skip):
+            return None
         raise TrainingError(
             f"{sum(map(len, trees))} conversations ({rows.records[trees[0][0]].where} and others) have other logits "
-            f"packed than one by one: relative difference {difference:.1e}, allowed {TOLERANCE[dtype]:.0e}. Packing is "
-            f"wrong with the installed torch or transformers on this {device.type}. Set packing: none to "
-            "train without it, and report the versions that `lora-llava env` prints."
+            f"packed than one by one: relative difference {difference:.1e}, allowed {TOLERANCE[dtype]:.0e}. Weights "
+            f"and images are finite, so torch or transformers computes packed rows differently on this {device.type}. "
+            "Set packing: none to train without it, and report the versions that `lora-llava env` prints."
         )
     return difference
+
+
+def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: bool) -> bool:
+    """Raise TrainingError if a weight or an image holds NaN or infinity, which looks like wrong packing.
+
+    With `may_skip` returns whether an image does.
+    """
+    if broken := non_finite_tensors(model):
+        raise TrainingError(
+            f"the model holds NaN or infinity before its first step: {listed(broken)}. Its base, or start_from, is "
+            "damaged or was saved after a failed training: replace it"
+        )
+    for index in (tree[0] for tree in trees):
+        single = PackedRows([((index,),)], rows.records, rows.encoded, rows.read_image)
+        if not has_finite_image(single[0]):
+            if may_skip:
+                return True
+            raise TrainingError(
+                f"{rows.records[index].where}: its image holds NaN or infinity. Replace it, or exclude the record"
+            )
+    return False
 
 
 def _first_trees(rows: PackedRows) -> Row:

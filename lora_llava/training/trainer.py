@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -16,13 +16,16 @@ from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.text import counted, listed
+from lora_llava.training.diagnosis import diagnose, read_validations
 from lora_llava.training.frozen import FrozenWeights
-from lora_llava.training.guards import NonFiniteGuard, forked_rng
-from lora_llava.training.image_check import ImageCheck, not_looking
+from lora_llava.training.guards import NonFiniteGuard, forked_rng, non_finite_tensors
+from lora_llava.training.image_check import ImageCheck
 from lora_llava.training.interruption import end_with_parent
 from lora_llava.training.resumable import ResumableTrainer, Saver
 from lora_llava.training.schedule import rate_factor
 from lora_llava.training.trained import LORA_PART, PROJECTOR_PART, check_changed, part_checksums, part_of
+from lora_llava.training.validation import HeldOutLoss, without
 from lora_llava.training.watch import GuardsState, StageWatch
 
 
@@ -55,14 +58,17 @@ class PackedTrainer(ResumableTrainer):
         guard: NonFiniteGuard | None = None,
         watch: StageWatch | None = None,
         image_check: ImageCheck | None = None,
+        keeps_best: bool = False,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_attention(llava_in(model))
         self.mm_projector_lr = mm_projector_lr
         self.sample_answers = sample_answers
+        self.keeps_best = keeps_best
         self.guard = guard or NonFiniteGuard(rows, bf16=args.bf16)
         self.watch = watch or StageWatch()
         self.image_check = image_check
+        self.held_out = HeldOutLoss(self._row_loss)
         self.frozen: FrozenWeights | None = None
         self.losses: list[torch.Tensor] = []
         self.guards_state = GuardsState(self.guard, self.watch)
@@ -79,6 +85,10 @@ class PackedTrainer(ResumableTrainer):
         self.guards_state.start = part_checksums(self.model)
         self.guard.last_checkpoint = saver.last_whole
         super().train_and_save(saver)
+
+    def restore_guards(self) -> None:
+        """Take up what the state of the training says of its guards."""
+        self.guards_state.on_train_begin(self.args, self.state, self.control)
 
     def check_frozen(self) -> str:
         """Return a line that says that no frozen weight has changed; TrainingError names those that have."""
@@ -142,9 +152,18 @@ class PackedTrainer(ResumableTrainer):
         problem = self.guard.problem(self.model, groups, losses, self.accelerator.reduce(total, "sum"), step)
         if problem is None:
             self.watch.see_step(step, self.guard.norms)
+            if (before := self.watch.see_loss(step, self.guard.loss)) is not None:
+                self.log({"warning": self._diverged(step, before)})
             return total
         self.log({"warning": problem})
         return torch.zeros_like(total)
+
+    def _diverged(self, step: int, before: float) -> str:
+        return (
+            f"step {step}: the loss rose from {before:.4f} to {self.guard.loss:.4f}: the training diverged, or these "
+            f"records are unlike all before. If it stays there, stop, and go on from a checkpoint with a lower "
+            f"learning_rate. Last good checkpoint: {self.guard.last_checkpoint() or 'none yet'}"
+        )
 
     def compute_loss(
         self,
@@ -217,24 +236,45 @@ class PackedTrainer(ResumableTrainer):
         autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
         # A data loader draws a number for its workers, whether it has any or not.
         with forked_rng(self.args.device), torch.no_grad(), autocast:
-            loss = self._mean_loss(self._rows_loader(rows))
-            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
-            if self.image_check is not None:
-                metrics |= self.image_check.measure(self._mean_loss, loss)
-                if warning := not_looking(metrics, self.state.global_step, self.state.max_steps):
-                    metrics["warning"] = warning
+            loss = self.held_out.mean(rows, self._rows_loader(rows))
+            self._leave_out_unusable(rows)
+            metrics: dict[str, Any] = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
+            if self.image_check is not None and loss is not None:
+                metrics |= self.image_check.measure(self.held_out.mean, loss)
             if self.sample_answers is not None:
                 metrics["samples"] = self.sample_answers()
+        history = [*self.state.log_history, {"step": self.state.global_step, **metrics}]
+        if loss is not None:
+            validations = read_validations(history)
+            steps, known = self.state.max_steps, self.watch.warned
+            for kind, text in diagnose(validations, steps, keeps_best=self.keeps_best, known=known).items():
+                self.watch.warn(kind, text)
+        metrics |= self.watch.take_warnings()
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _mean_loss(self, rows: Iterable[Batch]) -> float:
-        total = torch.zeros((), dtype=torch.float64)
-        count = 0
-        for row in rows:
-            inputs = self._prepare_inputs(row)
-            total += packed_loss(self.model, inputs, 1).double().cpu()
-            count += inputs["shift_labels"].numel()
-        return float(total) / count
+    def _row_loss(self, batch: Batch) -> float:
+        return float(packed_loss(self.model, self._prepare_inputs(batch), 1))
+
+    def _leave_out_unusable(self, rows: PackedRows) -> None:
+        """Warn of records whose validation loss is not finite; from now on they are left out.
+
+        Raises TrainingError if the weights are the cause.
+        """
+        if not (found := self.held_out.unusable):
+            return
+        if broken := non_finite_tensors(self.model):
+            raise TrainingError(
+                f"stage {self.guard.stage}: not finite: {listed(broken)}. {self.guard.restart_advice()}"
+            )
+        named = [f"{rows.records[index].where} ({reason})" for index, reason in found.items()]
+        self.watch.warn(
+            "validation",
+            f"{counted(len(found), 'record')} left out of the validation loss: {listed(named, separator='; ')}. "
+            "Replace the image, or exclude the record",
+        )
+        self.eval_dataset = without(rows, found)
+        self.image_check = self.image_check and self.image_check.without(found)
+        self.held_out.unusable = {}

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import PROJECTOR
+from lora_llava.training.diagnosis import LossTrend
 from lora_llava.training.guards import NonFiniteGuard
 from lora_llava.training.plan import StepCounts
 
@@ -25,6 +26,13 @@ ZERO_STEPS = 5
 """Steps in a row without a gradient after which something is wrong; one step may hold texts alone."""
 LEAST_SUPERVISED = 1e-3
 """Share of supervised tokens below which nearly all that is computed teaches nothing."""
+STARTED_AT_ZERO = 1e-3
+"""Below this norm a projector counts as one that starts at zero: no later norm can be compared with it."""
+NO_GRADIENT = {
+    "projector": "no record with an image was in them, or the images' tokens have no part in the answers",
+    "lora": "no supervised token was in them, or the base does not use the layers that LoRA adapts",
+}
+"""What else gives a gradient of 0, by group."""
 
 
 class StageWatch:
@@ -37,6 +45,7 @@ class StageWatch:
         self.last_logged = 0
         self.norms: dict[str, list[float]] = {}
         """Gradient norms of the last steps, before clipping, by group."""
+        self.trend = LossTrend.over([step.questions for step in counts])
         self.warned: list[str] = []
         self.pending: list[str] = []
 
@@ -45,6 +54,7 @@ class StageWatch:
         return {
             "last_logged": self.last_logged,
             "norms": {name: list(values) for name, values in self.norms.items()},
+            "trend": self.trend.state(),
             "warned": list(self.warned),
             "pending": list(self.pending),
         }
@@ -53,7 +63,16 @@ class StageWatch:
         """Go on from a `state`."""
         self.last_logged = state["last_logged"]
         self.norms = {name: list(values) for name, values in state["norms"].items()}
+        self.trend.restore(state.get("trend", {}))
         self.warned, self.pending = list(state["warned"]), list(state["pending"])
+
+    def see_loss(self, step: int, loss: float) -> float | None:
+        """Take note of the loss of a step; return the loss it had before if it diverged now, for the first time."""
+        before = self.trend.diverged(loss)
+        if before is None or "diverged" in self.warned:
+            return None
+        self.warned.append("diverged")
+        return before
 
     def see_step(self, step: int, norms: Mapping[str, float]) -> None:
         """Take note of the gradient norms of a step that was taken."""
@@ -62,19 +81,20 @@ class StageWatch:
             usual = median(before) if len(before) >= FEWEST else 0.0
             # Late in a stage norms are small, and one that clipping makes harmless is no news.
             if usual and norm > FAR * max(usual, self.max_grad_norm):
-                self._warn(
+                self.warn(
                     f"large gradient, {name}",
                     f"step {step}: the gradient norm of {name}, {norm:.3g}, is {norm / usual:.0f} times its median of "
                     f"the last {len(before)} steps, {usual:.3g}. It is clipped to max_grad_norm "
-                    f"{self.max_grad_norm:g}; if this goes on, lower learning_rate",
+                    f"{self.max_grad_norm:g}. One record unlike the others, or with a wrong answer, does this; if the "
+                    "loss rises after it, lower learning_rate",
                 )
             before.append(norm)
             del before[:-REMEMBERED]
             if len(before) >= ZERO_STEPS and not any(before[-ZERO_STEPS:]):
-                self._warn(
+                self.warn(
                     f"no gradient, {name}",
-                    f"step {step}: no gradient has reached {name} for {ZERO_STEPS} steps, so it does not learn; a "
-                    "projector needs records with images",
+                    f"step {step}: no gradient has reached {name} for {ZERO_STEPS} steps, so it does not learn: "
+                    f"{NO_GRADIENT.get(name, 'the loss does not depend on it')}",
                 )
 
     def figures(self, step: int, model: nn.Module, logs: Mapping[str, Any], skipped: Sequence[int]) -> dict[str, Any]:
@@ -96,10 +116,7 @@ class StageWatch:
         row |= {f"grad_norm_{name}": norms[-1] for name, norms in self.norms.items() if norms}
         row |= self._projector(model) | self._share(step)
         self.last_logged = step
-        if self.pending:
-            row["warning"] = "; ".join(self.pending)
-            self.pending = []
-        return row
+        return row | self.take_warnings()
 
     def _share(self, step: int) -> dict[str, float]:
         if not self.last_logged < step < len(self.computed):
@@ -107,10 +124,10 @@ class StageWatch:
         supervised, computed = (sums[step] - sums[self.last_logged] for sums in (self.supervised, self.computed))
         share = supervised / max(computed, 1)
         if share < LEAST_SUPERVISED:
-            self._warn(
+            self.warn(
                 "share",
-                f"of the tokens computed since step {self.last_logged} only {share:.2%} are learnt from; lora-llava "
-                "inspect shows which",
+                f"of the tokens computed since step {self.last_logged} only {share:.2%} are supervised: answers are "
+                "short beside images and questions, or template and data do not fit; lora-llava inspect shows which",
             )
         return {"supervised_share": round(share, 6)}
 
@@ -119,18 +136,27 @@ class StageWatch:
         if norms is None:
             return {}
         now, first, difference = norms
+        if first < STARTED_AT_ZERO:
+            return {"projector_norm": now}
         if now > FAR * first or now < first / FAR:
-            self._warn(
+            self.warn(
                 "projector",
-                f"the projector's norm went from {first:.3g} to {now:.3g}; a projector that learns well stays near "
-                "where it was: lower its learning rate",
+                f"the projector's norm went from {first:.3g} to {now:.3g}. Its learning rate is too high, or, if the "
+                "norm fell, weight_decay is; a projector that was started from very small weights may grow so and be "
+                "sound: look at the validation loss",
             )
-        return {"projector_norm": now, "projector_change": difference / max(first, 1e-12)}
+        return {"projector_norm": now, "projector_change": difference / first}
 
-    def _warn(self, kind: str, text: str) -> None:
+    def warn(self, kind: str, text: str) -> None:
+        """Give a warning with the next line of the log, unless one of its kind was given in this stage."""
         if kind not in self.warned:
             self.warned.append(kind)
             self.pending.append(text)
+
+    def take_warnings(self) -> dict[str, str]:
+        """Return the warnings that are to be given, as part of a line of the log."""
+        texts, self.pending = self.pending, []
+        return {"warning": "; ".join(texts)} if texts else {}
 
 
 @torch.no_grad()

@@ -135,3 +135,14 @@ def test_k5_the_chosen_batch_is_compared_on_resume(tiny_base: Path, tmp_path: Pa
     with pytest.raises(TrainingError, match=r"stages\.instruct\.batch_size: 1 then, 2 now"):
         again(load_recipe(path, other), console, resume="exact")
     assert again(load_recipe(path, same), console, resume="exact")["instruct"]["batch_size"] == 1
+
+
+def test_k40_identical_records_are_said(tiny_base: Path, tmp_path: Path) -> None:
+    path = write_set(tmp_path, tiny_base, 10)
+    records = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
+    again = [{**record, "id": f"again {record['id']}"} for record in records[:3]]
+    (tmp_path / "train.json").write_text(json.dumps(records + again), encoding="utf-8")
+    dry = CliRunner().invoke(cli, ["finetune", str(path), "--dry-run"])
+    assert "3 of 13 records repeat another: same image, same text" in dry.output
+    (tmp_path / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    assert "repeat another" not in CliRunner().invoke(cli, ["finetune", str(path), "--dry-run"]).output

@@ -16,9 +16,11 @@ from lora_llava.training.schedule import (
     MIN_AUTO_STEPS,
     PROPOSED_STEPS,
     count_warmup_steps,
+    eval_interval,
     logging_interval,
     rate_factor,
     stage_length,
+    validation_line,
 )
 from tests.helpers.steps import made_rows, made_trainer
 
@@ -190,3 +192,44 @@ def test_k41_groups_keep_the_order_of_parameters(tmp_path: Path) -> None:
     # With no decay the groups are the two that they have always been.
     assert orders[0] == orders[1]
     assert json.dumps(orders[0]).find("multi_modal_projector") > json.dumps(orders[0]).rfind("lora_B")
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "steps", "trained", "held_out", "interval"),
+    [
+        ("auto", 100, 2_000, 0, None),
+        (None, 100, 2_000, 50, 100),
+        (7, 100, 2_000, 50, 7),
+        # Ten validations of 50 records, with and without images, cost as much as 333 trained ones: too much.
+        ("auto", 100, 2_000, 50, 17),
+        ("auto", 100, 10_000, 50, 10),
+        ("auto", 5, 10_000, 50, 1),
+        ("auto", 100, 100, 50, 100),
+    ],
+)
+def test_k6_validations_take_a_tenth_of_the_time(
+    eval_steps: Any, steps: int, trained: int, held_out: int, interval: int | None
+) -> None:
+    assert eval_interval(settings(eval_steps=eval_steps), steps, trained, held_out) == interval
+
+
+def test_k6_validations_are_said() -> None:
+    assert validation_line(settings(), 100, 10) == "validation every 10 steps, 10 times, auto; keep: best"
+    assert validation_line(settings(eval_steps=40, keep="last"), 100, 40) == (
+        "validation every 40 steps, 3 times; keep: last"
+    )
+    assert validation_line(settings(eval_steps=None), 100, 100) == (
+        "validation at the end only (eval_steps: null), so the last weights are kept"
+    )
+
+
+@pytest.mark.parametrize("missing", ["data.validation", "eval_steps"])
+def test_k6_patience_without_validations_is_refused(missing: str) -> None:
+    data = {"path": "train.json", "validation": {"share": 0.1}}
+    changes: dict[str, Any] = {"early_stopping_patience": 2, "data": data}
+    if missing == "eval_steps":
+        changes["eval_steps"] = None
+    else:
+        del data["validation"]
+    with pytest.raises(ValueError, match=f"early_stopping_patience needs {missing}"):
+        InstructSettings.model_validate({"template": "vicuna_v1", **changes})

@@ -90,9 +90,33 @@ def test_each_silent_mistake_stops_the_run(
         check_first_row(model, rows, torch.float32, CPU)
 
 
-def test_a_model_that_computes_nan_is_stopped(rows: PackedRows) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.language_model.norm.weight", "projector"])
+def test_k39_a_weight_that_is_not_finite_is_named(rows: PackedRows, value: float, name: str) -> None:
     model = build_model()
+    names = [
+        one for one, _ in model.named_parameters() if one.endswith(name) or "modules_to_save.default.linear_1.b" in one
+    ]
+    [full] = [one for one in names if ("linear_1" in one) == (name == "projector")]
     with torch.no_grad():
-        model.get_base_model().lm_head.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="relative difference nan"):
+        dict(model.named_parameters())[full].view(-1)[1] = value
+    with pytest.raises(TrainingError) as caught:
         check_first_row(model, rows, torch.float32, CPU)
+    assert str(caught.value).startswith(f"the model holds NaN or infinity before its first step: {full}. Its base, or ")
+    assert "acking" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_k39_an_image_that_is_not_finite_is_named(rows: PackedRows, value: float) -> None:
+    read = rows.read_image
+
+    def spoiled(record: Record) -> torch.Tensor:
+        pixels = read(record).clone()
+        pixels[0, 3, 3] = value
+        return pixels
+
+    rows.read_image = spoiled
+    with pytest.raises(TrainingError, match=r"^record 1: its image holds NaN or infinity\. Replace it, or exclude"):
+        check_first_row(build_model(), rows, torch.float32, CPU)
+    # A step with it will be left out.
+    assert check_first_row(build_model(), rows, torch.float32, CPU, True) is None

@@ -60,7 +60,7 @@ def test_the_share_of_supervised_tokens_is_that_of_the_steps_since_the_last_line
     assert watch.figures(2, model, LOGS, [])["supervised_share"] == pytest.approx(0.2)
     row = watch.figures(3, model, LOGS, [])
     assert row["supervised_share"] == pytest.approx(0.0002)
-    assert "only 0.02% are learnt from" in row["warning"]
+    assert "only 0.02% are supervised" in row["warning"]
 
 
 def test_norms_of_the_projector() -> None:
@@ -112,3 +112,26 @@ def test_a_watch_goes_on_from_its_state() -> None:
         first = second
     assert again == rows
     assert sum("warning" in row for row in rows) == 1
+
+
+def test_k40_a_projector_that_starts_at_zero_is_not_accused() -> None:
+    model = build_model()
+    wrapper = model.get_base_model().model.multi_modal_projector
+    with torch.no_grad():
+        for parameter in wrapper.original_module.parameters():
+            parameter.zero_()
+        for parameter in wrapper.modules_to_save["default"].parameters():
+            parameter.fill_(1e-4)
+    row = StageWatch(COUNTS).figures(1, model, LOGS, [])
+    assert row["projector_norm"] == pytest.approx(0.006, rel=0.5)
+    # Of nothing there is no share.
+    assert row.keys().isdisjoint({"warning", "projector_change"})
+
+
+def test_k40_no_gradient_names_what_its_group_needs() -> None:
+    [projector] = warnings_of(StageWatch(COUNTS), [{"lora": 1.0, "projector": 0.0}] * 20)
+    assert "no record with an image was in them" in projector
+    [lora] = warnings_of(StageWatch(COUNTS), [{"lora": 0.0, "projector": 1.0}] * 20)
+    assert "no gradient has reached lora for 5 steps" in lora
+    assert "no supervised token was in them, or the base does not use the layers that LoRA adapts" in lora
+    assert "image" not in lora
