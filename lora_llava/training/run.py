@@ -160,9 +160,8 @@ def train_stage(
             console.print(f"{stage}: {trial_line(tokens, chosen)}")
         check_first_row(loaded.model, trainer.train_dataset, dtype, device, trainer.guard.most_skipped > 0)
         trainer.train_and_save(saver)
-    closing = [trainer.check_frozen(), trainer.check_trained(), str(saver)]
     kept = keep_weights(trainer, saver, console)
-    closing += [saver.stopped_early(kept.last_step, len(data.plan.steps)), str(kept)]
+    closing = [trainer.check_frozen(), str(saver), saver.stopped_early(kept.last_step, len(data.plan.steps)), str(kept)]
     console.print("\n".join(f"{stage}: {line}" for line in closing if line), soft_wrap=True)
     artifact.save(kept.step, kept.metrics)
     seen = {**seen_until(data, kept.last_step), **kept.metrics, **saver.cost()}
@@ -231,8 +230,13 @@ def start_stage(recipe: Recipe, stage: StageName, loaded: LoadedModel, parent: P
 
 
 def keep_weights(trainer: PackedTrainer, saver: Saver, console: Console) -> KeptStep:
-    """Choose the weights that a finished stage keeps, and load them if they are not those of its last step."""
+    """Choose the weights that a finished stage keeps, and load them if they are not those of its last step.
+
+    Raises TrainingError if training changed no weight.
+    """
     state = trainer.state
+    if unchanged := trainer.check_trained():
+        console.print(f"{saver.artifact.stage}: {unchanged}", soft_wrap=True)
     if trainer.eval_dataset is not None and not any(
         "eval_loss" in row and row["step"] == state.global_step for row in state.log_history
     ):
