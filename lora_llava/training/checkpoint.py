@@ -69,6 +69,8 @@ class Checkpoint:
     progress: Progress
     memory_plan: dict[str, Any]
     facts: dict[str, Any]
+    resumable: bool = True
+    """Whether it holds the state of the training, too; without it, it is the weights of the best validation."""
 
 
 def write_checkpoint(
@@ -78,11 +80,13 @@ def write_checkpoint(
     facts: dict[str, Any],
     write: Callable[[Path, Path], None],
     place: Place = lambda staging, directory, _: move_into(staging, directory),
+    *,
+    resumable: bool = True,
 ) -> Path:
     """Write a checkpoint below `parent` and return its directory.
 
     `write` is called with the directory to write to and with the one that it will be; `place` gives it its name. The
-    files of a damaged checkpoint of the same step give way.
+    files of a damaged checkpoint of the same step give way. `resumable`: whether it holds the state of the training.
     """
     directory = parent / f"step-{progress.step}"
     files: dict[str, dict[str, Any]] = {}
@@ -100,7 +104,7 @@ def write_checkpoint(
             "memory_plan": memory_plan,
             "facts": facts,
             "files": files,
-        }
+        } | ({} if resumable else {"resumable": False})
         (staging / MANIFEST).write_text(_signed(content), encoding="utf-8")
     return directory
 
@@ -121,7 +125,7 @@ def verified(directory: Path) -> Checkpoint:
 
 
 def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
-    """Find the newest whole checkpoint below `parent`; None if none was ever written.
+    """Find the newest whole checkpoint below `parent` to resume from; None if none was ever written.
 
     Says, by `say`, which ones are damaged. Raises TrainingError if all are.
     """
@@ -134,6 +138,8 @@ def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
             checkpoint = verified(directory)
         except DamagedCheckpointError as error:
             damaged.append(f"{shown_path(directory)} is damaged ({error})")
+            continue
+        if not checkpoint.resumable:
             continue
         for line in damaged:
             say(f"{line}; going on from {directory.name} instead")
@@ -180,9 +186,10 @@ def remove_checkpoint(directory: Path) -> None:
             directory.rmdir()
 
 
-def best_loss(parent: Path) -> float | None:
-    """Return the lowest validation loss of the checkpoints below `parent`."""
-    return min((loss for _, loss in _losses(parent) if loss is not None), default=None)
+def best_loss(parent: Path, until: int) -> float | None:
+    """Return the lowest validation loss of the checkpoints below `parent` up to step `until`."""
+    losses = (loss for directory, loss in _losses(parent) if loss is not None and _step(directory) <= until)
+    return min(losses, default=None)
 
 
 def _losses(parent: Path) -> Iterator[tuple[Path, float | None]]:
@@ -231,7 +238,8 @@ def _read(directory: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
         if content["format"] > FORMAT:
             raise TrainingError(f"{path}: format {content['format']} is newer than this program's {FORMAT}; update it")
         whole = _signed(content) == text
-        checkpoint = Checkpoint(directory, Progress(**content["progress"]), content["memory_plan"], content["facts"])
+        progress, resumable = Progress(**content["progress"]), content.get("resumable", True)
+        checkpoint = Checkpoint(directory, progress, content["memory_plan"], content["facts"], resumable)
         files = content["files"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"{MANIFEST} cannot be read") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,6 +31,41 @@ LEAST_INTERVAL = 300.0
 """With `save_steps: auto`, seconds from one checkpoint to the next, at the least."""
 MOST_SHARE = 0.02
 """And the share of the time that saving may take."""
+MAX_BEST_SHARE = 0.05
+"""Share of the stage's time that saving may take before better weights are held in memory instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldWeights:
+    """Trained weights of a better validation, on the host, until the next checkpoint is written."""
+
+    progress: Progress
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, progress: Progress) -> HeldWeights:
+        """Copy what is trained of `model`."""
+        return cls(progress, {name: one.detach().to("cpu", copy=True) for name, one in _trained(model)})
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """Give `model` these weights within the block, and its own, bit by bit, after it."""
+        now = HeldWeights.of(model, self.progress)
+        _set_trained(model, self.weights)
+        try:
+            yield
+        finally:
+            _set_trained(model, now.weights)
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+
+
+@torch.no_grad()
+def _set_trained(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in _trained(model):
+        parameter.copy_(weights[name])
 
 
 class Saver(TrainerCallback):  # type: ignore[misc]
@@ -53,7 +90,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         """Whether optimizer and scheduler go on with the settings of the checkpoint, which are the recipe's."""
         self.settings = artifact.recipe.stage(artifact.stage)
         self.parent = checkpoints_of(artifact.recipe, artifact.stage)
-        self.best = best_loss(self.parent) if resumed else None
+        self.best = best_loss(self.parent, resumed.progress.step) if resumed else None
         before = resumed.progress if resumed else None
         self.seconds_before = before.seconds if before else 0.0
         self.saving_seconds = before.saving_seconds if before else 0.0
@@ -61,6 +98,9 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.last_saved = time.monotonic()
         self.last_duration = 0.0
         self.last_loss: tuple[int, float] | None = None
+        self.trainer: ResumableTrainer | None = None
+        self.held: HeldWeights | None = None
+        """Better weights than those on the disk, for whose checkpoint there was no time yet."""
         self.interruption = Interruption()
 
     @property
@@ -88,15 +128,25 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self._stop_if_asked(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint where the validation loss is the lowest so far."""
+        """Ask for a checkpoint where the validation loss is the lowest so far, or hold its weights if time is short."""
         loss = kwargs["metrics"].get("eval_loss")
         if loss is not None:
             self.last_loss = (state.global_step, float(loss))
             if state.global_step < state.max_steps and (self.best is None or loss < self.best):
-                control.should_save = True
+                self._keep_better(float(loss), control)
             if has_lost_patience(state.log_history, self.settings.early_stopping_patience):
                 control.should_save = control.should_training_stop = True
         self._stop_if_asked(control)
+
+    def _keep_better(self, loss: float, control: TrainerControl) -> None:
+        assert self.trainer is not None
+        is_first = self.num_saved == 0
+        if is_first or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds:
+            control.should_save = True
+            return
+        # A kill loses them together with the steps since the last checkpoint, from which a resumed run comes here again.
+        progress = self._progress(self.trainer, self.trainer.state.global_step, loss)
+        self.best, self.held = loss, HeldWeights.of(self.trainer.model, progress)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop if a signal came while the checkpoint was written: nothing more is to be saved."""
@@ -119,6 +169,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             training_state.save_state(staging, trainer.optimizer, trainer.lr_scheduler, trainer.state)
 
         with writing_named(f"the checkpoint of step {step}", self.run_directory):
+            self._write_held(trainer, step)
             progress = self._progress(trainer, step, loss)
             write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write, self._place)
             rotate(self.parent, step, self.settings.save_total_limit)
@@ -128,6 +179,21 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.last_saved = time.monotonic()
         self.last_duration = self.last_saved - clock
         self.saving_seconds += self.last_duration
+
+    def _write_held(self, trainer: ResumableTrainer, step: int) -> None:
+        """Write held weights, without optimizer, unless those of `step`, which come next, are at least as good."""
+        held, self.held = self.held, None
+        if held is None or held.progress.step == step:
+            return
+        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < (held.progress.eval_loss or 0.0):
+            return
+        metrics = {} if held.progress.eval_loss is None else {"eval_loss": held.progress.eval_loss}
+
+        def write(staging: Path, directory: Path) -> None:
+            with held.in_place(trainer.model):
+                self.artifact.write(staging, directory, held.progress.step, metrics)
+
+        write_checkpoint(self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=False)
 
     def _place(self, staging: Path, directory: Path, hashes: Mapping[str, str]) -> None:
         place(self.run_directory, staging, directory, hashes, first=True)
@@ -178,7 +244,8 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     def __str__(self) -> str:
         """Say in a line what saving has cost."""
         share = self.saving_seconds / max(self.seconds, 1e-9)
-        return f"{self.num_saved} checkpoints saved in {self.saving_seconds:.1f} s, {share:.1%} of the stage's time"
+        saved = counted(self.num_saved, "checkpoint")
+        return f"{saved} saved in {self.saving_seconds:.1f} s, {share:.1%} of the stage's time"
 
     def stop_if_asked(self, step: int) -> None:
         """Raise RunInterruptedError if a signal came, now that the step is saved."""
@@ -201,6 +268,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         Raises RunInterruptedError after SIGINT or SIGTERM, when the step is done and saved.
         """
         self.saver = saver
+        saver.trainer = self
         resumed = saver.resumed
         self.log_file.seconds_before = resumed.progress.log_seconds if resumed else 0.0
         self.add_callback(saver)
