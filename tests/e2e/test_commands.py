@@ -127,7 +127,7 @@ def test_chat_names_a_missing_image_before_it_loads_a_model(trained: Path) -> No
 
 def test_a_second_run_needs_overwrite(trained: Path) -> None:
     result = CliRunner().invoke(cli, ["finetune", str(trained.parent / "recipe.yaml")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--overwrite" in result.stderr
 
 
