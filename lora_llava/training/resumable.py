@@ -144,7 +144,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         if is_first or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds:
             control.should_save = True
             return
-        # A kill loses them together with the steps since the last checkpoint, from which a resumed run comes here again.
+        # A kill loses them with the steps since the last checkpoint, from which a resumed run comes here again.
         progress = self._progress(self.trainer, self.trainer.state.global_step, loss)
         self.best, self.held = loss, HeldWeights.of(self.trainer.model, progress)
 
