@@ -38,7 +38,7 @@ def print_report(report: Report, directory: str, console: Console) -> None:
         console.print(findings_view(report))
     for key, (file, count) in report.lists.items():
         console.print(
-            f"{count:,} bad records can be left out with {key}={Path(directory) / file}",
+            f"{counted(count, 'bad record')} can be left out with {key}={Path(directory) / file}",
             soft_wrap=True,
         )
     counts = ", ".join(counted(report.count(one), one) for one in SEVERITIES)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_llava.errors import TrainingError
-from lora_llava.text import listed
+from lora_llava.text import counted, listed
 
 CHUNK = 2**20
 """Words of 32 bits that are summed at one time; with their products they take 20 MiB."""
@@ -41,8 +41,8 @@ class FrozenWeights:
                 "with the versions that lora-llava env prints."
             )
         return (
-            f"{len(after):,} frozen tensors, {self.bytes / 2**20:,.0f} MiB, are what they were to the bit "
-            f"(checked in {self.seconds:.1f} s)"
+            f"checked: the frozen weights did not change ({counted(len(after), 'tensor')}, "
+            f"{self.bytes / 2**20:,.0f} MiB, in {self.seconds:.1f} s)"
         )
 
 

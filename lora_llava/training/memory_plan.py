@@ -60,10 +60,12 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """Say in a line what was chosen."""
-        weights = ", weights dequantised once" if self.keep_dequantized else ""
+        weights = ", 4-bit weights unpacked once" if self.keep_dequantized else ""
+        checkpointing = "no" if self.recompute.policy is False else str(self.recompute)
         return (
-            f"{self.tokens_per_micro_batch:,} tokens a micro-batch, recomputing {self.recompute}, {self.optim}"
-            f"{weights}: {self.bytes_needed / GIB:.1f} of {self.bytes_usable / GIB:.1f} GiB"
+            f"memory plan: {self.tokens_per_micro_batch:,} tokens per micro-batch, {checkpointing} gradient "
+            f"checkpointing, {self.optim}{weights}; needs {self.bytes_needed / GIB:.1f} of "
+            f"{self.bytes_usable / GIB:.1f} GiB"
         )
 
 

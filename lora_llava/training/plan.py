@@ -126,8 +126,8 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
     if stage.cache_image_features != "off" or len(seen) < SEEN_OFTEN * len(set(seen)) or not seen:
         return None
     return (
-        f"each image passes through the vision tower {len(seen) / len(set(seen)):.1f} times; with "
-        "cache_image_features: memory (or disk) once"
+        f"tip: each image is encoded {len(seen) / len(set(seen)):.1f} times; cache_image_features: memory (or disk) "
+        "does it once"
     )
 
 

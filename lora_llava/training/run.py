@@ -162,7 +162,7 @@ def train_stage(
         trainer.train_and_save(saver)
     kept = keep_weights(trainer, saver, console)
     closing = [trainer.check_frozen(), str(saver), saver.stopped_early(kept.last_step, len(data.plan.steps)), str(kept)]
-    console.print("\n".join(f"{stage}: {line}" for line in closing if line), soft_wrap=True)
+    console.print("\n".join(f"{stage}: {line}" for line in closing if line), soft_wrap=not console.is_terminal)
     artifact.save(kept.step, kept.metrics)
     seen = {**seen_until(data, kept.last_step), **kept.metrics, **saver.cost()}
     memory_facts = {"memory_plan": asdict(chosen), "peak_memory_bytes": peak_memory_bytes()}
