@@ -15,7 +15,16 @@ Window = tuple[float, float]
 """Values that become black and white."""
 
 MIN_LEVELS = 32
-"""Grey levels that an image needs before a single value far from all others is taken for padding or a marker."""
+"""Grey levels of a picture; with fewer, such as a mask has, the lowest and highest are made black and white."""
+
+MIN_WHITE = 128
+"""Highest value, of 255, of a picture that was made with 8 bits; below it, the values may as well be deep and dark."""
+
+MAX_STRAYS = 8
+"""Most levels at the ends of the range that are taken for padding or markers."""
+
+LEVELS_PER_STRAY = 8
+"""Levels that an image needs for each one taken for padding or a marker: a mask with some noise has fewer."""
 
 
 def to_eight_bits(values: npt.NDArray[Any], window: Window | None = None) -> npt.NDArray[np.uint8]:
@@ -23,10 +32,10 @@ def to_eight_bits(values: npt.NDArray[Any], window: Window | None = None) -> npt
 
     With a window, its bounds become 0 and 255, and what is beyond them is clipped. Without one:
 
-    - Integers from 0 to 255 stay as they are.
-    - An 8-bit image that was widened, by 257 or by a shift of 8 bits, is that 8-bit image again.
-    - Else the lowest and highest value become 0 and 255. A lowest or highest value that is farther from all others
-      than these are from each other, such as the padding of a scan, is left out of this range.
+    - An 8-bit image that was stored as it is, by a shift of 8 bits, or multiplied by 257, is that 8-bit image again:
+      one of at least MIN_LEVELS such values, up to MIN_WHITE or more.
+    - Else the lowest and highest value become 0 and 255. Some values at either end that are farther from all others
+      than these are from each other, such as the padding of a scan, are left out of this range.
     """
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         # A table of all values takes less time than arithmetic on every pixel.
@@ -51,14 +60,14 @@ def _scale(values: npt.NDArray[Any], levels: npt.NDArray[Any], window: Window | 
 
 
 def _widened_by(levels: npt.NDArray[Any]) -> int | None:
-    """Return by what 8 bits were multiplied to give all `levels`, 1 if they fit as they are; None for deeper values."""
-    if not len(levels):
+    """Return by what the values of an 8-bit image were multiplied to give `levels`; None if they are no such image."""
+    if not len(levels) or (len(levels) == 1 and levels[0] == np.floor(levels[0]) and 0 <= levels[0] <= 255):
         return 1
-    if levels[0] < 0 or levels[-1] > 65535 or np.any(levels != np.floor(levels)):
+    if len(levels) < MIN_LEVELS or levels[0] < 0 or levels[-1] > 65535 or np.any(levels != np.floor(levels)):
         return None
-    if levels[-1] <= 255:
-        return 1
-    return next((factor for factor in (257, 256) if not np.any(levels % factor)), None)
+    # Multiples of 256 are those of a deep image too, if its last bits are unused: what is bright tells them apart.
+    factor = 1 if levels[-1] <= 255 else next((by for by in (257, 256) if not np.any(levels % by)), None)
+    return factor if factor is not None and levels[-1] >= MIN_WHITE * factor else None
 
 
 def _range(levels: npt.NDArray[Any]) -> Window:
@@ -66,8 +75,16 @@ def _range(levels: npt.NDArray[Any]) -> Window:
     used = levels.astype(np.float64)
     if len(used) == 1:
         return (0.0, 65535.0) if 0 <= used[0] <= 65535 else (used[0] - 1, used[0] + 1)
-    if len(used) > MIN_LEVELS and used[1] - used[0] > used[-1] - used[1]:
-        used = used[1:]
-    if len(used) > MIN_LEVELS and used[-1] - used[-2] > used[-2] - used[0]:
-        used = used[:-1]
-    return used[0], used[-1]
+    low, high = used[0], used[-1]
+    most = min(MAX_STRAYS, len(used) // (LEVELS_PER_STRAY + 1))
+    # Both ends at once: with a marker at each, neither is far from the other and all else.
+    for below in range(most + 1):
+        for above in range(most + 1 - below):
+            first, last = below, len(used) - 1 - above
+            span = used[last] - used[first]
+            is_apart = (not below or used[first] - used[first - 1] > span) and (
+                not above or used[last + 1] - used[last] > span
+            )
+            if is_apart and span < high - low:
+                low, high = used[first], used[last]
+    return low, high

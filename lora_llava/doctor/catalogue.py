@@ -68,8 +68,8 @@ KINDS: dict[str, Kind] = {
     ),
     "blank_image": Kind(
         "warning",
-        "Images of one color",
-        "The picture is all black, all white or of another single color, so there is nothing to see for the model.",
+        "Images that show nothing",
+        "The picture is of one color, such as black or white, or so nearly that the model sees nothing.",
         "Look at the pictures; export them again, or leave their records out with `exclude`.",
     ),
     "few_levels": Kind(

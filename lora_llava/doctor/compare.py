@@ -9,7 +9,7 @@ from lora_llava.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.grey import MIN_LEVELS
 from lora_llava.data.sources import ImageSource, Record
-from lora_llava.doctor.images import near_pairs
+from lora_llava.doctor.images import MAX_BLANK_RANGE, near_pairs
 from lora_llava.doctor.survey import Side, Source, Survey, image_id
 from lora_llava.text import counted, printable
 
@@ -106,10 +106,11 @@ def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:
     """Find images of which the model would see nothing, or next to nothing."""
     for record, image in _images(source.records):
         facts = survey.facts(image)
-        if facts.is_blank:
+        if facts.contrast <= MAX_BLANK_RANGE:
             color = "#" + facts.colours[:3].hex()
             shade = {"#000000": "black", "#ffffff": "white"}.get(color, color)
-            problem = f"{record.where}: image {printable(image.key, 80)} is all {shade}"
+            shown = f"has values at most {facts.contrast} of 255 apart" if facts.contrast else f"is all {shade}"
+            problem = f"{record.where}: image {printable(image.key, 80)} {shown}"
             yield at("blank_image", source, record, problem, image)
         elif facts.levels < MIN_LEVELS:
             levels = counted(facts.levels, "shade")

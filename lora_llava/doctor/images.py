@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lora_llava.data.grey import LEVELS_PER_STRAY
 from lora_llava.data.images import DEEP_GREY, FORMATS, decode_image, read_image
 from lora_llava.data.sources import ImageSource
 from lora_llava.errors import DataError
@@ -42,10 +43,10 @@ class ImageFacts:
     """64 bits: whether each of 8 x 8 fields is darker than the one to its right."""
     colours: bytes = b""
     """Mean RGB of 8 x 8 fields."""
-    is_blank: bool = False
-    """Whether all of it is one color."""
+    contrast: int = 255
+    """Darkest to brightest, in the channel where they are farthest apart; 0 if all of it is one color."""
     levels: int = 256
-    """Values of a channel that are left of an image of more than 8 bits, if some were lost; else 256."""
+    """Values of a channel that are left of an image of more than 8 bits, if more than strays were lost; else 256."""
 
 
 def look_at_image(source: ImageSource) -> ImageFacts:
@@ -63,7 +64,7 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         _is_transparent(data),
         difference_hash(image),
         image.resize((_FIELDS, _FIELDS), Image.Resampling.BOX).tobytes(),
-        _is_blank(image),
+        _contrast(image),
         _levels_left(data, image),
     )
 
@@ -79,13 +80,13 @@ def _histogram(image: Image.Image) -> npt.NDArray[np.int64]:
     return np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
 
 
-def _is_blank(image: Image.Image) -> bool:
-    """Tell whether an image shows one color."""
-    return all(np.ptp(np.flatnonzero(channel)) <= MAX_BLANK_RANGE for channel in _histogram(image))
+def _contrast(image: Image.Image) -> int:
+    """Return how far apart the darkest and brightest values of a channel are."""
+    return max(int(np.ptp(np.flatnonzero(channel))) for channel in _histogram(image))
 
 
 def _levels_left(data: bytes, image: Image.Image) -> int:
-    """Count the values of a channel in the 8-bit form of a deeper image; 256 if it is not deeper, or lost none."""
+    """Count the values of a channel in the 8 bits of a deeper image; 256 if it is not deeper or lost hardly any."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as original:
@@ -94,7 +95,9 @@ def _levels_left(data: bytes, image: Image.Image) -> int:
                 return 256
             left = int((_histogram(image) > 0).sum(axis=1).max())
             # Of deep color only the upper 8 bits can be had, so what was lost is not known.
-            return left if not is_deep_grey or len(np.unique(np.asarray(original))) > left else 256
+            lost = len(np.unique(np.asarray(original))) - left if is_deep_grey else left
+            # Padding and markers are left out of the range on purpose.
+            return left if lost * LEVELS_PER_STRAY > left else 256
 
 
 def _is_transparent(data: bytes) -> bool:

@@ -203,10 +203,13 @@ def test_k14_blank_pictures_and_lost_shades_are_found_with_their_pictures(tiny_b
     images, train, tested = sound_data()
     scan = np.linspace(0, 4000, 32 * 32).astype(np.uint16).reshape(32, 32)
     hot = scan.copy()
-    hot[0, :2] = (60_000, 65_535)
+    hot[0, :10] = np.linspace(65_000, 65_535, 10)
     mask = np.where(scan > 2000, np.uint16(65535), np.uint16(0))
     made = {"black": np.zeros((8, 8), np.uint8), "white": np.full((8, 8), 255, np.uint8), "flat": scan * 0 + 777}
-    made |= {"scan": scan, "hot": hot, "mask": mask}
+    marked = scan // 200
+    marked[0, 0] = 65_535
+    made |= {"scan": scan, "hot": hot, "mask": mask, "marked": marked, "small": mask // 65535, "step": mask // 16 + 1}
+    made |= {"dim": (mask // 65535).astype(np.uint8)}
     for name, values in made.items():
         images[f"{name}.png"] = encoded(Image.fromarray(values))
         train.append(entry(name, f"{name}.png", "What?", "something"))
@@ -218,13 +221,20 @@ def test_k14_blank_pictures_and_lost_shades_are_found_with_their_pictures(tiny_b
     assert result.exit_code == 0, result.output
     report = report_in(tmp_path / "run" / "check")
     found = {(kind, name) for kind, _, name in found_in(report) if kind in ("blank_image", "few_levels")}
-    assert found == {*(("blank_image", name) for name in ("black", "white", "flat", "plain8")), ("few_levels", "hot")}
+    assert found == {
+        *(("blank_image", name) for name in ("black", "white", "flat", "plain8", "dim")),
+        ("few_levels", "hot"),
+    }
     assert "white.png is all white" in result.output
+    assert "dim.png has values at most 1 of 255 apart" in " ".join(
+        one["problem"] for finding in report["findings"] for one in finding["records"]
+    )
     page = (tmp_path / "run" / "check" / "check.html").read_text(encoding="utf-8")
     assert re.search(r"hot\.png keeps 1\d shades in the 8 bits that are seen", page)
     window = ["stages.instruct.data.window=[0, 4095]", "evaluation.data.window=[0, 4095]"]
     assert check(str(recipe), *window).exit_code == 0
-    assert "few_levels" not in {kind for kind, _, _ in found_in(report_in(tmp_path / "run" / "check"))}
+    left = {name for kind, _, name in found_in(report_in(tmp_path / "run" / "check")) if kind == "few_levels"}
+    assert left == {"marked"}, "the window fits the scans, not the picture of 20 levels"
 
 
 def test_records_that_all_fail_alike_are_one_finding(tiny_base: Path, tmp_path: Path) -> None:

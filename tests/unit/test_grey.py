@@ -70,6 +70,55 @@ def test_k14_two_and_three_values_stay_apart() -> None:
     assert opened(np.array([[0, 1, 1000]], dtype=np.uint16)).tolist() == [[0, 0, 255]]
 
 
+@pytest.mark.parametrize("levels", [8, 16])
+@pytest.mark.parametrize("step", [1, 256, 257])
+def test_k14_few_or_dark_values_in_steps_of_256_use_the_range(step: int, levels: int) -> None:
+    values = (np.arange(levels) * step).astype(np.uint16)[None]
+    assert opened(values).tolist() == [np.rint(np.arange(levels) * 255 / (levels - 1)).tolist()]
+    dark = (np.arange(128) * step).astype(np.uint16)[None]
+    assert opened(dark).max() == 255
+    assert opened(dark + np.uint16(step)).tolist() == [list(range(1, 129))], "an 8-bit picture up to 128 stays"
+
+
+@pytest.mark.parametrize("high", [1, 2, 200, 255, 256, 257, 4095, 4096, 32767, 32768, 51200, 65535])
+def test_k14_a_mask_of_any_two_values_is_black_and_white(high: int) -> None:
+    assert opened(np.array([[0, high]], dtype=np.uint16)).tolist() == [[0, 255]]
+    assert to_eight_bits(np.array([[0, high]], dtype=np.float32)).tolist() == [[0, 255]]
+    assert to_eight_bits(np.array([[0, high]], dtype=np.int32)).tolist() == [[0, 255]]
+
+
+def test_k14_float_picture_from_0_to_1_uses_the_range() -> None:
+    assert to_eight_bits(np.array([[0.0, 0.25, 1.0]], dtype=np.float32)).tolist() == [[0, 64, 255]]
+
+
+@pytest.mark.parametrize("highest", [255, 256, 300])
+def test_k14_no_jump_where_8_bits_end(highest: int) -> None:
+    pixels = opened(np.arange(highest + 1, dtype=np.uint16)[None])
+    assert np.abs(pixels - np.arange(highest + 1) * 255 / highest).max() <= 0.5
+
+
+@pytest.mark.parametrize("markers", [(65535, 60000), (65535, 65534, 65533), (65535, 40000, 20000, 5000), (0, 65535)])
+def test_k14_several_markers_do_not_take_the_range(markers: tuple[int, ...]) -> None:
+    base = 30_000 if 0 in markers else 0
+    values = np.array([[*(np.arange(1000) + base), *markers]], dtype=np.uint16)
+    pixels = opened(values)[0]
+    assert len(np.unique(pixels[:1000])) == 256
+    assert pixels[1000:].tolist() == [0 if marker == 0 else 255 for marker in markers]
+
+
+@pytest.mark.parametrize("step", [1, 256])
+def test_k14_twenty_levels_and_a_marker_stay_apart(step: int) -> None:
+    pixels = opened(np.array([[*(np.arange(20) * step), 65535]], dtype=np.uint16))[0]
+    assert pixels[:20].tolist() == np.rint(np.arange(20) * 255 / 19).tolist()
+    assert pixels[20] == 255
+
+
+def test_k14_noise_of_a_picture_in_black_and_white_stays_noise() -> None:
+    values = [0, 1, 2, 253, 254, 255]
+    assert opened(np.array([values], dtype=np.uint16)).tolist() == [values]
+    assert opened(np.array([[0, 1, 2, 65533, 65534, 65535]], dtype=np.uint16)).tolist() == [[0, 0, 0, 255, 255, 255]]
+
+
 def test_k14_a_constant_picture_stays_constant() -> None:
     assert np.unique(opened(np.full((4, 4), 65535, np.uint16))).tolist() == [255]
     assert np.unique(opened(np.full((4, 4), 20_000, np.uint16))).tolist() == [78]
