@@ -3,13 +3,15 @@
 Case, articles, quotation marks, sentence marks, number words to twenty, thousands separators and trailing zeros of a
 decimal do not count. Signs, comparisons, fractions, ratios, ranges, lists of numbers, per cent and units do. What holds
 nothing else, such as "?", equals only itself. One option letter, as `A`, `(A)` or `Answer: A`, equals every answer that
-names this option first: `A. Pneumonia`.
+names this option and no other: `A. Pneumonia`. Behind `A.` the text of an option starts with no lower-case letter,
+because `E. coli` cannot be told from an option.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from decimal import Decimal
 from functools import lru_cache
 
 from lora_llava.evaluation.vqa_v2 import CONTRACTIONS
@@ -32,23 +34,47 @@ _AFTER_LETTER = frozenset({"and", "or", "is", "are", "to"})
 
 _LEAD = re.compile(r"(?:the |my )?(?:final |correct |best |right )*answer\s*(?:is\s*:?|:)\s*(?=\S)")
 _OPTION_LEAD = re.compile(
-    r"(?:the |my )?(?:final |correct |best |right )*(?:answer|option|choice)\s*(?:is\s*:?|[:=])?\s*(?:option\s+)?"
+    r"(?:#+\s+)?(?:(?:so|thus|hence|therefore),?\s+)?(?:"
+    r"(?:the |my )?(?:final |correct |best |right )*(?:answer|option|choice)\s*(?:is\s*:?|[-:=\u2013\u2014])?"
+    r"\s*(?:option\s+)?|"
+    # "It is a" may be the start of a sentence.
+    r"(?:i (?:think|believe|choose)(?: that)?(?: it is| it's| the answer is)?|it is|it's)(?: option)?\s+"
+    r"(?=[*(\[\"']*(?-i:[A-Z])(?!\w))|)",
+    re.IGNORECASE,
 )
+_MARKUP = re.compile(r"\$+([^$]+)\$+|<([a-z])>|\\(?:boxed|text|mathrm|mathbf)\{(.*)\}", re.IGNORECASE | re.DOTALL)
+_REPLY = re.compile(r"\W*no\s*[,.;:\u2013\u2014-]", re.IGNORECASE)
+_NEGATIONS = frozenset({"no", "not", "never", "without", "neither", "nor"})
 _ENCLOSING = "*_`\"'"
 _MAX_CHARACTERS = 10_000
 """Longer texts are no short answers: they are compared word by word as they are."""
-_BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.,:;]?\)?")
+_BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.,:;]?\)?", re.IGNORECASE)
 _OPTIONS = tuple(
-    re.compile(pattern, re.DOTALL)
+    re.compile(pattern, re.DOTALL | re.IGNORECASE)
     for pattern in (
         r"[(\[{]\s*([a-z])\s*[)\]}](?:\s*[.:,])?(.+)",
         r"([a-z])\s*[)\]](?:\s*[.:])?(.+)",
-        r"([a-z])\s*[.:](.+)",
+        # Behind a full stop in the same line no lower-case letter: "E. coli", "A. is wrong".
+        r"([a-z])\s*\.(?![^\S\n]*(?-i:[a-z]))(.+)",
+        r"([a-z])\s*[:,;](.+)",
         r"([a-z])\s*\n(.+)",
         r"([a-z])\s+[-\u2013\u2014](\s.+)",
-        r"[(\[]?([a-z])[)\]]?( is (?:the )?(?:correct|right|best|answer).*)",
+        r"([a-z])[\u2013\u2014]((?-i:[^\W\d_a-z]).+)",
+        r"[(\[]?([a-z])[)\]]?( is (?:the )?(?:correct|right|best|answer)[^?]*)",
     )
 )
+_REJECTED = re.compile(r"\s*(?:is|was)(?:n't| not| wrong| incorrect| false)\b", re.IGNORECASE)
+# Options beside the first one, which is {0} and comes before {1}.
+_OTHERS = (
+    r"(?:^|[\s,;])[(\[]?(?!{0})[a-z][)\]]\s*\S",
+    r"(?:[,;]|\b(?:and|or|nor)\b)\s*(?!{0})[a-z](?:[.:]\s|\s+[-\u2013\u2014]\s)\s*\S",
+    # A letter behind a comma or a conjunction, but for "hepatitis A and B".
+    r"^\s*[(\[]?(?!{0})[a-z][)\]]?\s*(?:[,;/]|\b(?:and|or|nor)\b)",
+    r"(?:(?<![\s(][a-z])[,;/]|(?<![\s(][a-z]\s)(?<!\s[a-z],\s)\b(?:and|or|nor)\b)\s*[(\[]?(?!{0})[a-z][)\]]?"
+    r"\s*(?:[,;/.:]|\b(?:and|or|nor)\b|$)",
+    r"(?:^|\s)(?!{0})(?:{1}|(?-i:[A-E]))(?:[.:]|\s+[-\u2013\u2014]\s)\s*\S",
+)
+_OTHER_LINE = r"^[ \t]*(?:[-*][ \t]+)?[(\[]?(?!{0})[a-z](?:[)\].:]|[ \t]*$|[ \t]+[-\u2013\u2014]\s)"
 
 # Of Chinese and Japanese keyboards.
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3001: ",", 0x3002: "."}
@@ -74,8 +100,11 @@ _SPELLINGS = tuple(
     for pattern, replacement in (
         (r"(?<=\d)\s*[\u2013\u2014]\s*(?=\d)", "-"),  # A range.
         (r"(?<![^\s(\[])[\u2013\u2014](?=\d)", "-"),  # A sign.
-        (r"[\u2013\u2014]|-{2,}(?!\d)", " "),
+        (r"[\u2013\u2014]|(?<![\d-])-{2,}(?!\d)|(?<=\d)-{2,}(?=[^\W\d_])", " "),
         (r"\bper\s?cent\b", "%"),
+        (r"(?<=\d)\s*x\s*(?=\d)", " x "),
+        (r"(?<![^\W\d_])\u03bc(?=[a-z])", "u"),  # Micro.
+        (r"(?<![\w.,])(?:\d+(?:\.\d+)?|\.\d+)e[-+]?\d\d?(?!\w|\.\d)", lambda match: f"{Decimal(match[0]):f}"),
         (r"<\s?=|=<", "\u2264"),
         (r">\s?=", "\u2265"),
         (r"!=", "\u2260"),
@@ -89,6 +118,7 @@ _SPELLINGS = tuple(
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)*|\.\d+"
 _TOKEN = re.compile(rf"(?P<number>{_NUMBER})|(?P<word>[^\W\d_][^\W_]*(?:'[^\W_]+)*)|(?P<sign>\S)")
 _NUMBER_LIST = re.compile(rf"[(\[]\s*[-+]?(?:{_NUMBER})\s*[,;]\s*[-+]?(?:{_NUMBER})[^()\[\]]*[)\]]")
+_SQUARE_LIST = re.compile(r"\[([^()\[\]]*)\][\s.]*")
 _DECORATION = frozenset(".,;:!?\"'()[]{}_*\u2026\u2022\u00b7")
 _BETWEEN_NUMBERS = {",": ",", ";": ",", ":": ":", "*": "*"}
 
@@ -107,16 +137,25 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 
 def holds_answer(prediction: str, reference: str) -> bool:
-    """Tell whether an answer, such as a sentence, holds the reference as a word or as words in a row."""
+    """Tell whether an answer, such as a sentence, holds the reference as words in a row and does not negate it."""
     if letter := _bare_letter(reference):
-        return re.search(rf"(?<!\w)\(?{letter.upper()}(?=[).:,]|$)", prediction.strip()) is not None
+        pattern = rf"(?<!\w)(?<!not )(?<!not \()(?<!n't )\(?{letter.upper()}(?=[).:,]|$)"
+        return re.search(pattern, prediction.strip()) is not None
     words, wanted = answer_tokens(prediction), answer_tokens(reference)
     if not wanted:
         return False
+    # "No, red" does not negate.
+    first = 1 if _REPLY.match(prediction) else 0
     return any(
-        words[start : start + len(wanted)] == wanted and not (wanted[0][0].isdigit() and _is_signed(words, start))
+        words[start : start + len(wanted)] == wanted
+        and not (wanted[0][0].isdigit() and _is_signed(words, start))
+        and not (start > first and _is_negation(words[start - 1]))
         for start in range(len(words) - len(wanted) + 1)
     )
+
+
+def _is_negation(word: str) -> bool:
+    return word in _NEGATIONS or word.endswith("n't")
 
 
 def _is_signed(words: tuple[str, ...], place: int) -> bool:
@@ -131,6 +170,7 @@ def answer_tokens(text: str) -> tuple[str, ...]:
         return tuple(text.casefold().split())
     text = _spelled(_unwrapped(text))
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = square[1] if (square := _SQUARE_LIST.fullmatch(text)) else text
     listed = _NUMBER_LIST.search(text) is not None
     matches = list(_TOKEN.finditer(text))
     tokens: list[str] = []
@@ -144,45 +184,64 @@ def answer_tokens(text: str) -> tuple[str, ...]:
             tokens.append(_LETTER + word if is_letter else _NUMBER_WORDS.get(word, word))
         elif sign := _sign(matches, place, text, listed):
             tokens.append(sign)
-    return _without_articles(_with_signs(tokens))
+    return _without_articles(_with_commas(_with_signs(tokens)))
 
 
 @lru_cache(maxsize=8192)
 def _bare_letter(text: str) -> str:
     """Return the letter of an answer that is one option letter; empty for any other."""
     match = _BARE_LETTER.fullmatch(_option_text(text))
-    return match[1] if match else ""
+    return match[1].casefold() if match else ""
 
 
 @lru_cache(maxsize=8192)
 def _option_letter(text: str) -> str:
-    """Return the letter of the option that an answer names first; empty if it names none, or lists several."""
+    """Return the letter of the option that an answer names first; empty if it names none, or several."""
     text = _option_text(text)
     for pattern in _OPTIONS:
         if match := pattern.fullmatch(text):
-            letter, rest = match[1], match[2]
-            following = chr(ord(letter) + 1)
-            lists_options = (
-                re.search(rf"(?:^|\s)[(\[]?{following}(?:[)\].:]|\s+[-\u2013\u2014]\s)\s*\S", rest) is not None
-            )
-            # "a.m." and "1.5" are no options, and "A. B" is two; "A. 5" is one.
-            has_text = len(re.findall(r"\w", rest)) > 1 or re.match(r"\s+\d", rest) is not None
-            glued_number = re.match(r"\d", rest) is not None
-            return "" if lists_options or glued_number or not has_text else letter
+            letter, rest = match[1].casefold(), match[2]
+            # "a.m." and "1.5" are no options, and "A. B" is two; "A. 5" and "A: x" are one.
+            short = r"\s+[\da-z]" if text[match.start(2) - 1] in ":)]" else r"\s+\d"
+            has_text = len(re.findall(r"\w", rest)) > 1 or re.match(short, rest) is not None
+            is_number = re.match(r"\d", rest) is not None
+            names_it = has_text and not is_number and not _REJECTED.match(rest)
+            return letter if names_it and not _names_others(letter, rest) else ""
     return ""
 
 
+def _names_others(letter: str, rest: str) -> bool:
+    """Tell whether the text behind an option letter names another option in its line, or starts a line with one."""
+    line, _, lines = rest.partition("\n")
+    following = chr(ord(letter) + 1) if letter < "z" else letter
+    if any(re.search(pattern.format(letter, following), line, re.IGNORECASE) for pattern in _OTHERS):
+        return True
+    return re.search(_OTHER_LINE.format(letter), lines, re.IGNORECASE | re.MULTILINE) is not None
+
+
 def _option_text(text: str) -> str:
-    text = _unwrapped(text)
-    lead = _OPTION_LEAD.match(text)
-    return _unwrapped(text[lead.end() :]) if lead else text
+    """Return an answer without a lead, such as "The answer is", and without markup around all of it; keeps case."""
+    text = _stripped(text)
+    if lead := _OPTION_LEAD.match(text):
+        text = _stripped(text[lead.end() :])
+    for _ in range(3):
+        if not (marked := _MARKUP.fullmatch(text.removesuffix("."))):
+            break
+        text = _stripped(marked[marked.lastindex or 0])
+    return text
 
 
 def _unwrapped(text: str) -> str:
     """Return text in lower case without the quotation marks, or marks of bold type, around all of it."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
-    text = text.casefold().strip()
+    return _stripped(_plain(text).casefold())
+
+
+def _plain(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
+
+
+def _stripped(text: str) -> str:
+    text = _plain(text).strip()
     start, end = 0, len(text)
     while end - start > 1 and text[start] == text[end - 1] and text[start] in _ENCLOSING:
         start, end = start + 1, end - 1
@@ -261,6 +320,20 @@ def _with_signs(tokens: list[str]) -> list[str]:
         _SIGN_WORDS.get(token, token) if number[:1].isdigit() else token
         for token, number in zip(tokens, [*tokens[1:], ""], strict=False)
     ]
+
+
+def _with_commas(tokens: list[str]) -> list[str]:
+    """Write `1 and 2` as `1, 2`, but not `1 and 1/2`."""
+    kept: list[str] = []
+    for place, word in enumerate(tokens):
+        following = tokens[place + 1 : place + 3]
+        is_number = following[:1] != [] and following[0][0].isdigit() and following[1:] != ["/"]
+        before = kept[-1] if kept else ""
+        if word == "and" and is_number and (before == "," or before[:1].isdigit()):
+            kept += [","] if before != "," else []
+        else:
+            kept.append(word)
+    return kept
 
 
 def _without_articles(tokens: list[str]) -> tuple[str, ...]:

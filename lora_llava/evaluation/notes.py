@@ -81,14 +81,16 @@ def _verdict(name: str, gap: Difference) -> str:
 
 
 def _base_form(outcome: Outcome) -> str:
-    """Qualify the score of a base that answers in sentences."""
+    """Qualify a gain over a base that answers in sentences and gives more references than its score counts."""
     answers = outcome.answers[BASE]
     given = median(len(answer_tokens(text)) for text in answers.texts)
     wanted = median(len(answer_tokens(outcome.questions[place].answer)) for place in answers.places)
     if given < _SENTENCE or given < 2 * wanted:
         return ""
-    score = outcome.table(BASE)[ALL].share
+    score, holding = outcome.table(BASE)[ALL].share, outcome.share_holding(BASE)
+    if outcome.over(BASE).mean <= 0 or holding <= score:
+        return ""
     return (
-        f"The base answers in sentences: {100 * outcome.share_holding(BASE):.0f} % of its answers contain the "
+        f"The base answers in sentences: {100 * holding:.0f} % of its answers contain the "
         f"reference, where its score is {100 * score:.1f} %, so part of the gain over it is the form of the answers."
     )

@@ -120,6 +120,21 @@ def test_k64_the_majority_answer_stands_beside() -> None:
 
 
 @pytest.mark.parametrize(
+    ("base", "tuned", "said"),
+    [
+        ("Yes, there is one here.", "yes", True),
+        ("Yes, there is one here.", "no", False),
+        ("There is one right here.", "yes", False),
+        ("There is one right here.", "no", False),
+        ("It is not yes at all.", "yes", False),
+    ],
+)
+def test_k64_the_form_of_the_base_explains_a_gain_alone(base: str, tuned: str, said: bool) -> None:
+    notes = "\n".join(outcome_notes(outcome(["yes"] * 20, [tuned] * 20, base=[base] * 20), 16))
+    assert ("The base answers in sentences" in notes) == said
+
+
+@pytest.mark.parametrize(
     ("blind", "said"),
     [
         (["yes", "no"] * 20, "it may not look at the images"),

@@ -22,6 +22,7 @@ DIFFERENT = [
     ("10\u00b3", "103"), ("$5", "5"), ("5\u00b0", "5"), ("5'", '5"'), ("5 mg", "5"), ("5 mg", "5 g"), ("m/s", "m s"),
     ("A+", "A-"), ("A-", "A"), ("ER+", "ER-"), ("-ve", "+ve"), ("none", "0"), ("no", "not"), ("normal", "no"),
     ("vitamin A", "vitamin"), ("hepatitis a", "hepatitis"), ("right lung base", "right lung"),
+    ("1 and 1/2", "1, 1/2"), ("1 and 2", "12"), ("[1, 2)", "1, 2"), ("1e3", "1e4"), ("3x4", "3 4"), ("5 um", "5 mm"),
 ]  # fmt: skip
 SAME = [
     ("Yes.", "yes"), ("The left lung", "left lung"), ("x-ray", "X ray"), ("left_lung", "left lung"),
@@ -33,17 +34,26 @@ SAME = [
     ("\u22123", "-3"), ("\u20133", "-3"), ("- 3", "-3"), ("minus 3", "-3"), ("3 \u2013 4", "3-4"), ("\u2264 5", "<=5"),
     ("50 %", "50%"), ("50 percent", "50%"), ("\u00bd", "1/2"), ("1 / 2", "1/2"), ("1, 2, 3", "1,2,3"), ("5mg", "5 mg"),
     ("cm\u00b2", "cm^2"), ("", "  "), ("?", " ?"),
+    ("3 x 4 cm", "3x4 cm"), ("3x4", "3 \u00d7 4"), ("5 \u00b5m", "5 um"), ("5\u03bcm", "5 um"), ("[1, 2]", "1, 2"),
+    ("1 and 2", "1, 2"), ("1, 2, and 3", "1,2,3"), ("1e3", "1000"), ("2.5E-3", "0.0025"), ("1e+3", "1,000"),
 ]  # fmt: skip
 OPTIONS = [
     "A", "a", "A.", "(A)", "A)", "[A]", " a ", "**A**", "'A'", "Answer: A", "The answer is A.", "Option A",
     "option (a)", "A. Pneumonia", "A: pneumonia", "A:pneumonia", "A) Pneumonia", "(A) Pneumonia", "A - Pneumonia",
     "A\nPneumonia", "A. 5", "A) 5 mm", "A. Vitamin D.", "A is correct", "The correct answer is (A) Pneumonia",
     "Answer: A. Pneumonia", "\uff08A\uff09", "\uff21", "A\uff0e", "A,",
+    "A, pneumonia", r"\boxed{A}", r"$\boxed{\text{A}}$", "$A$", "<A>", "A\u2013Pneumonia", "Answer - A", "### A",
+    "So the answer is A", "A; Pneumonia", "option a: x", "It is A", "It is A.", "I think A", "I think it is (A)",
+    "A\u3001\u80ba\u708e", "A.\nBecause of B. x", "A. Pneumonia\nBecause of B. x", "A. Hepatitis A and B", "A: x",
+    "A, vitamin D", "A) pneumonia",
 ]  # fmt: skip
 NO_OPTION_A = [
     "", "the", "The answer", "B", "B. Pneumonia", "A, B", "A and B", "A/B", "A. B", "A-", "A+", "a cat", "A pneumonia",
     "AB", "a.m.", "x-ray", "A.5", "A. Pneumonia B. Fracture", "A. Pneumonia\nB. Fracture", "A) no\nB) yes", "Aorta",
     "1", "A - no, B - yes",
+    "A. x, C. y", "A) x D) y", "(A) x (C) y", "A) no\nC) yes", "A. Pneumonia or C. Edema", "A. Pneumonia and B",
+    "A) or B)", "A. or B.", "A. is wrong", "A) is wrong", "A is the correct answer? no", "A. baumannii", "A, C",
+    "A. Pneumonia, C", "A. Pneumonia C. Edema", "A\nB", "A, B and C", "A\u2013C", "It is a", "It is not A", "A, B.",
 ]  # fmt: skip
 
 
@@ -72,6 +82,21 @@ def test_k12_a_reference_of_one_letter_is_an_option(answer: str) -> None:
 def test_k12_what_does_not_name_the_option_is_wrong(answer: str) -> None:
     assert not exact_match(answer, "A")
     assert not exact_match("A", answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("E. coli", "E"), ("e. coli", "E"), ("C. difficile", "C"), ("I. think", "I"), ("I think", "I")],
+)
+def test_k12_a_lower_case_word_behind_a_full_stop_is_no_option(answer: str, letter: str) -> None:
+    assert not exact_match(answer, letter)
+    assert not exact_match(letter, answer)
+
+
+@pytest.mark.parametrize("answer", ["So the answer is B", "The answer is B.", "B; Pneumonia", "option b: x"])
+def test_k12_other_letters_are_options_too(answer: str) -> None:
+    assert exact_match(answer, "B")
+    assert not exact_match(answer, "A")
 
 
 def test_k12_saying_nothing_is_right_about_nothing() -> None:
@@ -119,6 +144,12 @@ def test_a_sentence_can_hold_the_answer() -> None:
     assert holds_answer("There are 3 of them.", "3")
     assert not holds_answer("anything", "?")
     assert holds_answer("I think it is B.", "B")
+    assert not holds_answer("It is not red", "red")
+    assert not holds_answer("It isn't the left lung.", "left lung")
+    assert not holds_answer("It is not (B).", "B")
+    assert holds_answer("It is not red", "not red")
+    assert holds_answer("No, red.", "red")
+    assert holds_answer("It is not red but blue or red.", "red")
     assert not holds_answer("A circle is shown.", "A")
 
 
