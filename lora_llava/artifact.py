@@ -294,7 +294,8 @@ def write_artifact(
 
 def base_location(identity: BaseIdentity, directory: Path, artifact: Path) -> dict[str, Any]:
     """Describe the base so that it can be found again from the artifact: a hub id, or a relative path."""
-    path = os.path.relpath(directory, artifact) if identity.revision is None else None
+    # Both without links: a reader's `..` leads where the file system says, not where the name does.
+    path = os.path.relpath(directory.resolve(), artifact.resolve()) if identity.revision is None else None
     return {**asdict(identity), "path": path}
 
 

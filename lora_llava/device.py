@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lora_llava.errors import ModelError
+from lora_llava.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def describe_device() -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
 
 
 def world_size() -> int:

@@ -49,6 +49,9 @@ def fsync(path: Path) -> None:
 
 def make_directories(directory: Path) -> list[Path]:
     """Make a directory and its parents; return those that were not there, the outermost first."""
+    nearest = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ArtifactError(f"{directory} cannot be made: {nearest} is not a directory; give another name")
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return missing[::-1]

@@ -24,7 +24,7 @@ from lora_llava.text import printable
 MAX_BYTES = 1 << 20
 """Largest recipe file, in bytes."""
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS_AND_BOOLS = {
     "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),

@@ -16,6 +16,8 @@ StageName = Literal["align", "instruct"]
 AspectRatio = Literal["pad", "square"]
 """How an image becomes a square; see ImageSettings."""
 
+MAX_EPOCHS = 1000
+"""Most epochs of a stage: every step is planned before the first."""
 MIN_RATE = 1e-9
 """Lowest learning rate: a fp32 weight of 0.01, as a projector has, does not change by less than 5e-10."""
 LLAVA_BATCH_SIZE: dict[StageName, int] = {"align": 256, "instruct": 128}
@@ -218,6 +220,10 @@ class StageSettings(Settings):
         if self.early_stopping_patience is not None and (self.data.validation is None or self.eval_steps is None):
             missing = "data.validation" if self.data.validation is None else "eval_steps"
             raise ValueError(f"early_stopping_patience needs {missing}: it counts validations during training")
+        if self.num_train_epochs > MAX_EPOCHS:
+            raise ValueError(
+                f"num_train_epochs {self.num_train_epochs:g} is more than {MAX_EPOCHS:,}; one to ten are usual"
+            )
         if self.learning_rate < MIN_RATE:
             raise ValueError(
                 f"learning_rate {self.learning_rate:g} is so small that fp32 weights cannot change; LLaVA's are 1e-3 "

@@ -124,6 +124,8 @@ def evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
 
 def refuse_results_in(output: Path) -> None:
     """Raise click.UsageError if the directory holds anything."""
+    if output.exists() and not output.is_dir():
+        raise click.UsageError(f"{output} is a file; give a directory with --output")
     if output.is_dir() and any(output.iterdir()):
         raise click.UsageError(f"{output} is not empty, and results are not overwritten; give another --output")
 

@@ -35,6 +35,9 @@ def check(
     """
     clock = time.monotonic()
     settings = open_recipe(recipe, overrides)
+    directory = output or settings.resolved_output_dir / DIRECTORY
+    if directory.exists() and not directory.is_dir():
+        raise click.UsageError(f"{directory} is a file, and the report needs a directory there; give another --output")
     console = make_console()
     leave_torch_out(settings)
     start: Start = "overwrite" if overwrite else "resume" if resume else "new"
@@ -52,7 +55,6 @@ def check(
 
     conversations = encode_sides(found, workers)
     report = make_report(found, conversations, time.monotonic() - clock)
-    directory = output or settings.resolved_output_dir / DIRECTORY
     write_report(report, write_page(report), directory)
     print_report(report, click.format_filename(directory), console)
     if report.count("error"):

@@ -78,7 +78,9 @@ def read_summary(directory: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise TrainingError(f"{path} is damaged ({error}); remove it to go on without what it says") from error
+        raise TrainingError(f"{path} is damaged ({error}); remove it to continue without what it says") from error
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} is damaged: it holds no mapping; remove it to continue without what it says")
     return content
 
 

@@ -67,6 +67,12 @@ def _unusable(root: Path) -> DirectoryProblem | None:
         return DirectoryProblem(
             KEY, f"{shown_path(root)} cannot be made: {shown_path(nearest)} is a file", "Give another output_dir=PATH."
         )
+    if artifact := next((path for path in (root, *root.parents) if _is_artifact(path)), None):
+        return DirectoryProblem(
+            KEY,
+            f"{shown_path(root)} is in the artifact or checkpoint {shown_path(artifact)}, which a run must not change",
+            "Give the run's own directory, or another, with output_dir=PATH.",
+        )
     if not os.access(nearest, os.W_OK | os.X_OK):
         return DirectoryProblem(
             KEY,
@@ -79,6 +85,10 @@ def _unusable(root: Path) -> DirectoryProblem | None:
             KEY, f"{shown_path(root)} holds {STATE}, which the kit did not make", "Move it elsewhere."
         )
     return None
+
+
+def _is_artifact(directory: Path) -> bool:
+    return all(os.path.lexists(directory / name) for name in ("manifest.json", "adapter_config.json"))
 
 
 _DISK = "Connect the disk that it leads to, or remove the link."
@@ -146,7 +156,9 @@ def _occupied(
         what = f"{shown} holds a run already ({names})"
         if inputs:
             inside = listed([f"{key} {shown_path(path)}" for key, path in inputs.items()])
-            yield DirectoryProblem(KEY, f"{what}, from which this one reads {inside}", f"{another.capitalize()}.")
+            yield DirectoryProblem(
+                KEY, f"{what}, from which this one reads {inside}", f"{another[0].upper()}{another[1:]}."
+            )
         else:
             yield DirectoryProblem(KEY, what, f"--resume continues it, --overwrite replaces it; or {another}.")
     elif (root / RECIPE).is_file():

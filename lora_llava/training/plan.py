@@ -135,7 +135,7 @@ def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list
     """Say which batch was chosen, propose another and more epochs where the steps are few, and say when to validate."""
     interval = data.eval_interval(stage)
     validation = None if interval is None else validation_line(stage, data.length.num_steps, interval)
-    lines = (data.length.batch_line(name, stage), data.length.proposal(stage), validation)
+    lines = (data.length.batch_line(name, stage), data.length.proposal(name, stage), validation)
     return [line for line in lines if line]
 
 

@@ -96,7 +96,7 @@ class StageLength:
         steps = count_steps(self.num_records, largest, settings.num_train_epochs)
         return f"batch_size: {self.batch_size} (auto: {records}; LLaVA's {largest} would give {counted(steps, 'step')})"
 
-    def proposal(self, settings: StageSettings) -> str | None:
+    def proposal(self, stage: StageName, settings: StageSettings) -> str | None:
         """Propose a batch and epochs where the steps are so few that little is learned; None if they are not.
 
         A recipe that sets `max_steps` asks for few.
@@ -112,9 +112,10 @@ class StageLength:
         if steps <= self.num_steps:
             return None
         more = "" if steps >= FEW_STEPS else "; more records are the better way"
+        longer = f"stages.{stage}.batch_size={batch} stages.{stage}.num_train_epochs={epochs:g}"
         return (
-            f"{counted(self.num_steps, 'optimizer step')} can teach the model little; with batch_size={batch} "
-            f"num_train_epochs={epochs:g}: {counted(steps, 'step')}{more}"
+            f"{counted(self.num_steps, 'optimizer step')} can teach the model little; with {longer}: "
+            f"{counted(steps, 'step')}{more}"
         )
 
 

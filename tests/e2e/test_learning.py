@@ -72,7 +72,10 @@ def test_k5_any_number_of_records_learns_with_defaults(tiny_base: Path, tmp_path
 
 def test_k5_llavas_batch_on_few_records_learns_and_a_longer_stage_is_proposed(tiny_base: Path, tmp_path: Path) -> None:
     path = write_set(tmp_path, tiny_base, 48, batch_size=128, logging_steps=10)
-    proposal = "1 optimizer step can teach the model little; with batch_size=2 num_train_epochs=3: 72 steps"
+    proposal = (
+        "1 optimizer step can teach the model little; with stages.instruct.batch_size=2 "
+        "stages.instruct.num_train_epochs=3: 72 steps"
+    )
     check = CliRunner().invoke(cli, ["check", str(path), "--output", str(tmp_path / "report")])
     dry = CliRunner().invoke(cli, ["finetune", str(path), "--dry-run"])
     run = watched_run(path)

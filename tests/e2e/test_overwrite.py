@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import lora_llava.training.run as run_module
-from lora_llava.artifact import load_artifact, merged_manifest
+from lora_llava.artifact import base_location, load_artifact, merged_manifest
 from lora_llava.cli import cli
+from lora_llava.modeling.base import BaseIdentity
 from lora_llava.recipe_file import load_recipe
 from lora_llava.training import checkpoint, resumable, state
 from lora_llava.training.trainer import PackedTrainer
@@ -132,3 +133,14 @@ def test_k42_k43_merge_and_export_leave_what_is_beside_their_output(project: Pat
     assert "exists already" in done.output
     assert merged_manifest(tmp_path / "merged") is not None
     assert contents(old, kits=True) == run
+
+
+def test_k43_an_artifact_below_a_link_finds_its_base(tmp_path: Path, tiny_base: Path) -> None:
+    # On another disk, deeper than the link: `..` leads where the file system says.
+    disk = tmp_path / "disk" / "a" / "b"
+    disk.mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(disk)
+    identity = BaseIdentity("tiny", None, "0" * 64)
+    location = base_location(identity, tiny_base, tmp_path / "linked" / "instruct")
+    (disk / "instruct").mkdir()
+    assert (tmp_path / "linked" / "instruct" / location["path"]).samefile(tiny_base)

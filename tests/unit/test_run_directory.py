@@ -323,3 +323,16 @@ def test_k4_to_resume_a_run_without_a_checkpoint_says_what_to_do(recipe: Recipe)
     with pytest.raises(TrainingError, match=words), claimed(recipe, resume=True):
         pytest.fail("there is nothing to resume")
     run(recipe, "new")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("inside", ["run/instruct", "run/checkpoints/instruct/step-1", "run/instruct/more"])
+def test_k2_a_run_does_not_write_into_an_artifact_or_a_checkpoint(
+    recipe: Recipe, tmp_path: Path, inside: str, resume: bool
+) -> None:
+    for name in ("run/instruct", "run/checkpoints/instruct/step-1"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("manifest.json", "adapter_config.json", "recipe.yaml"):
+            (tmp_path / name / file).write_text("{}", encoding="utf-8")
+    [problem] = problems_of_output_dir(recipe.model_copy(update={"output_dir": tmp_path / inside}), resume=resume)
+    assert "is in the artifact or checkpoint" in problem[1]

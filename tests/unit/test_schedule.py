@@ -127,13 +127,14 @@ def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
     assert auto.batch_line("instruct", settings()) == (
         "batch_size: 4 (auto: 200 records; LLaVA's 128 would give 2 steps)"
     )
-    assert auto.proposal(settings()) is None
+    assert auto.proposal("instruct", settings()) is None
     llava = settings(batch_size=128)
     few = stage_length("instruct", llava, 200)
     assert few.steps_line() == "2 optimizer steps, 1 of them warm-up"
     assert few.batch_line("instruct", llava) is None
-    assert few.proposal(llava) == (
-        "2 optimizer steps can teach the model little; with batch_size=8 num_train_epochs=3: 75 steps"
+    assert few.proposal("instruct", llava) == (
+        "2 optimizer steps can teach the model little; with stages.instruct.batch_size=8 "
+        "stages.instruct.num_train_epochs=3: 75 steps"
     )
     one = stage_length("instruct", settings(), 1)
     assert one.steps_line() == "1 optimizer step, none of them warm-up"
@@ -145,17 +146,21 @@ def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
 def test_k5_a_proposal_has_the_steps_it_says(records: int, batch: int) -> None:
     before = settings(batch_size=batch)
     length = stage_length("instruct", before, records)
-    text = length.proposal(before)
+    text = length.proposal("instruct", before)
     assert (text is None) == (length.num_steps >= 20)
     if text is not None:
-        batch_text, epochs_text = text.partition("with batch_size=")[2].partition(":")[0].split(" num_train_epochs=")
+        batch_text, epochs_text = (
+            text.partition("with stages.instruct.batch_size=")[2]
+            .partition(":")[0]
+            .split(" stages.instruct.num_train_epochs=")
+        )
         after = settings(batch_size=int(batch_text), num_train_epochs=float(epochs_text))
         steps = stage_length("instruct", after, records).num_steps
         assert f": {steps:,} step" in text
         assert steps > length.num_steps
         assert steps >= PROPOSED_STEPS or after.num_train_epochs == 10
         assert ("more records" in text) == (steps < 20)
-    assert length.proposal(settings(batch_size=batch, max_steps=2)) is None
+    assert length.proposal("instruct", settings(batch_size=batch, max_steps=2)) is None
 
 
 @pytest.mark.parametrize(
