@@ -60,7 +60,7 @@ class BadRecords:
         self.found.append(BadRecord(self.data_name, number, identity, error.kind, str(error)))
         if self.most is not None and len(self.found) > self.most:
             raise DataError(
-                f"{self.data_name}: more than max_bad_records ({self.most}) cannot be used; the last is {error}. "
+                f"{self.data_name}: more than max_bad_records {self.most} records cannot be used; the last is {error}. "
                 "Run lora-llava check for the whole list, correct them, or raise max_bad_records"
             ) from None
 

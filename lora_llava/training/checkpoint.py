@@ -155,16 +155,19 @@ def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
 def rotate(parent: Path, step: int, limit: int) -> None:
     """Remove old checkpoints, down to `limit`, after the one of `step` was written.
 
-    That one and the best by validation loss stay. Those of later steps are damaged ones, which were passed over.
+    That one and the best by validation loss stay. Those of later steps are damaged ones, which were passed over. The
+    weights of the best alone do not count: were the last one damaged, nothing could be resumed from them.
     """
     for directory in _directories(parent):
         if _step(directory) > step:
             remove_checkpoint(directory)
-    losses = dict(_losses(parent))
-    measured = {directory: loss for directory, loss in losses.items() if loss is not None}
+    readable = list(_readable(parent))
+    measured = {one.directory: one.progress.eval_loss for one in readable if one.progress.eval_loss is not None}
+    best = sorted(measured, key=lambda one: measured[one])[:1]
+    resumable = [one.directory for one in readable if one.resumable]
     # In the order in which they are worth keeping.
-    kept = [parent / f"step-{step}", *sorted(measured, key=lambda one: measured[one])[:1], *reversed(losses)]
-    for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]):
+    kept = [parent / f"step-{step}", *(one for one in best if one in resumable), *reversed(resumable)]
+    for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]) - set(best):
         remove_checkpoint(directory)
 
 
@@ -188,15 +191,15 @@ def remove_checkpoint(directory: Path) -> None:
 
 def best_loss(parent: Path, until: int) -> float | None:
     """Return the lowest validation loss of the checkpoints below `parent` up to step `until`."""
-    losses = (loss for directory, loss in _losses(parent) if loss is not None and _step(directory) <= until)
-    return min(losses, default=None)
+    found = (one.progress for one in _readable(parent))
+    return min((one.eval_loss for one in found if one.eval_loss is not None and one.step <= until), default=None)
 
 
-def _losses(parent: Path) -> Iterator[tuple[Path, float | None]]:
-    """Yield the checkpoints whose manifest can be read, by the step, and their validation loss."""
+def _readable(parent: Path) -> Iterator[Checkpoint]:
+    """Yield the checkpoints whose manifest can be read, by the step."""
     for directory in _directories(parent):
         try:
-            yield directory, _read(directory)[0].progress.eval_loss
+            yield _read(directory)[0]
         except DamagedCheckpointError:
             continue
 

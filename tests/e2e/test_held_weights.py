@@ -28,9 +28,7 @@ def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with time for every checkpoint."""
     directory = tmp_path_factory.mktemp("saved") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable, "MAX_BEST_SHARE", 1e9)
-        train(recipe, directory, *EACH_STEP)
+    train(recipe, directory, *EACH_STEP)
     return directory
 
 
@@ -50,11 +48,8 @@ def assert_same_best(run: Path, saved: Path) -> None:
     assert log_of(run) == log_of(saved)
 
 
-def test_k31_weights_without_time_to_save_are_held_and_are_the_same(
-    recipe: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resumable, "MAX_BEST_SHARE", -1.0)
-    summary, _ = train(recipe, tmp_path / "run", *EACH_STEP)
+def test_k31_weights_without_time_to_save_are_held_and_are_the_same(recipe: Path, saved: Path, tmp_path: Path) -> None:
+    summary, _ = train(recipe, tmp_path / "run", *EACH_STEP, best_share=-1.0)
     assert_same_best(tmp_path / "run", saved)
     best = tmp_path / f"run/checkpoints/instruct/step-{best_step(saved)}"
     assert not verified(best).resumable
@@ -66,22 +61,18 @@ def test_k31_weights_without_time_to_save_are_held_and_are_the_same(
 
 @pytest.mark.parametrize("step", [3, 6, 10])
 def test_k31_a_kill_between_holding_and_writing_changes_nothing(
-    recipe: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    recipe: Path, saved: Path, tmp_path: Path, step: int
 ) -> None:
-    monkeypatch.setattr(resumable, "MAX_BEST_SHARE", -1.0)
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "instruct", step, stop)
         with pytest.raises(Stopped):
-            train(recipe, tmp_path / "run", *EACH_STEP)
-    train(recipe, tmp_path / "run", *EACH_STEP, resume="exact")
+            train(recipe, tmp_path / "run", *EACH_STEP, best_share=-1.0)
+    train(recipe, tmp_path / "run", *EACH_STEP, resume="exact", best_share=-1.0)
     assert_same_best(tmp_path / "run", saved)
 
 
-def test_k31_a_run_continues_from_a_checkpoint_with_an_optimizer(
-    recipe: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_k31_a_run_continues_from_a_checkpoint_with_an_optimizer(recipe: Path, saved: Path, tmp_path: Path) -> None:
     # Killed when the held weights are on the disk and the checkpoint of their time is not.
-    monkeypatch.setattr(resumable, "MAX_BEST_SHARE", -1.0)
     original, calls = resumable.Saver._write_held, []
 
     def write_and_stop(self: resumable.Saver, trainer: resumable.ResumableTrainer, step: int) -> None:
@@ -94,8 +85,8 @@ def test_k31_a_run_continues_from_a_checkpoint_with_an_optimizer(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resumable.Saver, "_write_held", write_and_stop)
         with pytest.raises(Stopped):
-            train(recipe, tmp_path / "run", *EACH_STEP)
+            train(recipe, tmp_path / "run", *EACH_STEP, best_share=-1.0)
     assert calls
     # Another save_steps would remove what is of a later step than the one saved: the best is measured again.
-    train(recipe, tmp_path / "run", *EACH_STEP, "stages.instruct.save_steps=1", resume="exact")
+    train(recipe, tmp_path / "run", *EACH_STEP, "stages.instruct.save_steps=1", resume="exact", best_share=-1.0)
     assert file_sha256(tmp_path / "run/instruct" / WEIGHTS) == file_sha256(saved / "instruct" / WEIGHTS)

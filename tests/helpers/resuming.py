@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import lora_llava.training.run as run_module
 from lora_llava.artifact import WEIGHTS, file_sha256
 from lora_llava.recipe_file import load_recipe
 from lora_llava.run_directory import output
+from lora_llava.training import resumable
 from lora_llava.training.differences import Resume
 from lora_llava.training.trainer import PackedTrainer
 from lora_llava.workflow import finetune_and_evaluate
@@ -45,13 +47,19 @@ def write_project(directory: Path, base: Path) -> Path:
     return write_recipe(directory, {"model_name_or_path": str(base)})
 
 
-def train(recipe: Path, directory: Path, *overrides: str, resume: Resume = "no") -> tuple[dict[str, Any], str]:
-    """Run, or go on; return the summary and what was shown."""
+def train(
+    recipe: Path, directory: Path, *overrides: str, resume: Resume = "no", best_share: float = math.inf
+) -> tuple[dict[str, Any], str]:
+    """Run, or continue; return the summary and what was shown.
+
+    `best_share`: share of the time that saving the best may take; of so short a run it takes most.
+    """
     shown = io.StringIO()
     loaded = load_recipe(recipe, (*SETTINGS, f"output_dir={directory}", *overrides))
     with pytest.MonkeyPatch.context() as patch:
         # The picture takes as long as the training.
         patch.setattr(run_module, "plot_loss", lambda *_: None)
+        patch.setattr(resumable, "MAX_BEST_SHARE", best_share)
         summary = finetune_and_evaluate(loaded, Console(file=shown, width=200), resume=resume)
     return summary, shown.getvalue()
 

@@ -227,7 +227,7 @@ def test_share_of_one_large_and_one_small_image(folder: Path) -> None:
 
 
 def test_share_of_a_single_image_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="all 2 records show one image"):
+    with pytest.raises(DataError, match="2 records of one image, or of one group"):
         split(folder, 0.5, content=[entry(), entry()])
 
 
