@@ -36,6 +36,9 @@ def refuse_existing(output: Path) -> None:
     """Raise ArtifactError if there is anything at `output`: nothing is ever overwritten."""
     if output.exists() or output.is_symlink():
         raise ArtifactError(f"{output} exists already and is not overwritten; give another name, or remove it")
+    nearest = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ArtifactError(f"{output} cannot be made: {nearest} is not a directory; give another name")
 
 
 def fsync(path: Path) -> None:
@@ -49,9 +52,6 @@ def fsync(path: Path) -> None:
 
 def make_directories(directory: Path) -> list[Path]:
     """Make a directory and its parents; return those that were not there, the outermost first."""
-    nearest = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise ArtifactError(f"{directory} cannot be made: {nearest} is not a directory; give another name")
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return missing[::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -23,6 +24,7 @@ from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
 from lora_llava.run_directory import output
 from lora_llava.run_directory.lock import LOCK
+from lora_llava.training import resumable
 from lora_llava.training.checkpoint import DamagedCheckpointError, verified
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (
@@ -200,6 +202,7 @@ def test_a_signal_ends_the_step_saves_and_exits(
     settings = [*SETTINGS, f"output_dir={tmp_path / 'run'}", f"stages.instruct.dataloader_num_workers={workers}"]
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "instruct", 5, sent(number))
+        patch.setattr(resumable, "MAX_BEST_SHARE", math.inf)
         done = CliRunner().invoke(cli, ["finetune", str(project), *settings])
     assert done.exit_code == 128 + number
     assert {one: signal.getsignal(one) for one in handlers} == handlers

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from lora_llava.cli import cli
 from lora_llava.doctor.report import Report, write_report
-from lora_llava.errors import DataError, TrainingError
-from lora_llava.files import STAGING, staged
+from lora_llava.errors import ArtifactError, DataError, TrainingError
+from lora_llava.files import STAGING, refuse_existing, staged
 from lora_llava.quickstart import place_recipe
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import bundled_recipes
@@ -189,3 +189,9 @@ def test_k43_an_edited_recipe_of_the_quickstart_is_never_lost(tmp_path: Path) ->
     texts = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
     assert {"first", "second", "mine"} <= set(texts)
     assert (tmp_path / source.name).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
+
+
+def test_k42_a_name_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=r"picture\.png is not a directory; give another name"):
+        refuse_existing(tmp_path / "picture.png" / "merged")
