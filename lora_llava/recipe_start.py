@@ -85,6 +85,10 @@ def continued(recipe: Recipe) -> Recipe:
         update["adapter"] = _adapter(recipe.adapter, start)
     stage = _stage(recipe, recipe.stage(first), start.manifest)
     update["stages"] = recipe.stages.model_copy(update={first: stage})
+    if recipe.evaluation is not None and stage.data.window != recipe.stage(first).data.window:
+        # The last stage alone has an evaluation, and asks about images in the shades of its training.
+        data = recipe.evaluation.data.model_copy(update={"window": stage.data.window})
+        update["evaluation"] = recipe.evaluation.model_copy(update={"data": data})
     update["quantization"] = _quantization(recipe.quantization, start.manifest)
     return recipe.model_copy(update=update)
 
@@ -104,6 +108,7 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
             stage.image_aspect_ratio or recipe.images.image_aspect_ratio,
             (manifest.get("images") or {}).get("image_aspect_ratio"),
         ),
+        f"stages.{first}.data.window": (stage.data.window, (manifest.get("images") or {}).get("window")),
         f"stages.{first}.data.answer_prompt": (stage.data.answer_prompt, data.get("answer_prompt")),
     }
     if _precision_is_known(manifest):
@@ -143,7 +148,7 @@ def _layers(targets: Any) -> set[str]:
 
 
 def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) -> StageSettings:
-    """Return a stage with the template, system text and form of images of the artifact, where it names none."""
+    """Return a stage with the template, system text, form and shades of images of the artifact, where it names none."""
     template = manifest.get("template") or {}
     update: dict[str, Any] = {}
     if "template" not in stage.model_fields_set and _takes(stage, template.get("name")):
@@ -154,6 +159,9 @@ def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) ->
     named = "image_aspect_ratio" in stage.model_fields_set or "image_aspect_ratio" in recipe.images.model_fields_set
     if not named and ratio in ("pad", "square") and ratio != recipe.images.image_aspect_ratio:
         update["image_aspect_ratio"] = ratio
+    window = (manifest.get("images") or {}).get("window")
+    if window is not None and "window" not in stage.data.model_fields_set:
+        update["data"] = stage.data.model_copy(update={"window": window})
     return stage.model_copy(update=update)
 
 

@@ -82,7 +82,7 @@ def finetune_and_evaluate(
             )
         summary[_MADE_OF] = facts
         summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
-        summary["peak_memory_bytes"] = peak_memory_bytes()
+        summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
         output.write_summary(directory, summary)
         return summary
 

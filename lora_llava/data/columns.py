@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -116,7 +117,7 @@ def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Ite
         return _file_rows(path, data, columns), path.parent
     table, cache = _open_table(path, data)
     named = _named(data, columns)
-    _check_columns(named, table.column_names, data.path)
+    _check_columns(named, table.column_names, data.path, data.group)
     if data.max_records is not None:
         table = table.select(range(min(data.max_records, len(table))))
     table = table.select_columns(list(dict.fromkeys([*named, *(_flat_columns(table) if extra else [])])))
@@ -198,7 +199,7 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
     for entry in read_rows(path) if is_table else read_entries(path):
         if isinstance(entry.value, dict):
             if is_first:
-                _check_columns(needed, list(entry.value), path.name)
+                _check_columns(needed, list(entry.value), path.name, data.group)
                 is_first = False
             has_image = has_image or columns.image in entry.value
         yield entry
@@ -208,13 +209,19 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
         )
 
 
-def _check_columns(needed: list[str], present: list[str], name: str) -> None:
+def _check_columns(needed: list[str], present: list[str], name: str, group: str | None) -> None:
+    """Raise DataError for the first column that is not there, by the setting that names it: `group` or `columns`."""
     for column in needed:
-        if column not in present:
-            proposed = propose_columns(present)
-            hint = f". To have it read: {proposed}" if proposed else ""
-            shown = listed([printable(str(one)) for one in present], 20)
-            raise DataError(f"{name}: columns: there is no {printable(column)!r}; it has {shown}{hint}")
+        if column in present:
+            continue
+        key, hint = "columns", ""
+        if column == group:
+            near = difflib.get_close_matches(column, [str(one) for one in present], 1)
+            key, hint = "group", f"; did you mean {printable(near[0])}?" if near else ""
+        elif proposed := propose_columns(present):
+            hint = f". To have it read: {proposed}"
+        shown = listed([printable(str(one)) for one in present], 20)
+        raise DataError(f"{name}: {key}: there is no {printable(column)!r}; it has {shown}{hint}")
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

@@ -104,7 +104,7 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
         parent = directory / stage
         with output.writing(directory, output.LOSS_PLOT) as picture:
             plot_loss(picture, output.read_log(directory))
-    summary["peak_memory_bytes"] = peak_memory_bytes()
+    summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
     output.write_recipe(directory, recipe)
     output.write_summary(directory, summary)
     return summary

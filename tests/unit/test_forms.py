@@ -347,3 +347,16 @@ def test_k22_what_is_no_answer_is_refused(folder: Path, answer: Any, message: st
 def test_a_missing_number_of_a_parquet_file_is_no_answer(folder: Path) -> None:
     rows = [{"image": "a.png", "question": "What?", "answer": value} for value in (1.0, float("nan"))]
     assert "record 2: answer: is empty" in refused(folder, rows, "t.parquet", columns=QA)
+
+
+def test_k23_a_misspelled_group_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file,part,question,answer\na.png,p1,What?,yes\n", encoding="utf-8")
+    settings = DataSettings.model_validate(
+        {
+            "path": str(tmp_path / "t.csv"),
+            "columns": {"image": "file", "question": "question", "answer": "answer"},
+            "group": "prat",
+        }
+    )
+    with pytest.raises(DataError, match=r"group: there is no 'prat'; it has file, part, .*; did you mean part\?"):
+        load_records(settings)

@@ -126,6 +126,21 @@ def test_k37_a_difference_that_is_named_is_used_and_said(tmp_path: Path) -> None
     }
 
 
+def test_k37_the_window_of_grey_images_is_the_artifacts(tmp_path: Path) -> None:
+    write_start(tmp_path / "before", images={**MANIFEST["images"], "window": [0.0, 4095.0]})
+    evaluated = "evaluation={data: {path: test.json}}"
+    recipe = load(tmp_path, evaluated)
+    assert recipe.evaluation is not None
+    assert recipe.stage("instruct").data.window == recipe.evaluation.data.window == [0.0, 4095.0]
+    assert not unlike_the_start(recipe)
+    other = load(tmp_path, "stages.instruct.data.window=[0, 255]")
+    assert other.stage("instruct").data.window == [0.0, 255.0]
+    assert (
+        "[0.0, 255.0], but start_from was trained with [0.0, 4095.0]"
+        in dict(unlike_the_start(other))["stages.instruct.data.window"]
+    )
+
+
 def test_k37_the_resolved_recipe_states_what_is_used(tmp_path: Path) -> None:
     write_start(tmp_path / "before")
     recipe = load(tmp_path)
