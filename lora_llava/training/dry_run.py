@@ -97,7 +97,7 @@ def _print_stage(
     rank = lora_rank(recipe, stage)
     activations = activation_bytes(config, chosen.recompute, tokens, targets, dtype, rank, machine.attention)
     activations = held_bytes(activations, chosen.recompute, machine.device)
-    console.print(f"On this machine, {chosen}")
+    console.print(f"On this machine: {chosen}")
     console.print(memory_view(expected_memory(chosen.optim, table), activations, tokens))
     console.print(cards_view(cards(shapes)))
 

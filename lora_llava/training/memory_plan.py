@@ -63,7 +63,7 @@ class MemoryPlan:
         weights = ", 4-bit weights unpacked once" if self.keep_dequantized else ""
         checkpointing = "no" if self.recompute.policy is False else str(self.recompute)
         return (
-            f"memory plan: {self.tokens_per_micro_batch:,} tokens per micro-batch, {checkpointing} gradient "
+            f"{self.tokens_per_micro_batch:,} tokens per micro-batch, {checkpointing} gradient "
             f"checkpointing, {self.optim}{weights}; needs {self.bytes_needed / GIB:.1f} of "
             f"{self.bytes_usable / GIB:.1f} GiB"
         )

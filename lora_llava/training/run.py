@@ -148,7 +148,7 @@ def train_stage(
     take_up(recipe, stage, found)
     loaded, table = build_model(recipe, stage, base_directory, identity, parent, chosen, machine, dtype)
     console.print(parameter_table_view(table, f"Parameters, stage {stage}"))
-    about = [data.summary(), *length_lines(stage, recipe.stage(stage), data), str(chosen)]
+    about = [data.summary(), *length_lines(stage, recipe.stage(stage), data), f"memory plan: {chosen}"]
     about += [f"attention {attention}, {why}", cache_offer(recipe.stage(stage), data) or ""]
     console.print("\n".join(f"{stage}: {line}" for line in about if line), soft_wrap=not console.is_terminal)
     trainer = make_trainer(recipe, stage, loaded, data, chosen.optim, dtype, console)

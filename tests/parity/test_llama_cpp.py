@@ -69,7 +69,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
 
 
 def export(source: Path, output: Path, layout: str = "gguf", outtype: str | None = None) -> Path:
-    FORMATS[layout](source, output, ExportOptions(outtype=outtype))
+    # The model is bare: nothing beside it says in which template it is asked.
+    FORMATS[layout](source, output, ExportOptions(outtype=outtype, template="vicuna_v1"))
     return output
 
 

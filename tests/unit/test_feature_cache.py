@@ -136,5 +136,5 @@ def test_keeping_features_is_offered_where_images_come_often(records: list[Recor
 
     assert offer(once) is None
     assert offer([[((3,),)]]) is None
-    assert "vision tower 2.0 times; with cache_image_features: memory" in str(offer(often))
+    assert "each image is encoded 2.0 times; cache_image_features: memory" in str(offer(often))
     assert offer(often, SimpleNamespace(cache_image_features="disk")) is None

@@ -101,7 +101,7 @@ def test_out_of_memory_names_the_next_smaller_plan(error: RuntimeError) -> None:
         trial.out_of_memory_named(shapes(), CARD, chosen),
     ):
         raise error
-    smaller = float(str(told.value).rsplit(": ", 1)[1].split(" of ")[0])
+    smaller = float(str(told.value).rsplit("needs ", 1)[1].split(" of ")[0])
     assert smaller < chosen.bytes_needed / GIB
 
 
