@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ STAGING = ".lora-llava-"
 """Begins the names of staging directories."""
 _CLAIM = "claim.json"
 _MADE_BY = "lora-llava"
+_NEW_SECONDS = 60
+"""An empty staging directory may be about to get its claim for so long."""
 
 Place = Callable[[Path, Path], None]
 """Moves a whole directory, which the first path names, to where the second says."""
@@ -85,7 +88,7 @@ def staging_in(parent: Path) -> Iterator[Path]:
         os.write(handle, json.dumps({"made_by": _MADE_BY, "inode": inode}).encode())
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove_staging(directory)
         _in_use.pop(inode, None)
         if handle >= 0:
             os.close(handle)
@@ -132,17 +135,34 @@ def _claims(handle: int, directory: Path) -> bool:
 def _clear(directory: Path) -> None:
     try:
         handle = os.open(directory / _CLAIM, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        # Its process was killed before the first file or after the last; a living one is done within the time.
+        with suppress(OSError):
+            if time.time() - directory.stat().st_mtime > _NEW_SECONDS:
+                directory.rmdir()
+        return
     except OSError:
         return
     try:
         if _claims(handle, directory):
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove_staging(directory)
     except OSError:
         # Its process lives.
         return
     finally:
         os.close(handle)
+
+
+def _remove_staging(directory: Path) -> None:
+    """Remove a staging directory, its claim last: what a kill leaves of it is still known."""
+    with suppress(OSError):
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _CLAIM:
+                path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def place_new(staged_directory: Path, output: Path) -> None:

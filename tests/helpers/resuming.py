@@ -101,7 +101,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"log": log_of(directory)}
     for stage in STAGES:
         found[stage] = file_sha256(directory / stage / WEIGHTS)
-        checkpoints = (directory / "checkpoints" / stage).iterdir()
+        checkpoints = (directory / "checkpoints" / stage).glob("step-*")
         last = max(checkpoints, key=lambda one: int(one.name.removeprefix("step-")))
         found[f"{stage}, last"] = last.name
         found |= {f"{stage}, {name}": file_sha256(last / name) for name in STATE}

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from lora_llava.cli import cli
 from lora_llava.doctor.report import Report, write_report
 from lora_llava.errors import ArtifactError, DataError, TrainingError
-from lora_llava.files import STAGING, refuse_existing, staged
+from lora_llava.files import STAGING, clear_stale, refuse_existing, staged, staging_in
 from lora_llava.quickstart import place_recipe
 from lora_llava.recipe import Recipe
 from lora_llava.recipe_file import bundled_recipes
@@ -195,3 +196,32 @@ def test_k42_a_name_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"x")
     with pytest.raises(ArtifactError, match=r"picture\.png is not a directory; give another name"):
         refuse_existing(tmp_path / "picture.png" / "merged")
+
+
+def test_k42_what_a_kill_leaves_of_a_staging_directory_is_known_to_its_end(tmp_path: Path) -> None:
+    # Killed before its claim was written, or after it was removed: empty, and not new any more.
+    for name, age in (("old", 3600), ("new", 0)):
+        (tmp_path / f"{STAGING}{name}").mkdir()
+        os.utime(tmp_path / f"{STAGING}{name}", (time.time() - age,) * 2)
+    # Of somebody else, whatever its name.
+    (tmp_path / f"{STAGING}full").mkdir()
+    (tmp_path / f"{STAGING}full" / "notes.txt").write_text("mine", encoding="utf-8")
+    os.utime(tmp_path / f"{STAGING}full", (0, 0))
+    clear_stale(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{STAGING}full", f"{STAGING}new"]
+
+
+def test_k42_the_claim_of_a_staging_directory_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    with staging_in(tmp_path) as directory:
+        for name in ("a.bin", "z.bin"):
+            (directory / name).write_bytes(b"x")
+        unlink = Path.unlink
+
+        def watched(self: Path, missing_ok: bool = False) -> None:
+            unlink(self, missing_ok)
+            left.append(sorted(path.name for path in directory.iterdir()))
+
+        monkeypatch.setattr(Path, "unlink", watched)
+    assert len(left) == 2
+    assert all("claim.json" in names for names in left)
