@@ -1,8 +1,8 @@
 """Files and directories that are whole or absent, whatever happens while they are written.
 
 What is being written lies in a staging directory: its name cannot be guessed, and a claim inside it holds its inode
-and is locked as long as its process lives. Only a directory with such a claim is ever cleared away, never one by its
-name.
+and is locked as long as its process lives. Only a directory with such a claim is ever cleared away; by its name alone
+only an empty one that is no longer new, which a kill left before its claim was written or after it was removed.
 """
 
 from __future__ import annotations
