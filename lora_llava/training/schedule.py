@@ -46,24 +46,22 @@ def count_warmup_steps(num_steps: int, settings: StageSettings) -> int:
 def rate_factor(scheduler: str, step: int, num_steps: int, num_warmup_steps: int) -> float:
     """Return what the learning rate of `step`, counted from 1, is multiplied by: above 0 in each of `num_steps`.
 
-    With W warm-up steps of T, and P = max(W, 1), the step of the highest rate:
+    With W warm-up steps of T:
 
-    - step k < P: k / W
-    - step k >= P: cosine (1 + cos(pi p)) / 2, linear 1 - p, with p = (k - P) / (T + 1 - P); constant_with_warmup 1
+    - step k <= W: k / (W + 1)
+    - step k > W: cosine (1 + cos(pi p)) / 2, linear 1 - p, with p = (k - 1 - W) / (T - W); constant_with_warmup 1
     - constant: 1 in each step
 
-    LLaVA trains with `transformers.get_scheduler`, whose rate of step k is that of k - 1 here: (k - 1) / W, then
-    p = (k - 1 - W) / (T - W). Its first step has rate 0, so of a stage of two steps half is lost. Both decays reach 0
-    one step after the last.
+    After the warm-up these are the rates of `transformers.get_scheduler`, with which LLaVA trains. Its warm-up starts
+    at (k - 1) / W, so its first step has rate 0, and half of a stage of two steps is lost.
     """
     if scheduler == "constant":
         return 1.0
-    peak = max(num_warmup_steps, 1)
-    if step < peak:
-        return step / num_warmup_steps
+    if step <= num_warmup_steps:
+        return step / (num_warmup_steps + 1)
     if scheduler == "constant_with_warmup":
         return 1.0
-    progress = min(1.0, (step - peak) / (num_steps + 1 - peak))
+    progress = min(1.0, (step - 1 - num_warmup_steps) / (num_steps - num_warmup_steps))
     return 1.0 - progress if scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

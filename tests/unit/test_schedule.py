@@ -31,17 +31,16 @@ def settings(**changes: Any) -> InstructSettings:
 
 COS = [1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]
 TABLE = {
-    # Five steps, two of them warm-up: the second has the full rate, and a sixth would have none.
-    ("cosine", 5, 2): [0.5, *COS],
-    ("linear", 5, 2): [0.5, 1.0, 0.75, 0.5, 0.25],
-    ("constant_with_warmup", 5, 2): [0.5, 1.0, 1.0, 1.0, 1.0],
+    # Six steps, two of them warm-up: the third has the full rate, and a seventh would have none.
+    ("cosine", 6, 2): [1 / 3, 2 / 3, *COS],
+    ("linear", 6, 2): [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25],
+    ("constant_with_warmup", 6, 2): [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0],
     ("constant", 5, 0): [1.0, 1.0, 1.0, 1.0, 1.0],
     ("cosine", 4, 0): COS,
-    ("cosine", 4, 1): COS,
-    ("linear", 4, 1): [1.0, 0.75, 0.5, 0.25],
-    ("linear", 6, 3): [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25],
-    ("linear", 2, 1): [1.0, 0.5],
-    ("cosine", 2, 1): [1.0, 0.5],
+    ("cosine", 5, 1): [0.5, *COS],
+    ("linear", 5, 1): [0.5, 1.0, 0.75, 0.5, 0.25],
+    ("linear", 2, 1): [0.5, 1.0],
+    ("cosine", 3, 1): [0.5, 1.0, 0.5],
     ("cosine", 1, 0): [1.0],
     ("linear", 1, 0): [1.0],
     ("constant_with_warmup", 1, 0): [1.0],
@@ -62,19 +61,21 @@ def test_k5_no_step_has_rate_0(kind: Any, ratio: float) -> None:
         rates = [rate_factor(kind, step, steps, warmup) for step in range(1, steps + 1)]
         assert all(0 < rate <= 1 for rate in rates)
         assert max(rates) == 1
-        assert rates[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)])
+        assert rates[:warmup] == pytest.approx([step / (warmup + 1) for step in range(1, warmup + 1)])
         assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup"])
-def test_k5_rates_are_those_of_transformers_one_step_later(kind: str) -> None:
+def test_k5_rates_after_the_warmup_are_those_of_transformers(kind: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    # Its decay ends with its last step, ours one step after.
-    theirs = get_scheduler(kind, optimizer, num_warmup_steps=3, num_training_steps=21)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=3, num_training_steps=20)
     for step in range(1, 21):
+        if step > 3:
+            assert rate_factor(kind, step, 20, 3) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        else:
+            assert rate_factor(kind, step, 20, 3) > theirs.get_last_lr()[0]
         optimizer.step()
         theirs.step()
-        assert rate_factor(kind, step, 20, 3) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
 
 
 @pytest.mark.parametrize(
