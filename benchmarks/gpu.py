@@ -17,7 +17,7 @@ import click
 from benchmarks.measure import EndedEarlyError, Peer, measure, write_report
 from benchmarks.peers import PEERS
 from benchmarks.work import SHAPES
-from lora_llava.device import pick_device
+from lora_llava.system.device import pick_device
 
 OURS = "lora-llava"
 QUESTIONS = {"V11": 44}

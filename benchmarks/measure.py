@@ -17,7 +17,7 @@ import click
 import torch
 
 from lora_llava.artifact import library_versions
-from lora_llava.device import pick_device, pick_dtype
+from lora_llava.system.device import pick_device, pick_dtype
 
 SETS = ("S1", "V1", "V4", "V8", "V11", "MX")
 LOSS_TOLERANCE = {"fp32": 6e-5, "bf16": 1e-2}

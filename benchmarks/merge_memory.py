@@ -26,20 +26,21 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-from lora_llava.artifact import MANIFEST, WEIGHTS, library_versions
+from lora_llava.artifact import MANIFEST, library_versions
 from lora_llava.cli.common import file_size
-from lora_llava.imports import import_any
-from lora_llava.imports.options import ImportOptions
+from lora_llava.formats.llava_hf import expected_shapes, write_json, write_weights
+from lora_llava.formats.names import memory_name
+from lora_llava.formats.peft_adapter import WEIGHTS
 from lora_llava.modeling.assemble import save_config, save_processor
-from lora_llava.modeling.layout import expected_shapes, write_json, write_weights
-from lora_llava.modeling.names import memory_name
+from lora_llava.shipping.importers import import_any
+from lora_llava.shipping.importers.options import ImportOptions
 
 _MERGE = """
 import json, sys
 from pathlib import Path
-from lora_llava.merge.run import merge_artifact
-from lora_llava.device import peak_memory_bytes
-from lora_llava.merge import run
+from lora_llava.shipping.merge.run import merge_artifact
+from lora_llava.system.device import peak_memory_bytes
+from lora_llava.shipping.merge import run
 loaded = peak_memory_bytes()
 verify, folded = run.verify, []
 def watched(*args):

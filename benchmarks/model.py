@@ -13,8 +13,8 @@ from benchmarks.work import IMAGE_ID, Shapes
 from lora_llava.modeling.base import dequantize, keep_unpacked
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import LANGUAGE_MODEL
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import StageName
 
 
 def make_config(shapes: Shapes) -> LlavaConfig:

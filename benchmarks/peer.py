@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from benchmarks.model import make_config
 from benchmarks.peers import LADDER, PEERS, Task
 from benchmarks.work import SHAPES, make_work
-from lora_llava.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.modeling.structure import linear_weights
-from lora_llava.training.memory_plan import GIB
+from lora_llava.planning.memory_plan import GIB
+from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
 
 
 def say(**facts: Any) -> None:

@@ -17,21 +17,21 @@ from transformers import Trainer, TrainingArguments
 
 from benchmarks.model import build_model, make_config
 from benchmarks.work import Shapes, Work, pixels
-from lora_llava.conversation import IGNORE_INDEX
-from lora_llava.data.batch import Batch, PackedRows, build_row
+from lora_llava.conversation.encode import IGNORE_INDEX
 from lora_llava.data.packing import PlanItem, make_plan
+from lora_llava.data.rows import Batch, PackedRows, build_row
 from lora_llava.data.sharing import sharing
 from lora_llava.modeling.attention import set_attention
-from lora_llava.modeling.attention_choice import pick_attention
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import TREES, VISION_TOWER
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import GradientCheckpointing
-from lora_llava.training.cost import Machine
+from lora_llava.planning.attention import pick_attention
+from lora_llava.planning.memory import Recompute, planned_parameters
+from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
+from lora_llava.planning.speed import Machine
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import GradientCheckpointing
 from lora_llava.training.feature_cache import FeatureTower
-from lora_llava.training.memory import Recompute, planned_parameters
-from lora_llava.training.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
 from lora_llava.training.trainer import PackedTrainer
 
 

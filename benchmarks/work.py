@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_llava.conversation import IGNORE_INDEX, Encoded
-from lora_llava.recipe_stages import StageName
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
+from lora_llava.recipe.stages import StageName
 
 IMAGE_ID = 3
 FIRST_WORD = 10

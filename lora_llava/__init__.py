@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_llava.quiet import hold_back_advice
+from lora_llava.system.quiet import hold_back_advice
 
 hold_back_advice()
 

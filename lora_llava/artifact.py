@@ -19,21 +19,21 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lora_llava.chat_template import OwnTemplate, chat_template, read_json, read_own_template, recognize
-from lora_llava.conversation import TEMPLATES, Template, get_template
-from lora_llava.endings import stated_ends, write_generation_config
+from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_json, read_own_template, recognize
+from lora_llava.conversation.encode import TEMPLATES, Template, get_template
+from lora_llava.conversation.endings import stated_ends, write_generation_config
 from lora_llava.errors import ArtifactError
-from lora_llava.files import Place, json_text, place_new, shown_path, staged
+from lora_llava.formats.peft_adapter import WEIGHTS
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import AspectRatio, StageName
-from lora_llava.recipe_start import adapter_of
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import AspectRatio, StageName
+from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory.claim import restore_around
+from lora_llava.system.files import Place, json_text, place_new, shown_path, staged
 
 MANIFEST = "manifest.json"
-WEIGHTS = "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
 MERGE_REPORT = "merge_report.json"
 """In a merged model: how it was made, and under `artifact` the manifest of what it was made from."""

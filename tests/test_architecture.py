@@ -11,47 +11,55 @@ from pathlib import Path
 import pytest
 
 import lora_llava
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_base import settings_of
-from lora_llava.recipe_docs import settings_page
+from lora_llava.recipe.docs import settings_page
+from lora_llava.recipe.fields import settings_of
+from lora_llava.recipe.settings import Recipe
 
 PACKAGE = Path(lora_llava.__file__).parent
 ROOT = PACKAGE.parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "recipes" not in path.relative_to(PACKAGE).parts)
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 SOURCES = [*MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 MOST_LINES, MOST_FUNCTION_LINES = 400, 50
 
-# From the bottom up: a module imports its own layer's package and the layers below it, nothing above.
-# `data` and `modeling` do not know each other, nor do `evaluation` and `training`'s insides from below.
+# From the bottom up: a module imports its own package and the packages below it, nothing above.
+# `data` and `modeling` do not know each other. The package's own `__init__` offers names of all, lazily.
 LAYERS = [
-    {"quiet"},
-    {"lora_llava", "errors", "progress", "table", "text"},
-    {"recipe_base", "files"},
-    {"recipe_stages"},
+    {"errors"},
+    {"system"},
     {"recipe"},
-    {"recipe_names", "templates", "device"},
-    {"recipe_errors"},
-    {"recipe_docs", "recipe_start", "recipe_unused"},
-    {"recipe_file"},
     {"conversation"},
-    {"chat_template"},
-    {"endings"},
+    {"formats"},
     {"data", "modeling"},
     {"run_directory"},
-    {"preflight"},
     {"artifact"},
+    {"planning"},
+    {"generation"},
     {"evaluation"},
-    {"training", "merge"},
-    {"export", "imports"},
-    {"hub", "workflow", "doctor", "environment", "quickstart_assets"},
+    {"training"},
+    {"shipping"},
+    {"doctor"},
     {"quickstart"},
     {"cli"},
+    {"lora_llava"},
 ]
-LIGHT = ["lora_llava", "lora_llava.cli", "lora_llava.recipe_file", "lora_llava.conversation", "lora_llava.data.records"]
-LIGHT += ["lora_llava.data.packing", "lora_llava.data.images", "lora_llava.evaluation.metrics", "lora_llava.export"]
-LIGHT += ["lora_llava.preflight.run"]
-LIGHT += ["lora_llava.files", "lora_llava.text", "lora_llava.doctor.survey", "lora_llava.doctor.compare"]
-LIGHT += ["lora_llava.run_directory.output", "lora_llava.run_directory.lock"]
+LIGHT = """
+lora_llava
+lora_llava.cli
+lora_llava.conversation.encode
+lora_llava.data.images.read
+lora_llava.data.load
+lora_llava.data.packing
+lora_llava.doctor.compare
+lora_llava.doctor.survey
+lora_llava.evaluation.scoring.metrics
+lora_llava.planning.preflight.run
+lora_llava.recipe.file
+lora_llava.run_directory.lock
+lora_llava.run_directory.output
+lora_llava.shipping.export
+lora_llava.system.files
+lora_llava.system.text
+""".split()
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 
 
@@ -136,7 +144,7 @@ def test_functions_are_annotated(path: Path) -> None:
 
 def test_the_ignore_index_is_defined_once() -> None:
     defined = [path for path in MODULES if re.search(r"^IGNORE_INDEX\b.*=", path.read_text(encoding="utf-8"), re.M)]
-    assert [name_of(path) for path in defined] == ["lora_llava.conversation"]
+    assert [name_of(path) for path in defined] == ["lora_llava.conversation.encode"]
 
 
 def test_every_setting_says_what_changing_it_on_resume_means() -> None:
@@ -146,7 +154,7 @@ def test_every_setting_says_what_changing_it_on_resume_means() -> None:
 
 def test_the_page_of_all_settings_is_up_to_date() -> None:
     page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
-    assert page == settings_page(), "run: python -m lora_llava.recipe_docs > docs/settings.md"
+    assert page == settings_page(), "run: python -m lora_llava.recipe.docs > docs/settings.md"
     assert "|  |" not in page, "a setting without a meaning: write a docstring below it"
 
 

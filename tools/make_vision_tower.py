@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lora_llava.quickstart_assets import COLOURS, SHAPES, read_questions, true_words
+from lora_llava.quickstart.assets import COLOURS, SHAPES, read_questions, true_words
 
 COLOUR_NAMES, SHAPE_NAMES = sorted(COLOURS), sorted(SHAPES)
 UNKNOWN = -100

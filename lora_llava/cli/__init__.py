@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from lora_llava import __version__
-from lora_llava.cli.answer import chat, evaluate
 from lora_llava.cli.check import check
 from lora_llava.cli.common import KitGroup
-from lora_llava.cli.look import env, inspect
-from lora_llava.cli.publish import push
-from lora_llava.cli.ship import export, import_, merge
+from lora_llava.cli.convert import export, import_, merge
+from lora_llava.cli.evaluate import chat, evaluate
+from lora_llava.cli.inspect import env, inspect
+from lora_llava.cli.push import push
 from lora_llava.cli.train import finetune, quickstart, recipes
 
 

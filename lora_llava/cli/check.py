@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, quiet_libraries
-from lora_llava.progress import phase
+from lora_llava.system.progress import phase
 
 if TYPE_CHECKING:
-    from lora_llava.preflight.setup import Start
+    from lora_llava.planning.preflight.setup import Start
 
 DIRECTORY = "check"
 """Where the report lies, below the run's directory."""

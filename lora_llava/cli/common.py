@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava import quiet, text
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
-from lora_llava.progress import hide, phase, show_on
+from lora_llava.system import quiet, text
+from lora_llava.system.progress import hide, phase, show_on
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_llava.preflight.setup import Start
-    from lora_llava.recipe import Recipe
+    from lora_llava.planning.preflight.setup import Start
+    from lora_llava.recipe.settings import Recipe
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped from the keyboard, as shells have it."""
@@ -102,7 +102,7 @@ def leave_torch_out(recipe: Recipe) -> None:
     long. PyTorch is kept where it is loaded already, where a GPU has to be asked what it can do, and for a GGUF base,
     which transformers reads with it alone.
     """
-    from lora_llava.device import has_driver
+    from lora_llava.system.device import has_driver
 
     if "torch" in sys.modules or has_driver() or recipe.base.gguf_file is not None:
         return
@@ -160,7 +160,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Load the recipe file `name`; RecipeError tells apart a wrong path and the name of a bundled recipe."""
-    from lora_llava.recipe_file import bundled_recipes, load_recipe
+    from lora_llava.recipe.file import bundled_recipes, load_recipe
 
     path = Path(name)
     if not path.is_file():
@@ -181,9 +181,9 @@ def look_ahead(
 
     `here`: it is to run on this machine, and is not only planned for another; `data`: all images are opened too.
     """
-    from lora_llava.preflight.environment import refuse_several_processes
-    from lora_llava.preflight.run import look_at_data, preflight
-    from lora_llava.preflight.setup import Setup
+    from lora_llava.planning.preflight.environment import refuse_several_processes
+    from lora_llava.planning.preflight.run import look_at_data, preflight
+    from lora_llava.planning.preflight.setup import Setup
 
     refuse_several_processes()
     quiet_environment()
@@ -199,14 +199,14 @@ def look_ahead(
 
 def refuse_model(path: Path, base_model: str | None) -> None:
     """Raise PreflightError if an artifact's base, or a whole model, cannot be loaded by what its files tell."""
-    from lora_llava.preflight import shipping
+    from lora_llava.planning.preflight import shipping
 
     shipping.refuse_model(path, base_model)
 
 
 def refuse_source(path: Path, base_model: str | None) -> None:
     """Raise PreflightError if what is to be imported, or the base it is for, cannot be read by what its files tell."""
-    from lora_llava.preflight import shipping
+    from lora_llava.planning.preflight import shipping
 
     shipping.refuse_source(path)
     if base_model is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from lora_llava.text import printable_lines
+from lora_llava.system.text import printable_lines
 
 
 class PlainConsole(Console):

@@ -10,11 +10,11 @@ import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, memory_size, open_recipe, quiet_libraries
 from lora_llava.errors import RecipeError
-from lora_llava.progress import phase
-from lora_llava.text import printable
+from lora_llava.system.progress import phase
+from lora_llava.system.text import printable
 
 if TYPE_CHECKING:
-    from lora_llava.preflight.setup import Start
+    from lora_llava.planning.preflight.setup import Start
 
 
 @click.command()
@@ -55,12 +55,12 @@ def finetune(
         phase("Loading PyTorch and transformers")
     quiet_libraries()
     if dry_run:
-        from lora_llava.training.dry_run import print_dry_run
+        from lora_llava.planning.dry_run import print_dry_run
 
         print_dry_run(settings, console, memory)
         return
-    from lora_llava.training.differences import Resume
-    from lora_llava.workflow import finetune_and_evaluate, print_outcome
+    from lora_llava.training.checkpoints.differences import Resume
+    from lora_llava.training.run import finetune_and_evaluate, print_outcome
 
     mode: Resume = "anyway" if resume_anyway else "exact" if resume else "no"
     finetune_and_evaluate(settings, console, overwrite=overwrite, memory=memory, resume=mode)
@@ -82,13 +82,13 @@ def quickstart(directory: Path) -> None:
     Fetches SmolLM2-135M and easy-VQA (93 MiB) with pip, trains both stages, and compares with the base. Run
     again, it starts over, and fetches nothing twice.
     """
-    from lora_llava.preflight.environment import refuse_several_processes
+    from lora_llava.planning.preflight.environment import refuse_several_processes
 
     refuse_several_processes()
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()
-    from lora_llava.quickstart import run_quickstart
+    from lora_llava.quickstart.run import run_quickstart
 
     run_quickstart(directory, console)
 
@@ -101,7 +101,7 @@ def recipes() -> None:
 @recipes.command("list")
 def list_recipes() -> None:
     """List the names of the recipes, each with the first line of its header."""
-    from lora_llava.recipe_file import bundled_recipes
+    from lora_llava.recipe.file import bundled_recipes
 
     found = bundled_recipes()
     width = max(len(name) for name in found)
@@ -122,7 +122,7 @@ def header(path: Path) -> str:
 @click.option("--to", "target", type=click.Path(path_type=Path), help="File or directory to copy to [NAME.yaml here].")
 def copy_recipe(name: str, target: Path | None) -> None:
     """Copy recipe NAME, to be edited and run; an existing file is never overwritten."""
-    from lora_llava.recipe_file import bundled_recipes
+    from lora_llava.recipe.file import bundled_recipes
 
     found = bundled_recipes()
     source = found.get(name.removesuffix(".yaml"))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.sources import Record
+from lora_llava.data.record import Record
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, overload
 
-from lora_llava.conversation import Encoded, Template, Tokenizer, Turn, encode
+from lora_llava.conversation.encode import Encoded, Template, Tokenizer, Turn, encode
+from lora_llava.data.load import Record
 from lora_llava.data.packing import PlanItem
-from lora_llava.data.records import Record
-from lora_llava.progress import counting
+from lora_llava.system.progress import counting
 
 Encode = Callable[..., Encoded]
 """`conversation.encode` with all but the turns and their place settled."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lora_llava.conversation import IGNORE_INDEX, Encoded
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
 
 Layout = dict[str, npt.NDArray[np.int64]]
 """What `lay_out` returns, by name."""

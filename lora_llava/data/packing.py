@@ -13,11 +13,12 @@ the others are a multiple of the ranks, so that data-parallel ranks compute side
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from lora_llava.recipe.schedule import count_steps
 
 Tree = tuple[int, ...]
 """Indices of conversations that share one prefix."""
@@ -107,14 +108,6 @@ def make_plan(
         num_computed_tokens=sum(tree_length(tree, items) for batch in batches for tree in batch),
         num_separate_tokens=sum(items[index].length for index in used),
     )
-
-
-def count_steps(num_items: int, batch_size: int, num_train_epochs: float, max_steps: int = -1) -> int:
-    """Return the optimizer steps of a stage; the last step of an epoch may have fewer conversations."""
-    if max_steps > 0:
-        return max_steps
-    # Rounded, so that 1.1 epochs of 10 steps are 11 steps and not 12.
-    return max(1, math.ceil(round(num_train_epochs * math.ceil(num_items / batch_size), 6)))
 
 
 def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.grey import MIN_LEVELS
-from lora_llava.data.sources import ImageSource, Record
+from lora_llava.data.images.grayscale import MIN_LEVELS
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import MAX_BLANK_RANGE, near_pairs
 from lora_llava.doctor.survey import Side, Source, Survey, image_id
-from lora_llava.text import counted, printable
+from lora_llava.system.text import counted, printable
 
 SHORT_ANSWER = 5
 """Most words of an answer that another one can contradict; of longer ones two may both be true."""

@@ -10,22 +10,22 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, encode, get_template
+from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, encode, get_template
 from lora_llava.data.encoded import EncodedRecords, Size, size_of
-from lora_llava.data.parallel import in_processes
-from lora_llava.data.records import merge_turns
-from lora_llava.data.sources import Record
+from lora_llava.data.load import merge_turns
+from lora_llava.data.record import Record
+from lora_llava.data.stage import StageData, StageRecords, length_lines, plan_records
 from lora_llava.doctor.compare import Finding, at
 from lora_llava.doctor.survey import Side, Survey
 from lora_llava.errors import DataError, RecipeError, TrainingError
-from lora_llava.modeling.describe import describe_base
+from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import num_image_tokens
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import StageName
-from lora_llava.text import counted
-from lora_llava.training.dry_run import compute_dtype, this_machine
-from lora_llava.training.memory_plan import plan_memory, stage_shapes
-from lora_llava.training.plan import StageData, StageRecords, length_lines, plan_records
+from lora_llava.planning.dry_run import compute_dtype, this_machine
+from lora_llava.planning.memory_plan import plan_memory, stage_shapes
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import StageName
+from lora_llava.system.processes import in_processes
+from lora_llava.system.text import counted
 
 _NO_BOUND = 2**31
 """Length of a question of the evaluation: it is not cut."""

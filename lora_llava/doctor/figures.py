@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_llava.data.encoded import Size
 from lora_llava.doctor.survey import Side, Survey, image_id
-from lora_llava.text import printable
+from lora_llava.system.text import printable
 
 _MOST_ANSWERS = 12
 _BINS = 12

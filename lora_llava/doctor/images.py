@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lora_llava.data.grey import LEVELS_PER_STRAY
-from lora_llava.data.images import DEEP_GREY, FORMATS, decode_image, read_image
-from lora_llava.data.sources import ImageSource
+from lora_llava.data.images.grayscale import LEVELS_PER_STRAY
+from lora_llava.data.images.read import DEEP_GREY, FORMATS, decode_image, read_image
+from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
 MOST_DIFFERING_BITS = 8

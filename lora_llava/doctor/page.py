@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from lora_llava import __version__
-from lora_llava.data.images import open_image
-from lora_llava.data.sources import ImageSource, Record
+from lora_llava.data.images.read import open_image
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.compare import Finding
 from lora_llava.doctor.conversations import pieces

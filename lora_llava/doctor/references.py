@@ -7,9 +7,9 @@ from typing import Any
 
 from lora_llava.doctor.compare import Finding, at
 from lora_llava.doctor.survey import Survey
-from lora_llava.evaluation.metrics import METRIC_NAMES, is_void, pick_metric
 from lora_llava.evaluation.questions import make_questions
-from lora_llava.text import counted, printable
+from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, is_void, pick_metric
+from lora_llava.system.text import counted, printable
 
 
 def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:

@@ -20,8 +20,8 @@ from lora_llava.doctor.figures import side_figures
 from lora_llava.doctor.references import reference_findings
 from lora_llava.doctor.survey import Source, Survey
 from lora_llava.errors import DataError
-from lora_llava.files import json_text, shown_path, staged_file
 from lora_llava.run_directory.written import note_all, read_written
+from lora_llava.system.files import json_text, shown_path, staged_file
 
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
 FORMAT = 1

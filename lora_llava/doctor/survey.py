@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora_llava.conversation import check_turns
+from lora_llava.conversation.encode import check_turns
 from lora_llava.data.bad_records import BadRecords, data_name
-from lora_llava.data.parallel import in_processes
-from lora_llava.data.records import held_out_source, image_kills_its_reader, read_source, split_records
-from lora_llava.data.sources import ImageSource, Record
+from lora_llava.data.load import held_out_source, image_kills_its_reader, read_source, split_records
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
 from lora_llava.errors import DataError
 from lora_llava.evaluation.questions import answered_part, check_keys, make_questions, without_blank_answer
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import DataSettings, StageName
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import DataSettings, StageName
+from lora_llava.system.processes import in_processes
 
 Role = Literal["training", "validation", "evaluation"]
 

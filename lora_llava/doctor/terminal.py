@@ -10,9 +10,9 @@ from rich.text import Text
 
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.report import PAGE, REPORT, Report
-from lora_llava.table import Column, FittingTable
-from lora_llava.text import counted, printable
-from lora_llava.training.schedule import steps_line
+from lora_llava.recipe.schedule import steps_line
+from lora_llava.system.table import Column, FittingTable
+from lora_llava.system.text import counted, printable
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _NUM_NAMED = 3

@@ -10,13 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_llava.chat_template import OwnTemplate
-from lora_llava.conversation import Template
-from lora_llava.data.images import open_image
-from lora_llava.evaluation.confusion import confusion
+from lora_llava.conversation.chat_template import OwnTemplate
+from lora_llava.conversation.encode import Template
+from lora_llava.data.images.read import open_image
 from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet
-from lora_llava.evaluation.generation import generate_answers
-from lora_llava.evaluation.metrics import METRIC_NAMES, Metric, pick_metric
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import (
     BASE,
@@ -33,12 +30,15 @@ from lora_llava.evaluation.outcome import (
 from lora_llava.evaluation.questions import Question, QuestionSet
 from lora_llava.evaluation.report import accuracy_table, confusion_table, most_labels, value_table, write_predictions
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
-from lora_llava.files import json_text
+from lora_llava.evaluation.scoring.confusion import confusion
+from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, Metric, pick_metric
+from lora_llava.generation.answers import generate_answers
 from lora_llava.modeling.base import LoadedModel
-from lora_llava.progress import Bar
-from lora_llava.recipe import EvaluationSettings
-from lora_llava.recipe_stages import AspectRatio
-from lora_llava.text import counted
+from lora_llava.recipe.settings import EvaluationSettings
+from lora_llava.recipe.stages import AspectRatio
+from lora_llava.system.files import json_text
+from lora_llava.system.progress import Bar
+from lora_llava.system.text import counted
 
 ACCURACY = "accuracy.json"
 PREDICTIONS = "predictions.jsonl"

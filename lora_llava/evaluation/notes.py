@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
-from lora_llava.evaluation.exact import answer_tokens
-from lora_llava.evaluation.metrics import ALL, METRIC_NAMES, Difference, Metric, is_void
 from lora_llava.evaluation.outcome import BASE, BLIND, START, Outcome
 from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.report import MAJORITY
-from lora_llava.text import counted, listed, printable
+from lora_llava.evaluation.scoring.exact_match import answer_tokens
+from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Difference, Metric, is_void
+from lora_llava.system.text import counted, listed, printable
 
 _SENTENCE = 4
 """Words: a base whose answers have at least so many, and twice those of the references, answers in sentences."""

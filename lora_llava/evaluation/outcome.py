@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lora_llava.evaluation.confusion import confusion
-from lora_llava.evaluation.exact import holds_answer
-from lora_llava.evaluation.metrics import (
+from lora_llava.evaluation.questions import Question
+from lora_llava.evaluation.report import MAJORITY
+from lora_llava.evaluation.scoring.confusion import confusion
+from lora_llava.evaluation.scoring.exact_match import holds_answer
+from lora_llava.evaluation.scoring.metrics import (
     ALL,
     Accuracy,
     Difference,
@@ -20,8 +22,6 @@ from lora_llava.evaluation.metrics import (
     majority_answers,
     score_answer,
 )
-from lora_llava.evaluation.questions import Question
-from lora_llava.evaluation.report import MAJORITY
 
 BASE, START, TUNED, BLIND = "base", "start", "tuned", "blind"
 TUNED_ON_BLIND = "tuned_on_blind_questions"

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from lora_llava.conversation import IMAGE_PLACEHOLDER, Turn, check_turns
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, check_turns
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.records import Record, load_records
-from lora_llava.data.sources import Scalar
+from lora_llava.data.load import Record, load_records
+from lora_llava.data.record import Scalar
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
-from lora_llava.text import counted, listed
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.text import counted, listed
 
 NO_VALUE = "(none)"
 """Group of the questions whose record lacks the key."""

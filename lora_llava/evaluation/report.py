@@ -6,11 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_llava.evaluation.confusion import Confusion
-from lora_llava.evaluation.metrics import ALL, CLOSED, GROUPS, METRIC_NAMES, NUMBER, OTHER, YES_NO, Accuracy, Metric
-from lora_llava.files import json_text
-from lora_llava.table import MUST, Column, FittingTable
-from lora_llava.text import printable
+from lora_llava.evaluation.scoring.confusion import Confusion
+from lora_llava.evaluation.scoring.metrics import (
+    ALL,
+    CLOSED,
+    GROUPS,
+    METRIC_NAMES,
+    NUMBER,
+    OTHER,
+    YES_NO,
+    Accuracy,
+    Metric,
+)
+from lora_llava.system.files import json_text
+from lora_llava.system.table import MUST, Column, FittingTable
+from lora_llava.system.text import printable
 
 MAJORITY = "majority"
 """Name of the column of always giving the most frequent answer."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lora_llava.evaluation.exact import answer_tokens
 from lora_llava.evaluation.questions import Question
+from lora_llava.evaluation.scoring.exact_match import answer_tokens
 
 
 def blind_subset(questions: Sequence[Question], num_questions: int) -> list[int]:

@@ -17,13 +17,12 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.modeling.base import meta_model
-from lora_llava.modeling.describe import hub_errors, part_configs, vision_tower_source
-from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
-from lora_llava.modeling.names import canonical_name
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, meta_model, write_weights
+from lora_llava.formats.names import canonical_name
+from lora_llava.modeling.metadata import hub_errors, part_configs, vision_tower_source
 from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER
-from lora_llava.recipe import BaseModelSettings
-from lora_llava.recipe_stages import AspectRatio
+from lora_llava.recipe.settings import BaseModelSettings
+from lora_llava.recipe.stages import AspectRatio
 
 
 def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:

@@ -21,9 +21,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaFo
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.errors import ModelError
-from lora_llava.modeling.describe import hub_errors, read_config
+from lora_llava.modeling.metadata import hub_errors, read_config
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, num_image_tokens, used_layers
-from lora_llava.progress import Advance, counting
+from lora_llava.system.progress import Advance, counting
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -204,12 +204,6 @@ def drop_unused_layers(model: Any) -> None:
         return
     del layers[wanted:]
     model.config.vision_feature_layer = wanted
-
-
-def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """Build the model's shapes without its memory."""
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration(config)
 
 
 def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import LANGUAGE_MODEL
-from lora_llava.recipe_stages import GradientCheckpointing
+from lora_llava.recipe.stages import GradientCheckpointing
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "bitsandbytes::gemm_4bit"}
 _ATTENTION = "aten::_scaled_dot_product_"

@@ -14,8 +14,8 @@ from torch import nn
 
 from lora_llava.errors import ModelError
 from lora_llava.modeling.structure import LANGUAGE_MODEL, PARTS, PROJECTOR, PartRow, adapted_names, part_of
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import StageName
 
 _PEFT_PREFIX = "base_model.model."
 _WRAPPED = re.compile(r"\.(modules_to_save\.default|original_module)\.")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lora_llava.errors import ModelError, TrainingError
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import StageName
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -85,6 +85,11 @@ def part_of(name: str) -> str:
 def num_image_tokens(config: LlavaConfig) -> int:
     """Count the vision tower's output tokens: one a patch, and the class token where the strategy keeps it."""
     return _patches(config) + (1 if config.vision_feature_select_strategy == "full" else 0)
+
+
+def image_tokens(config: LlavaConfig) -> dict[str, int]:
+    """Return how an image is written in `input_ids`: its token id, and how many of them."""
+    return {"image_token_id": int(config.image_token_id), "num_image_tokens": num_image_tokens(config)}
 
 
 def _patches(config: LlavaConfig) -> int:

@@ -16,8 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lora_llava.errors import TrainingError
-from lora_llava.files import clear_stale, fsync, make_directories, remove_empty, shown_path, staging_in, write_text
-from lora_llava.recipe import Recipe
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.exchange import Exchange, finish_exchange, run_exchange
 from lora_llava.run_directory.lock import is_locked, locked
 from lora_llava.run_directory.output import BASE, DIRECTORIES, FEATURES, TRAIN_LOG
@@ -36,6 +35,15 @@ from lora_llava.run_directory.written import (
     note_all,
     read_written,
     version_of,
+)
+from lora_llava.system.files import (
+    clear_stale,
+    fsync,
+    make_directories,
+    remove_empty,
+    shown_path,
+    staging_in,
+    write_text,
 )
 
 MANIFESTS = ("manifest.json", "checkpoint.json")

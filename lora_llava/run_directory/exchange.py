@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_llava.errors import TrainingError
-from lora_llava.files import STAGING, fsync, is_elsewhere, remove_empty, shown_path, write_text
 from lora_llava.run_directory.written import EXCHANGE, LIST, STATE
+from lora_llava.system.files import STAGING, fsync, is_elsewhere, remove_empty, shown_path, write_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_llava.errors import TrainingError
-from lora_llava.files import make_directories, remove_empty, shown_path
+from lora_llava.system.files import make_directories, remove_empty, shown_path
 
 LOCK = ".lora-llava.lock"
 _CONTENT = re.compile(rb"(\d{1,10}\n)?")

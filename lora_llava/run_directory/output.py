@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
-from lora_llava.files import json_text, shown_path, staged_file
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import dump_resolved, read_recipe
+from lora_llava.recipe.file import dump_resolved, read_recipe
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
+from lora_llava.system.files import json_text, shown_path, staged_file
 
 RECIPE = "recipe.yaml"
 TRAIN_LOG = "train_log.jsonl"

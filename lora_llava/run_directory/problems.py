@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_llava.files import is_staging, shown_path
-from lora_llava.recipe import Recipe
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.output import CHECKPOINTS, DIRECTORIES, FILES, RECIPE
 from lora_llava.run_directory.written import EXCHANGE, STATE, Written, is_kits, read_written
-from lora_llava.text import listed
+from lora_llava.system.files import is_staging, shown_path
+from lora_llava.system.text import listed
 
 KEY = "output_dir"
 

@@ -9,26 +9,26 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from lora_llava.data.batch import PackedRows, ReadImage
-from lora_llava.device import world_size
-from lora_llava.evaluation.generation import generate_answers
+from lora_llava.data.rows import PackedRows, ReadImage
+from lora_llava.data.stage import StageData
+from lora_llava.generation.answers import generate_answers
 from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.packed import llava_in
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.schedule import logging_interval
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.run_directory.written import current
+from lora_llava.system.device import world_size
+from lora_llava.training.checkpoints.image_settings import image_transform
+from lora_llava.training.checks.blind import make_image_check
+from lora_llava.training.checks.monitor import StageWatch
+from lora_llava.training.checks.non_finite import NonFiniteGuard
 from lora_llava.training.feature_cache import use_features
-from lora_llava.training.guards import NonFiniteGuard
-from lora_llava.training.image_check import make_image_check
-from lora_llava.training.image_facts import image_transform
-from lora_llava.training.plan import StageData
-from lora_llava.training.progress import TrainLog
-from lora_llava.training.schedule import logging_interval
+from lora_llava.training.log import TrainLog
 from lora_llava.training.trackers import TrackedRun, run_name
 from lora_llava.training.trainer import PackedTrainer
-from lora_llava.training.watch import StageWatch
 
 SAMPLE_TOKENS = 32
 """Longest sample answer, in tokens."""

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_llava.data.batch import ImageTransform
-from lora_llava.data.sources import ImageSource, Record
-from lora_llava.device import free_memory_bytes
+from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.rows import ImageTransform
 from lora_llava.errors import TrainingError
-from lora_llava.files import staged_file
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import VISION_TOWER
-from lora_llava.text import counted
+from lora_llava.system.device import free_memory_bytes
+from lora_llava.system.files import staged_file
+from lora_llava.system.text import counted
 
 BATCH = 16
 """Images that pass through the tower at one time."""

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import RecipeError, TrainingError
-from lora_llava.files import Place, place_new, shown_path, staged
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
-from lora_llava.modeling.describe import read_config
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_unused import unlike_the_model
+from lora_llava.modeling.metadata import read_config
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.unused import unlike_the_model
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.written import current, is_pending
+from lora_llava.system.files import Place, place_new, shown_path, staged
 
 
 def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tuple[Path, BaseIdentity]:

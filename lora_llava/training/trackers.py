@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_base import settings_of, value_at
-from lora_llava.recipe_file import is_local
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.fields import settings_of, value_at
+from lora_llava.recipe.file import is_local
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import StageName
 
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",

@@ -12,21 +12,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
 
-from lora_llava.data.batch import Batch, PackedRows
+from lora_llava.data.rows import Batch, PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
-from lora_llava.text import counted, listed
-from lora_llava.training.diagnosis import diagnose, read_validations
-from lora_llava.training.frozen import FrozenWeights
-from lora_llava.training.guards import NonFiniteGuard, forked_rng, non_finite_tensors
-from lora_llava.training.image_check import ImageCheck
-from lora_llava.training.interruption import end_with_parent
-from lora_llava.training.resumable import ResumableTrainer, Saver
-from lora_llava.training.schedule import rate_factor
-from lora_llava.training.trained import LORA_PART, PROJECTOR_PART, check_changed, part_checksums, part_of
+from lora_llava.recipe.schedule import rate_factor
+from lora_llava.system.text import counted, listed
+from lora_llava.training.checkpoints.saver import ResumableTrainer, Saver
+from lora_llava.training.checkpoints.signals import end_with_parent
+from lora_llava.training.checks.blind import ImageCheck
+from lora_llava.training.checks.diagnosis import diagnose, read_validations
+from lora_llava.training.checks.frozen_weights import FrozenWeights
+from lora_llava.training.checks.monitor import GuardsState, StageWatch
+from lora_llava.training.checks.non_finite import NonFiniteGuard, forked_rng, non_finite_tensors
+from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART, check_changed, part_checksums, part_of
 from lora_llava.training.validation import HeldOutLoss, without
-from lora_llava.training.watch import GuardsState, StageWatch
 
 
 def only(rows: list[Batch]) -> Batch:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from lora_llava.data.batch import Batch, PackedRows
 from lora_llava.data.packing import Row
+from lora_llava.data.rows import Batch, PackedRows
 
 RowLoss = Callable[[Batch], float]
 """Computes the summed loss over the supervised tokens of a row."""

@@ -15,16 +15,16 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from lora_llava.artifact import load_model, read_usage
-from lora_llava.chat_template import chat_template
 from lora_llava.cli import cli
-from lora_llava.cli.answer import write_piece
-from lora_llava.conversation import Turn, get_template
-from lora_llava.data.records import ImageSource, Record
+from lora_llava.cli.evaluate import write_piece
+from lora_llava.conversation.chat_template import chat_template
+from lora_llava.conversation.encode import Turn, get_template
+from lora_llava.data.load import ImageSource, Record
 from lora_llava.errors import ArtifactError, DataError
-from lora_llava.evaluation.chat import AnswerWriter, Chat
-from lora_llava.evaluation.generation import generate_answers
-from lora_llava.merge.run import merge_artifact
+from lora_llava.generation.answers import generate_answers
+from lora_llava.generation.chat import AnswerWriter, Chat
 from lora_llava.modeling.base import hash_weights
+from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import CPU, make_artifact
 from tests.helpers.speaking import QUESTION, chain_of, prompt_of, say, write_artifact, write_base
 from tests.helpers.tiny import EOS_ID, IM_END_ID, NUM_IMAGE_TOKENS, save_tiny_base, tiny_tokenizer

@@ -13,11 +13,11 @@ from PIL import Image
 
 from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
-from lora_llava.conversation import get_template
-from lora_llava.data.records import load_records
-from lora_llava.evaluation.generation import generate_answers
+from lora_llava.conversation.encode import get_template
+from lora_llava.data.load import load_records
+from lora_llava.generation.answers import generate_answers
 from lora_llava.modeling.base import BaseIdentity, load_base
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 QUESTIONS = 9

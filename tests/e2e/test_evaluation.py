@@ -15,10 +15,10 @@ from PIL import Image
 
 from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
-from lora_llava.conversation import get_template
-from lora_llava.evaluation.generation import generate_answers
+from lora_llava.conversation.encode import get_template
 from lora_llava.evaluation.questions import load_questions
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.generation.answers import generate_answers
+from lora_llava.recipe.stages import DataSettings
 
 COLORS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-import lora_llava.training.run as run_module
-from lora_llava.artifact import WEIGHTS, file_sha256, read_manifest
-from lora_llava.data.batch import ImageTransform
-from lora_llava.data.records import Record
+import lora_llava.training.stage as stage_module
+from lora_llava.artifact import file_sha256, read_manifest
+from lora_llava.data.load import Record
+from lora_llava.data.rows import ImageTransform
 from lora_llava.errors import TrainingError
-from lora_llava.recipe_file import load_recipe
+from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.recipe.file import load_recipe
 from lora_llava.training.run import run_recipe
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import log_of
@@ -105,14 +106,14 @@ def test_frozen_weights_are_said_to_be_unchanged(run: Run) -> None:
 
 def made_by(change: Callable[[PackedTrainer], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `change` at every trainer before it trains."""
-    original = run_module.make_trainer
+    original = stage_module.make_trainer
 
     def changed(*args: Any, **kwargs: Any) -> PackedTrainer:
         trainer = original(*args, **kwargs)
         change(trainer)
         return trainer
 
-    monkeypatch.setattr(run_module, "make_trainer", changed)
+    monkeypatch.setattr(stage_module, "make_trainer", changed)
 
 
 def test_a_vision_tower_that_changes_leaves_no_artifact(
@@ -146,7 +147,7 @@ def spoil(record_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return pixels * float("nan") if record.where.startswith(f"captions.json, record {record_number} ") else pixels
 
     monkeypatch.setattr(ImageTransform, "__call__", spoilt)
-    monkeypatch.setattr(run_module, "check_first_row", lambda *_: None)
+    monkeypatch.setattr(stage_module, "check_first_row", lambda *_: None)
 
 
 def test_a_record_that_makes_nan_stops_a_run_by_name(

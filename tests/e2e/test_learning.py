@@ -11,10 +11,10 @@ import yaml
 from click.testing import CliRunner
 
 import lora_llava.training.run as run_module
-from lora_llava.artifact import WEIGHTS
 from lora_llava.cli import cli
 from lora_llava.errors import RecipeError, TrainingError
-from lora_llava.recipe_file import load_recipe
+from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.recipe.file import load_recipe
 from tests.helpers.runs import COLOURS, watched_run, write_data, write_recipe
 
 STEPS = {1: 1, 2: 2, 5: 5, 10: 10, 50: 50, 200: 50}

@@ -11,21 +11,24 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import lora_llava.training.run as run_module
+import lora_llava.training.stage as stage_module
 from lora_llava.artifact import base_location, load_artifact, merged_manifest
 from lora_llava.cli import cli
 from lora_llava.modeling.base import BaseIdentity
-from lora_llava.recipe_file import load_recipe
-from lora_llava.training import checkpoint, resumable, state
+from lora_llava.recipe.file import load_recipe
+from lora_llava.training.checkpoints import files as checkpoint
+from lora_llava.training.checkpoints import saver as resumable
+from lora_llava.training.checkpoints import state
+from lora_llava.training.run import finetune_and_evaluate
 from lora_llava.training.trainer import PackedTrainer
-from lora_llava.workflow import finetune_and_evaluate
 from tests.helpers.claiming import Stopped, contents
 from tests.helpers.runs import write_data, write_recipe
 
 FEW = ("stages.instruct.max_steps=1", "stages.instruct.num_sample_answers=0", "stages.instruct.data.validation=null")
-STEPS = [
-    (run_module, name)
+STEPS = [(run_module, "prepare_base")] + [
+    (stage_module, name)
     for name in (
-        "prepare_base", "read_records", "plan_memory", "plan_records", "run_facts", "load_base", "build_stage",
+        "read_records", "plan_memory", "plan_records", "run_facts", "load_base", "build_stage",
         "make_trainer", "check_first_row", "StageArtifact", "Saver",
     )
 ] + [

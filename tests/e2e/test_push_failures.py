@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from lora_llava.errors import HubError
-from lora_llava.hub.client import ATTEMPTS, ask
+from lora_llava.shipping.hub.client import ATTEMPTS, ask
 from tests.helpers import loopback_hub
 from tests.helpers.loopback_hub import TOKEN, Fault, LoopbackHub
 from tests.helpers.publishing import ARTIFACT_FILES, REPO, push

@@ -18,14 +18,15 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from lora_llava import workflow
-from lora_llava.artifact import WEIGHTS, file_sha256, load_artifact, read_manifest
+from lora_llava.artifact import file_sha256, load_artifact, read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
+from lora_llava.formats.peft_adapter import WEIGHTS
 from lora_llava.run_directory import output
 from lora_llava.run_directory.lock import LOCK
-from lora_llava.training import resumable
-from lora_llava.training.checkpoint import DamagedCheckpointError, verified
+from lora_llava.training import run as run_module
+from lora_llava.training.checkpoints import saver as resumable
+from lora_llava.training.checkpoints.files import DamagedCheckpointError, verified
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (
     SETTINGS,
@@ -252,7 +253,7 @@ def test_an_evaluation_that_was_not_done_is_done(
         locks.append((tmp_path / "run" / LOCK).read_text(encoding="utf-8"))
         return {"questions": 1}
 
-    monkeypatch.setattr(workflow, "evaluate_artifact", evaluate)
+    monkeypatch.setattr(run_module, "evaluate_artifact", evaluate)
     for _ in range(2):
         summary, _ = train(project, tmp_path / "run", *asked, resume="exact")
     assert summary["evaluation"] == {"questions": 1}

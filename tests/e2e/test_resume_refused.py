@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from lora_llava.cli import cli
+from lora_llava.data import stage as plan
 from lora_llava.errors import TrainingError
-from lora_llava.recipe_file import load_recipe
-from lora_llava.training import differences, plan, prepare
-from lora_llava.training.schedule import rate_factor
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.schedule import rate_factor
+from lora_llava.training import prepare
+from lora_llava.training.checkpoints import differences
 from tests.helpers.resuming import (
     log_of,
     train,

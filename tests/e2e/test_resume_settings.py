@@ -13,10 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 import lora_llava.training.run as run_module
+import lora_llava.training.stage as stage_module
 from lora_llava.errors import LoraLlavaError, TrainingError
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_base import OnResume, settings_of
-from lora_llava.recipe_file import load_recipe
+from lora_llava.recipe.fields import OnResume, settings_of
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.training.run import run_recipe
 from tests.helpers.resuming import SETTINGS, train
@@ -47,7 +48,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(run_module, "build_model", reached)
+    monkeypatch.setattr(stage_module, "build_model", reached)
     monkeypatch.setattr(run_module, "plot_loss", lambda *_: None)
 
 

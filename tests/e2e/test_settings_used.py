@@ -15,10 +15,10 @@ from rich.console import Console
 from lora_llava.artifact import read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import RecipeError
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_base import Settings, section_in, settings_of
-from lora_llava.recipe_file import load_recipe
-from lora_llava.workflow import finetune_and_evaluate
+from lora_llava.recipe.fields import Settings, section_in, settings_of
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.settings import Recipe
+from lora_llava.training.run import finetune_and_evaluate
 from tests.helpers.resuming import train
 from tests.helpers.settings import other_values
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lora_llava.artifact import Usage, load_model, read_usage, template_to_ask
-from lora_llava.chat_template import chat_template
 from lora_llava.cli import cli
 from lora_llava.cli.common import file_size
-from lora_llava.conversation import Turn, encode, encode_prompt, get_template
-from lora_llava.data.images import preprocess
+from lora_llava.conversation.chat_template import chat_template
+from lora_llava.conversation.encode import Turn, encode, encode_prompt, get_template
+from lora_llava.data.images.read import preprocess
 from lora_llava.errors import ArtifactError
-from lora_llava.export import FORMATS, hf
-from lora_llava.export import llava as llava_export
-from lora_llava.export.options import ExportOptions
-from lora_llava.modeling.layout import WeightFiles
+from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.shipping.export import FORMATS, hf
+from lora_llava.shipping.export import llava as llava_export
+from lora_llava.shipping.export.options import ExportOptions
 from tests.e2e.test_commands import write_data
 from tests.helpers.artifacts import CPU, logits, make_artifact
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, tiny_tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Turn, encode, encode_prompt
-from lora_llava.data.sources import check_text
+from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Turn, encode, encode_prompt
+from lora_llava.data.record import check_text
 from lora_llava.errors import DataError
 from tests.fuzz.mutations import NASTY_TEXT
 from tests.helpers.tiny import BOS_ID, EOS_ID, IM_END_ID, IM_START_ID, IMAGE_ID, tiny_tokenizer

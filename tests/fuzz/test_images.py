@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from PIL import Image
 
-from lora_llava.data.images import MAX_PIXELS, open_image, preprocess
-from lora_llava.data.sources import ImageSource
+from lora_llava.data.images.read import MAX_PIXELS, open_image, preprocess
+from lora_llava.data.record import ImageSource
 from lora_llava.doctor.images import look_at_image
 from lora_llava.errors import DataError
 from tests.fuzz.mutations import changed_bytes

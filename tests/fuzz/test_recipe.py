@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe_file import bundled_recipes, dump_resolved, load_recipe
+from lora_llava.recipe.file import bundled_recipes, dump_resolved, load_recipe
 from tests.fuzz.mutations import NASTY_TEXT, VALUES, changed_bytes, changed_value
 
 TEXTS = [path.read_bytes() for path in bundled_recipes().values()]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.data.bad_records import BadRecords
-from lora_llava.data.records import fingerprint, read_source
+from lora_llava.data.load import fingerprint, read_source
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 from tests.fuzz.mutations import changed_bytes, changed_value
 from tests.helpers.faulty import entry
 

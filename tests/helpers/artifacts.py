@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from lora_llava.artifact import Manifest, save_artifact
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base
 from lora_llava.modeling.stages import build_stage, target_pattern
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import StageName
 from tests.helpers.tiny import IMAGE_ID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, NUM_IMAGE_TOKENS
 
 CPU = torch.device("cpu")

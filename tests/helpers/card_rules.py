@@ -6,7 +6,7 @@ import re
 
 import yaml
 
-from lora_llava.hub.licences import LICENCES
+from lora_llava.shipping.hub.licenses import LICENCES
 
 
 def card_errors(text: str) -> list[str]:

@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import MANIFEST, WEIGHTS
+from lora_llava.artifact import MANIFEST
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.files import staged
-from lora_llava.recipe import Recipe
+from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, place
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.written import STATE, current
-from lora_llava.training.checkpoint import Progress, rotate, write_checkpoint
+from lora_llava.system.files import staged
+from lora_llava.training.checkpoints.files import Progress, rotate, write_checkpoint
 
 Moment = Callable[[str], None]
 

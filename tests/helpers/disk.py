@@ -13,7 +13,7 @@ from typing import Any
 import peft.peft_model
 import pytest
 
-from lora_llava.training import state
+from lora_llava.training.checkpoints import state
 
 Act = Callable[[str, str], None]
 """What happens in the place of a call: its name, and the path it is about."""

@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 
 import lora_llava.training.run as run_module
-from lora_llava.artifact import WEIGHTS, file_sha256
-from lora_llava.recipe_file import load_recipe
+from lora_llava.artifact import file_sha256
+from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.recipe.file import load_recipe
 from lora_llava.run_directory import output
-from lora_llava.training import resumable
-from lora_llava.training.differences import Resume
+from lora_llava.training.checkpoints import saver as resumable
+from lora_llava.training.checkpoints.differences import Resume
+from lora_llava.training.run import finetune_and_evaluate
 from lora_llava.training.trainer import PackedTrainer
-from lora_llava.workflow import finetune_and_evaluate
 from tests.helpers.runs import write_data, write_recipe
 
 TIMES = ("seconds", "questions_per_second", "supervised_tokens_per_second")

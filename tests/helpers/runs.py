@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-import lora_llava.training.run as run_module
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import load_recipe
+import lora_llava.training.stage as stage_module
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.output import read_log
 from lora_llava.training.run import run_recipe
 
@@ -159,7 +159,7 @@ def watched_run(path: Path, *overrides: str, overwrite: bool = False) -> Run:
     """Run a recipe file, with every tensor of each stage's model copied before and after."""
     recipe = load_recipe(path, overrides)
     stages: dict[str, StageRun] = {}
-    original = run_module.make_trainer
+    original = stage_module.make_trainer
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         trainer = original(*args, **kwargs)
@@ -177,6 +177,6 @@ def watched_run(path: Path, *overrides: str, overwrite: bool = False) -> Run:
 
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "make_trainer", watch)
+        patch.setattr(stage_module, "make_trainer", watch)
         summary = run_recipe(recipe, Console(file=shown, width=200), overwrite=overwrite)
     return Run(recipe, summary, stages, shown.getvalue())

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_base import Setting, settings_of, value_at
-from lora_llava.recipe_file import read_recipe
+from lora_llava.recipe.fields import Setting, settings_of, value_at
+from lora_llava.recipe.file import read_recipe
+from lora_llava.recipe.settings import Recipe
 
 GENERAL: tuple[Any, ...] = (False, True, 3, 2, 0.5, 0.25, "other", ["other"], "other.json", -1, "other-name")
 

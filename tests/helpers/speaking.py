@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from lora_llava.artifact import save_artifact
-from lora_llava.conversation import Turn, encode_prompt
+from lora_llava.conversation.encode import Turn, encode_prompt
+from lora_llava.conversation.templates import Template
 from lora_llava.modeling.assemble import save_processor
 from lora_llava.modeling.base import BaseIdentity, hash_weights, load_base
 from lora_llava.modeling.stages import build_stage
-from lora_llava.recipe import AdapterSettings
-from lora_llava.templates import Template
+from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.artifacts import CPU, facts
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_STD, NUM_IMAGE_TOKENS, tiny_config
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lora_llava.conversation import Encoded
-from lora_llava.data.batch import PackedRows
+from lora_llava.conversation.encode import Encoded
+from lora_llava.data.load import ImageSource, Record
 from lora_llava.data.packing import Row
-from lora_llava.data.records import ImageSource, Record
-from lora_llava.training.guards import NonFiniteGuard
+from lora_llava.data.rows import PackedRows
+from lora_llava.training.checks.monitor import StageWatch
+from lora_llava.training.checks.non_finite import NonFiniteGuard
 from lora_llava.training.trainer import PackedTrainer
-from lora_llava.training.watch import StageWatch
 from tests.helpers.runs import State, state_of
 from tests.parity.test_packed import branches, build_model, image
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.evaluation.decoding import Prompt, greedy_decode, plan_batches
+from lora_llava.generation.decoding import Prompt, greedy_decode, plan_batches
 from tests.helpers.tiny import (
     BOS_ID,
     IMAGE_ID,

@@ -18,18 +18,18 @@ from tokenizers import models
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, LlavaForConditionalGeneration
 
 from lora_llava.artifact import load_model
-from lora_llava.conversation import Turn, encode, get_template
-from lora_llava.data.records import ImageSource
-from lora_llava.endings import end_token_ids, stated_ends, taught_ends
+from lora_llava.conversation.encode import Turn, encode, get_template
+from lora_llava.conversation.endings import end_token_ids, stated_ends, taught_ends
+from lora_llava.conversation.templates import TEMPLATES
+from lora_llava.data.load import ImageSource
 from lora_llava.errors import ModelError
-from lora_llava.evaluation.chat import Chat
-from lora_llava.export import FORMATS
-from lora_llava.export.gguf_tokenizer import tokenizer_fields
-from lora_llava.export.options import ExportOptions
-from lora_llava.hub.facts import gather
-from lora_llava.hub.usage import python_code
-from lora_llava.merge.run import merge_artifact
-from lora_llava.templates import TEMPLATES
+from lora_llava.generation.chat import Chat
+from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export.gguf.tokenizer import tokenizer_fields
+from lora_llava.shipping.export.options import ExportOptions
+from lora_llava.shipping.hub.facts import gather
+from lora_llava.shipping.hub.usage import python_code
+from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import CPU
 from tests.helpers.speaking import QUESTION, chain_of, say, write_artifact, write_base
 from tests.helpers.tiny import EOS_ID, IM_END_ID, tiny_tokenizer

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import lora_llava.evaluation.generation as generation
-from lora_llava.conversation import Turn, encode_prompt, get_template
-from lora_llava.data.images import mean_colour, open_image, preprocess
-from lora_llava.data.records import ImageSource, Record
-from lora_llava.evaluation.generation import end_token_ids, generate_answers
+import lora_llava.generation.answers as generation
+from lora_llava.conversation.encode import Turn, encode_prompt, get_template
+from lora_llava.data.images.read import mean_colour, open_image, preprocess
+from lora_llava.data.load import ImageSource, Record
+from lora_llava.generation.answers import end_token_ids, generate_answers
 from tests.helpers.tiny import (
     EOS_ID,
     IM_END_ID,

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from lora_llava.data import images
-from lora_llava.data.images import preprocess
+from lora_llava.data.images import read as images
+from lora_llava.data.images.read import preprocess
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

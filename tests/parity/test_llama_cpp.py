@@ -16,11 +16,11 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from lora_llava.artifact import load_model
-from lora_llava.data.images import preprocess
-from lora_llava.export import FORMATS
-from lora_llava.export.gguf_tokenizer import _LLAMA3, MEDIA_MARKER
-from lora_llava.export.options import ExportOptions
+from lora_llava.data.images.read import preprocess
 from lora_llava.modeling.assemble import save_processor
+from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export.gguf.tokenizer import _LLAMA3, MEDIA_MARKER
+from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, make_artifact
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import (

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 import lora_llava.modeling.attention as attention_module
 import lora_llava.modeling.packed as packed_module
-from lora_llava.conversation import Encoded, Turn, encode, get_template
-from lora_llava.data.batch import Batch, build_row
+from lora_llava.conversation.encode import Encoded, Turn, encode, get_template
+from lora_llava.data.rows import Batch, build_row
 from lora_llava.modeling.attention import additive_mask, set_attention, with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import SDPA, TREES
-from lora_llava.recipe import AdapterSettings
+from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, tiny_llava, tiny_tokenizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_llava.errors import TrainingError
-from lora_llava.training.checkpoint import latest
+from lora_llava.training.checkpoints.files import latest
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.disk import Disk, full, read_only
 from tests.helpers.resuming import at_step, outcome, train

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.files import STAGING
 from lora_llava.run_directory.written import EXCHANGE, NEW
+from lora_llava.system.files import STAGING
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.disk import Disk
 from tests.helpers.resuming import at_step, outcome, train

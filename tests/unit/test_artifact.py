@@ -14,18 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from lora_llava.artifact import (
-    MANIFEST,
-    WEIGHTS,
-    Manifest,
-    load_artifact,
-    load_projector,
-    read_manifest,
-)
+from lora_llava.artifact import MANIFEST, Manifest, load_artifact, load_projector, read_manifest
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.peft_adapter import WEIGHTS
 from lora_llava.modeling.base import LoadedModel, hash_weights, projector_state
 from lora_llava.modeling.structure import PROJECTOR
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.stages import StageName
 from tests.helpers.artifacts import CPU, FILES, logits, save, train
 from tests.helpers.tiny import save_tiny_base, tiny_llava
 

@@ -27,7 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from lora_llava.errors import ModelError
 from lora_llava.modeling.assemble import assemble, part_configs, vision_tower_source
 from lora_llava.modeling.base import BaseIdentity, hash_weights, load_base
-from lora_llava.recipe import BaseModelSettings
+from lora_llava.recipe.settings import BaseModelSettings
 from tests.helpers.tiny import (
     IM_END_ID,
     IMAGE_MEAN,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-import lora_llava.modeling.attention_choice as choice
-from lora_llava.conversation import IGNORE_INDEX, Encoded
-from lora_llava.data.batch import build_row
+import lora_llava.planning.attention as choice
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
+from lora_llava.data.rows import build_row
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import (
     additive_mask,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.parallel import in_processes
-from lora_llava.data.records import fingerprint, load_records, load_split
+from lora_llava.data.load import fingerprint, load_records, load_split
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.processes import in_processes
 from tests.helpers.faulty import encoded, entry, plant, scene, sound_data
 
 

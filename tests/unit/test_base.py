@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_llava.data.batch import build_row
+from lora_llava.data.rows import build_row
 from lora_llava.modeling.base import BaseIdentity, drop_unused_layers, load_base
 from lora_llava.modeling.packed import packed_logits, packed_loss
 from lora_llava.modeling.stages import build_stage, check_stage, is_quantized
-from lora_llava.recipe import AdapterSettings
+from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.tiny import IMAGE_SIZE, save_tiny_base, tiny_llava
 from tests.parity.test_packed import branches, gradients
 

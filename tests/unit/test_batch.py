@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_llava.conversation import IGNORE_INDEX, Encoded
-from lora_llava.data.batch import build_row
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
+from lora_llava.data.rows import build_row
 from tests.parity.test_packed import branches, conversation
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.chat_template import (
+from lora_llava.conversation.chat_template import (
     OwnTemplate,
     chat_template,
     encode_own,
@@ -19,9 +19,9 @@ from lora_llava.chat_template import (
     recognize,
     template_difference,
 )
-from lora_llava.conversation import Turn, encode_prompt, get_template
+from lora_llava.conversation.encode import Turn, encode_prompt, get_template
+from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.errors import DataError, ModelError
-from lora_llava.templates import TEMPLATES
 from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS, tiny_tokenizer
 
 TOKENS = (("bos_token", "<s>"), ("eos_token", "</s>"))
@@ -121,9 +121,9 @@ def test_k10_no_difference_no_word(tmp_path: Path) -> None:
 
 def test_k10_the_comparison_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from lora_llava.chat_template import template_difference as d;"
-        f"from lora_llava.templates import get_template as g; assert d(Path({str(written(tmp_path, LLAMA3))!r}), "
-        "g('chatml')); print('torch' in sys.modules)"
+        "import sys; from pathlib import Path; from lora_llava.conversation.templates import get_template as g;"
+        "from lora_llava.conversation.chat_template import template_difference as d;"
+        f"assert d(Path({str(written(tmp_path, LLAMA3))!r}), g('chatml')); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

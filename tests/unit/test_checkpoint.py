@@ -12,10 +12,10 @@ import pytest
 
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
-from lora_llava.files import STAGING, write_text
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.output import note_skipped, writing_named
-from lora_llava.training.checkpoint import (
+from lora_llava.system.files import STAGING, write_text
+from lora_llava.training.checkpoints.files import (
     MANIFEST,
     DamagedCheckpointError,
     Progress,

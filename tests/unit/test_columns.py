@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lora_llava.data.images import open_image
-from lora_llava.data.records import Record, load_records
-from lora_llava.data.stored import StoredBytes
+from lora_llava.data.images.read import open_image
+from lora_llava.data.load import Record, load_records
+from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 
 QA = {"image": "image", "question": "question", "answer": "answer"}
 MESSAGES = {"image": "image", "messages": "messages"}
@@ -286,9 +286,9 @@ def test_k25_a_cache_that_is_gone_is_named(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys
 from pathlib import Path
-from lora_llava.data.images import open_image
-from lora_llava.data.records import load_records
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.data.images.read import open_image
+from lora_llava.data.load import load_records
+from lora_llava.recipe.stages import DataSettings
 import datasets, pyarrow.parquet
 datasets.disable_progress_bars()
 def peak():

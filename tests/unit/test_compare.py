@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_llava.conversation import Turn
-from lora_llava.data.records import ImageSource, Record
-from lora_llava.evaluation.confusion import confusion
-from lora_llava.evaluation.metrics import Metric
+from lora_llava.conversation.encode import Turn
+from lora_llava.data.load import ImageSource, Record
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
 from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
-from lora_llava.progress import Bar
+from lora_llava.evaluation.scoring.confusion import confusion
+from lora_llava.evaluation.scoring.metrics import Metric
+from lora_llava.system.progress import Bar
 
 
 def question(image: str | None, answer: str = "yes", **extra: Any) -> Question:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_llava.conversation import (
+from lora_llava.conversation.encode import (
     IGNORE_INDEX,
     TEMPLATES,
     Encoded,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from lora_llava.device import peak_memory_bytes
+from lora_llava.system.device import peak_memory_bytes
 
-CHILD = "from lora_llava.device import peak_memory_bytes; print(peak_memory_bytes())"
+CHILD = "from lora_llava.system.device import peak_memory_bytes; print(peak_memory_bytes())"
 HELD = 3 * 2**29
 
 

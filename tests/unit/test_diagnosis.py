@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from lora_llava.training.diagnosis import (
+from lora_llava.training.checks.diagnosis import (
     LossTrend,
     Validation,
     diagnose,
     has_fallen,
     read_validations,
 )
-from lora_llava.training.watch import StageWatch
+from lora_llava.training.checks.monitor import StageWatch
 
 SAMPLES = (("red", "red"), ("yes", "no"), ("two", "two"))
 

@@ -15,12 +15,12 @@ from PIL import Image
 
 from lora_llava.cli import cli
 from lora_llava.modeling.base import drop_unused_layers
-from lora_llava.modeling.describe import read_config
+from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.stages import build_stage, parameter_table
 from lora_llava.modeling.structure import LANGUAGE_MODEL, PROJECTOR
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import load_recipe
-from lora_llava.training.memory import expected_memory, in_4_bits, planned_parameters
+from lora_llava.planning.memory import expected_memory, in_4_bits, planned_parameters
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.settings import Recipe
 from tests.helpers.tiny import tiny_llava
 
 WriteRecipe = Callable[..., Path]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.conversation import Turn, encode, get_template
+from lora_llava.conversation.encode import Turn, encode, get_template
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.packing import PlanItem
-from lora_llava.data.sources import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.errors import DataError
 from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS, tiny_tokenizer
 

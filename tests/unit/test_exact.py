@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.evaluation.exact import answer_tokens, exact_match, holds_answer
+from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match, holds_answer
 
 DIFFERENT = [
     ("", "A"), ("the", "A"), ("a an the", ""), ("", "the"), ("?", ""), ("...", "?"), ("-", "+"),

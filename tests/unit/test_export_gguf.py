@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.export import FORMATS, gguf, gguf_file
-from lora_llava.export.gguf_file import deinterleave, interleave
-from lora_llava.export.options import ExportOptions
+from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.modeling.assemble import save_processor
-from lora_llava.modeling.layout import WeightFiles
+from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export.gguf import file as gguf_file
+from lora_llava.shipping.export.gguf import model as gguf
+from lora_llava.shipping.export.gguf.file import deinterleave, interleave
+from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, tiny_config, tiny_tokenizer
 

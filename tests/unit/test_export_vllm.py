@@ -17,10 +17,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
 from lora_llava.errors import ArtifactError
-from lora_llava.export import FORMATS
-from lora_llava.export import vllm as vllm_export
-from lora_llava.export.options import ExportOptions
-from lora_llava.modeling.layout import WeightFiles
+from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export import vllm as vllm_export
+from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, logits, make_artifact, plain_peft
 from tests.helpers.tiny import tiny_llava
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 import lora_llava.training.feature_cache as feature_cache
-from lora_llava.data.batch import ImageTransform, PackedRows
-from lora_llava.data.sources import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.rows import ImageTransform, PackedRows
+from lora_llava.data.stage import cache_offer
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.structure import VISION_TOWER
 from lora_llava.training.feature_cache import use_features
-from lora_llava.training.plan import cache_offer
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 from tests.parity.test_packed import branches, build_model, error, gradients
 

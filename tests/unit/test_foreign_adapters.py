@@ -12,15 +12,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.artifact import WEIGHTS, load_artifact, read_manifest
-from lora_llava.chat_template import chat_template
-from lora_llava.conversation import get_template
+from lora_llava.artifact import load_artifact, read_manifest
+from lora_llava.conversation.chat_template import chat_template
+from lora_llava.conversation.encode import get_template
 from lora_llava.errors import ArtifactError
-from lora_llava.export.llava import export_llava
-from lora_llava.export.options import ExportOptions
-from lora_llava.imports import import_any
-from lora_llava.imports.options import ImportOptions
-from lora_llava.merge.run import merge_artifact
+from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.shipping.export.llava import export_llava
+from lora_llava.shipping.export.options import ExportOptions
+from lora_llava.shipping.importers import import_any
+from lora_llava.shipping.importers.options import ImportOptions
+from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import CPU, logits, plain_peft
 from tests.helpers.tiny import save_tiny_base
 

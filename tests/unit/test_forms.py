@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from lora_llava.data.records import Record, load_records
+from lora_llava.data.load import Record, load_records
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 from tests.helpers.faulty import encoded, scene
 
 QA = {"image": "image", "question": "question", "answer": "answer"}

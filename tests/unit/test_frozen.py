@@ -8,9 +8,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-import lora_llava.training.frozen as frozen_module
+import lora_llava.training.checks.frozen_weights as frozen_module
 from lora_llava.errors import TrainingError
-from lora_llava.training.frozen import FrozenWeights, checksum, chunk_sums
+from lora_llava.training.checks.frozen_weights import FrozenWeights, checksum, chunk_sums
 from tests.parity.test_packed import build_model
 
 Sum = Callable[[torch.Tensor], object]

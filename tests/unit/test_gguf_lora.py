@@ -10,10 +10,11 @@ import torch
 
 from lora_llava.artifact import load_model
 from lora_llava.errors import ArtifactError, RecipeError
-from lora_llava.export import FORMATS, gguf_lora
-from lora_llava.export.gguf_file import deinterleave
-from lora_llava.export.options import ExportOptions
-from lora_llava.merge.adapter import Adapter
+from lora_llava.formats.peft_adapter import Adapter
+from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export.gguf import lora as gguf_lora
+from lora_llava.shipping.export.gguf.file import deinterleave
+from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, make_artifact, save, train
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import IMAGE_SIZE

@@ -11,11 +11,11 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.export import gguf_tokenizer
-from lora_llava.export.gguf_tokenizer import has_space_prefix, tokenizer_fields
-from lora_llava.export.ollama import modelfile
-from lora_llava.templates import get_template
+from lora_llava.shipping.export.gguf import tokenizer as gguf_tokenizer
+from lora_llava.shipping.export.gguf.ollama import modelfile
+from lora_llava.shipping.export.gguf.tokenizer import has_space_prefix, tokenizer_fields
 from tests.helpers.tiny import tiny_tokenizer
 
 VICUNA = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding" / "tokenizer"

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from lora_llava.artifact import Manifest
-from lora_llava.data.grey import to_eight_bits
-from lora_llava.data.images import open_image
-from lora_llava.data.records import load_records
-from lora_llava.data.sources import ImageSource
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.data.images.grayscale import to_eight_bits
+from lora_llava.data.images.read import open_image
+from lora_llava.data.load import load_records
+from lora_llava.data.record import ImageSource
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import DataSettings
 
 SCAN = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
 """12 bits in 16, every one of them used."""

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_llava.data.images import MAX_BYTES, open_image, preprocess
-from lora_llava.data.parallel import in_processes
-from lora_llava.data.records import load_records
-from lora_llava.data.sources import MAX_CHARACTERS, ImageSource
+from lora_llava.data.images.read import MAX_BYTES, open_image, preprocess
+from lora_llava.data.load import load_records
+from lora_llava.data.record import MAX_CHARACTERS, ImageSource
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.processes import in_processes
 from tests.helpers.faulty import encoded, entry, scene
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_llava.data.batch import ImageTransform, PackedRows
 from lora_llava.data.packing import Row
-from lora_llava.training.image_check import MOST_CONVERSATIONS, MOST_IMAGES, make_image_check, sample_rows
+from lora_llava.data.rows import ImageTransform, PackedRows
+from lora_llava.training.checks.blind import MOST_CONVERSATIONS, MOST_IMAGES, make_image_check, sample_rows
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.steps import Pictures, made_rows, made_trainer, record
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_llava.data import images
-from lora_llava.data.images import mean_colour, open_image, preprocess
-from lora_llava.data.sources import ImageSource
+from lora_llava.data.images import read as images
+from lora_llava.data.images.read import mean_colour, open_image, preprocess
+from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -16,18 +16,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
-from lora_llava.artifact import WEIGHTS, load_artifact, load_model, read_manifest
+from lora_llava.artifact import load_artifact, load_model, read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError
-from lora_llava.export.llava import export_llava
-from lora_llava.export.options import ExportOptions
-from lora_llava.imports import import_any
-from lora_llava.imports.options import ImportOptions
-from lora_llava.merge.run import merge_artifact
-from lora_llava.modeling.describe import read_config
-from lora_llava.modeling.layout import WeightFiles, write_weights
-from lora_llava.modeling.names import EMBEDDINGS, HEAD
-from lora_llava.modeling.original import from_original_name
+from lora_llava.formats.llava_hf import WeightFiles, write_weights
+from lora_llava.formats.llava_original import from_original_name
+from lora_llava.formats.names import EMBEDDINGS, HEAD
+from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.modeling.metadata import read_config
+from lora_llava.shipping.export.llava import export_llava
+from lora_llava.shipping.export.options import ExportOptions
+from lora_llava.shipping.importers import import_any
+from lora_llava.shipping.importers.options import ImportOptions
+from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import CPU, logits, make_artifact
 from tests.helpers.tiny import save_tiny_base, tiny_tokenizer
 

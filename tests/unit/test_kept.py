@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_llava.training.kept import choose_kept, has_lost_patience
+from lora_llava.training.checkpoints.kept import choose_kept, has_lost_patience
 
 
 def history(*losses: float) -> list[dict[str, Any]]:

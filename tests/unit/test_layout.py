@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.errors import ModelError
-from lora_llava.merge.run import merge_artifact
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, meta_model, write_weights
+from lora_llava.formats.names import canonical_name, memory_name
 from lora_llava.modeling.assemble import assemble
-from lora_llava.modeling.base import meta_model
-from lora_llava.modeling.layout import WeightFiles, expected_shapes, write_weights
-from lora_llava.modeling.names import canonical_name, memory_name
-from lora_llava.recipe import BaseModelSettings
+from lora_llava.recipe.settings import BaseModelSettings
+from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.tiny import tiny_config
 from tests.unit.test_assemble import save_language_model, save_vision_tower

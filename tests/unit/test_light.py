@@ -16,13 +16,14 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerFast
 
-from lora_llava.modeling.base import drop_unused_layers, meta_model
-from lora_llava.modeling.describe import describe_base
+from lora_llava.data.stage import read_records
+from lora_llava.formats.llava_hf import meta_model
+from lora_llava.modeling.base import drop_unused_layers
+from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.stages import build_stage, parameter_table
-from lora_llava.modeling.structure import BF16, FP32, PROJECTOR, stage_parameters
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_file import load_recipe
-from lora_llava.training.plan import read_records
+from lora_llava.modeling.structure import BF16, FP32, PROJECTOR, image_tokens, stage_parameters
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.runs import write_data, write_recipe
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 
@@ -115,7 +116,7 @@ ASK = """
 import json, sys
 sys.modules["torch"] = None
 from transformers import AutoTokenizer
-from lora_llava.templates import tokenise
+from lora_llava.conversation.templates import tokenise
 for directory in sys.argv[2:]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = json.loads(sys.argv[1])
@@ -124,7 +125,7 @@ for directory in sys.argv[2:]:
 
 
 def test_k26_every_kind_of_tokenizer_gives_the_same_ids_without_torch(tmp_path: Path) -> None:
-    from lora_llava.templates import tokenise
+    from lora_llava.conversation.templates import tokenise
 
     directories = [VICUNA]
     for name, made in (("bytes", tiny_tokenizer()), ("metaspace", metaspace()), ("llama3", llama3())):
@@ -227,5 +228,6 @@ def test_k62_a_micro_batch_too_small_names_both_lengths(project: Path, args: lis
     assert done.returncode != 0
     assert "stages.instruct.tokens_per_micro_batch: is 20, but train.json, record" in said
     settings = load_recipe(project / recipe)
-    longest = read_records(settings.stage("instruct"), *describe_base(settings.base), settings.seed).longest
+    config, tokenizer = describe_base(settings.base)
+    longest = read_records(settings.stage("instruct"), tokenizer, settings.seed, **image_tokens(config)).longest
     assert f"{longest.where} has {longest.length} tokens" in said

@@ -13,22 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lora_llava.conversation import IGNORE_INDEX, Encoded
-from lora_llava.data.batch import build_row
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
 from lora_llava.data.packing import PlanItem
+from lora_llava.data.rows import build_row
 from lora_llava.data.sharing import sharing
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import BaseIdentity, load_base
-from lora_llava.modeling.describe import read_config
+from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import FLEX, TREES, PartRow
-from lora_llava.recipe import AdapterSettings, Recipe
-from lora_llava.recipe_stages import StageName
-from lora_llava.training.cost import Machine
-from lora_llava.training.memory import (
+from lora_llava.planning.memory import (
     CPU_HEAP,
     Recompute,
     activation_bytes,
@@ -36,7 +33,10 @@ from lora_llava.training.memory import (
     in_4_bits,
     planned_parameters,
 )
-from lora_llava.training.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory
+from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory
+from lora_llava.planning.speed import Machine
+from lora_llava.recipe.settings import AdapterSettings, Recipe
+from lora_llava.recipe.stages import StageName
 from tests.helpers.tiny import tiny_config
 
 STAGE: dict[str, Any] = {"data": {"path": "train.json"}}

@@ -14,17 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.artifact import MANIFEST, WEIGHTS, file_sha256, load_artifact
+from lora_llava.artifact import MANIFEST, file_sha256, load_artifact
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.merge import run as merge_run
-from lora_llava.merge.adapter import Adapter
-from lora_llava.merge.run import merge_artifact
-from lora_llava.merge.stream import through_nf4
+from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.formats.names import memory_name
+from lora_llava.formats.peft_adapter import WEIGHTS, Adapter
 from lora_llava.modeling.base import BaseIdentity, dequantize, hash_weights, load_base
-from lora_llava.modeling.describe import read_config
-from lora_llava.modeling.layout import WeightFiles
-from lora_llava.modeling.names import memory_name
+from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.stages import is_quantized
+from lora_llava.shipping.merge import run as merge_run
+from lora_llava.shipping.merge.run import merge_artifact
+from lora_llava.shipping.merge.stream import through_nf4
 from tests.helpers.artifacts import CPU, logits, make_artifact
 from tests.helpers.tiny import save_tiny_base
 
@@ -269,7 +269,7 @@ def test_what_a_killed_merge_leaves_is_no_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_llava.files.shutil.rmtree", lambda *_args, **_options: None)
+        patch.setattr("lora_llava.system.files.shutil.rmtree", lambda *_args, **_options: None)
         patch.setattr(merge_run, "write_config", kill)
         with pytest.raises(KeyboardInterrupt):
             merge_artifact(artifact, tmp_path / "merged")

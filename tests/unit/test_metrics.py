@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lora_llava.evaluation.exact import exact_match
-from lora_llava.evaluation.metrics import (
+from lora_llava.evaluation.scoring.exact_match import exact_match
+from lora_llava.evaluation.scoring.metrics import (
     Accuracy,
     accuracy_by_type,
     answer_groups,
@@ -18,7 +18,7 @@ from lora_llava.evaluation.metrics import (
     token_f1,
     wilson_interval,
 )
-from lora_llava.evaluation.vqa_v2 import normalize_answer, vqa_v2
+from lora_llava.evaluation.scoring.vqa_v2 import normalize_answer, vqa_v2
 
 # Worked out by hand from the published rules: processPunctuation, then processDigitArticle.
 GOLDEN = {
@@ -218,5 +218,5 @@ def test_a_difference_is_of_pairs() -> None:
 
 
 def test_metrics_need_no_torch() -> None:
-    code = "import sys, lora_llava.evaluation.metrics; sys.exit('torch' in sys.modules)"
+    code = "import sys, lora_llava.evaluation.scoring.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from lora_llava.cli import cli
-from lora_llava.preflight.run import preflight
-from lora_llava.preflight.setup import Setup
-from lora_llava.recipe_file import load_recipe
+from lora_llava.planning.preflight.run import preflight
+from lora_llava.planning.preflight.setup import Setup
+from lora_llava.recipe.file import load_recipe
 from tests.helpers.broken import BROKEN, COMMANDS, INSTRUCT, Project, artifact, command
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_llava.data.sources import ImageSource
-from lora_llava.preflight.disk import trained_weights
-from lora_llava.preflight.images import open_header
-from lora_llava.preflight.shapes import LlavaShape
-from lora_llava.recipe_file import load_recipe
-from lora_llava.training.memory import planned_parameters
+from lora_llava.data.record import ImageSource
+from lora_llava.planning.memory import planned_parameters
+from lora_llava.planning.preflight.disk import trained_weights
+from lora_llava.planning.preflight.images import open_header
+from lora_llava.planning.preflight.model.shapes import LlavaShape
+from lora_llava.recipe.file import load_recipe
 from tests.helpers.broken import COMMANDS, Project, command
 from tests.helpers.runs import picture
 from tests.helpers.tiny import tiny_config
@@ -40,7 +40,7 @@ def test_k16_every_image_of_the_run_is_opened_before_it(
     project: Project, name: str, decoded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not decoded:
-        monkeypatch.setattr("lora_llava.preflight.images._DECODED_BYTES", 0)
+        monkeypatch.setattr("lora_llava.planning.preflight.images._DECODED_BYTES", 0)
     bad_images(project)
     result = command(name, project, EVALUATION)
     assert result.exit_code == 2, result.output

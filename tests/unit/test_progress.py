@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lora_llava.data.stage import StepCounts
 from lora_llava.modeling.structure import PartRow
-from lora_llava.progress import Bar, counting, duration, hide, phase, show_on
-from lora_llava.table import Column, FittingTable
-from lora_llava.training.plan import StepCounts
-from lora_llava.training.progress import TrainLog
-from lora_llava.training.tables import parameter_table_view
+from lora_llava.planning.tables import parameter_table_view
+from lora_llava.system.progress import Bar, counting, duration, hide, phase, show_on
+from lora_llava.system.table import Column, FittingTable
+from lora_llava.training.log import TrainLog
 
 WIDTHS = (60, 80, 100, 120, 160)
 FIGURES = ["loss 12.3456", "lr 2.00e-04", "123.4 questions/s", "1234 supervised tokens/s", "gradients: a 1, b 2"]

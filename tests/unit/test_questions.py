@@ -10,7 +10,7 @@ import pytest
 
 from lora_llava.errors import DataError
 from lora_llava.evaluation.questions import QuestionSet, load_questions
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 
 
 def turns(*texts: str) -> list[dict[str, str]]:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_llava import quickstart
 from lora_llava.cli import cli
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import bundled_recipes
+from lora_llava.quickstart import run as quickstart
+from lora_llava.recipe.file import bundled_recipes
+from lora_llava.recipe.settings import Recipe
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava import quickstart_assets
 from lora_llava.errors import DataError
-from lora_llava.quickstart_assets import (
+from lora_llava.quickstart import assets as quickstart_assets
+from lora_llava.quickstart.assets import (
     COLOURS,
     EASY_VQA,
     GGUF,
@@ -27,7 +27,7 @@ from lora_llava.quickstart_assets import (
     true_words,
     write_easy_vqa,
 )
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 
 TRAIN: list[Question] = [
     ("what is the red shape?", "circle", 0),
@@ -148,7 +148,7 @@ def test_easy_vqa_becomes_llava_files(tmp_path: Path) -> None:
 
 
 def test_the_files_are_read_by_the_kit(tmp_path: Path) -> None:
-    from lora_llava.data.records import load_records
+    from lora_llava.data.load import load_records
 
     archive = tmp_path / "wheel.whl"
     build_wheel(archive, easy_vqa_members())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe_file import dump_resolved, load_recipe
+from lora_llava.recipe.file import dump_resolved, load_recipe
 
 MINIMAL = """\
 name: small

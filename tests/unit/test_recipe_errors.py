@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_base import settings_of
-from lora_llava.recipe_errors import allowed
-from lora_llava.recipe_file import load_recipe
-from lora_llava.recipe_names import _KEY_OF, _OTHER_WAY, _SAME, _TEXT_OF, all_keys
+from lora_llava.recipe.errors import allowed
+from lora_llava.recipe.fields import settings_of
+from lora_llava.recipe.file import load_recipe
+from lora_llava.recipe.names import _KEY_OF, _OTHER_WAY, _SAME, _TEXT_OF, all_keys
+from lora_llava.recipe.settings import Recipe
 
 STAGE = {"data": {"path": "data/train.json"}, "batch_size": 4, "learning_rate": 0.1}
 VALUES: tuple[Any, ...] = (

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import dump_resolved, load_recipe
-from lora_llava.recipe_start import unlike_the_start
+from lora_llava.recipe.file import dump_resolved, load_recipe
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.start import unlike_the_start
 
 FORM = {
     "r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,

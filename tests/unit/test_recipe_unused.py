@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe_file import bundled_recipes, dump_resolved, load_recipe, read_recipe
-from lora_llava.recipe_unused import unlike_the_model, unused_settings
+from lora_llava.recipe.file import bundled_recipes, dump_resolved, load_recipe, read_recipe
+from lora_llava.recipe.unused import unlike_the_model, unused_settings
 
 WHOLE = {"model_name_or_path": "some/llava"}
 PARTS = {"language_model": "some/lm", "vision_tower": "some/tower"}

@@ -10,7 +10,7 @@ import pytest
 
 import lora_llava
 from lora_llava.cli import cli
-from lora_llava.recipe_file import bundled_recipes, load_recipe
+from lora_llava.recipe.file import bundled_recipes, load_recipe
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -27,8 +27,8 @@ def test_every_recipe_of_the_repository_ships() -> None:
     assert set(bundled_recipes()) == NAMES
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    assert setup["options.package_data"]["lora_llava.recipes"] == "*.yaml"
-    assert (Path(lora_llava.__file__).parent / "recipes/__init__.py").is_file()
+    assert "assets/*/*" in setup["options.package_data"]["lora_llava"]
+    assert (Path(lora_llava.__file__).parent / "assets/recipes").samefile(ROOT / "recipes")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

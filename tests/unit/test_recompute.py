@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lora_llava.modeling.recompute as recompute
-from lora_llava.data.batch import Batch, build_row
+from lora_llava.data.rows import Batch, build_row
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import TREES
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import GradientCheckpointing
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import GradientCheckpointing
 from tests.helpers.tiny import IMAGE_SIZE, tiny_config, tiny_llava
 from tests.parity.test_packed import branches, gradients
 

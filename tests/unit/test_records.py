@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.records import Record, fingerprint, load_records, load_split, merge_turns
+from lora_llava.data.load import Record, fingerprint, load_records, load_split, merge_turns
 from lora_llava.errors import DataError
-from lora_llava.recipe_stages import DataSettings
+from lora_llava.recipe.stages import DataSettings
 
 
 def entry(**changes: Any) -> dict[str, Any]:

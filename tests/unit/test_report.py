@@ -12,9 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.evaluation.confusion import Confusion
 from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet, plot_loss, smoothed
-from lora_llava.evaluation.metrics import accuracy_by_type, accuracy_by_value
 from lora_llava.evaluation.report import (
     accuracy_markdown,
     accuracy_rows,
@@ -24,6 +22,8 @@ from lora_llava.evaluation.report import (
     value_table,
     write_predictions,
 )
+from lora_llava.evaluation.scoring.confusion import Confusion
+from lora_llava.evaluation.scoring.metrics import accuracy_by_type, accuracy_by_value
 
 ANSWERS = ["yes", "no", "2", "left lung"]
 RESULTS = {

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from lora_llava.errors import TrainingError
-from lora_llava.files import STAGING
-from lora_llava.recipe import Recipe
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, restore, restore_around
 from lora_llava.run_directory.lock import locked
 from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.run_directory.written import EXCHANGE, STATE
+from lora_llava.system.files import STAGING
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run, stop_at
 from tests.helpers.disk import Disk, full, read_only
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lora_llava.recipe_stages import AlignSettings, DataSettings, InstructSettings
-from lora_llava.training.schedule import (
+from lora_llava.recipe.schedule import (
     MIN_AUTO_STEPS,
     PROPOSED_STEPS,
     count_warmup_steps,
@@ -22,6 +21,7 @@ from lora_llava.training.schedule import (
     stage_length,
     validation_line,
 )
+from lora_llava.recipe.stages import AlignSettings, DataSettings, InstructSettings
 from tests.helpers.steps import made_rows, made_trainer
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-import lora_llava.data.batch as batch_module
+import lora_llava.data.rows as batch_module
 import lora_llava.modeling.attention as attention_module
-from lora_llava.conversation import Turn
-from lora_llava.data.batch import Batch, ImageTransform, PackedRows, build_row
+from lora_llava.conversation.encode import Turn
+from lora_llava.data.load import ImageSource, Record
 from lora_llava.data.packing import Row
-from lora_llava.data.records import ImageSource, Record
+from lora_llava.data.rows import Batch, ImageTransform, PackedRows, build_row
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import additive_mask
-from lora_llava.training.self_check import check_first_row
+from lora_llava.training.checks.first_row import check_first_row
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 from tests.parity.test_packed import branches, build_model, conversation
 

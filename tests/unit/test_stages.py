@@ -16,8 +16,8 @@ from lora_llava.errors import ModelError
 from lora_llava.modeling.base import BaseIdentity, load_base
 from lora_llava.modeling.stages import build_stage, check_stage, is_quantized, parameter_table, target_pattern
 from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER, PartRow, part_of
-from lora_llava.recipe import AdapterSettings
-from lora_llava.recipe_stages import StageName
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import StageName
 from tests.helpers.tiny import tiny_config, tiny_llava
 
 R = 4

@@ -17,12 +17,12 @@ from rich.console import Console
 from lora_llava.cli import cli
 from lora_llava.doctor.report import Report, write_report
 from lora_llava.errors import ArtifactError, DataError, TrainingError
-from lora_llava.files import STAGING, clear_stale, refuse_existing, staged, staging_in
-from lora_llava.quickstart import place_recipe
-from lora_llava.recipe import Recipe
-from lora_llava.recipe_file import bundled_recipes
+from lora_llava.quickstart.run import place_recipe
+from lora_llava.recipe.file import bundled_recipes
+from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.lock import LOCK
 from lora_llava.run_directory.written import STATE
+from lora_llava.system.files import STAGING, clear_stale, refuse_existing, staged, staging_in
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run, stop_at
 
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from lora_llava.cli import cli
 from lora_llava.cli.console import PlainConsole
-from lora_llava.text import printable, printable_lines
-from lora_llava.training.progress import TrainLog, sample_line
+from lora_llava.system.text import printable, printable_lines
+from lora_llava.training.log import TrainLog, sample_line
 from tests.helpers.faulty import encoded, entry, scene, sound_data, write_recipe
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31m[red]x[/red] :smile:\u202e\x9b2J"
@@ -121,7 +121,7 @@ def test_k29_text_is_cut_and_written_out() -> None:
 SCRIPT = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-import lora_llava.workflow, lora_llava.merge.run, lora_llava.export
+import lora_llava.training.run, lora_llava.shipping.merge.run, lora_llava.shipping.export
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("something else")
 logging.getLogger("mine").warning("my own")
 """
@@ -134,9 +134,9 @@ def test_k30_a_script_that_imports_the_kit_sees_its_own_lines_alone() -> None:
 
 
 def test_k30_with_debug_the_lines_of_libraries_are_shown() -> None:
-    from lora_llava.quiet import ADVICE, hold_back_advice, show_advice
+    from lora_llava.system.quiet import ADVICE, hold_back_advice, show_advice
 
-    code = "import logging, sys; from lora_llava.quiet import show_advice; show_advice(); "
+    code = "import logging, sys; from lora_llava.system.quiet import show_advice; show_advice(); "
     code += "logging.basicConfig(stream=sys.stdout); import bitsandbytes"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "kernels-community" in result.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_llava.text import counted, listed, printable
+from lora_llava.system.text import counted, listed, printable
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_llava.errors import TrainingError
-from lora_llava.training.state import (
+from lora_llava.training.checkpoints.state import (
     load_optimizer,
     load_random_state,
     load_scheduler,

@@ -8,15 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-import lora_llava.training.trial as trial
-from lora_llava.data.batch import Batch
+import lora_llava.training.checks.longest_row as trial
 from lora_llava.data.packing import PlanItem
+from lora_llava.data.rows import Batch
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX, TREES
-from lora_llava.training.cost import Machine
-from lora_llava.training.memory_plan import StageShapes, plan_memory
+from lora_llava.planning.memory_plan import StageShapes, plan_memory
+from lora_llava.planning.speed import Machine
 from tests.parity.test_packed import branches, build_model, row_of
 from tests.unit.test_memory_plan import GIB, llava_7b, recipe, table_of
 

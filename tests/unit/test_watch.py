@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_llava.training.plan import StepCounts
-from lora_llava.training.watch import StageWatch, projector_norms
+from lora_llava.data.stage import StepCounts
+from lora_llava.training.checks.monitor import StageWatch, projector_norms
 from tests.helpers.steps import made_rows, made_trainer
 from tests.parity.test_packed import build_model
 

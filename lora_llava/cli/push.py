@@ -1,0 +1,73 @@
+"""The command that publishes: push."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_llava.cli.common import make_console, quiet_libraries
+from lora_llava.system.text import printable_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_llava.shipping.hub.push import Prepared
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", metavar="ARTIFACT_OR_MODEL", type=_PATH)
+@click.argument("repo_id")
+@click.option("--private/--public", "private", default=True, show_default=True, help="Who may see a new repository.")
+@click.option("--run", type=_PATH, help="Directory of its run, for results and pictures [that of the artifact].")
+@click.option("--samples/--no-samples", default=True, show_default=True, help="Upload samples.png, with test images.")
+@click.option("--dry-run", is_flag=True, help="Show files and card; send nothing.")
+def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bool, dry_run: bool) -> None:
+    """Publish an artifact or a model on the Hugging Face Hub as REPO_ID (NAMESPACE/NAME).
+
+    Uploads a listed set of files in one commit, with a model card made from the run, unless there is a README.md
+    beside the weights. Pushing again sends only what has changed.
+    """
+    # Before the libraries are made quiet: an upload of many minutes keeps its bars on a terminal.
+    import huggingface_hub.hf_api  # noqa: F401 - brings tqdm
+
+    quiet_libraries()
+    from lora_llava.shipping.hub.push import prepare
+    from lora_llava.shipping.hub.push import push as push_prepared
+
+    console = make_console()
+    if console.is_terminal:
+        from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # their way to export
+
+        enable_progress_bars()
+    prepared = prepare(model, repo_id, run=run, samples=samples)
+    _show_files(prepared, console)
+    if dry_run:
+        console.print(f"\ndry run: nothing was sent. The card, {'README.md as it is' * prepared.own_card or 'made'}:\n")
+        # Piped to a file it is the card as it is.
+        click.echo(printable_lines(prepared.card) if sys.stdout.isatty() else prepared.card)
+        return
+    for line in push_prepared(prepared, public=not private):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _show_files(prepared: Prepared, console: Console) -> None:
+    """Show what goes up and what does not."""
+    from rich.table import Table
+
+    table = Table(title=f"To {prepared.repo_id}", title_justify="left")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("")
+    for file in prepared.files:
+        table.add_row(file.name, f"{file.size:,}", "without this machine's paths" if file.changed else "")
+    console.print(table)
+    lines = [f"left out: {', '.join(prepared.left_out)}"] if prepared.left_out else []
+    if prepared.needs_local_base:
+        lines.append("the base is a directory of this machine: others need it too; or merge first, and push that")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)

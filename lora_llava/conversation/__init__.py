@@ -1,0 +1,1 @@
+"""Turns of a conversation as token ids and labels; templates, and where an answer ends."""

@@ -1,0 +1,294 @@
+"""Chat templates in Jinja: those of the kit written out, and a model's own one read, rendered and recognized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, Turn, check_turns
+from lora_llava.conversation.templates import TEMPLATES, Template
+from lora_llava.errors import DataError, ModelError
+
+_JINJA = """\
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else SYSTEM -%}
+{%- if system is not string -%}{%- set system = system[0]['text'] -%}{%- endif -%}
+{%- if system -%}{{ SYSTEM_PREFIX + system + SYSTEM_SUFFIX }}{%- endif -%}
+{%- for message in messages if message['role'] != 'system' -%}
+{%- set seen = namespace(image=false, text='') -%}
+{%- if message['content'] is string -%}
+{%- set seen.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}{%- set seen.text = seen.text + part['text'] -%}
+{%- else -%}{%- set seen.image = true -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{{- '' if loop.first else SEPARATOR -}}{{- USER_PREFIX -}}
+{%- if seen.image or IMAGE in seen.text -%}
+{%- set words = seen.text.replace(IMAGE, '').strip() -%}
+{{- IMAGE -}}{%- if words and not CAPTION_ONLY -%}{{ '\\n' + words }}{%- endif -%}
+{%- elif not CAPTION_ONLY -%}{{ seen.text }}{%- endif -%}
+{{- ASSISTANT_PREFIX -}}
+{%- else -%}
+{% generation %}{{ ANSWER_SPACE + seen.text + END }}{% endgeneration %}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+TEMPLATE_FILE = "chat_template.jinja"
+_QUESTION, _SECOND, _ANSWER = "Is it 4 or 5?", "And where?", "xyz4"
+_WITH_IMAGE = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{_QUESTION}"),)
+_TEXT_ONLY = (Turn("user", _QUESTION),)
+_ANSWERED = (*_TEXT_ONLY, Turn("assistant", _ANSWER))
+_TWO_TURNS = (*_WITH_IMAGE, Turn("assistant", _ANSWER), Turn("user", _SECOND))
+_SHOWN = 70
+"""Characters of a rendered prompt that a message shows."""
+
+
+def chat_template(template: Template, eos_token: str, image: str = IMAGE_PLACEHOLDER) -> str:
+    """Write `template` in Jinja: as text, what `encode` makes tokens of, without the BOS that the tokenizer adds.
+
+    A system message replaces the template's. `add_generation_prompt` makes no difference: the answer's start
+    follows the question. `image` is what stands for an image.
+    """
+    prefix = template.assistant_prefix.rstrip(" ")
+    values = {
+        "SYSTEM": template.system,
+        "SYSTEM_PREFIX": template.system_prefix,
+        "SYSTEM_SUFFIX": template.system_suffix,
+        "SEPARATOR": template.separator,
+        "USER_PREFIX": template.user_prefix,
+        "IMAGE": image,
+        "CAPTION_ONLY": template.caption_only,
+        "ASSISTANT_PREFIX": prefix,
+        "ANSWER_SPACE": template.assistant_prefix[len(prefix) :],
+        "END": eos_token if template.end is None else template.end,
+    }
+    names = "\n".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items())
+    return f"{names}\n{_JINJA}"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTemplate:
+    """A model's own chat template in Jinja, with the special tokens that it may name."""
+
+    jinja: str
+    tokens: tuple[tuple[str, str], ...] = ()
+    """`bos_token`, `eos_token`, ... and their text."""
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """Write turns as text, up to where the answer begins if the user has the last word.
+
+        Rendered in the sandbox of transformers. Raises ModelError if the template fails.
+        """
+        return _render(self, turns, as_parts=_takes_parts(self))
+
+
+def read_own_template(directory: Path) -> OwnTemplate | None:
+    """Read the chat template that lies beside a model; None if there is none."""
+    tokenizer = read_json(directory / "tokenizer_config.json")
+    named = {**read_json(directory / "special_tokens_map.json"), **tokenizer}
+    tokens = {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in named.items()
+        if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value
+    }
+    file = directory / TEMPLATE_FILE
+    jinja: Any = file.read_text(encoding="utf-8") if file.is_file() else None
+    for name in ("chat_template.json", "processor_config.json"):
+        jinja = jinja or read_json(directory / name).get("chat_template")
+    jinja = jinja or tokenizer.get("chat_template")
+    if isinstance(jinja, list):
+        # Several under names, as a list of {name, template}.
+        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
+    return OwnTemplate(jinja, tuple(sorted(tokens.items()))) if isinstance(jinja, str) and jinja.strip() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model; empty if it is missing or holds no mapping. Raises ModelError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is damaged ({error}); take it from its source again") from error
+    return data if isinstance(data, dict) else {}
+
+
+def recognize(own: OwnTemplate) -> Template | None:
+    """Return the template of the kit that writes the same as a model's own one; None if none does."""
+    eos_token = dict(own.tokens).get("eos_token", "")
+    try:
+        opened, closed = _bare(own, _TEXT_ONLY), _bare(own, _ANSWERED)
+        for known in TEMPLATES.values():
+            template = _with_system_of(known, opened, eos_token)
+            ours = OwnTemplate(chat_template(template, eos_token))
+            # After the last answer, many templates write what stands before the next turn.
+            if closed.removesuffix(template.separator) == _bare(ours, _ANSWERED) and all(
+                _bare(own, turns) == _bare(ours, turns) for turns in (_TEXT_ONLY, _WITH_IMAGE, _TWO_TURNS)
+            ):
+                return template
+    except ModelError:
+        return None
+    return None
+
+
+def recognize_question(own: OwnTemplate) -> Template | None:
+    """Return the template of the kit that asks a first question as a model's own one; None if none does.
+
+    Its later turns may differ: llava-hf's own template ends an answer with a space, `vicuna_v1` with the end token.
+    """
+    eos_token = dict(own.tokens).get("eos_token", "")
+    try:
+        opened = _bare(own, _TEXT_ONLY)
+        for known in TEMPLATES.values():
+            template = _with_system_of(known, opened, eos_token)
+            ours = OwnTemplate(chat_template(template, eos_token))
+            if not known.caption_only and all(_bare(own, one) == _bare(ours, one) for one in (_TEXT_ONLY, _WITH_IMAGE)):
+                return template
+    except ModelError:
+        return None
+    return None
+
+
+def _with_system_of(known: Template, opened: str, eos_token: str) -> Template:
+    """Return a template of the kit with the system text that a prompt without an image begins with."""
+    bare = replace(known, system="")
+    head = opened.removesuffix(_bare(OwnTemplate(chat_template(bare, eos_token)), _TEXT_ONLY))
+    system = head.removeprefix(known.system_prefix).removesuffix(known.system_suffix)
+    return bare if known.caption_only else replace(known, system=system)
+
+
+def template_difference(directory: Path, template: Template) -> str | None:
+    """Say how the chat template beside a base, or a language model, differs from the one it is to be trained in.
+
+    `directory` needs no weights: its tokenizer and processor files are read. None if they write the same, the base
+    has no chat template, or `template` is for captions only, which no chat template is.
+    """
+    own = None if template.caption_only else read_own_template(directory)
+    if own is None:
+        return None
+    eos_token = dict(own.tokens).get("eos_token", "")
+    start = f"the base's own chat template differs from the recipe's template {template.name}"
+    try:
+        theirs = _bare(own, _TEXT_ONLY)
+        known = recognize(own)
+        same_turns = known if known and known.name == template.name else _with_system_of(template, theirs, eos_token)
+        ours, reworded = (
+            _bare(OwnTemplate(chat_template(one, eos_token)), _TEXT_ONLY) for one in (template, same_turns)
+        )
+    except ModelError as error:
+        return f"the base's own chat template was not compared with {template.name}: {error}"
+    if known == template:
+        return None
+    if theirs == reworded != ours:
+        return (
+            f"{start} in its system text: {_quoted(same_turns.system)} there, {_quoted(template.system)} in the "
+            f"recipe; to train with the base's, set system: {json.dumps(same_turns.system)}"
+        )
+    if known is not None:
+        system = "" if known == TEMPLATES[known.name] else f" and system: {json.dumps(known.system)}"
+        return f"{start}: it is {known.name}; to train in the base's own form, set template: {known.name}{system}"
+    if theirs == ours:
+        return f"{start} after the first question; the model is trained and asked in {template.name}"
+    shown = f"{start}: it writes {_quoted(theirs)}, {template.name} writes {_quoted(ours)}"
+    return f"{shown}; the base must learn the new form from your data"
+
+
+def _quoted(text: str) -> str:
+    """Quote a prompt or system text, its middle left out where it is long."""
+    half = _SHOWN // 2
+    return json.dumps(text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}", ensure_ascii=False)
+
+
+def encode_own(
+    turns: Sequence[Turn],
+    own: OwnTemplate,
+    tokenizer: Any,
+    *,
+    image_token_id: int,
+    num_image_tokens: int,
+    where: str,
+) -> Encoded:
+    """Encode turns that end with the user's in a model's own template, as its processor in transformers does.
+
+    Raises DataError naming `where` for turns out of order, and for text that holds a special token, which this
+    template would take for its own; ModelError if the template fails or has no room for an image.
+    """
+    check_turns(turns, "user", where)
+    for token in tokenizer.added_tokens_encoder:
+        if token != IMAGE_PLACEHOLDER and any(token in turn.text for turn in turns):
+            raise DataError(f"{where}: the text holds the special token {token}; remove it or the record")
+    text = own.render(turns)
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids: list[int] = []
+    image_end = 0
+    for token in tokenizer([text], add_special_tokens=not has_bos)["input_ids"][0]:
+        ids += [token] * (num_image_tokens if token == image_token_id else 1)
+        image_end = len(ids) if token == image_token_id and not image_end else image_end
+    images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if ids.count(image_token_id) != images * num_image_tokens:
+        raise ModelError(f"{where}: the model's own chat template has no place for an image; give one with --template")
+    prefix = image_end if IMAGE_PLACEHOLDER in turns[0].text else 0
+    return Encoded(ids, [IGNORE_INDEX] * len(ids), prefix)
+
+
+def own_end(own: OwnTemplate) -> str:
+    """Return what a model's own template writes after an answer, without space around it; empty if it is nothing."""
+    return own.render(_ANSWERED).rpartition(_ANSWER)[2].strip()
+
+
+def _bare(own: OwnTemplate, turns: Sequence[Turn]) -> str:
+    """Render without the BOS, which the kit leaves to the tokenizer, and the spaces that an answer brings along."""
+    return own.render(turns).removeprefix(dict(own.tokens).get("bos_token", "")).rstrip(" ")
+
+
+@lru_cache(maxsize=32)
+def _takes_parts(own: OwnTemplate) -> bool:
+    """Tell whether a template writes the image of a content in parts; those of language models take a text alone."""
+    try:
+        text = _render(own, _WITH_IMAGE, as_parts=True)
+    except ModelError:
+        return False
+    return text.count(IMAGE_PLACEHOLDER) == 1 and _QUESTION in text and "'type'" not in text
+
+
+def _render(own: OwnTemplate, turns: Sequence[Turn], *, as_parts: bool) -> str:
+    # Late: transformers takes half a second, without torch.
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": turn.role, "content": _parts(turn.text) if as_parts else turn.text} for turn in turns]
+    try:
+        rendered, _ = render_jinja_template(
+            [messages],
+            chat_template=own.jinja,
+            add_generation_prompt=turns[-1].role == "user",
+            **dict(own.tokens),
+        )
+    # Whatever the code of a template can raise.
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"the model's own chat template cannot be used: {reason}") from error
+    return str(rendered[0])
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Split a text with an image into the parts that processors of transformers take."""
+    if IMAGE_PLACEHOLDER not in text:
+        return [{"type": "text", "text": text}]
+    words = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]

@@ -1,0 +1,1 @@
+"""Images of records: opened, checked, preprocessed."""

@@ -1,0 +1,158 @@
+"""Images: opened safely, turned into what the vision tower saw when LLaVA-1.5 was trained."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lora_llava.data.images.grayscale import Window, to_eight_bits
+from lora_llava.data.record import ImageSource
+from lora_llava.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""Decoders that may see a file; the file's name does not matter."""
+MAX_PIXELS = 64_000_000
+"""Most pixels of an image, by its header; checked before anything is decoded."""
+MAX_BYTES = 512 * 2**20
+"""Largest image file; MAX_PIXELS of 16 bits a channel take less, however badly packed."""
+BAD = "bad_image"
+"""Kind of the errors of this module."""
+
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of more than 8 bits a pixel; of deep colour images it keeps the upper 8 bits."""
+_RESCALE = 1 / 255
+
+
+def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image as RGB, upright as its EXIF data says; of an animation, the first frame.
+
+    Grey of more than 8 bits becomes 8 bits by `source.window`, see `to_eight_bits`.
+    Raises DataError naming the image if it is missing, of another format, larger than `max_pixels`, or broken.
+    """
+    return decode_image(read_image(source), source.name, max_pixels=max_pixels, window=source.window)
+
+
+def read_image(source: ImageSource) -> bytes:
+    """Read the bytes of an image; DataError naming it if there are none, or too many."""
+    name = source.name
+    try:
+        if source.path is not None and (size := source.path.stat().st_size) > MAX_BYTES:
+            raise DataError(f"{name}: {size:,} bytes, at most {MAX_BYTES:,} are read; make it smaller", BAD)
+        data = source.embedded() if source.path is None else source.path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{name}: the image cannot be read: {error.strerror}; restore it or remove its records", BAD
+        ) from None
+    if not data:
+        raise DataError(f"{name}: the image is empty; restore it or remove its records", BAD)
+    return data
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, window: Window | None = None) -> Image.Image:
+    """Decode the bytes of an image as `open_image` does; `name` begins its messages."""
+    try:
+        # Pillow's own bound is checked below, with ours; its other warnings are about metadata.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _decode(image, name, max_pixels, window)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", BAD) from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: far more than {max_pixels:,} pixels; make it smaller", BAD) from None
+    except Exception as error:  # noqa: BLE001 - a decoder given broken bytes raises anything
+        # Its text stays out of the message: it has been seen to hold memory addresses.
+        raise DataError(
+            f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or remove its records",
+            BAD,
+        ) from None
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int, window: Window | None) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name}: {width:,} x {height:,} pixels, at most {max_pixels:,} are allowed; make it smaller", BAD
+        )
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in DEEP_GREY:
+        # convert("RGB") would clip every value above 255 to white.
+        return Image.fromarray(to_eight_bits(np.asarray(upright), window)).convert("RGB")
+    return upright.convert("RGB")
+
+
+def preprocess(
+    image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], aspect_ratio: str
+) -> torch.Tensor:
+    """Turn an RGB image into `pixel_values` (3, size, size) fp32, normalised by `mean` and `std` of each channel.
+
+    `pad` centres it on a square of the mean colour first, as LLaVA-1.5's second stage does; `square` scales its
+    shorter side to `size` and cuts out the centre, as its first stage and CLIP do. Raises ValueError for others.
+    """
+    if aspect_ratio == "pad":
+        resized = _pad_to_square(image, size, mean).resize((size, size), Image.Resampling.BICUBIC)
+    elif aspect_ratio == "square":
+        resized = _resize_and_crop(image, size)
+    else:
+        raise ValueError(f"aspect_ratio is {aspect_ratio!r}, must be 'pad' or 'square'")
+    # Imported here: the processes that only decode images do without it.
+    import torch
+
+    # The order and types of CLIP's processor: rescaled in double precision, normalised in single.
+    pixels = (np.asarray(resized).astype(np.float64) * _RESCALE).astype(np.float32)
+    normalised = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+
+
+def mean_colour(size: int, mean: Sequence[float]) -> Image.Image:
+    """Make an image (size, size) that shows nothing: the mean colour, which padding has too."""
+    return Image.new("RGB", (size, size), _colour(mean))
+
+
+def _colour(mean: Sequence[float]) -> tuple[int, ...]:
+    return tuple(int(channel * 255) for channel in mean)
+
+
+def _pad_to_square(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
+    """LLaVA's `expand2square`.
+
+    Known deviation: where the square would exceed MAX_PIXELS, the image is made smaller before, not after.
+    """
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    if side * side > MAX_PIXELS:
+        scale = 8 * size / side
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        side = max(width, height)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side), _colour(mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """CLIP's resize of the shorter side to `size`, and centre crop."""
+    width, height = image.size
+    new_long = int(size * max(width, height) / min(width, height))
+    new_width, new_height = (size, new_long) if width <= height else (new_long, size)
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    if new_width * new_height > MAX_PIXELS:
+        # Only what the crop keeps: a line of 60,000 pixels would otherwise grow to 20 million by 336.
+        across, down = width / new_width, height / new_height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))

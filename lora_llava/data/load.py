@@ -1,0 +1,232 @@
+"""Data files and data sets as records, and their split into training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.bad_records import BadRecord, BadRecords
+from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.sources.columns import load_columns
+from lora_llava.data.sources.llava_json import load_llava_json
+from lora_llava.errors import DataError
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.processes import in_processes
+from lora_llava.system.text import counted
+
+__all__ = ["ImageSource", "Record", "fingerprint", "load_records", "load_split", "merge_turns", "read_source"]
+
+CheckRecord = Callable[[Record], object]
+"""Raises DataError for a record that cannot be used."""
+
+
+def load_records(
+    data: DataSettings,
+    skipped: list[BadRecord] | None = None,
+    check: CheckRecord | None = None,
+    *,
+    extra: bool = False,
+) -> list[Record]:
+    """Read all records that can be used, in their order; images are looked up, not opened.
+
+    `extra`: keep the data's own keys or columns too, for an evaluation.
+
+    With `on_bad_record: skip` images are opened and records given to `check` now, and those that cannot be used are
+    added to `skipped`: what a run is planned over must not change any more. Raises DataError naming file, record
+    and field.
+    """
+    bad = BadRecords.by_settings(data)
+    records = read_source(data, bad, extra=extra)
+    if bad.collects:
+        records = _drop_unusable(records, check, bad)
+        if skipped is not None:
+            skipped += sorted(bad.found, key=lambda one: one.record)
+    if not records:
+        raise DataError(f"{data.path}: holds no records; correct path or split")
+    return records
+
+
+def read_source(data: DataSettings, bad: BadRecords, *, extra: bool = False) -> list[Record]:
+    """Read the records of one source; what `bad` takes is left out. Images are looked up, not opened.
+
+    `extra`: keep the data's own keys or columns too.
+    """
+    if data.answer_prompt and IMAGE_PLACEHOLDER in data.answer_prompt:
+        raise DataError(f"answer_prompt: must not contain {IMAGE_PLACEHOLDER}; remove it")
+    root = None if data.image_root is None else Path(data.image_root)
+    if data.columns is not None:
+        return load_columns(data, data.columns, root, bad, extra=extra)
+    return load_llava_json(data, root, bad, extra=extra)
+
+
+def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRecords) -> list[Record]:
+    """Keep the records that pass `check` and whose image can be opened; each image is opened once."""
+    usable = []
+    for record in records:
+        try:
+            if check is not None:
+                check(record)
+            usable.append(record)
+        except DataError as error:
+            bad.add_record(record, error)
+    problems = _image_problems(usable)
+    for record in usable:
+        if record.image is not None and (problem := problems.get(record.image.key)) is not None:
+            bad.add_record(record, problem)
+    return [record for record in usable if record.image is None or record.image.key not in problems]
+
+
+def _image_problems(records: Iterable[Record]) -> dict[str, DataError]:
+    """Open every image once; returns what is wrong, by the key of the image."""
+    sources = {record.image.key: record.image for record in records if record.image is not None}
+    found = in_processes(_image_problem, list(sources.values()), died=image_kills_its_reader, label="images")
+    return {key: error for key, error in zip(sources, found, strict=True) if error is not None}
+
+
+def _image_problem(source: ImageSource) -> DataError | None:
+    # Imported here: reading records must not wait for it.
+    from lora_llava.data.images.read import open_image
+
+    try:
+        open_image(source)
+    except DataError as error:
+        return error
+    return None
+
+
+def image_kills_its_reader(source: ImageSource) -> DataError:
+    """Say of an image that its decoder ended the whole process."""
+    return DataError(
+        f"{source.name}: reading the image ended the process; take it out, and treat it as hostile", "bad_image"
+    )
+
+
+def load_split(
+    data: DataSettings, seed: int, skipped: list[BadRecord] | None = None, check: CheckRecord | None = None
+) -> tuple[list[Record], list[Record]]:
+    """Read training and validation records, see `load_records`; the latter are empty if the settings ask for none.
+
+    A share is drawn by image and group: none of them is on both sides. Raises DataError.
+    """
+    records = load_records(data, skipped, check)
+    held_out = held_out_source(data)
+    if held_out is not None:
+        train, validation = records, load_records(held_out, skipped, check)
+    else:
+        train, validation = split_records(data, records, seed)
+    return (merge_turns(train, data.merge_turns) if data.merge_turns else train), validation
+
+
+def held_out_source(data: DataSettings) -> DataSettings | None:
+    """Return the settings by which validation data of their own are read; None if there are none."""
+    if data.validation is None or data.validation.path is None:
+        return None
+    update = {"path": data.validation.path, "exclude": data.validation.exclude, "validation": None, "max_records": None}
+    return data.model_copy(update=update)
+
+
+def split_records(data: DataSettings, records: list[Record], seed: int) -> tuple[list[Record], list[Record]]:
+    """Draw the validation share of the settings, if they ask for one, from `records`; returns both sides."""
+    if data.validation is None or data.validation.share is None:
+        return records, []
+    chosen = _draw(records, data.validation.share, seed, data.path)
+    return (
+        [record for index, record in enumerate(records) if index not in chosen],
+        [record for index, record in enumerate(records) if index in chosen],
+    )
+
+
+def merge_turns(records: Iterable[Record], most: int) -> list[Record]:
+    """Make one conversation of consecutive questions about an image, at most `most` of them in each.
+
+    So LLaVA-1.5's training data was made (arXiv 2310.03744, section 3.3). The order is kept, a conversation stands
+    where its first record stood; a record is never cut, and text-only records stay as they are.
+    """
+    merged: list[list[Record]] = []
+    counts: list[int] = []
+    open_at: dict[str, int] = {}
+    for record in records:
+        questions = len(record.turns) // 2
+        place = None if record.image is None else open_at.get(record.image.key)
+        if place is not None and counts[place] + questions <= most:
+            merged[place].append(record)
+            counts[place] += questions
+            continue
+        if record.image is not None:
+            open_at[record.image.key] = len(merged)
+        merged.append([record])
+        counts.append(questions)
+    return [_joined(group) for group in merged]
+
+
+def _joined(records: list[Record]) -> Record:
+    """Put records about one image in a row; the image is shown in the first."""
+    first, *others = records
+    if not others:
+        return first
+    turns = list(first.turns)
+    for other in others:
+        turns += (Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, "").strip()) for turn in other.turns)
+    where = f"{first.where} and {len(others)} more about its image"
+    return Record(first.id, first.image, tuple(turns), where, first.number, first.group)
+
+
+def _draw(records: list[Record], share: float, seed: int, name: str) -> set[int]:
+    """Choose validation records, at least one and never all: whole images and groups, other records one by one."""
+    units = _units(records)
+    if len(units) < 2:
+        raise DataError(
+            f"{name}: validation.share: {counted(len(records), 'record')} of one image, or of one group, so none "
+            "can be held out; give validation.path"
+        )
+    wanted = min(max(1, round(share * len(records))), len(records) - 1)
+    shuffled = units
+    random.Random(f"validation/{seed}").shuffle(shuffled)
+    chosen: set[int] = set()
+    for group in shuffled:
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    if not chosen:
+        smallest: list[int] = min(shuffled, key=len)
+        chosen.update(smallest)
+    return chosen
+
+
+def _units(records: Sequence[Record]) -> list[list[int]]:
+    """Put records together that must stay on one side: those that share an image or a group, however indirectly."""
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        parents.setdefault(key, key)
+        while (above := parents[key]) != key:
+            parents[key] = parents[above]
+            key = parents[key]
+        return key
+
+    firsts = []
+    for index, record in enumerate(records):
+        keys = [] if record.image is None else [f"image/{record.image.key}"]
+        keys += [] if record.group is None else [f"group/{record.group}"]
+        first, *others = keys or [f"text/{index}"]
+        firsts.append(first)
+        for other in others:
+            parents[root(other)] = root(first)
+    units: dict[str, list[int]] = {}
+    for index, first in enumerate(firsts):
+        units.setdefault(root(first), []).append(index)
+    return list(units.values())
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """Hash ids, turns and image keys, in their order: equal data has equal fingerprints (hexadecimal sha256)."""
+    digest = hashlib.sha256()
+    for record in records:
+        key = None if record.image is None else record.image.key
+        turns = [[turn.role, turn.text] for turn in record.turns]
+        digest.update(json.dumps([record.id, key, turns]).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The forms in which data arrives: LLaVA JSON, tables, data sets of the `datasets` library."""

@@ -1,0 +1,232 @@
+"""Values of a record or row as what a conversation is made of: questions, answers, messages and images."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.record import ImageRoot, ImageSource, check_text
+from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.errors import DataError
+from lora_llava.system.text import counted
+
+ROLES: dict[str, Literal["user", "assistant"]] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+"""Who speaks, in the words of LLaVA, and in those of OpenAI and Hugging Face."""
+
+ONE_IMAGE = (
+    "LLaVA-1.5 sees one image in a conversation: make a record for each, or paste them into one picture side by side"
+)
+_SYSTEM = "; take the system messages out, and give their text as `system` of the stage"
+
+
+class Answer(NamedTuple):
+    """What is learned, and everything that counts as right."""
+
+    text: str
+    references: tuple[str, ...] = ()
+    """All answers, if the data lists several."""
+
+
+class Talk(NamedTuple):
+    """A conversation as the data has it."""
+
+    turns: list[Turn]
+    images: list[Any]
+    """Images that its parts hold, as cells."""
+    references: tuple[str, ...] = ()
+    """Of the last answer."""
+
+
+def read_question(value: Any, place: str) -> str:
+    """Return the text of a question; DataError unless it is text."""
+    if isinstance(value, str):
+        return check_text(value, place)
+    raise DataError(f"{place}: is {kind_of(value)}, must be text; convert it, or remove the record")
+
+
+def read_answer(value: Any, place: str) -> Answer:
+    """Return an answer: text, or a number or truth value as text; of a list the most frequent, else the first.
+
+    Raises DataError for anything else.
+    """
+    if isinstance(value, list):
+        given = [one["answer"] if isinstance(one, dict) and "answer" in one else one for one in value]
+        texts = [_plain_text(one, f"{place}[{index}]") for index, one in enumerate(given)]
+        if not (filled := [text for text in texts if text.strip()]):
+            raise DataError(f"{place}: is an empty list; write an answer, or remove the record")
+        return Answer(Counter(filled).most_common(1)[0][0], tuple(filled) if len(filled) > 1 else ())
+    return Answer(_plain_text(value, place))
+
+
+def _plain_text(value: Any, place: str) -> str:
+    if isinstance(value, str):
+        return check_text(value, place)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and value == value:
+        # Whole numbers beside missing ones become floats in many tools: 3.0 was 3.
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    raise DataError(f"{place}: is {kind_of(value)}, must be text; convert it, or remove the record")
+
+
+def read_talk(value: Any, place: str) -> Talk:
+    """Read a list of turns with from and value, or role and content, whose content may be a list of parts.
+
+    Raises DataError naming the turn.
+    """
+    if not isinstance(value, list) or not value:
+        found = "missing" if value is None else "empty" if value == [] else kind_of(value)
+        raise DataError(f"{place}: is {found}, must be a list of turns with from and value, or role and content")
+    talk = Talk([], [])
+    references: tuple[str, ...] = ()
+    for index, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise DataError(f"{place}[{index}]: is {kind_of(turn)}, must be an object with from and value")
+        who, what = (
+            ("from", "value") if turn.get("from") is not None or turn.get("role") is None else ("role", "content")
+        )
+        speaker = turn.get(who)
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            hint = _SYSTEM if speaker == "system" else ""
+            raise DataError(f"{place}[{index}].{who}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}")
+        content, where = turn.get(what), f"{place}[{index}].{what}"
+        if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
+            talk.turns.append(Turn(role, _join_parts(content, where, talk.images)))
+        elif role == "user":
+            talk.turns.append(Turn(role, read_question(content, where)))
+        else:
+            text, references = read_answer(content, where)
+            talk.turns.append(Turn(role, text))
+    return talk._replace(references=references)
+
+
+def _join_parts(parts: list[Any], place: str, images: list[Any]) -> str:
+    """Write parts of content as lines; their images are added to `images`."""
+    lines = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            lines.append(read_question(part.get("text"), place))
+        elif kind in ("image", "image_url"):
+            lines.append(IMAGE_PLACEHOLDER)
+            if (image := _part_image(part)) is not None:
+                images.append(image)
+        else:
+            raise DataError(f"{place}: has a part of type {kind!r:.80}, must be text, image or image_url")
+    return "\n".join(lines)
+
+
+def _part_image(part: Mapping[str, Any]) -> Any:
+    """Return the image that a part holds; None where it only says where the image stands."""
+    for key in ("image", "image_url", "url", "path"):
+        value = part.get(key)
+        if isinstance(value, dict) and "url" in value:
+            value = value["url"]
+        if value is not None:
+            return value
+    return None
+
+
+def place_image(turns: list[Turn]) -> list[Turn]:
+    """Put the image before the first question, unless a turn says where it stands."""
+    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        return turns
+    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        return turns
+    return [*turns[:first], Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}"), *turns[first + 1 :]]
+
+
+class ImageCells:
+    """Images as data has them: paths, bytes, data URLs, lists of one; equal bytes are kept once."""
+
+    def __init__(self, root: ImageRoot) -> None:
+        self.root = root
+        self._embedded: dict[str, ImageSource] = {}
+
+    def source(self, cell: Any, where: str) -> ImageSource | None:
+        """Return the image of a cell, None for an empty one; DataError naming the field for what is no image."""
+        place = f"{where}: {self.root.field_name}"
+        if isinstance(cell, list):
+            if len(cell) > 1:
+                raise DataError(f"{place}: holds {counted(len(cell), 'image')}. {ONE_IMAGE}")
+            cell = cell[0] if cell else None
+        if isinstance(cell, dict) and {"bytes", "path", "url"} & cell.keys():
+            return self._of_mapping(cell, where)
+        if cell is None:
+            return None
+        if isinstance(cell, bytes | StoredBytes):
+            return self.embedded(cell, where)
+        if not isinstance(cell, str):
+            raise DataError(f"{place}: is {kind_of(cell)}, must be a path relative to image_root")
+        check_text(cell[:4096], place)
+        if cell[:5].lower() == "data:":
+            return self.embedded(_decoded(cell, place), where)
+        return self.root.source(cell, where)
+
+    def _of_mapping(self, cell: Mapping[str, Any], where: str) -> ImageSource | None:
+        data, path = cell.get("bytes"), cell.get("path")
+        if data is not None:
+            return self.embedded(data, where, path)
+        if path is None:
+            return None if (url := cell.get("url")) is None else self.source(url, where)
+        return self.root.source(path, where)
+
+    def embedded(self, data: bytes | StoredBytes, where: str, path: str | None = None) -> ImageSource:
+        """Return the image of bytes, which may stay where they are; `path` is the name that the data has for it."""
+        key = hashlib.sha256(data.read() if isinstance(data, StoredBytes) else data).hexdigest()
+        source = ImageSource(key, None, data, where, _file_name(path), self.root.window)
+        return self._embedded.setdefault(key, source)
+
+
+def _decoded(url: str, place: str) -> bytes:
+    """Return the bytes of a base64 data URL."""
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise DataError(
+            f"{place}: {head[:60]!r} is no data URL in base64; give a path relative to image_root", "image_path"
+        )
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError(
+            f"{place}: {head[:60]!r} is followed by broken base64; write the image anew", "bad_image"
+        ) from None
+
+
+def _file_name(path: str | None) -> str:
+    """Return the name that a data set has for an embedded image; of a path on somebody's machine its last part."""
+    if not path:
+        return ""
+    is_absolute = path.startswith("/") or ":" in path or "\\" in path
+    return path.replace("\\", "/").rpartition("/")[2] if is_absolute else path
+
+
+def kind_of(value: Any) -> str:
+    """Name the kind of a value, with its article."""
+    if isinstance(value, float) and value != value:
+        return "empty"
+    names = {dict: "an object", str: "text", bool: "a truth value", type(None): "empty", int: "a number"}
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return names.get(type(value), "a number" if isinstance(value, float) else f"of type {type(value).__name__}")
+
+
+def join_images(cell: Any, parts: list[Any]) -> Any:
+    """Return the image cell of a record and the images of its messages' parts as one cell."""
+    if not parts:
+        return cell
+    return [*(cell if isinstance(cell, list) else [] if cell is None else [cell]), *parts]

@@ -1,0 +1,238 @@
+"""Tables as records, by names of columns: CSV, JSON, parquet, directories and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_llava.conversation.encode import Turn
+from lora_llava.data.bad_records import BadRecords, Exclusions, data_name
+from lora_llava.data.record import (
+    ImageRoot,
+    Record,
+    check_group,
+    check_placeholder,
+    own_values,
+    with_answer_prompt,
+)
+from lora_llava.data.sources.arrow_cache import image_cells
+from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_question, read_talk
+from lora_llava.data.sources.forms import propose_columns
+from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
+from lora_llava.errors import DataError
+from lora_llava.recipe.stages import ColumnSettings, DataSettings
+from lora_llava.system.text import listed, printable
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+
+
+def load_columns(
+    data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
+) -> list[Record]:
+    """Read the rows of a table, one record each; embedded images are kept as they are, undecoded.
+
+    `extra`: keep the columns with flat values that have no other use.
+
+    Image paths in a table are relative to `image_root`; default: the directory, or that of the file.
+    Raises DataError naming data set, record and column, where `bad` does not take it.
+    """
+    path = Path(data.path)
+    rows, cache = _open(data, columns, extra)
+    used = set(_named(data, columns)) - {data.group}
+    directory = path if path.is_dir() else path.parent
+    root = image_root or (directory if path.exists() else cache)
+    images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.grey_window))
+    excluded = Exclusions(data.exclude)
+    place = data_name(data) if path.suffix in _FILES else f"{data_name(data)} ({data.split})"
+    records = []
+    number = 0
+    for row in rows:
+        if number == data.max_records:
+            break
+        number += 1
+        if excluded.holds(number, None):
+            continue
+        try:
+            line = "" if row.line is None else f" (line {row.line})"
+            record = _record(row, number, f"{place}, record {number}{line}", data, columns, images)
+            records.append(replace(record, extra=own_values(row.value, used)) if extra else record)
+        except DataError as error:
+            bad.add(number, None, error)
+    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
+    images.root.check()
+    return records
+
+
+def _record(
+    entry: Entry, number: int, where: str, data: DataSettings, columns: ColumnSettings, images: ImageCells
+) -> Record:
+    if entry.error is not None:
+        raise entry.error
+    row: Mapping[str, Any] = entry.value
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object with the keys that columns names")
+    references: tuple[str, ...] = ()
+    cell = None if columns.image is None else row.get(columns.image)
+    if columns.messages is not None:
+        talk = read_talk(row.get(columns.messages), f"{where}: {columns.messages}")
+        turns, references, cell = talk.turns, talk.references, join_images(cell, talk.images)
+    else:
+        question = read_question(row.get(str(columns.question)), f"{where}: {columns.question}")
+        answer, references = read_answer(row.get(str(columns.answer)), f"{where}: {columns.answer}")
+        turns = [Turn("user", question), Turn("assistant", answer)]
+    image = images.source(cell, where)
+    turns = turns if image is None else place_image(turns)
+    check_placeholder(turns, image, where)
+    prompted = tuple(
+        Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
+        for turn in turns
+    )
+    group = None if data.group is None else check_group(row.get(data.group), f"{where}: {data.group}")
+    return Record(str(number), image, prompted, where, number, group, references)
+
+
+def _named(data: DataSettings, columns: ColumnSettings) -> list[str]:
+    """List the columns that the settings name."""
+    wanted = (columns.image, columns.question, columns.answer, columns.messages, data.group)
+    return list(dict.fromkeys(column for column in wanted if column))
+
+
+def _flat_columns(table: Any) -> list[str]:
+    """List the columns that hold one value a row."""
+    return [name for name, feature in table.features.items() if type(feature).__name__ in ("Value", "ClassLabel")]
+
+
+def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Iterable[Entry], Path]:
+    """Open the data with the columns asked for; returns its rows and where the hub's files are kept.
+
+    `extra`: also with its columns of flat values.
+    """
+    path = Path(data.path)
+    if path.suffix in _FILES and not path.is_dir():
+        return _file_rows(path, data, columns), path.parent
+    table, cache = _open_table(path, data)
+    named = _named(data, columns)
+    _check_columns(named, table.column_names, data.path, data.group)
+    if data.max_records is not None:
+        table = table.select(range(min(data.max_records, len(table))))
+    table = table.select_columns(list(dict.fromkeys([*named, *(_flat_columns(table) if extra else [])])))
+    if columns.image is None:
+        return (Entry(row, None) for row in table), cache
+    return _with_images(_with_images_undecoded(table, columns.image, data.path), columns.image), cache
+
+
+def _with_images(table: Any, column: str) -> Iterator[Entry]:
+    """Yield rows whose images stay on the disk."""
+    for row, cell in zip(table.remove_columns(column), image_cells(table, column), strict=True):
+        yield Entry({**row, column: cell}, None)
+
+
+def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
+    """Open a parquet file, a directory or a hub data set."""
+    if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
+        raise DataError(f"{data.path}: there is no such file or directory, nor is it a hub id; correct path")
+    if path.is_file() and path.suffix != ".parquet":
+        line = f"import pandas; pandas.read_{_reader(path)}('{path.name}').to_csv('{path.stem}.csv', index=False)"
+        raise DataError(
+            f"{path.name}: a {path.suffix or 'nameless'} file is not read. Save it as CSV (UTF-8), for instance: "
+            f'python -c "{line}"'
+        )
+    # Imported here: slow, and of no use for JSON and CSV.
+    import datasets
+
+    try:
+        if path.is_file():
+            files = {data.split.partition("[")[0]: str(path)}
+            builder = datasets.load_dataset_builder("parquet", data_files=files)
+        else:
+            revision = None if path.is_dir() else data.revision
+            builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
+        table = _prepared(builder, data.split)
+    except Exception as error:  # noqa: BLE001 - readers and network raise anything
+        raise _unreadable(data.path, error) from None
+    return table, Path(datasets.config.HF_CACHE_HOME)
+
+
+def _prepared(builder: Any, split: str) -> Any:
+    """Bring a data set into the cache, as `datasets.load_dataset` does, and open it.
+
+    Of parquet page by page: its row groups, which are read whole otherwise, may be the whole file.
+    """
+    if type(builder).__name__ == "Parquet":
+        from lora_llava.data.sources.parquet import PagedParquet
+
+        # The same builder, with the same cache, but for how it reads its files.
+        builder.__class__ = PagedParquet
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _reader(path: Path) -> str:
+    """Name pandas' reader of a file by its ending."""
+    readers = {".xlsx": "excel", ".xls": "excel", ".ods": "excel", ".feather": "feather", ".orc": "orc"}
+    return readers.get(path.suffix.lower(), "table")
+
+
+def _with_images_undecoded(table: Any, column: str, name: str) -> Any:
+    """Cast a column to images that stay bytes or paths; lists of images too."""
+    import datasets
+
+    feature = table.features[column]
+    in_list = isinstance(feature, list | datasets.List | datasets.LargeList)
+    image = datasets.Image(decode=False)
+    try:
+        return table.cast_column(column, datasets.List(image) if in_list else image)
+    except Exception:  # noqa: BLE001 - arrow raises several kinds
+        raise DataError(f"{name}: column {column!r} holds no images; correct columns.image") from None
+
+
+def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Iterator[Entry]:
+    """Yield the rows of a file; DataError if it has not the columns that are asked for."""
+    is_table = path.suffix in TABLE_SUFFIXES
+    needed = [name for name in _named(data, columns) if is_table or name != columns.image]
+    is_first, has_image = True, columns.image is None
+    for entry in read_rows(path) if is_table else read_entries(path):
+        if isinstance(entry.value, dict):
+            if is_first:
+                _check_columns(needed, list(entry.value), path.name, data.group)
+                is_first = False
+            has_image = has_image or columns.image in entry.value
+        yield entry
+    if not is_first and not has_image:
+        raise DataError(
+            f"{path.name}: columns: no record has {columns.image!r}; correct columns.image, or leave it out"
+        )
+
+
+def _check_columns(needed: list[str], present: list[str], name: str, group: str | None) -> None:
+    """Raise DataError for the first column that is not there, by the setting that names it: `group` or `columns`."""
+    for column in needed:
+        if column in present:
+            continue
+        key, hint = "columns", ""
+        if column == group:
+            near = difflib.get_close_matches(column, [str(one) for one in present], 1)
+            key, hint = "group", f"; did you mean {printable(near[0])}?" if near else ""
+        elif proposed := propose_columns(present):
+            hint = f". To have it read: {proposed}"
+        shown = listed([printable(str(one)) for one in present], 20)
+        raise DataError(f"{name}: {key}: there is no {printable(column)!r}; it has {shown}{hint}")
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    reason = str(error).strip().partition("\n")[0][:300]
+    if type(error).__name__ == "DatasetNotFoundError":
+        return DataError(
+            f"{name}: there is no such data set on the hub, or no access to it; correct path, or log in to the hub"
+        )
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK:
+        return DataError(f"{name}: the hub cannot be reached; check the connection, or give path a local copy")
+    return DataError(f"{name}: the data set cannot be read: {printable(reason) or type(error).__name__}")
+
+
+_NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")

@@ -1,0 +1,92 @@
+"""Forms of data known by their keys: the `columns` that would read a record, or what it is and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_llava.system.text import listed, printable
+
+_NAMES = {
+    "image": "image images img picture photo image_path image_file image_name img_path img_name imgname imgpath "
+    "file file_name filename path figure_path picture_path image_id",
+    "question": "question query prompt instruction input user problem q text_input",
+    "answer": "answer answers response output label labels caption completion target solution ground_truth gt "
+    "assistant text_output a anwser",
+    "messages": "messages conversations conversation dialog dialogue chat",
+}
+"""What the columns of each kind are called, the likeliest first."""
+
+_KNOWN = (
+    ({"chosen", "rejected"}, "It is preference data; only answers to learn are read, such as `chosen`."),
+    ({"texts"}, "It has several questions in a row (`texts`); write one row for each."),
+    ({"annotations", "data"}, "It is an export of Label Studio; export it as JSON_MIN or CSV, and use `columns`."),
+    ({"video"}, "It is about a video; LLaVA-1.5 sees single images: take a frame of each."),
+    ({"videos"}, "It is about videos; LLaVA-1.5 sees single images: take a frame of each."),
+    ({"prefix", "suffix", "image"}, "Add to its data: columns: {image: image, question: prefix, answer: suffix}"),
+)
+"""Keys that tell a form, and what to do with it."""
+
+MAX_KEYS = 12
+"""Keys of a record that a message names."""
+
+
+def propose_columns(keys: Iterable[str]) -> str:
+    """Return the `columns` setting that would read records with these keys; empty if it cannot be told."""
+    known = list(keys)
+    image = _first(known, "image")
+    prefix = f"image: {_yaml(image)}, " if image else ""
+    if messages := _first(known, "messages"):
+        return f"columns: {{{prefix}messages: {_yaml(messages)}}}"
+    question, answer = _first(known, "question"), _first(known, "answer")
+    if question and answer:
+        return f"columns: {{{prefix}question: {_yaml(question)}, answer: {_yaml(answer)}}}"
+    return ""
+
+
+def describe_record(record: Mapping[str, Any]) -> str:
+    """Say which keys a record has, and how to have it read."""
+    keys = [printable(str(key)) for key in record]
+    shown = f"it has {listed(keys, MAX_KEYS)}" if keys else "it has no keys"
+    return f"{shown}. {_advice(record)}"
+
+
+def _advice(record: Mapping[str, Any]) -> str:
+    for marks, advice in _KNOWN:
+        if marks <= record.keys():
+            return advice
+    if proposed := propose_columns(record):
+        return f"To have it read, add to its data: {proposed}"
+    return "To have it read, name its keys in its data: columns: {image: KEY, question: KEY, answer: KEY}"
+
+
+def describe_object(content: Mapping[str, Any]) -> str:
+    """Say what to do with a JSON file that holds one object instead of a list."""
+    if {"images", "annotations"} <= content.keys():
+        return "it is in COCO's form: write one record for each annotation, with its image's file_name"
+    lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) == 1:
+        key = printable(lists[0])
+        return (
+            f'its records are under {key!r}. Write them alone: python -c "import json; '
+            f"json.dump(json.load(open('IN.json'))[{key!r}], open('OUT.json', 'w'))\""
+        )
+    if content and all(isinstance(value, dict) for value in content.values()):
+        return (
+            'its records are named by keys. Write them alone: python -c "import json; '
+            "json.dump([{'id': k, **v} for k, v in json.load(open('IN.json')).items()], open('OUT.json', 'w'))\""
+        )
+    return "wrap it in [ ]"
+
+
+def _first(keys: list[str], kind: str) -> str | None:
+    """Return the key that is most likely of a kind, whatever its case."""
+    plain = {key.lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys)}
+    return next((plain[name] for name in _NAMES[kind].split() if name in plain), None)
+
+
+def _yaml(key: str) -> str:
+    """Write a key so that YAML reads it as text."""
+    is_plain = key.replace("_", "").isalnum() and key.isascii() and not key.isdigit() and len(key) > 1
+    is_word = key.lower() in ("null", "true", "false", "yes", "no", "on", "off")
+    return key if is_plain and not is_word else "'" + printable(key).replace("'", "''") + "'"

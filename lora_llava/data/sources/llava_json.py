@@ -1,0 +1,109 @@
+"""LLaVA's own data format, JSON or JSON Lines of `id`, `image` and `conversations`, and its near relatives.
+
+These have `messages` of role and content for `conversations`, or `images`, a list of one, for `image`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_llava.conversation.encode import Turn
+from lora_llava.data.bad_records import BadRecords, Exclusions
+from lora_llava.data.record import (
+    ImageRoot,
+    Record,
+    check_group,
+    check_placeholder,
+    check_text,
+    own_values,
+    with_answer_prompt,
+)
+from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_talk
+from lora_llava.data.sources.forms import describe_record
+from lora_llava.data.sources.tables import Entry, read_entries
+from lora_llava.errors import DataError
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.text import printable
+
+# LLaVA-Med's published files spell it like the second.
+_TALKS = ("conversations", "conversatons", "messages")
+_KEYS = frozenset({"id", "image", "images", *_TALKS})
+
+
+def load_llava_json(
+    data: DataSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
+) -> list[Record]:
+    """Read the records of a `.json` or `.jsonl` file; `image_root` defaults to its directory.
+
+    `extra`: keep the records' own keys too. Raises DataError naming file, record and field, where `bad` does not
+    take it.
+    """
+    path = Path(data.path)
+    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.grey_window)
+    images = ImageCells(root)
+    excluded = Exclusions(data.exclude)
+    records: list[Record] = []
+    number = 0
+    for entry in read_entries(path):
+        if number == data.max_records:
+            break
+        number += 1
+        identity = None
+        try:
+            if entry.error is not None:
+                raise entry.error
+            identity = _identity(entry.value)
+            if not excluded.holds(number, identity):
+                record = _record(entry, number, f"{path.name}, record {number}", images, data)
+                records.append(replace(record, extra=own_values(entry.value, _KEYS)) if extra else record)
+        except DataError as error:
+            if excluded.holds(number, identity):
+                continue
+            bad.add(number, identity, error)
+    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
+    root.check()
+    return records
+
+
+def _identity(entry: Any) -> str | None:
+    """Return the id of an entry as it is given; None if it has none that can be used."""
+    given = entry.get("id") if isinstance(entry, dict) else None
+    if given is None or isinstance(given, bool) or not isinstance(given, str | int):
+        return None
+    text = str(given)
+    return text if text.encode("utf-8", "replace").decode("utf-8") == text else None
+
+
+def _record(entry: Entry, number: int, place: str, images: ImageCells, data: DataSettings) -> Record:
+    record, line = entry.value, "" if entry.line is None else f"line {entry.line}"
+    if not isinstance(record, dict):
+        suffix = f" ({line})" if line else ""
+        raise DataError(f"{place}{suffix}: is {kind_of(record)}, must be an object with id, image and conversations")
+    given = record.get("id")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
+        raise DataError(f"{place}: id: is {kind_of(given)}, must be text or an integer")
+    details = [line] if line else []
+    if given is not None:
+        details.append(f"id {printable(check_text(str(given), f'{place}: id'), 80)}")
+    where = f"{place} ({', '.join(details)})" if details else place
+    key = next((key for key in _TALKS if record.get(key) is not None), None)
+    if key is None:
+        raise DataError(f"{where}: conversations: is missing; {describe_record(record)}", "form")
+    talk = read_talk(record[key], f"{where}: {key}")
+    own = record.get("images") if record.get("image") is None else record["image"]
+    image = images.source(join_images(own, talk.images), where)
+    # LLaVA's own form says where the image stands; the others need not.
+    turns = place_image(talk.turns) if image is not None and key == "messages" else talk.turns
+    check_placeholder(turns, image, f"{where}: {key}")
+    group = None if data.group is None else check_group(record.get(data.group), f"{where}: {data.group}")
+    identity = str(number) if given is None else str(given)
+    return Record(identity, image, _prompted(turns, data), where, number, group, talk.references)
+
+
+def _prompted(turns: list[Turn], data: DataSettings) -> tuple[Turn, ...]:
+    return tuple(
+        Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
+        for turn in turns
+    )

@@ -1,0 +1,134 @@
+"""Records of a file, as they stand in it: JSON, JSON Lines, and tables of comma-separated values."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_llava.data.record import MAX_CHARACTERS
+from lora_llava.data.sources.cells import kind_of
+from lora_llava.data.sources.forms import describe_object
+from lora_llava.errors import DataError
+from lora_llava.system.text import counted, printable
+
+JSON_SUFFIXES = (".json", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv")
+_DELIMITERS = ",;\t|"
+
+
+class Entry(NamedTuple):
+    """One entry of a file: what is in it, or why it cannot be read."""
+
+    value: Any
+    line: int | None
+    """Its line, where a record is a line."""
+    error: DataError | None = None
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Yield the entries of a .json or .jsonl file; DataError if it cannot be read as a whole."""
+    raw = _read(path)
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(raw.split(b"\n"), start=1):
+            if line.strip():
+                try:
+                    yield Entry(_parse(line, f"{path.name}, line {number}", lines=True), number)
+                except DataError as error:
+                    yield Entry(None, number, error)
+        return
+    entries = _parse(raw, path.name, lines=False)
+    if not isinstance(entries, list):
+        hint = describe_object(entries) if isinstance(entries, dict) else "wrap it in [ ]"
+        raise DataError(f"{path.name}: holds {kind_of(entries)}, must hold a list of records; {hint}")
+    for entry in entries:
+        yield Entry(entry, None)
+
+
+def read_rows(path: Path) -> Iterator[Entry]:
+    """Yield the rows of a .csv or .tsv file as mappings by the names of its first line; an empty cell is None.
+
+    The delimiter is the one that splits the first line into the most names. Raises DataError if the file cannot be
+    read as a whole.
+    """
+    try:
+        text = _read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name}: not UTF-8 at byte {error.start + 1}; save it as UTF-8 (Excel: CSV UTF-8)"
+        ) from None
+    first = text.partition("\n")[0]
+    delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=lambda one: len(_header(first, one)))
+    csv.field_size_limit(MAX_CHARACTERS)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        _check_names(names, path)
+        for row in reader:
+            if row:
+                yield _row(row, names, path, reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"{path.name}, line {reader.line_num}: not a table: {error}; correct its quotes") from None
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter), [])
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    if not names:
+        raise DataError(f"{path.name}: is empty, must begin with a line of column names")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{path.name}: column {printable(twice)!r} occurs twice in its first line; rename one")
+
+
+def _row(row: list[str], names: list[str], path: Path, line: int) -> Entry:
+    if len(row) != len(names):
+        problem = (
+            f"has {counted(len(row), 'field')}, the first line has {len(names)}; quote texts that hold a delimiter"
+        )
+        return Entry(None, line, DataError(f"{path.name}, line {line}: {problem}"))
+    return Entry({name: value if value.strip() else None for name, value in zip(names, row, strict=True)}, line)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror}; correct path") from None
+
+
+def _parse(raw: bytes, place: str, *, lines: bool) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+    except _NotJsonError as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        spot = f"column {error.colno}" if lines else f"line {error.lineno}, column {error.colno}"
+        hint = "; for one record a line, name the file .jsonl" if error.msg == "Extra data" and not lines else ""
+        raise DataError(f"{place}{', ' if lines else ': '}{spot}: not valid JSON: {error.msg}{hint}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{place}: not valid JSON: a number too long, or nested too deeply; correct it") from None
+
+
+class _NotJsonError(Exception):
+    """Something that Python reads and JSON does not have."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of an object's members; Python's own would keep the last of two with one key, unsaid."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _NotJsonError(f"key {twice!r:.80} occurs twice in one object; remove one")
+    return made
+
+
+def _no_number(word: str) -> None:
+    raise _NotJsonError(f"{word} is not a number of JSON; write null, or a number")

@@ -1,0 +1,1 @@
+"""Compare an answer with its references."""

@@ -1,0 +1,65 @@
+"""Which answer was given for which: a table for small sets of answers, and precision and recall of yes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
+
+MAX_LABELS = 10
+_YES, _NO = ("yes",), ("no",)
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Counts by reference (rows) and answer (columns); the last column holds answers that are no label."""
+
+    labels: list[str]
+    counts: list[list[int]]
+
+    @property
+    def yes(self) -> dict[str, float | None] | None:
+        """Precision, recall and F1 of yes where the reference is yes or no; None for a value without a count."""
+        if not {"yes", "no"} <= set(self.labels):
+            return None
+        yes, no = self.labels.index("yes"), self.labels.index("no")
+        hits, said = self.counts[yes][yes], self.counts[yes][yes] + self.counts[no][yes]
+        asked = sum(self.counts[yes])
+        both = said + asked
+        return {
+            "precision": round(hits / said, 5) if said else None,
+            "recall": round(hits / asked, 5) if asked else None,
+            "f1": round(2 * hits / both, 5) if both else None,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as it stands in `accuracy.json`."""
+        table = {"answers": [*self.labels, "other"], "references": self.labels, "counts": self.counts}
+        return {**table, **({"yes": self.yes} if self.yes else {})}
+
+
+def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusion | None:
+    """Count answers by reference, if the references are few; of more, those of the questions of yes and no alone.
+
+    None if there are neither. References are few if they are at most `MAX_LABELS`, each given twice on average.
+    """
+    keys = [answer_tokens(reference) or (reference.strip(),) for reference in references]
+    counts = Counter(keys)
+    if not 1 < len(counts) <= MAX_LABELS or len(keys) < 2 * len(counts):
+        counts = Counter(key for key in keys if key in (_YES, _NO))
+    if not counts:
+        return None
+    if counts.keys() & {_YES, _NO}:
+        counts.update({_YES: 0, _NO: 0})
+    ordered = sorted(counts, key=lambda key: (key != _YES, key != _NO, -counts[key], key))
+    spelled = {key: reference.strip() for key, reference in reversed([*zip(keys, references, strict=True)])}
+    labels = [" ".join(key) if key in (_YES, _NO) else spelled[key] for key in ordered]
+    table = [[0] * (len(labels) + 1) for _ in labels]
+    for key, prediction in zip(keys, predictions, strict=True):
+        if key in counts:
+            column = next((place for place, label in enumerate(labels) if exact_match(prediction, label)), len(labels))
+            table[ordered.index(key)][column] += 1
+    return Confusion(labels, table)

@@ -1,0 +1,351 @@
+"""Exact match: the equality of answers by which the kit scores, strict about meaning and lenient about writing.
+
+Case, articles, quotation marks, sentence marks, number words to twenty, thousands separators and trailing zeros of a
+decimal do not count. Signs, comparisons, fractions, ratios, ranges, lists of numbers, per cent and units do. What holds
+nothing else, such as "?", equals only itself. One option letter, as `A`, `(A)` or `Answer: A`, equals every answer that
+names this option and no other: `A. Pneumonia`. Behind `A.` the text of an option starts with no lower-case letter,
+because `E. coli` cannot be told from an option.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from decimal import Decimal
+from functools import lru_cache
+
+from lora_llava.evaluation.scoring.vqa_v2 import CONTRACTIONS
+
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+_NUMBER_WORDS = {word: str(number) for number, word in enumerate(_WORDS)}
+_SIGN_WORDS = {"minus": "-", "plus": "+"}
+_ARTICLES = frozenset({"a", "an", "the"})
+_LETTER = "\0"
+"""In front of a word that looks like an article and is none."""
+# "a" is a letter, too: vitamin a, type a. It is an article at the start and after these.
+_BEFORE_ARTICLE = frozenset(
+    "and or with without is was are of in on at by like has have as for to from not than near under over it's that's "
+    "there's".split()
+)
+_AFTER_LETTER = frozenset({"and", "or", "is", "are", "to"})
+
+_LEAD = re.compile(r"(?:the |my )?(?:final |correct |best |right )*answer\s*(?:is\s*:?|:)\s*(?=\S)")
+_OPTION_LEAD = re.compile(
+    r"(?:#+\s+)?(?:(?:so|thus|hence|therefore),?\s+)?(?:"
+    r"(?:the |my )?(?:final |correct |best |right )*(?:answer|option|choice)\s*(?:is\s*:?|[-:=\u2013\u2014])?"
+    r"\s*(?:option\s+)?|"
+    # "It is a" may be the start of a sentence.
+    r"(?:i (?:think|believe|choose)(?: that)?(?: it is| it's| the answer is)?|it is|it's)(?: option)?\s+"
+    r"(?=[*(\[\"']*(?-i:[A-Z])(?!\w))|)",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"\$+([^$]+)\$+|<([a-z])>|\\(?:boxed|text|mathrm|mathbf)\{(.*)\}", re.IGNORECASE | re.DOTALL)
+_REPLY = re.compile(r"\W*no\s*[,.;:\u2013\u2014-]", re.IGNORECASE)
+_NEGATIONS = frozenset({"no", "not", "never", "without", "neither", "nor"})
+_ENCLOSING = "*_`\"'"
+_MAX_CHARACTERS = 10_000
+"""Longer texts are no short answers: they are compared word by word as they are."""
+_BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.,:;]?\)?", re.IGNORECASE)
+_OPTIONS = tuple(
+    re.compile(pattern, re.DOTALL | re.IGNORECASE)
+    for pattern in (
+        r"[(\[{]\s*([a-z])\s*[)\]}](?:\s*[.:,])?(.+)",
+        r"([a-z])\s*[)\]](?:\s*[.:])?(.+)",
+        # Behind a full stop in the same line no lower-case letter: "E. coli", "A. is wrong".
+        r"([a-z])\s*\.(?![^\S\n]*(?-i:[a-z]))(.+)",
+        r"([a-z])\s*[:,;](.+)",
+        r"([a-z])\s*\n(.+)",
+        r"([a-z])\s+[-\u2013\u2014](\s.+)",
+        r"([a-z])[\u2013\u2014]((?-i:[^\W\d_a-z]).+)",
+        r"[(\[]?([a-z])[)\]]?( is (?:the )?(?:correct|right|best|answer)[^?]*)",
+    )
+)
+_REJECTED = re.compile(r"\s*(?:is|was)(?:n't| not| wrong| incorrect| false)\b", re.IGNORECASE)
+# Options beside the first one, which is {0} and comes before {1}.
+_OTHERS = (
+    r"(?:^|[\s,;])[(\[]?(?!{0})[a-z][)\]]\s*\S",
+    r"(?:[,;]|\b(?:and|or|nor)\b)\s*(?!{0})[a-z](?:[.:]\s|\s+[-\u2013\u2014]\s)\s*\S",
+    # A letter behind a comma or a conjunction, but for "hepatitis A and B".
+    r"^\s*[(\[]?(?!{0})[a-z][)\]]?\s*(?:[,;/]|\b(?:and|or|nor)\b)",
+    r"(?:(?<![\s(][a-z])[,;/]|(?<![\s(][a-z]\s)(?<!\s[a-z],\s)\b(?:and|or|nor)\b)\s*[(\[]?(?!{0})[a-z][)\]]?"
+    r"\s*(?:[,;/.:]|\b(?:and|or|nor)\b|$)",
+    r"(?:^|\s)(?!{0})(?:{1}|(?-i:[A-E]))(?:[.:]|\s+[-\u2013\u2014]\s)\s*\S",
+)
+_OTHER_LINE = r"^[ \t]*(?:[-*][ \t]+)?[(\[]?(?!{0})[a-z](?:[)\].:]|[ \t]*$|[ \t]+[-\u2013\u2014]\s)"
+
+# Of Chinese and Japanese keyboards.
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3001: ",", 0x3002: "."}
+_SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-"
+)
+_SUPERSCRIPT = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_SUBSCRIPTS = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
+_SAME = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u00b4", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2212\ufe63\uff0d", "-"),
+        "\u2044": "/",
+        "\u2215": "/",
+        "\u00d7": " x ",
+        "&": " and ",
+        "`": "'",
+    }
+)
+_SPELLINGS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<=\d)\s*[\u2013\u2014]\s*(?=\d)", "-"),  # A range.
+        (r"(?<![^\s(\[])[\u2013\u2014](?=\d)", "-"),  # A sign.
+        (r"[\u2013\u2014]|(?<![\d-])-{2,}(?!\d)|(?<=\d)-{2,}(?=[^\W\d_])", " "),
+        (r"\bper\s?cent\b", "%"),
+        (r"(?<=\d)\s*x\s*(?=\d)", " x "),
+        (r"(?<![^\W\d_])\u03bc(?=[a-z])", "u"),  # Micro.
+        (r"(?<![\w.,])(?:\d+(?:\.\d+)?|\.\d+)e[-+]?\d\d?(?!\w|\.\d)", lambda match: f"{Decimal(match[0]):f}"),
+        (r"<\s?=|=<", "\u2264"),
+        (r">\s?=", "\u2265"),
+        (r"!=", "\u2260"),
+        (r"==", "="),
+        (r"->", "\u2192"),
+        (r"\+\s?/\s?-|\+-", "\u00b1"),
+        # Dots in abbreviations: e.g., U.S.
+        (r"\b[^\W\d_](?:\.[^\W\d_])+\b\.?", lambda match: match[0].replace(".", "")),
+    )
+)
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)*|\.\d+"
+_TOKEN = re.compile(rf"(?P<number>{_NUMBER})|(?P<word>[^\W\d_][^\W_]*(?:'[^\W_]+)*)|(?P<sign>\S)")
+_NUMBER_LIST = re.compile(rf"[(\[]\s*[-+]?(?:{_NUMBER})\s*[,;]\s*[-+]?(?:{_NUMBER})[^()\[\]]*[)\]]")
+_SQUARE_LIST = re.compile(r"\[([^()\[\]]*)\][\s.]*")
+_DECORATION = frozenset(".,;:!?\"'()[]{}_*\u2026\u2022\u00b7")
+_BETWEEN_NUMBERS = {",": ",", ";": ",", ":": ":", "*": "*"}
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Tell whether two answers mean the same, as the module says; symmetric."""
+    first, second = _bare_letter(prediction), _bare_letter(reference)
+    if first and second:
+        return first == second
+    if second:
+        return _option_letter(prediction) == second
+    if first:
+        return _option_letter(reference) == first
+    # What holds no token equals only itself.
+    return (answer_tokens(prediction) or (prediction.strip(),)) == (answer_tokens(reference) or (reference.strip(),))
+
+
+def holds_answer(prediction: str, reference: str) -> bool:
+    """Tell whether an answer, such as a sentence, holds the reference as words in a row and does not negate it."""
+    if letter := _bare_letter(reference):
+        pattern = rf"(?<!\w)(?<!not )(?<!not \()(?<!n't )\(?{letter.upper()}(?=[).:,]|$)"
+        return re.search(pattern, prediction.strip()) is not None
+    words, wanted = answer_tokens(prediction), answer_tokens(reference)
+    if not wanted:
+        return False
+    # "No, red" does not negate.
+    first = 1 if _REPLY.match(prediction) else 0
+    return any(
+        words[start : start + len(wanted)] == wanted
+        and not (wanted[0][0].isdigit() and _is_signed(words, start))
+        and not (start > first and _is_negation(words[start - 1]))
+        for start in range(len(words) - len(wanted) + 1)
+    )
+
+
+def _is_negation(word: str) -> bool:
+    return word in _NEGATIONS or word.endswith("n't")
+
+
+def _is_signed(words: tuple[str, ...], place: int) -> bool:
+    """Tell whether a mark stands next to a number, which makes another one of it."""
+    return any(not one[0].isalnum() for one in (*words[max(0, place - 1) : place], *words[place + 1 : place + 2]))
+
+
+@lru_cache(maxsize=8192)
+def answer_tokens(text: str) -> tuple[str, ...]:
+    """Return the words, numbers and signs of an answer that count, in one spelling; empty for "" and "?"."""
+    if len(text) > _MAX_CHARACTERS:
+        return tuple(text.casefold().split())
+    text = _spelled(_unwrapped(text))
+    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = square[1] if (square := _SQUARE_LIST.fullmatch(text)) else text
+    listed = _NUMBER_LIST.search(text) is not None
+    matches = list(_TOKEN.finditer(text))
+    tokens: list[str] = []
+    for place, match in enumerate(matches):
+        if match.lastgroup == "number":
+            tokens.append(_number(match[0]))
+        elif match.lastgroup == "word":
+            word = CONTRACTIONS.get(match[0], match[0])
+            # An article is followed by a space: "A." may be an option, "a/b" a fraction.
+            is_letter = word in _ARTICLES and not text[match.end() : match.end() + 1].isspace()
+            tokens.append(_LETTER + word if is_letter else _NUMBER_WORDS.get(word, word))
+        elif sign := _sign(matches, place, text, listed):
+            tokens.append(sign)
+    return _without_articles(_with_commas(_with_signs(tokens)))
+
+
+@lru_cache(maxsize=8192)
+def _bare_letter(text: str) -> str:
+    """Return the letter of an answer that is one option letter; empty for any other."""
+    match = _BARE_LETTER.fullmatch(_option_text(text))
+    return match[1].casefold() if match else ""
+
+
+@lru_cache(maxsize=8192)
+def _option_letter(text: str) -> str:
+    """Return the letter of the option that an answer names first; empty if it names none, or several."""
+    text = _option_text(text)
+    for pattern in _OPTIONS:
+        if match := pattern.fullmatch(text):
+            letter, rest = match[1].casefold(), match[2]
+            # "a.m." and "1.5" are no options, and "A. B" is two; "A. 5" and "A: x" are one.
+            short = r"\s+[\da-z]" if text[match.start(2) - 1] in ":)]" else r"\s+\d"
+            has_text = len(re.findall(r"\w", rest)) > 1 or re.match(short, rest) is not None
+            is_number = re.match(r"\d", rest) is not None
+            names_it = has_text and not is_number and not _REJECTED.match(rest)
+            return letter if names_it and not _names_others(letter, rest) else ""
+    return ""
+
+
+def _names_others(letter: str, rest: str) -> bool:
+    """Tell whether the text behind an option letter names another option in its line, or starts a line with one."""
+    line, _, lines = rest.partition("\n")
+    following = chr(ord(letter) + 1) if letter < "z" else letter
+    if any(re.search(pattern.format(letter, following), line, re.IGNORECASE) for pattern in _OTHERS):
+        return True
+    return re.search(_OTHER_LINE.format(letter), lines, re.IGNORECASE | re.MULTILINE) is not None
+
+
+def _option_text(text: str) -> str:
+    """Return an answer without a lead, such as "The answer is", and without markup around all of it; keeps case."""
+    text = _stripped(text)
+    if lead := _OPTION_LEAD.match(text):
+        text = _stripped(text[lead.end() :])
+    for _ in range(3):
+        if not (marked := _MARKUP.fullmatch(text.removesuffix("."))):
+            break
+        text = _stripped(marked[marked.lastindex or 0])
+    return text
+
+
+def _unwrapped(text: str) -> str:
+    """Return text in lower case without the quotation marks, or marks of bold type, around all of it."""
+    return _stripped(_plain(text).casefold())
+
+
+def _plain(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
+
+
+def _stripped(text: str) -> str:
+    text = _plain(text).strip()
+    start, end = 0, len(text)
+    while end - start > 1 and text[start] == text[end - 1] and text[start] in _ENCLOSING:
+        start, end = start + 1, end - 1
+    return text[start:end].strip()
+
+
+def _spelled(text: str) -> str:
+    """Write what means the same in one way."""
+    if not text.isascii():
+        text = _SUPERSCRIPT.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
+        text = "".join(_plain_digit(one) for one in text.translate(_SUBSCRIPTS))
+    text = text.translate(_SAME)
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _plain_digit(character: str) -> str:
+    if character.isascii():
+        return character
+    if unicodedata.category(character) in ("Cc", "Cf"):
+        return ""
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        return " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/") + " "
+    return str(unicodedata.decimal(character)) if character.isdecimal() else character
+
+
+def _number(text: str) -> str:
+    """Write a number without separators and without zeros at the end of a decimal; `1.2.30` is no decimal."""
+    text = text.replace(",", "")
+    if text.count(".") != 1:
+        return text
+    whole, _, decimals = text.partition(".")
+    decimals = decimals.rstrip("0")
+    return f"{whole or '0'}.{decimals}" if decimals else whole or "0"
+
+
+def _sign(matches: list[re.Match[str]], place: int, text: str, listed: bool) -> str:
+    """Return a mark as it counts, empty for decoration. `listed`: the answer holds a list of numbers in brackets."""
+    mark = matches[place][0]
+    before = matches[place - 1] if place else None
+    after = matches[place + 1] if place + 1 < len(matches) else None
+    if mark == "-":
+        return mark if _is_minus(matches[place], before, after, text) else ""
+    if mark in _BETWEEN_NUMBERS:
+        signed = after is not None and after[0] in "+-" and place + 2 < len(matches)
+        following = matches[place + 2] if signed else after
+        numbers = before is not None and following is not None and {before.lastgroup, following.lastgroup} == {"number"}
+        return _BETWEEN_NUMBERS[mark] if numbers else ""
+    if mark in "()[]":
+        return mark if listed else ""
+    if mark in "\"'":
+        # Feet and inches, minutes and seconds.
+        return (
+            mark
+            if before is not None and before.lastgroup == "number" and before.end() == matches[place].start()
+            else ""
+        )
+    return "" if mark in _DECORATION else mark
+
+
+def _is_minus(mark: re.Match[str], before: re.Match[str] | None, after: re.Match[str] | None, text: str) -> bool:
+    """Tell a hyphen that counts (-3, 1-2, A-, -ve) from one that joins words (x-ray), and from a dash."""
+    if after is not None and after.lastgroup == "number":
+        return True
+    touches_before = mark.start() > 0 and not text[mark.start() - 1].isspace()
+    touches_after = mark.end() < len(text) and not text[mark.end()].isspace()
+    if touches_before and touches_after:
+        return (before is not None and before.lastgroup == "sign") or (after is not None and after.lastgroup == "sign")
+    return touches_before or touches_after
+
+
+def _with_signs(tokens: list[str]) -> list[str]:
+    """Write `minus 3` as `- 3`."""
+    return [
+        _SIGN_WORDS.get(token, token) if number[:1].isdigit() else token
+        for token, number in zip(tokens, [*tokens[1:], ""], strict=False)
+    ]
+
+
+def _with_commas(tokens: list[str]) -> list[str]:
+    """Write `1 and 2` as `1, 2`, but not `1 and 1/2`."""
+    kept: list[str] = []
+    for place, word in enumerate(tokens):
+        following = tokens[place + 1 : place + 3]
+        is_number = following[:1] != [] and following[0][0].isdigit() and following[1:] != ["/"]
+        before = kept[-1] if kept else ""
+        if word == "and" and is_number and (before == "," or before[:1].isdigit()):
+            kept += [","] if before != "," else []
+        else:
+            kept.append(word)
+    return kept
+
+
+def _without_articles(tokens: list[str]) -> tuple[str, ...]:
+    kept: list[str] = []
+    for place, word in enumerate(tokens):
+        if word in _ARTICLES:
+            following = tokens[place + 1] if place + 1 < len(tokens) else ""
+            noun = following[:1].isalnum() and following not in _ARTICLES
+            if word == "a":
+                at_article = place == 0 or tokens[place - 1] in _BEFORE_ARTICLE
+                noun = noun and at_article and len(following) > 1 and following not in _AFTER_LETTER
+            if noun:
+                continue
+        kept.append(word.removeprefix(_LETTER))
+    return tuple(kept)

@@ -1,0 +1,193 @@
+"""Scores of answers: exact match, VQA v2 and token F1; accuracy by type of question; paired differences."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
+from lora_llava.evaluation.scoring.vqa_v2 import normalize_answer, vqa_v2
+from lora_llava.recipe.settings import MetricSetting
+
+__all__ = ["exact_match", "normalize_answer", "token_f1", "vqa_v2"]
+
+Metric = Literal["exact_match", "vqa_v2", "token_f1"]
+METRIC_NAMES: dict[Metric, str] = {"exact_match": "exact match", "vqa_v2": "VQA v2", "token_f1": "token F1"}
+LONG_REFERENCE = 5
+"""Words: where at least half of the references have more, `auto` takes token F1."""
+
+ALL = "all"
+YES_NO = "yes/no"
+NUMBER = "number"
+OTHER = "other"
+CLOSED = "closed"
+OPEN = "open"
+GROUPS = (ALL, CLOSED, OPEN, YES_NO, NUMBER, OTHER)
+"""Groups of questions, in the order reported. Closed is what medical papers call yes/no; open is the rest."""
+
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+_Z = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A mean score, or share of right answers, with the bounds of its 95 % Wilson interval (between 0 and 1)."""
+
+    correct: float
+    """Right answers; of a metric with partial credit the sum of the scores."""
+    total: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """Right answers over questions; 0 if there was no question."""
+        return self.correct / self.total if self.total else 0.0
+
+    @classmethod
+    def of(cls, correct: float, total: int) -> Accuracy:
+        """Count `correct` of `total` and work out the interval."""
+        return cls(correct, total, *wilson_interval(correct, total))
+
+    @classmethod
+    def of_scores(cls, scores: Sequence[float]) -> Accuracy:
+        """Add scores up; with partial credit the interval is no narrower than that of their mean."""
+        total = sum(scores)
+        return cls.of(int(total) if float(total).is_integer() else min(total, len(scores)), len(scores))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A mean of paired differences of scores, between -1 and 1, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    questions: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0: the questions tell the two apart."""
+        return self.low > 0 or self.high < 0
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Return the harmonic mean of precision and recall of the reference's words, each counted as often as it occurs.
+
+    SQuAD's F1 (Rajpurkar et al., 2016), over the tokens of `answer_tokens`.
+    """
+    given, wanted = answer_tokens(prediction), answer_tokens(reference)
+    if not given or not wanted:
+        return float(exact_match(prediction, reference))
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * shared / (len(given) + len(wanted))
+
+
+def score_answer(metric: Metric, prediction: str, references: Sequence[str]) -> float:
+    """Score an answer between 0 and 1; with several references by the best (`vqa_v2`: see there)."""
+    if metric == "vqa_v2":
+        return vqa_v2(prediction, references)
+    if metric == "token_f1":
+        return max(token_f1(prediction, reference) for reference in references)
+    return float(any(exact_match(prediction, reference) for reference in references))
+
+
+def pick_metric(setting: MetricSetting, references: Sequence[str]) -> Metric:
+    """Resolve `auto` by the length of the references."""
+    if setting != "auto":
+        return setting
+    words = [len(reference.split()) for reference in references]
+    return "token_f1" if words and median(words) > LONG_REFERENCE else "exact_match"
+
+
+def is_void(metric: Metric, reference: str) -> bool:
+    """Tell whether a reference normalizes to nothing, so that no answer in words can match it for its meaning."""
+    return not (normalize_answer(reference) if metric == "vqa_v2" else answer_tokens(reference))
+
+
+def answer_type(answer: str) -> str:
+    """Classify a reference answer as "yes/no", "number" or "other"."""
+    tokens = answer_tokens(answer)
+    if tokens in {("yes",), ("no",)}:
+        return YES_NO
+    unsigned = tokens[1:] if tokens[:1] in {("-",), ("+",)} else tokens
+    return NUMBER if len(unsigned) == 1 and _NUMBER.fullmatch(unsigned[0]) else OTHER
+
+
+def answer_groups(answer: str) -> tuple[str, ...]:
+    """Name the groups of `GROUPS` that a question with this reference belongs to; without an answer it has no type."""
+    if not answer.strip():
+        return (ALL,)
+    kind = answer_type(answer)
+    return ALL, CLOSED if kind == YES_NO else OPEN, kind
+
+
+def wilson_interval(correct: float, total: int, z: float = _Z) -> tuple[float, float]:
+    """Return the bounds of the Wilson score interval of `correct` out of `total`; (0, 1) if `total` is 0.
+
+    Raises ValueError unless 0 <= correct <= total.
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"correct must be between 0 and total; got correct={correct}, total={total}")
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    scale = 1 + z * z / total
+    center = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    # At the ends the bound is exactly 0 or 1, which rounding must not miss.
+    return 0.0 if correct == 0 else center - half, 1.0 if correct == total else center + half
+
+
+def accuracy_by_type(scores: Sequence[float], answers: Sequence[str]) -> dict[str, Accuracy]:
+    """Add up scores by the type of the reference answers: those of `GROUPS` that have a question, "all" first.
+
+    Raises ValueError if the numbers of scores and answers differ.
+    """
+    if len(scores) != len(answers):
+        raise ValueError(f"got {len(scores)} scores for {len(answers)} answers")
+    grouped: dict[str, list[float]] = {ALL: []}
+    for score, answer in zip(scores, answers, strict=True):
+        for group in answer_groups(answer):
+            grouped.setdefault(group, []).append(score)
+    return {group: Accuracy.of_scores(grouped[group]) for group in GROUPS if group in grouped}
+
+
+def accuracy_by_value(scores: Sequence[float], values: Sequence[str]) -> dict[str, Accuracy]:
+    """Add up scores by a value of each question, that with the most questions first."""
+    grouped: dict[str, list[float]] = {}
+    for score, value in zip(scores, values, strict=True):
+        grouped.setdefault(value, []).append(score)
+    ordered = sorted(grouped, key=lambda value: (-len(grouped[value]), value))
+    return {value: Accuracy.of_scores(grouped[value]) for value in ordered}
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Return how much more the first scores than the second on the same questions, with a 95 % interval.
+
+    The interval of Agresti and Min (2005) for paired shares: two discordant questions, one for each side, are added
+    by halves. Raises ValueError if the numbers of scores differ, or there is none.
+    """
+    gaps = [one - other for one, other in zip(first, second, strict=True)]
+    if not gaps:
+        raise ValueError("a difference needs at least one question")
+    total, count = sum(gaps), len(gaps) + 2
+    spread = math.sqrt(max(0.0, sum(gap * gap for gap in gaps) + 1 - total * total / count)) / count
+    low, high = total / count - _Z * spread, total / count + _Z * spread
+    return Difference(total / len(gaps), max(-1.0, low), min(1.0, high), len(gaps))
+
+
+def majority_answers(answers: Sequence[str]) -> list[str]:
+    """Return, for each reference answer, the most frequent one of its type: what needs no model to say."""
+    counts: dict[str, Counter[tuple[str, ...]]] = {}
+    spelled: dict[tuple[str, ...], str] = {}
+    for answer in answers:
+        counts.setdefault(answer_type(answer), Counter())[answer_tokens(answer)] += 1
+        spelled.setdefault(answer_tokens(answer), answer)
+    most_frequent = {kind: spelled[counter.most_common(1)[0][0]] for kind, counter in counts.items()}
+    return [most_frequent[answer_type(answer)] for answer in answers]

@@ -1,0 +1,1 @@
+"""Make a model answer: decoding, answers to records, chat."""

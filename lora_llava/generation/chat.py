@@ -1,0 +1,94 @@
+"""A conversation with a trained model, about one image or none; answers are handed over as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from lora_llava.artifact import Usage, template_to_ask
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.load import ImageSource, Record
+from lora_llava.errors import DataError
+from lora_llava.generation.answers import answer_text, end_token_ids, image_tensor, last_question
+from lora_llava.generation.decoding import GrowingConversation
+from lora_llava.modeling.base import LoadedModel
+
+Say = Callable[[str], None]
+"""Takes the next piece of an answer; together they are the answer."""
+
+
+class Chat:
+    """Asks in the template and image form of the model's training, and remembers what was said."""
+
+    def __init__(self, loaded: LoadedModel, usage: Usage, image: ImageSource | None, max_new_tokens: int) -> None:
+        self.loaded = loaded
+        self.template = template_to_ask(usage, loaded.directory)
+        self.image = image and replace(image, window=usage.window)
+        self.max_new_tokens = max_new_tokens
+        self.turns: tuple[Turn, ...] = ()
+        self._ends = end_token_ids(loaded, self.template)
+        self._conversation = GrowingConversation(loaded.model, loaded.image_token_id)
+
+        @lru_cache(maxsize=1)
+        def pixels(source: ImageSource | None) -> torch.Tensor:
+            return image_tensor(loaded, source, usage.image_aspect_ratio)
+
+        self._pixels = pixels
+
+    def ask(self, question: str, say: Say | None = None) -> str:
+        """Answer `question` greedily, in the light of the turns before; DataError if it cannot be asked.
+
+        `say` gets the answer piece by piece while it is written.
+        """
+        if IMAGE_PLACEHOLDER in question:
+            raise DataError(f"a question must not hold {IMAGE_PLACEHOLDER}; the image is put in front of the first")
+        begins = self.image is not None and not self.turns
+        turn = Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}" if begins else question)
+        record = Record("chat", self.image, (*self.turns, turn), f"question {len(self.turns) // 2 + 1}")
+        writer = AnswerWriter(self.loaded.tokenizer, self._ends, say)
+        answer = writer.finish(
+            self._conversation.answer(
+                last_question(self.loaded, record, self.template, self._pixels),
+                eos_token_ids=self._ends,
+                max_new_tokens=self.max_new_tokens,
+                on_token=None if say is None else writer.add,
+            )
+        )
+        # An answer with nothing in it cannot stand in a conversation: as if it had not been asked.
+        if answer:
+            self.turns = (*self.turns, turn, Turn("assistant", answer))
+        return answer
+
+
+class AnswerWriter:
+    """Turns tokens into pieces of text: whole characters, without the space around the answer."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], say: Say | None) -> None:
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.say = say
+        self._tokens: list[int] = []
+        self._said = ""
+
+    def add(self, token: int) -> None:
+        """Take the next token, and hand over what it completes."""
+        self._tokens.append(token)
+        text = answer_text(self.tokenizer, self._tokens, self.ends)
+        # Half a character, of which the next token brings the rest.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._hand_over(text)
+
+    def finish(self, answer: list[int]) -> str:
+        """Hand over what is left, and return the whole answer."""
+        text = answer_text(self.tokenizer, answer, self.ends)
+        self._hand_over(text)
+        return text
+
+    def _hand_over(self, text: str) -> None:
+        if self.say is not None and text.startswith(self._said) and text != self._said:
+            self.say(text[len(self._said) :])
+            self._said = text

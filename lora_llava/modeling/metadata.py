@@ -1,0 +1,131 @@
+"""What a base is, without its weights: configuration and tokenizer. PyTorch is not needed for either."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, LlavaConfig
+
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
+from lora_llava.errors import ModelError
+from lora_llava.modeling.structure import num_image_tokens
+from lora_llava.recipe.settings import BaseModelSettings
+
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this, as llava-hf does (32,000 + `<image>` + `<pad>` -> 32,064)."""
+
+_PROJECTOR_ACTIVATION = {"mlp2x_gelu": "gelu", "linear": "linear"}
+_PACKAGED = "package:"
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
+    """Return the configuration and tokenizer of a base, found or to be assembled; no weight is read.
+
+    For local files no network is touched. Raises ModelError.
+    """
+    name = settings.model_name_or_path
+    if name is None:
+        return part_configs(settings)
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        with hub_errors("base", name):
+            if directory.is_absolute():
+                raise FileNotFoundError("there is no such directory")
+            directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=_SMALL_FILES))
+    return describe_directory(directory)
+
+
+def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
+    """Return the configuration and tokenizer of a LLaVA directory; ModelError if it holds something else."""
+    config = read_config(directory)
+    with hub_errors("base", str(directory)):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    return config, tokenizer
+
+
+def read_config(directory: Path) -> LlavaConfig:
+    """Read the configuration of a LLaVA directory; ModelError if it holds something else."""
+    with hub_errors("base", str(directory)):
+        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if data.get("model_type") != "llava":
+        raise ModelError(
+            f"{directory}: model_type is {data.get('model_type')!r}, needed 'llava'. Name a converted LLaVA-1.5 "
+            "(such as llava-hf/llava-1.5-7b-hf) in base.model_name_or_path, or the parts in base.language_model "
+            "and base.vision_tower."
+        )
+    config = LlavaConfig.from_dict(data)
+    if config.text_config.model_type != "llama":
+        raise ModelError(f"{directory}: the language model is {config.text_config.model_type!r}, needed 'llama'")
+    return config
+
+
+@contextmanager
+def hub_errors(what: str, name: str) -> Iterator[None]:
+    """Turn the many errors of a missing file, hub or network into one ModelError that names `name`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{what} {name!r} cannot be loaded: {reason}. Check the name, or the network.") from error
+
+
+def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
+    """Return the configuration and tokenizer that `assemble` would write, without reading any weight."""
+    assert settings.language_model and settings.vision_tower
+    with hub_errors("language model", settings.language_model):
+        tokenizer = AutoTokenizer.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
+        text_config = AutoConfig.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
+    with hub_errors("vision tower", settings.vision_tower):
+        vision_config = AutoConfig.from_pretrained(vision_tower_source(settings.vision_tower))
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    return assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
+
+
+def vision_tower_source(name: str) -> str:
+    """Resolve `package:NAME` to the directory of a tower that ships with the package."""
+    if not name.startswith(_PACKAGED):
+        return name
+    directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
+    if not directory.is_dir():
+        raise ModelError(f"base.vision_tower: the package holds no tower {name!r}; it holds package:vision_tower")
+    return str(directory)
+
+
+def assembled_config(settings: BaseModelSettings, text_config: Any, vision_config: Any, tokenizer: Any) -> LlavaConfig:
+    """Make the configuration of the whole from those of its parts; adds `<image>` to `tokenizer`."""
+    if text_config.model_type != "llama":
+        raise ModelError(
+            f"base.language_model {settings.language_model!r} is a {text_config.model_type!r} model; needed: one of "
+            "the Llama architecture (Llama 2, Vicuna, TinyLlama, SmolLM2, ...)"
+        )
+    if vision_config.model_type != "clip_vision_model":
+        raise ModelError(f"base.vision_tower {settings.vision_tower!r} is not a CLIP vision tower")
+    text_config = copy.deepcopy(text_config)
+    if hasattr(text_config, "quantization_config"):
+        del text_config.quantization_config
+    # Where the parts lay on this machine is nobody's business.
+    text_config._name_or_path = vision_config._name_or_path = ""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    size = max(int(text_config.vocab_size), len(tokenizer))
+    text_config.vocab_size = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        projector_hidden_act=_PROJECTOR_ACTIVATION[settings.mm_projector_type],
+        vision_feature_layer=settings.vision_feature_layer,
+        vision_feature_select_strategy=settings.vision_feature_select_strategy,
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )
+    config.image_seq_length = num_image_tokens(config)
+    return config

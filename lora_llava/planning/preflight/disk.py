@@ -1,0 +1,78 @@
+"""Checks of the disk: room for the assembled base, the checkpoints, the artifacts and cached features."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+
+from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.planning.preflight.model.shapes import LlavaShape, linear_layers
+from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, Setup
+from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import StageName
+
+_WEIGHT, _ADAM, _ADAM_8BIT = 4, 8, 2
+"""Bytes of a trained weight in fp32, and of AdamW's two states for it."""
+_DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_GIB = 2**30
+
+
+def room_is_there(setup: Setup) -> Iterator[Finding]:
+    """The disk of output_dir has room for what the run will write; cached features apart, see `room_for_features`."""
+    shape = setup.shape
+    if shape is None or setup.start == "resume" or not setup.here:
+        return
+    parts = {"the assembled base": 0 if LLAVA in setup.models else _base_bytes(setup, shape)}
+    for stage in setup.recipe.stage_names:
+        settings = setup.recipe.stage(stage)
+        trained = trained_weights(shape, stage, setup.recipe.adapter)
+        state = _WEIGHT + (_ADAM_8BIT if settings.optim.endswith("8bit") else _ADAM)
+        # One more while the newest is written, before the oldest is removed.
+        parts[f"checkpoints of {stage}"] = trained * state * (settings.save_total_limit + 1)
+        parts[f"the artifact of {stage}"] = trained * _WEIGHT
+    yield from _missing_room(setup, parts, "or lower save_total_limit or adapter.r")
+
+
+def room_for_features(setup: Setup, images: Mapping[str, int]) -> Iterator[Finding]:
+    """The disk has room for the features of the images, counted by the recipe key of their data, too."""
+    shape = setup.shape
+    if shape is None or not setup.here:
+        return
+    size = (shape.num_image_tokens + 1) * int(shape.vision["hidden_size"]) * _WEIGHT
+    parts = {}
+    for stage in setup.recipe.stage_names:
+        key = f"stages.{stage}.data"
+        if setup.recipe.stage(stage).cache_image_features == "disk":
+            parts[f"features of {stage}"] = size * (images.get(key, 0) + images.get(f"{key}.validation", 0))
+    yield from _missing_room(setup, parts, "or set cache_image_features: off")
+
+
+def trained_weights(shape: LlavaShape, stage: StageName, adapter: AdapterSettings) -> int:
+    """Count the weights that a stage trains: the projector's, and in `instruct` LoRA's."""
+    count = sum(math.prod(size) for _, size in shape.projector())
+    if stage == "instruct":
+        wanted = adapter.target_modules
+        layers = [
+            size
+            for name, size in linear_layers(shape.text).items()
+            if wanted == "all-linear" or name.split(".")[1] in wanted
+        ]
+        count += int(shape.text["num_hidden_layers"]) * sum(adapter.r * sum(size) for size in layers)
+    return count
+
+
+def _base_bytes(setup: Setup, shape: LlavaShape) -> int:
+    config = setup.models[LANGUAGE_MODEL].config
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return sum(math.prod(size) for _, size in shape.tensors()) * _DTYPES.get(dtype, _WEIGHT)
+
+
+def _missing_room(setup: Setup, parts: Mapping[str, int], other: str) -> Iterator[Finding]:
+    directory = setup.recipe.resolved_output_dir
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    free, needed = shutil.disk_usage(nearest).free, sum(parts.values())
+    if needed > free:
+        named = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items() if size)
+        what = f"the run needs about {needed / _GIB:.1f} GiB ({named}), and {free / _GIB:.1f} GiB are free on the disk"
+        yield Problem("output_dir", f"{directory}: {what}", f"Make room, set output_dir to another disk, {other}.")

@@ -1,0 +1,106 @@
+"""Checks of the machine: processes, trackers, libraries, and what its device can compute."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from lora_llava.planning.preflight.cuda import capabilities
+from lora_llava.planning.preflight.findings import Finding, Findings, Problem
+from lora_llava.planning.preflight.setup import Setup
+
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables by which launchers and schedulers say how many processes run this command together."""
+_BF16_FROM = (8, 0)
+"""Compute capability from which a card computes in bf16."""
+TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "azure_ml": (("azureml.core",), "azureml-core"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub", "mlflow"), "dagshub mlflow"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard",), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+}
+"""The trackers of transformers: the modules that each needs, and what pip installs them."""
+_OTHER_MODULES = {"tensorboard": "tensorboardX", "neptune": "neptune_scale"}
+
+
+def refuse_several_processes() -> None:
+    """Raise PreflightError in each of several processes that were started together; they would wait for each other."""
+    for name in _WORLD_SIZES:
+        value = os.environ.get(name, "1")
+        if value.strip() not in ("", "0", "1"):
+            findings = Findings([Problem(name, *_several(value))])
+            findings.refuse()
+
+
+def _several(value: str) -> tuple[str, str]:
+    return (
+        f"is {value} in the environment: this command was started as several processes, and it trains in one",
+        "Start it without torchrun, accelerate launch or srun, on one GPU; or unset the variable if it is left over.",
+    )
+
+
+def trackers_are_installed(setup: Setup) -> Iterator[Finding]:
+    """Every tracker of report_to is one that transformers knows, and is installed."""
+    named = setup.recipe.report_to
+    for name in [] if isinstance(named, str) else named:
+        if name in ("none", "all"):
+            continue
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name.lower(), TRACKERS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(TRACKERS)}."
+            yield Problem("report_to", f"no tracker is called {name}", hint)
+            continue
+        modules, package = TRACKERS[name]
+        if not all(is_installed(module) for module in modules) and not is_installed(_OTHER_MODULES.get(name, "")):
+            yield Problem("report_to", f"{name} is not installed", f"Install it: pip install {package}")
+
+
+def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
+    """The library that quantizes is there if a setting needs it."""
+    if is_installed("bitsandbytes"):
+        return
+    fix = "Install it: pip install bitsandbytes"
+    if setup.recipe.quantization.type == "nf4":
+        yield Problem("quantization.type", "nf4 needs bitsandbytes, which is not installed", fix)
+    for stage in setup.recipe.stage_names:
+        if (optim := setup.recipe.stage(stage).optim).endswith("bit"):
+            yield Problem(f"stages.{stage}.optim", f"{optim} needs bitsandbytes, which is not installed", fix)
+
+
+def device_can_compute(setup: Setup) -> Iterator[Finding]:
+    """The device has the precision and the attention that the recipe asks for."""
+    recipe = setup.recipe
+    wanted = recipe.precision == "bf16", recipe.attn_implementation == "flex_attention"
+    found = capabilities() if setup.here and any(wanted) else None
+    if found is None:
+        return
+    device = f"a card of compute capability {found[0][0]}.{found[0][1]}" if found else "no CUDA device, only a CPU"
+    if wanted[0] and (not found or found[0] < _BF16_FROM):
+        what = f"bf16 cannot be computed on this machine, which has {device}"
+        yield Problem(
+            "precision",
+            what,
+            "Set precision: auto, which takes fp32 here; to plan for another machine, add --memory to --dry-run.",
+        )
+    if wanted[1] and not found:
+        what = "flex_attention has no backward pass on a CPU, and this machine has no CUDA device"
+        yield Problem("attn_implementation", what, "Set attn_implementation: auto.")
+
+
+def is_installed(module: str) -> bool:
+    """Tell whether a module could be imported; it is not."""
+    try:
+        return bool(module) and find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,131 @@
+"""The data themselves, before the first step: every source is read, every image that the run needs is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_llava.conversation.encode import check_turns
+from lora_llava.data.bad_records import BadRecords
+from lora_llava.data.images.headers import check_header
+from lora_llava.data.images.read import open_image
+from lora_llava.data.load import held_out_source, image_kills_its_reader, read_source
+from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.errors import DataError
+from lora_llava.planning.preflight.data import sources
+from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.processes import in_processes
+from lora_llava.system.text import counted
+
+_DECODED_BYTES = 64 * 2**20
+"""Up to so many bytes of images all are decoded whole, in a second or two; of more, headers and ends are read."""
+_NAMED = 3
+
+
+@dataclass(slots=True)
+class Images:
+    """The images of a run."""
+
+    by_key: dict[str, dict[str, ImageSource]] = field(default_factory=dict)
+    """By the recipe key of their data: the images that it is the first to show, each once."""
+    problems: list[Finding] = field(default_factory=list)
+    """Why data could not be read."""
+
+
+def read_images(recipe: Recipe) -> Images:
+    """Read the records of every local source of a recipe; images are looked up, not opened.
+
+    Sources with `on_bad_record: skip` are left out: the run opens all their images itself before it plans.
+    """
+    images = Images()
+    known: set[str] = set()
+    for key, data in _all_sources(recipe):
+        try:
+            records = _read(data, key)
+        except DataError as error:
+            images.problems.append(Problem(key, str(error), ""))
+            continue
+        shown = {_identity(record.image): record.image for record in records if record.image is not None}
+        images.by_key[key] = {name: image for name, image in shown.items() if name not in known}
+        known |= shown.keys()
+    return images
+
+
+def images_can_be_opened(images: Images) -> Iterator[Finding]:
+    """Open every image in parallel; of many that fail, the first few are named."""
+    everything = [image for found in images.by_key.values() for image in found.values()]
+    work = open_fully if _fits(everything) else open_header
+    errors = iter(in_processes(work, everything, died=image_kills_its_reader, label="images"))
+    for key, found in images.by_key.items():
+        wrong = [error for _, error in zip(found, errors, strict=False) if error is not None]
+        if len(wrong) == 1:
+            yield Problem(key, str(wrong[0]), "")
+        elif wrong:
+            named = "; ".join(map(str, wrong[:_NAMED])) + (
+                f"; and {len(wrong) - _NAMED:,} more" if len(wrong) > _NAMED else ""
+            )
+            what = f"{len(wrong):,} of {counted(len(found), 'image')} cannot be opened: {named}"
+            yield Problem(key, what, "lora-llava check lists them all, and on_bad_record: skip leaves them out.")
+
+
+def open_fully(source: ImageSource) -> DataError | None:
+    """Decode an image; returns what is wrong with it."""
+    try:
+        open_image(source)
+    except DataError as error:
+        return error
+    return None
+
+
+def open_header(source: ImageSource) -> DataError | None:
+    """Look at an image's header and end; returns what is wrong with it."""
+    try:
+        check_header(source)
+    except DataError as error:
+        return error
+    return None
+
+
+def _all_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
+    for key, data in sources(recipe):
+        for place, one in ((key, data), (f"{key}.validation", held_out_source(data))):
+            is_here = one is not None and (one.columns is None or Path(one.path).expanduser().exists())
+            if one is not None and is_here and one.on_bad_record == "error":
+                yield place, one
+
+
+def _read(data: DataSettings, key: str) -> list[Record]:
+    records = read_source(data, BadRecords.by_settings(data))
+    if not records:
+        raise DataError(f"{data.path}: holds no records; correct path or split")
+    for record in records:
+        last = record.turns[-1].role if key.startswith("evaluation") else "assistant"
+        check_turns(record.turns, last, record.where)
+    return records
+
+
+def _identity(image: ImageSource) -> str:
+    return image.key if image.path is None else str(image.path)
+
+
+def _fits(images: list[ImageSource]) -> bool:
+    """Tell whether all images together are few bytes."""
+    left = _DECODED_BYTES
+    for image in images:
+        try:
+            left -= _bytes(image)
+        except OSError:
+            continue
+        if left < 0:
+            return False
+    return True
+
+
+def _bytes(image: ImageSource) -> int:
+    if image.path is not None:
+        return image.path.stat().st_size
+    return image.data.length if isinstance(image.data, StoredBytes) else len(image.data or b"")

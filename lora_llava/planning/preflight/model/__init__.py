@@ -1,0 +1,1 @@
+"""What the files of a base say before anything is loaded."""

@@ -1,0 +1,236 @@
+"""Checks of the base and of its parts: there, whole, and of a kind that training, merge and export can take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.planning.preflight.model import weights
+from lora_llava.planning.preflight.model.files import ModelFiles
+from lora_llava.planning.preflight.model.shapes import (
+    LINEAR_LAYERS,
+    LlavaShape,
+    Shape,
+    text_config,
+    text_tensors,
+    tower_tensors,
+    vision_config,
+)
+from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
+
+_LLAMA = "the kit trains language models of the Llama architecture: Llama, Vicuna, TinyLlama, SmolLM2"
+_TOWERS = "the kit reads CLIP vision towers, such as openai/clip-vit-large-patch14-336"
+_UNQUANTIZED = "Name the unquantized model that it was made from; quantization.type: nf4 quantizes it as it is loaded."
+_OTHER_LLAVAS = {
+    "llava_llama": "It is an original LLaVA checkpoint: bring it in with lora-llava import, then name the result.",
+    "llava_next": "LLaVA-NeXT (1.6) cuts images into tiles, which the kit does not; name a LLaVA-1.5.",
+}
+_A_LLAVA = (
+    "Name a converted LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf; or the parts in base.language_model and "
+    "base.vision_tower."
+)
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_TEXT_SIZES = (*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+_MOST_LAYERS, _MOST = 1_000, 100_000_000
+"""Sizes beyond these are no model's; working them out would take all memory."""
+_VISION_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels")
+
+
+def base_can_be_used(setup: Setup) -> Iterator[Finding]:
+    """Every model that the recipe names can be had, is of a kind that the kit takes, and is whole."""
+    for key, model in setup.models.items():
+        yield from model_problems(key, model)
+
+
+def features_can_be_read(setup: Setup) -> Iterator[Finding]:
+    """The vision tower of a base to be assembled has the layer that the recipe projects."""
+    if setup.shape is not None and LLAVA not in setup.models:
+        for what, _ in _features(setup.shape.whole, setup.shape.vision, ""):
+            yield Problem("base.vision_feature_layer", what.partition(" ")[2], "Set it to -2, as in LLaVA-1.5.")
+
+
+def adapter_has_its_layers(setup: Setup) -> Iterator[Finding]:
+    """Every layer that adapter.target_modules names is one of the language model's."""
+    wanted = setup.recipe.adapter.target_modules
+    if isinstance(wanted, str) or "instruct" not in setup.recipe.stage_names:
+        return
+    layers = [name.partition(".")[2] for name in LINEAR_LAYERS]
+    for name in wanted:
+        if name not in layers:
+            near = difflib.get_close_matches(name, layers, n=1)
+            what = f"the language model has no linear layer {name}"
+            hint = f"Did you mean {near[0]}? " if near else ""
+            yield Problem("adapter.target_modules", what, f"{hint}There are {', '.join(layers)}.")
+
+
+def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:
+    """Yield what keeps a model from being used as what `key` of the recipe names; facts of its files alone."""
+    if model.problem is not None:
+        yield Problem(key, *model.problem)
+        return
+    if model.gguf_file is not None:
+        return
+    problems = [*_unfit(key, model)]
+    yield from (Problem(key, f"{model.name}: {what}", fix) for what, fix in problems)
+    # Of a model of another kind, the tensors are others too.
+    if not problems:
+        yield from (Problem(key, what, fix) for what, fix in _weights(key, model))
+
+
+def _unfit(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
+    """Yield what config.json says that makes the model unfit."""
+    config = model.config
+    changed = list(unreadable(config))
+    yield from changed
+    if not changed:
+        yield from {LLAVA: _llava, LANGUAGE_MODEL: _language_model, VISION_TOWER: _tower}[key](config)
+
+
+def unreadable(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield why the weights of a model of any architecture cannot be read as they are: its own code, quantization."""
+    if (found := _custom_code(config)) is not None:
+        yield (
+            f"it needs code of its own ({found} in config.json), and the kit runs no code that comes with a model",
+            "Name a model that transformers knows by itself.",
+        )
+        return
+    if (method := quantized(config)) is not None:
+        yield f"it is quantized already ({method}), so it can be neither trained by LoRA here nor merged", _UNQUANTIZED
+
+
+def _custom_code(config: dict[str, Any]) -> str | None:
+    """Name the key by which a model asks for its own code; None if it does not."""
+    parts = {"": config, "text_config.": config.get("text_config"), "vision_config.": config.get("vision_config")}
+    return next(
+        (f"{name}auto_map" for name, part in parts.items() if isinstance(part, dict) and "auto_map" in part), None
+    )
+
+
+def quantized(config: dict[str, Any]) -> str | None:
+    """Name how a model's weights are quantized by its config.json; None if they are not."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            if method is None and isinstance(settings, dict):
+                method = (
+                    "bitsandbytes"
+                    if any(key.startswith(("load_in_", "bnb_", "_load_in")) for key in settings)
+                    else None
+                )
+            return str(method or "by an unknown method")
+    return None
+
+
+def _llava(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if (kind := config.get("model_type")) != "llava":
+        yield f"model_type is {kind!r}, needed 'llava'", _OTHER_LLAVAS.get(str(kind), _A_LLAVA)
+        return
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), dict | None):
+            yield f"{part} in config.json is not a mapping", "Download the model again."
+            return
+    problems = [*_language_model(config.get("text_config") or {}), *_tower(config.get("vision_config") or {})]
+    yield from problems
+    if not problems:
+        yield from _features(LlavaShape.of(config).whole, LlavaShape.of(config).vision, "Correct config.json.")
+
+
+def _language_model(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if (kind := config.get("model_type", "llama")) != "llama":
+        yield f"the language model is {kind!r}, needed 'llama': {_LLAMA}", "Name one of these."
+        return
+    yield from _sizes(config, _TEXT_SIZES, "language model")
+
+
+def _tower(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    inner = config.get("vision_config")
+    kind = (inner if isinstance(inner, dict) else config).get("model_type", "clip_vision_model")
+    if kind not in ("clip_vision_model", *(["clip"] if inner is None else [])) or config.get("model_type") == "siglip":
+        yield f"the vision tower is {kind!r}, needed 'clip_vision_model': {_TOWERS}", "Name one of these."
+        return
+    yield from _sizes(vision_config(config), _VISION_SIZES, "vision tower")
+
+
+def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterator[tuple[str, str]]:
+    """Yield the sizes in a configuration that are none, or do not fit each other."""
+    wrong = [
+        f"{name} {config[name]!r}"
+        for name in names
+        if config.get(name) is not None and not _is_size(name, config[name])
+    ]
+    if wrong:
+        yield (
+            f"the {part}'s {', '.join(wrong)} in config.json: needed is an integer, above 0 and of no absurd size",
+            "Download the model again.",
+        )
+    elif part == "vision tower" and config["patch_size"] > config["image_size"]:
+        yield (
+            f"the vision tower's patch_size {config['patch_size']} is above its image_size {config['image_size']}",
+            "Download the model again.",
+        )
+
+
+def _is_size(name: str, value: object) -> bool:
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _features(whole: dict[str, Any], vision: dict[str, Any], fix: str) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the choice of the vision tower's output."""
+    layers, layer = int(vision["num_hidden_layers"]), whole["vision_feature_layer"]
+    if isinstance(layer, list):
+        yield f"vision_feature_layer is {layer}: features of several layers are not supported, only of one", fix
+    elif not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        yield (
+            f"vision_feature_layer is {layer}, allowed are {-layers - 1} to {layers} for a tower of {layers} layers",
+            fix,
+        )
+    if (strategy := whole["vision_feature_select_strategy"]) not in ("default", "full"):
+        yield f"vision_feature_select_strategy is {strategy!r}, allowed are default and full", fix
+
+
+def _weights(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
+    """Yield what the headers of the weights say."""
+    assert model.directory is not None
+    if key != LLAVA and not any(model.directory.glob("*.safetensors*")) and any(model.directory.glob("pytorch_model*")):
+        return
+    found = weights.read_weights(model.directory)
+    if not found.tensors and model.from_hub and not any(model.directory.glob("*.safetensors")):
+        yield from _not_fetched(model)
+        return
+    if found.problem is not None:
+        yield found.problem
+        return
+    if (odd := weights.odd_type(found.tensors)) is not None:
+        yield f"{model.name}: it is quantized already: its weights are of type {odd}", _UNQUANTIZED
+        return
+    wanted, prefix = _wanted(key, model.config)
+    if wrong := weights.misfits(found.tensors, wanted, prefix=prefix, extra=key != LLAVA):
+        yield (
+            f"{model.directory} does not hold the weights of its config.json: {weights.shown(wrong)}",
+            ("Download the whole model again."),
+        )
+
+
+def _not_fetched(model: ModelFiles) -> Iterator[tuple[str, str]]:
+    from lora_llava.planning.preflight.model.hub import offline
+
+    if offline():
+        what = f"the weights of {model.name} are not in the Hub's cache, and the Hub cannot be reached"
+        yield what, "Connect, or give the directory of a copy."
+
+
+def _wanted(key: str, config: dict[str, Any]) -> tuple[dict[str, Shape], str]:
+    """Return the tensors that a model must hold, by canonical name, and what its own names lack in front."""
+    if key == LLAVA:
+        return dict(LlavaShape.of(config).tensors()), ""
+    if key == VISION_TOWER:
+        return dict(tower_tensors(vision_config(config))), "vision_tower."
+    text = text_config(config)
+    tensors = dict(text_tensors(text))
+    if text["tie_word_embeddings"]:
+        tensors = {name: shape for name, shape in tensors.items() if not name.endswith("lm_head.weight")}
+    return tensors, "language_model."

@@ -1,0 +1,127 @@
+"""The files of a model, found without the libraries that load it: a directory, or a snapshot in the Hub's cache."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lora_llava.recipe.file import is_local
+
+_PACKAGED = "package:"
+_ALIKE = 0.6
+"""Likeness from which a name is proposed, of 1."""
+_MANY = 2_000
+"""Entries of a directory that are compared, in a tenth of a second; of more, those with the same first letter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model by its directory and config.json; nothing else has been read."""
+
+    name: str
+    """As the recipe or the command line has it."""
+    directory: Path | None
+    """None: not to be had here."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What config.json holds; empty if it cannot be read."""
+    problem: tuple[str, str] | None = None
+    """Why there is no directory or config: what was found, and what to do."""
+    from_hub: bool = False
+    """Whether it lies in the Hub's cache, where the weights may not be yet."""
+    gguf_file: str | None = None
+    """The GGUF file in the directory that holds everything, the config too."""
+
+
+def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file: str | None = None) -> ModelFiles:
+    """Find a model's files; a name that is no directory is taken for a hub id."""
+    directory = _directory(name)
+    if gguf_file is not None and directory is not None:
+        problem = None if (directory / gguf_file).is_file() else _no_file(directory / gguf_file)
+        return ModelFiles(name, directory, problem=problem, gguf_file=gguf_file)
+    if directory is None and name.startswith(_PACKAGED):
+        return ModelFiles(name, None, problem=(f"the package holds no {name}", f"It holds {_PACKAGED}vision_tower."))
+    if directory is None and is_local(name):
+        return ModelFiles(name, None, problem=_no_directory(name))
+    if directory is None:
+        from lora_llava.planning.preflight.model.hub import find_on_hub
+
+        directory, problem = find_on_hub(name, revision, gguf_file or "config.json")
+        if directory is None:
+            what, fix = problem
+            hint = nearest(Path(name).name, near)
+            return ModelFiles(name, None, problem=(what, f"Did you mean {hint}? {fix}" if hint else fix))
+        if gguf_file is not None:
+            return ModelFiles(name, directory, gguf_file=gguf_file)
+        return replace(read_config(name, directory), from_hub=True)
+    return read_config(name, directory)
+
+
+def read_config(name: str, directory: Path) -> ModelFiles:
+    """Read config.json of a model's directory."""
+    path = directory / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "Give the directory that holds config.json and the weights."
+        return ModelFiles(name, directory, problem=(f"{directory} holds no config.json, so it is no model", fix))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
+        return ModelFiles(
+            name,
+            directory,
+            problem=(f"{path} cannot be read: {reason}", "Download the model again, or repair the file."),
+        )
+    if not isinstance(data, dict):
+        what = f"{path} holds a {type(data).__name__}, a mapping is needed"
+        return ModelFiles(name, directory, problem=(what, "Download the model again."))
+    return ModelFiles(name, directory, data)
+
+
+def nearest(name: str, directories: Sequence[Path]) -> str | None:
+    """Return the name of the entry most like `name` in the first of `directories` that has one.
+
+    Endings do not count: `valid.json` is not like `d.json`.
+    """
+    wanted = _stem(name)
+    for directory in directories:
+        try:
+            entries = [path.name for path in sorted(directory.iterdir()) if path.name != name]
+        except OSError:
+            continue
+        if len(entries) > _MANY:
+            entries = [entry for entry in entries if entry[:1] == name[:1]][:_MANY]
+        likeness = {entry: difflib.SequenceMatcher(None, wanted, _stem(entry)).ratio() for entry in entries}
+        best = max(likeness, key=lambda entry: (likeness[entry], Path(entry).suffix == Path(name).suffix), default=None)
+        if best is not None and likeness[best] >= _ALIKE:
+            return best
+    return None
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem.lower()
+
+
+def _directory(name: str) -> Path | None:
+    if name.startswith(_PACKAGED):
+        directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
+    else:
+        directory = Path(name).expanduser()
+    return directory if directory.is_dir() else None
+
+
+def _no_file(path: Path) -> tuple[str, str]:
+    hint = nearest(path.name, [path.parent])
+    return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct base.gguf_file."
+
+
+def _no_directory(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    if path.exists():
+        return f"{name} is a file", "Give the directory of the model."
+    hint = nearest(path.name, [path.parent])
+    return f"{name} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."

@@ -1,0 +1,165 @@
+"""The shape of a LLaVA as its config.json tells it, with the defaults of transformers, and so of every tensor in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_llava.formats.names import EMBEDDINGS, HEAD, PROJECTOR_PREFIX
+
+TEXT_DEFAULTS: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+"""`LlamaConfig` of transformers; llava-hf's config.json leaves most of it out."""
+VISION_DEFAULTS: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+}
+"""`CLIPVisionConfig` of transformers."""
+_LLAVA_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+"""What `LlavaConfig` takes where there is no `vision_config` at all."""
+LLAVA_DEFAULTS: dict[str, Any] = {
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+
+Shape = tuple[int, ...]
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEAR_LAYERS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""The linear layers of a Llama's decoder layer, by their names in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaShape:
+    """Configurations of a LLaVA and its parts, every default filled in."""
+
+    whole: dict[str, Any]
+    text: dict[str, Any]
+    vision: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LlavaShape:
+        """Read the config.json of a LLaVA."""
+        vision = config.get("vision_config")
+        whole = {**LLAVA_DEFAULTS, **config}
+        if "image_token_id" in config:
+            whole["image_token_index"] = config["image_token_id"]
+        return cls(
+            whole, text_config(config.get("text_config")), vision_config(_LLAVA_VISION if vision is None else vision)
+        )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embeddings; it is then not stored."""
+        return bool(self.whole["tie_word_embeddings"] or self.text["tie_word_embeddings"])
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that stand for one image."""
+        patches = (int(self.vision["image_size"]) // int(self.vision["patch_size"])) ** 2
+        return patches + (1 if self.whole["vision_feature_select_strategy"] == "full" else 0)
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield canonical name and shape of every tensor on disk."""
+        for name, shape in text_tensors(self.text):
+            if name != HEAD or not self.tied:
+                yield name, shape
+        yield from tower_tensors(self.vision)
+        yield from self.projector()
+
+    def projector(self) -> Iterator[tuple[str, Shape]]:
+        """Yield canonical name and shape of the projector's tensors."""
+        layers = self.whole["vision_feature_layer"]
+        seen = int(self.vision["hidden_size"]) * (len(layers) if isinstance(layers, list) else 1)
+        width = int(self.text["hidden_size"])
+        for name, inputs in (("linear_1", seen), ("linear_2", width)):
+            yield f"{PROJECTOR_PREFIX}{name}.weight", (width, inputs)
+            if self.whole["multimodal_projector_bias"]:
+                yield f"{PROJECTOR_PREFIX}{name}.bias", (width,)
+
+
+def text_config(data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fill in the defaults of a language model's configuration."""
+    config = {**TEXT_DEFAULTS, **(data or {})}
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return config
+
+
+def vision_config(data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fill in the defaults of a vision tower's configuration; of a whole CLIP its tower is taken."""
+    data = data or {}
+    return {**VISION_DEFAULTS, **(data.get("vision_config") or data)}
+
+
+def linear_layers(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of a decoder layer: name inside it -> (outputs, inputs)."""
+    width, wide = int(text["hidden_size"]), int(text["intermediate_size"])
+    queries = int(text["num_attention_heads"]) * int(text["head_dim"])
+    keys = int(text["num_key_value_heads"]) * int(text["head_dim"])
+    attention: list[tuple[int, int]] = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    return dict(zip(LINEAR_LAYERS, [*attention, (wide, width), (wide, width), (width, wide)], strict=True))
+
+
+def text_tensors(text: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    """Yield canonical name and shape of the tensors of a Llama, its head included."""
+    width, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
+    yield EMBEDDINGS, (vocabulary, width)
+    yield HEAD, (vocabulary, width)
+    yield "language_model.model.norm.weight", (width,)
+    for number in range(int(text["num_hidden_layers"])):
+        layer = f"language_model.model.layers.{number}."
+        yield f"{layer}input_layernorm.weight", (width,)
+        yield f"{layer}post_attention_layernorm.weight", (width,)
+        for name, shape in linear_layers(text).items():
+            yield f"{layer}{name}.weight", shape
+            if text["mlp_bias" if name.startswith("mlp") else "attention_bias"]:
+                yield f"{layer}{name}.bias", shape[:1]
+
+
+def tower_tensors(vision: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    """Yield canonical name and shape of the tensors of a CLIP vision tower."""
+    tower = "vision_tower.vision_model."
+    width, wide, patch = (int(vision[key]) for key in ("hidden_size", "intermediate_size", "patch_size"))
+    patches = (int(vision["image_size"]) // patch) ** 2
+    yield f"{tower}embeddings.class_embedding", (width,)
+    yield f"{tower}embeddings.patch_embedding.weight", (width, int(vision["num_channels"]), patch, patch)
+    yield f"{tower}embeddings.position_embedding.weight", (patches + 1, width)
+    sizes: dict[str, Shape] = {"pre_layrnorm": (width,), "post_layernorm": (width,)}
+    for number in range(int(vision["num_hidden_layers"])):
+        layer = f"encoder.layers.{number}."
+        sizes |= {f"{layer}layer_norm1": (width,), f"{layer}layer_norm2": (width,)}
+        sizes |= {f"{layer}self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+        sizes |= {f"{layer}mlp.fc1": (wide, width), f"{layer}mlp.fc2": (width, wide)}
+    for name, shape in sizes.items():
+        yield f"{tower}{name}.weight", shape
+        yield f"{tower}{name}.bias", shape[:1]

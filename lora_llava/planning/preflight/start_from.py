@@ -1,0 +1,123 @@
+"""Checks of `start_from`: an artifact, undamaged, that fits the base."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_llava.errors import ModelError
+from lora_llava.formats.names import canonical_name
+from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.planning.preflight.model.files import nearest
+from lora_llava.planning.preflight.model.shapes import LlavaShape, Shape
+from lora_llava.planning.preflight.model.text_side import read_json
+from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
+from lora_llava.planning.preflight.setup import Setup
+
+_KEY = "start_from"
+_MANIFEST, _WEIGHTS, _CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
+_FORMAT = 1
+_NEEDED = ("stage", "base", "adapter_sha256", "quantization", "template", "images", "data")
+_LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<part>lora_[AB]|lora_magnitude_vector)(\.weight)?$")
+_LAYERS = "language_model.model."
+_AGAIN = "Take the artifact from its source again."
+
+
+def start_from_fits(setup: Setup) -> Iterator[Finding]:
+    """The artifact to start from is whole, and has the shape of the base."""
+    path = setup.recipe.start_from
+    if path is None:
+        return
+    problem = _not_an_artifact(path)
+    if problem is None:
+        problem = next(_damage(path), None)
+    if problem is not None:
+        yield Problem(_KEY, *problem)
+        return
+    try:
+        tensors = read_header(path / _WEIGHTS)
+    except ModelError as error:
+        yield Problem(_KEY, str(error), _AGAIN)
+        return
+    yield from _misfit(path, tensors, setup)
+
+
+def _not_an_artifact(path: Path) -> tuple[str, str] | None:
+    if not path.exists():
+        hint = nearest(path.name, [path.parent])
+        return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."
+    if (path / _MANIFEST).is_file():
+        return None
+    below = [name for name in ("instruct", "align") if (path / name / _MANIFEST).is_file()]
+    if below:
+        return f"{path} is the directory of a run, the artifact of a stage is needed", f"Name {path / below[0]}."
+    hint = (
+        "Bring it in first: lora-llava import"
+        if (path / _CONFIG).is_file()
+        else ("Name the directory of a stage, such as runs/NAME/instruct.")
+    )
+    return f"{path} is not an artifact: it has no {_MANIFEST}", hint
+
+
+def _damage(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield what is damaged; the first is enough."""
+    manifest, config = read_json(path / _MANIFEST), read_json(path / _CONFIG)
+    if manifest is None or any(key not in manifest for key in _NEEDED):
+        yield f"{path / _MANIFEST} is damaged", _AGAIN
+        return
+    if isinstance(manifest.get("format"), int) and manifest["format"] > _FORMAT:
+        yield f"{path / _MANIFEST} has format {manifest['format']}, newer than this program's {_FORMAT}", "Update it."
+    if config is None:
+        yield f"{path / _CONFIG} is missing or damaged", _AGAIN
+    weights = path / _WEIGHTS
+    if not weights.is_file():
+        yield f"{path} lacks {_WEIGHTS}", _AGAIN
+        return
+    with weights.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != manifest["adapter_sha256"]:
+        what = f"{weights} was altered: its sha256 is {found}, the manifest has {manifest['adapter_sha256']}"
+        yield what, _AGAIN
+
+
+def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Finding]:
+    """Yield what does not fit the base; a LoRA of another form than the recipe's is refused as that is read."""
+    lora: dict[str, dict[str, Shape]] = {}
+    outside, projector = [], {}
+    for name, tensor in tensors.items():
+        match = _LORA.match(name)
+        try:
+            place = canonical_name(
+                (match["module"] if match else name.removeprefix("base_model.model.")) + (".weight" if match else "")
+            )
+        except ModelError:
+            outside.append(name)
+            continue
+        if match is None:
+            projector[place] = tensor.shape
+        elif place.startswith(_LAYERS):
+            lora.setdefault(place, {})[match["part"]] = tensor.shape
+        else:
+            outside.append(place)
+    if outside:
+        what = f"{path} has LoRA outside the language model ({shown(sorted(outside))}), which the kit does not train"
+        yield Problem(_KEY, what, "Merge it into its base (lora-llava merge), and name the result as the base.")
+    if setup.shape is not None and (wrong := _wrong_shapes(lora, projector, setup.shape)):
+        what = f"{path} was trained on a base of another shape: {shown(wrong)}"
+        yield Problem(_KEY, what, "Name the base that it was trained on; its manifest.json says which.")
+
+
+def _wrong_shapes(lora: dict[str, dict[str, Shape]], projector: dict[str, Shape], base: LlavaShape) -> list[str]:
+    wanted = dict(base.tensors())
+    wrong = [f"the base has no {name}" for name in lora if name not in wanted]
+    for name, parts in lora.items():
+        a, b = parts.get("lora_A"), parts.get("lora_B")
+        if a and b and name in wanted and (b[0], a[-1]) != wanted[name]:
+            wrong.append(f"LoRA for {name} of {(b[0], a[-1])}, the base has {wanted[name]}")
+    for name, shape in base.projector():
+        found = projector.get(name)
+        if found != shape:
+            wrong.append(f"{name} is {'missing' if found is None else found}, the base has {shape}")
+    return wrong

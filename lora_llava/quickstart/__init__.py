@@ -1,0 +1,1 @@
+"""From nothing to a tuned model on a CPU."""

@@ -1,0 +1,98 @@
+"""docs/settings.md, written from the recipe types: `python -m lora_llava.recipe.docs > docs/settings.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from lora_llava.recipe.errors import allowed, shown
+from lora_llava.recipe.fields import OnResume, Settings, section_in
+from lora_llava.recipe.settings import Recipe
+
+_HEAD = """\
+# All settings
+
+Made from the types of the recipe by `python -m lora_llava.recipe.docs`; a test holds that it is up to date. A setting
+is written in a recipe (YAML) below its sections, or on the command line by its dotted key:
+`lora-llava finetune recipe.yaml stages.instruct.learning_rate=1e-4`. Names are those of Hugging Face, PEFT and LLaVA.
+
+A setting that has no effect in a recipe is refused by its name, or told where only speed or the display is concerned.
+
+**On resume** says what a changed setting means for `--resume` (see [resume.md](resume.md)):
+"""
+_STAGES = ("stages.align", "stages.instruct")
+
+
+def settings_page() -> str:
+    """Return the page: a table for each section, a row for each setting."""
+    lines = [_HEAD, "| on resume | meaning |", "|---|---|"]
+    lines += [f"| {_word(note)} | {note.value} |" for note in OnResume]
+    for key, section in _sections(Recipe, ""):
+        lines += ["", f"## {f'`{key}`' if key else 'The recipe'}", "", *_intro(key, section), "", *_table(key, section)]
+    return "\n".join(lines) + "\n"
+
+
+def _sections(section: type[Settings], key: str) -> Iterator[tuple[str, type[Settings]]]:
+    """Walk the sections; the data of a stage and of the evaluation are of one type and stand once."""
+    yield key, section
+    for name, field in section.model_fields.items():
+        below = section_in(field.annotation)
+        place = f"{key}.{name}" if key else name
+        if below is not None and not place.startswith(("stages.align.data", "evaluation.data")):
+            yield from _sections(below, place)
+
+
+def _intro(key: str, section: type[Settings]) -> list[str]:
+    lines = [(section.__doc__ or "").strip().split("\n\n")[0]]
+    if key == "stages.instruct.data":
+        lines.append("The same for `stages.align.data` and, without `validation` and `merge_turns`, `evaluation.data`.")
+    if key in _STAGES:
+        lines.append("`data` is below.")
+    return lines
+
+
+def _table(key: str, section: type[Settings]) -> list[str]:
+    rows = [
+        f"| `{name}` | {_cell(allowed(field))} | {_default(field)} | {_meaning(field)} | {_note(key, field)} |"
+        for name, field in section.model_fields.items()
+        if section_in(field.annotation) is None
+    ]
+    below = [f"`{name}`" for name, field in section.model_fields.items() if section_in(field.annotation) is not None]
+    head = ["| setting | takes | default | meaning | on resume |", "|---|---|---|---|---|"]
+    return [*(head if rows else ()), *rows, *([f"\nSections below: {', '.join(below)}."] if below else [])]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "needed"
+    value: Any = field.get_default(call_default_factory=True)
+    return "" if value is PydanticUndefined else f"`{_cell(value if isinstance(value, str) else shown(value))}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    return _cell(field.description or "")
+
+
+def _note(key: str, field: FieldInfo) -> str:
+    if key.startswith("evaluation"):
+        return _word(OnResume.AGAIN)
+    if key.startswith("card"):
+        return _word(OnResume.CARD)
+    return _word(next(one for one in field.metadata if isinstance(one, OnResume)))
+
+
+def _word(note: OnResume) -> str:
+    """Name a note in lower case, as the tables do."""
+    return note.name.lower().replace("_", " ")
+
+
+def _cell(text: str) -> str:
+    """Write text into a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")  # noqa: T201 - the page is what the command is for

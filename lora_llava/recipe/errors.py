@@ -1,0 +1,169 @@
+"""Mistakes in a recipe, in words of its own: which key, what it holds, what it may hold."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import Strict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic.types import AllowInfNan
+from pydantic_core import ErrorDetails
+
+from lora_llava.recipe.fields import Form, Names, Settings, section_in
+from lora_llava.recipe.names import meant_by
+from lora_llava.recipe.settings import Recipe
+from lora_llava.system.text import printable
+
+_MAX_SHOWN = 80
+"""Characters of a wrong value that an error shows."""
+_BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "at most"}
+_YES, _NO = {"yes", "on", "y"}, {"no", "off", "n"}
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "a boolean (true or false)", Path: "a path"}
+
+
+def problems_in(error: ValidationError) -> list[str]:
+    """Say what is wrong with a recipe, one text for each key, in its order."""
+    problems: dict[str, str] = {}
+    for one in error.errors():
+        place, text = _problem(one)
+        problems.setdefault(place, f"{place}: {text}" if place else text)
+    return list(problems.values())
+
+
+def _problem(error: ErrorDetails) -> tuple[str, str]:
+    """Return the key of a problem and the words for it; of pydantic's own words none is used."""
+    names, section, field = _walk([str(part) for part in error["loc"]])
+    key = ".".join(names)
+    match error["type"]:
+        case "extra_forbidden":
+            unknown = printable(str(error["loc"][-1]))
+            return f"{key}.{unknown}" if key else unknown, f"unknown key{meant_by(names, unknown, section)}"
+        case "value_error":
+            return key, error["msg"].removeprefix("Value error, ")
+        case "missing":
+            return key, f"is missing; write {allowed(field)}" if field else "is missing"
+    value = _whole(error, len(names))
+    if field is None:
+        return key, f"must be a mapping of keys to values, not {shown(value)}"
+    text = allowed(field)
+    verb = "write" if section_in(field.annotation) else "must be"
+    return key, f"{verb} {text}, not {shown(value)}{_hint(field, text, value)}"
+
+
+def _whole(error: ErrorDetails, depth: int) -> Any:
+    """Return the value of the key that a problem lies in: of an item of a list, the list as far as it is known."""
+    return [error["input"]] if any(isinstance(part, int) for part in error["loc"][depth:]) else error["input"]
+
+
+def _walk(loc: list[str]) -> tuple[list[str], type[Settings] | None, FieldInfo | None]:
+    """Follow a problem's way down the recipe: the keys on it, the last section and, if it ends in one, the field.
+
+    What pydantic adds to the way (branches of a union, indices of a list) is left out.
+    """
+    section: type[Settings] | None = Recipe
+    names: list[str] = []
+    field: FieldInfo | None = None
+    for name in loc:
+        if section is None or name not in section.model_fields:
+            break
+        field = section.model_fields[name]
+        names.append(name)
+        section = section_in(field.annotation)
+    return names, section, field
+
+
+def allowed(field: FieldInfo) -> str:
+    """Say in words what a setting takes."""
+    section = section_in(field.annotation)
+    if section is not None:
+        return section.example or f"a mapping with keys such as {', '.join(list(section.model_fields)[:3])}"
+    named = next((one for one in field.metadata if isinstance(one, Names)), None)
+    if named is not None:
+        return f"a {named.value}{' or null' if NoneType in get_args(field.annotation) else ''}"
+    return _words(field.annotation, field.metadata)
+
+
+def _words(annotation: Any, metadata: list[Any]) -> str:
+    """Put a type and its limits into words."""
+    if form := next((one for one in metadata if isinstance(one, Form)), None):
+        return form.words
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *notes = get_args(annotation)
+        return _words(inner, [part for note in notes for part in _flat(note)])
+    if origin in (Union, UnionType):
+        parts = [part for part in get_args(annotation) if part is not NoneType]
+        texts = [_words(part, metadata) for part in parts]
+        return " or ".join([*dict.fromkeys(texts), *(["null"] if NoneType in get_args(annotation) else [])])
+    if origin is Literal:
+        texts = [repr(value) if isinstance(value, str) else shown(value) for value in get_args(annotation)]
+        return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+    if origin is list:
+        least = next((one.min_length for one in metadata if isinstance(one, annotated_types.MinLen)), 0)
+        return f"a list{f' of {least} item or more' if least else ''}, such as [a, b]"
+    return _KINDS[annotation] + _limits(metadata)
+
+
+def _flat(note: Any) -> list[Any]:
+    return list(note.metadata) if isinstance(note, FieldInfo) else [note]
+
+
+def _limits(metadata: list[Any]) -> str:
+    """Put the limits of a number into words."""
+    parts = [
+        f"{words} {value:,}" if isinstance(value, int) and value >= 10_000 else f"{words} {value}"
+        for one in metadata
+        for name, words in _BOUNDS.items()
+        if not isinstance(one, Strict | AllowInfNan | Form) and (value := getattr(one, name, None)) is not None
+    ]
+    return f" {' and '.join(parts)}" if parts else ""
+
+
+def _hint(field: FieldInfo, text: str, value: Any) -> str:
+    """Say what to do about a value that people often give."""
+    section = section_in(field.annotation)
+    names_file = Names.PATH_OR_ID in field.metadata or (section is not None and "path" in section.model_fields)
+    if isinstance(value, list) and len(value) > 1 and names_file:
+        return (
+            ". Several files cannot be read as one yet: join them, JSON with: jq -s add a.json b.json > all.json, JSON "
+            "Lines with: cat a.jsonl b.jsonl > all.jsonl"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        return "; it must be finite"
+    if not isinstance(value, str):
+        return ""
+    if "boolean" in text and value.lower() in _YES | _NO:
+        return f"; write {'true' if value.lower() in _YES else 'false'}, without quotes"
+    if ("number" in text or "integer" in text) and _is_number(value):
+        return "; leave the quotes out"
+    if "a list" in text and value:
+        return f"; write [{printable(value[:_MAX_SHOWN])}]"
+    near = difflib.get_close_matches(value.lower(), re.findall(r"'([^']+)'", text), 1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """Write a value as it would be in the file, cut to what one reads."""
+    if isinstance(value, str):
+        text = repr(value)
+    else:
+        try:
+            text = json.dumps(value, ensure_ascii=False, default=str)
+        except (ValueError, RecursionError):
+            text = type(value).__name__
+    text = printable(text)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}\N{HORIZONTAL ELLIPSIS}"

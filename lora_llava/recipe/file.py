@@ -1,0 +1,253 @@
+"""Recipes as files: YAML in, overrides applied, paths resolved, every problem reported at once; YAML out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lora_llava.errors import RecipeError
+from lora_llava.recipe.errors import problems_in
+from lora_llava.recipe.fields import Names, Settings, section_in, settings_of
+from lora_llava.recipe.names import meant_by
+from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.start import continued
+from lora_llava.recipe.unused import FRESH, unused_settings
+from lora_llava.system.text import printable
+
+MAX_BYTES = 1 << 20
+"""Largest recipe file, in bytes."""
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS_AND_BOOLS = {
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "int": (re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), "-+0123456789"),
+    "float": (
+        re.compile(
+            r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+        ),
+        "-+0123456789.",
+    ),
+}
+"""What is a number or a bool: YAML 1.2's forms, not 1.1's (`yes`, `1:30`, `010` as 8, dates)."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: `1e-4` is a number, `yes` is a word, a key stands once, aliases are refused."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # the stubs leave it out
+            raise RecipeError(f"line {mark.line + 1}: aliases (*name) are not supported; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                raise RecipeError(f"line {key.start_mark.line + 1}: a key must be a plain word")
+            if key.value in seen:
+                raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} occurs twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that a YAML 1.1 or a YAML 1.2 reader would take for something else."""
+
+
+_REPLACED = {_TAG + name for name in (*_NUMBERS_AND_BOOLS, "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in _REPLACED]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_form, _first) in _NUMBERS_AND_BOOLS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, _form, list(_first))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.sub=value` overrides, and take over from `start_from` what it does not name.
+
+    Relative paths in the file are resolved against its directory, those in overrides against the current one.
+    Raises RecipeError with every problem, one a line; settings that have no effect are among them.
+    """
+    recipe = read_recipe(path, overrides)
+    without_effect = [f"{path}: {unused}" for unused in unused_settings(recipe) if unused.refused]
+    if without_effect:
+        raise RecipeError("\n".join(without_effect))
+    return continued(recipe)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe as it is: one that a run wrote, of which nothing is refused any more."""
+    data = _read(path)
+    _resolve_paths(data, path.resolve().parent, str(path))
+    problems = []
+    for override in overrides:
+        try:
+            _apply(data, override)
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems_in(error))) from error
+
+
+def dump_resolved(recipe: Recipe, directory: Path) -> str:
+    """Write the whole recipe as YAML that works from `directory`, where its relative paths start."""
+    data = recipe.plain()
+    if recipe.base.model_name_or_path is not None:
+        # What a fresh model would be made with: of a whole one, the defaults would say what need not be so.
+        given = recipe.base.model_fields_set
+        data["base"] = {key: value for key, value in data["base"].items() if key in given or key not in FRESH}
+    # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
+    start = directory.resolve()
+    data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))
+    for holder, key, value, _ in _paths_in(data):
+        if Path(value).is_absolute():
+            holder[key] = _dotted(os.path.relpath(value, start))
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_portable(path: Path) -> str:
+    """Write the recipe file at `path` without where things lay: of each local path only the last part stays.
+
+    What stands there otherwise stays as it is; it need not be a whole recipe.
+    """
+    data = _read(path)
+    data.pop("output_dir", None)
+    for holder, key, value, _ in _paths_in(data):
+        if is_local(value):
+            name = Path(value).name
+            holder[key] = _dotted("." if name == ".." else name)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def is_local(name: str) -> bool:
+    """Tell a path from a hub id, in a resolved recipe."""
+    return name.startswith((".", "/", "~")) or name.endswith(_DATA_SUFFIXES)
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Return the recipes that ship with the package, by name."""
+    directory = Path(str(resources.files("lora_llava") / "assets" / "recipes"))
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"recipe {path} has {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
+    data = _parse(text, str(path))
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values; the file holds {found}")
+    return data
+
+
+def _parse(text: str, where: str) -> Any:
+    """Read YAML. Raises RecipeError of one line, which begins with `where`, however the text is broken."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except RecipeError as error:
+        raise RecipeError(f"{where}, {error}") from error
+    # ValueError: an integer of thousands of digits; RecursionError: thousands of brackets.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise RecipeError(f"{where}{place}: not valid YAML: {problem}") from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise RecipeError(f"override {override!r:.80}: write it as key.sub=value")
+    _check_key(key)
+    # As a tree of its own, since the value may be a mapping that holds paths.
+    tree: dict[str, Any] = {names[-1]: _parse(text, f"override {key}")}
+    for name in reversed(names[:-1]):
+        tree = {name: tree}
+    _resolve_paths(tree, Path.cwd(), f"override {key}")
+    for name in names[:-1]:
+        if not isinstance(data.get(name), dict):
+            data[name] = {}
+        data, tree = data[name], tree[name]
+    data[names[-1]] = tree[names[-1]]
+
+
+def _check_key(key: str) -> None:
+    """Refuse an override of a key that no recipe has."""
+    section: type[Settings] | None = Recipe
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        if section is None:
+            above = ".".join(names[:depth])
+            raise RecipeError(f"override {printable(key)}: unknown key {printable(key)}: {above} has no keys below it")
+        if name not in section.model_fields:
+            unknown = printable(".".join(names[: depth + 1]))
+            meant = meant_by(names[:depth], name, section)
+            raise RecipeError(f"override {printable(key)}: unknown key {unknown}{meant}")
+        section = section_in(section.model_fields[name].annotation)
+
+
+def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, Names]]:
+    """List every string that is, or may be, a path: its mapping, its key, itself, and what it names."""
+    found = []
+    for setting in settings_of(Recipe):
+        *above, key = setting.key.split(".")
+        holder: Any = data
+        for name in above:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        if setting.names and isinstance(holder, dict) and isinstance(value := holder.get(key), str):
+            found.append((holder, key, value, setting.names))
+    return found
+
+
+def _resolve_paths(data: dict[str, Any], directory: Path, where: str) -> None:
+    for holder, key, value, names in _paths_in(data):
+        try:
+            holder[key] = _resolve(key, value, directory, names)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+def _resolve(key: str, value: str, directory: Path, names: Names) -> str:
+    """Make a path absolute; a name that could be a hub id stays as it is unless such a path exists."""
+    if not value:
+        raise RecipeError(f"{key}: is empty; give a path, or leave the key out")
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"{key}: {value!r} names a user who has no home directory; write the path out") from error
+    try:
+        exists = (directory / path).exists()
+    except OSError as error:  # such as a name of more than 255 bytes
+        raise RecipeError(f"{key}: {value[:60]!r}... can be no path: {error.strerror}; give another") from error
+    if names is Names.PATH or is_local(value) or (":" not in value and exists):
+        return os.path.normpath(directory / path)
+    return value
+
+
+def _dotted(path: str) -> str:
+    """Mark a relative path as one, so that it is not taken for a hub id."""
+    return path if path.startswith(".") else f"./{path}"

@@ -1,0 +1,1 @@
+"""Take a trained artifact elsewhere: merge, export, import, publish."""

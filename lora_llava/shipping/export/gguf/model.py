@@ -1,0 +1,102 @@
+"""Text model and mmproj for llama.cpp and Ollama, with a Modelfile."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import cast, get_args
+
+from transformers import AutoTokenizer
+
+from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.conversation.encode import Template
+from lora_llava.conversation.endings import end_token_ids, stated_ends
+from lora_llava.errors import RecipeError
+from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.modeling.metadata import read_config
+from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, check_gguf, general_fields, write_gguf
+from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_vision, write_mmproj
+from lora_llava.shipping.export.gguf.ollama import modelfile
+from lora_llava.shipping.export.gguf.text import ARCHITECTURE, text_fields, text_tensors
+from lora_llava.shipping.export.gguf.tokenizer import AnyTemplate, tokenizer_fields
+from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.merge.run import merge_artifact, summary
+from lora_llava.system.files import staged
+
+TEXT_FILE = "text.gguf"
+MODELFILE = "Modelfile"
+_MERGED = "merged"
+
+
+def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    """Write `source` as `text.gguf`, `mmproj.gguf` and a Modelfile; an artifact is merged first, and that removed.
+
+    Holds one tensor at a time. Each file is read back: metadata, names and shapes the same, values within the rounding
+    of their type. Raises ModelError for what llama.cpp does not compute as transformers does.
+    """
+    outtype = out_type(options, "f16")
+    with staged(output) as staging:
+        model, lines = source, list[str]()
+        if is_artifact(source):
+            model = staging / _MERGED
+            report = merge_artifact(source, model, base_model=options.base_model)
+            lines = summary(report, model)[1:]
+        template = read_usage(model, options.template).prompt_template
+        lines = _write(model, staging, output.name, outtype, template) + lines
+        if model != source:
+            shutil.rmtree(model)
+    return {"summary": [f"{output}: {lines[0]}", *lines[1:]]}
+
+
+def out_type(options: ExportOptions, default: OutType) -> OutType:
+    """Return how weights are to be stored. Raises RecipeError for a name that is none."""
+    for known in get_args(OutType):
+        if known == (options.outtype or default):
+            return cast("OutType", known)
+    raise RecipeError(f"outtype {options.outtype!r} is none of {', '.join(get_args(OutType))}")
+
+
+def _write(model: Path, staging: Path, name: str, outtype: OutType, template: AnyTemplate) -> list[str]:
+    """Write the files of a model directory into `staging`; returns the lines to show."""
+    config = read_config(model)
+    check_vision(config)
+    files = WeightFiles(model)
+    files.check(config)
+    fields = {
+        **general_fields(name, "model", outtype),
+        **text_fields(config),
+        **tokenizer_fields(model, int(config.text_config.vocab_size), template),
+    }
+    tensors = text_tensors(config, files, outtype)
+    write_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
+    check_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
+    count = write_mmproj(staging / FILE, config, files.read, model, name, outtype)
+    untold = _write_modelfile(staging, model, template)
+    return [
+        f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and the same",
+        *_odd_rows(tensors, outtype),
+        *untold,
+        KNOWN_DEFECT,
+    ]
+
+
+def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
+    """Write the Modelfile; returns the lines to show of what it could not hold."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
+    stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
+    text = modelfile([TEXT_FILE, FILE], template, tokenizer.eos_token, stops)
+    (staging / MODELFILE).write_text(text, encoding="utf-8")
+    if isinstance(template, Template):
+        return []
+    return [
+        "the Modelfile has no TEMPLATE: nothing says how this model is asked; name its template with --template"
+        if template is None
+        else "the Modelfile has no TEMPLATE: Ollama reads the model's own chat template from text.gguf"
+    ]
+
+
+def _odd_rows(tensors: list[Tensor], outtype: OutType) -> list[str]:
+    """Say which tensors could not be quantised."""
+    odd = [one.name for one in tensors if one.kind == F16] if outtype.startswith("q") else []
+    return [f"{len(odd)} tensors are in f16: their rows do not divide into blocks of 32"] if odd else []

@@ -1,0 +1,56 @@
+"""The llava-hf layout: an artifact is merged, a model is written anew with canonical names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
+from lora_llava.conversation.encode import Template
+from lora_llava.conversation.endings import write_generation_config
+from lora_llava.formats.llava_hf import WeightFiles, each_tensor, expected_shapes, write_weights
+from lora_llava.modeling.metadata import read_config
+from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.export.verify import check_bits
+from lora_llava.shipping.merge.run import merge_artifact, summary
+from lora_llava.system.files import staged
+
+_KEPT = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+_REPLACED = ("model.safetensors.index.json", "config.json")
+
+
+def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    """Write `source` in the llava-hf layout, in files of at most 5 GB."""
+    if is_artifact(source):
+        report = merge_artifact(source, output, base=options.base, base_model=options.base_model)
+        return {**report, "summary": summary(report, output)}
+    config = read_config(source)
+    files = WeightFiles(source)
+    files.check(config)
+    with staged(output) as staging:
+        names = sorted(expected_shapes(config))
+        written = write_weights(staging, ((name, files.read(name)) for name in names))
+        copy_surroundings(source, staging, options)
+        for name, tensor in each_tensor(staging):
+            check_bits(tensor, files.read(name), name)
+        shutil.copyfile(source / "config.json", staging / "config.json")
+    return {"files": written, "summary": [f"{output}: {len(names)} tensors, each read back and the same"]}
+
+
+def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> None:
+    """Copy tokenizer, processor and settings of a model directory; its config.json is for the end.
+
+    The ends of an answer and the chat template are those it is asked with, also where its files name others.
+    """
+    for pattern in _KEPT:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in _REPLACED:
+                shutil.copyfile(path, staging / path.name)
+    template = read_usage(source, options.template).prompt_template
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    write_generation_config(staging, source, template, tokenizer)
+    if isinstance(template, Template):
+        (staging / TEMPLATE_FILE).write_text(chat_template(template, tokenizer.eos_token), encoding="utf-8")

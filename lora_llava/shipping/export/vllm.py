@@ -1,0 +1,206 @@
+"""What vLLM serves: a base with the tuned projector in it, and beside it an adapter of LoRA alone.
+
+vLLM refuses adapters that carry a projector, or are DoRA (vllm/lora/peft_helper.py), and reads one rank and one scale
+for all layers. So what is not LoRA on the language model's blocks goes into the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+from lora_llava.artifact import is_artifact, library_versions, portable
+from lora_llava.errors import ArtifactError
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json, write_weights
+from lora_llava.formats.names import EMBEDDINGS, memory_name
+from lora_llava.formats.peft_adapter import PEFT_PREFIX, WEIGHTS, Adapter
+from lora_llava.shipping.export.options import VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
+from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
+from lora_llava.shipping.merge.run import (
+    TOLERANCE,
+    Source,
+    choose_base,
+    open_source,
+    reason_for,
+    save_surroundings,
+    write_config,
+)
+from lora_llava.shipping.merge.stream import BaseKind, base_reader, describe_dtype, merged_reader
+from lora_llava.system.files import staged
+from lora_llava.system.text import counted
+
+BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
+_BLOCKS = "language_model.model.layers."
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The one rank and scale that vLLM knows for all layers."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    in_weights: bool
+    """Whether the layers' own scales, which differ, are in their B."""
+
+
+def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    """Write `source`, an artifact with LoRA, as OUTPUT/base and OUTPUT/adapter.
+
+    Both are read back and asked the same questions as the artifact on its base. Raises ArtifactError for a model,
+    for forms that vLLM refuses, and if the answers differ by more than rounding.
+    """
+    if not is_artifact(source):
+        raise ArtifactError(
+            f"{source} is a whole model; vLLM serves it as it is: vllm serve {source}. This format takes an artifact."
+        )
+    served = _served_layers(Adapter(source), source)
+    with staged(output) as staging:
+        opened = open_source(source, options.base_model)
+        kind = choose_base(opened, options.base)
+        form = _form(opened.adapter, served)
+        _write_base(staging / BASE, opened, kind, served)
+        _write_adapter(staging / ADAPTER, opened.adapter, served, form)
+        written = WeightFiles(staging / BASE)
+        report: ExportReport = {
+            "base": kind,
+            "reason": reason_for(opened, kind),
+            "dtype": describe_dtype(written.dtype(EMBEDDINGS)),
+            **_verify(opened, kind, written, staging),
+            "artifact": portable(opened.manifest),
+            "versions": library_versions(),
+        }
+        write_json(staging / REPORT, report)
+        # Last: without it, nothing takes what an interruption leaves for a model.
+        write_config(staging / BASE, opened.base, written.dtype(EMBEDDINGS))
+    return {**report, "summary": _summary(report, output, form, len(served))}
+
+
+def _served_layers(adapter: Adapter, source: Path) -> list[str]:
+    """Name the weights whose LoRA vLLM serves; ArtifactError if there are none or it refuses their form."""
+    if adapter.config.use_dora:
+        raise ArtifactError(
+            f"{source}: DoRA, which vLLM does not serve as an adapter. Merge it (lora-llava merge), and vLLM serves "
+            "the merged model; or train with adapter.type lora or rslora."
+        )
+    served = sorted(name for name in adapter.layers if name.startswith(_BLOCKS))
+    if not served:
+        raise ArtifactError(
+            f"{source}: holds no LoRA on the language model, so there is no adapter to serve. Merge it (lora-llava "
+            "merge), and vLLM serves the merged model."
+        )
+    return served
+
+
+def _form(adapter: Adapter, served: list[str]) -> Form:
+    config = adapter.config
+    if not (config.rank_pattern or config.alpha_pattern):
+        form = Form(config.r, config.lora_alpha, bool(config.use_rslora), in_weights=False)
+    else:
+        rank = max(adapter.stored(adapter.layers[name].a).shape[0] for name in served)
+        form = Form(rank, rank, use_rslora=False, in_weights=True)
+    if form.r > VLLM_RANKS[-1]:
+        raise ArtifactError(
+            f"{adapter.path}: LoRA of rank {form.r}; vLLM serves ranks up to {VLLM_RANKS[-1]}. Merge it (lora-llava "
+            "merge), and vLLM serves the merged model."
+        )
+    return form
+
+
+def _write_base(directory: Path, source: Source, kind: BaseKind, served: list[str]) -> None:
+    """Write the base with everything of the adapter in it but what is served; its config.json is for the end."""
+    directory.mkdir()
+    baked = set(source.adapter) - set(served)
+    read = merged_reader(
+        source.files, base_reader(source.files, source.manifest, kind), source.adapter, None, only=baked
+    )
+    write_weights(directory, ((name, read(name)) for name in sorted(expected_shapes(source.config))))
+    save_surroundings(directory, source)
+
+
+def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: Form) -> None:
+    """Write LoRA alone, as PEFT does."""
+    directory.mkdir()
+    save_file(dict(_tensors(adapter, served, form)), directory / WEIGHTS, metadata={"format": "pt"})
+    LoraConfig(
+        r=form.r,
+        lora_alpha=form.lora_alpha,
+        use_rslora=form.use_rslora,
+        # In full: the vision tower has layers of the same last names.
+        target_modules=[memory_name(name).removesuffix(".weight") for name in served],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=f"../{BASE}",
+        inference_mode=True,
+    ).save_pretrained(directory)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # A set of PEFT's, in another order in every process.
+    write_json(path, {**config, "target_modules": sorted(config["target_modules"])})
+
+
+def _tensors(adapter: Adapter, served: list[str], form: Form) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the LoRA of each layer under PEFT's names, with one rank and one scale for all."""
+    for name in served:
+        keys = adapter.layers[name]
+        a, b = (adapter.read(key).to(adapter.stored(key).dtype) for key in (keys.a, keys.b))
+        if form.in_weights:
+            missing = form.r - a.shape[0]
+            a, b = pad(a, (0, 0, 0, missing)), pad((b.float() * keys.scaling).to(b.dtype), (0, missing))
+        module = PEFT_PREFIX + memory_name(name).removesuffix(".weight")
+        yield f"{module}.lora_A.weight", a
+        yield f"{module}.lora_B.weight", b
+
+
+def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path) -> dict[str, Any]:
+    """Ask the written pair and the artifact on its base the same; ArtifactError if they differ beyond rounding."""
+    written.check(source.config)
+    config, manifest = source.config, source.manifest
+    model = adapted_model(written.read, config, Adapter(staging / ADAPTER))
+    asked = ask(model, config, manifest, staging / BASE)
+    ours = logits_of(model, asked)
+    del model
+
+    def apart(on: BaseKind) -> Difference:
+        artifact = adapted_model(base_reader(source.files, manifest, on), config, source.adapter)
+        return difference(ours, logits_of(artifact, asked), asked)
+
+    found = apart(kind)
+    tolerance = max(TOLERANCE[written.dtype(name)] for name in written)
+    # Written so that NaN fails too.
+    if not found.relative <= tolerance:
+        raise ArtifactError(
+            f"what was written for vLLM is not the artifact: logits differ by {found}; at most {tolerance:g} relative "
+            "is rounding. Nothing was written; please report it."
+        )
+    result: dict[str, Any] = {
+        "probe": {"questions": len(asked.prompts), "against": f"{kind} base + adapter", **found.plain()},
+        "tolerance": tolerance,
+    }
+    if source.nf4 and kind == "original":
+        result["distance_from_trained"] = apart("dequantized").plain()
+    return result
+
+
+def _summary(report: ExportReport, output: Path, form: Form, layers: int) -> list[str]:
+    probe = {key: report["probe"][key] for key in ("max_abs", "relative", "answers_equal", "answers")}
+    lines = [
+        f"{output / BASE}: the {report['base']} base with the tuned projector, {report['dtype']} ({report['reason']})",
+        f"{output / ADAPTER}: LoRA of rank {form.r} on {counted(layers, 'layer')}",
+        f"against the artifact, logits of {counted(report['probe']['questions'], 'question')}: {Difference(**probe)} "
+        f"(at most {report['tolerance']:g} relative is taken for rounding)",
+    ]
+    if trained := report.get("distance_from_trained"):
+        lines.append(f"from what was trained: {Difference(**trained)}")
+    lines.append(
+        f"vllm serve {output / BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
+        f"--lora-modules tuned={output / ADAPTER}"
+    )
+    return lines

@@ -1,0 +1,148 @@
+"""The model card: the Hub's metadata, and for people what was trained on what, how well, and how to use it."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from lora_llava.errors import ArtifactError
+from lora_llava.evaluation.outcome import BASE, BLIND, START, TUNED, TUNED_ON_BLIND
+from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, YES_NO, Metric
+from lora_llava.recipe.file import is_local
+from lora_llava.shipping.hub import describe
+from lora_llava.shipping.hub.facts import Facts
+from lora_llava.shipping.hub.licenses import LICENCES, OTHER
+from lora_llava.shipping.hub.usage import gguf_commands, python_code, vllm_commands
+from lora_llava.system.text import counted
+
+_TASK = "visual-question-answering"
+_MARK = "<!-- Made by lora-llava from the run; sha256 of the above: "
+_USE = "To answer questions about images like those it was trained on."
+_LIMITS = (
+    "Its answers can be wrong and sound sure. Of images unlike those of its training and test data nothing is known. "
+    "It has the habits and errors of its base and of its data."
+)
+
+
+def make_card(facts: Facts, repo_id: str) -> str:
+    """Write the card of a model for the repository `repo_id`. Raises ArtifactError for a licence id of no licence."""
+    name = repo_id.rpartition("/")[2]
+    card = describe.own_words(facts)
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
+    template = environment.from_string(
+        resources.files("lora_llava.shipping.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    )
+    body = template.render(
+        name=name,
+        opening=describe.opening(facts),
+        base_note=describe.base_note(facts),
+        scores=describe.score_table(facts, BASE, START, TUNED),
+        blind_scores=describe.score_table(facts, TUNED_ON_BLIND, BLIND),
+        tested=describe.tested(facts),
+        metric=describe.metric(facts),
+        pictures=facts.pictures,
+        intended_use=card.get("intended_use") or _USE,
+        limits=card.get("limits") or _LIMITS,
+        is_adapter=facts.is_adapter,
+        code=python_code(facts, repo_id),
+        vllm=vllm_commands(facts, repo_id),
+        gguf=gguf_commands(facts, repo_id),
+        made_of=describe.made_of(facts),
+        settings=describe.settings_table(facts),
+        data=describe.data_table(facts),
+        machine=describe.machine(facts),
+        licence=describe.licence(facts),
+    )
+    text = f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body}\n"
+    return f"{text}{_MARK}{_digest(text)} -->\n"
+
+
+def is_unedited(text: str) -> bool:
+    """Tell a card that the kit wrote, and nobody changed since, from any other."""
+    above, mark, rest = text.rpartition(_MARK)
+    return bool(mark) and rest == f"{_digest(above)} -->\n"
+
+
+def check_card(text: str, where: str) -> None:
+    """Raise ArtifactError if a card written by hand has metadata that cannot be read, or a licence of no known id."""
+    try:
+        data = ModelCard(text).data
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{where}: its metadata, between the lines of ---, cannot be read: {reason}") from error
+    _check_licence(data.get("license"), where)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _metadata(facts: Facts, name: str) -> ModelCardData:
+    """Make the metadata, by the names of the Hub's model card."""
+    card = describe.own_words(facts)
+    _check_licence(card.get("license"), "recipe.yaml, card.license")
+    if card.get("license") == OTHER and not card.get("license_name"):
+        raise ArtifactError("recipe.yaml: card.license is other; say which in card.license_name")
+    form = describe.adapter_form(facts)
+    tags = ["llava", *([form["type"]] if form else []), *(["qlora"] if form and describe.nf4(facts) else [])]
+    results = _results(facts)
+    # What the Hub calls a model with an adapter folded in; its `merge` is of several models.
+    relation = "adapter" if facts.is_adapter else "finetune"
+    return ModelCardData(
+        license=card.get("license"),
+        license_name=card.get("license_name"),
+        library_name="peft" if facts.is_adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[*tags, "lora-llava", *(card.get("tags") or [])],
+        base_model=facts.base_id,
+        base_model_relation=relation if facts.base_id else None,
+        datasets=describe.data_sets(facts) or None,
+        metrics=["accuracy"] if results else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _check_licence(licence: object, where: str) -> None:
+    if licence is not None and licence not in LICENCES:
+        raise ArtifactError(
+            f"{where}: {licence!r} is no licence id of the Hub; take one of "
+            f"huggingface.co/docs/hub/repositories-licenses, such as apache-2.0, mit or llama2, or {OTHER}"
+        )
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """Give the tuned model's accuracies, over all questions and by kind, with their intervals in the name."""
+    tuned = facts.accuracy.get(TUNED)
+    if not tuned:
+        return []
+    source: dict[str, Any] = (facts.recipe.get("evaluation") or {}).get("data") or {}
+    path = str(source.get("path", ""))
+    local = not path or is_local(path)
+    results = []
+    metric: Metric = facts.accuracy.get("metric", "exact_match")
+    # yes/no is the other name of closed.
+    by_type = {kind: figures for kind, figures in tuned["by_type"].items() if kind != YES_NO}
+    for kind, figures in {ALL: tuned, **by_type}.items():
+        interval = f"95 % interval {100 * figures['low']:.1f} to {100 * figures['high']:.1f} %"
+        results.append(
+            EvalResult(
+                task_type=_TASK,
+                task_name="Visual question answering",
+                # The Hub wants a type; a set of one's own has none.
+                dataset_type="custom" if local else path,
+                dataset_name=describe.data_name(path) if path else "test questions",
+                dataset_config=source.get("name"),
+                dataset_split=None if local else source.get("split"),
+                dataset_revision=source.get("revision"),
+                metric_type="f1" if metric == "token_f1" else "accuracy",
+                metric_name=f"{METRIC_NAMES[metric]}, {kind}, {counted(figures['questions'], 'question')} ({interval})",
+                metric_value=figures["accuracy"],
+            )
+        )
+    return results

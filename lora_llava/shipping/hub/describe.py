@@ -1,0 +1,262 @@
+"""The parts of the card: each says one thing of a model, from its facts, or nothing where nothing is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_llava.evaluation.outcome import TUNED, TUNED_ON_BLIND
+from lora_llava.evaluation.report import accuracy_markdown
+from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Accuracy
+from lora_llava.recipe.file import is_local
+from lora_llava.run_directory import output
+from lora_llava.shipping.hub.content import ADAPTER_CONFIG
+from lora_llava.shipping.hub.facts import Facts
+from lora_llava.system.text import counted
+
+_KIT = "[lora-llava](https://github.com/lora-llava/lora-llava)"
+_FORMS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+_BASE_KEYS = ("language_model", "vision_tower")
+
+
+def own_words(facts: Facts) -> dict[str, Any]:
+    """Return what the recipe says for the card."""
+    return facts.recipe.get("card") or {}
+
+
+def nf4(facts: Facts) -> bool:
+    """Tell whether the base was in 4 bits in training."""
+    return facts.manifest is not None and facts.manifest.quantization["type"] == "nf4"
+
+
+def adapter_form(facts: Facts) -> dict[str, Any]:
+    """Return `type`, `r`, `lora_alpha` of the LoRA; empty without one."""
+    if facts.manifest is None or facts.manifest.stage != "instruct":
+        return {}
+    path = facts.directory / ADAPTER_CONFIG
+    if facts.is_adapter and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+        return {"type": kind, "r": config["r"], "lora_alpha": config["lora_alpha"]}
+    return facts.recipe.get("adapter") or {"type": "lora"}
+
+
+def opening(facts: Facts) -> str:
+    """Say in one paragraph what the model is."""
+    form = adapter_form(facts)
+    trained = f"{_FORMS[form['type']]} and projector" if form else "the projector"
+    if facts.manifest is None:
+        return f"A LLaVA-1.5-style vision-language model in the layout of llava-hf, written by {_KIT}."
+    on = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else "a base of its own"
+    what = f"{trained} for a LLaVA-1.5-style vision-language model" if facts.is_adapter else "A vision-language model"
+    how = "" if facts.is_adapter else f", with {trained} folded in"
+    return f"{what[0].upper()}{what[1:]}, trained on {on} with {_KIT}{how}."
+
+
+def base_note(facts: Facts) -> str:
+    """Say what is to be known of a base that is not on the Hub, or that was altered by quantisation."""
+    if facts.manifest is None:
+        return ""
+    base = facts.manifest.base
+    if facts.is_adapter and facts.base_id is None:
+        return (
+            f"**The base is not on the Hub:** it was a local directory{_parts(facts)}. Its weights have the sha256 "
+            f"`{base['weights_sha256']}` (of tensors by name, as the kit computes it); on any other base this adapter "
+            "is of no use."
+        )
+    if not facts.is_adapter and nf4(facts):
+        kind = (facts.merge or {}).get("base", "dequantized")
+        return f"Folded into the {kind} base: it was trained on the base in NF4."
+    return ""
+
+
+def _parts(facts: Facts) -> str:
+    base = facts.recipe.get("base") or {}
+    parts = [str(base[key]) for key in _BASE_KEYS if base.get(key) and not is_local(str(base[key]))]
+    return f", assembled from {' and '.join(f'`{part}`' for part in parts)}" if parts else ""
+
+
+def metric(facts: Facts) -> str:
+    """Say how answers were scored; before the metric was recorded it was that of VQA v2."""
+    name = facts.accuracy.get("metric")
+    if name is None:
+        return "accuracy in %: exact match after the normalization of VQA v2"
+    return "token F1 in %" if name == "token_f1" else f"accuracy in %: {METRIC_NAMES[name]}"
+
+
+def score_table(facts: Facts, *names: str) -> str:
+    """Lay the models' accuracies side by side, in Markdown; empty if the last was not asked."""
+    found = {name: facts.accuracy.get(name) for name in names}
+    if not found[names[-1]]:
+        return ""
+    shown = {TUNED_ON_BLIND: TUNED}
+    return accuracy_markdown({shown.get(name, name): _accuracies(table) for name, table in found.items() if table})
+
+
+def _accuracies(table: Mapping[str, Any]) -> dict[str, Accuracy]:
+    rows = {ALL: table, **table["by_type"]}
+    return {name: Accuracy(row["correct"], row["questions"], row["low"], row["high"]) for name, row in rows.items()}
+
+
+def tested(facts: Facts) -> str:
+    """Say what the questions were."""
+    count, images = facts.accuracy.get("questions", 0), facts.accuracy.get("images", 0)
+    path = str(((facts.recipe.get("evaluation") or {}).get("data") or {}).get("path", ""))
+    return f"{counted(count, 'question')} about {counted(images, 'image')}" + (f" of {data_link(path)}" if path else "")
+
+
+def data_name(path: str) -> str:
+    """Name a data set: its hub id, or the file's name without the place."""
+    return Path(path).name if is_local(path) else path
+
+
+def data_link(path: str) -> str:
+    """Name a data set in Markdown."""
+    return f"`{data_name(path)}`" if is_local(path) else f"[{path}](https://huggingface.co/datasets/{path})"
+
+
+def data_sets(facts: Facts) -> list[str]:
+    """Return the hub ids of the training data."""
+    paths = [str(stage["data"]["path"]) for stage in _stages(facts).values()]
+    return list(dict.fromkeys(path for path in paths if not is_local(path)))
+
+
+def _stages(facts: Facts) -> dict[str, dict[str, Any]]:
+    """Return the settings of the stages that went into the model, in order."""
+    stages = facts.recipe.get("stages") or {}
+    last = output.STAGES.index(facts.manifest.stage) if facts.manifest else len(output.STAGES)
+    return {name: stages[name] for name in output.STAGES[: last + 1] if stages.get(name)}
+
+
+def _seen(facts: Facts, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = dict(facts.summary.get(stage) or {})
+    if facts.manifest and facts.manifest.stage == stage:
+        found |= facts.manifest.seen | facts.manifest.metrics
+    return found
+
+
+def settings_table(facts: Facts) -> str:
+    """Lay out the stages and their settings, in Markdown; empty if no recipe is known."""
+    stages = _stages(facts)
+    if not stages:
+        return ""
+    columns = [_settings(facts, name, stage) for name, stage in stages.items()]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
+    return markdown_table(["", *stages], [row for row in rows if any(row[1:])])
+
+
+def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, str]:
+    seen = _seen(facts, name)
+    epochs = counted(stage["num_train_epochs"], "epoch")
+    length = counted(stage["max_steps"], "step") if stage["max_steps"] > 0 else epochs
+    aspect = stage["image_aspect_ratio"] or facts.recipe["images"]["image_aspect_ratio"]
+    return {
+        "trained": "projector" if name == "align" else f"{_FORMS[facts.recipe['adapter']['type']]}, projector",
+        "learning rate": f"{stage['learning_rate']:g}",
+        "of the projector": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
+        "schedule": f"{stage['lr_scheduler_type']}, warmup {stage['warmup_ratio']:g}",
+        "length": length,
+        "conversations in a step": _batch(seen.get("batch_size", stage["batch_size"])),
+        "weight decay": f"{stage['weight_decay']:g}",
+        "tokens of a conversation, at most": f"{stage['max_length']:,}",
+        "template": stage["template"],
+        "system text": stage["system"] or "",
+        "images": aspect,
+        **{
+            label: f"{seen[key]:,}" if key in seen else ""
+            for key, label in (("steps", "optimizer steps"), ("conversations", "conversations"))
+        },
+        "supervised tokens": f"{seen['supervised_tokens']:,}" if "supervised_tokens" in seen else "",
+        "loss at the end": f"{seen['train_loss']:.4g}" if "train_loss" in seen else "",
+        "validation loss": _validation_loss(seen),
+    }
+
+
+def _validation_loss(seen: Mapping[str, Any]) -> str:
+    """Give the validation loss of the kept weights and, where the best or the last step has another, both."""
+    if seen.get("eval_loss") is None:
+        return ""
+    kept = f"{seen['eval_loss']:.4g}"
+    best, last = seen.get("best_step"), seen.get("last_step")
+    if best is None or last is None or best == last:
+        return kept
+    figures = f"best {seen['best_eval_loss']:.4g} at step {best:,}, last {seen['last_eval_loss']:.4g} at step {last:,}"
+    return f"{kept} ({figures})"
+
+
+def _batch(size: int | str) -> str:
+    return f"{size:,}" if isinstance(size, int) else size
+
+
+def made_of(facts: Facts) -> str:
+    """Say what was trained, in which form and precision."""
+    if facts.manifest is None:
+        return "How it was trained is not recorded in its directory."
+    quantization = facts.manifest.quantization
+    form = adapter_form(facts)
+    parts = ["The vision tower was frozen; the projector was trained in full"]
+    if form:
+        size = f" (r {form['r']}, alpha {form['lora_alpha']:g})" if "r" in form else ""
+        parts.append(f"the language model was trained by {_FORMS[form['type']]}{size}")
+    double = ", double quantised" if quantization["double_quant"] else ""
+    precision = f", computed in {quantization['compute_dtype']}" if "compute_dtype" in quantization else ""
+    parts.append(f"its base was in NF4{double}{precision}" if nf4(facts) else f"its base was not quantised{precision}")
+    return "; ".join(parts) + "."
+
+
+def data_table(facts: Facts) -> str:
+    """Lay out the training data of each stage, in Markdown; empty if no recipe is known."""
+    rows = []
+    for name, stage in _stages(facts).items():
+        own = facts.manifest.data if facts.manifest and facts.manifest.stage == name else {}
+        count = f"{own['records']:,}" if "records" in own else ""
+        path = str(stage["data"]["path"])
+        split = "" if is_local(path) else str(stage["data"].get("split") or "")
+        rows.append([name, data_link(path), split, count])
+    return markdown_table(["stage", "data", "split", "conversations"], rows) if rows else ""
+
+
+def machine(facts: Facts) -> list[str]:
+    """Say what it was trained on, how long that took, and with which versions."""
+    summary = facts.summary
+    lines = []
+    if hardware := summary.get("hardware"):
+        lines.append(f"Hardware: {hardware}")
+    # Not the time of what came after: later stages, and the test of theirs.
+    later = {*output.STAGES} - {*_stages(facts)} | ({output.EVALUATION} if not facts.accuracy else set())
+    if seconds := {name: value for name, value in summary.get("seconds", {}).items() if name not in later}:
+        phases = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+        lines.append(f"Time: {_duration(sum(seconds.values()))} ({phases})")
+    if peak := summary.get("peak_memory_bytes"):
+        lines.append(f"Peak memory: {peak / 2**30:.1f} GiB")
+    if facts.manifest and facts.manifest.versions:
+        lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in facts.manifest.versions.items()))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def licence(facts: Facts) -> str:
+    """Say what is known of licences."""
+    card = own_words(facts)
+    lines = [
+        f"Base: {card['base_license']}." if card.get("base_license") else "",
+        f"Data: {str(card['data_license']).rstrip('.')}." if card.get("data_license") else "",
+    ]
+    own = card.get("license_name") or card.get("license")
+    lines.append(f"These weights: {own}." if own else "No licence for these weights is stated; ask their author.")
+    lines.append("Whoever uses them is bound by the licences of the base and of the data too.")
+    return " ".join(line for line in lines if line)
+
+
+def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table."""
+    lines = [heading, ["---"] * len(heading), *rows]
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

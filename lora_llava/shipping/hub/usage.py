@@ -1,0 +1,99 @@
+"""How to load a published model: code and commands for the card."""
+
+from __future__ import annotations
+
+import json
+
+from lora_llava.shipping.export.options import max_lora_rank
+from lora_llava.shipping.hub.describe import adapter_form, nf4
+from lora_llava.shipping.hub.facts import Facts
+
+_QUANTIZATION = """\
+# As it was trained: the language model in 4 bits, the rest as it is.
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={double_quant},
+    bnb_4bit_compute_dtype=torch.{dtype},
+    llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+)
+"""
+_ASK = """\
+processor = AutoProcessor.from_pretrained("{repo}")
+{config}
+question = {question}
+content = [{{"type": "image", "image": Image.open("image.png")}}, {{"type": "text", "text": question}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+).to(model.device)
+output = model.generate(**inputs, {ends}max_new_tokens=64, do_sample=False)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+
+
+def python_code(facts: Facts, repo: str) -> str:
+    """Write the lines of Python that load the model and ask it about an image."""
+    names = ["AutoProcessor", *(["BitsAndBytesConfig"] if facts.is_adapter and nf4(facts) else [])]
+    names.append("LlavaForConditionalGeneration")
+    names += ["GenerationConfig"] if facts.is_adapter else []
+    imports = ["import torch"] if facts.is_adapter and nf4(facts) else []
+    imports += ["from peft import PeftModel"] if facts.is_adapter else []
+    lines = [*imports, "from PIL import Image", f"from transformers import {', '.join(sorted(names))}", ""]
+    if not facts.is_adapter:
+        lines.append(
+            f'model = LlavaForConditionalGeneration.from_pretrained("{repo}", dtype="auto", device_map="auto")'
+        )
+    else:
+        lines += _load_adapter(facts, repo)
+    prompt = (facts.manifest.usage.answer_prompt if facts.manifest else None) or ""
+    question = "What is in the image?" + (f"\n{prompt}" if prompt else "")
+    # The base's own generation settings do not know the end that training taught; a merged model's do.
+    config = f'ends = GenerationConfig.from_pretrained("{repo}")\n' if facts.is_adapter else ""
+    ends = "generation_config=ends, " if facts.is_adapter else ""
+    return "\n".join(lines) + "\n" + _ASK.format(repo=repo, question=json.dumps(question), config=config, ends=ends)
+
+
+def _load_adapter(facts: Facts, repo: str) -> list[str]:
+    assert facts.manifest is not None
+    lines = []
+    base = [f'"{facts.base_id}"' if facts.base_id else '"path/to/the/base"']
+    if facts.base_id:
+        base.append(f'revision="{facts.manifest.base["revision"]}"')
+    if nf4(facts):
+        quantization = facts.manifest.quantization
+        dtype = quantization.get("compute_dtype", "bfloat16")
+        lines.append(_QUANTIZATION.format(double_quant=bool(quantization["double_quant"]), dtype=dtype).rstrip())
+        base += ["quantization_config=quantization", f"dtype=torch.{dtype}"]
+    base.append('device_map="auto"')
+    lines += ["base = LlavaForConditionalGeneration.from_pretrained(", *(f"    {one}," for one in base), ")"]
+    lines.append(f'model = PeftModel.from_pretrained(base, "{repo}").eval()')
+    return lines
+
+
+def vllm_commands(facts: Facts, repo: str) -> str:
+    """Write the commands that serve the model with vLLM."""
+    if not facts.is_adapter:
+        return f"vllm serve {repo}"
+    name, option = _local(facts, repo)
+    form = adapter_form(facts)
+    if not form or form["type"] == "dora":
+        return f"{_download(repo)}\nlora-llava merge {name} {name}-merged{option}\nvllm serve {name}-merged"
+    return (
+        f"{_download(repo)}\nlora-llava export {name} {name}-vllm --format vllm{option}\n"
+        f"vllm serve {name}-vllm/base --enable-lora --max-lora-rank {max_lora_rank(form['r'])} "
+        f"--lora-modules tuned={name}-vllm/adapter"
+    )
+
+
+def gguf_commands(facts: Facts, repo: str) -> str:
+    """Write the commands that make files for llama.cpp and Ollama."""
+    name, option = _local(facts, repo)
+    return f"{_download(repo)}\nlora-llava export {name} {name}-gguf --format gguf{option}"
+
+
+def _local(facts: Facts, repo: str) -> tuple[str, str]:
+    return repo.rpartition("/")[2], " --base-model path/to/the/base" if facts.is_adapter and not facts.base_id else ""
+
+
+def _download(repo: str) -> str:
+    return f"hf download {repo} --local-dir {repo.rpartition('/')[2]}"

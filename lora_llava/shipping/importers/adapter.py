@@ -1,0 +1,186 @@
+"""Adapters of other tools become artifacts: PEFT's for llava-hf, the original's LoRA, and a projector alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from lora_llava.conversation.chat_template import read_own_template, recognize, recognize_question
+from lora_llava.conversation.encode import Template, get_template
+from lora_llava.errors import ArtifactError, ModelError
+from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_json, read_tensors
+from lora_llava.formats.names import PROJECTOR_PREFIX, canonical_name
+from lora_llava.formats.peft_adapter import PEFT_PREFIX, WEIGHTS, check_form
+from lora_llava.recipe.stages import AspectRatio
+from lora_llava.shipping.importers.options import ImportOptions
+from lora_llava.shipping.importers.write import Base, Brought, LayerLora, open_base, write_artifact
+
+_LORA = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?$")
+_SAVED = re.compile(r"\.modules_to_save(\.default)?\.")
+_ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+
+Rename = Callable[[str], str | None]
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The tensors of an adapter, by canonical weight and part, with the names that its own settings use."""
+
+    lora: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[str]:
+    """Make an artifact of a PEFT adapter for llava-hf (names of any version) or for the original code.
+
+    Without a projector of its own it is taken to have been trained with the base's. Raises ArtifactError for what
+    is not LoRA, rsLoRA or DoRA, or does not fit the base.
+    """
+    form = _read_form(source)
+    state = read_tensors(_weights_file(source))
+    original = any(_ORIGINAL.match(name.removeprefix(PEFT_PREFIX)) for name in state)
+    parts = _Parts()
+    _sort(parts, state, from_original_name if original else canonical_name, source)
+    if (source / NON_LORA).is_file():
+        _sort(parts, read_tensors(source / NON_LORA), from_original_name, source / NON_LORA)
+    base = open_base(options.base_model, source)
+    layers = {name: _layer(name, parts, form, source) for name in parts.lora}
+    template, reason = _template(source, base, original, options.template)
+    brought = Brought(
+        layers=layers,
+        replaced=parts.replaced,
+        form=form,
+        template=template,
+        aspect_ratio=_original_ratio(source) if original else _processor_ratio(source),
+    )
+    own = any(name.startswith(PROJECTOR_PREFIX) for name in brought.replaced)
+    write_artifact(output, brought, base, source)
+    kind = "the original's LoRA" if original else "a PEFT adapter"
+    where = "its own projector" if own else "the base's projector, as it has none"
+    return [
+        f"{source}: {kind} on {len(layers)} layers with {where}; now an artifact: {output}",
+        *_notes(brought, base, reason),
+    ]
+
+
+def _template(source: Path, base: Base, original: bool, named: str | None) -> tuple[Template, str]:
+    """Return the template that an adapter was trained in, and how that is known."""
+    if named is not None:
+        return get_template(named), "as --template says"
+    for directory, where in () if original else ((source, "beside it"), (base.directory, "of its base")):
+        own = read_own_template(directory)
+        found = (recognize(own) or recognize_question(own)) if own else None
+        if found is not None:
+            return found, f"as the chat template {where} is"
+        if own is not None:
+            return get_template(
+                "vicuna_v1"
+            ), f"the chat template {where} is none of the kit's; name one with --template"
+    return get_template("vicuna_v1"), "as LLaVA-1.5; name another with --template"
+
+
+def import_projector(source: Path, output: Path, options: ImportOptions) -> list[str]:
+    """Make an artifact of stage `align` of a projector alone, such as `mm_projector.bin`."""
+    parts = _Parts()
+    state = read_tensors(source)
+    original = any("mm_projector" in name for name in state)
+    _sort(parts, state, from_original_name if original else canonical_name, source)
+    if parts.lora or not all(name.startswith(PROJECTOR_PREFIX) for name in parts.replaced):
+        raise ArtifactError(f"{source}: holds more than a projector; give the directory that it lies in")
+    base = open_base(options.base_model, source)
+    template, reason = (
+        get_template(options.template or "plain"),
+        "as --template says" if options.template else "captions",
+    )
+    brought = Brought({}, parts.replaced, None, template, _original_ratio(source.parent))
+    write_artifact(output, brought, base, source)
+    return [f"{source}: a projector; now an artifact: {output}", *_notes(brought, base, reason)]
+
+
+def _notes(brought: Brought, base: Base, reason: str) -> list[str]:
+    return [
+        f"base: {base.identity.name}, weights {base.identity.weights_sha256[:12]}...",
+        f"asked in template {brought.template.name} ({reason}), images {brought.aspect_ratio}; change this in "
+        "manifest.json if it was trained otherwise",
+    ]
+
+
+def _read_form(source: Path) -> LoraConfig:
+    """Read adapter_config.json, and nothing that it points to."""
+    path = source / "adapter_config.json"
+    kind = read_json(path).get("peft_type")
+    if kind != "LORA":
+        raise ArtifactError(f"{path}: peft_type {kind!r}; only LoRA, rsLoRA and DoRA are read")
+    try:
+        form = LoraConfig.from_pretrained(str(source))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    check_form(form, source)
+    return form
+
+
+def _weights_file(source: Path) -> Path:
+    for name in (WEIGHTS, "adapter_model.bin"):
+        if (source / name).is_file():
+            return source / name
+    raise ArtifactError(f"{source}: neither {WEIGHTS} nor adapter_model.bin is there")
+
+
+def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: Rename, where: Path) -> None:
+    """Divide tensors into LoRA by layer, and whole weights; ArtifactError for names of neither."""
+    for stored, tensor in state.items():
+        plain = _SAVED.sub(".", stored.removeprefix(PEFT_PREFIX))
+        if ".original_module." in plain:
+            continue
+        match = _LORA.match(plain)
+        try:
+            name = rename((match["module"] + ".weight") if match else plain)
+        except ModelError as error:
+            raise ArtifactError(f"{where}: {error}") from None
+        if name is None:
+            continue
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{where}: {stored} holds NaN or infinity; it cannot be used")
+        if match:
+            parts.lora.setdefault(name, {})[match["part"]] = tensor
+            parts.modules[name] = match["module"]
+        else:
+            parts.replaced[name] = tensor
+
+
+def _layer(name: str, parts: _Parts, form: LoraConfig, source: Path) -> LayerLora:
+    """Put the parts of one layer together, with its alpha."""
+    found = parts.lora[name]
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if form.use_dora else set())
+    if found.keys() != wanted:
+        raise ArtifactError(f"{source}: {name} has {', '.join(sorted(found))}, must have {', '.join(sorted(wanted))}")
+    module = parts.modules[name]
+    alpha = form.alpha_pattern.get(get_pattern_key(form.alpha_pattern.keys(), module), form.lora_alpha)
+    return LayerLora(found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector"), float(alpha))
+
+
+def _original_ratio(directory: Path) -> AspectRatio:
+    """Read how the original code made a square of an image; LLaVA-1.5's way if it does not say."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return "pad"
+    data = read_json(path)
+    return "pad" if data.get("image_aspect_ratio", "pad") == "pad" else "square"
+
+
+def _processor_ratio(directory: Path) -> AspectRatio:
+    """Read whether the adapter's processor pads; transformers' own does not."""
+    for name in _PROCESSORS:
+        if (directory / name).is_file():
+            data = read_json(directory / name)
+            if data.get("image_processor", data).get("do_pad"):
+                return "pad"
+    return "square"

@@ -1,0 +1,222 @@
+"""What was brought in is written as an artifact on its base."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlavaConfig
+from transformers.image_processing_base import ImageProcessingMixin
+
+from lora_llava.artifact import MANIFEST, Manifest, base_location, file_sha256, library_versions
+from lora_llava.conversation.chat_template import chat_template
+from lora_llava.conversation.encode import Template, get_template
+from lora_llava.conversation.endings import write_generation_config
+from lora_llava.errors import ArtifactError
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
+from lora_llava.formats.llava_original import identity_layer, is_linear
+from lora_llava.formats.names import PROJECTOR_PREFIX, memory_name
+from lora_llava.formats.peft_adapter import PEFT_PREFIX, WEIGHTS, Adapter
+from lora_llava.modeling.assemble import save_processor
+from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.metadata import read_config
+from lora_llava.modeling.structure import num_image_tokens
+from lora_llava.recipe.stages import AspectRatio
+from lora_llava.system.files import staged
+
+_BLOCK = re.compile(r"^model\.language_model\.layers\.\d+\..*\.(\w+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLora:
+    """LoRA of one layer: `scale * B A`, the scale from `alpha` and the rank."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """An adapter of another tool, by canonical names."""
+
+    layers: dict[str, LayerLora]
+    replaced: dict[str, torch.Tensor]
+    form: LoraConfig | None
+    """Settings of its LoRA; None without one."""
+    template: Template
+    aspect_ratio: AspectRatio
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What an adapter was trained on."""
+
+    directory: Path
+    identity: BaseIdentity
+    config: LlavaConfig
+
+
+def open_base(base_model: str | None, source: Path) -> Base:
+    """Find and hash the base that the user names; ArtifactError if none is named."""
+    if base_model is None:
+        raise ArtifactError(
+            f"{source}: give what it was trained on with --base-model: a LLaVA in the llava-hf layout, directory or "
+            "hub id"
+        )
+    directory, revision = locate(base_model, None)
+    config = read_config(directory)
+    WeightFiles(directory).check(config)
+    name = base_model if revision else directory.resolve().name
+    return Base(directory, BaseIdentity(name, revision, hash_weights(directory)), config)
+
+
+def write_artifact(output: Path, brought: Brought, base: Base, source: Path) -> None:
+    """Write an artifact; the projector is the adapter's, with LoRA on it folded in, or else the base's.
+
+    Raises ArtifactError if something has no place in the base.
+    """
+    shapes = expected_shapes(base.config)
+    if strange := sorted({*brought.layers, *brought.replaced} - shapes.keys()):
+        raise ArtifactError(f"{source}: the base has no {', '.join(strange[:6])}; it was trained on another")
+    for name, layer in brought.layers.items():
+        b, a = tuple(layer.b.shape), tuple(layer.a.shape)
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shapes[name] or a[0] != b[1]:
+            raise ArtifactError(f"{source}: LoRA {b} x {a} does not fit {name}, {shapes[name]}; another base?")
+    for name, tensor in brought.replaced.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ArtifactError(f"{source}: {name} is {tuple(tensor.shape)}, {shapes[name]} in the base; another base?")
+    layers, replaced = _whole_projector(brought, base)
+    with staged(output) as staging:
+        save_file(_named(layers, replaced), staging / WEIGHTS, metadata={"format": "pt"})
+        location = base_location(base.identity, base.directory, output)
+        form = _form(brought.form, layers, replaced)
+        form.base_model_name_or_path = location["path"] or location["name"]
+        form.revision = location["revision"]
+        form.save_pretrained(staging)
+        Adapter(staging).check(shapes)
+        images = _save_surroundings(staging, brought, base)
+        manifest = Manifest(
+            stage="instruct" if layers else "align",
+            base=location,
+            parent_sha256=None,
+            adapter_sha256=file_sha256(staging / WEIGHTS),
+            # Not to be known; the base as it is stored is what its author names.
+            quantization={"type": "none", "double_quant": False},
+            template={"name": brought.template.name, "system": _own_system(brought.template)},
+            images=images,
+            data={"answer_prompt": None},
+            seen={},
+            metrics={},
+            versions=library_versions(),
+        )
+        write_json(staging / MANIFEST, asdict(manifest))
+
+
+def _own_system(template: Template) -> str | None:
+    """Return the system text that a manifest states; None is the template's own."""
+    return None if template == get_template(template.name) else template.system
+
+
+def _whole_projector(brought: Brought, base: Base) -> tuple[dict[str, LayerLora], dict[str, torch.Tensor]]:
+    """Complete the projector, which an artifact holds as whole weights."""
+    files = WeightFiles(base.directory)
+    replaced = dict(brought.replaced)
+    projector = [name for name in files if name.startswith(PROJECTOR_PREFIX)]
+    if is_linear(base.config) and any(name in replaced for name in projector):
+        one = next(replaced[name] for name in projector if name in replaced)
+        bias = f"{PROJECTOR_PREFIX}linear_2.bias" in files
+        for name, tensor in identity_layer(int(base.config.text_config.hidden_size), one.dtype, bias=bias).items():
+            replaced.setdefault(name, tensor)
+    own = [name for name in projector if name in replaced]
+    if own and (missing := sorted(set(projector) - set(own))):
+        raise ArtifactError(f"the projector is not whole: {', '.join(missing)} is missing")
+    layers = dict(brought.layers)
+    for name in projector:
+        weight = replaced[name] if name in replaced else files.read(name)
+        if name in layers:
+            weight = _folded(weight, layers.pop(name), brought.form)
+        replaced[name] = weight
+    return layers, replaced
+
+
+def _folded(weight: torch.Tensor, layer: LayerLora, form: LoraConfig | None) -> torch.Tensor:
+    assert form is not None
+    if layer.magnitude is not None:
+        raise ArtifactError("DoRA on the projector is not read; merge the adapter with PEFT first")
+    rank = layer.a.shape[0]
+    scaling = layer.alpha / rank**0.5 if form.use_rslora else layer.alpha / rank
+    return torch.addmm(weight.float(), layer.b.float(), layer.a.float(), alpha=scaling)
+
+
+def _module(name: str) -> str:
+    return memory_name(name).removesuffix(".weight")
+
+
+def _named(layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name tensors as PEFT does around the model in memory."""
+    state = {f"{PEFT_PREFIX}{memory_name(name)}": tensor.contiguous() for name, tensor in replaced.items()}
+    for name, layer in layers.items():
+        module = f"{PEFT_PREFIX}{_module(name)}"
+        state[f"{module}.lora_A.weight"] = layer.a.contiguous()
+        state[f"{module}.lora_B.weight"] = layer.b.contiguous()
+        if layer.magnitude is not None:
+            state[f"{module}.lora_magnitude_vector"] = layer.magnitude.flatten().contiguous()
+    return state
+
+
+def _form(form: LoraConfig | None, layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> LoraConfig:
+    """Describe the adapter to PEFT by the names it has now."""
+    others = sorted({_module(name) for name in replaced if not name.startswith(PROJECTOR_PREFIX)})
+    kept = ["multi_modal_projector", *others]
+    if form is None or not layers:
+        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=kept, inference_mode=True)
+    modules = {_module(name): layer for name, layer in layers.items()}
+    return LoraConfig(
+        r=form.r,
+        lora_alpha=form.lora_alpha,
+        lora_dropout=form.lora_dropout,
+        use_rslora=form.use_rslora,
+        use_dora=form.use_dora,
+        rank_pattern={name: one.a.shape[0] for name, one in modules.items() if one.a.shape[0] != form.r},
+        alpha_pattern={name: one.alpha for name, one in modules.items() if one.alpha != form.lora_alpha},
+        target_modules=_targets(sorted(modules)),
+        modules_to_save=kept,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+
+
+def _targets(modules: list[str]) -> str:
+    """Write a pattern of just these modules: short where every block has the same ones."""
+    matches = [_BLOCK.match(name) for name in modules]
+    if all(matches):
+        blocks = {name.split(".")[3] for name in modules}
+        leaves = {match[1] for match in matches if match}
+        if len(blocks) * len(leaves) == len(modules) and blocks == {str(n) for n in range(len(blocks))}:
+            return rf"model\.language_model\..*\.({'|'.join(sorted(leaves))})"
+    return "|".join(re.escape(name) for name in modules)
+
+
+def _save_surroundings(staging: Path, brought: Brought, base: Base) -> dict[str, object]:
+    """Write tokenizer and processor, and return what the manifest says of images."""
+    tokenizer = AutoTokenizer.from_pretrained(base.directory)
+    pixels, _ = ImageProcessingMixin.get_image_processor_dict(base.directory)
+    jinja = chat_template(brought.template, tokenizer.eos_token)
+    save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=brought.aspect_ratio, chat_template=jinja)
+    write_generation_config(staging, base.directory, brought.template, tokenizer)
+    return {
+        "size": int(base.config.vision_config.image_size),
+        "mean": list(pixels["image_mean"]),
+        "std": list(pixels["image_std"]),
+        "image_aspect_ratio": brought.aspect_ratio,
+        "vision_feature_layer": base.config.vision_feature_layer,
+        "vision_feature_select_strategy": base.config.vision_feature_select_strategy,
+        "num_image_tokens": num_image_tokens(base.config),
+    }

@@ -1,0 +1,1 @@
+"""The machine and its terminal: files, devices, processes, progress, text."""

@@ -1,0 +1,49 @@
+"""Versions, device and memory of the machine at hand; no path, name or setting of its user."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from lora_llava.system.device import pick_device, pick_dtype
+
+_PACKAGES = (
+    "lora-llava",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "huggingface_hub",
+    "Pillow",
+)
+
+
+def describe_environment() -> dict[str, str]:
+    """Return what decides how a run goes on this machine, by name, in the order to be shown."""
+    device = pick_device()
+    rows = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    rows.update({name: _version(name) for name in _PACKAGES})
+    rows["device"] = "CPU"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        rows["device"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+        rows["device memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
+        rows["devices"] = str(torch.cuda.device_count())
+        rows["CUDA"] = str(torch.version.cuda)
+    rows["precision: auto"] = str(pick_dtype("auto", device)).removeprefix("torch.")
+    rows["CPU cores"] = str(os.cpu_count())
+    rows["torch threads"] = str(torch.get_num_threads())
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        rows["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

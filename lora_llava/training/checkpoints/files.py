@@ -1,0 +1,251 @@
+"""Checkpoints on the disk: each is whole or absent, and is verified before it is used.
+
+`checkpoints/STAGE/step-N` is an artifact (see `lora_llava.artifact`) with the state of the training beside it. Its
+manifest, `checkpoint.json`, is written last and holds size and SHA-256 of every file; the directory gets its name when
+everything has reached the disk. The newest is the newest whose files are all what the manifest says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_llava.artifact import file_sha256
+from lora_llava.errors import TrainingError
+from lora_llava.recipe.stages import StageName
+from lora_llava.run_directory.claim import move_into
+from lora_llava.system.files import clear_stale, shown_path, staged
+
+MANIFEST = "checkpoint.json"
+FORMAT = 1
+"""Version of the manifest; a reader refuses a newer one."""
+
+_NAME = re.compile(r"step-(\d+)")
+
+Place = Callable[[Path, Path, Mapping[str, str]], None]
+"""Gives a whole directory, the first path, the name of the second; with the SHA-256 of its files."""
+
+
+class DamagedCheckpointError(TrainingError):
+    """A checkpoint lacks a file, or one is not what the manifest says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a stage stands, apart from what the Trainer, the optimizer and the generators know themselves."""
+
+    stage: StageName
+    step: int
+    eval_loss: float | None
+    """Validation loss at this very step, if it was measured."""
+    loss_sum: float
+    """Of the steps since the last line of the log."""
+    loss_total: float
+    """Of the steps before."""
+    last_logged_step: int
+    log_bytes: int
+    """Size of the run's log; what came later is cut away."""
+    log_seconds: float
+    """Time since the first step, as the log has it; like the next two, over all sessions."""
+    seconds: float
+    """Time spent on the stage."""
+    saving_seconds: float
+    """Time spent on the checkpoints before this one."""
+    num_saved: int
+    """Checkpoints saved, this one included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found, and the facts on which the run that wrote it depends."""
+
+    directory: Path
+    progress: Progress
+    memory_plan: dict[str, Any]
+    facts: dict[str, Any]
+    resumable: bool = True
+    """Whether it holds the state of the training, too; without it, it is the weights of the best validation."""
+
+
+def write_checkpoint(
+    parent: Path,
+    progress: Progress,
+    memory_plan: dict[str, Any],
+    facts: dict[str, Any],
+    write: Callable[[Path, Path], None],
+    place: Place = lambda staging, directory, _: move_into(staging, directory),
+    *,
+    resumable: bool = True,
+) -> Path:
+    """Write a checkpoint below `parent` and return its directory.
+
+    `write` is called with the directory to write to and with the one that it will be; `place` gives it its name. The
+    files of a damaged checkpoint of the same step give way. `resumable`: whether it holds the state of the training.
+    """
+    directory = parent / f"step-{progress.step}"
+    files: dict[str, dict[str, Any]] = {}
+
+    def place_listed(staging: Path, target: Path) -> None:
+        place(staging, target, {name: facts["sha256"] for name, facts in files.items()})
+
+    with staged(directory, place_listed) as staging:
+        write(staging, directory)
+        for path in sorted(staging.iterdir()):
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        content = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "memory_plan": memory_plan,
+            "facts": facts,
+            "files": files,
+        } | ({} if resumable else {"resumable": False})
+        (staging / MANIFEST).write_text(_signed(content), encoding="utf-8")
+    return directory
+
+
+def verified(directory: Path) -> Checkpoint:
+    """Read a checkpoint, having checked every file of it; DamagedCheckpointError names the first that was altered."""
+    checkpoint, files = _read(directory)
+    found = {path.name for path in directory.iterdir()} - {MANIFEST}
+    for name, facts in files.items():
+        path = directory / name
+        if name not in found:
+            raise DamagedCheckpointError(f"{name} is missing")
+        if (size := path.stat().st_size) != facts["bytes"]:
+            raise DamagedCheckpointError(f"{name} has {size:,} bytes, not {facts['bytes']:,}")
+        if _sha256(path) != facts["sha256"]:
+            raise DamagedCheckpointError(f"{name} was altered: its sha256 is not the one in {MANIFEST}")
+    return checkpoint
+
+
+def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
+    """Find the newest whole checkpoint below `parent` to resume from; None if none was ever written.
+
+    Says, by `say`, which ones are damaged. Raises TrainingError if all are.
+    """
+    if not parent.is_dir():
+        return None
+    clear_stale(parent)
+    damaged = []
+    for directory in reversed(_directories(parent)):
+        try:
+            checkpoint = verified(directory)
+        except DamagedCheckpointError as error:
+            damaged.append(f"{shown_path(directory)} is damaged ({error})")
+            continue
+        if not checkpoint.resumable:
+            continue
+        for line in damaged:
+            say(f"{line}; going on from {directory.name} instead")
+        return checkpoint
+    if damaged:
+        raise TrainingError(
+            f"no whole checkpoint is left: {'; '.join(damaged)}. Bring one back from a copy; or remove "
+            f"{shown_path(parent)}, and the stage starts again from its beginning."
+        )
+    return None
+
+
+def rotate(parent: Path, step: int, limit: int) -> None:
+    """Remove old checkpoints, down to `limit`, after the one of `step` was written.
+
+    That one and the best by validation loss stay. Those of later steps are damaged ones, which were passed over. The
+    weights of the best alone do not count: were the last one damaged, nothing could be resumed from them.
+    """
+    for directory in _directories(parent):
+        if _step(directory) > step:
+            remove_checkpoint(directory)
+    readable = list(_readable(parent))
+    measured = {one.directory: one.progress.eval_loss for one in readable if one.progress.eval_loss is not None}
+    best = sorted(measured, key=lambda one: measured[one])[:1]
+    resumable = [one.directory for one in readable if one.resumable]
+    # In the order in which they are worth keeping.
+    kept = [parent / f"step-{step}", *(one for one in best if one in resumable), *reversed(resumable)]
+    for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]) - set(best):
+        remove_checkpoint(directory)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove the files of a checkpoint, and its directory if it holds nothing else.
+
+    They are those of its manifest, which goes first, so that it is never seen in part. If that cannot be read, those
+    of its neighbors have the same names.
+    """
+    names: set[str] = set()
+    for one in (directory, *_directories(directory.parent)):
+        with suppress(DamagedCheckpointError, TrainingError):
+            names = set(_read(one)[1])
+            break
+    if directory.is_dir():
+        for name in (MANIFEST, *sorted(names)):
+            (directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            directory.rmdir()
+
+
+def best_loss(parent: Path, until: int) -> float | None:
+    """Return the lowest validation loss of the checkpoints below `parent` up to step `until`."""
+    found = (one.progress for one in _readable(parent))
+    return min((one.eval_loss for one in found if one.eval_loss is not None and one.step <= until), default=None)
+
+
+def _readable(parent: Path) -> Iterator[Checkpoint]:
+    """Yield the checkpoints whose manifest can be read, by the step."""
+    for directory in _directories(parent):
+        try:
+            yield _read(directory)[0]
+        except DamagedCheckpointError:
+            continue
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _directories(parent: Path) -> list[Path]:
+    """List what is named as a checkpoint, by the step."""
+    found = parent.iterdir() if parent.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
+def _step(directory: Path) -> int:
+    match = _NAME.fullmatch(directory.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _signed(content: dict[str, Any]) -> str:
+    """Write a manifest with its own hash as the last entry."""
+    digest = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
+
+
+def _read(directory: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
+    """Read the manifest, which must be what was written to the byte, and the files that it lists."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DamagedCheckpointError(f"{MANIFEST} is missing: it was not written to its end")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        del content["sha256"]
+        if content["format"] > FORMAT:
+            raise TrainingError(f"{path}: format {content['format']} is newer than this program's {FORMAT}; update it")
+        whole = _signed(content) == text
+        progress, resumable = Progress(**content["progress"]), content.get("resumable", True)
+        checkpoint = Checkpoint(directory, progress, content["memory_plan"], content["facts"], resumable)
+        files = content["files"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST} cannot be read") from error
+    if not whole or _step(directory) != checkpoint.progress.step:
+        raise DamagedCheckpointError(f"{MANIFEST} was altered")
+    return checkpoint, files

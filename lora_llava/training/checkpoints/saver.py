@@ -1,0 +1,345 @@
+"""A Trainer that saves whole checkpoints and goes on from one as if nothing had happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_llava.errors import RunInterruptedError, TrainingError
+from lora_llava.planning.memory_plan import MemoryPlan
+from lora_llava.run_directory.claim import place
+from lora_llava.run_directory.output import resume_command, writing_named
+from lora_llava.run_directory.written import is_pending
+from lora_llava.system.text import counted
+from lora_llava.training.checkpoints import state as training_state
+from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
+from lora_llava.training.checkpoints.kept import has_lost_patience
+from lora_llava.training.checkpoints.resume import checkpoints_of
+from lora_llava.training.checkpoints.signals import Interruption
+from lora_llava.training.checkpoints.stage_artifact import StageArtifact
+from lora_llava.training.log import TrainLog
+
+LEAST_INTERVAL = 300.0
+"""With `save_steps: auto`, seconds from one checkpoint to the next, at the least."""
+MOST_SHARE = 0.02
+"""And the share of the time that saving may take."""
+MAX_BEST_SHARE = 0.05
+"""Share of the stage's time that saving may take before better weights are held in memory instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldWeights:
+    """Trained weights of a better validation, on the host, until the next checkpoint is written."""
+
+    progress: Progress
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, progress: Progress) -> HeldWeights:
+        """Copy what is trained of `model`."""
+        return cls(progress, {name: one.detach().to("cpu", copy=True) for name, one in _trained(model)})
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """Give `model` these weights within the block, and its own, bit by bit, after it."""
+        now = HeldWeights.of(model, self.progress)
+        _set_trained(model, self.weights)
+        try:
+            yield
+        finally:
+            _set_trained(model, now.weights)
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+
+
+@torch.no_grad()
+def _set_trained(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in _trained(model):
+        parameter.copy_(weights[name])
+
+
+class Saver(TrainerCallback):  # type: ignore[misc]
+    """Decides when to save, and saves; knows how long the stage has taken over all sessions."""
+
+    def __init__(
+        self,
+        artifact: StageArtifact,
+        memory_plan: MemoryPlan,
+        facts: dict[str, Any],
+        started: float,
+        resumed: Checkpoint | None = None,
+        *,
+        exact: bool = True,
+    ) -> None:
+        self.artifact = artifact
+        self.memory_plan = asdict(memory_plan)
+        self.facts = facts
+        self.started = started
+        self.resumed = resumed
+        self.exact = exact
+        """Whether optimizer and scheduler go on with the settings of the checkpoint, which are the recipe's."""
+        self.settings = artifact.recipe.stage(artifact.stage)
+        self.parent = checkpoints_of(artifact.recipe, artifact.stage)
+        self.best = best_loss(self.parent, resumed.progress.step) if resumed else None
+        before = resumed.progress if resumed else None
+        self.seconds_before = before.seconds if before else 0.0
+        self.saving_seconds = before.saving_seconds if before else 0.0
+        self.num_saved = before.num_saved if before else 0
+        self.last_saved = time.monotonic()
+        self.last_duration = 0.0
+        self.last_loss: tuple[int, float] | None = None
+        self.trainer: ResumableTrainer | None = None
+        self.held: HeldWeights | None = None
+        """Better weights than those on the disk, for whose checkpoint there was no time yet."""
+        self.interruption = Interruption()
+
+    @property
+    def run_directory(self) -> Path:
+        """Directory of the run."""
+        return self.artifact.recipe.resolved_output_dir
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the stage, over all sessions; what was lost with a kill is not counted."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the interval."""
+        self.last_saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint when one is due, and for the end when a signal came."""
+        if self.settings.save_steps == "auto":
+            waited = time.monotonic() - self.last_saved
+            if waited >= max(LEAST_INTERVAL, self.last_duration / MOST_SHARE):
+                control.should_save = True
+        self._stop_if_asked(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint where the validation loss is the lowest so far, or hold its weights if time is short."""
+        loss = kwargs["metrics"].get("eval_loss")
+        if loss is not None:
+            self.last_loss = (state.global_step, float(loss))
+            if state.global_step < state.max_steps and (self.best is None or loss < self.best):
+                self._keep_better(float(loss), control)
+            if has_lost_patience(state.log_history, self.settings.early_stopping_patience):
+                control.should_save = control.should_training_stop = True
+        self._stop_if_asked(control)
+
+    def _keep_better(self, loss: float, control: TrainerControl) -> None:
+        assert self.trainer is not None
+        is_first = self.num_saved == 0
+        if is_first or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds:
+            control.should_save = True
+            return
+        # A kill loses them with the steps since the last checkpoint, from which a resumed run comes here again.
+        progress = self._progress(self.trainer, self.trainer.state.global_step, loss)
+        self.best, self.held = loss, HeldWeights.of(self.trainer.model, progress)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop if a signal came while the checkpoint was written: nothing more is to be saved."""
+        if self.interruption.received is not None:
+            control.should_training_stop = True
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if self.interruption.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def save(self, trainer: ResumableTrainer) -> None:
+        """Write the checkpoint of this step, and remove those that are no longer kept."""
+        clock = time.monotonic()
+        trainer.store_flos()
+        step = trainer.state.global_step
+        loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
+
+        def write(staging: Path, directory: Path) -> None:
+            self.artifact.write(staging, directory, step, {} if loss is None else {"eval_loss": loss})
+            training_state.save_state(staging, trainer.optimizer, trainer.lr_scheduler, trainer.state)
+
+        with writing_named(f"the checkpoint of step {step}", self.run_directory):
+            self._write_held(trainer, step)
+            progress = self._progress(trainer, step, loss)
+            write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write, self._place)
+            rotate(self.parent, step, self.settings.save_total_limit)
+        if loss is not None:
+            self.best = loss if self.best is None else min(self.best, loss)
+        self.num_saved += 1
+        self.last_saved = time.monotonic()
+        self.last_duration = self.last_saved - clock
+        self.saving_seconds += self.last_duration
+
+    def _write_held(self, trainer: ResumableTrainer, step: int) -> None:
+        """Write held weights, without optimizer, unless those of `step`, which come next, are at least as good."""
+        held, self.held = self.held, None
+        if held is None or held.progress.step == step:
+            return
+        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < (held.progress.eval_loss or 0.0):
+            return
+        metrics = {} if held.progress.eval_loss is None else {"eval_loss": held.progress.eval_loss}
+
+        def write(staging: Path, directory: Path) -> None:
+            with held.in_place(trainer.model):
+                self.artifact.write(staging, directory, held.progress.step, metrics)
+
+        write_checkpoint(self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=False)
+
+    def _place(self, staging: Path, directory: Path, hashes: Mapping[str, str]) -> None:
+        place(self.run_directory, staging, directory, hashes, first=True)
+
+    def _progress(self, trainer: ResumableTrainer, step: int, loss: float | None) -> Progress:
+        return Progress(
+            stage=self.artifact.stage,
+            step=step,
+            eval_loss=loss,
+            loss_sum=trainer._tr_loss.item(),
+            loss_total=trainer._total_loss_scalar,
+            last_logged_step=trainer._globalstep_last_logged,
+            log_bytes=trainer.log_file.flushed(),
+            log_seconds=trainer.log_file.seconds,
+            seconds=self.seconds,
+            saving_seconds=self.saving_seconds,
+            num_saved=self.num_saved + 1,
+        )
+
+    def last_whole(self) -> str | None:
+        """Name the newest whole checkpoint of the stage, in the run's directory; None if there is none."""
+        # Until it has one, those of an earlier run are still there.
+        if is_pending(self.run_directory):
+            return None
+        try:
+            found = latest(self.parent, lambda _: None)
+        except TrainingError:
+            return None
+        return None if found is None else found.directory.relative_to(self.run_directory).as_posix()
+
+    def stopped_early(self, step: int, num_steps: int) -> str | None:
+        """Say so if the stage ended before its last step; None if it did not."""
+        if step >= num_steps:
+            return None
+        patience = counted(self.settings.early_stopping_patience or 0, "validation")
+        return f"stopped after step {step:,} of {num_steps:,}: {patience} without improvement"
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the optimizer is of the kind that it was."""
+        key = f"stages.{self.artifact.stage}.optim"
+        return self.resumed is not None and self.resumed.facts.get(key) == self.facts[key]
+
+    def cost(self) -> dict[str, float]:
+        """Return what saving has cost, for the summary."""
+        return {"checkpoints_saved": self.num_saved, "saving_seconds": round(self.saving_seconds, 2)}
+
+    def __str__(self) -> str:
+        """Say in a line what saving has cost."""
+        share = self.saving_seconds / max(self.seconds, 1e-9)
+        saved = counted(self.num_saved, "checkpoint")
+        return f"{saved} saved in {self.saving_seconds:.1f} s, {share:.1%} of the stage's time"
+
+    def stop_if_asked(self, step: int) -> None:
+        """Raise RunInterruptedError if a signal came, now that the step is saved."""
+        if (received := self.interruption.received) is not None:
+            raise RunInterruptedError(
+                f"stopped by {received.name} after step {step:,} of stage {self.artifact.stage}, which is saved. Go on "
+                f"with: {resume_command(self.run_directory)}",
+                received,
+            )
+
+
+class ResumableTrainer(Trainer):  # type: ignore[misc]
+    """`Trainer` with checkpoints of the kit's own: `train(resume_from_checkpoint=...)` takes the directory of one."""
+
+    saver: Saver | None = None
+
+    def train_and_save(self, saver: Saver) -> None:
+        """Train to the end, from the saver's checkpoint if it has one, and save as it decides.
+
+        Raises RunInterruptedError after SIGINT or SIGTERM, when the step is done and saved.
+        """
+        self.saver = saver
+        saver.trainer = self
+        resumed = saver.resumed
+        self.log_file.seconds_before = resumed.progress.log_seconds if resumed else 0.0
+        self.add_callback(saver)
+        self.add_callback(_LossSum(self))
+        if resumed is not None and self._stopped_early(resumed.directory):
+            return
+        with saver.interruption:
+            self.train(resume_from_checkpoint=str(resumed.directory) if resumed else None)
+        saver.stop_if_asked(self.state.global_step)
+
+    def _stopped_early(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint is the end of a stage that stopped early; then take up its weights and state."""
+        state = TrainerState.load_from_json(str(checkpoint / training_state.TRAINER))
+        assert self.saver is not None
+        if not has_lost_patience(state.log_history, self.saver.settings.early_stopping_patience):
+            return False
+        self.state = state
+        training_state.load_weights(checkpoint, self.model)
+        self.restore_guards()
+        return True
+
+    def restore_guards(self) -> None:
+        """Take up what the state of the training says of its guards."""
+
+    @property
+    def log_file(self) -> TrainLog:
+        """What writes the log of the run."""
+        [log] = [one for one in self.callback_handler.callbacks if isinstance(one, TrainLog)]
+        return log
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log; `train_loss` is the mean over all steps, where the Trainer divides by those of this session alone."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.saver is not None and self.args.should_save:
+            self.saver.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        training_state.load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.saver is not None and self.saver.resumed is not None
+            exact, step = self.saver.exact, self.saver.resumed.progress.step
+            if self.saver.keeps_optimizer:
+                training_state.load_optimizer(Path(checkpoint), self.optimizer, settings=exact)
+            training_state.load_scheduler(Path(checkpoint), self.lr_scheduler, step, settings=exact)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            training_state.load_random_state(Path(checkpoint))
+
+
+class _LossSum(TrainerCallback):  # type: ignore[misc]
+    """Gives the Trainer back the losses since the last line of the log, which it keeps apart from its state."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set them, now that the Trainer has set them to nothing."""
+        trainer = self.trainer
+        if trainer.saver is not None and trainer.saver.resumed is not None:
+            progress = trainer.saver.resumed.progress
+            trainer._tr_loss += progress.loss_sum
+            trainer._total_loss_scalar = progress.loss_total
+            trainer._globalstep_last_logged = progress.last_logged_step
+            # The intervals of the recipe, not those of the checkpoint.
+            state.compute_steps(args, state.max_steps)

@@ -1,0 +1,1 @@
+"""Checks around and during training; each stops or warns in plain words."""

@@ -1,0 +1,108 @@
+"""A check before the first step: a packed row computes what its conversations compute alone, on this machine too.
+
+The tests prove it for the versions they ran with. A new transformers, another attention kernel or a driver can
+break it without a word, and the loss would still fall.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_llava.conversation.encode import IGNORE_INDEX
+from lora_llava.data.packing import Row, Tree
+from lora_llava.data.rows import PackedRows
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.packed import llava_in, packed_logits
+from lora_llava.system.progress import phase
+from lora_llava.system.text import listed
+from lora_llava.training.checks.non_finite import non_finite_tensors
+from lora_llava.training.validation import has_finite_image
+
+MOST_CONVERSATIONS = 3
+"""Conversations that are compared: enough for one to have neighbours on both sides."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Relative difference of the logits at the supervised places, by precision."""
+
+
+def check_first_row(
+    model: Any, rows: PackedRows, dtype: torch.dtype, device: torch.device, may_skip: bool = False
+) -> float | None:
+    """Compare the logits of the first row with several conversations against theirs one by one.
+
+    Of trees the widest comes first. Alone, conversations go through the model's own forward pass, without our mask,
+    positions and choice of rows. Returns the relative difference, None if each row holds one conversation; raises
+    TrainingError if it is above the tolerance of `dtype`, or a weight or an image of them is not finite. With
+    `may_skip` such an image is left to the step that will be left out.
+    """
+    trees = _first_trees(rows)
+    if not trees:
+        return None
+    phase("Checking the packed forward pass on the first row")
+    single = PackedRows([trees], rows.records, rows.encoded, rows.read_image)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        batch = {name: tensor.to(device) for name, tensor in single[0].items()}
+        packed = packed_logits(model, batch).float()
+        alone = torch.cat([_logits_alone(model, rows, index, device) for tree in trees for index in tree])
+    model.train(was_training)
+    difference = float((packed - alone).norm() / alone.norm())
+    # Not "greater": a NaN must not pass.
+    if not difference <= TOLERANCE[dtype]:
+        if _finds_non_finite_image(model, rows, trees, may_skip):
+            return None
+        raise TrainingError(
+            f"{sum(map(len, trees))} conversations ({rows.records[trees[0][0]].where} and others) have other logits "
+            f"packed than one by one: relative difference {difference:.1e}, allowed {TOLERANCE[dtype]:.0e}. Weights "
+            f"and images are finite, so torch or transformers computes packed rows differently on this {device.type}. "
+            "Set packing: none to train without it, and report the versions that `lora-llava env` prints."
+        )
+    return difference
+
+
+def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: bool) -> bool:
+    """Raise TrainingError if a weight or an image holds NaN or infinity, which looks like wrong packing.
+
+    With `may_skip` returns whether an image does.
+    """
+    if broken := non_finite_tensors(model):
+        raise TrainingError(
+            f"the model holds NaN or infinity before its first step: {listed(broken)}. Its base, or start_from, is "
+            "damaged or was saved after a failed training: replace it"
+        )
+    for index in (tree[0] for tree in trees):
+        single = PackedRows([((index,),)], rows.records, rows.encoded, rows.read_image)
+        if not has_finite_image(single[0]):
+            if may_skip:
+                return True
+            raise TrainingError(
+                f"{rows.records[index].where}: its image holds NaN or infinity. Replace it, or exclude the record"
+            )
+    return False
+
+
+def _first_trees(rows: PackedRows) -> Row:
+    """Choose trees of one row that hold a few conversations, the widest first; nothing if no row holds several."""
+    row = next((row for row in rows.rows if sum(map(len, row)) > 1), ())
+    chosen: list[Tree] = []
+    left = MOST_CONVERSATIONS
+    for tree in sorted(row, key=len, reverse=True):
+        if left:
+            chosen.append(tree[:left])
+            left -= len(chosen[-1])
+    return tuple(chosen)
+
+
+def _logits_alone(model: Any, rows: PackedRows, index: int, device: torch.device) -> torch.Tensor:
+    """Return the logits (S, vocabulary) of one conversation, at the places before its supervised tokens."""
+    conversation, record = rows.encoded[index], rows.records[index]
+    pixels = {} if record.image is None else {"pixel_values": rows.read_image(record)[None].to(device)}
+    ids = torch.tensor([conversation.input_ids], device=device)
+    with with_sdpa(llava_in(model)):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
+    places = [place - 1 for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX and place > 0]
+    at_targets: torch.Tensor = logits[places]
+    return at_targets

@@ -1,0 +1,102 @@
+"""Frozen weights are summed up before a stage and after it: an artifact is only worth the base it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from lora_llava.errors import TrainingError
+from lora_llava.system.text import counted, listed
+
+CHUNK = 2**20
+"""Words of 32 bits that are summed at one time; with their products they take 20 MiB."""
+
+
+class FrozenWeights:
+    """Checksums of all that a stage must not change: every parameter that is not trained, and every buffer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        started = time.monotonic()
+        self.model = model
+        self.bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in frozen_tensors(model))
+        self.sums = checksums(model)
+        self.seconds = time.monotonic() - started
+
+    def check(self, stage: str) -> str:
+        """Return a line that says all is as it was; TrainingError names what is not."""
+        started = time.monotonic()
+        after = checksums(self.model)
+        self.seconds += time.monotonic() - started
+        names = [name for name in {**self.sums, **after} if self.sums.get(name) != after.get(name)]
+        if names:
+            raise TrainingError(
+                f"stage {stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
+                f"{listed(names, separator='; ')}. Nothing more is saved, since it would not fit its base. A fault of "
+                "the memory does this, or an error in a library: go on with --resume; if it happens again, report it "
+                "with the versions that lora-llava env prints."
+            )
+        return (
+            f"checked: the frozen weights did not change ({counted(len(after), 'tensor')}, "
+            f"{self.bytes / 2**20:,.0f} MiB, in {self.seconds:.1f} s)"
+        )
+
+
+def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is frozen; of a 4-bit weight the scales too."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield f"{name}.absmax", state.absmax
+            if state.nested:
+                yield f"{name}.nested_absmax", state.state2.absmax
+                yield f"{name}.offset", state.offset
+    yield from model.named_buffers()
+
+
+def checksums(model: nn.Module) -> dict[str, str]:
+    """Sum up every frozen tensor, each on the device where it lies."""
+    return {name: checksum(tensor) for name, tensor in frozen_tensors(model)}
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> str:
+    """Return a checksum of type, shape and bits: SHA-256 on a CPU, elsewhere of sums made where the tensor lies."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(data.numpy().data if data.device.type == "cpu" else str(chunk_sums(data)).encode())
+    return digest.hexdigest()
+
+
+def chunk_sums(data: torch.Tensor) -> list[int]:
+    """Sum up bytes, chunk by chunk, without moving them off their device.
+
+    Words of 32 bits, times random factors of 64, are added modulo 2^64 (multilinear hashing, Carter and Wegman 1979),
+    so that the order in which a GPU adds does not matter. A change passes unseen with a chance of at most 2^-32. It is
+    no protection against an attacker, who could compute the factors.
+    """
+    sums = [_sum(chunk) for chunk in data.split(4 * CHUNK)]
+    # One wait for the device for each tensor.
+    return torch.stack(sums).tolist() if sums else []
+
+
+def _sum(data: torch.Tensor) -> torch.Tensor:
+    missing = -data.numel() % 4
+    if missing or data.storage_offset() % 4:
+        # Words begin at multiples of four bytes.
+        data = torch.cat([data, data.new_zeros(missing)])
+    words = data.view(torch.int32).long()
+    return (words * _factors(data.device)[: words.numel()]).sum()
+
+
+@lru_cache(maxsize=1)
+def _factors(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    limits = torch.iinfo(torch.int64)
+    return torch.randint(limits.min, limits.max, (CHUNK,), dtype=torch.int64, generator=generator).to(device)

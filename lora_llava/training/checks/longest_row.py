@@ -1,0 +1,89 @@
+"""Before the first step on CUDA, two real ones on the longest row: what does not fit or work shows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lora_llava.data.packing import PlanItem, tree_length
+from lora_llava.data.rows import PackedRows
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import attention_of, set_attention
+from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.modeling.structure import BF16, FLEX, TREES, ElementType
+from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller
+from lora_llava.planning.speed import Machine
+from lora_llava.system.device import peak_memory_bytes
+
+STEPS = 2
+"""The second runs with the gradients of the first in place, as all later ones do."""
+
+
+def try_longest_row(
+    model: Any, rows: PackedRows, items: Sequence[PlanItem], shapes: StageShapes, console: Console
+) -> int:
+    """Pass the longest row forwards and backwards, twice; return its tokens. The weights stay as they are.
+
+    FlexAttention that fails here is replaced by SDPA if the recipe leaves the choice open. Raises TrainingError
+    otherwise; torch.OutOfMemoryError is left to `out_of_memory_named`.
+    """
+    lengths = [sum(tree_length(tree, items) for tree in row) for row in rows.rows]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    llava = llava_in(model)
+    try:
+        _pass_twice(model, rows[longest], shapes.dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if attention_of(llava) != FLEX:
+            raise
+        if shapes.recipe.attn_implementation == FLEX:
+            raise TrainingError(
+                f"attn_implementation: flex_attention does not work with this model ({type(error).__name__}: {error}); "
+                "set auto or sdpa"
+            ) from error
+        console.print(f"flex_attention does not work with this model ({type(error).__name__}); sdpa takes its place")
+        set_attention(llava, TREES)
+        _pass_twice(model, rows[longest], shapes.dtype)
+    return lengths[longest]
+
+
+def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) -> None:
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in row.items()}
+    was_training = model.training
+    model.train()
+    try:
+        for _ in range(STEPS):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == BF16.itemsize):
+                loss = packed_loss(model, batch, max(1, batch["labels"].numel()))
+            loss.backward()
+    finally:
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+
+
+def trial_line(tokens: int, chosen: MemoryPlan) -> str:
+    """Say what the trial took, beside what was planned."""
+    return (
+        f"two passes over the longest row, {tokens:,} tokens: {peak_memory_bytes() / GIB:.1f} GiB, "
+        f"planned {chosen.bytes_needed / GIB:.1f} GiB with the optimizer"
+    )
+
+
+@contextmanager
+def out_of_memory_named(shapes: StageShapes, machine: Machine, chosen: MemoryPlan) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that names what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"stage {shapes.stage}: out of memory on this {machine.device}, with {chosen}. Nothing else may run "
+            f"beside it; otherwise {next_smaller(shapes, machine, chosen)}"
+        ) from error

@@ -1,0 +1,217 @@
+"""Figures of a stage that a person reads beside its loss, and plain words when one of them is out of line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_llava.data.stage import StepCounts
+from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import PROJECTOR
+from lora_llava.training.checks.diagnosis import LossTrend
+from lora_llava.training.checks.non_finite import NonFiniteGuard
+
+REMEMBERED, FEWEST = 50, 10
+"""Steps whose gradient norms a new one is compared with, at most and at least."""
+FAR = 10.0
+"""A gradient norm so many times its median is out of line; so is the projector's norm at so many times its first."""
+ZERO_STEPS = 5
+"""Steps in a row without a gradient after which something is wrong; one step may hold texts alone."""
+LEAST_SUPERVISED = 1e-3
+"""Share of supervised tokens below which nearly all that is computed teaches nothing."""
+STARTED_AT_ZERO = 1e-3
+"""Below this norm a projector counts as one that starts at zero: no later norm can be compared with it."""
+NO_GRADIENT = {
+    "projector": "no record with an image was in them, or the images' tokens have no part in the answers",
+    "lora": "no supervised token was in them, or the base does not use the layers that LoRA adapts",
+}
+"""What else gives a gradient of 0, by group."""
+
+
+class StageWatch:
+    """Follows a stage step by step; each kind of warning is given once."""
+
+    def __init__(self, counts: Sequence[StepCounts] = (), max_grad_norm: float = 1.0) -> None:
+        self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
+        self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
+        self.max_grad_norm = max_grad_norm
+        self.last_logged = 0
+        self.norms: dict[str, list[float]] = {}
+        """Gradient norms of the last steps, before clipping, by group."""
+        self.trend = LossTrend.over([step.questions for step in counts])
+        self.warned: list[str] = []
+        self.pending: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a run that is resumed needs to log what the uninterrupted one would; for JSON."""
+        return {
+            "last_logged": self.last_logged,
+            "norms": {name: list(values) for name, values in self.norms.items()},
+            "trend": self.trend.state(),
+            "warned": list(self.warned),
+            "pending": list(self.pending),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.last_logged = state["last_logged"]
+        self.norms = {name: list(values) for name, values in state["norms"].items()}
+        self.trend.restore(state.get("trend", {}))
+        self.warned, self.pending = list(state["warned"]), list(state["pending"])
+
+    def see_loss(self, step: int, loss: float) -> float | None:
+        """Take note of the loss of a step; return the loss it had before if it diverged now, for the first time."""
+        before = self.trend.diverged(loss)
+        if before is None or "diverged" in self.warned:
+            return None
+        self.warned.append("diverged")
+        return before
+
+    def see_step(self, step: int, norms: Mapping[str, float]) -> None:
+        """Take note of the gradient norms of a step that was taken."""
+        for name, norm in norms.items():
+            before = self.norms.setdefault(name, [])
+            usual = median(before) if len(before) >= FEWEST else 0.0
+            # Late in a stage norms are small, and one that clipping makes harmless is no news.
+            if usual and norm > FAR * max(usual, self.max_grad_norm):
+                self.warn(
+                    f"large gradient, {name}",
+                    f"step {step}: the gradient norm of {name}, {norm:.3g}, is {norm / usual:.0f} times its median of "
+                    f"the last {len(before)} steps, {usual:.3g}. It is clipped to max_grad_norm "
+                    f"{self.max_grad_norm:g}. One record unlike the others, or with a wrong answer, does this; if the "
+                    "loss rises after it, lower learning_rate",
+                )
+            before.append(norm)
+            del before[:-REMEMBERED]
+            if len(before) >= ZERO_STEPS and not any(before[-ZERO_STEPS:]):
+                self.warn(
+                    f"no gradient, {name}",
+                    f"step {step}: no gradient has reached {name} for {ZERO_STEPS} steps, so it does not learn: "
+                    f"{NO_GRADIENT.get(name, 'the loss does not depend on it')}",
+                )
+
+    def figures(self, step: int, model: nn.Module, logs: Mapping[str, Any], skipped: Sequence[int]) -> dict[str, Any]:
+        """Return the Trainer's `logs` of the steps up to `step`, with figures and warnings added.
+
+        Its loss is a mean over all steps, those among `skipped` as 0: it is put right, and goes if there were no
+        others.
+        """
+        row = dict(logs)
+        steps = step - self.last_logged
+        taken = steps - sum(self.last_logged < one <= step for one in skipped)
+        if taken < steps:
+            row["skipped_steps"] = len(skipped)
+            row["loss"] = row["loss"] * steps / max(taken, 1)
+        if not taken:
+            del row["loss"]
+        if step in skipped:
+            row.pop("grad_norm", None)
+        row |= {f"grad_norm_{name}": norms[-1] for name, norms in self.norms.items() if norms}
+        row |= self._projector(model) | self._share(step)
+        self.last_logged = step
+        return row | self.take_warnings()
+
+    def _share(self, step: int) -> dict[str, float]:
+        if not self.last_logged < step < len(self.computed):
+            return {}
+        supervised, computed = (sums[step] - sums[self.last_logged] for sums in (self.supervised, self.computed))
+        share = supervised / max(computed, 1)
+        if share < LEAST_SUPERVISED:
+            self.warn(
+                "share",
+                f"of the tokens computed since step {self.last_logged} only {share:.2%} are supervised: answers are "
+                "short beside images and questions, or template and data do not fit; lora-llava inspect shows which",
+            )
+        return {"supervised_share": round(share, 6)}
+
+    def _projector(self, model: nn.Module) -> dict[str, float]:
+        norms = projector_norms(model)
+        if norms is None:
+            return {}
+        now, first, difference = norms
+        if first < STARTED_AT_ZERO:
+            return {"projector_norm": now}
+        if now > FAR * first or now < first / FAR:
+            self.warn(
+                "projector",
+                f"the projector's norm went from {first:.3g} to {now:.3g}. Its learning rate is too high, or, if the "
+                "norm fell, weight_decay is; a projector that was started from very small weights may grow so and be "
+                "sound: look at the validation loss",
+            )
+        return {"projector_norm": now, "projector_change": difference / first}
+
+    def warn(self, kind: str, text: str) -> None:
+        """Give a warning with the next line of the log, unless one of its kind was given in this stage."""
+        if kind not in self.warned:
+            self.warned.append(kind)
+            self.pending.append(text)
+
+    def take_warnings(self) -> dict[str, str]:
+        """Return the warnings that are to be given, as part of a line of the log."""
+        texts, self.pending = self.pending, []
+        return {"warning": "; ".join(texts)} if texts else {}
+
+
+@torch.no_grad()
+def projector_norms(model: nn.Module) -> tuple[float, float, float] | None:
+    """Return the norms of the trained projector, of the one it started from, and of their difference.
+
+    PEFT keeps the latter beside its copy: where the stage began, or, if the LoRA of `start_from` goes on, the
+    projector of the base. None for a model without a projector that is trained.
+    """
+    weights = dict(llava_in(model).get_submodule(PROJECTOR).named_parameters())
+    copies = {name: one for name, one in weights.items() if name.startswith("modules_to_save.default.")}
+    pairs = [
+        (one, weights[name.replace("modules_to_save.default.", "original_module.")]) for name, one in copies.items()
+    ]
+    if not pairs:
+        return None
+    now, first = (get_total_norm([pair[place] for pair in pairs]) for place in (0, 1))
+    difference = get_total_norm([one - other for one, other in pairs])
+    a, b, c = torch.stack([now, first, difference]).tolist()
+    return a, b, c
+
+
+class GuardsState(TrainerCallback):  # type: ignore[misc]
+    """Keeps what guard and watch know in the Trainer's state, with which it is saved, and comes back on resuming."""
+
+    KEY = "lora_llava_guards"
+
+    def __init__(self, guard: NonFiniteGuard, watch: StageWatch) -> None:
+        self.guard = guard
+        self.watch = watch
+        self.start: dict[str, str] = {}
+        """Checksums of the trained weights where the stage began."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the state; or begin."""
+        known = state.stateful_callbacks.get(self.KEY)
+        self.guard.skipped = list(known["skipped"]) if known else []
+        self.watch.restore(known["watch"] if known else StageWatch().state())
+        if known:
+            self.start = known.get("start", {})
+        self._keep(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take note of the step, which may be saved now."""
+        self._keep(state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take note of what was logged; after it the step may be saved, too."""
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
+        state.stateful_callbacks[self.KEY] = {
+            "skipped": list(self.guard.skipped),
+            "watch": self.watch.state(),
+            "start": self.start,
+        }

@@ -1,0 +1,157 @@
+"""A loss or a gradient that is not finite never reaches the weights: the run stops, or goes on without the step.
+
+One NaN that gets into the weights or into Adam's averages soon makes all of them NaN. So losses and gradients of a step
+are looked at when its last backward pass is done, before anything is clipped: clipping by a norm of NaN or infinity
+ruins every gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from lora_llava.data.rows import PackedRows
+from lora_llava.errors import TrainingError
+from lora_llava.modeling.packed import packed_loss
+from lora_llava.recipe.stages import StageName, StageSettings
+from lora_llava.system.text import counted, listed
+from lora_llava.training.checks.frozen_weights import frozen_tensors
+
+Groups = Mapping[str, Sequence[nn.Parameter]]
+"""Trained parameters by the name of their group, such as lora and projector."""
+
+
+class NonFiniteGuard:
+    """Judges each optimizer step before it is taken."""
+
+    def __init__(self, rows: PackedRows, *, stage: str = "training", most_skipped: int = 0, bf16: bool = False) -> None:
+        """Guard the steps over `rows`, those of this process; of them `most_skipped` may be left out.
+
+        `bf16`: whether losses are computed under autocast.
+        """
+        self.rows = rows
+        self.stage = stage
+        self.most_skipped = most_skipped
+        self.bf16 = bf16
+        self.skipped: list[int] = []
+        """Steps that were left out, counted from 1."""
+        self.loss = 0.0
+        """Of the last step."""
+        self.norms: dict[str, float] = {}
+        """Gradient norm of each group in the last step, before clipping."""
+        self.last_checkpoint: Callable[[], str | None] = lambda: None
+        """Names the checkpoint to go back to."""
+        self.fix = ""
+        """What to do about the last step that was not finite."""
+
+    @classmethod
+    def by_settings(
+        cls, rows: PackedRows, stage: StageName, settings: StageSettings, dtype: torch.dtype
+    ) -> NonFiniteGuard:
+        """Do as `on_non_finite` and `max_non_finite_steps` say."""
+        most = settings.max_non_finite_steps if settings.on_non_finite == "skip" else 0
+        return cls(rows, stage=stage, most_skipped=most, bf16=dtype == torch.bfloat16)
+
+    def problem(
+        self, model: nn.Module, groups: Groups, losses: torch.Tensor, total: torch.Tensor, step: int
+    ) -> str | None:
+        """Say what is wrong with a step whose gradients are complete, or None; then its gradients are gone.
+
+        `losses` (rows of the step,) are this process's, `total` is their sum over all processes; `step` counts from
+        1. Raises TrainingError, with the weights as they are, if the step may not be left out.
+        """
+        norms = [gradient_norm(parameters, total.device) for parameters in groups.values()]
+        # The step's only wait for the device.
+        values: list[float] = torch.stack([total, *norms]).tolist()
+        self.loss, self.norms = values[0], dict(zip(groups, values[1:], strict=True))
+        if all(map(math.isfinite, values)):
+            return None
+        # Room for the passes that look for the culprit; and a step without gradients changes neither weights nor the
+        # optimizer's state.
+        model.zero_grad(set_to_none=True)
+        found = self._describe(model, [one for group in groups.values() for one in group], losses.tolist(), step)
+        self.skipped.append(step)
+        if len(self.skipped) > self.most_skipped:
+            raise TrainingError(f"{found} {self._advice()}")
+        return f"{found} The step was left out, {len(self.skipped)} of at most {self.most_skipped}."
+
+    def _advice(self) -> str:
+        checkpoint = f"Last good checkpoint: {self.last_checkpoint() or 'none yet'}."
+        if self.most_skipped:
+            steps = ", ".join(map(str, self.skipped))
+            return (
+                f"More than max_non_finite_steps {self.most_skipped} steps ({steps}) were like this. {self.fix} "
+                f"{checkpoint}"
+            )
+        return f"{self.fix} Or set on_non_finite: skip to leave out a few such steps. {checkpoint}"
+
+    def restart_advice(self) -> str:
+        """Say what to do about weights that are not finite."""
+        return (
+            "A frozen weight came so from the base, or from a fault of memory; a trained one from start_from, or from "
+            "a step before. Replace the file it came from, or resume from an earlier checkpoint with a lower "
+            "learning_rate."
+        )
+
+    def _describe(self, model: nn.Module, trained: list[nn.Parameter], losses: list[float], step: int) -> str:
+        """Name the step, what is not finite in it, the records, and the gradient norms."""
+        rows = self.rows.rows[(step - 1) * len(losses) : step * len(losses)]
+        bad = [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        what = f"the loss of {len(bad)} of {len(rows)} micro-batches" if bad else "the gradient"
+        suspects = [index for row in bad or rows for tree in row for index in tree]
+        if broken := non_finite_tensors(model):
+            why = f"Not finite before the step already: {listed(broken)}. The records: {self._named(suspects)}."
+            self.fix = self.restart_advice()
+        elif guilty := [index for index in suspects if not self._is_finite_alone(model, trained, index)]:
+            why = f"Not finite by themselves are {len(guilty)} of {counted(len(suspects), 'record')}: "
+            why += f"{self._named(guilty)}."
+            self.fix = "Repair these records, or exclude them (data.exclude)."
+        else:
+            why = f"Each record by itself is finite; together they were {self._named(suspects)}."
+            self.fix = "Lower learning_rate: weights that have grown too large overflow with some records only."
+        norms = ", ".join(f"{name} {norm:g}" for name, norm in self.norms.items())
+        return (
+            f"stage {self.stage}, step {step}: {what} is not finite; the weights are as they were before the step. "
+            f"{why} Gradient norms: {norms}."
+        )
+
+    def _named(self, indices: Sequence[int]) -> str:
+        return listed([self.rows.records[index].where for index in indices], separator="; ")
+
+    def _is_finite_alone(self, model: nn.Module, trained: list[nn.Parameter], index: int) -> bool:
+        """Pass one conversation forwards and backwards, leaving gradients and random numbers as they are."""
+        device = trained[0].device
+        alone = PackedRows([((index,),)], self.rows.records, self.rows.encoded, self.rows.read_image)
+        batch = {name: tensor.to(device) for name, tensor in alone[0].items()}
+        with forked_rng(device):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                loss = packed_loss(model, batch, max(1, batch["labels"].numel()))
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        norm = get_total_norm([one for one in gradients if one is not None])
+        return math.isfinite(loss.item()) and math.isfinite(norm.item())
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
+    """Compute the norm of all gradients together; of none it is 0."""
+    return get_total_norm([one.grad for one in parameters if one.grad is not None]).to(device)
+
+
+def non_finite_tensors(model: nn.Module) -> list[str]:
+    """Name the weights, buffers and scales of 4-bit weights that hold NaN or infinity."""
+    trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+    return [name for name, one in (*trained, *frozen_tensors(model)) if not is_finite(one)]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether no element is NaN or infinite; whole numbers, such as 4-bit weights, never are."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def forked_rng(device: torch.device) -> Any:
+    """Give back torch's random numbers, those of the CPU and of `device`, as they were at the end of a `with`."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda")

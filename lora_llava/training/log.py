@@ -1,0 +1,165 @@
+"""What a person sees of a stage while it trains, and `train_log.jsonl`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_llava.data.stage import StepCounts
+from lora_llava.run_directory.output import append_to_log, log_path
+from lora_llava.system.files import fsync
+from lora_llava.system.progress import Bar, duration
+from lora_llava.system.text import printable, printable_lines
+
+MAX_SHOWN = 200
+"""Characters of a question or an answer that the log shows on the screen."""
+
+
+class TrainLog(TrainerCallback):  # type: ignore[misc]
+    """Writes one JSON line for each log of the Trainer, and shows it: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, stage: str, path: Path, counts: Sequence[StepCounts], console: Console) -> None:
+        self.stage = stage
+        self.path = path
+        self.console = console
+        self.questions = [0, *accumulate(step.questions for step in counts)]
+        self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
+        self.started = self.last_time = 0.0
+        self.seconds_before = 0.0
+        """Time spent on the stage's steps by earlier sessions."""
+        self.last_step = 0
+        self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
+        self.bar = Bar(stage, len(counts), console, quiet_seconds=math.inf)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock and the display."""
+        self.last_time = time.monotonic()
+        self.started = self.last_time - self.seconds_before
+        self.last_step = state.global_step
+        self.bar.start(state.global_step, self.computed[state.global_step])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar; ask for a line of the log at the last step, and before each validation."""
+        self.bar.update(state.global_step, self.computed[state.global_step], self.computed[-1])
+        if state.global_step >= state.max_steps or control.should_evaluate:
+            control.should_log = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the display down."""
+        self.bar.stop()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the time left go on between the steps."""
+        self.bar.redraw()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write and show one log of the Trainer; its closing summary is left out."""
+        logs = dict(logs or {})
+        if "train_runtime" in logs:
+            return
+        step = state.global_step
+        row: dict[str, Any] = {"stage": self.stage, "step": step, **logs}
+        row.pop("epoch", None)
+        if "loss" in logs:
+            row |= self._rates(step)
+        append_to_log(self.path.parent, row)
+        self._show(row)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first step, over all sessions."""
+        return time.monotonic() - self.started
+
+    def flushed(self) -> int:
+        """Bring what was logged to the disk, and return the size of the log in bytes."""
+        path = log_path(self.path.parent)
+        if not path.exists():
+            return 0
+        fsync(path)
+        return path.stat().st_size
+
+    def _rates(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = max(now - self.last_time, 1e-9)
+        questions = self.questions[step] - self.questions[self.last_step]
+        tokens = self.supervised[step] - self.supervised[self.last_step]
+        self.last_time, self.last_step = now, step
+        return {
+            "questions_per_second": round(questions / seconds, 3),
+            "supervised_tokens_per_second": round(tokens / seconds, 3),
+            "seconds": round(now - self.started, 3),
+        }
+
+    def _show(self, row: dict[str, Any]) -> None:
+        step, total = row["step"], len(self.questions) - 1
+        if "warning" in row:
+            line = f"{self.stage} {step}/{total}: {row['warning']}"
+            self.console.print(Text(printable_lines(line), "yellow"), soft_wrap=True)
+        if "eval_loss" in row:
+            blind = f", without the images {row['eval_loss_blind']:.4f}" if "eval_loss_blind" in row else ""
+            self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}{blind}")
+            for sample in row.get("samples", []):
+                self.console.print(sample_line(sample))
+        if "loss" not in row:
+            return
+        figures = log_figures(row)
+        self.bar.figures = figures
+        # Above the bar a line that fits stays; where there is no terminal, all of it.
+        head, left = f"{self.stage} {step}/{total}:", self.bar.seconds_left
+        ending = f"{duration(left)} left" if left is not None else ""
+        if self.console.is_terminal:
+            figures = fitting(figures, self.console.width - 2 - len(head))
+            self.console.print(f"{head} {'  '.join(figures)}", markup=False, soft_wrap=True)
+        else:
+            self.console.print(f"{head} {'  '.join([*figures, ending])}", markup=False, soft_wrap=True)
+
+
+def log_figures(row: dict[str, Any]) -> list[str]:
+    """Write the figures of a line of the log, the most important first."""
+    norms = [f"{key.removeprefix('grad_norm_')} {one:.2g}" for key, one in row.items() if key.startswith("grad_norm_")]
+    figures = [
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"{row['questions_per_second']:.1f} questions/s",
+        f"{row['supervised_tokens_per_second']:.0f} supervised tokens/s",
+    ]
+    figures += [f"gradients: {', '.join(norms)}"] if norms else []
+    return figures + ([f"projector moved {row['projector_change']:.1%}"] if "projector_change" in row else [])
+
+
+def fitting(figures: Sequence[str], width: int) -> list[str]:
+    """Take the first figures that fit `width` columns, one at least."""
+    shown = list(figures[:1])
+    for figure in figures[1:]:
+        if sum(len(one) + 2 for one in shown) + len(figure) > width:
+            break
+        shown.append(figure)
+    return shown
+
+
+def sample_line(sample: Mapping[str, str]) -> Text:
+    """Write a sample answer as one line, whatever the texts hold."""
+    texts = {key: printable(text.strip(), MAX_SHOWN) for key, text in sample.items()}
+    answer = texts["prediction"] or "(nothing)"
+    return Text.assemble("  ", texts["question"], (" -> ", "dim"), answer, (f" (true: {texts['answer']})", "dim"))
