@@ -69,6 +69,19 @@ class MemoryPlan:
         )
 
 
+def plan_line(plan: MemoryPlan, settings: StageSettings, source: str) -> str:
+    """Say what a plan sets, each value with where it is from: the recipe, or `source` where the recipe says `auto`."""
+    values = {
+        "tokens_per_micro_batch": (f"{plan.tokens_per_micro_batch:,}", settings.tokens_per_micro_batch),
+        "gradient_checkpointing": (str(plan.recompute), settings.gradient_checkpointing),
+        "optim": (plan.optim, settings.optim),
+    }
+    parts = [f"{name} {value} ({source if told == 'auto' else 'recipe'})" for name, (value, told) in values.items()]
+    weights = "; 4-bit weights are dequantized once" if plan.keep_dequantized else ""
+    needed, usable = plan.bytes_needed / GIB, plan.bytes_usable / GIB
+    return f"memory plan: {', '.join(parts)}{weights}; needs {needed:.1f} of {usable:.1f} GiB"
+
+
 def usable_bytes(device: str, memory: int | None = None) -> int:
     """Bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda` or `cpu`) now."""
     if memory is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,17 +15,15 @@ from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe.schedule import logging_interval
-from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory import output
-from lora_llava.run_directory.written import current
 from lora_llava.system.device import world_size
-from lora_llava.training.checkpoints.image_settings import image_transform
+from lora_llava.training.checkpoints.stage_artifact import image_transform
 from lora_llava.training.checks.blind import make_image_check
 from lora_llava.training.checks.monitor import StageWatch
 from lora_llava.training.checks.non_finite import NonFiniteGuard
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.log import TrainLog
+from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import TrackedRun, run_name
 from lora_llava.training.trainer import PackedTrainer
 
@@ -34,28 +31,21 @@ SAMPLE_TOKENS = 32
 """Longest sample answer, in tokens."""
 
 
-def image_reader(recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData) -> ReadImage:
+def image_reader(stage: Stage, loaded: LoadedModel, data: StageData) -> ReadImage:
     """Make what turns the image of a record into what the model takes: pixels, or cached features."""
-    settings = recipe.stage(stage)
-    transform = image_transform(recipe, settings, loaded)
-    if settings.cache_image_features == "off":
+    transform, cache = image_transform(loaded, stage.aspect_ratio), stage.settings.cache_image_features
+    if cache == "off":
         return transform
-    kept = recipe.resolved_output_dir / output.FEATURES if settings.cache_image_features == "disk" else None
-    return use_features(loaded.model, [*data.encoded.records, *data.validation.records], transform, kept)
+    directory = stage.run_directory / output.FEATURES if cache == "disk" else None
+    return use_features(loaded.model, [*data.encoded.records, *data.validation.records], transform, directory)
 
 
 def make_trainer(
-    recipe: Recipe,
-    stage: StageName,
-    loaded: LoadedModel,
-    data: StageData,
-    optim: str,
-    dtype: torch.dtype,
-    console: Console,
+    stage: Stage, loaded: LoadedModel, data: StageData, optim: str, dtype: torch.dtype, console: Console
 ) -> PackedTrainer:
     """Build the trainer of a stage over its planned rows."""
-    settings = recipe.stage(stage)
-    read_image = image_reader(recipe, stage, loaded, data)
+    settings, recipe = stage.settings, stage.recipe
+    read_image = image_reader(stage, loaded, data)
     rank = int(os.environ.get("RANK", "0"))
     rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
     train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
@@ -69,7 +59,7 @@ def make_trainer(
                 loaded,
                 sampled,
                 template=data.template,
-                aspect_ratio=image_transform(recipe, settings, loaded).aspect_ratio,
+                aspect_ratio=stage.aspect_ratio,
                 max_new_tokens=SAMPLE_TOKENS,
             )
         return [
@@ -77,32 +67,30 @@ def make_trainer(
             for record, answer in zip(sampled, answers, strict=True)
         ]
 
-    directory = recipe.resolved_output_dir
-    tracked = [TrackedRun(recipe, stage, validates=bool(data.validation))] if recipe.report_to != "none" else []
+    transform = image_transform(loaded, stage.aspect_ratio)
+    tracked = [TrackedRun(recipe, stage.name, validates=bool(data.validation))] if recipe.report_to != "none" else []
     return PackedTrainer(
         loaded.model,
-        training_arguments(recipe, stage, data, current(directory) / output.CHECKPOINTS / stage, optim, dtype),
+        training_arguments(stage, data, optim, dtype),
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         sample_answers=sample_answers if sampled else None,
-        guard=NonFiniteGuard.by_settings(train, stage, settings, dtype),
+        guard=NonFiniteGuard.by_settings(train, stage.name, settings, dtype),
         watch=StageWatch(data.counts, settings.max_grad_norm),
-        image_check=make_image_check(validation, image_transform(recipe, settings, loaded)) if validation else None,
+        image_check=make_image_check(validation, transform) if validation else None,
         keeps_best=settings.keep == "best",
-        callbacks=[TrainLog(stage, directory / output.TRAIN_LOG, data.counts, console), *tracked],
+        callbacks=[TrainLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )
 
 
-def training_arguments(
-    recipe: Recipe, stage: StageName, data: StageData, directory: Path, optim: str, dtype: torch.dtype
-) -> TrainingArguments:
+def training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.dtype) -> TrainingArguments:
     """Translate the settings of a stage to `transformers`."""
-    settings = recipe.stage(stage)
+    settings, recipe = stage.settings, stage.recipe
     interval = data.eval_interval(settings)
     return TrainingArguments(
-        output_dir=str(directory),
-        run_name=run_name(recipe, stage),
+        output_dir=str(stage.current_checkpoints),
+        run_name=run_name(recipe, stage.name),
         project=recipe.name,
         # The plan is the data loader: one pass over it is the whole stage.
         max_steps=len(data.plan.steps),

@@ -32,7 +32,8 @@ from lora_llava.training.checkpoints.resume import (
     resume_finished,
 )
 from lora_llava.training.prepare import prepare_base
-from lora_llava.training.stage import train_stage
+from lora_llava.training.stage import Stage
+from lora_llava.training.train import train_stage
 
 _MADE_OF = "evaluation_of"
 """In the summary: what its evaluation was made of."""
@@ -124,19 +125,18 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
     base_directory, identity = prepare_base(recipe, directory, summary)
     summary["seconds"]["base"] = round(time.monotonic() - clock + summary["seconds"].get("base", 0), 1)
     parent = recipe.start_from
-    for stage in recipe.stage_names:
-        if resume_finished(recipe, stage, identity, parent, summary, resume, console):
-            recipe, parent = as_finished(recipe, stage), directory / stage
+    for name in recipe.stage_names:
+        # The base moves with the first checkpoint of the run, if the run assembled it.
+        base_directory = output.present_path(directory, base_directory)
+        stage = Stage(recipe, name, base_directory, identity, parent)
+        parent = stage.directory
+        if resume_finished(stage, summary, resume, console):
+            recipe = as_finished(stage)
             continue
         output.write_summary(directory, summary)
-        # It moves with the first checkpoint of the run, if the run assembled it.
-        base_directory = output.present_path(directory, base_directory)
-        summary[stage], seconds = train_stage(
-            recipe, stage, base_directory, identity, parent, console, memory, resume=resume
-        )
+        summary[name], seconds = train_stage(stage, console, memory=memory, resume=resume)
         summary.pop(output.EVALUATION, None)
-        summary["seconds"][stage] = round(seconds, 1)
-        parent = directory / stage
+        summary["seconds"][name] = round(seconds, 1)
         with output.writing(directory, output.LOSS_PLOT) as picture:
             plot_loss(picture, output.read_log(directory))
     summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))

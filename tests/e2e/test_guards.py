@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import lora_llava.training.stage as stage_module
+import lora_llava.training.train as train_module
 from lora_llava.artifact import file_sha256, read_manifest
 from lora_llava.data.load import Record
 from lora_llava.data.rows import ImageTransform
@@ -106,14 +106,14 @@ def test_frozen_weights_are_said_to_be_unchanged(run: Run) -> None:
 
 def made_by(change: Callable[[PackedTrainer], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `change` at every trainer before it trains."""
-    original = stage_module.make_trainer
+    original = train_module.make_trainer
 
     def changed(*args: Any, **kwargs: Any) -> PackedTrainer:
         trainer = original(*args, **kwargs)
         change(trainer)
         return trainer
 
-    monkeypatch.setattr(stage_module, "make_trainer", changed)
+    monkeypatch.setattr(train_module, "make_trainer", changed)
 
 
 def test_a_vision_tower_that_changes_leaves_no_artifact(
@@ -147,7 +147,7 @@ def spoil(record_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return pixels * float("nan") if record.where.startswith(f"captions.json, record {record_number} ") else pixels
 
     monkeypatch.setattr(ImageTransform, "__call__", spoilt)
-    monkeypatch.setattr(stage_module, "check_first_row", lambda *_: None)
+    monkeypatch.setattr(train_module, "check_first_row", lambda *_: None)
 
 
 def test_a_record_that_makes_nan_stops_a_run_by_name(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import lora_llava.training.run as run_module
-import lora_llava.training.stage as stage_module
+import lora_llava.training.train as train_module
 from lora_llava.artifact import base_location, load_artifact, merged_manifest
 from lora_llava.cli import cli
 from lora_llava.modeling.base import BaseIdentity
@@ -26,7 +26,7 @@ from tests.helpers.runs import write_data, write_recipe
 
 FEW = ("stages.instruct.max_steps=1", "stages.instruct.num_sample_answers=0", "stages.instruct.data.validation=null")
 STEPS = [(run_module, "prepare_base")] + [
-    (stage_module, name)
+    (train_module, name)
     for name in (
         "read_records", "plan_memory", "plan_records", "run_facts", "load_base", "build_stage",
         "make_trainer", "check_first_row", "StageArtifact", "Saver",

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import lora_llava.training.run as run_module
-import lora_llava.training.stage as stage_module
+import lora_llava.training.train as train_module
 from lora_llava.errors import LoraLlavaError, TrainingError
 from lora_llava.recipe.fields import OnResume, settings_of
 from lora_llava.recipe.file import load_recipe
@@ -48,7 +48,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(stage_module, "build_model", reached)
+    monkeypatch.setattr(train_module, "build_model", reached)
     monkeypatch.setattr(run_module, "plot_loss", lambda *_: None)
 
 

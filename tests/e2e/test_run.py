@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-import lora_llava.training.stage as stage_module
+import lora_llava.training.train as train_module
 from lora_llava.artifact import file_sha256, load_artifact, read_manifest
 from lora_llava.errors import ArtifactError, TrainingError
 from lora_llava.formats.peft_adapter import WEIGHTS
@@ -87,7 +87,7 @@ def test_nf4_weights_do_not_change(recipe_file: Path, tmp_path: Path) -> None:
 
 def test_bf16_with_nf4(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a GPU would choose: trained parameters in fp32 beside a base in bf16, in sample answers too.
-    monkeypatch.setattr(stage_module, "pick_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(train_module, "pick_dtype", lambda *_: torch.bfloat16)
     made = watched_run(
         recipe_file, "quantization.type=nf4", "quantization.keep_dequantized=false", f"output_dir={tmp_path / 'run'}",
         *TEN_STEPS,

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-import lora_llava.training.stage as stage_module
+import lora_llava.training.train as train_module
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.output import read_log
@@ -159,7 +159,7 @@ def watched_run(path: Path, *overrides: str, overwrite: bool = False) -> Run:
     """Run a recipe file, with every tensor of each stage's model copied before and after."""
     recipe = load_recipe(path, overrides)
     stages: dict[str, StageRun] = {}
-    original = stage_module.make_trainer
+    original = train_module.make_trainer
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         trainer = original(*args, **kwargs)
@@ -169,7 +169,7 @@ def watched_run(path: Path, *overrides: str, overwrite: bool = False) -> Run:
             before = state_of(trainer.model)
             trainable = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
             result = train(**options)
-            stages[args[1]] = StageRun(trainable, before, state_of(trainer.model))
+            stages[args[0].name] = StageRun(trainable, before, state_of(trainer.model))
             return result
 
         trainer.train = watched_train
@@ -177,6 +177,6 @@ def watched_run(path: Path, *overrides: str, overwrite: bool = False) -> Run:
 
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_module, "make_trainer", watch)
+        patch.setattr(train_module, "make_trainer", watch)
         summary = run_recipe(recipe, Console(file=shown, width=200), overwrite=overwrite)
     return Run(recipe, summary, stages, shown.getvalue())

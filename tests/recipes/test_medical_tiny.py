@@ -12,7 +12,7 @@ import pytest
 from lora_llava.artifact import read_manifest
 from lora_llava.modeling.stages import is_quantized
 from lora_llava.recipe.file import load_recipe
-from lora_llava.training import stage as stage_module
+from lora_llava.training import train as train_module
 from tests.helpers.runs import NUM_IMAGES, picture, png, questions, watched_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "medical_vqa.yaml"
@@ -38,13 +38,13 @@ def test_the_recipe_runs(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     count = write_parquet(tmp_path / "vqa_rad.parquet")
     loaded: list[Any] = []
-    original = stage_module.check_stage
+    original = train_module.check_stage
 
     def watch(model: Any, *args: Any, **kwargs: Any) -> Any:
         loaded.append(model)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(stage_module, "check_stage", watch)
+    monkeypatch.setattr(train_module, "check_stage", watch)
     made = watched_run(
         RECIPE,
         f"base.model_name_or_path={tiny_base}",

@@ -1,9 +1,8 @@
-"""Where a run goes on: which stages are finished, and from which checkpoint the one that is not."""
+"""Where a run resumes: which stages are finished, and from which checkpoint the next one continues."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,12 +12,10 @@ from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint, load_split
 from lora_llava.errors import ArtifactError, DataError, TrainingError
 from lora_llava.formats.peft_adapter import WEIGHTS
-from lora_llava.modeling.base import BaseIdentity
 from lora_llava.planning.memory import Recompute
 from lora_llava.planning.memory_plan import MemoryPlan
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
 from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.run_directory.written import current
 from lora_llava.system.files import shown_path
@@ -31,19 +28,15 @@ from lora_llava.training.checkpoints.differences import (
     changed_facts,
     changed_settings,
     differing_values,
-    refuse_or_say,
+    refuse_or_warn,
     stored_recipe,
 )
 from lora_llava.training.checkpoints.files import Checkpoint, latest
+from lora_llava.training.stage import Stage
 
 
-def checkpoints_of(recipe: Recipe, stage: StageName) -> Path:
-    """Return the directory of a stage's checkpoints."""
-    return recipe.resolved_output_dir / output.CHECKPOINTS / stage
-
-
-def find_checkpoint(recipe: Recipe, stage: StageName, resume: Resume, console: Console) -> Checkpoint | None:
-    """Find where a stage goes on, None if at its beginning.
+def find_checkpoint(stage: Stage, resume: Resume, console: Console) -> Checkpoint | None:
+    """Find the checkpoint to resume a stage from; None to start at its beginning.
 
     Raises TrainingError if the stage has checkpoints and none is whole.
     """
@@ -51,76 +44,76 @@ def find_checkpoint(recipe: Recipe, stage: StageName, resume: Resume, console: C
         return None
 
     def say(line: str) -> None:
-        console.print(f"{stage}: {line}", style="bold yellow", markup=False, soft_wrap=True)
+        console.print(f"{stage.name}: {line}", style="bold yellow", markup=False, soft_wrap=True)
 
-    found = latest(checkpoints_of(recipe, stage), say)
-    where = f"going on after step {found.progress.step:,}" if found else "no checkpoint yet, from the beginning"
-    console.print(f"{stage}: {where}")
-    return found
+    checkpoint = latest(stage.checkpoints, say)
+    where = f"resuming after step {checkpoint.progress.step:,}" if checkpoint else "no checkpoint yet, from the start"
+    console.print(f"{stage.name}: {where}")
+    return checkpoint
 
 
-def take_up(recipe: Recipe, stage: StageName, found: Checkpoint | None) -> None:
-    """Note the recipe of what follows, and cut away what the log says of steps that are trained again."""
-    directory = recipe.resolved_output_dir
-    output.write_recipe(directory, recipe)
-    if found is None:
-        output.drop_from_log(directory, stage)
+def prepare_log(stage: Stage, checkpoint: Checkpoint | None) -> None:
+    """Save the recipe of what follows, and truncate the log to the checkpoint."""
+    output.write_recipe(stage.run_directory, stage.recipe)
+    if checkpoint is None:
+        output.drop_from_log(stage.run_directory, stage.name)
     else:
-        output.cut_log(directory, found.progress.log_bytes)
+        output.cut_log(stage.run_directory, checkpoint.progress.log_bytes)
 
 
-def stored_memory_plan(
-    checkpoint: Checkpoint | None, recipe: Recipe, stage: StageName, memory: int | None
-) -> MemoryPlan | None:
-    """Return the memory plan that a checkpoint was trained with: another would add up in another order.
+def stored_memory_plan(checkpoint: Checkpoint | None, stage: Stage, memory: int | None) -> MemoryPlan | None:
+    """Return the memory plan that a checkpoint was trained with; another one would sum gradients in another order.
 
-    None without a checkpoint, or if another memory, or other settings, are asked for now.
+    None without a checkpoint, or if `memory` or other settings are asked for now.
     """
     if checkpoint is None or memory is not None:
         return None
-    if differing_values(_planned_keys(stage), stored_recipe(checkpoint.directory), recipe):
+    if differing_values(_planned_keys(stage), stored_recipe(checkpoint.directory), stage.recipe):
         return None
     fields = checkpoint.memory_plan
     return MemoryPlan(**{**fields, "recompute": Recompute(**fields["recompute"])})
 
 
-def _planned_keys(stage: StageName) -> list[str]:
+def _planned_keys(stage: Stage) -> list[str]:
     """List the settings that the memory plan decides where they are `auto`."""
     keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.RESOLVED]
-    stages = [key for key in keys if key.startswith(f"stages.{stage}.") and not key.endswith(".batch_size")]
+    stages = [key for key in keys if key.startswith(f"{stage.key}.") and not key.endswith(".batch_size")]
     return [*stages, "quantization.keep_dequantized"]
 
 
 def check_unchanged(
     checkpoint: Checkpoint | None,
-    recipe: Recipe,
+    stage: Stage,
     facts: Mapping[str, Any],
     num_steps: int,
     resume: Resume,
     console: Console,
 ) -> bool:
-    """Compare a checkpoint with the run that is to go on from it; return whether they are the same.
+    """Compare a checkpoint with the run that resumes from it; return whether they are the same.
 
-    Raises TrainingError as `refuse_or_say` does, and if the plan has fewer steps now than were trained.
+    Raises TrainingError as `refuse_or_warn` does, and if the plan has fewer steps now than were trained.
     """
     if checkpoint is None:
         return True
-    stage, step = checkpoint.progress.stage, checkpoint.progress.step
+    step = checkpoint.progress.step
     # Older checkpoints know batch_size as a setting alone.
-    key = f"stages.{stage}.batch_size"
+    key = f"{stage.key}.batch_size"
     before = {key: value_at(stored_recipe(checkpoint.directory), key), **checkpoint.facts}
-    differences = changed_settings(checkpoint.directory, recipe, stage) + changed_facts(before, facts)
-    refuse_or_say(differences, stage, checkpoint.directory, recipe, resume, console)
+    differences = changed_settings(checkpoint.directory, stage) + changed_facts(before, facts)
+    refuse_or_warn(differences, stage, checkpoint.directory, resume, console)
     if step > num_steps:
-        raise TrainingError(f"stage {stage} has {counted(num_steps, 'step')} now, and {step:,} were trained already")
+        raise TrainingError(
+            f"stage {stage.name} has {counted(num_steps, 'step')} now, and {step:,} were trained already"
+        )
     return not differences
 
 
-def is_finished(directory: Path, stage: StageName, identity: BaseIdentity, parent: Path | None) -> bool:
-    """Tell whether `directory` holds the artifact of a stage, trained to its end on this base, from this parent.
+def is_finished(stage: Stage) -> bool:
+    """Tell whether the run holds the artifact of a stage, trained to its end on this base, from this parent.
 
     Raises TrainingError if it holds one that is damaged, or that was trained from other weights.
     """
+    directory = stage.directory
     if not directory.exists():
         return False
     again = f"remove {shown_path(directory)} to have it made again from the stage's last checkpoint"
@@ -128,49 +121,40 @@ def is_finished(directory: Path, stage: StageName, identity: BaseIdentity, paren
         manifest = read_manifest(directory)
     except ArtifactError as error:
         raise TrainingError(f"{error}; {again}") from error
-    wanted = {
-        "stage": (manifest.stage, stage),
-        "base": (manifest.base["weights_sha256"], identity.weights_sha256),
-        "parent_sha256": (manifest.parent_sha256, file_sha256(parent / WEIGHTS) if parent else None),
+    compared = {
+        "stage": (manifest.stage, stage.name),
+        "base": (manifest.base["weights_sha256"], stage.base.weights_sha256),
+        "parent_sha256": (manifest.parent_sha256, file_sha256(stage.parent / WEIGHTS) if stage.parent else None),
     }
-    for key, (found, expected) in wanted.items():
-        if found != expected:
+    for key, (stored, expected) in compared.items():
+        if stored != expected:
             # Its checkpoints are of the same base and parent: to train from them again would be refused as well.
             changed = {"base": "the base's weights", "parent_sha256": "the artifact it was trained from"}.get(key, key)
             raise TrainingError(
-                f"{shown_path(directory)} was trained from other weights: {changed} changed since ({found} then, "
+                f"{shown_path(directory)} was trained from other weights: {changed} changed since ({stored} then, "
                 f"{expected} now). Put the old ones back, or start a new run with another output_dir"
             )
     return True
 
 
-def resume_finished(
-    recipe: Recipe,
-    stage: StageName,
-    identity: BaseIdentity,
-    parent: Path | None,
-    summary: dict[str, Any],
-    resume: Resume,
-    console: Console,
-) -> bool:
+def resume_finished(stage: Stage, summary: dict[str, Any], resume: Resume, console: Console) -> bool:
     """Tell whether a stage was trained to its end, and note in `summary` what is known of it.
 
-    Raises TrainingError as `is_finished` and `refuse_or_say` do.
+    Raises TrainingError as `is_finished` and `refuse_or_warn` do.
     """
-    artifact = recipe.resolved_output_dir / stage
-    if resume == "no" or not is_finished(artifact, stage, identity, parent):
+    if resume == "no" or not is_finished(stage):
         return False
-    manifest = read_manifest(artifact)
-    differences = changed_settings(artifact, recipe, stage, finished=True)
-    if recipe.stage(stage).batch_size == manifest.seen.get("batch_size"):
-        # `auto` then, and now what it came to.
-        differences = [one for one in differences if one[0] != f"stages.{stage}.batch_size"]
-    differences += changed_data(artifact, recipe, stage, manifest, console)
-    refuse_or_say(differences, stage, artifact, recipe, resume, console, finished=True)
-    output.write_card(recipe.resolved_output_dir, stage, recipe)
+    manifest = read_manifest(stage.directory)
+    differences = changed_settings(stage.directory, stage, finished=True)
+    if stage.settings.batch_size == manifest.seen.get("batch_size"):
+        # `auto` then, and now the number that `auto` chose.
+        differences = [difference for difference in differences if difference[0] != f"{stage.key}.batch_size"]
+    differences += changed_data(stage, manifest, console)
+    refuse_or_warn(differences, stage, stage.directory, resume, console, finished=True)
+    output.write_card(stage.run_directory, stage.name, stage.recipe)
     # A run that was killed between the artifact and its summary knows less of it.
-    summary.setdefault(stage, {**manifest.seen, **manifest.metrics})
-    console.print(f"{stage}: trained already")
+    summary.setdefault(stage.name, {**manifest.seen, **manifest.metrics})
+    console.print(f"{stage.name}: trained already")
     return True
 
 
@@ -200,39 +184,40 @@ def refuse_another_run(recipe: Recipe) -> None:
         )
 
 
-def as_finished(recipe: Recipe, stage: StageName) -> Recipe:
-    """Return the recipe with the settings by which a finished stage was trained, so that nothing else is stated.
+def as_finished(stage: Stage) -> Recipe:
+    """Return the recipe with the settings that a finished stage was trained with, so that the run states no others.
 
-    If it is the last one, the sections that stages share are those of its training, too.
+    If it is the last stage, the sections that stages share are those of its training, too.
     """
-    stored = stored_recipe(recipe.resolved_output_dir / stage)
-    stages = recipe.stages.model_copy(update={stage: stored.stage(stage)})
-    shared = SHARED[stage] if stage == recipe.stage_names[-1] else ()
-    return recipe.model_copy(update={"stages": stages, **{name: getattr(stored, name) for name in shared}})
+    stored = stored_recipe(stage.directory)
+    stages = stage.recipe.stages.model_copy(update={stage.name: stored.stage(stage.name)})
+    shared = SHARED[stage.name] if stage.is_last else ()
+    return stage.recipe.model_copy(update={"stages": stages, **{name: getattr(stored, name) for name in shared}})
 
 
-def changed_data(
-    artifact: Path, recipe: Recipe, stage: StageName, manifest: Manifest, console: Console
-) -> list[Difference]:
-    """List how the data of a finished stage differ from those that it was trained on, and by which settings.
+def changed_data(stage: Stage, manifest: Manifest, console: Console) -> list[Difference]:
+    """List how the data of a finished stage differ from what it was trained on, and by which settings.
 
-    Data that are gone, with settings that did not change, are not compared, and that is said.
+    Data that are gone, under settings that did not change, are not compared; the console says so.
     """
-    key, data = f"stages.{stage}", recipe.stage(stage).data
-    keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.SAME_CONTENT]
-    moved = differing_values([one for one in keys if one.startswith(f"{key}.data.")], stored_recipe(artifact), recipe)
+    key, data = stage.key, stage.settings.data
+    keys = [setting.key for setting in settings_of(Recipe) if setting.on_resume is OnResume.SAME_CONTENT]
+    keys = [name for name in keys if name.startswith(f"{key}.data.")]
+    moved = differing_values(keys, stored_recipe(stage.directory), stage.recipe)
     known = manifest.data
     try:
-        train, validation = load_split(data, recipe.seed)
+        train, validation = load_split(data, stage.recipe.seed)
         # Which records cannot be used is found out with the tokenizer, which is not loaded for this.
         reason = "bad ones were skipped" if known.get("skipped_records") else None
     except DataError as error:
         if moved:
             other = ", ".join(one for one, _, _ in moved)
-            raise TrainingError(f"stage {stage} is finished; its data, with other {other}: {error}") from error
+            raise TrainingError(f"stage {stage.name} is finished; its data, with other {other}: {error}") from error
         reason = str(error)
     if reason is not None:
-        console.print(f"{stage}: its records are not compared with those it was trained on: {reason}", markup=False)
+        console.print(
+            f"{stage.name}: its records are not compared with those it was trained on: {reason}", markup=False
+        )
         return moved
     facts = {
         f"{key}.data (number of records)": (known.get("records"), len(train)),

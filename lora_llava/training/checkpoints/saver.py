@@ -22,7 +22,6 @@ from lora_llava.system.text import counted
 from lora_llava.training.checkpoints import state as training_state
 from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
 from lora_llava.training.checkpoints.kept import has_lost_patience
-from lora_llava.training.checkpoints.resume import checkpoints_of
 from lora_llava.training.checkpoints.signals import Interruption
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact
 from lora_llava.training.log import TrainLog
@@ -88,8 +87,9 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.resumed = resumed
         self.exact = exact
         """Whether optimizer and scheduler go on with the settings of the checkpoint, which are the recipe's."""
-        self.settings = artifact.recipe.stage(artifact.stage)
-        self.parent = checkpoints_of(artifact.recipe, artifact.stage)
+        self.stage = artifact.stage
+        self.settings = self.stage.settings
+        self.parent = self.stage.checkpoints
         self.best = best_loss(self.parent, resumed.progress.step) if resumed else None
         before = resumed.progress if resumed else None
         self.seconds_before = before.seconds if before else 0.0
@@ -106,7 +106,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     @property
     def run_directory(self) -> Path:
         """Directory of the run."""
-        return self.artifact.recipe.resolved_output_dir
+        return self.stage.run_directory
 
     @property
     def seconds(self) -> float:
@@ -200,7 +200,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     def _progress(self, trainer: ResumableTrainer, step: int, loss: float | None) -> Progress:
         return Progress(
-            stage=self.artifact.stage,
+            stage=self.stage.name,
             step=step,
             eval_loss=loss,
             loss_sum=trainer._tr_loss.item(),
@@ -234,7 +234,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     @property
     def keeps_optimizer(self) -> bool:
         """Whether the optimizer is of the kind that it was."""
-        key = f"stages.{self.artifact.stage}.optim"
+        key = f"{self.stage.key}.optim"
         return self.resumed is not None and self.resumed.facts.get(key) == self.facts[key]
 
     def cost(self) -> dict[str, float]:
@@ -251,7 +251,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         """Raise RunInterruptedError if a signal came, now that the step is saved."""
         if (received := self.interruption.received) is not None:
             raise RunInterruptedError(
-                f"stopped by {received.name} after step {step:,} of stage {self.artifact.stage}, which is saved. Go on "
+                f"stopped by {received.name} after step {step:,} of stage {self.stage.name}, which is saved. Go on "
                 f"with: {resume_command(self.run_directory)}",
                 received,
             )

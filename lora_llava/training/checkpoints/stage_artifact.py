@@ -9,60 +9,55 @@ from typing import Any
 from lora_llava.artifact import MANIFEST, file_sha256, save_artifact, write_artifact
 from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint
+from lora_llava.data.rows import ImageTransform
 from lora_llava.data.stage import StageData
 from lora_llava.formats.peft_adapter import WEIGHTS
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.file import dump_resolved
-from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import AspectRatio
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import writing_named
-from lora_llava.training.checkpoints.image_settings import image_facts
+from lora_llava.training.stage import Stage
 
 
 class StageArtifact:
-    """Writes the model of a stage as it is, with the manifest of the step it has come to."""
+    """Writes the model of a stage, with the manifest of the step that was trained last."""
 
-    def __init__(
-        self, recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, parent: Path | None
-    ) -> None:
-        self.recipe = recipe
+    def __init__(self, stage: Stage, loaded: LoadedModel, data: StageData) -> None:
         self.stage = stage
         self.loaded = loaded
         self.data = data
-        self.stated = stage_facts(recipe, stage, loaded, data, parent)
+        self.manifest_fields = manifest_fields(stage, loaded, data)
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Leave the artifact of the finished stage in the run's directory."""
-        directory = self.recipe.resolved_output_dir / self.stage
-        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.recipe, directory)
-        with writing_named(f"the artifact of stage {self.stage}", self.recipe.resolved_output_dir):
+        directory = self.stage.directory
+        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.stage.recipe, directory)
+        with writing_named(f"the artifact of stage {self.stage.name}", self.stage.run_directory):
             save_artifact(directory, self.loaded.model, self.loaded, facts, recipe_yaml, self._place)
 
     def _place(self, staging: Path, directory: Path) -> None:
         manifest = json.loads((staging / MANIFEST).read_text(encoding="utf-8"))
-        place(self.recipe.resolved_output_dir, staging, directory, {WEIGHTS: manifest["adapter_sha256"]})
+        place(self.stage.run_directory, staging, directory, {WEIGHTS: manifest["adapter_sha256"]})
 
     def write(self, staging: Path, directory: Path, step: int, metrics: dict[str, float]) -> None:
-        """Write the files of an artifact that will stand in `directory` to `staging`."""
-        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.recipe, directory)
+        """Write the files of an artifact to `staging`, from where they will move to `directory`."""
+        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.stage.recipe, directory)
         write_artifact(staging, directory, self.loaded.model, self.loaded, facts, recipe_yaml)
 
     def _facts(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
-        return {**self.stated, "seen": seen_until(self.data, step), "metrics": metrics}
+        return {**self.manifest_fields, "seen": seen_until(self.data, step), "metrics": metrics}
 
 
-def stage_facts(
-    recipe: Recipe, stage: StageName, loaded: LoadedModel, data: StageData, parent: Path | None
-) -> dict[str, Any]:
-    """Collect what the manifest says of a stage, apart from how far it has come."""
-    settings = recipe.stage(stage)
+def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[str, Any]:
+    """Collect what the manifest says of a stage, apart from the steps it was trained for."""
+    settings = stage.settings
     return {
-        "stage": stage,
-        "parent_sha256": file_sha256(parent / WEIGHTS) if parent else None,
-        "quantization": recipe.quantization.model_dump(),
+        "stage": stage.name,
+        "parent_sha256": file_sha256(stage.parent / WEIGHTS) if stage.parent else None,
+        "quantization": stage.recipe.quantization.model_dump(),
         "template": {"name": settings.template, "system": settings.system},
-        "images": image_facts(recipe, settings, loaded),
+        "images": image_fields(stage, loaded),
         "data": {
             "sha256": fingerprint(data.encoded.records),
             "records": len(data.encoded),
@@ -74,6 +69,28 @@ def stage_facts(
             "merge_turns": settings.data.merge_turns,
         },
     }
+
+
+def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
+    """Describe, for the manifest, how images are turned into tokens."""
+    transform = image_transform(loaded, stage.aspect_ratio)
+    return {
+        "size": transform.size,
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+        "image_aspect_ratio": transform.aspect_ratio,
+        "window": stage.settings.data.window,
+        "vision_feature_layer": loaded.config.vision_feature_layer,
+        "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
+        "num_image_tokens": loaded.num_image_tokens,
+    }
+
+
+def image_transform(loaded: LoadedModel, aspect_ratio: AspectRatio) -> ImageTransform:
+    """Make what turns an image into `pixel_values` of the model's size and normalization."""
+    return ImageTransform(
+        size=loaded.image_size, mean=loaded.image_mean, std=loaded.image_std, aspect_ratio=aspect_ratio
+    )
 
 
 def seen_until(data: StageData, step: int) -> dict[str, int]:
