@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+from pydantic import create_model
 
 import lora_llava
 from lora_llava.recipe.docs import settings_page
-from lora_llava.recipe.fields import settings_of
+from lora_llava.recipe.fields import Names, OnResume, Settings, settings_of
 from lora_llava.recipe.settings import Recipe
 
 PACKAGE = Path(lora_llava.__file__).parent
@@ -40,7 +42,7 @@ LAYERS = [
     {"doctor"},
     {"quickstart"},
     {"cli"},
-    {"lora_llava"},
+    {"lora_llava", "__main__"},
 ]
 LIGHT = """
 lora_llava
@@ -147,9 +149,24 @@ def test_the_ignore_index_is_defined_once() -> None:
     assert [name_of(path) for path in defined] == ["lora_llava.conversation.encode"]
 
 
-def test_every_setting_says_what_changing_it_on_resume_means() -> None:
+def test_every_setting_has_an_on_resume_class() -> None:
     keys = [setting.key for setting in settings_of(Recipe)]
     assert len(keys) == len(set(keys)) > 100
+
+
+def test_every_text_setting_says_what_it_names() -> None:
+    texts = {setting.key: setting.names for setting in settings_of(Recipe) if setting.names is not None}
+    assert {texts["output_dir"], texts["base.vision_tower"], texts["base.revision"]} == set(Names)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "missing"),
+    [(int, "OnResume"), (Annotated[str | None, OnResume.FREE], "Names"), (Annotated[str, Names.TEXT], "OnResume")],
+)
+def test_a_setting_without_its_classes_is_refused(annotation: Any, missing: str) -> None:
+    section = create_model("Section", __base__=Settings, key=(annotation, ...))
+    with pytest.raises(TypeError, match=rf"Section\.key .*add an? {missing}$"):
+        list(settings_of(section))
 
 
 def test_the_page_of_all_settings_is_up_to_date() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_llava.data.record import Record
 from lora_llava.errors import DataError
+from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import DataSettings
 
 
@@ -39,7 +40,7 @@ class BadRecords:
     """
 
     def __init__(self, data: DataSettings, most: int | None) -> None:
-        self.data_name = data_name(data)
+        self.data_name = data_name(data.path)
         self.most = most
         self.found: list[BadRecord] = []
 
@@ -95,12 +96,6 @@ class Exclusions:
                 f"{self.name}: names record {last}, but the data has {count}: it has changed since; run lora-llava "
                 "check again"
             )
-
-
-def data_name(data: DataSettings) -> str:
-    """Name a source in messages and lists: of a path its last part, so that no directory of the user's shows."""
-    path = Path(data.path)
-    return path.name if path.is_absolute() or path.exists() else data.path
 
 
 def write_bad_records(path: Path, records: Iterable[BadRecord]) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_llava.conversation.encode import check_turns
-from lora_llava.data.bad_records import BadRecords, data_name
+from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.load import held_out_source, image_kills_its_reader, read_source, split_records
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
 from lora_llava.errors import DataError
 from lora_llava.evaluation.questions import answered_part, check_keys, make_questions, without_blank_answer
+from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings, StageName
 from lora_llava.system.processes import in_processes
@@ -38,7 +39,7 @@ class Source:
     @property
     def data_name(self) -> str:
         """Name of the file or data set."""
-        return data_name(self.data)
+        return data_name(self.data.path)
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> 
     """Collect what an evaluation depends on; where its data lie is not part of it, what they hold is."""
     records = [one.record for one in questions.questions]
     answers = [(one.references, one.own) for one in questions.questions]
-    settings = [one.key for one in settings_of(Recipe) if one.key.startswith("evaluation.") and one.names is None]
+    settings = [one.key for one in settings_of(Recipe) if one.key.startswith("evaluation.") and not one.may_be_path]
     return {
         **{key: value_at(recipe, key) for key in settings},
         "evaluation.data (sha256 of the records)": fingerprint(records),

@@ -23,6 +23,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from lora_llava.errors import ModelError
 from lora_llava.modeling.metadata import hub_errors, read_config
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, num_image_tokens, used_layers
+from lora_llava.recipe.fields import is_local
 from lora_llava.system.progress import Advance, counting
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -76,7 +77,7 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory, None
-    if name.startswith((".", "/", "~")):
+    if is_local(name):
         raise ModelError(f"base directory {name!r} does not exist")
     with hub_errors("base", name):
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))

@@ -84,8 +84,8 @@ def allowed(field: FieldInfo) -> str:
     section = section_in(field.annotation)
     if section is not None:
         return section.example or f"a mapping with keys such as {', '.join(list(section.model_fields)[:3])}"
-    named = next((one for one in field.metadata if isinstance(one, Names)), None)
-    if named is not None:
+    named = next((note for note in field.metadata if isinstance(note, Names)), Names.TEXT)
+    if named is not Names.TEXT:
         return f"a {named.value}{' or null' if NoneType in get_args(field.annotation) else ''}"
     return _words(field.annotation, field.metadata)
 

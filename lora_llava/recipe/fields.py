@@ -1,7 +1,7 @@
-"""What every section of a recipe shares: strict types, and the notes that stand beside each setting.
+"""Base class of all recipe sections, and the notes that annotate each setting.
 
-A note says what changing the setting means when a run is resumed (`OnResume`), and whether it names a path
-(`Names`). Everything that treats settings alike walks them with `settings_of` instead of keeping lists of names.
+`OnResume` says what changing the setting means when a run is resumed; `Names` says whether a text is a path, a Hub id,
+or neither. Code that depends on either walks the settings with `settings_of` and keeps no list of keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, get_args
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from pydantic.fields import FieldInfo
@@ -19,20 +20,22 @@ NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
 
 class OnResume(enum.Enum):
-    """What it means that a setting has another value when a stage is resumed; the value is for the docs."""
+    """What a changed setting means when a stage is resumed; the values are the texts of docs/settings.md."""
 
     FREE = "may change; refused if the stage is finished"
-    AGAIN = "may change; the evaluation is made again"
-    CARD = "may change; it is written to the artifacts that are finished, too"
-    SAME_CONTENT = "may change if the records, or the weights, stay the same"
-    RESOLVED = "may change if the choice that comes of it stays the same; refused if the stage is finished"
-    LATER = "refused; with `--resume-anyway` it holds for the steps that follow"
-    FORM = "refused; with `--resume-anyway` one model is then trained in two forms"
-    ORDER = "refused; with `--resume-anyway` records may come twice or not at all"
-    VALIDATION = "refused; with `--resume-anyway` validation losses cannot be compared with the earlier ones"
-    ROUNDING = "refused; with `--resume-anyway` figures are no longer those of an uninterrupted run bit by bit"
+    AGAIN = "may change; the evaluation runs again"
+    CARD = "may change; the cards of finished artifacts are updated too"
+    SAME_CONTENT = "may change as long as the records, or the weights, stay the same"
+    RESOLVED = "may change as long as it resolves to the same choice; refused if the stage is finished"
+    LATER = "refused; with `--resume-anyway` it applies to the remaining steps"
+    FORM = "refused; with `--resume-anyway` one model is trained in two formats"
+    ORDER = "refused; with `--resume-anyway` records may be trained on twice or never"
+    VALIDATION = "refused; with `--resume-anyway` validation losses are not comparable with earlier ones"
+    ROUNDING = "refused; with `--resume-anyway` results are no longer bit-identical to an uninterrupted run"
     FIXED = "cannot change"
 
 
@@ -41,11 +44,12 @@ class Names(enum.Enum):
 
     PATH = "path"
     PATH_OR_ID = "path or Hub id"
+    TEXT = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a text must look like, in words; stands beside a pattern."""
+    """Describes in words what a text must look like; accompanies a pattern."""
 
     words: str
 
@@ -56,46 +60,74 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     example: ClassVar[str] = ""
-    """How to write the section, for errors; empty: its first keys are named."""
+    """How to write the section, for error messages; if empty, they list its first keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting of a recipe, wherever it is: its dotted key and the notes beside it."""
+    """One setting of a recipe: its dotted key and its notes."""
 
     key: str
     field: FieldInfo
     on_resume: OnResume
     names: Names | None
+    """None for a setting that is not a text."""
+
+    @property
+    def may_be_path(self) -> bool:
+        """Whether the value is, or may be, a path."""
+        return self.names in (Names.PATH, Names.PATH_OR_ID)
 
 
 def settings_of(model: type[Settings], prefix: str = "", outer: OnResume | None = None) -> Iterator[Setting]:
-    """Walk all settings below `model`, in the order of the recipe. A section's note replaces those of its settings.
+    """Yield all settings below `model`, in the order of the recipe. A section's note overrides those of its settings.
 
-    Raises TypeError for a setting without a note.
+    Raises TypeError for a setting without an `OnResume`, and for a text without a `Names`.
     """
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        on_resume = outer or next((one for one in field.metadata if isinstance(one, OnResume)), None)
+        on_resume = outer or next((note for note in field.metadata if isinstance(note, OnResume)), None)
         section = section_in(field.annotation)
         if section is not None:
             yield from settings_of(section, f"{key}.", on_resume)
         elif on_resume is None:
             raise TypeError(f"{model.__name__}.{name} does not say what changing it on resume means: add an OnResume")
         else:
-            yield Setting(key, field, on_resume, next((one for one in field.metadata if isinstance(one, Names)), None))
+            names = next((note for note in field.metadata if isinstance(note, Names)), None)
+            if names is None and _is_text(field):
+                raise TypeError(f"{model.__name__}.{name} does not say what its text names: add a Names")
+            yield Setting(key, field, on_resume, names)
+
+
+def is_local(name: str) -> bool:
+    """Tell a path from a Hub id, in a recipe whose paths are resolved."""
+    return name.startswith((".", "/", "~")) or name.endswith(_DATA_SUFFIXES)
+
+
+def data_name(path: str) -> str:
+    """Return the name of a data set for messages: its Hub id, or its file name without the directory."""
+    return Path(path).name if is_local(path) else path
+
+
+def _is_text(field: FieldInfo) -> bool:
+    """Tell whether a setting takes any text; one with a `Form` says in words what it takes."""
+    if any(isinstance(note, Form) for note in field.metadata):
+        return False
+    alternatives = [field.annotation, *get_args(field.annotation)]
+    types = [get_args(one)[0] if get_origin(one) is Annotated else one for one in alternatives]
+    return get_origin(field.annotation) is not list and any(one in (str, Path) for one in types)
 
 
 def section_in(annotation: Any) -> type[Settings] | None:
-    """Find the section in an annotation such as `DataSettings | None`; None if it holds a plain value."""
-    for one in (annotation, *get_args(annotation)):
-        if isinstance(one, type) and issubclass(one, Settings):
-            return one
+    """Return the section class in an annotation such as `DataSettings | None`; None if there is none."""
+    for alternative in (annotation, *get_args(annotation)):
+        if isinstance(alternative, type) and issubclass(alternative, Settings):
+            return alternative
     return None
 
 
 def value_at(settings: Settings, key: str) -> Any:
-    """Return the value of a dotted key, as it stands in YAML; None in a section that is not there."""
+    """Return the value of a dotted key as YAML writes it; None if its section is absent."""
     value: Any = settings
     for name in key.split("."):
         if value is None:

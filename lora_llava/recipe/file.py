@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lora_llava.errors import RecipeError
 from lora_llava.recipe.errors import problems_in
-from lora_llava.recipe.fields import Names, Settings, section_in, settings_of
+from lora_llava.recipe.fields import Names, Settings, is_local, section_in, settings_of
 from lora_llava.recipe.names import meant_by
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.start import continued
@@ -24,7 +24,6 @@ from lora_llava.system.text import printable
 MAX_BYTES = 1 << 20
 """Largest recipe file, in bytes."""
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS_AND_BOOLS = {
     "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
@@ -134,11 +133,6 @@ def dump_portable(path: Path) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def is_local(name: str) -> bool:
-    """Tell a path from a hub id, in a resolved recipe."""
-    return name.startswith((".", "/", "~")) or name.endswith(_DATA_SUFFIXES)
-
-
 def bundled_recipes() -> dict[str, Path]:
     """Return the recipes that ship with the package, by name."""
     directory = Path(str(resources.files("lora_llava") / "assets" / "recipes"))
@@ -210,28 +204,29 @@ def _check_key(key: str) -> None:
         section = section_in(section.model_fields[name].annotation)
 
 
-def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, Names]]:
-    """List every string that is, or may be, a path: its mapping, its key, itself, and what it names."""
-    found = []
+def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, bool]]:
+    """List every string that may be a path: its mapping, its key, the string, and whether it can only be a path."""
+    paths = []
     for setting in settings_of(Recipe):
         *above, key = setting.key.split(".")
         holder: Any = data
         for name in above:
             holder = holder.get(name) if isinstance(holder, dict) else None
-        if setting.names and isinstance(holder, dict) and isinstance(value := holder.get(key), str):
-            found.append((holder, key, value, setting.names))
-    return found
+        value = holder.get(key) if setting.may_be_path and isinstance(holder, dict) else None
+        if isinstance(value, str):
+            paths.append((holder, key, value, setting.names is Names.PATH))
+    return paths
 
 
 def _resolve_paths(data: dict[str, Any], directory: Path, where: str) -> None:
-    for holder, key, value, names in _paths_in(data):
+    for holder, key, value, is_path in _paths_in(data):
         try:
-            holder[key] = _resolve(key, value, directory, names)
+            holder[key] = _resolve(key, value, directory, is_path=is_path)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
 
 
-def _resolve(key: str, value: str, directory: Path, names: Names) -> str:
+def _resolve(key: str, value: str, directory: Path, *, is_path: bool) -> str:
     """Make a path absolute; a name that could be a hub id stays as it is unless such a path exists."""
     if not value:
         raise RecipeError(f"{key}: is empty; give a path, or leave the key out")
@@ -243,7 +238,7 @@ def _resolve(key: str, value: str, directory: Path, names: Names) -> str:
         exists = (directory / path).exists()
     except OSError as error:  # such as a name of more than 255 bytes
         raise RecipeError(f"{key}: {value[:60]!r}... can be no path: {error.strerror}; give another") from error
-    if names is Names.PATH or is_local(value) or (":" not in value and exists):
+    if is_path or is_local(value) or (":" not in value and exists):
         return os.path.normpath(directory / path)
     return value
 

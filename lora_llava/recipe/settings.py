@@ -35,11 +35,11 @@ class BaseModelSettings(Settings):
 
     model_name_or_path: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH_OR_ID] = None
     """A LLaVA in the llava-hf layout: hub id or directory."""
-    revision: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    revision: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Commit, branch or tag of the hub repository `model_name_or_path`."""
     language_model: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A Llama-family language model: hub id or directory."""
-    gguf_file: Annotated[str | None, OnResume.FIXED] = None
+    gguf_file: Annotated[str | None, OnResume.FIXED, Names.TEXT] = None
     """Name of the GGUF file in `language_model`, if it is one."""
     vision_tower: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A CLIP vision tower: hub id, directory, or `package:vision_tower`, the small one that ships with the package."""
@@ -146,17 +146,17 @@ class EvaluationSettings(Settings):
 class CardSettings(Settings):
     """What the model card says that the run cannot know; nothing here changes what is trained."""
 
-    license: str | None = None
+    license: Annotated[str | None, Names.TEXT] = None
     """The Hub's id of the licence under which the trained weights are given, such as apache-2.0 or llama2."""
-    license_name: str | None = None
+    license_name: Annotated[str | None, Names.TEXT] = None
     """With `license: other`: its name."""
-    base_license: str | None = None
+    base_license: Annotated[str | None, Names.TEXT] = None
     """Licence of the base, in words."""
-    data_license: str | None = None
+    data_license: Annotated[str | None, Names.TEXT] = None
     """Licences of the data, in words."""
-    intended_use: str | None = None
+    intended_use: Annotated[str | None, Names.TEXT] = None
     """What the model is for."""
-    limits: str | None = None
+    limits: Annotated[str | None, Names.TEXT] = None
     """What it cannot do, and where it fails."""
     tags: list[str] = Field(default_factory=list)
     """Tags of the model on the Hub."""

@@ -32,13 +32,13 @@ class ColumnSettings(Settings):
 
     example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
-    image: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    image: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Column of the images, or of their paths; null: text only."""
-    question: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    question: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Column of the questions."""
-    answer: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    answer: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Column of the answers."""
-    messages: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    messages: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Column of whole conversations, in place of question and answer."""
 
     @model_validator(mode="after")
@@ -80,18 +80,18 @@ class DataSettings(Settings):
     """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, parquet, a directory or a hub id."""
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory of the images; default: that of the data file."""
-    split: Annotated[str, OnResume.SAME_CONTENT] = "train"
+    split: Annotated[str, OnResume.SAME_CONTENT, Names.TEXT] = "train"
     """Split of a data set."""
-    name: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    name: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Configuration of a hub data set."""
-    revision: Annotated[str | None, OnResume.SAME_CONTENT] = None
+    revision: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Commit, branch or tag of a hub data set."""
     columns: ColumnSettings | None = None
-    answer_prompt: Annotated[str | None, OnResume.FORM] = None
+    answer_prompt: Annotated[str | None, OnResume.FORM, Names.TEXT] = None
     """Text after each question that says what form the answer takes."""
     max_records: Annotated[Count | None, OnResume.ORDER] = None
     """Take the first so many records only."""
-    group: Annotated[str | None, OnResume.ORDER] = None
+    group: Annotated[str | None, OnResume.ORDER, Names.TEXT] = None
     """Key of a record, or column, such as patient: no value of it is both in training and in validation."""
     on_bad_record: Annotated[Literal["error", "skip"], OnResume.SAME_CONTENT] = "error"
     """`skip` leaves out records that cannot be used; every image is then opened before the run. `error`: stop."""
@@ -140,7 +140,7 @@ class StageSettings(Settings):
     data: DataSettings
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM]
     """Form in which questions and answers are put to the language model."""
-    system: Annotated[str | None, OnResume.FORM] = None
+    system: Annotated[str | None, OnResume.FORM, Names.TEXT] = None
     """Replaces the template's system text."""
     image_aspect_ratio: Annotated[AspectRatio | None, OnResume.FORM] = None
     """Replaces that of `images` in this stage."""

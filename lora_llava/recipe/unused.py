@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.recipe.errors import shown
-from lora_llava.recipe.fields import Settings
+from lora_llava.recipe.fields import Settings, is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings, StageSettings
 
@@ -88,7 +88,7 @@ def _unused_in_base(recipe: Recipe) -> Iterator[Unused]:
         return
     because = "base.model_name_or_path names a whole model, whose projector is trained already"
     yield from _changed(base, "base", ["projector_init"], because)
-    if _is_path(base.model_name_or_path):
+    if is_local(base.model_name_or_path):
         yield from _changed(base, "base", ["revision"], "base.model_name_or_path is a directory, not a Hub id")
 
 
@@ -124,7 +124,7 @@ def _unused_in_data(place: str, data: DataSettings) -> Iterator[Unused]:
         yield from _changed(
             data, place, ["split"], f"a {Path(data.path).suffix} file has no splits", "Name another file in path"
         )
-    elif _is_path(data.path):
+    elif is_local(data.path):
         yield from _changed(data, place, ["revision"], "path is on this disk, and only Hub data sets have revisions")
         if data.path.endswith(".parquet"):
             yield from _changed(data, place, ["name"], "path is a file, and only data sets have configurations")
@@ -138,8 +138,3 @@ def _changed(
         value = getattr(section, name)
         if name in section.model_fields_set and value != type(section).model_fields[name].default:
             yield Unused(f"{place}.{name}", value, because, fix, refused)
-
-
-def _is_path(name: str) -> bool:
-    """Tell a path from a Hub id, in a recipe whose paths are absolute."""
-    return name.startswith(("/", ".", "~"))

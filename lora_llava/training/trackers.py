@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_llava.recipe.fields import settings_of, value_at
-from lora_llava.recipe.file import is_local
+from lora_llava.recipe.fields import is_local, settings_of, value_at
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName
 
@@ -42,7 +41,7 @@ def tracked_settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
         value = value_at(recipe, setting.key)
         if value is None or setting.key.startswith((other, "card.", "evaluation.")):
             continue
-        local = setting.names is not None and is_local(str(value))
+        local = setting.may_be_path and is_local(str(value))
         found[f"recipe/{setting.key}"] = Path(str(value)).name if local else value
     return found
 

@@ -123,8 +123,8 @@ def test_k36_more_data_on_a_finished_run_are_refused_with_the_way_to_use_them(
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     error = refusal(project, run, f"stages.instruct.data.path={tmp_path / 'more.json'}")
     assert error is not None
-    assert "stage instruct is not what it was" in error
-    assert "It is finished, so these have no effect" in error
+    assert "stage instruct has changed since" in error
+    assert "The stage is finished, so these have no effect" in error
     assert "stages.instruct.data.path: " in error
     assert "start_from=" in error
     # The same records elsewhere are the same records.

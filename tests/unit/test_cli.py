@@ -49,6 +49,11 @@ def test_help_and_version_import_nothing_heavy() -> None:
         assert done.stderr == ""
 
 
+def test_python_m_runs_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "lora_llava", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lora-llava {__version__}\n"
+
+
 COMMANDS = ["quickstart", "check", "finetune", "eval", "chat", "merge", "export", "import", "inspect", "recipes", "env"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.conversation.encode import Turn
-from lora_llava.data.bad_records import BadRecords, Exclusions, data_name
+from lora_llava.data.bad_records import BadRecords, Exclusions
 from lora_llava.data.record import (
     ImageRoot,
     Record,
@@ -24,6 +24,7 @@ from lora_llava.data.sources.cells import ImageCells, join_images, place_image, 
 from lora_llava.data.sources.forms import propose_columns
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
 from lora_llava.errors import DataError
+from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import ColumnSettings, DataSettings
 from lora_llava.system.text import listed, printable
 
@@ -48,7 +49,7 @@ def load_columns(
     root = image_root or (directory if path.exists() else cache)
     images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.grey_window))
     excluded = Exclusions(data.exclude)
-    place = data_name(data) if path.suffix in _FILES else f"{data_name(data)} ({data.split})"
+    place = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
     records = []
     number = 0
     for row in rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.setup import Setup
-from lora_llava.recipe.file import is_local
+from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.outcome import BASE, BLIND, START, TUNED, TUNED_ON_BLIND
 from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, YES_NO, Metric
-from lora_llava.recipe.file import is_local
+from lora_llava.recipe.fields import data_name, is_local
 from lora_llava.shipping.hub import describe
 from lora_llava.shipping.hub.facts import Facts
 from lora_llava.shipping.hub.licenses import LICENCES, OTHER
@@ -136,7 +136,7 @@ def _results(facts: Facts) -> list[EvalResult]:
                 task_name="Visual question answering",
                 # The Hub wants a type; a set of one's own has none.
                 dataset_type="custom" if local else path,
-                dataset_name=describe.data_name(path) if path else "test questions",
+                dataset_name=data_name(path) if path else "test questions",
                 dataset_config=source.get("name"),
                 dataset_split=None if local else source.get("split"),
                 dataset_revision=source.get("revision"),

@@ -13,7 +13,8 @@ from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, portable
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import INDEX
 from lora_llava.formats.peft_adapter import WEIGHTS
-from lora_llava.recipe.file import dump_portable, is_local
+from lora_llava.recipe.fields import is_local
+from lora_llava.recipe.file import dump_portable
 from lora_llava.shipping.hub.facts import PICTURES, Facts
 
 CARD = "README.md"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_llava.evaluation.outcome import TUNED, TUNED_ON_BLIND
 from lora_llava.evaluation.report import accuracy_markdown
 from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Accuracy
-from lora_llava.recipe.file import is_local
+from lora_llava.recipe.fields import data_name, is_local
 from lora_llava.run_directory import output
 from lora_llava.shipping.hub.content import ADAPTER_CONFIG
 from lora_llava.shipping.hub.facts import Facts
@@ -105,11 +104,6 @@ def tested(facts: Facts) -> str:
     count, images = facts.accuracy.get("questions", 0), facts.accuracy.get("images", 0)
     path = str(((facts.recipe.get("evaluation") or {}).get("data") or {}).get("path", ""))
     return f"{counted(count, 'question')} about {counted(images, 'image')}" + (f" of {data_link(path)}" if path else "")
-
-
-def data_name(path: str) -> str:
-    """Name a data set: its hub id, or the file's name without the place."""
-    return Path(path).name if is_local(path) else path
 
 
 def data_link(path: str) -> str:

@@ -1,4 +1,4 @@
-"""What a stage depends on, and what of it differs between a run and what it left: named, and refused by default."""
+"""Compare what a stage depends on with what its artifact or checkpoint was trained with; refuse or report changes."""
 
 from __future__ import annotations
 
@@ -27,33 +27,28 @@ from lora_llava.system.text import counted
 from lora_llava.training.stage import Stage
 
 Resume = Literal["no", "exact", "anyway"]
-"""Start a run; resume one that is still the same; resume one that is not."""
+"""Start a run; resume it if nothing changed; resume it whatever changed."""
 
 Difference = tuple[str, Any, Any]
-"""Key, what it was, what it is."""
+"""Key, value then, value now."""
 
 _LOST = {
-    OnResume.FORM: "one model, asked in one form, for the whole stage: {name} holds from here on",
-    OnResume.LATER: "one {name} for the whole stage: it holds from here on",
-    OnResume.ROUNDING: "figures that are those of an uninterrupted run bit by bit",
-    OnResume.VALIDATION: "validation losses that can be compared with the earlier ones",
-    OnResume.ORDER: "each record once an epoch: the plan is another one, and is entered at the same step",
+    OnResume.FORM: "one format for the whole stage: {name} applies from here on",
+    OnResume.LATER: "one {name} for the whole stage: it applies from here on",
+    OnResume.ROUNDING: "results that are bit-identical to an uninterrupted run",
+    OnResume.VALIDATION: "validation losses that are comparable with the earlier ones",
+    OnResume.ORDER: "each record exactly once per epoch: training continues at the same step of a new plan",
 }
-"""What a run that is resumed with another value no longer is."""
-SHARED = {
-    "align": ("name", "seed", "precision", "attn_implementation", "base", "quantization", "images"),
-    "instruct": ("name", "seed", "precision", "attn_implementation", "base", "quantization", "images", "adapter"),
-}
-"""Settings and sections of a recipe that a stage depends on besides its own."""
+"""What a run loses when it is resumed with a changed setting of this class."""
 _COMPARED = {*_LOST, OnResume.FIXED}
-"""What of a stage that is not finished is compared by value; the rest may change, or what it comes to is compared."""
+"""Classes compared by value in an unfinished stage. The others may change, or `run_facts` has what they resolve to."""
 _COMPARED_IF_FINISHED = {*_COMPARED, OnResume.RESOLVED, OnResume.FREE}
 BASE, START = "base (its weights)", "start_from (its weights)"
 IMAGES = "data (images)"
 
 
 def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPlan, machine: Machine) -> dict[str, Any]:
-    """Collect what a stage depends on besides the settings of its recipe, by recipe key where there is one."""
+    """Return what a stage depends on besides its settings, under the recipe key where there is one."""
     key = stage.key
     return {
         BASE: stage.base.weights_sha256,
@@ -73,12 +68,12 @@ def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPl
         "precision": str(shapes.dtype).removeprefix("torch."),
         "device": machine.device,
         "processes": world_size(),
-        **{f"version of {name}": found for name, found in library_versions().items()},
+        **{f"version of {name}": version for name, version in library_versions().items()},
     }
 
 
 def changed_facts(before: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Difference]:
-    """List the facts that are not what they were; image files that an older version did not note are not compared."""
+    """List the facts that changed. Image files are not compared where an older version did not record them."""
     changed: list[Difference] = []
     for key, now in facts.items():
         then = before.get(key)
@@ -91,24 +86,25 @@ def changed_facts(before: Mapping[str, Any], facts: Mapping[str, Any]) -> list[D
 
 
 def _files(facts: dict[str, Any]) -> str:
-    """Describe image files in a few words that differ where they do."""
+    """Describe image files briefly, in a text that differs whenever the files do."""
     return f"{counted(facts['files'], 'file')}, {facts['bytes']:,} bytes, sha256 {facts['content'] or facts['times']}"
 
 
 def changed_settings(directory: Path, stage: Stage, *, finished: bool = False) -> list[Difference]:
     """List the settings of `stage` that differ from those of the artifact or checkpoint in `directory`.
 
-    Of a stage that is `finished`, also those that affect only logging or speed.
+    If the stage is `finished`, include those that affect only logging or speed: they would have no effect.
     """
     compared = _COMPARED_IF_FINISHED if finished else _COMPARED
-    keys = [one.key for one in settings_of(Recipe) if one.on_resume in compared and _concerns(one.key, stage.name)]
+    changeable = [setting.key for setting in settings_of(Recipe) if setting.on_resume in compared]
+    keys = [key for key in changeable if _affects(key, stage.name)]
     if finished and stage.is_last:
         keys.append("report_to")
     return differing_values(keys, stored_recipe(directory), stage.recipe)
 
 
 def differing_values(keys: Iterable[str], before: Recipe, now: Recipe) -> list[Difference]:
-    """List those of the settings that differ between two recipes, with both values."""
+    """List the settings that differ between two recipes, with both values."""
     pairs = [(key, value_at(before, key), value_at(now, key)) for key in keys]
     return [(key, then, later) for key, then, later in pairs if then != later]
 
@@ -122,27 +118,27 @@ def refuse_or_warn(
     *,
     finished: bool = False,
 ) -> None:
-    """Raise TrainingError if there are differences; with `anyway`, list the guarantees that are lost.
+    """Raise TrainingError if there are differences; with `--resume-anyway`, print the lost guarantees instead.
 
     `directory`: the artifact or checkpoint that differs from the run.
     """
     if not differences:
         return
     lines = [f"  {key}: {_shown(before)} then, {_shown(now)} now" for key, before, now in differences]
-    without_effect = ". It is finished, so these have no effect" if finished else ""
-    head = f"stage {stage.name} is not what it was when {shown_path(directory)} was written{without_effect}:"
+    no_effect = ". The stage is finished, so these have no effect" if finished else ""
+    head = f"stage {stage.name} has changed since {shown_path(directory)} was written{no_effect}:"
     listed = "\n".join([head, *lines])
-    fixed = [key for key, _, _ in differences if key == BASE or note_of(key) is OnResume.FIXED]
+    fixed = [key for key, _, _ in differences if key == BASE or _note_of(key) is OnResume.FIXED]
     if fixed:
         raise TrainingError(
-            f"{listed}\nWeights trained so far fit nothing else ({', '.join(fixed)}). Set these back, or start a new "
-            "run with another output_dir."
+            f"{listed}\nThe weights trained so far do not fit another {', '.join(fixed)}. Set these back, or start a "
+            "new run with another output_dir."
         )
-    lost = [f"these settings: {shown_path(directory)} stays as it is"] if finished else lost_guarantees(differences)
+    lost = [f"these settings: {shown_path(directory)} stays unchanged"] if finished else _lost_guarantees(differences)
     if resume != "anyway":
         further = f" To train further, or on other data, start a new run with start_from={shown_path(directory)}."
         raise TrainingError(
-            f"{listed}\nSet these back to resume as if nothing had happened: {shown_path(stage.run_directory)}/"
+            f"{listed}\nSet these back to resume exactly: {shown_path(stage.run_directory)}/"
             f"{output.RECIPE} is the recipe of the run. Or resume with --resume-anyway, which gives up: "
             f"{'; '.join(lost)}.{further if finished else ''}"
         )
@@ -150,15 +146,15 @@ def refuse_or_warn(
     console.print(text, style="bold yellow", markup=False, soft_wrap=True)
 
 
-def lost_guarantees(differences: list[Difference]) -> list[str]:
-    """Say what a run that is resumed with `differences` no longer is."""
+def _lost_guarantees(differences: list[Difference]) -> list[str]:
+    """List what a run that is resumed with `differences` loses."""
     texts = [_LOST[_loss(key)].format(name=key.rpartition(".")[2]) for key, _, _ in differences]
     return list(dict.fromkeys(texts))
 
 
 def _loss(key: str) -> OnResume:
-    """Tell what is lost with a difference, by a setting's note or, of a fact, by what it is of."""
-    note = note_of(key)
+    """Return the class of a difference: the setting's own, or for a fact the class it belongs to."""
+    note = _note_of(key)
     if note in _LOST:
         return note
     if key.endswith(".optim"):
@@ -168,20 +164,29 @@ def _loss(key: str) -> OnResume:
     return OnResume.FORM if key == START or key.startswith("base.") else OnResume.ROUNDING
 
 
-def note_of(key: str) -> OnResume | None:
-    """Return what changing a setting on resume means; None for a fact that is no setting."""
-    return next((one.on_resume for one in settings_of(Recipe) if one.key == key), None)
+def _note_of(key: str) -> OnResume | None:
+    """Return what changing a setting on resume means; None for a fact that is not a setting."""
+    return next((setting.on_resume for setting in settings_of(Recipe) if setting.key == key), None)
 
 
 def stored_recipe(directory: Path) -> Recipe:
-    """Read the recipe with which an artifact, or a checkpoint, was trained."""
+    """Read the recipe that an artifact, or a checkpoint, was trained with."""
     return read_recipe(directory / output.RECIPE)
 
 
-def _concerns(key: str, stage: StageName) -> bool:
-    """Tell whether a setting is one of those that `stage` depends on."""
+def shared_sections(stage: StageName) -> list[str]:
+    """List the settings and sections outside `stages` that training `stage` depends on."""
+    classes = _COMPARED | {OnResume.RESOLVED}
+    sections = dict.fromkeys(one.key.partition(".")[0] for one in settings_of(Recipe) if one.on_resume in classes)
+    # The LoRA belongs to stage instruct alone.
+    without = {"stages", "adapter"} if stage == "align" else {"stages"}
+    return [section for section in sections if section not in without]
+
+
+def _affects(key: str, stage: StageName) -> bool:
+    """Tell whether `stage` depends on a setting."""
     section, *names = key.split(".")
-    return names[0] == stage if section == "stages" else section in SHARED[stage]
+    return names[0] == stage if section == "stages" else section in shared_sections(stage)
 
 
 def _shown(value: Any) -> str:

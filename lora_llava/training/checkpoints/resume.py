@@ -22,13 +22,13 @@ from lora_llava.system.files import shown_path
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints.differences import (
     IMAGES,
-    SHARED,
     Difference,
     Resume,
     changed_facts,
     changed_settings,
     differing_values,
     refuse_or_warn,
+    shared_sections,
     stored_recipe,
 )
 from lora_llava.training.checkpoints.files import Checkpoint, latest
@@ -191,7 +191,7 @@ def as_finished(stage: Stage) -> Recipe:
     """
     stored = stored_recipe(stage.directory)
     stages = stage.recipe.stages.model_copy(update={stage.name: stored.stage(stage.name)})
-    shared = SHARED[stage.name] if stage.is_last else ()
+    shared = shared_sections(stage.name) if stage.is_last else ()
     return stage.recipe.model_copy(update={"stages": stages, **{name: getattr(stored, name) for name in shared}})
 
 

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lora_llava.recipe.file import is_local
+from lora_llava.recipe.fields import is_local
 
 _PACKAGED = "package:"
 _ALIKE = 0.6
