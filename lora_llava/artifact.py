@@ -31,6 +31,7 @@ from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import AspectRatio, StageName
 from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory.claim import restore_around
+from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import Place, json_text, place_new, shown_path, staged
 
 MANIFEST = "manifest.json"
@@ -184,18 +185,21 @@ def merged_manifest(directory: Path) -> Manifest | None:
 
 
 def load_model(
-    directory: Path,
+    directory: Path | str,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     base: str | None = None,
     template: str | None = None,
 ) -> tuple[LoadedModel, Usage]:
     """Load an artifact onto its base, or a whole model, ready to answer; with how to ask it.
 
+    `device`: None takes the GPU if there is one; `dtype`: None takes bf16 on a GPU that has it, else fp32.
     `base` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these do, for a model
     that does not say how it is asked, and if `base` is given for a model that needs none.
     """
+    directory, device = Path(directory), device or pick_device()
+    dtype = dtype or pick_dtype("auto", device)
     usage = read_usage(directory, template)
     template_to_ask(usage, directory)
     if is_artifact(directory):

@@ -15,7 +15,7 @@ import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
 from lora_llava.system import quiet, text
-from lora_llava.system.progress import hide, phase, show_on
+from lora_llava.system.progress import hide, show_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -181,20 +181,12 @@ def look_ahead(
 
     `here`: it is to run on this machine, and is not only planned for another; `data`: all images are opened too.
     """
-    from lora_llava.planning.preflight.environment import refuse_several_processes
-    from lora_llava.planning.preflight.run import look_at_data, preflight
+    from lora_llava.planning.preflight.run import check_setup
     from lora_llava.planning.preflight.setup import Setup
 
-    refuse_several_processes()
     quiet_environment()
-    setup = Setup.of(recipe, start, Path(file), here=here)
-    findings = preflight(setup)
-    findings.refuse()
-    for notice in findings.notices:
+    for notice in check_setup(Setup.of(recipe, start, Path(file), here=here), data=data):
         console.print(f"Note: {notice}", soft_wrap=True, markup=False)
-    if data:
-        phase("Opening all images")
-        look_at_data(setup).refuse()
 
 
 def refuse_model(path: Path, base_model: str | None) -> None:

@@ -77,31 +77,20 @@ def evaluate(
     figures mean, is in docs/evaluation.md.
     """
     refuse_results_in(output)
-    evaluation_settings(options)  # A mistake on the command line shows before anything heavy is imported.
+    settings = evaluation_settings(options)  # A mistake on the command line shows before anything heavy is imported.
     refuse_model(artifact, base_model)
     quiet_libraries()
     from lora_llava.artifact import read_usage, template_to_ask
     from lora_llava.evaluation.questions import load_questions
-    from lora_llava.evaluation.run import evaluate_artifact
+    from lora_llava.evaluation.run import Candidate, as_trained, evaluate_artifact
 
     usage = read_usage(artifact, template)
     template_to_ask(usage, artifact)
-    if options["answer_prompt"] is None:
-        options["answer_prompt"] = usage.answer_prompt
-    options["window"] = usage.window and list(usage.window)
-    settings = evaluation_settings(options)
+    settings = as_trained(settings, usage)
     console = make_console()
-    evaluate_artifact(
-        artifact,
-        load_questions(settings.data, settings.by),
-        settings,
-        directory=output,
-        console=console,
-        start=start,
-        compare_base=not no_base,
-        base=base_model,
-        template=template,
-    )
+    candidate = Candidate(artifact, base_model, template, compare_base=not no_base, start=start)
+    questions = load_questions(settings.data, settings.by)
+    evaluate_artifact(candidate, questions, settings, directory=output, console=console)
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
 
 
@@ -110,7 +99,6 @@ def evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     from lora_llava.recipe.settings import EvaluationSettings
 
     fields = {name: options[name] for name in ("path", "image_root", "split", "answer_prompt", "max_records")}
-    fields["window"] = options.get("window")
     return EvaluationSettings(
         data=data_settings({**fields, "columns": parse_columns(options["columns"])}),
         max_new_tokens=options["max_new_tokens"],
@@ -191,23 +179,11 @@ def chat(
         raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")
     refuse_model(artifact, base_model)
     quiet_libraries()
-    from lora_llava.data.images.read import open_image
-    from lora_llava.data.load import ImageSource
-
-    source = None if image is None else ImageSource(str(image), image, None)
-    if source is not None:
-        open_image(source)
     console = make_console(stderr=True)
     with console.status("loading the model"):
-        from lora_llava.artifact import load_model
         from lora_llava.generation.chat import Chat
-        from lora_llava.system.device import pick_device, pick_dtype
 
-        device = pick_device()
-        loaded, usage = load_model(
-            artifact, device=device, dtype=pick_dtype("auto", device), base=base_model, template=template
-        )
-    conversation = Chat(loaded, usage, source, max_new_tokens)
+        conversation = Chat.open(artifact, image, base=base_model, template=template, max_new_tokens=max_new_tokens)
     if question is not None:
         _answer(conversation, question)
         return

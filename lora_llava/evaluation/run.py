@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +12,77 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 
-from lora_llava.artifact import Usage, add_adapter, load_model, template_to_ask
+from lora_llava.artifact import Usage, add_adapter, load_model, read_usage, template_to_ask
 from lora_llava.conversation.encode import Template
-from lora_llava.errors import ArtifactError
+from lora_llava.errors import ArtifactError, DataError
 from lora_llava.evaluation.compare import Asking, Models, compare
 from lora_llava.evaluation.outcome import START
-from lora_llava.evaluation.questions import QuestionSet
+from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.progress import phase
 
 
-def evaluate_artifact(
-    artifact: Path,
-    questions: QuestionSet,
-    settings: EvaluationSettings,
-    *,
-    directory: Path,
-    console: Console,
-    precision: str = "auto",
-    compare_base: bool = True,
-    base: str | None = None,
-    template: str | None = None,
-    start: Path | None = None,
-) -> dict[str, Any]:
-    """Load an artifact or a merged model, put questions to it in the form of its training, and score it.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model to evaluate, and what to compare it with."""
 
-    `base` replaces the path where the artifact says its base is; `start` is an artifact on the same base to compare
-    with, such as the one that training started from. A merged model has neither. Returns what `compare` does.
+    directory: Path
+    """An artifact or a merged model."""
+    base: str | None = None
+    """Directory or hub id of the base, if it is not where the artifact says."""
+    template: str | None = None
+    """Template to ask in, for a model that does not say its own."""
+    precision: str = "auto"
+    compare_base: bool = True
+    """Whether to ask an artifact's base, too; a merged model has none."""
+    start: Path | None = None
+    """Artifact on the same base to compare with, such as the one that training started from."""
+
+
+def evaluate(
+    model: Path | str,
+    settings: EvaluationSettings | Mapping[str, Any],
+    output: Path | str,
+    *,
+    console: Console | None = None,
+    base: str | None = None,
+    compare_base: bool = True,
+) -> dict[str, Any]:
+    """Ask an artifact (and its base) or a merged model the questions of a data set, as `lora-llava eval` does.
+
+    `settings`: the section `evaluation` of a recipe, such as `{"data": {"path": "test.json"}}`; paths are relative to
+    the current directory. Writes predictions, accuracies and samples to `output`, which must be empty or absent.
+    Returns the accuracies; see docs/evaluation.md. Raises LoraLlavaError's subclasses.
+    """
+    directory, output = Path(model), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} is not empty, and results are not overwritten; give another output directory")
+    if not isinstance(settings, EvaluationSettings):
+        settings = EvaluationSettings.model_validate(settings)
+    settings = as_trained(settings, read_usage(directory))
+    return evaluate_artifact(
+        Candidate(directory, base, compare_base=compare_base),
+        load_questions(settings.data, settings.by),
+        settings,
+        directory=output,
+        console=console or Console(),
+    )
+
+
+def as_trained(settings: EvaluationSettings, usage: Usage) -> EvaluationSettings:
+    """Fill in what the data section leaves open from the model's training: text after questions, range of grays."""
+    trained = {"answer_prompt": usage.answer_prompt, "window": usage.window and list(usage.window)}
+    missing = {key: value for key, value in trained.items() if getattr(settings.data, key) is None}
+    return settings.model_copy(update={"data": settings.data.model_copy(update=missing)})
+
+
+def evaluate_artifact(
+    candidate: Candidate, questions: QuestionSet, settings: EvaluationSettings, *, directory: Path, console: Console
+) -> dict[str, Any]:
+    """Load a model, ask it in the form of its training, and score it; results go to `directory`.
+
+    Returns what `compare` does. Raises ArtifactError if a whole model is to be compared with a start.
     """
     # The trained model is no longer needed: on a small card there is no room for two.
     gc.collect()
@@ -45,17 +90,23 @@ def evaluate_artifact(
     device = pick_device()
     phase("Loading the model to ask")
     loaded, usage = load_model(
-        artifact, device=device, dtype=pick_dtype(precision, device), base=base, template=template
+        candidate.directory,
+        device=device,
+        dtype=pick_dtype(candidate.precision, device),
+        base=candidate.base,
+        template=candidate.template,
     )
-    is_adapter = isinstance(loaded.model, PeftModel)
+    is_adapter, start = isinstance(loaded.model, PeftModel), candidate.start
     if start is not None and not is_adapter:
-        raise ArtifactError(f"{artifact} is a whole model: there is no start on the same base to compare it with")
-    tuned = _asking(usage, artifact)
+        raise ArtifactError(
+            f"{candidate.directory} is a whole model: there is no start on the same base to compare it with"
+        )
+    tuned = _asking(usage, candidate.directory)
     models = Models(
         loaded,
         tuned,
         start=None if start is None else _start_asking(_asking(add_adapter(loaded, start, START), start), tuned),
-        base=compare_base and is_adapter,
+        base=candidate.compare_base and is_adapter,
     )
     return compare(models, questions, settings, directory, console)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_llava.artifact import Usage, template_to_ask
+from lora_llava.artifact import Usage, load_model, template_to_ask
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.images.read import open_image
 from lora_llava.data.load import ImageSource, Record
 from lora_llava.errors import DataError
 from lora_llava.generation.answers import answer_text, end_token_ids, image_tensor, last_question
@@ -38,6 +40,26 @@ class Chat:
             return image_tensor(loaded, source, usage.image_aspect_ratio)
 
         self._pixels = pixels
+
+    @classmethod
+    def open(
+        cls,
+        model: Path | str,
+        image: Path | str | None = None,
+        *,
+        base: str | None = None,
+        template: str | None = None,
+        max_new_tokens: int = 256,
+    ) -> Chat:
+        """Load an artifact or a merged model to talk with, about the image in the file `image` or about none.
+
+        `base`: directory or hub id of the base, if it is not where the artifact says; `template`: for a model that
+        does not say its own. Raises LoraLlavaError's subclasses for a model or an image that cannot be used.
+        """
+        source = None if image is None else ImageSource(str(image), Path(image), None)
+        if source is not None:
+            open_image(source)
+        return cls(*load_model(model, base=base, template=template), source, max_new_tokens)
 
     def ask(self, question: str, say: Say | None = None) -> str:
         """Answer `question` greedily, in the light of the turns before; DataError if it cannot be asked.

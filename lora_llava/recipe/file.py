@@ -72,12 +72,13 @@ for _name, (_form, _first) in _NUMBERS_AND_BOOLS.items():
         _class.add_implicit_resolver(_TAG + _name, _form, list(_first))
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.sub=value` overrides, and take over from `start_from` what it does not name.
 
     Relative paths in the file are resolved against its directory, those in overrides against the current one.
     Raises RecipeError with every problem, one a line; settings that have no effect are among them.
     """
+    path = Path(path)
     recipe = read_recipe(path, overrides)
     without_effect = [f"{path}: {unused}" for unused in unused_settings(recipe) if unused.refused]
     if without_effect:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from rich.console import Console
 
 from lora_llava.artifact import read_manifest
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.errors import ArtifactError
+from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import SAMPLES
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.evaluation.identity import differing_facts, evaluation_facts
 from lora_llava.evaluation.questions import load_questions
-from lora_llava.evaluation.run import evaluate_artifact
+from lora_llava.evaluation.run import Candidate, evaluate_artifact
+from lora_llava.planning.preflight.run import check_setup
+from lora_llava.planning.preflight.setup import Setup, Start
+from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, place
@@ -37,6 +41,35 @@ from lora_llava.training.train import train_stage
 
 _MADE_OF = "evaluation_of"
 """In the summary: what its evaluation was made of."""
+
+
+def finetune(
+    recipe: Recipe | Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    resume: Resume = "no",
+    memory: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate what a recipe says, as `lora-llava finetune` does, preflight included.
+
+    `recipe`: a loaded one, or a file, to which `overrides` ("stages.instruct.max_steps=20") apply. `memory`: bytes of
+    the card to plan for; None: what is free. Returns the run's summary, which is also in `summary.json`. Raises
+    LoraLlavaError's subclasses: PreflightError, before anything is written, with all that would make the run fail.
+    """
+    file = None if isinstance(recipe, Recipe) else Path(recipe)
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError("overrides apply to a recipe file; this recipe is loaded already")
+        loaded = recipe
+    else:
+        loaded = load_recipe(Path(recipe), overrides)
+    console = console or Console()
+    start: Start = "overwrite" if overwrite else "new" if resume == "no" else "resume"
+    for notice in check_setup(Setup.of(loaded, start, file)):
+        console.print(f"Note: {notice}", soft_wrap=True, markup=False)
+    return finetune_and_evaluate(loaded, console, overwrite=overwrite, memory=memory, resume=resume)
 
 
 def finetune_and_evaluate(
@@ -75,14 +108,9 @@ def finetune_and_evaluate(
         clock = time.monotonic()
         results = directory / output.EVALUATION
         with staged(results, partial(place, directory)) as staging:
+            candidate = Candidate(artifact, precision=recipe.precision, start=recipe.start_from)
             summary["evaluation"] = evaluate_artifact(
-                artifact,
-                questions,
-                settings,
-                directory=staging,
-                console=console,
-                precision=recipe.precision,
-                start=recipe.start_from,
+                candidate, questions, settings, directory=staging, console=console
             )
         summary[_MADE_OF] = facts
         summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)

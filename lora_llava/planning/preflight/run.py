@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from lora_llava.planning.preflight import data, directory, disk, environment, settings, shipping, start_from
-from lora_llava.planning.preflight.findings import Finding, Findings
+from lora_llava.planning.preflight.findings import Finding, Findings, Notice
 from lora_llava.planning.preflight.model import base, text_side
 from lora_llava.planning.preflight.setup import Setup
+from lora_llava.system.progress import phase
 
 CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     settings.settings_are_used,
@@ -45,6 +46,17 @@ def preflight(setup: Setup) -> Findings:
         for check in NOTICES:
             findings.add(check(setup))
     return findings
+
+
+def check_setup(setup: Setup, *, data: bool = True) -> list[Notice]:
+    """Run the preflight; with `data`, open all images too. Returns notices; PreflightError lists every problem."""
+    environment.refuse_several_processes()
+    findings = preflight(setup)
+    findings.refuse()
+    if data:
+        phase("Opening all images")
+        look_at_data(setup).refuse()
+    return findings.notices
 
 
 def look_at_data(setup: Setup) -> Findings:

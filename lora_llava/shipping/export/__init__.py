@@ -48,3 +48,14 @@ FORMATS: dict[str, Exporter] = {
     "vllm": _vllm,
 }
 """Every format by its name on the command line."""
+
+
+def export(source: Path | str, output: Path | str, layout: str, options: ExportOptions | None = None) -> ExportReport:
+    """Write an artifact or a model in the llava-hf layout to `output`, which must not exist, in another layout.
+
+    `layout`: a key of FORMATS. Returns what was written and how it was checked. Raises ArtifactError or ModelError, and
+    ValueError for an unknown layout.
+    """
+    if layout not in FORMATS:
+        raise ValueError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
+    return FORMATS[layout](Path(source), Path(output), options or ExportOptions())

@@ -62,6 +62,17 @@ def prepare(source: Path, repo_id: str, *, run: Path | None = None, samples: boo
     return Prepared(repo_id, files, content.left_out, card, own.is_file(), local_base)
 
 
+def publish(
+    model: Path | str, repo_id: str, *, public: bool = False, run: Path | None = None, samples: bool = True
+) -> list[str]:
+    """Publish an artifact or a model on the Hugging Face Hub as `repo_id`, as `lora-llava push` does.
+
+    Private unless `public`. `run`: directory of its run, for the card's results and pictures; None: the one that the
+    artifact is in. Returns lines that say what was sent. Raises ArtifactError or HubError.
+    """
+    return push(prepare(Path(model), repo_id, run=run, samples=samples), public=public)
+
+
 def push(prepared: Prepared, *, public: bool = False) -> list[str]:
     """Create the repository if need be, and commit to it what is not there yet. Returns what to tell.
 

@@ -95,8 +95,8 @@ def reason_for(source: Source, kind: BaseKind) -> str:
 
 
 def merge_artifact(
-    artifact: Path,
-    output: Path,
+    artifact: Path | str,
+    output: Path | str,
     *,
     base: BaseKind | None = None,
     base_model: str | None = None,
@@ -110,8 +110,8 @@ def merge_artifact(
     file and the work on one tensor. Returns what is in `merge_report.json`. Raises ArtifactError, with nothing
     left at `output`, if that exists, or an input is not right, or the check fails.
     """
-    with staged(output) as staging:
-        source = open_source(artifact, base_model)
+    with staged(Path(output)) as staging:
+        source = open_source(Path(artifact), base_model)
         kind = choose_base(source, base)
         merged = merged_reader(source.files, base_reader(source.files, source.manifest, kind), source.adapter, dtype)
         names = sorted(expected_shapes(source.config))
