@@ -6,7 +6,7 @@ import click
 
 from lora_llava import __version__
 from lora_llava.cli.check import check
-from lora_llava.cli.common import KitGroup
+from lora_llava.cli.common import PROCESS_ENDS, KitGroup
 from lora_llava.cli.convert import export, import_, merge
 from lora_llava.cli.evaluate import chat, evaluate
 from lora_llava.cli.inspect import env, inspect
@@ -27,4 +27,4 @@ for command in (quickstart, check, finetune, evaluate, chat, merge, export, impo
 
 def main() -> None:
     """Run the command line; exits with the error's code."""
-    cli(prog_name="lora-llava")
+    cli(prog_name="lora-llava", obj=PROCESS_ENDS)

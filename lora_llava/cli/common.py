@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped from the keyboard, as shells have it."""
+PROCESS_ENDS = "the process ends with the command"
+"""Object of the context of a command that nothing follows in its process."""
 _PLAIN_WIDTH = 160
 
 
@@ -97,13 +99,16 @@ def describe(error: Exception, *, debug: bool) -> str:
 def leave_torch_out(recipe: Recipe) -> None:
     """Let this process do without PyTorch, which reading a base's configuration and tokenizer does not need.
 
-    transformers imports it wherever it finds it: 2.9 s of CPU time and 257 MB instead of 0.9 s and 68 MB (measured on
-    two cores). It looks for it once; None in `sys.modules`, Python's way to have a module not found, stays for just as
-    long. PyTorch is kept where it is loaded already, where a GPU has to be asked what it can do, and for a GGUF base,
-    which transformers reads with it alone.
+    transformers imports it wherever it finds it: 2.9 s of CPU time and 257 MB instead of 0.9 s and 68 MB (measured
+    on two cores). It looks for it once; None in `sys.modules`, Python's way to have a module not found, stays for
+    just as long, and transformers stays without it for the rest of the process. So PyTorch is kept in a process
+    that goes on after the command, such as a script that calls `cli`; also where it is loaded already, where a GPU
+    has to be asked what it can do, and for a GGUF base, which transformers reads with it alone.
     """
     from lora_llava.system.device import has_driver
 
+    if click.get_current_context().find_root().obj != PROCESS_ENDS:
+        return
     if "torch" in sys.modules or has_driver() or recipe.base.gguf_file is not None:
         return
     # transformers would say at its import that it found none.

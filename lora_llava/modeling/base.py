@@ -205,8 +205,3 @@ def drop_unused_layers(model: Any) -> None:
         return
     del layers[wanted:]
     model.config.vision_feature_layer = wanted
-
-
-def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the projector's weights by their names inside it."""
-    return dict(model.get_submodule(PROJECTOR).state_dict())

@@ -143,7 +143,7 @@ def memory_view(rows: list[MemoryRow], activations: int, tokens: int) -> Fitting
         Column("optimizer", importance=2),
         Column("total"),
     ]
-    table = FittingTable("Memory to expect, MiB", columns)
+    table = FittingTable("Memory to expect, MiB, without Python and libraries", columns)
     for row in rows:
         sizes = (row.weights, row.gradients, row.optimizer, row.total)
         table.add(short_part(row.part), *(mebibytes(size) for size in sizes))

@@ -18,6 +18,8 @@ AspectRatio = Literal["pad", "square"]
 
 MAX_EPOCHS = 1000
 """Most epochs of a stage: every step is planned before the first."""
+MAX_STEPS = 1_000_000
+"""Most optimizer steps of a stage, for the same reason; LLaVA-1.5 takes 5,200 in stage 2."""
 MIN_RATE = 1e-9
 """Lowest learning rate: a fp32 weight of 0.01, as a projector has, does not change by less than 5e-10."""
 LLAVA_BATCH_SIZE: dict[StageName, int] = {"align": 256, "instruct": 128}
@@ -217,6 +219,10 @@ class StageSettings(Settings):
             raise ValueError("template plain takes one caption an image; take data.merge_turns out or change template")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be -1 or at least 1")
+        if self.max_steps > MAX_STEPS:
+            raise ValueError(
+                f"max_steps {self.max_steps:,} is more than {MAX_STEPS:,}; leave it out to train for num_train_epochs"
+            )
         if self.early_stopping_patience is not None and (self.data.validation is None or self.eval_steps is None):
             missing = "data.validation" if self.data.validation is None else "eval_steps"
             raise ValueError(f"early_stopping_patience needs {missing}: it counts validations during training")

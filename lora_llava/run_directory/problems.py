@@ -57,6 +57,9 @@ def problems_of_output_dir(recipe: Recipe, *, overwrite: bool = False, resume: b
     )
 
 
+_KERNELS = (Path("/proc"), Path("/sys"))
+
+
 def _unusable(root: Path) -> DirectoryProblem | None:
     """Say why a directory cannot be made or written."""
     if root.is_symlink() and not root.exists():
@@ -66,6 +69,13 @@ def _unusable(root: Path) -> DirectoryProblem | None:
     if not nearest.is_dir():
         return DirectoryProblem(
             KEY, f"{shown_path(root)} cannot be made: {shown_path(nearest)} is a file", "Give another output_dir=PATH."
+        )
+    if any(nearest.resolve().is_relative_to(one) for one in _KERNELS):
+        return DirectoryProblem(
+            KEY,
+            f"{shown_path(root)} cannot be made: {shown_path(nearest)} shows the state of the kernel and "
+            "holds no files of users",
+            "Give another output_dir=PATH.",
         )
     if artifact := next((path for path in (root, *root.parents) if _is_artifact(path)), None):
         return DirectoryProblem(
@@ -114,7 +124,15 @@ def _nothing_to_resume(root: Path) -> DirectoryProblem:
 
 def _resume_problems(root: Path) -> Iterator[DirectoryProblem]:
     if not os.path.lexists(root / RECIPE):
-        yield _nothing_to_resume(root)
+        if next((root / CHECKPOINTS).glob("*/step-*"), None) is None:
+            yield _nothing_to_resume(root)
+        else:
+            yield DirectoryProblem(
+                KEY,
+                f"--resume: {shown_path(root)} holds checkpoints and no {RECIPE}, which says what they were "
+                "trained with",
+                "Put the file back, or start anew in another directory with output_dir=PATH.",
+            )
     for name in FILES:
         path = root / name
         if path.is_symlink() or (path.exists() and not path.is_file()):

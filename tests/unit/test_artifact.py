@@ -17,7 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from lora_llava.artifact import MANIFEST, Manifest, load_artifact, load_projector, read_manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.peft_adapter import WEIGHTS
-from lora_llava.modeling.base import LoadedModel, hash_weights, projector_state
+from lora_llava.modeling.base import LoadedModel, hash_weights
 from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe.stages import StageName
 from tests.helpers.artifacts import CPU, FILES, logits, save, train
@@ -193,5 +193,5 @@ def test_load_projector_copies_exactly(artifact: Path, tiny_base: Path) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(tiny_base)
     load_projector(artifact, model)
     wanted = load_file(artifact / WEIGHTS)
-    for name, tensor in projector_state(model).items():
+    for name, tensor in model.get_submodule(PROJECTOR).state_dict().items():
         assert torch.equal(tensor, wanted[f"base_model.model.{PROJECTOR}.{name}"])

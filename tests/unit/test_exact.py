@@ -45,7 +45,8 @@ OPTIONS = [
     "A, pneumonia", r"\boxed{A}", r"$\boxed{\text{A}}$", "$A$", "<A>", "A\u2013Pneumonia", "Answer - A", "### A",
     "So the answer is A", "A; Pneumonia", "option a: x", "It is A", "It is A.", "I think A", "I think it is (A)",
     "A\u3001\u80ba\u708e", "A.\nBecause of B. x", "A. Pneumonia\nBecause of B. x", "A. Hepatitis A and B", "A: x",
-    "A, vitamin D", "A) pneumonia",
+    "A, vitamin D", "A) pneumonia", "**A.** Pneumonia", "**A**. Pneumonia", "**Answer:** A", "*A.* Pneumonia",
+    "__A)__ Pneumonia", "The answer is **A**", "**Answer: A.** Pneumonia", "***A.*** Pneumonia is **likely**",
 ]  # fmt: skip
 NO_OPTION_A = [
     "", "the", "The answer", "B", "B. Pneumonia", "A, B", "A and B", "A/B", "A. B", "A-", "A+", "a cat", "A pneumonia",
@@ -54,6 +55,7 @@ NO_OPTION_A = [
     "A. x, C. y", "A) x D) y", "(A) x (C) y", "A) no\nC) yes", "A. Pneumonia or C. Edema", "A. Pneumonia and B",
     "A) or B)", "A. or B.", "A. is wrong", "A) is wrong", "A is the correct answer? no", "A. baumannii", "A, C",
     "A. Pneumonia, C", "A. Pneumonia C. Edema", "A\nB", "A, B and C", "A\u2013C", "It is a", "It is not A", "A, B.",
+    "**A.** Pneumonia **B.** Fracture", "**A** or **B**", "**A** pneumonia", "**E.** x",
 ]  # fmt: skip
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerFast
 
+from lora_llava.cli import cli
 from lora_llava.data.stage import read_records
 from lora_llava.formats.llava_hf import meta_model
 from lora_llava.modeling.base import drop_unused_layers
@@ -146,9 +148,9 @@ def test_k26_every_kind_of_tokenizer_gives_the_same_ids_without_torch(tmp_path: 
 RUN = """
 import re, resource, sys
 from pathlib import Path
-from lora_llava.cli import cli
+from lora_llava.cli import main
 try:
-    cli(sys.argv[1:], prog_name="lora-llava")
+    main()
 except SystemExit as end:
     assert end.code in (0, None), end.code
     assert "torch" not in sys.modules
@@ -167,13 +169,13 @@ def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def costs(project: Path, *args: str) -> tuple[float, float, str]:
-    """Run a command in a process of its own; returns its CPU time, its peak memory and its output."""
+def costs(project: Path, *args: str) -> tuple[float, float]:
+    """Run a command in a process of its own; returns its CPU time and its peak memory."""
     command = [sys.executable, "-c", RUN, *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     [used] = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("USED")]
-    return float(used[0]), float(used[1]), done.stdout
+    return float(used[0]), float(used[1])
 
 
 @pytest.mark.parametrize(
@@ -186,15 +188,36 @@ def costs(project: Path, *args: str) -> tuple[float, float, str]:
     ids=lambda args: "-".join(args[::2]),
 )
 def test_k26_commands_that_look_ahead_do_without_torch(project: Path, args: list[str]) -> None:
-    seconds, memory, _ = costs(project, *args)
+    seconds, memory = costs(project, *args)
     assert seconds < SECONDS
     assert memory < MEMORY
 
 
-def test_k62_check_and_dry_run_say_the_same(project: Path) -> None:
+AGAIN = """
+from lora_llava.cli import cli
+cli(["inspect", "tiny.yaml"], standalone_mode=False)
+from transformers.utils import is_torch_available
+assert is_torch_available()
+"""
+
+
+def test_k26_what_follows_a_command_in_its_process_has_torch(project: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0, done.stderr
+
+
+def said_by(*args: str) -> str:
+    """Run a command in this process; returns its output."""
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_k62_check_and_dry_run_say_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
     memory = ["stages.align.tokens_per_micro_batch=auto", "stages.instruct.tokens_per_micro_batch=auto"]
-    _, _, planned = costs(project, "finetune", "tiny.yaml", *memory, "--dry-run")
-    _, _, checked = costs(project, "check", "tiny.yaml", *memory, "--output", "same")
+    planned = said_by("finetune", "tiny.yaml", *memory, "--dry-run")
+    checked = said_by("check", "tiny.yaml", *memory, "--output", "same")
     plans = json.loads((project / "same" / "check.json").read_text(encoding="utf-8"))["plans"]
     for stage in ("align", "instruct"):
         plan = plans[stage]
@@ -212,20 +235,24 @@ def changed(project: Path, **settings: object) -> str:
     return path.name
 
 
-def test_k62_a_micro_batch_is_compared_with_the_longest_conversation(project: Path) -> None:
+def test_k62_a_micro_batch_is_compared_with_the_longest_conversation(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
     recipe = changed(project, max_length=2048, tokens_per_micro_batch=200)
-    costs(project, "finetune", recipe, "--dry-run")
-    costs(project, "check", recipe, "--output", "fits")
+    said_by("finetune", recipe, "--dry-run")
+    said_by("check", recipe, "--output", "fits")
 
 
 @pytest.mark.parametrize("args", [["finetune", "--dry-run"], ["finetune"], ["check", "--output", "small"]])
-def test_k62_a_micro_batch_too_small_names_both_lengths(project: Path, args: list[str]) -> None:
+def test_k62_a_micro_batch_too_small_names_both_lengths(
+    project: Path, args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = changed(project, max_length=2048, tokens_per_micro_batch=20)
-    code = "import sys; from lora_llava.cli import main; main()"
-    command = [sys.executable, "-c", code, args[0], recipe, "stages.align=null", *args[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
-    said = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode != 0
+    monkeypatch.chdir(project)
+    done = CliRunner().invoke(cli, [args[0], recipe, "stages.align=null", *args[1:]])
+    said = " ".join(done.output.split())
+    assert done.exit_code != 0
     assert "stages.instruct.tokens_per_micro_batch: is 20, but train.json, record" in said
     settings = load_recipe(project / recipe)
     config, tokenizer = describe_base(settings.base)

@@ -311,6 +311,20 @@ def test_k3_a_run_that_was_copied_or_moved_is_known_by_its_content(recipe: Recip
     assert output.read_summary(tmp_path / "copied")["seed"] == "new"
 
 
+def test_k4_to_resume_a_run_whose_recipe_is_gone_names_the_file(recipe: Recipe) -> None:
+    run(recipe, "new")
+    (recipe.resolved_output_dir / "recipe.yaml").unlink()
+    [problem] = problems_of_output_dir(recipe, resume=True)
+    assert "holds checkpoints and no recipe.yaml" in problem.what
+    assert problem.fix.startswith("Put the file back")
+
+
+@pytest.mark.parametrize("directory", ["/proc/x", "/sys/x/y", "/proc"])
+def test_k4_a_directory_of_the_kernel_is_refused(recipe: Recipe, directory: str) -> None:
+    [problem] = problems_of_output_dir(recipe.model_copy(update={"output_dir": Path(directory)}))
+    assert "shows the state of the kernel" in problem.what
+
+
 def test_k4_to_resume_a_run_without_a_checkpoint_says_what_to_do(recipe: Recipe) -> None:
     root = recipe.resolved_output_dir
 

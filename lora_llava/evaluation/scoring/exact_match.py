@@ -46,6 +46,8 @@ _MARKUP = re.compile(r"\$+([^$]+)\$+|<([a-z])>|\\(?:boxed|text|mathrm|mathbf)\{(
 _REPLY = re.compile(r"\W*no\s*[,.;:\u2013\u2014-]", re.IGNORECASE)
 _NEGATIONS = frozenset({"no", "not", "never", "without", "neither", "nor"})
 _ENCLOSING = "*_`\"'"
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|__)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![\w*])")
+"""Markdown's bold and italics; the length is bounded so that the time grows with the length of the answer alone."""
 _MAX_CHARACTERS = 10_000
 """Longer texts are no short answers: they are compared word by word as they are."""
 _BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.,:;]?\)?", re.IGNORECASE)
@@ -140,7 +142,7 @@ def holds_answer(prediction: str, reference: str) -> bool:
     """Tell whether an answer, such as a sentence, holds the reference as words in a row and does not negate it."""
     if letter := _bare_letter(reference):
         pattern = rf"(?<!\w)(?<!not )(?<!not \()(?<!n't )\(?{letter.upper()}(?=[).:,]|$)"
-        return re.search(pattern, prediction.strip()) is not None
+        return re.search(pattern, _EMPHASIS.sub(r"\2", prediction).strip()) is not None
     words, wanted = answer_tokens(prediction), answer_tokens(reference)
     if not wanted:
         return False
@@ -220,8 +222,8 @@ def _names_others(letter: str, rest: str) -> bool:
 
 
 def _option_text(text: str) -> str:
-    """Return an answer without a lead, such as "The answer is", and without markup around all of it; keeps case."""
-    text = _stripped(text)
+    """Return an answer without a lead, such as "The answer is", emphasis, and markup around all of it; keeps case."""
+    text = _stripped(_EMPHASIS.sub(r"\2", text))
     if lead := _OPTION_LEAD.match(text):
         text = _stripped(text[lead.end() :])
     for _ in range(3):

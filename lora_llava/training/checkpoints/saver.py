@@ -185,13 +185,14 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         held, self.held = self.held, None
         if held is None or held.progress.step == step:
             return
-        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < (held.progress.eval_loss or 0.0):
+        loss = held.progress.eval_loss
+        assert loss is not None, "weights are held for their validation loss"
+        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < loss:
             return
-        metrics = {} if held.progress.eval_loss is None else {"eval_loss": held.progress.eval_loss}
 
         def write(staging: Path, directory: Path) -> None:
             with held.in_place(trainer.model):
-                self.artifact.write(staging, directory, held.progress.step, metrics)
+                self.artifact.write(staging, directory, held.progress.step, {"eval_loss": loss})
 
         write_checkpoint(self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=False)
 

@@ -27,7 +27,6 @@ AnyTemplate = Template | OwnTemplate | None
 """How a model is asked: a template of the kit, the model's own, or unknown."""
 
 _PREFIX = "tokenizer.ggml."
-_SPACE = "\u2581"
 _BYTE = re.compile(r"^<0x[0-9A-F]{2}>$")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
