@@ -55,8 +55,12 @@ def finetune(
         phase("Loading PyTorch and transformers")
     quiet_libraries()
     if dry_run:
+        from lora_llava.evaluation.questions import load_questions
         from lora_llava.planning.dry_run import print_dry_run
 
+        # As the run does before its first step: a key of `by` that no record has is refused.
+        if settings.evaluation is not None:
+            load_questions(settings.evaluation.data, settings.evaluation.by)
         print_dry_run(settings, console, memory)
         return
     from lora_llava.training.checkpoints.differences import Resume

@@ -165,10 +165,17 @@ def eval_interval(settings: StageSettings, num_steps: int, num_trained: int, num
 
 def validation_line(settings: StageSettings, num_steps: int, interval: int) -> str:
     """Say how often a stage is validated, and which weights it keeps."""
+    patience, number = settings.early_stopping_patience, max(1, math.ceil(num_steps / interval))
+    # The first validation sets the best, and the last one ends the stage anyway.
+    stop = "" if patience is None else f"; stops after {counted(patience, 'validation')} without improvement"
+    if patience is not None and number < patience + 2:
+        stop = (
+            f"; early_stopping_patience: {patience} has no effect, it needs at least {patience + 2} validations: lower "
+            "eval_steps, or leave it out"
+        )
     if interval >= num_steps:
-        return f"validation at the end only (eval_steps: {settings.eval_steps or 'null'}), so the last weights are kept"
-    count = counted(math.ceil(num_steps / interval), "time")
+        when = f"validation at the end only (eval_steps: {settings.eval_steps or 'null'})"
+        return f"{when}, so the last weights are kept{stop}"
+    count = counted(number, "time")
     auto = ", auto" if settings.eval_steps == "auto" else ""
-    patience = settings.early_stopping_patience
-    stop = f"; stops after {counted(patience, 'validation')} without improvement" if patience else ""
     return f"validation every {counted(interval, 'step')}, {count}{auto}; keep: {settings.keep}{stop}"

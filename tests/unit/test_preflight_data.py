@@ -53,6 +53,13 @@ def test_k16_every_image_of_the_run_is_opened_before_it(
     assert not (project.directory / "run").exists()
 
 
+def test_k16_a_dry_run_refuses_a_key_that_no_record_has(project: Project) -> None:
+    settings = "evaluation={data: {path: ./train.json, image_root: images}, by: [patience]}"
+    result = command("dry run", project, settings)
+    assert result.exit_code != 0
+    assert "evaluation.by: no record has the key or column 'patience'" in result.stderr
+
+
 def test_k16_check_says_the_same_of_an_image(project: Project) -> None:
     bad_images(project)
     result = command("check", project, EVALUATION)

@@ -229,6 +229,14 @@ def test_k6_validations_are_said() -> None:
     )
 
 
+@pytest.mark.parametrize(("eval_steps", "acts"), [(50, False), (34, False), (25, True), (10, True), (100, False)])
+def test_k36_patience_that_cannot_act_is_said(eval_steps: int, acts: bool) -> None:
+    stage = settings(eval_steps=eval_steps).model_copy(update={"early_stopping_patience": 2})
+    line = validation_line(stage, 100, eval_steps)
+    assert ("stops after 2 validations without improvement" in line) == acts
+    assert ("early_stopping_patience: 2 has no effect, it needs at least 4 validations" in line) == (not acts)
+
+
 @pytest.mark.parametrize("missing", ["data.validation", "eval_steps"])
 def test_k6_patience_without_validations_is_refused(missing: str) -> None:
     data = {"path": "train.json", "validation": {"share": 0.1}}

@@ -49,10 +49,10 @@ def read_image(source: ImageSource) -> bytes:
         data = source.embedded() if source.path is None else source.path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{name}: the image cannot be read: {error.strerror}; restore it or remove its records", BAD
+            f"{name}: the image cannot be read: {error.strerror}; restore it or leave it out", BAD
         ) from None
     if not data:
-        raise DataError(f"{name}: the image is empty; restore it or remove its records", BAD)
+        raise DataError(f"{name}: the image is empty; restore it or leave it out", BAD)
     return data
 
 
@@ -73,7 +73,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, window
     except Exception as error:  # noqa: BLE001 - a decoder given broken bytes raises anything
         # Its text stays out of the message: it has been seen to hold memory addresses.
         raise DataError(
-            f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or remove its records",
+            f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or leave it out",
             BAD,
         ) from None
 
