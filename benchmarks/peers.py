@@ -26,7 +26,7 @@ from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import TREES, VISION_TOWER
 from lora_llava.planning.attention import pick_attention
-from lora_llava.planning.memory import Recompute, planned_parameters
+from lora_llava.planning.memory import Recompute
 from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.settings import Recipe
@@ -200,9 +200,9 @@ def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
         }
     )
     attention, why = pick_attention("auto", config.text_config, task.device, task.dtype)
-    table = planned_parameters(recipe, stage, config, task.dtype)
     shared = sharing(plan_items(task.work), len(task.work.conversations), "tree")
-    shapes = StageShapes(recipe, stage, config, table, task.dtype, longest, shared)
+    settings = recipe.stage(stage)
+    shapes = StageShapes(stage, settings, recipe.quantization, recipe.adapter, config, task.dtype, longest, shared)
     plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device.type, task.cap), attention))
     sys.stderr.write(f"{plan}; {attention}: {why}\n")
     return attention, plan

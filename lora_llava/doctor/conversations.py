@@ -121,8 +121,9 @@ def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaCo
     records = StageRecords(get_template(settings.template, settings.system), encoded["training"], validation)
     longest, facts = records.longest.length, dict[str, Any]()
     try:
-        shapes = stage_shapes(recipe, stage, config, compute_dtype(recipe), records)
-        tokens = plan_memory(shapes, this_machine(recipe, None)).tokens_per_micro_batch
+        dtype = compute_dtype(recipe.precision)
+        shapes = stage_shapes(stage, settings, recipe.quantization, recipe.adapter, config, dtype, records)
+        tokens = plan_memory(shapes, this_machine(recipe.attn_implementation, None)).tokens_per_micro_batch
     except RecipeError as error:
         source = sides["training"].source
         made.findings.append(Finding("micro_batch", source.name, source.data_name, 0, None, str(error)))

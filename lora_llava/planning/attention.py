@@ -27,9 +27,9 @@ def pick_attention(setting: str, text_config: Any, device: torch.device, dtype: 
     Raises TrainingError if FlexAttention is asked for on a CPU, where it has no backward pass, or does not work.
     """
     if device.type == "cpu":
-        return attention_on_cpu(setting), "the one for a CPU"
+        return attention_on_cpu(setting), "recipe" if setting == SDPA else "auto, on a CPU"
     if setting == SDPA:
-        return TREES, "as set"
+        return TREES, "recipe"
     try:
         heads, keys = int(text_config.num_attention_heads), int(text_config.num_key_value_heads)
         trees, blocks = _compare(heads, keys, int(text_config.head_dim), device, dtype)
@@ -39,9 +39,9 @@ def pick_attention(setting: str, text_config: Any, device: torch.device, dtype: 
             raise TrainingError(
                 f"attn_implementation: flex_attention does not work here ({reason}); set sdpa"
             ) from error
-        return TREES, f"flex_attention does not work here ({reason})"
-    figures = f"{TRIED_TOKENS:,} tokens of a layer: flex_attention {1e3 * blocks:.2f} ms, sdpa {1e3 * trees:.2f} ms"
-    return (FLEX if setting == FLEX or blocks < trees else TREES), figures
+        return TREES, f"auto: flex_attention does not work here ({reason})"
+    times = f"{TRIED_TOKENS:,} tokens of a layer: flex_attention {1e3 * blocks:.2f} ms, sdpa {1e3 * trees:.2f} ms"
+    return (FLEX if setting == FLEX or blocks < trees else TREES), f"{'recipe' if setting == FLEX else 'auto'}: {times}"
 
 
 @cache

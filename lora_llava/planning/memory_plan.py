@@ -1,8 +1,8 @@
-"""Settings that only trade memory for time, chosen from the model's shapes and the memory there is.
+"""Choose the settings that trade memory for time, from the model's shapes and the memory available.
 
-Nothing here changes what is learnt: the conversations of a step are the same whatever the micro-batch, recomputing
-is exact, and dequantised weights have the values of the quantised ones. The one exception, Adam in 8 bits, is taken
-only where fp32 would not fit.
+None of them changes what a stage learns: a step has the same conversations whatever the micro-batch, recomputation is
+exact, and dequantized weights have the values of the quantized ones. The one exception, 8-bit Adam, is chosen only
+where fp32 Adam does not fit or is much slower.
 """
 
 from __future__ import annotations
@@ -16,38 +16,31 @@ from transformers import LlavaConfig
 from lora_llava.data.sharing import Sharing, alone
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
-from lora_llava.modeling.structure import ElementType, PartRow
-from lora_llava.planning.memory import (
-    Recompute,
-    activation_bytes,
-    expected_memory,
-    held_bytes,
-    in_4_bits,
-    planned_parameters,
-)
+from lora_llava.modeling.structure import ElementType, PartRow, stage_parameters
+from lora_llava.planning.memory import Recompute, activation_bytes, expected_memory, held_bytes, in_4_bits
 from lora_llava.planning.speed import Machine, relative_cost
-from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import free_memory_bytes
 
 GIB = 1024**3
-MOST_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""Tokens of a micro-batch beyond which nothing is gained: the matrices are busy."""
-ROUNDING = 64
-"""A row's tokens are chosen in such steps."""
+MAX_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""Largest micro-batch that `auto` considers, in tokens: beyond it the matmuls are saturated."""
+TOKEN_STEP = 64
+"""`auto` considers micro-batches that differ by this many tokens."""
 CUDA_OVERHEAD = 1.0 * GIB
-"""CUDA's context, cuBLAS's workspace, and one weight matrix dequantised."""
-USABLE = 0.92
-"""Share of the memory that is planned with; the rest goes to fragmentation."""
-SMALLER = 0.85
-"""Share of a plan's memory that the next smaller one may take."""
-SHARE_OF_8BIT = 0.10
-"""Time that 8-bit Adam must save to be taken where fp32 fits too."""
+"""CUDA context, cuBLAS workspace, and one dequantized weight matrix."""
+USABLE_SHARE = 0.92
+"""Share of the memory to plan with; the rest is left to fragmentation."""
+RETRY_SHARE = 0.85
+"""After running out of memory, the next plan may use this share of the failed plan's memory."""
+MIN_8BIT_GAIN = 0.10
+"""8-bit Adam is chosen over fp32 Adam that fits only if it saves this share of the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What was chosen, and what it is expected to need."""
+    """The chosen settings, and the memory and time they are expected to take."""
 
     tokens_per_micro_batch: int
     recompute: Recompute
@@ -56,11 +49,11 @@ class MemoryPlan:
     bytes_needed: int
     bytes_usable: int
     cost: float
-    """Time for a token of the conversations; see `training.cost`."""
+    """Relative time per token of the conversations; see `planning.speed`."""
 
     def __str__(self) -> str:
-        """Say in a line what was chosen."""
-        weights = ", 4-bit weights unpacked once" if self.keep_dequantized else ""
+        """Summarize the plan in one line."""
+        weights = ", 4-bit weights dequantized once" if self.keep_dequantized else ""
         checkpointing = "no" if self.recompute.policy is False else str(self.recompute)
         return (
             f"{self.tokens_per_micro_batch:,} tokens per micro-batch, {checkpointing} gradient "
@@ -69,50 +62,46 @@ class MemoryPlan:
         )
 
 
-def plan_line(plan: MemoryPlan, settings: StageSettings, source: str) -> str:
-    """Say what a plan sets, each value with where it is from: the recipe, or `source` where the recipe says `auto`."""
-    values = {
-        "tokens_per_micro_batch": (f"{plan.tokens_per_micro_batch:,}", settings.tokens_per_micro_batch),
-        "gradient_checkpointing": (str(plan.recompute), settings.gradient_checkpointing),
-        "optim": (plan.optim, settings.optim),
-    }
-    parts = [f"{name} {value} ({source if told == 'auto' else 'recipe'})" for name, (value, told) in values.items()]
-    weights = "; 4-bit weights are dequantized once" if plan.keep_dequantized else ""
-    needed, usable = plan.bytes_needed / GIB, plan.bytes_usable / GIB
-    return f"memory plan: {', '.join(parts)}{weights}; needs {needed:.1f} of {usable:.1f} GiB"
-
-
-def usable_bytes(device: str, memory: int | None = None) -> int:
-    """Bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda` or `cpu`) now."""
-    if memory is not None:
-        return int(USABLE * memory - (CUDA_OVERHEAD if device == "cuda" else 0))
-    return int(USABLE * free_memory_bytes(device))
-
-
 @dataclass(frozen=True, slots=True)
 class StageShapes:
-    """All of a stage that its memory and its speed depend on."""
+    """Everything that the memory and the speed of a stage depend on."""
 
-    recipe: Recipe
     stage: StageName
+    settings: StageSettings
+    quantization: QuantizationSettings
+    adapter: AdapterSettings
     config: LlavaConfig
-    table: list[PartRow]
-    """Its parameters before quantisation; see `planned_parameters`."""
     dtype: ElementType
+    """Compute precision."""
     longest: int
-    """Tokens of the longest conversation: a micro-batch holds it whole."""
+    """Tokens of the longest conversation, which a micro-batch must hold whole."""
     sharing: Sharing = alone
-    """What rows of a length compute of the conversations' tokens."""
+    """Maps a row length to the fraction of unpacked tokens that packing still computes."""
+
+    @property
+    def parameters(self) -> list[PartRow]:
+        """Count the parameters of each part, before quantization."""
+        return stage_parameters(self.config, self.stage, self.adapter, self.dtype)
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the stage's LoRA; 0 if it trains none."""
+        return self.adapter.r if self.stage == "instruct" else 0
 
 
 def stage_shapes(
-    recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: ElementType, records: StageRecords
+    stage: StageName,
+    settings: StageSettings,
+    quantization: QuantizationSettings,
+    adapter: AdapterSettings,
+    config: LlavaConfig,
+    dtype: ElementType,
+    records: StageRecords,
 ) -> StageShapes:
-    """Collect what dry run, check and run plan a stage from.
+    """Collect what `plan_memory` needs.
 
-    Raises RecipeError where a micro-batch of the given size does not hold the longest conversation.
+    Raises RecipeError if the recipe's `tokens_per_micro_batch` cannot hold the longest conversation.
     """
-    settings = recipe.stage(stage)
     given, longest = settings.tokens_per_micro_batch, records.longest
     if given != "auto" and given < longest.length:
         raise RecipeError(
@@ -120,105 +109,133 @@ def stage_shapes(
             f"and a micro-batch must hold the longest conversation; set auto, or {longest.length:,} or more, or a "
             f"lower stages.{stage}.max_length, which cuts conversations"
         )
-    table = planned_parameters(recipe, stage, config, dtype)
-    return StageShapes(recipe, stage, config, table, dtype, longest.length, records.sharing(settings))
+    sharing = records.sharing(settings)
+    return StageShapes(stage, settings, quantization, adapter, config, dtype, longest.length, sharing)
+
+
+def usable_bytes(device: str, memory: int | None = None) -> int:
+    """Return the bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda`, `cpu`)."""
+    if memory is not None:
+        return int(USABLE_SHARE * memory - (CUDA_OVERHEAD if device == "cuda" else 0))
+    return int(USABLE_SHARE * free_memory_bytes(device))
 
 
 def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
-    """Choose what the recipe leaves to `auto`: the fastest that fits `machine`.
+    """Choose what the recipe leaves at `auto`: the fastest plan that fits `machine`.
 
-    Raises TrainingError if nothing fits, naming what would.
+    Raises TrainingError if nothing fits, with the least that would.
     """
     plans = list(_candidates(shapes, machine))
     fitting = [plan for plan in plans if plan.bytes_needed <= plan.bytes_usable]
     if not fitting:
         raise TrainingError(_too_small(min(plans, key=lambda plan: plan.bytes_needed), shapes))
     best = min(fitting, key=_preference)
-    exact = [plan for plan in fitting if "8bit" not in plan.optim]
-    if exact and "8bit" in best.optim:
-        second = min(exact, key=_preference)
-        return second if second.cost <= (1 + SHARE_OF_8BIT) * best.cost else best
+    full_precision = [plan for plan in fitting if "8bit" not in plan.optim]
+    if full_precision and "8bit" in best.optim:
+        fp32 = min(full_precision, key=_preference)
+        return fp32 if fp32.cost <= (1 + MIN_8BIT_GAIN) * best.cost else best
     return best
 
 
-def next_smaller(shapes: StageShapes, machine: Machine, chosen: MemoryPlan) -> str:
-    """Say what to do after `chosen` ran out of memory: the plan for a good deal less, and the words that ask for it."""
-    usable = int(SMALLER * min(chosen.bytes_needed, machine.usable))
+def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str) -> str:
+    """Name each planned setting with its value and origin: the recipe, or `source` where the recipe says `auto`."""
+    settings = shapes.settings
+    values = {
+        "tokens_per_micro_batch": (f"{plan.tokens_per_micro_batch:,}", settings.tokens_per_micro_batch),
+        "gradient_checkpointing": (str(plan.recompute), settings.gradient_checkpointing),
+        "optim": (plan.optim, settings.optim),
+    }
+    if shapes.quantization.type == "nf4":
+        kept = str(plan.keep_dequantized).lower()
+        values["keep_dequantized"] = (kept, shapes.quantization.keep_dequantized)
+    origins = [
+        f"{name}: {value} ({source if set_to == 'auto' else 'recipe'})" for name, (value, set_to) in values.items()
+    ]
+    needed, usable = plan.bytes_needed / GIB, plan.bytes_usable / GIB
+    return f"{', '.join(origins)}; needs {needed:.1f} of {usable:.1f} GiB"
+
+
+def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> str:
+    """Say what to do after `failed` ran out of memory: the option that asks for a clearly smaller plan."""
+    usable = int(RETRY_SHARE * min(failed.bytes_needed, machine.usable))
     try:
         plan = plan_memory(shapes, replace(machine, usable=usable))
     except TrainingError as error:
         return str(error)
-    size = (usable + (CUDA_OVERHEAD if machine.device == "cuda" else 0)) / USABLE
+    size = (usable + (CUDA_OVERHEAD if machine.device == "cuda" else 0)) / USABLE_SHARE
     return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan}"
 
 
 def _preference(plan: MemoryPlan) -> tuple[float, int]:
-    # Of plans that are as fast, the smaller.
+    # Of equally fast plans, prefer the one that needs less memory.
     return round(plan.cost, 2), plan.bytes_needed
 
 
 def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
-    """Yield a plan for every combination of what is left open, each with the row that suits it best."""
-    recipe, config = shapes.recipe, shapes.config
-    settings, nf4 = recipe.stage(shapes.stage), recipe.quantization.type == "nf4"
-    kept = recipe.quantization.keep_dequantized
-    keeping = [kept] if isinstance(kept, bool) else [False, True] if nf4 else [False]
-    optimizers = ["adamw_torch", "paged_adamw_8bit"] if machine.device == "cuda" else ["adamw_torch"]
-    quantized = in_4_bits(shapes.table, config, recipe.quantization, shapes.dtype)
-    for dequantized, optim, recompute in product(
-        keeping,
-        optimizers if settings.optim == "auto" else [settings.optim],
-        _recomputes(settings, int(config.text_config.num_hidden_layers)),
+    """Yield one plan for each combination of the open choices, with the micro-batch that suits it best."""
+    settings, config, nf4 = shapes.settings, shapes.config, shapes.quantization.type == "nf4"
+    unquantized = shapes.parameters
+    quantized = in_4_bits(unquantized, config, shapes.quantization, shapes.dtype)
+    for keep_dequantized, optim, recompute in product(
+        _keep_dequantized_choices(shapes.quantization), _optimizers(settings, machine.device), _recomputes(shapes)
     ):
-        parameters = shapes.table if dequantized or not nf4 else quantized
-        fixed = sum(row.total for row in expected_memory(optim, parameters))
-        reads_nf4 = nf4 and not dequantized
-        rows = [
+        # Fixed by the combination: weights, gradients and optimizer states.
+        parameters = unquantized if keep_dequantized or not nf4 else quantized
+        fixed = sum(part.total for part in expected_memory(optim, parameters))
+        reads_nf4 = nf4 and not keep_dequantized
+
+        # What grows with the micro-batch, whose tokens may all be supervised.
+        plans = [
             MemoryPlan(
                 tokens,
                 recompute,
                 optim,
-                bool(dequantized),
+                keep_dequantized,
                 fixed + held_bytes(_activations(shapes, machine, recompute, tokens), recompute, machine.device),
                 machine.usable,
                 shapes.sharing(tokens)
                 * relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
             )
-            for tokens in _sizes(settings, shapes.longest, MOST_TOKENS[machine.device])
+            for tokens in _micro_batch_sizes(settings, shapes.longest, MAX_TOKENS[machine.device])
         ]
-        fitting = [plan for plan in rows if plan.bytes_needed <= plan.bytes_usable]
-        yield min(fitting, key=_preference) if fitting else min(rows, key=lambda plan: plan.bytes_needed)
+        fitting = [plan for plan in plans if plan.bytes_needed <= plan.bytes_usable]
+        yield min(fitting, key=_preference) if fitting else min(plans, key=lambda plan: plan.bytes_needed)
 
 
 def _activations(shapes: StageShapes, machine: Machine, recompute: Recompute, tokens: int) -> int:
-    """Estimate what a micro-batch needs whose tokens are all supervised."""
-    rank = lora_rank(shapes.recipe, shapes.stage)
-    return activation_bytes(shapes.config, recompute, tokens, tokens, shapes.dtype, rank, machine.attention)
+    return activation_bytes(shapes.config, recompute, tokens, tokens, shapes.dtype, shapes.lora_rank, machine.attention)
 
 
-def lora_rank(recipe: Recipe, stage: StageName) -> int:
-    """Return the rank of the stage's LoRA; 0 where it has none."""
-    return recipe.adapter.r if stage == "instruct" else 0
+def _keep_dequantized_choices(quantization: QuantizationSettings) -> list[bool]:
+    if quantization.keep_dequantized != "auto":
+        return [quantization.keep_dequantized]
+    return [False, True] if quantization.type == "nf4" else [False]
 
 
-def _recomputes(settings: StageSettings, layers: int) -> list[Recompute]:
-    wanted = settings.gradient_checkpointing
-    if wanted != "auto":
-        return [Recompute(wanted, settings.gradient_checkpointing_layers)]
+def _optimizers(settings: StageSettings, device: str) -> list[str]:
+    if settings.optim != "auto":
+        return [settings.optim]
+    return ["adamw_torch", "paged_adamw_8bit"] if device == "cuda" else ["adamw_torch"]
+
+
+def _recomputes(shapes: StageShapes) -> list[Recompute]:
+    policy, layers = shapes.settings.gradient_checkpointing, int(shapes.config.text_config.num_hidden_layers)
+    if policy != "auto":
+        return [Recompute(policy, shapes.settings.gradient_checkpointing_layers)]
     mixed = [Recompute("selective", layers * eighths // 8) for eighths in range(8)]
     return [Recompute(False), *dict.fromkeys(mixed), Recompute(True)]
 
 
-def _sizes(settings: StageSettings, longest: int, most: int) -> list[int]:
-    """List the rows to consider, in tokens: never less than the longest conversation has."""
-    wanted = settings.tokens_per_micro_batch
-    return [*range(most, longest, -ROUNDING), longest] if wanted == "auto" else [wanted]
+def _micro_batch_sizes(settings: StageSettings, longest: int, largest: int) -> list[int]:
+    """List the micro-batches to consider, in tokens; each holds the longest conversation."""
+    tokens = settings.tokens_per_micro_batch
+    return [*range(largest, longest, -TOKEN_STEP), longest] if tokens == "auto" else [tokens]
 
 
 def _too_small(smallest: MemoryPlan, shapes: StageShapes) -> str:
     stage = shapes.stage
     return (
-        f"stage {stage}: the memory is too small: at the least {smallest.bytes_needed / GIB:.1f} GiB are needed, "
+        f"stage {stage}: not enough memory: at least {smallest.bytes_needed / GIB:.1f} GiB are needed, "
         f"{smallest.bytes_usable / GIB:.1f} GiB can be used ({smallest}). Lower adapter.r or stages.{stage}.max_length "
         f"(the longest conversation has {shapes.longest:,} tokens), or leave the memory settings at auto"
     )

@@ -1,4 +1,4 @@
-"""How long a token takes under each choice that trades memory for time, relative to its plain forward pass."""
+"""Estimate the time per token of each choice that trades memory for time, relative to a plain forward pass."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
-from lora_llava.modeling.structure import Attention, linear_weights
-from lora_llava.planning.memory import Recompute, query_width
+from lora_llava.modeling.structure import Attention, attention_widths, linear_weights
+from lora_llava.planning.memory import Recompute
 
 DEQUANTIZING = {"cuda": 176, "cpu": 60}
-"""Reading NF4 once takes as long as so many tokens' forward pass. CUDA: 2.5 bytes a weight at 70 % of an RTX 4090's
-1 TB/s, against 2 FLOP a weight and token at 60 % of its 165 TFLOP/s. CPU: measured on 2 AVX2 cores."""
+"""Time to dequantize all NF4 weights once, as the forward pass of this many tokens. CUDA: 2.5 bytes per weight at 70 %
+of an RTX 4090's 1 TB/s, against 2 FLOP per weight and token at 60 % of its 165 TFLOP/s. CPU: measured on 2 AVX2 cores.
+"""
 LAUNCHING = {"cuda": 120, "cpu": 0}
-"""Starting a pass's kernels takes as long as so many tokens' forward pass: about a hundred a layer at 5 us each,
-against the same RTX 4090: an estimate."""
-FORWARD_OF_SELECTIVE = 0.25
-"""Share of a forward pass that selective recomputing repeats (FLOPs counted on Llama layers with LoRA)."""
+"""Time to launch the kernels of one pass, as the forward pass of this many tokens: about a hundred kernels per layer at
+5 us each, against the same RTX 4090: an estimate."""
+SELECTIVE_SHARE = 0.25
+"""Share of a forward pass that selective checkpointing repeats (FLOPs counted on Llama layers with LoRA)."""
 ATTENTION_RATE = {"cuda": 0.5, "cpu": 0.8}
-"""Rate of attention's matrix products against that of the linear layers': CUDA, an estimate; CPU, measured."""
+"""FLOP rate of attention's matmuls relative to the linear layers': CUDA, an estimate; CPU, measured."""
 ATTENTION_BACKWARD = 2.5
-"""Work of attention's backward pass against its forward pass: five matrix products instead of two."""
+"""FLOPs of attention's backward pass relative to its forward pass: five matmuls instead of two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a stage is planned for."""
+    """The machine that a stage is planned for."""
 
     device: str
     """`cuda` or `cpu`."""
@@ -37,24 +38,28 @@ class Machine:
 def relative_cost(
     config: LlavaConfig, machine: Machine, recompute: Recompute, tokens: int, longest: int, *, dequantizes: bool
 ) -> float:
-    """Estimate the time for a token in rows of `tokens`: 2 is a forward and a backward pass with nothing beside.
+    """Estimate the time per token in rows of `tokens` tokens; 1 is a forward pass of the linear layers.
 
-    `longest`: tokens of the longest conversation. A frozen linear layer's backward pass is as dear as its forward
-    pass: there is no gradient of its weight.
+    `longest`: tokens of the longest conversation. `dequantizes`: every pass dequantizes the NF4 weights. The backward
+    pass of a frozen linear layer costs as much as its forward pass: its weight has no gradient.
     """
     layers = int(config.text_config.num_hidden_layers)
-    repeated = repeated_share(recompute, layers)
-    fixed = LAUNCHING[machine.device] + (DEQUANTIZING[machine.device] if dequantizes else 0)
-    # What lies in other trees is left out.
-    seen = min(tokens, longest)
-    attention = 2 * seen * query_width(config) * layers / linear_weights(config) / ATTENTION_RATE[machine.device]
-    again = 1.0 if recompute.policy is True else 0.0
-    return (2 + repeated) * (1 + fixed / tokens) + attention * (1 + ATTENTION_BACKWARD + again)
+
+    # Linear layers: forward, backward and what is recomputed, each with a cost that does not depend on the row length.
+    per_pass = LAUNCHING[machine.device] + (DEQUANTIZING[machine.device] if dequantizes else 0)
+    linear = (2 + _repeated_share(recompute, layers)) * (1 + per_pass / tokens)
+
+    # Attention: a token attends within its own tree, of which the longest conversation is a bound.
+    attended = min(tokens, longest)
+    query_width, _ = attention_widths(config)
+    forward = 2 * attended * query_width * layers / linear_weights(config) / ATTENTION_RATE[machine.device]
+    recomputed = 1.0 if recompute.policy is True else 0.0
+    return linear + forward * (1 + ATTENTION_BACKWARD + recomputed)
 
 
-def repeated_share(recompute: Recompute, layers: int) -> float:
-    """Share of a forward pass that is computed twice."""
+def _repeated_share(recompute: Recompute, layers: int) -> float:
+    """Return the share of a forward pass that is computed twice."""
     if recompute.policy is False:
         return 0.0
     full = layers if recompute.policy is True else recompute.full_layers
-    return (full + (layers - full) * FORWARD_OF_SELECTIVE) / layers
+    return (full + (layers - full) * SELECTIVE_SHARE) / layers

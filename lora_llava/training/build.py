@@ -17,7 +17,6 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe.schedule import logging_interval
 from lora_llava.run_directory import output
 from lora_llava.system.device import world_size
-from lora_llava.training.checkpoints.stage_artifact import image_transform
 from lora_llava.training.checks.blind import make_image_check
 from lora_llava.training.checks.monitor import StageWatch
 from lora_llava.training.checks.non_finite import NonFiniteGuard
@@ -33,7 +32,7 @@ SAMPLE_TOKENS = 32
 
 def image_reader(stage: Stage, loaded: LoadedModel, data: StageData) -> ReadImage:
     """Make what turns the image of a record into what the model takes: pixels, or cached features."""
-    transform, cache = image_transform(loaded, stage.aspect_ratio), stage.settings.cache_image_features
+    transform, cache = stage.image_transform(loaded), stage.settings.cache_image_features
     if cache == "off":
         return transform
     directory = stage.run_directory / output.FEATURES if cache == "disk" else None
@@ -58,7 +57,7 @@ def make_trainer(
             answers = generate_answers(
                 loaded,
                 sampled,
-                template=data.template,
+                template=stage.template,
                 aspect_ratio=stage.aspect_ratio,
                 max_new_tokens=SAMPLE_TOKENS,
             )
@@ -67,7 +66,6 @@ def make_trainer(
             for record, answer in zip(sampled, answers, strict=True)
         ]
 
-    transform = image_transform(loaded, stage.aspect_ratio)
     tracked = [TrackedRun(recipe, stage.name, validates=bool(data.validation))] if recipe.report_to != "none" else []
     return PackedTrainer(
         loaded.model,
@@ -78,7 +76,7 @@ def make_trainer(
         sample_answers=sample_answers if sampled else None,
         guard=NonFiniteGuard.by_settings(train, stage.name, settings, dtype),
         watch=StageWatch(data.counts, settings.max_grad_norm),
-        image_check=make_image_check(validation, transform) if validation else None,
+        image_check=make_image_check(validation, stage.image_transform(loaded)) if validation else None,
         keeps_best=settings.keep == "best",
         callbacks=[TrainLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )

@@ -48,7 +48,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(train_module, "build_model", reached)
+    monkeypatch.setattr(train_module, "_build_model", reached)
     monkeypatch.setattr(run_module, "plot_loss", lambda *_: None)
 
 

@@ -127,7 +127,7 @@ def test_on_cuda_the_faster_is_taken_or_what_is_set(
     monkeypatch.setattr(choice, "_compare", lambda *_: seconds)
     name, why = choice.pick_attention(setting, SHAPES, CUDA, torch.bfloat16)
     assert name == chosen
-    assert why == "as set" or ("flex_attention" in why and "sdpa" in why)
+    assert why == "recipe" or ("flex_attention" in why and "sdpa" in why)
 
 
 def test_flex_attention_that_fails_is_replaced_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_flex_attention_that_fails_is_replaced_unless_it_is_asked_for(monkeypatc
 
     monkeypatch.setattr(choice, "_compare", fail)
     name, why = choice.pick_attention("auto", SHAPES, CUDA, torch.bfloat16)
-    assert (name, why) == (TREES, "flex_attention does not work here (RuntimeError: no Triton)")
+    assert (name, why) == (TREES, "auto: flex_attention does not work here (RuntimeError: no Triton)")
     with pytest.raises(TrainingError, match=r"no Triton.*set sdpa"):
         choice.pick_attention(FLEX, SHAPES, CUDA, torch.bfloat16)
 

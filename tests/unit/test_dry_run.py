@@ -17,8 +17,8 @@ from lora_llava.cli import cli
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.stages import build_stage, parameter_table
-from lora_llava.modeling.structure import LANGUAGE_MODEL, PROJECTOR
-from lora_llava.planning.memory import expected_memory, in_4_bits, planned_parameters
+from lora_llava.modeling.structure import LANGUAGE_MODEL, PROJECTOR, stage_parameters
+from lora_llava.planning.memory import expected_memory, in_4_bits
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import Recipe
 from tests.helpers.tiny import tiny_llava
@@ -107,7 +107,7 @@ def test_planned_parameters_are_those_of_the_built_model(
 ) -> None:
     recipe: Recipe = load_recipe(write_recipe(quantization={"type": "none"}))
     [name] = [name for name in recipe.stage_names if name == stage]
-    ours = planned_parameters(recipe, name, read_config(tiny_base), torch.float32)
+    ours = stage_parameters(read_config(tiny_base), name, recipe.adapter, torch.float32)
     model = tiny_llava()
     drop_unused_layers(model)
     theirs = parameter_table(build_stage(model, name, recipe.adapter))
@@ -116,7 +116,7 @@ def test_planned_parameters_are_those_of_the_built_model(
 
 def test_quantised_weights_take_half_a_byte_and_their_scales(write_recipe: WriteRecipe, tiny_base: Path) -> None:
     config, recipe = read_config(tiny_base), load_recipe(write_recipe())
-    plain = planned_parameters(recipe, "instruct", config, torch.float32)
+    plain = stage_parameters(config, "instruct", recipe.adapter, torch.float32)
     nf4 = in_4_bits(plain, config, recipe.quantization, torch.float32)
     before, after = ({row.part: row for row in table} for table in (plain, nf4))
     quantized = after[LANGUAGE_MODEL].quantized
@@ -131,7 +131,7 @@ def test_trained_parameters_take_gradients_and_optimizer_state(
     write_recipe: WriteRecipe, tiny_base: Path, optim: str, state: int
 ) -> None:
     recipe = load_recipe(write_recipe())
-    table = planned_parameters(recipe, "align", read_config(tiny_base), torch.float32)
+    table = stage_parameters(read_config(tiny_base), "align", recipe.adapter, torch.float32)
     for row, memory in zip(table, expected_memory(optim, table), strict=True):
         assert memory.gradients == 4 * row.trainable
         assert memory.optimizer == state * row.trainable

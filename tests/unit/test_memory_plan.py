@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,13 @@ from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
-from lora_llava.modeling.structure import FLEX, TREES, PartRow
+from lora_llava.modeling.structure import FLEX, TREES, PartRow, stage_parameters
 from lora_llava.planning.memory import (
     CPU_HEAP,
     Recompute,
     activation_bytes,
     expected_memory,
     in_4_bits,
-    planned_parameters,
 )
 from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory
 from lora_llava.planning.speed import Machine
@@ -65,7 +65,13 @@ def llava_7b(layers: int = 32) -> LlavaConfig:
 
 @cache
 def table_of(rank: int, stage: StageName) -> list[PartRow]:
-    return planned_parameters(recipe(adapter={"r": rank}), stage, llava_7b(), torch.bfloat16)
+    return stage_parameters(llava_7b(), stage, recipe(adapter={"r": rank}).adapter, torch.bfloat16)
+
+
+def shapes_of(settings: Recipe, dtype: torch.dtype, longest: int, stage: StageName = "instruct") -> StageShapes:
+    return StageShapes(
+        stage, settings.stage(stage), settings.quantization, settings.adapter, llava_7b(), dtype, longest
+    )
 
 
 def plan(
@@ -77,8 +83,7 @@ def plan(
     attention: str = FLEX,
 ) -> MemoryPlan:
     settings = chosen or recipe()
-    table = table_of(settings.adapter.r, stage)
-    shapes = StageShapes(settings, stage, llava_7b(), table, torch.bfloat16, longest)
+    shapes = shapes_of(settings, torch.bfloat16, longest, stage)
     return plan_memory(shapes, Machine("cuda", int(memory * GIB), attention))
 
 
@@ -86,7 +91,7 @@ def plan(
 def test_parameters_and_optimizer_take_what_their_tensors_take(tiny_base: Path, dequantized: bool) -> None:
     settings = recipe(adapter={"r": 4, "lora_alpha": 8.0})
     config = read_config(tiny_base)
-    table = planned_parameters(settings, "instruct", config, torch.float32)
+    table = stage_parameters(config, "instruct", settings.adapter, torch.float32)
     if not dequantized:
         table = in_4_bits(table, config, settings.quantization, torch.float32)
     loaded = load_base(
@@ -176,7 +181,7 @@ def test_activations_are_estimated_to_15_percent(policy: Recompute) -> None:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with PeakBytes(model) as measured:
         packed_loss(model, batch, targets).backward()
-    estimate = activation_bytes(config, policy, tokens, targets, torch.float32, rank=16)
+    estimate = activation_bytes(config, policy, tokens, targets, torch.float32, lora_rank=16)
     assert estimate == pytest.approx(measured.peak, rel=0.15)
 
 
@@ -210,9 +215,7 @@ def test_a_conversation_longer_than_a_usual_row_fits_alone() -> None:
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_is_needed() -> None:
-    with pytest.raises(
-        TrainingError, match=r"stage instruct: .* at the least \d+\.\d GiB are needed, 4\.0 GiB"
-    ) as error:
+    with pytest.raises(TrainingError, match=r"stage instruct: .* at least \d+\.\d GiB are needed, 4\.0 GiB") as error:
         plan(4)
     assert "adapter.r" in str(error.value)
 
@@ -224,7 +227,7 @@ def test_stage_one_needs_less() -> None:
 def test_a_row_is_as_long_as_a_tree_where_that_saves_the_image() -> None:
     items = [PlanItem(660 + number % 9, 616, number // 20) for number in range(200)]
     shared, cpu = sharing(items, 16, "tree"), Machine("cpu", 64 * GIB, TREES)
-    shapes = StageShapes(recipe(), "instruct", llava_7b(), table_of(128, "instruct"), torch.float32, 668, shared)
+    shapes = replace(shapes_of(recipe(), torch.float32, 668), sharing=shared)
     tokens = plan_memory(shapes, cpu).tokens_per_micro_batch
     assert shared(tokens) == shared(10**6) < shared(1000) < shared(668) == 1.0
     assert tokens >= 616 + 16 * 44
@@ -237,8 +240,7 @@ def test_k67_on_a_cpu_the_plan_counts_what_the_heap_keeps_where_layers_are_compu
     quantization = {"keep_dequantized": True}
     fixed = {"optim": "adamw_torch", "gradient_checkpointing": policy, "tokens_per_micro_batch": 1536}
     settings = recipe(stage=fixed, quantization=quantization)
-    table = table_of(settings.adapter.r, "instruct")
-    shapes = StageShapes(settings, "instruct", llava_7b(), table, torch.float32, 1024)
+    shapes = shapes_of(settings, torch.float32, 1024)
     needed = {device: plan_memory(shapes, Machine(device, 10**15, TREES)).bytes_needed for device in ("cpu", "cuda")}
-    parameters = sum(row.total for row in expected_memory("adamw_torch", table))
+    parameters = sum(part.total for part in expected_memory("adamw_torch", shapes.parameters))
     assert needed["cpu"] - parameters == pytest.approx(factor * (needed["cuda"] - parameters), abs=2)

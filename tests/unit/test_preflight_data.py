@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_llava.data.record import ImageSource
-from lora_llava.planning.memory import planned_parameters
+from lora_llava.modeling.structure import stage_parameters
 from lora_llava.planning.preflight.disk import trained_weights
 from lora_llava.planning.preflight.images import open_header
 from lora_llava.planning.preflight.model.shapes import LlavaShape
@@ -109,6 +109,6 @@ def test_trained_weights_are_counted_as_the_stages_train_them(project: Project) 
     recipe = load_recipe(project.recipe)
     config = tiny_config()
     for stage in recipe.stage_names:
-        table = planned_parameters(recipe, stage, config, torch.float32)
+        table = stage_parameters(config, stage, recipe.adapter, torch.float32)
         shape = LlavaShape.of(config.to_dict())
         assert trained_weights(shape, stage, recipe.adapter) == sum(row.trainable for row in table)

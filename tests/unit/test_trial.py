@@ -18,7 +18,7 @@ from lora_llava.modeling.structure import FLEX, TREES
 from lora_llava.planning.memory_plan import StageShapes, plan_memory
 from lora_llava.planning.speed import Machine
 from tests.parity.test_packed import branches, build_model, row_of
-from tests.unit.test_memory_plan import GIB, llava_7b, recipe, table_of
+from tests.unit.test_memory_plan import GIB, llava_7b, recipe
 
 CONVERSATIONS = [*branches(4)]
 ITEMS = [PlanItem(len(one.input_ids), one.prefix_length, 0) for one in CONVERSATIONS]
@@ -39,7 +39,7 @@ def rows() -> Any:
 
 def shapes(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> StageShapes:
     made = recipe(**changes)
-    return StageShapes(made, "instruct", llava_7b(), table_of(made.adapter.r, "instruct"), dtype, 700)
+    return StageShapes("instruct", made.stage("instruct"), made.quantization, made.adapter, llava_7b(), dtype, 700)
 
 
 def test_the_longest_row_passes_twice_and_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_the_longest_row_passes_twice_and_the_weights_stay(monkeypatch: pytest.M
     loss = trial.packed_loss
     monkeypatch.setattr(trial, "packed_loss", lambda *inputs: seen.append(inputs[1]) or loss(*inputs))
     made = rows()
-    tokens = trial.try_longest_row(model, made, ITEMS, shapes(torch.float32), Console(quiet=True))
+    tokens = trial.try_longest_row(model, made, ITEMS, torch.float32, Console(quiet=True))
     assert tokens == made[1]["input_ids"].shape[1]
     assert [one["input_ids"].tolist() for one in seen] == 2 * [made[1]["input_ids"].tolist()]
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
@@ -76,7 +76,7 @@ def fails_in_flex(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_flex_attention_that_fails_in_the_model_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model, taken = fails_in_flex(monkeypatch)
-    trial.try_longest_row(model, rows(), ITEMS, shapes(torch.float32), Console(quiet=True))
+    trial.try_longest_row(model, rows(), ITEMS, torch.float32, Console(quiet=True))
     assert taken == [FLEX, TREES, TREES]
     assert attention_of(llava_in(model)) == TREES
 
@@ -84,9 +84,7 @@ def test_flex_attention_that_fails_in_the_model_is_replaced(monkeypatch: pytest.
 def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = fails_in_flex(monkeypatch)
     with pytest.raises(TrainingError, match=r"flex_attention does not work with this model .*no such kernel"):
-        trial.try_longest_row(
-            model, rows(), ITEMS, shapes(torch.float32, attn_implementation=FLEX), Console(quiet=True)
-        )
+        trial.try_longest_row(model, rows(), ITEMS, torch.float32, Console(quiet=True), attn_implementation=FLEX)
 
 
 @pytest.mark.parametrize(

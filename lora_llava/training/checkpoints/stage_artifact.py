@@ -9,12 +9,10 @@ from typing import Any
 from lora_llava.artifact import MANIFEST, file_sha256, save_artifact, write_artifact
 from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint
-from lora_llava.data.rows import ImageTransform
 from lora_llava.data.stage import StageData
 from lora_llava.formats.peft_adapter import WEIGHTS
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.file import dump_resolved
-from lora_llava.recipe.stages import AspectRatio
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import writing_named
 from lora_llava.training.stage import Stage
@@ -73,7 +71,7 @@ def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[
 
 def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
     """Describe, for the manifest, how images are turned into tokens."""
-    transform = image_transform(loaded, stage.aspect_ratio)
+    transform = stage.image_transform(loaded)
     return {
         "size": transform.size,
         "mean": list(transform.mean),
@@ -84,13 +82,6 @@ def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
         "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
         "num_image_tokens": loaded.num_image_tokens,
     }
-
-
-def image_transform(loaded: LoadedModel, aspect_ratio: AspectRatio) -> ImageTransform:
-    """Make what turns an image into `pixel_values` of the model's size and normalization."""
-    return ImageTransform(
-        size=loaded.image_size, mean=loaded.image_mean, std=loaded.image_std, aspect_ratio=aspect_ratio
-    )
 
 
 def seen_until(data: StageData, step: int) -> dict[str, int]:

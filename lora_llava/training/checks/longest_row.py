@@ -24,7 +24,13 @@ STEPS = 2
 
 
 def try_longest_row(
-    model: Any, rows: PackedRows, items: Sequence[PlanItem], shapes: StageShapes, console: Console
+    model: Any,
+    rows: PackedRows,
+    items: Sequence[PlanItem],
+    dtype: ElementType,
+    console: Console,
+    *,
+    attn_implementation: str = "auto",
 ) -> int:
     """Pass the longest row forwards and backwards, twice; return its tokens. The weights stay as they are.
 
@@ -35,20 +41,20 @@ def try_longest_row(
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     llava = llava_in(model)
     try:
-        _pass_twice(model, rows[longest], shapes.dtype)
+        _pass_twice(model, rows[longest], dtype)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         if attention_of(llava) != FLEX:
             raise
-        if shapes.recipe.attn_implementation == FLEX:
+        if attn_implementation == FLEX:
             raise TrainingError(
                 f"attn_implementation: flex_attention does not work with this model ({type(error).__name__}: {error}); "
                 "set auto or sdpa"
             ) from error
         console.print(f"flex_attention does not work with this model ({type(error).__name__}); sdpa takes its place")
         set_attention(llava, TREES)
-        _pass_twice(model, rows[longest], shapes.dtype)
+        _pass_twice(model, rows[longest], dtype)
     return lengths[longest]
 
 
