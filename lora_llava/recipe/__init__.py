@@ -1,1 +1,1 @@
-"""What a run is told: settings, stages, the YAML file, and what is derived from them alone."""
+"""The recipe: typed settings, the YAML file, and what follows from them alone (schedule, defaults, errors)."""

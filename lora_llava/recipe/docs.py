@@ -1,4 +1,4 @@
-"""docs/settings.md, written from the recipe types: `python -m lora_llava.recipe.docs > docs/settings.md`."""
+"""Generate docs/settings.md from the recipe types: `python -m lora_llava.recipe.docs > docs/settings.md`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_llava.recipe.settings import Recipe
 _HEAD = """\
 # All settings
 
-Made from the types of the recipe by `python -m lora_llava.recipe.docs`; a test holds that it is up to date. A setting
-is written in a recipe (YAML) below its sections, or on the command line by its dotted key:
-`lora-llava finetune recipe.yaml stages.instruct.learning_rate=1e-4`. Names are those of Hugging Face, PEFT and LLaVA.
+Generated from the recipe types by `python -m lora_llava.recipe.docs`; a test checks that it is up to date. Set a value
+in a recipe (YAML) under its sections, or on the command line by its dotted key:
+`lora-llava finetune recipe.yaml stages.instruct.learning_rate=1e-4`. Names follow Hugging Face, PEFT and LLaVA.
 
-A setting that has no effect in a recipe is refused by its name, or told where only speed or the display is concerned.
+A setting that has no effect in a recipe is an error; if it affects only speed or logging, it is a notice.
 
 **On resume** says what a changed setting means for `--resume` (see [resume.md](resume.md)):
 """
@@ -27,7 +27,7 @@ _STAGES = ("stages.align", "stages.instruct")
 
 
 def settings_page() -> str:
-    """Return the page: a table for each section, a row for each setting."""
+    """Return the page: a table per section, a row per setting."""
     lines = [_HEAD, "| on resume | meaning |", "|---|---|"]
     lines += [f"| {_word(note)} | {note.value} |" for note in OnResume]
     for key, section in _sections(Recipe, ""):
@@ -36,13 +36,13 @@ def settings_page() -> str:
 
 
 def _sections(section: type[Settings], key: str) -> Iterator[tuple[str, type[Settings]]]:
-    """Walk the sections; the data of a stage and of the evaluation are of one type and stand once."""
+    """Yield the sections; those of the data, which both stages and the evaluation share, once."""
     yield key, section
     for name, field in section.model_fields.items():
         below = section_in(field.annotation)
-        place = f"{key}.{name}" if key else name
-        if below is not None and not place.startswith(("stages.align.data", "evaluation.data")):
-            yield from _sections(below, place)
+        path = f"{key}.{name}" if key else name
+        if below is not None and not path.startswith(("stages.align.data", "evaluation.data")):
+            yield from _sections(below, path)
 
 
 def _intro(key: str, section: type[Settings]) -> list[str]:
@@ -67,7 +67,7 @@ def _table(key: str, section: type[Settings]) -> list[str]:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "needed"
+        return "required"
     value: Any = field.get_default(call_default_factory=True)
     return "" if value is PydanticUndefined else f"`{_cell(value if isinstance(value, str) else shown(value))}`"
 
@@ -81,18 +81,18 @@ def _note(key: str, field: FieldInfo) -> str:
         return _word(OnResume.AGAIN)
     if key.startswith("card"):
         return _word(OnResume.CARD)
-    return _word(next(one for one in field.metadata if isinstance(one, OnResume)))
+    return _word(next(note for note in field.metadata if isinstance(note, OnResume)))
 
 
 def _word(note: OnResume) -> str:
-    """Name a note in lower case, as the tables do."""
+    """Return the name of a class as the tables write it."""
     return note.name.lower().replace("_", " ")
 
 
 def _cell(text: str) -> str:
-    """Write text into a cell of a Markdown table."""
+    """Return text for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":
-    print(settings_page(), end="")  # noqa: T201 - the page is what the command is for
+    print(settings_page(), end="")  # noqa: T201 - the output of this command

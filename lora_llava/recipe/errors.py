@@ -1,4 +1,4 @@
-"""Mistakes in a recipe, in words of its own: which key, what it holds, what it may hold."""
+"""Error messages for a recipe: which key, what it must be, what it is."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from lora_llava.recipe.settings import Recipe
 from lora_llava.system.text import printable
 
 _MAX_SHOWN = 80
-"""Characters of a wrong value that an error shows."""
+"""Maximum characters of a wrong value that an error shows."""
 _BOUNDS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "at most"}
 _YES, _NO = {"yes", "on", "y"}, {"no", "off", "n"}
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "a boolean (true or false)", Path: "a path"}
 
 
 def problems_in(error: ValidationError) -> list[str]:
-    """Say what is wrong with a recipe, one text for each key, in its order."""
+    """Return what is wrong with a recipe: one message per key, in the order of the recipe."""
     problems: dict[str, str] = {}
-    for one in error.errors():
-        place, text = _problem(one)
-        problems.setdefault(place, f"{place}: {text}" if place else text)
+    for details in error.errors():
+        key, text = _problem(details)
+        problems.setdefault(key, f"{key}: {text}" if key else text)
     return list(problems.values())
 
 
 def _problem(error: ErrorDetails) -> tuple[str, str]:
-    """Return the key of a problem and the words for it; of pydantic's own words none is used."""
+    """Return the key of a problem and a message, which does not use pydantic's words."""
     names, section, field = _walk([str(part) for part in error["loc"]])
     key = ".".join(names)
     match error["type"]:
@@ -49,7 +49,7 @@ def _problem(error: ErrorDetails) -> tuple[str, str]:
             return key, error["msg"].removeprefix("Value error, ")
         case "missing":
             return key, f"is missing; write {allowed(field)}" if field else "is missing"
-    value = _whole(error, len(names))
+    value = _value_of(error, len(names))
     if field is None:
         return key, f"must be a mapping of keys to values, not {shown(value)}"
     text = allowed(field)
@@ -57,15 +57,15 @@ def _problem(error: ErrorDetails) -> tuple[str, str]:
     return key, f"{verb} {text}, not {shown(value)}{_hint(field, text, value)}"
 
 
-def _whole(error: ErrorDetails, depth: int) -> Any:
-    """Return the value of the key that a problem lies in: of an item of a list, the list as far as it is known."""
+def _value_of(error: ErrorDetails, depth: int) -> Any:
+    """Return the value of the key; if the problem is an item of a list, a list of that item."""
     return [error["input"]] if any(isinstance(part, int) for part in error["loc"][depth:]) else error["input"]
 
 
 def _walk(loc: list[str]) -> tuple[list[str], type[Settings] | None, FieldInfo | None]:
-    """Follow a problem's way down the recipe: the keys on it, the last section and, if it ends in one, the field.
+    """Follow the location of a problem: return its keys, the last section and, if the location ends at one, the field.
 
-    What pydantic adds to the way (branches of a union, indices of a list) is left out.
+    Parts that pydantic adds (branches of a union, indices of a list) are dropped.
     """
     section: type[Settings] | None = Recipe
     names: list[str] = []
@@ -80,7 +80,7 @@ def _walk(loc: list[str]) -> tuple[list[str], type[Settings] | None, FieldInfo |
 
 
 def allowed(field: FieldInfo) -> str:
-    """Say in words what a setting takes."""
+    """Describe the values that a setting takes."""
     section = section_in(field.annotation)
     if section is not None:
         return section.example or f"a mapping with keys such as {', '.join(list(section.model_fields)[:3])}"
@@ -91,8 +91,8 @@ def allowed(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any, metadata: list[Any]) -> str:
-    """Put a type and its limits into words."""
-    if form := next((one for one in metadata if isinstance(one, Form)), None):
+    """Describe a type and its limits."""
+    if form := next((note for note in metadata if isinstance(note, Form)), None):
         return form.words
     origin = get_origin(annotation)
     if origin is Annotated:
@@ -106,7 +106,7 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
         texts = [repr(value) if isinstance(value, str) else shown(value) for value in get_args(annotation)]
         return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
     if origin is list:
-        least = next((one.min_length for one in metadata if isinstance(one, annotated_types.MinLen)), 0)
+        least = next((note.min_length for note in metadata if isinstance(note, annotated_types.MinLen)), 0)
         return f"a list{f' of {least} item or more' if least else ''}, such as [a, b]"
     return _KINDS[annotation] + _limits(metadata)
 
@@ -116,23 +116,23 @@ def _flat(note: Any) -> list[Any]:
 
 
 def _limits(metadata: list[Any]) -> str:
-    """Put the limits of a number into words."""
+    """Describe the limits of a number."""
     parts = [
         f"{words} {value:,}" if isinstance(value, int) and value >= 10_000 else f"{words} {value}"
-        for one in metadata
+        for note in metadata
         for name, words in _BOUNDS.items()
-        if not isinstance(one, Strict | AllowInfNan | Form) and (value := getattr(one, name, None)) is not None
+        if not isinstance(note, Strict | AllowInfNan | Form) and (value := getattr(note, name, None)) is not None
     ]
     return f" {' and '.join(parts)}" if parts else ""
 
 
 def _hint(field: FieldInfo, text: str, value: Any) -> str:
-    """Say what to do about a value that people often give."""
+    """Return a hint for a common mistake."""
     section = section_in(field.annotation)
     names_file = Names.PATH_OR_ID in field.metadata or (section is not None and "path" in section.model_fields)
     if isinstance(value, list) and len(value) > 1 and names_file:
         return (
-            ". Several files cannot be read as one yet: join them, JSON with: jq -s add a.json b.json > all.json, JSON "
+            ". Several files cannot be read as one: join them, JSON with: jq -s add a.json b.json > all.json, JSON "
             "Lines with: cat a.jsonl b.jsonl > all.jsonl"
         )
     if isinstance(value, float) and not math.isfinite(value):
@@ -142,7 +142,7 @@ def _hint(field: FieldInfo, text: str, value: Any) -> str:
     if "boolean" in text and value.lower() in _YES | _NO:
         return f"; write {'true' if value.lower() in _YES else 'false'}, without quotes"
     if ("number" in text or "integer" in text) and _is_number(value):
-        return "; leave the quotes out"
+        return "; remove the quotes"
     if "a list" in text and value:
         return f"; write [{printable(value[:_MAX_SHOWN])}]"
     near = difflib.get_close_matches(value.lower(), re.findall(r"'([^']+)'", text), 1, cutoff=0.5)
@@ -157,7 +157,7 @@ def _is_number(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Write a value as it would be in the file, cut to what one reads."""
+    """Return a value as YAML would write it, cut to a readable length."""
     if isinstance(value, str):
         text = repr(value)
     else:

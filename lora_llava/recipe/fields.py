@@ -114,8 +114,8 @@ def _is_text(field: FieldInfo) -> bool:
     if any(isinstance(note, Form) for note in field.metadata):
         return False
     alternatives = [field.annotation, *get_args(field.annotation)]
-    types = [get_args(one)[0] if get_origin(one) is Annotated else one for one in alternatives]
-    return get_origin(field.annotation) is not list and any(one in (str, Path) for one in types)
+    types = [get_args(type_)[0] if get_origin(type_) is Annotated else type_ for type_ in alternatives]
+    return get_origin(field.annotation) is not list and any(type_ in (str, Path) for type_ in types)
 
 
 def section_in(annotation: Any) -> type[Settings] | None:

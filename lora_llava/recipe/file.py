@@ -1,4 +1,4 @@
-"""Recipes as files: YAML in, overrides applied, paths resolved, every problem reported at once; YAML out."""
+"""Read recipe files (YAML, overrides, paths; all problems reported at once) and write them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_llava.recipe.unused import FRESH, unused_settings
 from lora_llava.system.text import printable
 
 MAX_BYTES = 1 << 20
-"""Largest recipe file, in bytes."""
+"""Maximum size of a recipe file, in bytes."""
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS_AND_BOOLS = {
@@ -35,11 +35,11 @@ _NUMBERS_AND_BOOLS = {
         "-+0123456789.",
     ),
 }
-"""What is a number or a bool: YAML 1.2's forms, not 1.1's (`yes`, `1:30`, `010` as 8, dates)."""
+"""Numbers and booleans as in YAML 1.2, not 1.1 (where `yes`, `1:30` and `010` would be a bool, 90 and 8)."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: `1e-4` is a number, `yes` is a word, a key stands once, aliases are refused."""
+    """YAML without its traps: `1e-4` is a number, `yes` is text; duplicate keys and aliases are errors."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                raise RecipeError(f"line {key.start_mark.line + 1}: a key must be a plain word")
+                raise RecipeError(f"line {key.start_mark.line + 1}: a key must be a simple word")
             if key.value in seen:
                 raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} occurs twice")
             seen.add(key.value)
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that a YAML 1.1 or a YAML 1.2 reader would take for something else."""
+    """Quotes every string that a YAML 1.1 or 1.2 reader would not read as a string."""
 
 
 _REPLACED = {_TAG + name for name in (*_NUMBERS_AND_BOOLS, "timestamp")}
@@ -73,21 +73,21 @@ for _name, (_form, _first) in _NUMBERS_AND_BOOLS.items():
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `key.sub=value` overrides, and take over from `start_from` what it does not name.
+    """Read a recipe, apply `key.sub=value` overrides, and fill in unset values from the artifact in `start_from`.
 
-    Relative paths in the file are resolved against its directory, those in overrides against the current one.
-    Raises RecipeError with every problem, one a line; settings that have no effect are among them.
+    Relative paths in the file are resolved against its directory, those in overrides against the current directory.
+    Raises RecipeError with all problems, one per line, including settings that have no effect.
     """
     path = Path(path)
     recipe = read_recipe(path, overrides)
-    without_effect = [f"{path}: {unused}" for unused in unused_settings(recipe) if unused.refused]
-    if without_effect:
-        raise RecipeError("\n".join(without_effect))
+    no_effect = [f"{path}: {unused}" for unused in unused_settings(recipe) if unused.refused]
+    if no_effect:
+        raise RecipeError("\n".join(no_effect))
     return continued(recipe)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe as it is: one that a run wrote, of which nothing is refused any more."""
+    """Read a recipe, but allow unused settings and ignore `start_from`: for recipes that a run wrote."""
     data = _read(path)
     _resolve_paths(data, path.resolve().parent, str(path))
     problems = []
@@ -105,13 +105,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_resolved(recipe: Recipe, directory: Path) -> str:
-    """Write the whole recipe as YAML that works from `directory`, where its relative paths start."""
+    """Return the whole recipe as YAML, with paths relative to `directory`."""
     data = recipe.plain()
     if recipe.base.model_name_or_path is not None:
-        # What a fresh model would be made with: of a whole one, the defaults would say what need not be so.
+        # The defaults for a new model need not hold for the existing one, so leave them out.
         given = recipe.base.model_fields_set
         data["base"] = {key: value for key, value in data["base"].items() if key in given or key not in FRESH}
-    # load_recipe counts from where the file really is: through a link, `..` would lead elsewhere.
+    # load_recipe resolves against the real directory: through a link, `..` would lead elsewhere.
     start = directory.resolve()
     data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))
     for holder, key, value, _ in _paths_in(data):
@@ -121,9 +121,9 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
 
 
 def dump_portable(path: Path) -> str:
-    """Write the recipe file at `path` without where things lay: of each local path only the last part stays.
+    """Return the recipe file at `path` with each local path reduced to its last part, for publishing.
 
-    What stands there otherwise stays as it is; it need not be a whole recipe.
+    Everything else is unchanged; the file need not be a complete recipe.
     """
     data = _read(path)
     data.pop("output_dir", None)
@@ -153,23 +153,23 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
     data = _parse(text, str(path))
     if not isinstance(data, dict):
-        found = "nothing" if data is None else f"a {type(data).__name__}"
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values; the file holds {found}")
+        content = "nothing" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values; the file contains {content}")
     return data
 
 
 def _parse(text: str, where: str) -> Any:
-    """Read YAML. Raises RecipeError of one line, which begins with `where`, however the text is broken."""
+    """Parse YAML. Raises a one-line RecipeError that begins with `where`, however broken the text is."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except RecipeError as error:
         raise RecipeError(f"{where}, {error}") from error
-    # ValueError: an integer of thousands of digits; RecursionError: thousands of brackets.
+    # ValueError: an integer with thousands of digits; RecursionError: thousands of brackets.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise RecipeError(f"{where}{place}: not valid YAML: {problem}") from error
+        raise RecipeError(f"{where}{line}: not valid YAML: {problem}") from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -178,7 +178,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not all(names):
         raise RecipeError(f"override {override!r:.80}: write it as key.sub=value")
     _check_key(key)
-    # As a tree of its own, since the value may be a mapping that holds paths.
+    # Build a separate tree: the value may be a mapping that contains paths.
     tree: dict[str, Any] = {names[-1]: _parse(text, f"override {key}")}
     for name in reversed(names[:-1]):
         tree = {name: tree}
@@ -191,7 +191,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _check_key(key: str) -> None:
-    """Refuse an override of a key that no recipe has."""
+    """Raise RecipeError for a key that recipes do not have."""
     section: type[Settings] | None = Recipe
     names = key.split(".")
     for depth, name in enumerate(names):
@@ -228,9 +228,9 @@ def _resolve_paths(data: dict[str, Any], directory: Path, where: str) -> None:
 
 
 def _resolve(key: str, value: str, directory: Path, *, is_path: bool) -> str:
-    """Make a path absolute; a name that could be a hub id stays as it is unless such a path exists."""
+    """Make a path absolute; keep a possible Hub id unless a path of that name exists."""
     if not value:
-        raise RecipeError(f"{key}: is empty; give a path, or leave the key out")
+        raise RecipeError(f"{key}: is empty; give a path, or remove the key")
     try:
         path = Path(value).expanduser()
     except RuntimeError as error:
@@ -238,12 +238,12 @@ def _resolve(key: str, value: str, directory: Path, *, is_path: bool) -> str:
     try:
         exists = (directory / path).exists()
     except OSError as error:  # such as a name of more than 255 bytes
-        raise RecipeError(f"{key}: {value[:60]!r}... can be no path: {error.strerror}; give another") from error
+        raise RecipeError(f"{key}: {value[:60]!r}... is not a valid path: {error.strerror}; give another") from error
     if is_path or is_local(value) or (":" not in value and exists):
         return os.path.normpath(directory / path)
     return value
 
 
 def _dotted(path: str) -> str:
-    """Mark a relative path as one, so that it is not taken for a hub id."""
+    """Prefix a relative path with `./`, so that it is not read as a Hub id."""
     return path if path.startswith(".") else f"./{path}"

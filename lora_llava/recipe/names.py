@@ -1,4 +1,4 @@
-"""The setting that a user meant by a key the recipe does not have: by other kits' names, by place, by spelling."""
+"""Suggest the setting that a user meant by an unknown key: by section, by other tools' names, by spelling."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from lora_llava.recipe.fields import Settings, settings_of
 from lora_llava.recipe.settings import Recipe
 from lora_llava.system.text import listed
 
-DOCS = "docs/settings.md"
-"""Where every setting is listed."""
-_FEW = 8
-"""Keys of a section that an error lists; a longer list is not read."""
+_DOCS = "docs/settings.md"
+_MAX_LISTED_KEYS = 8
+"""Sections with more keys than this are not listed in an error."""
 
-_SAME = {
+_SYNONYMS = {
     "stages.instruct.learning_rate": "lr rate base_lr max_lr initial_lr peak_lr init_lr learning_rates",
     "stages.instruct.mm_projector_lr": "projector_lr aligner_lr mm_projector_learning_rate projector_learning_rate",
     "stages.instruct.num_train_epochs": "epochs epoch num_epochs n_epochs max_epochs train_epochs num_training_epochs",
@@ -96,105 +95,105 @@ _SAME = {
     "evaluation.blind_questions": "blind",
     "card.license": "licence model_license",
 }
-"""What LLaVA, LLaMA-Factory, axolotl, ms-swift, TRL, unsloth, Lightning and people call a setting of the recipe."""
+"""Names for a setting in LLaVA, LLaMA-Factory, axolotl, ms-swift, TRL, unsloth, Lightning and by users."""
 
-_OTHER_WAY = {
+_REPLACED = {
     "gradient_accumulation_steps grad_accum accumulation_steps gradient_accumulation accumulate_grad_batches": (
-        "batch_size counts the conversations of a whole optimizer step, and micro-batches follow from the memory: set "
-        "stages.instruct.batch_size, and leave this out"
+        "batch_size counts the conversations of a whole optimizer step, and the micro-batch follows from the memory: "
+        "set stages.instruct.batch_size, and remove this"
     ),
     "warmup warmup_steps num_warmup_steps lr_warmup_steps": (
-        "set stages.instruct.warmup_ratio, the share of the steps, such as 0.03"
+        "set stages.instruct.warmup_ratio, the fraction of the steps, such as 0.03"
     ),
     "freeze_backbone freeze_vision_tower freeze_vit freeze_llm freeze_language_model freeze_aligner "
     "tune_mm_mlp_adapter train_projector train_vision train_mm_mlp_adapter unfreeze trainable freeze modules_to_save": (
-        "what is trained is set by the stage: align trains the projector, instruct the LoRA and the projector"
+        "the stage decides what is trained: align trains the projector, instruct the LoRA and the projector"
     ),
     "deepspeed fsdp fsdp_config num_gpus gpus devices tensor_parallel_size nproc_per_node world_size num_processes "
-    "accelerator strategy ddp": "a run uses one GPU, or the CPU; leave it out",
+    "accelerator strategy ddp": "a run uses one GPU, or the CPU; remove it",
     "augment augmentation augmentations image_augmentation data_augmentation transforms random_crop flip": (
-        "images are not augmented; write changed copies of them into the data instead"
+        "images are not augmented; add augmented copies to the data instead"
     ),
-    "trust_remote_code": "code of a model's repository is never run; leave it out",
+    "trust_remote_code": "code from model repositories is never run; remove it",
     "token hf_token hub_token push_to_hub hub_model_id hub_private_repo": (
-        "a run sends nothing; publish its result with: lora-llava push"
+        "a run uploads nothing; publish the result with: lora-llava push"
     ),
     "resume resume_training auto_resume": "resume with: lora-llava finetune RECIPE --resume",
     "overwrite overwrite_output_dir": "replace an earlier run with: lora-llava finetune RECIPE --overwrite",
     "train_on_inputs mask_inputs train_on_input assistant_only_loss completion_only_loss": (
-        "the loss is always of the answers alone; leave it out"
+        "the loss always covers only the answers; remove it"
     ),
-    "shuffle": "records are shuffled in every epoch, by seed; leave it out",
+    "shuffle": "records are always shuffled each epoch, using seed; remove it",
     "image_size resolution image_resolution max_pixels min_pixels": (
-        "the vision tower sets the size of images; choose another with base.vision_tower"
+        "the vision tower determines the image size; choose another with base.vision_tower"
     ),
     "merge merge_lora save_merged": "merge a finished artifact with: lora-llava merge",
-    "device cuda gpu": "the GPU is used if there is one; leave it out",
+    "device cuda gpu": "the GPU is used if there is one; remove it",
 }
-"""What other kits have as a setting, and how this one does it."""
+"""Settings of other tools that this one replaces by something else."""
 
-_KEY_OF = {name: key for key, names in _SAME.items() for name in names.split()}
-_TEXT_OF = {name: text for names, text in _OTHER_WAY.items() for name in names.split()}
+_KEY_OF = {name: key for key, names in _SYNONYMS.items() for name in names.split()}
+_TEXT_OF = {name: text for names, text in _REPLACED.items() for name in names.split()}
 
 
-def meant_by(place: Sequence[str], name: str, section: type[Settings] | None) -> str:
-    """Say what was meant by the key `name`, which `section` at `place` does not have; it begins with `; `."""
+def meant_by(above: Sequence[str], name: str, section: type[Settings] | None) -> str:
+    """Return a hint, starting with `; `, for the key `name` that `section`, at the path `above`, does not have."""
     word = name.strip().lower().replace("-", "_")
     if word in _TEXT_OF:
         return f"; {_TEXT_OF[word]}"
     fields = list(section.model_fields) if section else []
-    key = _elsewhere(place, word) or _same_thing(place, word) or _misspelt(place, word, fields)
+    key = _in_other_section(above, word) or _by_synonym(above, word) or _by_spelling(above, word, fields)
+    section_key = ".".join(above)
     if key is not None:
-        above = ".".join(place)
-        return f"; did you mean {key.removeprefix(above + '.') if above else key}?"
-    if fields and len(fields) <= _FEW:
-        return f"; {'.'.join(place) or 'a recipe'} has {listed(fields)}"
-    return f"; {DOCS} lists every setting"
+        return f"; did you mean {key.removeprefix(f'{section_key}.')}?"
+    if fields and len(fields) <= _MAX_LISTED_KEYS:
+        return f"; {section_key or 'a recipe'} has {listed(fields)}"
+    return f"; {_DOCS} lists every setting"
 
 
 def all_keys() -> list[str]:
-    """List every key of a recipe, sections included, by their dotted names."""
-    keys = [one.key for one in settings_of(Recipe)]
-    above = [key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)]
-    return list(dict.fromkeys([*keys, *above]))
+    """List all dotted keys of a recipe, sections included."""
+    keys = [setting.key for setting in settings_of(Recipe)]
+    sections = [key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)]
+    return list(dict.fromkeys([*keys, *sections]))
 
 
-def _same_thing(place: Sequence[str], word: str) -> str | None:
-    """Find the setting that others call `word`, in the stage where the user is if it has it."""
+def _by_synonym(above: Sequence[str], word: str) -> str | None:
+    """Return the setting that other tools call `word`, if possible in the stage that the key is in."""
     key = _KEY_OF.get(word)
-    return None if key is None else _near([key, *_in_other_parts(key)], place)
+    return None if key is None else _nearest([key, *_counterparts(key)], above)
 
 
-def _in_other_parts(key: str) -> list[str]:
-    """List the settings of other sections that are named alike, such as those of the other stage."""
+def _counterparts(key: str) -> list[str]:
+    """List the settings of the same name in the other stage and the evaluation."""
     short = key.removeprefix("stages.instruct.")
     return [f"stages.align.{short}", f"evaluation.{short}"] if short != key else []
 
 
-def _elsewhere(place: Sequence[str], word: str) -> str | None:
-    """Find a setting of just this name in another section."""
-    return _near([key for key in all_keys() if key.rpartition(".")[2] == word], place)
+def _in_other_section(above: Sequence[str], word: str) -> str | None:
+    """Return a setting with exactly this name in another section."""
+    return _nearest([key for key in all_keys() if key.rpartition(".")[2] == word], above)
 
 
-def _misspelt(place: Sequence[str], word: str, fields: list[str]) -> str | None:
-    """Find a key that is spelt nearly so: of this section, then of all, then of other kits' names."""
+def _by_spelling(above: Sequence[str], word: str, fields: list[str]) -> str | None:
+    """Return a key with a similar spelling: in this section, then in all, then among other tools' names."""
     if near := difflib.get_close_matches(word, fields, 1):
-        return ".".join([*place, near[0]])
+        return ".".join([*above, near[0]])
     names = {key.rpartition(".")[2] for key in all_keys()}
     if near := difflib.get_close_matches(word, names, 1, cutoff=0.75):
-        return _elsewhere(place, near[0])
+        return _in_other_section(above, near[0])
     near = difflib.get_close_matches(word, _KEY_OF, 1, cutoff=0.8)
-    return _same_thing(place, near[0]) if near else None
+    return _by_synonym(above, near[0]) if near else None
 
 
-def _near(keys: Sequence[str], place: Sequence[str]) -> str | None:
-    """Choose the key that shares most of its way with `place`; of those alike one of the training, the shortest."""
+def _nearest(keys: Sequence[str], above: Sequence[str]) -> str | None:
+    """Return the key that shares the longest prefix with `above`; among equals, prefer training and short keys."""
     known = set(all_keys())
 
-    def far(key: str) -> tuple[int, bool, int, bool]:
+    def distance(key: str) -> tuple[int, bool, int, bool]:
         names = key.split(".")
-        shared = next((n for n, pair in enumerate(zip(names, place, strict=False)) if pair[0] != pair[1]), None)
-        shared = min(len(names), len(place)) if shared is None else shared
+        shared = next((n for n, pair in enumerate(zip(names, above, strict=False)) if pair[0] != pair[1]), None)
+        shared = min(len(names), len(above)) if shared is None else shared
         return -shared, names[0] in ("evaluation", "card"), len(names), "instruct" not in names
 
-    return min((key for key in keys if key in known), key=far, default=None)
+    return min((key for key in keys if key in known), key=distance, default=None)

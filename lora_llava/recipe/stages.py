@@ -1,6 +1,6 @@
-"""The settings of a stage and of its data, typed; the recipe that holds them is in `recipe`.
+"""The settings of a stage and its data, typed. `settings` has the recipe that contains them.
 
-Names are those that users know from Hugging Face, PEFT and LLaVA.
+Names follow Hugging Face, PEFT and LLaVA.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from lora_llava.recipe.fields import Count, Form, Names, NotNegative, OnResume, 
 StageName = Literal["align", "instruct"]
 
 AspectRatio = Literal["pad", "square"]
-"""How an image becomes a square; see ImageSettings."""
+"""How an image is made square; see `ImageSettings`."""
 
-MAX_EPOCHS = 1000
-"""Most epochs of a stage: every step is planned before the first."""
-MAX_STEPS = 1_000_000
-"""Most optimizer steps of a stage, for the same reason; LLaVA-1.5 takes 5,200 in stage 2."""
-MIN_RATE = 1e-9
-"""Lowest learning rate: a fp32 weight of 0.01, as a projector has, does not change by less than 5e-10."""
+_MAX_EPOCHS = 1000
+"""Maximum epochs of a stage: every step is planned before the first."""
+_MAX_STEPS = 1_000_000
+"""Maximum optimizer steps of a stage, for the same reason; stage 2 of LLaVA-1.5 takes 5,200."""
+_MIN_RATE = 1e-9
+"""Minimum learning rate: an fp32 weight of 0.01, typical of a projector, does not change by less than 5e-10."""
 LLAVA_BATCH_SIZE: dict[StageName, int] = {"align": 256, "instruct": 128}
-"""Conversations in an optimizer step of LLaVA-1.5; the most that `batch_size: auto` takes."""
+"""Conversations per optimizer step in LLaVA-1.5; the maximum for `batch_size: auto`."""
 
 GradientCheckpointing = bool | Literal["selective"]
-"""What is computed again on the way back: nothing, the cheap part of a layer, or whole layers; see `recompute`."""
+"""What the backward pass recomputes: nothing (false), cheap ops (`selective`), or whole layers (true)."""
 
 
 class ColumnSettings(Settings):
@@ -35,91 +35,91 @@ class ColumnSettings(Settings):
     example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
     image: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column of the images, or of their paths; null: text only."""
+    """Column with the images or their paths; null: text only."""
     question: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column of the questions."""
+    """Column with the questions."""
     answer: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column of the answers."""
+    """Column with the answers."""
     messages: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column of whole conversations, in place of question and answer."""
+    """Column with whole conversations, instead of question and answer."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.messages and (self.question or self.answer):
-            raise ValueError("messages excludes question and answer")
+            raise ValueError("messages cannot be combined with question and answer")
         if not self.messages and not (self.question and self.answer):
             raise ValueError("give question and answer, or messages")
         return self
 
 
 class ValidationSettings(Settings):
-    """Records held out of training."""
+    """Records held out of training for validation."""
 
     example = "{share: 0.1} or {path: FILE}"
 
     path: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH_OR_ID] = None
-    """A file or data set of the same form as the training data."""
+    """A file or dataset in the same format as the training data."""
     share: Annotated[Share | None, OnResume.VALIDATION] = None
-    """Share of the training records, split by image, and by `data.group` if that is given."""
+    """Fraction of the training records, split by image, and by `data.group` if set."""
     exclude: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
-    """Records of `path` to leave out, as `data.exclude`."""
+    """Records of `path` to leave out, in the format of `data.exclude`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.path is None) == (self.share is None):
             raise ValueError("give path or share")
         if self.exclude and self.path is None:
-            raise ValueError("exclude is for records of path; those of a share are left out by data.exclude")
+            raise ValueError("exclude applies to path; for share, use data.exclude")
         return self
 
 
 class DataSettings(Settings):
-    """Where records come from."""
+    """Where the records come from."""
 
     example = "{path: FILE}"
 
     path: Annotated[str, OnResume.SAME_CONTENT, Names.PATH_OR_ID]
-    """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, parquet, a directory or a hub id."""
+    """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, parquet, a directory or a Hub id."""
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
-    """Directory of the images; default: that of the data file."""
+    """Directory that image paths are relative to; null: the directory of the data file."""
     split: Annotated[str, OnResume.SAME_CONTENT, Names.TEXT] = "train"
-    """Split of a data set."""
+    """Split of the dataset."""
     name: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Configuration of a hub data set."""
+    """Configuration of a Hub dataset."""
     revision: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Commit, branch or tag of a hub data set."""
+    """Commit, branch or tag of a Hub dataset."""
     columns: ColumnSettings | None = None
     answer_prompt: Annotated[str | None, OnResume.FORM, Names.TEXT] = None
-    """Text after each question that says what form the answer takes."""
+    """Text appended to each question that states the format of the answer."""
     max_records: Annotated[Count | None, OnResume.ORDER] = None
-    """Take the first so many records only."""
+    """Use only the first N records."""
     group: Annotated[str | None, OnResume.ORDER, Names.TEXT] = None
-    """Key of a record, or column, such as patient: no value of it is both in training and in validation."""
+    """Key or column, such as patient, whose values are never split between training and validation."""
     on_bad_record: Annotated[Literal["error", "skip"], OnResume.SAME_CONTENT] = "error"
-    """`skip` leaves out records that cannot be used; every image is then opened before the run. `error`: stop."""
+    """What to do with an unusable record. `error`: stop; `skip`: leave it out, and open every image before the run."""
     max_bad_records: Annotated[Count, OnResume.SAME_CONTENT] = 10
-    """With `skip`: more than so many stop the run all the same."""
+    """With `on_bad_record: skip`: abort after more than this many."""
     exclude: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
-    """JSON Lines of records to leave out, each with its number, as `lora-llava check` writes them."""
+    """JSON Lines file of records to leave out, by number, as `lora-llava check` writes it."""
     merge_turns: Annotated[Annotated[int, Field(ge=2)] | None, OnResume.ORDER] = None
-    """Train on the questions about an image as turns of one conversation, at most so many in each, as LLaVA-1.5
-    does; null: on the records as they are. Records held out for validation stay as they are."""
+    """Merge records about the same image into conversations of at most N questions, as LLaVA-1.5 does; null: do not
+    merge. Validation records are never merged."""
     window: Annotated[
         Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None, Form("[low, high]"), OnResume.FORM
     ] = None
-    """Of grey images with more than 8 bits: the values that become black and white, such as [0, 4095]; null: the
-    lowest and highest value of each image."""
+    """For gray images of more than 8 bits: the values shown as black and white, such as [0, 4095]; null: the lowest and
+    highest value of each image."""
     validation: ValidationSettings | None = None
 
     @property
-    def grey_window(self) -> tuple[float, float] | None:
-        """The window as a pair."""
+    def gray_window(self) -> tuple[float, float] | None:
+        """`window` as a pair."""
         return None if self.window is None else (self.window[0], self.window[1])
 
     @model_validator(mode="after")
     def _window(self) -> Self:
         if self.window is not None and self.window[0] >= self.window[1]:
-            raise ValueError(f"window {self.window}: the first value, which becomes black, must be the lower one")
+            raise ValueError(f"window {self.window}: the first value, shown as black, must be the lower one")
         return self
 
     @model_validator(mode="after")
@@ -128,131 +128,132 @@ class DataSettings(Settings):
         for key, path in (("path", self.path), ("validation.path", held_out)):
             if path and not self.columns and not path.endswith((".json", ".jsonl")):
                 raise ValueError(
-                    f"columns is needed, since {key} is not a .json or .jsonl file; for instance "
+                    f"columns is required because {key} is not a .json or .jsonl file; for example "
                     "columns: {image: COLUMN, question: COLUMN, answer: COLUMN}"
                 )
         if self.path.endswith((".json", ".jsonl", ".csv", ".tsv")) and (self.name or self.revision):
-            raise ValueError("name and revision are for hub data sets; path is a file")
+            raise ValueError("name and revision apply to Hub datasets; path is a file")
         return self
 
 
 class StageSettings(Settings):
-    """What both stages have."""
+    """Settings that both stages have."""
 
     data: DataSettings
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM]
-    """Form in which questions and answers are put to the language model."""
+    """Chat format of questions and answers."""
     system: Annotated[str | None, OnResume.FORM, Names.TEXT] = None
-    """Replaces the template's system text."""
+    """Replaces the system prompt of the template."""
     image_aspect_ratio: Annotated[AspectRatio | None, OnResume.FORM] = None
-    """Replaces that of `images` in this stage."""
+    """Overrides `images.image_aspect_ratio` for this stage."""
     max_length: Annotated[Count, OnResume.ORDER] = 2048
-    """Tokens of one conversation, the image's included; text beyond is cut off."""
+    """Maximum tokens per conversation, image tokens included; longer text is cut off."""
     packing: Annotated[Literal["tree", "none"], OnResume.ORDER] = "tree"
-    """`tree`: questions about one image share its tokens. It changes the speed, never the mathematics."""
+    """`tree`: questions about the same image share its tokens. Affects speed only, not the loss."""
     branches_per_tree: Annotated[Count, OnResume.ORDER] = 8
-    """Most conversations that share one image in one tree."""
+    """Maximum conversations that share one image in a tree."""
     tokens_per_micro_batch: Annotated[Count | Literal["auto"], OnResume.RESOLVED] = "auto"
-    """Most tokens of one forward pass, at least those of the longest conversation; `auto`, here and below: chosen from
-    the memory there is."""
+    """Maximum tokens per forward pass, at least those of the longest conversation. `auto`, here and below: derived from
+    the available memory."""
     num_train_epochs: Annotated[Positive, OnResume.ORDER] = 1.0
-    """Times that every record is trained on."""
+    """Number of passes over the records."""
     max_steps: Annotated[int, OnResume.ORDER] = -1
-    """Optimizer steps; -1: as `num_train_epochs` says."""
+    """Number of optimizer steps; -1: from `num_train_epochs`."""
     batch_size: Annotated[Count | Literal["auto"], OnResume.RESOLVED] = "auto"
-    """Conversations in one optimizer step, however they are packed. `auto`: as LLaVA-1.5 (align 256, instruct 128), or
-    the largest power of two below that gives 30 steps."""
+    """Conversations per optimizer step, independent of packing. `auto`: LLaVA-1.5's (align 256, instruct 128), or the
+    largest smaller power of two that gives 30 steps."""
     learning_rate: Annotated[Positive, OnResume.LATER]
-    """Highest learning rate, after the warm-up."""
+    """Peak learning rate, reached after warmup."""
     lr_scheduler_type: Annotated[Literal["cosine", "linear", "constant", "constant_with_warmup"], OnResume.LATER] = (
         "cosine"
     )
-    """How the learning rate falls after the warm-up."""
+    """Learning rate schedule after warmup."""
     warmup_ratio: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.03
-    """Share of the steps, at least one step, in which the learning rate rises to `learning_rate`."""
+    """Fraction of the steps (at least one step) over which the learning rate rises to `learning_rate`."""
     weight_decay: Annotated[NotNegative, OnResume.LATER] = 0.0
-    """Of weights; biases and norms do not decay."""
+    """Weight decay of AdamW; not applied to biases and norms."""
     max_grad_norm: Annotated[Positive, OnResume.LATER] = 1.0
-    """Gradients of a larger norm are scaled down to it."""
+    """Gradients are clipped to this norm."""
     adam_beta1: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.9
-    """Decay of AdamW's mean of the gradients."""
+    """AdamW's decay rate of the gradient average."""
     adam_beta2: Annotated[FiniteFloat, Field(ge=0, lt=1), OnResume.LATER] = 0.999
-    """Decay of AdamW's mean of their squares."""
+    """AdamW's decay rate of the squared gradient average."""
     on_non_finite: Annotated[Literal["error", "skip"], OnResume.FREE] = "error"
-    """A step whose loss or gradient is NaN or infinite: stop before it, or leave it out and go on (`skip`)."""
+    """What to do when a loss or gradient is NaN or infinite. `error`: stop before the step; `skip`: skip the step."""
     max_non_finite_steps: Annotated[Count, OnResume.FREE] = 3
-    """With `skip`: more than so many stop the run all the same."""
+    """With `on_non_finite: skip`: abort after more than this many."""
     optim: Annotated[
         Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"], OnResume.RESOLVED
     ] = "auto"
-    """`auto`: in fp32 where that fits."""
+    """Optimizer. `auto`: AdamW with fp32 states if it fits."""
     gradient_checkpointing: Annotated[GradientCheckpointing | Literal["auto"], OnResume.RESOLVED] = "auto"
-    """Memory for time: `selective` keeps matrix products and attention, true keeps a layer's input alone."""
+    """Activation checkpointing, which trades time for memory. `selective`: recompute cheap ops, keep matmuls and
+    attention; true: recompute whole layers."""
     gradient_checkpointing_layers: Annotated[int, Field(ge=0), OnResume.RESOLVED] = 0
-    """With `selective`: so many layers, from the first, keep their input alone."""
+    """With `selective`: recompute the first N layers entirely."""
     cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"
-    """Compute what the vision tower makes of an image once, not in every epoch; on disk it stays in the run's
-    directory. Worth it from the second epoch on."""
+    """Compute the vision tower's features once per image instead of in every epoch; `disk` stores them in the run's
+    directory. Pays off from the second epoch."""
     dataloader_num_workers: Annotated[int, Field(ge=0), OnResume.FREE] = 0
-    """Processes that prepare images and rows beside the training; 0: none."""
+    """Worker processes that load images and build batches; 0: none."""
     logging_steps: Annotated[Count, OnResume.FREE] = 10
-    """Optimizer steps from one line of the log to the next; fewer in a short stage, which has ten lines at least."""
+    """Optimizer steps between log lines; fewer in a short stage, which gets at least ten lines."""
     eval_steps: Annotated[Count | Literal["auto"] | None, OnResume.FREE] = "auto"
-    """Optimizer steps from one validation to the next. `auto`: ten validations, or fewer so that they take a tenth of
-    the time at most; null: at the end only."""
+    """Optimizer steps between validations. `auto`: ten validations, or fewer so that they take at most a tenth of the
+    time; null: only at the end."""
     keep: Annotated[Literal["best", "last"], OnResume.LATER] = "best"
-    """Weights that the artifact holds: those of the lowest validation loss, or of the last step. Without validations
-    before the end, `best` is the last."""
+    """Weights to save in the artifact: those with the lowest validation loss, or those of the last step. Without
+    validations before the end, `best` means the last."""
     early_stopping_patience: Annotated[Count | None, OnResume.LATER] = None
-    """Stop the stage after this many validations in a row that are no better than the best; null: train to the end."""
+    """Stop the stage after this many validations without improvement; null: train to the end."""
     num_sample_answers: Annotated[int, Field(ge=0), OnResume.FREE] = 4
-    """Validation questions answered at each validation."""
+    """Validation questions to answer at each validation."""
     save_steps: Annotated[Count | Literal["auto"], OnResume.FREE] = "auto"
-    """Optimizer steps from one checkpoint to the next; `auto`: some minutes of work, so that saving takes little of the
-    time. The best by validation loss, and the last step, are saved in any case."""
+    """Optimizer steps between checkpoints. `auto`: every few minutes, so that saving takes little of the time. The best
+    step by validation loss and the last step are always saved."""
     save_total_limit: Annotated[int, Field(ge=2), OnResume.FREE] = 2
-    """Checkpoints that are kept; the best by validation loss and the last are always among them."""
+    """Number of checkpoints to keep, always including the best by validation loss and the last."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.template == "plain" and self.data.merge_turns:
-            raise ValueError("template plain takes one caption an image; take data.merge_turns out or change template")
+            raise ValueError("template plain takes one caption per image; remove data.merge_turns or change template")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be -1 or at least 1")
-        if self.max_steps > MAX_STEPS:
+        if self.max_steps > _MAX_STEPS:
             raise ValueError(
-                f"max_steps {self.max_steps:,} is more than {MAX_STEPS:,}; leave it out to train for num_train_epochs"
+                f"max_steps {self.max_steps:,} is more than {_MAX_STEPS:,}; remove it to train for num_train_epochs"
             )
         if self.early_stopping_patience is not None and (self.data.validation is None or self.eval_steps is None):
             missing = "data.validation" if self.data.validation is None else "eval_steps"
             raise ValueError(f"early_stopping_patience needs {missing}: it counts validations during training")
-        if self.num_train_epochs > MAX_EPOCHS:
+        if self.num_train_epochs > _MAX_EPOCHS:
             raise ValueError(
-                f"num_train_epochs {self.num_train_epochs:g} is more than {MAX_EPOCHS:,}; one to ten are usual"
+                f"num_train_epochs {self.num_train_epochs:g} is more than {_MAX_EPOCHS:,}; one to ten are usual"
             )
-        if self.learning_rate < MIN_RATE:
+        if self.learning_rate < _MIN_RATE:
             raise ValueError(
-                f"learning_rate {self.learning_rate:g} is so small that fp32 weights cannot change; LLaVA's are 1e-3 "
-                "(align) and 2e-4 (instruct)"
+                f"learning_rate {self.learning_rate:g} is too small to change fp32 weights; LLaVA uses 1e-3 (align) "
+                "and 2e-4 (instruct)"
             )
         return self
 
 
 class AlignSettings(StageSettings):
-    """Stage 1: the projector alone, on captions."""
+    """Stage 1: train the projector on captions."""
 
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM] = "plain"
-    """Form of the captions; `plain`: the image, then the caption."""
+    """Chat format of the captions; `plain`: the image, then the caption."""
     learning_rate: Annotated[Positive, OnResume.LATER] = 1e-3
-    """Highest learning rate of the projector."""
+    """Peak learning rate of the projector."""
 
 
 class InstructSettings(StageSettings):
-    """Stage 2: LoRA and the projector, on conversations."""
+    """Stage 2: train a LoRA and the projector on conversations."""
 
     template: Annotated[Literal["vicuna_v1", "chatml"], OnResume.FORM] = "vicuna_v1"
-    """Form of the conversations."""
+    """Chat format of the conversations."""
     learning_rate: Annotated[Positive, OnResume.LATER] = 2e-4
-    """Highest learning rate of the LoRA."""
+    """Peak learning rate of the LoRA."""
     mm_projector_lr: Annotated[Positive | None, OnResume.LATER] = 2e-5
-    """Learning rate of the projector; null: that of the rest."""
+    """Peak learning rate of the projector; null: `learning_rate`."""

@@ -1,8 +1,8 @@
-"""`start_from`: what a recipe takes over from the artifact that it starts from, and what it may not say otherwise.
+"""`start_from`: settings that a recipe inherits from the artifact it starts from, and those it may not change.
 
-A LoRA is trained further as it is, so its form is the artifact's. Template, system text, image form and precision are
-the artifact's unless the recipe names them; a difference is said. Only small JSON files are read here; whether the
-artifact is whole and fits the base is for whoever loads it.
+Rank, scale and layers of the LoRA are always those of the artifact. Template, system text, image aspect ratio, window
+and precision are inherited unless the recipe sets them; a difference is reported. Only small JSON files are read here;
+loading checks that the artifact is complete and fits the base.
 """
 
 from __future__ import annotations
@@ -21,72 +21,72 @@ from lora_llava.recipe.stages import StageSettings
 
 _LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 _LEAVES = re.compile(r"\.\*\\\.\(([\w|]+)\)$")
-"""The end of the pattern that anchors LoRA on the language model: the names of its layers."""
+"""End of the regex that restricts a LoRA to the language model: the names of its layers."""
 
 
-_OWN_LAYERS = "layers of its own, named in its adapter_config.json"
+_OTHER_LAYERS = "other layers, listed in its adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What `start_from` says of itself."""
+    """The manifest and LoRA settings of the artifact in `start_from`."""
 
     directory: Path
     manifest: dict[str, Any]
     adapter: dict[str, Any]
-    """Values for `AdapterSettings`; empty if it has no LoRA."""
+    """Values for `AdapterSettings`; empty if the artifact has no LoRA."""
 
     @property
     def stage(self) -> str:
-        """The stage that left it."""
+        """Name of the stage that wrote the artifact."""
         return str(self.manifest.get("stage"))
 
 
-def read_start(directory: Path) -> Start | None:
-    """Read what an artifact says of itself; None if it is not there, or is damaged: then loading it says how."""
+def _read_start(directory: Path) -> Start | None:
+    """Read the manifest and LoRA settings of an artifact; None if missing or damaged, which loading reports."""
     manifest = _read_json(directory / "manifest.json")
-    form = _read_json(directory / "adapter_config.json")
-    if manifest is None or form is None:
+    config = _read_json(directory / "adapter_config.json")
+    if manifest is None or config is None:
         return None
-    return Start(directory, manifest, adapter_of(form) if manifest.get("stage") == "instruct" else {})
+    return Start(directory, manifest, adapter_of(config) if manifest.get("stage") == "instruct" else {})
 
 
-def adapter_of(form: Mapping[str, Any]) -> dict[str, Any]:
-    """Put an adapter_config.json into the words of a recipe."""
-    kind = "dora" if form.get("use_dora") else "rslora" if form.get("use_rslora") else "lora"
+def adapter_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate an adapter_config.json into the `adapter` settings of a recipe."""
+    kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     return {
         "type": kind,
-        "r": form.get("r"),
-        "lora_alpha": form.get("lora_alpha"),
-        "lora_dropout": form.get("lora_dropout", 0.0),
-        "target_modules": _targets(form.get("target_modules")),
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "target_modules": _targets(config.get("target_modules")),
     }
 
 
 def continued(recipe: Recipe) -> Recipe:
-    """Return the recipe as it will be run: with what it takes over from `start_from`.
+    """Return the recipe with the settings that it inherits from `start_from`.
 
-    Raises RecipeError for what the recipe says otherwise of a LoRA that is trained further, by name.
+    Raises RecipeError for `adapter` settings that differ from those of the LoRA in `start_from`.
     """
-    start = read_start(recipe.start_from) if recipe.start_from else None
+    start = _read_start(recipe.start_from) if recipe.start_from else None
     if start is None:
         return recipe
     first = recipe.stage_names[0]
     if start.adapter and first == "align":
         raise RecipeError(
-            f"start_from: {start.directory} has a LoRA, which stage align cannot use: it trains the projector alone. "
-            "Leave stages.align out (stages.align=null), or start from an artifact of stage align"
+            f"start_from: {start.directory} has a LoRA, which stage align cannot use: it trains only the projector. "
+            "Remove stages.align (stages.align=null), or start from an artifact of stage align"
         )
     if start.stage != first:
         return recipe
     update: dict[str, Any] = {}
     if start.adapter:
-        _refuse_another_form(recipe, start)
+        _refuse_other_adapter(recipe, start)
         update["adapter"] = _adapter(recipe.adapter, start)
     stage = _stage(recipe, recipe.stage(first), start.manifest)
     update["stages"] = recipe.stages.model_copy(update={first: stage})
     if recipe.evaluation is not None and stage.data.window != recipe.stage(first).data.window:
-        # The last stage alone has an evaluation, and asks about images in the shades of its training.
+        # The evaluation follows the last stage and must show images as that stage did.
         data = recipe.evaluation.data.model_copy(update={"window": stage.data.window})
         update["evaluation"] = recipe.evaluation.model_copy(update={"data": data})
     update["quantization"] = _quantization(recipe.quantization, start.manifest)
@@ -94,8 +94,8 @@ def continued(recipe: Recipe) -> Recipe:
 
 
 def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
-    """List the settings in which a recipe differs from the artifact that it starts from: key, and what to know."""
-    start = read_start(recipe.start_from) if recipe.start_from else None
+    """List the settings of a recipe that differ from those of the artifact in `start_from`, as key and message."""
+    start = _read_start(recipe.start_from) if recipe.start_from else None
     first = recipe.stage_names[0]
     if start is None or start.stage != first:
         return []
@@ -114,7 +114,7 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
     if _precision_is_known(manifest):
         pairs["quantization.type"] = (recipe.quantization.type, manifest["quantization"]["type"])
     return [
-        (key, f"{shown(now)}, but start_from was trained with {shown(before)}; the loss begins higher for it")
+        (key, f"{shown(now)}, but start_from was trained with {shown(before)}; expect a higher initial loss")
         for key, (now, before) in pairs.items()
         if now != before
     ]
@@ -125,22 +125,22 @@ def _adapter(settings: AdapterSettings, start: Start) -> AdapterSettings:
     return AdapterSettings.model_validate({**settings.model_dump(), **taken, "lora_alpha": float(taken["lora_alpha"])})
 
 
-def _refuse_another_form(recipe: Recipe, start: Start) -> None:
-    """Raise RecipeError for settings of the adapter that are given and are not the artifact's, all at once."""
+def _refuse_other_adapter(recipe: Recipe, start: Start) -> None:
+    """Raise RecipeError for all given `adapter` settings that differ from the artifact's."""
     wrong = [
-        f"adapter.{name}: is {shown(getattr(recipe.adapter, name))}, but the adapter in start_from ({start.directory}) "
-        f"has {_OWN_LAYERS if has is None else shown(has)}, and is trained further as it is. Leave adapter.{name} out"
-        for name, has in start.adapter.items()
-        if name in recipe.adapter.model_fields_set and not _same(getattr(recipe.adapter, name), has)
+        f"adapter.{name}: is {shown(getattr(recipe.adapter, name))}, but the LoRA in start_from ({start.directory}) "
+        f"has {_OTHER_LAYERS if value is None else shown(value)}, which cannot change. Remove adapter.{name}"
+        for name, value in start.adapter.items()
+        if name in recipe.adapter.model_fields_set and not _same(getattr(recipe.adapter, name), value)
     ]
     if wrong:
         raise RecipeError("\n".join(wrong))
 
 
-def _same(wanted: Any, has: Any) -> bool:
-    if isinstance(wanted, list) or isinstance(has, list):
-        return _layers(wanted) == _layers(has)
-    return bool(wanted == has)
+def _same(given: Any, trained: Any) -> bool:
+    if isinstance(given, list) or isinstance(trained, list):
+        return _layers(given) == _layers(trained)
+    return bool(given == trained)
 
 
 def _layers(targets: Any) -> set[str]:
@@ -148,7 +148,7 @@ def _layers(targets: Any) -> set[str]:
 
 
 def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) -> StageSettings:
-    """Return a stage with the template, system text, form and shades of images of the artifact, where it names none."""
+    """Return a stage that inherits template, system text, image aspect ratio and window where it sets none."""
     template = manifest.get("template") or {}
     update: dict[str, Any] = {}
     if "template" not in stage.model_fields_set and _takes(stage, template.get("name")):
@@ -166,25 +166,25 @@ def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) ->
 
 
 def _takes(stage: StageSettings, template: Any) -> bool:
-    """Tell whether a stage can be trained in a template."""
+    """Tell whether a stage supports a template."""
     return template in get_args(type(stage).model_fields["template"].annotation)
 
 
 def _quantization(settings: QuantizationSettings, manifest: Mapping[str, Any]) -> QuantizationSettings:
-    """Return the precision of the artifact, where the recipe names none."""
+    """Return the quantization of the artifact, unless the recipe sets one."""
     if not _precision_is_known(manifest) or settings.model_fields_set & {"type", "double_quant"}:
         return settings
     return settings.model_copy(update={name: manifest["quantization"][name] for name in ("type", "double_quant")})
 
 
 def _precision_is_known(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether the manifest says how the base was trained on; of an adapter of another tool nobody knows."""
-    found = manifest.get("quantization")
-    return bool(manifest.get("seen")) and isinstance(found, dict) and {"type", "double_quant"} <= set(found)
+    """Tell whether the manifest records the quantization; that of an imported adapter is unknown."""
+    recorded = manifest.get("quantization")
+    return bool(manifest.get("seen")) and isinstance(recorded, dict) and {"type", "double_quant"} <= set(recorded)
 
 
 def _targets(targets: Any) -> Any:
-    """Return the layers that a LoRA adapts as a recipe names them; None where it cannot."""
+    """Return `target_modules` of a LoRA as a recipe writes it; None if a recipe cannot express it."""
     if isinstance(targets, list):
         names = set(targets)
     elif isinstance(targets, str) and (match := _LEAVES.search(targets)):

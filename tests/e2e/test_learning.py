@@ -54,7 +54,7 @@ def moved(run: Any) -> set[str]:
 @pytest.mark.parametrize("count", STEPS)
 def test_k5_any_number_of_records_learns_with_defaults(tiny_base: Path, tmp_path: Path, count: int) -> None:
     path = write_set(tmp_path, tiny_base, count)
-    steps = f"{STEPS[count]} optimizer step{'' if count == 1 else 's'}, {WARMUP[count]} of them warm-up"
+    steps = f"{STEPS[count]} optimizer step{'' if count == 1 else 's'}, {WARMUP[count]} of them warmup"
     dry = CliRunner().invoke(cli, ["finetune", str(path), "--dry-run"])
     assert dry.exit_code == 0, dry.output
     assert steps in dry.output
@@ -73,14 +73,14 @@ def test_k5_any_number_of_records_learns_with_defaults(tiny_base: Path, tmp_path
 def test_k5_llavas_batch_on_few_records_learns_and_a_longer_stage_is_proposed(tiny_base: Path, tmp_path: Path) -> None:
     path = write_set(tmp_path, tiny_base, 48, batch_size=128, logging_steps=10)
     proposal = (
-        "1 optimizer step can teach the model little; with stages.instruct.batch_size=2 "
+        "1 optimizer step can change the model only a little; with stages.instruct.batch_size=2 "
         "stages.instruct.num_train_epochs=3: 72 steps"
     )
     check = CliRunner().invoke(cli, ["check", str(path), "--output", str(tmp_path / "report")])
     dry = CliRunner().invoke(cli, ["finetune", str(path), "--dry-run"])
     run = watched_run(path)
     for text in (check.output, dry.output, run.text):
-        assert "1 optimizer step, none of them warm-up" in text
+        assert "1 optimizer step, none of them warmup" in text
         assert proposal in text
     assert moved(run) >= {"lora_B", "projector"}
     assert [row["step"] for row in run.log if "loss" in row] == [1]

@@ -149,6 +149,6 @@ def test_k36_a_whole_model_is_not_what_a_recipe_says_of_a_fresh_one(project: Pat
             done = CliRunner().invoke(cli, [*command, str(project), override, f"output_dir={tmp_path / 'run'}"])
             assert done.exit_code == 2
             assert f"{override.partition('=')[0]}: " in done.stderr
-            assert "has no effect, because base.model_name_or_path names a whole model" in done.stderr
+            assert "has no effect, because base.model_name_or_path is a complete model" in done.stderr
     same = ["finetune", str(project), f"base.vision_feature_layer={has}", "--dry-run", f"output_dir={tmp_path / 'run'}"]
     assert CliRunner().invoke(cli, same).exit_code == 0

@@ -171,7 +171,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "base misspelled": (override("base.model_name_or_path=./bsae"), "does not exist. Did you mean base?"),
     "base without config": (remove("base/config.json"), "holds no config.json"),
     "config not JSON": (text("base/config.json", "{"), "not valid JSON"),
-    "config a list": (text("base/config.json", "[]"), "holds a list"),
+    "config a list": (text("base/config.json", "[]"), "contains a list"),
     "base not a LLaVA": (edited("base/config.json", model_type="bert"), "model_type is 'bert', needed 'llava'"),
     "custom code": (edited("base/config.json", auto_map={"AutoConfig": "c.C"}), "it needs code of its own (auto_map"),
     "base in bitsandbytes": (
@@ -221,7 +221,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "start_from damaged": (damaged_artifact, "was altered: its sha256 is"),
     "start_from of another base": (artifact_of_wider_base, "was trained on a base of another shape"),
     "start_from with LoRA outside": (artifact_outside, "has LoRA outside the language model"),
-    "start_from of another rank": (artifact_of_rank_2, "adapter.r: is 2, but the adapter in start_from"),
+    "start_from of another rank": (artifact_of_rank_2, "adapter.r: is 2, but the LoRA in start_from"),
     "bf16 on a CPU": (override("precision=bf16"), "bf16 cannot be computed on this machine"),
     "flex_attention on a CPU": (override("attn_implementation=flex_attention"), "has no backward pass on a CPU"),
     "layer misspelled": (

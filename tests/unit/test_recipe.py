@@ -74,17 +74,20 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("name: small", "name: small\nversion: 2"), "version"),
         (("some/llava", "some/llava, vision_tower: x"), "exclude each other"),
         (("{model_name_or_path: some/llava}", "{language_model: some/lm}"), "vision_tower"),
-        (("data/train.json", "some/data"), "columns is needed"),
-        (("data/train.json", "train.csv, revision: x, columns: {question: q, answer: a}"), "revision are for hub"),
+        (("data/train.json", "some/data"), "columns is required"),
+        (("data/train.json", "train.csv, revision: x, columns: {question: q, answer: a}"), "revision apply to Hub"),
         (("data/train.json", "data/train.json, validation: {share: 1.0}"), "less than 1"),
         (("data/train.json", "data/train.json, validation: {}"), "give path or share"),
         (("  instruct:", "  tune:"), "unknown key"),
-        (("data/train.json", "data/train.json, name: x"), "name and revision are for hub data sets"),
+        (("data/train.json", "data/train.json, name: x"), "name and revision apply to Hub datasets"),
         (
             ("data/train.json", "data/train.json, validation: {path: some/data}"),
-            "since validation.path",
+            "because validation.path",
         ),
-        (("model_name_or_path: some/llava", "language_model: a, vision_tower: b, revision: c"), "revision is that of"),
+        (
+            ("model_name_or_path: some/llava", "language_model: a, vision_tower: b, revision: c"),
+            "revision needs model_name_or_path",
+        ),
         (
             ("name: small", "name: small\nadapter: {target_modules: []}"),
             "such as [q_proj, v_proj], not []",
@@ -99,16 +102,16 @@ def test_wrong_values_are_refused(tmp_path: Path, change: tuple[str, str], words
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds nothing"),
-        ("# only a comment\n", "holds nothing"),
-        ("- a\n- b\n", "holds a list"),
+        ("", "contains nothing"),
+        ("# only a comment\n", "contains nothing"),
+        ("- a\n- b\n", "contains a list"),
         ("name: a\nname: b\n", "'name' occurs twice"),
         ("a: {b: 1, b: 2}\n", "'b' occurs twice"),
         ("a: &x 1\nb: *x\n", "aliases"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("a:\n\t- b\n", "not valid YAML"),
         ("a: [1, 2\n", "not valid YAML"),
-        ("? [a, b]\n: c\n", "plain word"),
+        ("? [a, b]\n: c\n", "simple word"),
         ("a: " + "[" * 5000 + "\n", "not valid YAML"),
         ("name: \udcff\n", "not UTF-8"),
     ],
@@ -153,7 +156,7 @@ def test_overrides_are_yaml_and_typed(tmp_path: Path) -> None:
         ("seed=x", "seed"),
         # Found by fuzzing.
         (f"base.language_model={'a' * 300}", "override base.language_model: language_model: 'aaa"),
-        (f"stages.instruct.data.path={'a' * 300}", "can be no path: File name too long"),
+        (f"stages.instruct.data.path={'a' * 300}", "is not a valid path: File name too long"),
     ],
 )
 def test_wrong_overrides_are_refused(tmp_path: Path, override: str, words: str) -> None:

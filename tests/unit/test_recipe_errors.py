@@ -13,7 +13,7 @@ from lora_llava.errors import RecipeError
 from lora_llava.recipe.errors import allowed
 from lora_llava.recipe.fields import settings_of
 from lora_llava.recipe.file import load_recipe
-from lora_llava.recipe.names import _KEY_OF, _OTHER_WAY, _SAME, _TEXT_OF, all_keys
+from lora_llava.recipe.names import _KEY_OF, _REPLACED, _SYNONYMS, _TEXT_OF, all_keys
 from lora_llava.recipe.settings import Recipe
 
 STAGE = {"data": {"path": "data/train.json"}, "batch_size": 4, "learning_rate": 0.1}
@@ -77,7 +77,7 @@ def test_k23_no_setting_answers_with_words_of_the_library(tmp_path: Path, key: s
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("stages.instruct.learning_rate", "0.1", "must be a number greater than 0, not '0.1'; leave the quotes out"),
+        ("stages.instruct.learning_rate", "0.1", "must be a number greater than 0, not '0.1'; remove the quotes"),
         ("stages.instruct.learning_rate", float("nan"), "a number greater than 0, not NaN; it must be finite"),
         ("stages.instruct.max_length", 0, "must be an integer of at least 1, not 0"),
         ("stages.instruct.packing", "trees", "must be 'tree' or 'none', not 'trees'; did you mean tree?"),
@@ -181,8 +181,8 @@ def test_k23_no_unknown_key_lists_more_names_than_one_reads(tmp_path: Path, key:
 
 
 def test_k23_other_kits_names_lead_to_settings_that_there_are() -> None:
-    assert set(_SAME) <= set(all_keys())
-    names = [name for texts in (_SAME.values(), _OTHER_WAY) for text in texts for name in text.split()]
+    assert set(_SYNONYMS) <= set(all_keys())
+    names = [name for texts in (_SYNONYMS.values(), _REPLACED) for text in texts for name in text.split()]
     assert len(names) == len(set(names)) == len(_KEY_OF) + len(_TEXT_OF)
     own = {key.rpartition(".")[2] for key in all_keys()}
     assert not own & set(names), "a setting of the recipe is found by its name before the table is asked"
@@ -192,7 +192,7 @@ def test_k23_other_kits_names_lead_to_settings_that_there_are() -> None:
 def test_k20_several_files_are_named_for_what_they_are(tmp_path: Path, key: str) -> None:
     (line,) = problems(tmp_path, with_value(key, ["a.json", "b.json"]))
     assert line.startswith(f"{key}: ")
-    assert "Several files cannot be read as one yet: join them" in line
+    assert "Several files cannot be read as one: join them" in line
     assert '["a.json", "b.json"]' in line
 
 

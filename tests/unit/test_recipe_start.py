@@ -71,8 +71,8 @@ def test_k8_another_form_is_refused_by_name(tmp_path: Path, override: str, has: 
         load(tmp_path, override)
     key = override.partition("=")[0]
     assert str(caught.value).startswith(f"{key}: ")
-    assert f"but the adapter in start_from ({tmp_path / 'before'}) has {has}, " in str(caught.value)
-    assert str(caught.value).endswith(f"is trained further as it is. Leave {key} out")
+    assert f"but the LoRA in start_from ({tmp_path / 'before'}) has {has}, " in str(caught.value)
+    assert str(caught.value).endswith(f"which cannot change. Remove {key}")
 
 
 def test_k8_all_of_another_form_is_refused_at_once(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def settings(**changes: Any) -> InstructSettings:
 
 COS = [1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]
 TABLE = {
-    # Six steps, two of them warm-up: the third has the full rate, and a seventh would have none.
+    # Six steps, two of them warmup: the third has the full rate, and a seventh would have none.
     ("cosine", 6, 2): [1 / 3, 2 / 3, *COS],
     ("linear", 6, 2): [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25],
     ("constant_with_warmup", 6, 2): [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0],
@@ -124,21 +124,21 @@ def test_k5_auto_batch_is_llavas_own_where_it_can_be() -> None:
 
 def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
     auto = stage_length("instruct", settings(), 200)
-    assert auto.steps_line() == "50 optimizer steps, 2 of them warm-up"
+    assert auto.steps_line() == "50 optimizer steps, 2 of them warmup"
     assert auto.batch_line("instruct", settings()) == (
         "batch_size: 4 (auto: 200 records; LLaVA's 128 would give 2 steps)"
     )
     assert auto.proposal("instruct", settings()) is None
     llava = settings(batch_size=128)
     few = stage_length("instruct", llava, 200)
-    assert few.steps_line() == "2 optimizer steps, 1 of them warm-up"
+    assert few.steps_line() == "2 optimizer steps, 1 of them warmup"
     assert few.batch_line("instruct", llava) is None
     assert few.proposal("instruct", llava) == (
-        "2 optimizer steps can teach the model little; with stages.instruct.batch_size=8 "
+        "2 optimizer steps can change the model only a little; with stages.instruct.batch_size=8 "
         "stages.instruct.num_train_epochs=3: 75 steps"
     )
     one = stage_length("instruct", settings(), 1)
-    assert one.steps_line() == "1 optimizer step, none of them warm-up"
+    assert one.steps_line() == "1 optimizer step, none of them warmup"
     assert one.batch_line("instruct", settings()) == "batch_size: 1 (auto: 1 record; LLaVA's 128 would give 1 step)"
 
 

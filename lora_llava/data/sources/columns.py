@@ -47,7 +47,7 @@ def load_columns(
     used = set(_named(data, columns)) - {data.group}
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
-    images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.grey_window))
+    images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.gray_window))
     excluded = Exclusions(data.exclude)
     place = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
     records = []

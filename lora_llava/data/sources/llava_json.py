@@ -41,7 +41,7 @@ def load_llava_json(
     take it.
     """
     path = Path(data.path)
-    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.grey_window)
+    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.gray_window)
     images = ImageCells(root)
     excluded = Exclusions(data.exclude)
     records: list[Record] = []
