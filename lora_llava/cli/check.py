@@ -1,4 +1,4 @@
-"""The command that looks at data before a run does: check."""
+"""The command that checks data before a run: check."""
 
 from __future__ import annotations
 
@@ -14,47 +14,51 @@ from lora_llava.system.progress import phase
 if TYPE_CHECKING:
     from lora_llava.planning.preflight.setup import Start
 
-DIRECTORY = "check"
-"""Where the report lies, below the run's directory."""
+_DIRECTORY = "check"
+"""Directory of the report, inside the run's directory."""
 
 
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Directory [check/ of the run].")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes [one a core].")
-@click.option("--overwrite", is_flag=True, help="Check what finetune --overwrite would do.")
-@click.option("--resume", is_flag=True, help="Check what finetune --resume would do.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory of the report [check/ in that of the run].",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Number of processes [one per core].")
+@click.option("--overwrite", is_flag=True, help="Check for finetune --overwrite.")
+@click.option("--resume", is_flag=True, help="Check for finetune --resume.")
 def check(
     recipe: str, overrides: tuple[str, ...], output: Path | None, workers: int | None, overwrite: bool, resume: bool
 ) -> None:
-    """Open all data of RECIPE and report what is wrong with it.
+    """Check all data of a recipe and write a report.
 
-    Reads every record, decodes every image, encodes every conversation, and compares the sides of each split. Of
-    the base only the tokenizer is read. Ends with 1 if a run would fail.
+    Reads every record, decodes every image, tokenizes every conversation, and compares training with test data. Loads
+    only the tokenizer of the base model. The exit code is 1 if a run would fail.
     """
     clock = time.monotonic()
     settings = open_recipe(recipe, overrides)
-    directory = output or settings.resolved_output_dir / DIRECTORY
+    directory = output or settings.resolved_output_dir / _DIRECTORY
     if directory.exists() and not directory.is_dir():
-        raise click.UsageError(f"{directory} is a file, and the report needs a directory there; give another --output")
+        raise click.UsageError(f"{directory} is a file, and the report needs a directory; give another --output")
     console = make_console()
     leave_torch_out(settings)
     start: Start = "overwrite" if overwrite else "resume" if resume else "new"
     look_ahead(settings, recipe, console, start=start, data=False)
     from lora_llava.doctor.survey import survey
 
-    # First, so that the processes are forked before transformers makes this one large.
+    # Fork the processes before importing transformers makes this one large.
     phase("Reading the data")
-    found = survey(settings, workers)
+    surveyed = survey(settings, workers)
     quiet_libraries()
     from lora_llava.doctor.conversations import encode_sides
     from lora_llava.doctor.page import write_page
     from lora_llava.doctor.report import make_report, write_report
     from lora_llava.doctor.terminal import print_report
 
-    conversations = encode_sides(found, workers)
-    report = make_report(found, conversations, time.monotonic() - clock)
+    conversations = encode_sides(surveyed, workers)
+    report = make_report(surveyed, conversations, time.monotonic() - clock)
     write_report(report, write_page(report), directory)
     print_report(report, click.format_filename(directory), console)
     if report.count("error"):

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, quiet libraries, the console, opening a recipe."""
+"""Shared by the commands: errors as one message, quiet libraries, the console, opening a recipe."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ if TYPE_CHECKING:
     from lora_llava.recipe.settings import Recipe
 
 INTERRUPTED = 130
-"""Exit code of a command that was stopped from the keyboard, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 PROCESS_ENDS = "the process ends with the command"
-"""Object of the context of a command that nothing follows in its process."""
-_PLAIN_WIDTH = 160
+"""Context object of a command that is the last thing its process does."""
+_WIDTH_OF_PIPES = 160
+"""Columns where output is not a terminal."""
 
 
 class KitGroup(click.Group):
-    """Commands in the order given; an error is one message on stderr and an exit code."""
+    """Lists commands in the order they were added; reports an error as one message on stderr and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in the order in which a user meets them."""
+        """List the commands in the order they were added."""
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take --debug after a command's name too: that is where one adds it to a line that failed."""
+        """Accept --debug anywhere: users append it to a command that failed."""
         if "--debug" in args:
             args = ["--debug", *(arg for arg in args if arg != "--debug")]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an exception becomes a message and an exit code."""
+        """Run the command; turn an exception into a message and an exit code."""
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
@@ -59,34 +60,34 @@ class KitGroup(click.Group):
             click.echo(text.printable_lines(str(error)), err=True)
             ctx.exit(error.exit_code)
         except Exception as error:
-            # A closed pipe (`| head`) is click's to end quietly.
+            # click exits quietly when a pipe is closed (`| head`).
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
-            click.echo(text.printable_lines(f"Error: {describe(error, debug=ctx.params['debug'])}"), err=True)
+            click.echo(text.printable_lines(f"Error: {_describe(error, debug=ctx.params['debug'])}"), err=True)
             ctx.exit(error.exit_code if isinstance(error, LoraLlavaError) else 1)
 
 
 def memory_size(value: str) -> int:
-    """Read a size such as 12GiB or 11500 MiB as bytes; click names the option in its message."""
+    """Parse a memory size such as 12GiB or 11500 MiB into bytes. Raises click.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", value.strip(), re.IGNORECASE)
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size; write a number and GiB or MiB, such as 12GiB")
-    # A card "of 12 GB" holds 12 GiB.
+    # A "12 GB" GPU has 12 GiB.
     return int(float(match[1]) * (2**30 if match[2][0] in "gG" else 2**20))
 
 
 def file_size(value: str) -> int:
-    """Read a size of files, such as 5GB, as bytes: of files, GB is 10^9."""
+    """Parse a file size such as 5GB into bytes; GB is 10^9, GiB 2^30. Raises click.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", value.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
         raise click.BadParameter(f"{value!r} is not a size; write a number and MB or GB, such as 2GB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMG".index(match[2].upper()) + 1))
 
 
-def describe(error: Exception, *, debug: bool) -> str:
-    """Write an error for the user: the kit's own in full, any other as one line that names it."""
+def _describe(error: Exception, *, debug: bool) -> str:
+    """Return an error message for the user: a LoraLlavaError in full, any other as one line with its type."""
     if isinstance(error, LoraLlavaError):
         return str(error)
     text = " ".join(str(error).split())
@@ -97,13 +98,13 @@ def describe(error: Exception, *, debug: bool) -> str:
 
 
 def leave_torch_out(recipe: Recipe) -> None:
-    """Let this process do without PyTorch, which reading a base's configuration and tokenizer does not need.
+    """Keep transformers from importing PyTorch, which it does not need to read a configuration and a tokenizer.
 
-    transformers imports it wherever it finds it: 2.9 s of CPU time and 257 MB instead of 0.9 s and 68 MB (measured
-    on two cores). It looks for it once; None in `sys.modules`, Python's way to have a module not found, stays for
-    just as long, and transformers stays without it for the rest of the process. So PyTorch is kept in a process
-    that goes on after the command, such as a script that calls `cli`; also where it is loaded already, where a GPU
-    has to be asked what it can do, and for a GGUF base, which transformers reads with it alone.
+    Importing it takes 2.9 s of CPU time and 257 MB instead of 0.9 s and 68 MB (measured on two cores). transformers
+    looks for PyTorch once; None in `sys.modules`, which makes an import fail, is needed only until then, but
+    transformers does without PyTorch for the rest of the process. PyTorch therefore stays in a process that continues
+    after the command, such as a script that calls `cli`; if it is already loaded; if there is a GPU to query; and for a
+    GGUF base, which transformers reads with PyTorch.
     """
     from lora_llava.system.device import has_driver
 
@@ -111,7 +112,7 @@ def leave_torch_out(recipe: Recipe) -> None:
         return
     if "torch" in sys.modules or has_driver() or recipe.base.gguf_file is not None:
         return
-    # transformers would say at its import that it found none.
+    # Otherwise transformers prints at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.modules["torch"] = None  # type: ignore[assignment]  # typeshed knows modules only
     from transformers.utils import is_torch_available
@@ -121,8 +122,8 @@ def leave_torch_out(recipe: Recipe) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' warnings and bars off the screen, unless --debug was given; imports transformers."""
-    if not quiet_environment():
+    """Silence warnings and progress bars of libraries, unless --debug was given. Imports transformers."""
+    if not _quiet_environment():
         return
     from transformers.utils import logging as transformers_logging
 
@@ -130,17 +131,17 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def quiet_environment() -> bool:
-    """Say what the libraries must find when they are imported to be quiet; False if --debug was given."""
+def _quiet_environment() -> bool:
+    """Set what silences libraries before they are imported; return False if --debug was given."""
     if click.get_current_context().find_root().params.get("debug"):
         quiet.show_advice()
         return False
     import logging
     import warnings
 
-    # The tokenizers' own advice on forks, which this variable alone turns off.
+    # The only way to turn off the warning of tokenizers about forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Bars that transformers shows without asking its own settings; tqdm reads this when it is imported.
+    # Turns off bars that ignore transformers' own setting; tqdm reads it at import.
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     for library in ("bitsandbytes", "torch", "accelerate", "huggingface_hub", "httpx"):
@@ -149,22 +150,19 @@ def quiet_environment() -> bool:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Make the console of a command: as wide as the terminal, and wide enough for a line elsewhere.
-
-    What the command does shows its progress there.
-    """
+    """Create the console of a command and show its progress there; elsewhere than on a terminal, lines may be long."""
     from lora_llava.cli.console import PlainConsole
 
     console = PlainConsole(stderr=stderr)
     if not console.is_terminal:
-        console = PlainConsole(stderr=stderr, width=_PLAIN_WIDTH)
+        console = PlainConsole(stderr=stderr, width=_WIDTH_OF_PIPES)
     context = click.get_current_context()
     context.call_on_close(partial(hide, show_on(console)))
     return console
 
 
 def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Load the recipe file `name`; RecipeError tells apart a wrong path and the name of a bundled recipe."""
+    """Load the recipe file `name`. Raises RecipeError, with advice for the name of a bundled recipe."""
     from lora_llava.recipe.file import bundled_recipes, load_recipe
 
     path = Path(name)
@@ -173,36 +171,36 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
         key = path.name.removesuffix(".yaml")
         if key in bundled:
             raise RecipeError(
-                f"there is no file {name}; {key} is a recipe of the kit. Copy it first: lora-llava recipes copy {key}"
+                f"there is no file {name}; {key} is a bundled recipe. Copy it first: lora-llava recipes copy {key}"
             )
-        raise RecipeError(f"there is no recipe file {name}; the kit's own are {', '.join(sorted(bundled))}")
+        raise RecipeError(f"there is no recipe file {name}; the bundled ones are {', '.join(sorted(bundled))}")
     return load_recipe(path, overrides)
 
 
 def look_ahead(
     recipe: Recipe, file: str, console: Console, *, start: Start = "new", here: bool = True, data: bool = True
 ) -> None:
-    """Run the preflight on the recipe of `file`; PreflightError lists all problems, notices are printed.
+    """Run the preflight checks on the recipe in `file` and print notices. Raises PreflightError with all problems.
 
-    `here`: it is to run on this machine, and is not only planned for another; `data`: all images are opened too.
+    `here`: the run will be on this machine, not only planned for another. `data`: open all images too.
     """
     from lora_llava.planning.preflight.run import check_setup
     from lora_llava.planning.preflight.setup import Setup
 
-    quiet_environment()
+    _quiet_environment()
     for notice in check_setup(Setup.of(recipe, start, Path(file), here=here), data=data):
         console.print(f"Note: {notice}", soft_wrap=True, markup=False)
 
 
 def refuse_model(path: Path, base_model: str | None) -> None:
-    """Raise PreflightError if an artifact's base, or a whole model, cannot be loaded by what its files tell."""
+    """Raise PreflightError if the files of a model, or of an artifact's base, show that it cannot be loaded."""
     from lora_llava.planning.preflight import shipping
 
     shipping.refuse_model(path, base_model)
 
 
 def refuse_source(path: Path, base_model: str | None) -> None:
-    """Raise PreflightError if what is to be imported, or the base it is for, cannot be read by what its files tell."""
+    """Raise PreflightError if the files of a model to import, or of its base, show that it cannot be read."""
     from lora_llava.planning.preflight import shipping
 
     shipping.refuse_source(path)

@@ -1,4 +1,4 @@
-"""The console of the commands: texts of users and of their data are shown as they are, and never obeyed."""
+"""The console of the commands: text from users and data is shown literally, never interpreted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lora_llava.system.text import printable_lines
 
 
 class PlainConsole(Console):
-    """Writes control characters out, and knows neither markup nor emoji codes: `[red]` in a name is shown."""
+    """Escapes control characters and ignores markup and emoji codes: `[red]` in a name is printed as such."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Render as rich does; only rich's own segments may control the terminal."""
+        """Render as rich does; only rich's own control segments reach the terminal."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():
                 yield segment

@@ -1,10 +1,10 @@
-"""Commands that bring what was trained to where it is used: merge, export, import."""
+"""Commands that convert models: merge, export, import."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,15 +27,21 @@ _PATH = click.Path(path_type=Path)
 @click.argument("output", type=_PATH)
 @base_option
 @onto_option
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type to write [the base's].")
-@click.option("--max-shard-size", type=file_size, default="5GB", show_default=True, help="Largest file, such as 2GB.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Data type of the weights [that of the base].",
+)
+@click.option(
+    "--max-shard-size", type=file_size, default="5GB", show_default=True, help="Maximum size of a file, such as 2GB."
+)
 def merge(
     artifact: Path, output: Path, base_model: str | None, onto: str | None, dtype: str | None, max_shard_size: int
 ) -> None:
-    """Fold ARTIFACT, LoRA and projector, into its base.
+    """Merge an artifact into its base model.
 
-    Writes a model that plain transformers loads to OUTPUT, asks it and base + adapter the same questions, and
-    keeps it only if they agree.
+    Writes a model that transformers loads without PEFT to OUTPUT, after checking that it agrees with the base and
+    adapter.
     """
     refuse_existing(output)
     refuse_model(artifact, base_model)
@@ -49,16 +55,16 @@ def merge(
     report = merge_artifact(
         artifact,
         output,
-        base=onto,  # type: ignore[arg-type]  # click has checked it
+        base=onto,  # type: ignore[arg-type]  # checked by click
         base_model=base_model,
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=max_shard_size,
     )
-    show(summary(report, output), console)
+    _show(summary(report, output), console)
 
 
-def show(lines: list[str], console: Console) -> None:
-    """Print the lines of a report."""
+def _show(lines: list[str], console: Console) -> None:
+    """Print the lines of a summary."""
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 
@@ -67,16 +73,16 @@ def show(lines: list[str], console: Console) -> None:
 @click.argument("model", type=_PATH)
 @click.argument("output", type=_PATH)
 @click.option(
-    "--format", "layout", type=click.Choice(list(FORMATS), case_sensitive=False), required=True, help="Layout to write."
+    "--format", "layout", type=click.Choice(list(FORMATS), case_sensitive=False), required=True, help="Format to write."
 )
 @base_option
 @onto_option
 @template_option
-@click.option("--vision-tower", help="llava: name the tower instead of including it.")
+@click.option("--vision-tower", help="llava: refer to this vision tower instead of including it.")
 @click.option(
     "--outtype",
     type=click.Choice(["f32", "f16", "q8_0", "q4_0"]),
-    help="gguf: how weights are stored [f16; of gguf-lora f32].",
+    help="gguf: data type of the weights [f16; f32 for gguf-lora].",
 )
 def export(
     model: Path,
@@ -84,41 +90,33 @@ def export(
     layout: str,
     base_model: str | None,
     onto: str | None,
-    template: str | None,
-    vision_tower: str | None,
-    outtype: str | None,
+    **options: str | None,
 ) -> None:
-    """Write an artifact or a merged model in another layout.
+    """Export an artifact or a merged model to another format.
 
-    OUTPUT must not exist; it appears when it is complete and has been checked.
+    OUTPUT must not exist. It is created only after the result has been checked.
     """
     refuse_existing(output)
     refuse_model(model, base_model)
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()
-    options = ExportOptions(
-        base_model=base_model,
-        base=onto,  # type: ignore[arg-type]  # click has checked it
-        template=template,
-        vision_tower=vision_tower,
-        outtype=outtype,
-    )
-    report = FORMATS[layout](model, output, options)
-    show(report["summary"], console)
+    base: Any = onto  # checked by click
+    report = FORMATS[layout](model, output, ExportOptions(base_model=base_model, base=base, **options))
+    _show(report["summary"], console)
 
 
 @click.command("import")
 @click.argument("source", type=_PATH)
 @click.argument("output", type=_PATH)
-@partial(base_option, about="What an adapter was trained on: a LLaVA in the llava-hf layout, directory or hub id.")
-@click.option("--vision-tower", help="The tower of an original checkpoint, if not what its config names.")
+@partial(base_option, text="Base model of an adapter, in the llava-hf layout: directory or Hub id.")
+@click.option("--vision-tower", help="Vision tower of an original checkpoint, if not the one in its config.")
 @template_option
 def import_(source: Path, output: Path, base_model: str | None, vision_tower: str | None, template: str | None) -> None:
-    """Bring in SOURCE, made by another tool.
+    """Import a model or adapter from another tool.
 
-    An original LLaVA-1.5 checkpoint becomes a model in the llava-hf layout; an original LoRA, mm_projector.bin or
-    a PEFT adapter becomes an artifact. Pickled files are read for tensors alone.
+    An original LLaVA-1.5 checkpoint becomes a model in the llava-hf layout; an original LoRA, mm_projector.bin or PEFT
+    adapter becomes an artifact. Only tensors are read from pickled files.
     """
     refuse_existing(output)
     refuse_source(source, base_model)
@@ -127,4 +125,4 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     quiet_libraries()
     from lora_llava.shipping.importers import import_any
 
-    show(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)
+    _show(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)

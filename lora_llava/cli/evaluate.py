@@ -1,29 +1,41 @@
-"""Commands that ask a trained model: eval and chat."""
+"""The command that evaluates a model: eval."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import click
 
 from lora_llava.cli.common import make_console, quiet_libraries, refuse_model
 from lora_llava.cli.options import base_option, template_option
-from lora_llava.errors import DataError
 from lora_llava.system.files import shown_path
-from lora_llava.system.text import printable_lines
 
 if TYPE_CHECKING:
-    from lora_llava.generation.chat import Chat
-    from lora_llava.recipe.settings import EvaluationSettings
+    from lora_llava.recipe.settings import EvaluationSettings, MetricSetting
     from lora_llava.recipe.stages import DataSettings
 
 _EVALUATION = Path("evaluation")
 _METRICS = ["auto", "exact_match", "vqa_v2", "token_f1"]
 _PATH = click.Path(path_type=Path)
-_LAST_WORDS = ("exit", "quit", "/exit", "/quit")
+
+
+class _Options(TypedDict):
+    """Options of `eval` that become its settings."""
+
+    path: str
+    image_root: str | None
+    columns: str | None
+    split: str
+    answer_prompt: str | None
+    max_records: int | None
+    max_new_tokens: int
+    max_rows: int
+    metric: MetricSetting
+    by: tuple[str, ...]
+    base_questions: int
+    blind: int | None
 
 
 @click.command("eval")
@@ -32,33 +44,37 @@ _LAST_WORDS = ("exit", "quit", "/exit", "/quit")
     "--data",
     "path",
     required=True,
-    help="LLaVA JSON or JSONL; or, with --columns, CSV, flat JSON, parquet, directory, hub id.",
+    help="LLaVA JSON or JSONL; or, with --columns, flat JSON, CSV, parquet, a directory or a Hub id.",
 )
 @click.option("--image-root", help="Directory of the images [that of the data file].")
-@click.option("--columns", help="Such as image=image,question=question,answer=answer.")
+@click.option("--columns", help="For example image=image,question=question,answer=answer.")
 @click.option("--split", default="test", show_default=True, help="Split of a Hugging Face dataset.")
-@click.option("--answer-prompt", help="Text after each question [that of the artifact's training].")
-@click.option("--max-records", type=click.IntRange(min=1), help="Ask the first so many only.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--answer-prompt", help="Text appended to each question [as in training].")
+@click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Evaluate only the first N records.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Maximum tokens per answer."
+)
 @click.option(
     "--max-rows",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Questions decoded at a time.",
+    help="Questions decoded at once.",
 )
-@click.option("--metric", type=click.Choice(_METRICS), default="auto", show_default=True)
-@click.option("--by", multiple=True, metavar="KEY", help="Accuracy by a key or column of the data too; repeatable.")
+@click.option(
+    "--metric", type=click.Choice(_METRICS), default="auto", show_default=True, help="How answers are scored."
+)
+@click.option("--by", multiple=True, metavar="KEY", help="Break accuracy down by a key or column; repeatable.")
 @click.option("--no-base", is_flag=True, help="Do not ask the base.")
 @click.option(
     "--base-questions",
     type=click.IntRange(min=0),
     default=300,
     show_default=True,
-    help="Questions to ask the base; 0: all.",
+    help="Number of questions to ask the base; 0: all.",
 )
-@click.option("--blind", type=click.IntRange(min=1), metavar="N", help="Ask N questions without their images too.")
-@click.option("--start", type=_PATH, help="Artifact on the same base to compare with.")
+@click.option("--blind", type=click.IntRange(min=1), metavar="N", help="Ask N questions again without their images.")
+@click.option("--start", type=_PATH, help="Another artifact on the same base to compare with.")
 @click.option("--output", type=_PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
 @base_option
 @template_option
@@ -69,15 +85,16 @@ def evaluate(
     no_base: bool,
     base_model: str | None,
     template: str | None,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> None:
-    """Ask ARTIFACT and its base the questions of a data set.
+    """Compare a model with its base on a dataset.
 
-    A merged model has no base. Every answered turn of a record is a question. What counts as right, and what the
-    figures mean, is in docs/evaluation.md.
+    ARTIFACT is what a stage wrote, or a merged model, which has no base. Every answered turn of a record is a question.
+    See docs/evaluation.md for how answers are scored.
     """
-    refuse_results_in(output)
-    settings = evaluation_settings(options)  # A mistake on the command line shows before anything heavy is imported.
+    _refuse_results_in(output)
+    # Report mistakes on the command line before importing anything heavy.
+    settings = _evaluation_settings(options)
     refuse_model(artifact, base_model)
     quiet_libraries()
     from lora_llava.artifact import read_usage, template_to_ask
@@ -94,13 +111,20 @@ def evaluate(
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
 
 
-def evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
-    """Make settings of the options of `eval`; click.UsageError if they do not fit together."""
+def _evaluation_settings(options: _Options) -> EvaluationSettings:
+    """Turn the options into settings. Raises click.UsageError if they do not fit together."""
     from lora_llava.recipe.settings import EvaluationSettings
 
-    fields = {name: options[name] for name in ("path", "image_root", "split", "answer_prompt", "max_records")}
+    fields = {
+        "path": options["path"],
+        "image_root": options["image_root"],
+        "split": options["split"],
+        "answer_prompt": options["answer_prompt"],
+        "max_records": options["max_records"],
+        "columns": parse_columns(options["columns"]),
+    }
     return EvaluationSettings(
-        data=data_settings({**fields, "columns": parse_columns(options["columns"])}),
+        data=_data_settings(fields),
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["max_rows"],
         metric=options["metric"],
@@ -110,8 +134,8 @@ def evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     )
 
 
-def refuse_results_in(output: Path) -> None:
-    """Raise click.UsageError if the directory holds anything."""
+def _refuse_results_in(output: Path) -> None:
+    """Raise click.UsageError unless the directory is empty or missing."""
     if output.exists() and not output.is_dir():
         raise click.UsageError(f"{output} is a file; give a directory with --output")
     if output.is_dir() and any(output.iterdir()):
@@ -119,7 +143,7 @@ def refuse_results_in(output: Path) -> None:
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
-    """Read `key=column,key=column`; click.UsageError if it is not of that form."""
+    """Parse `key=column,key=column`. Raises click.UsageError for anything else."""
     if text is None:
         return None
     pairs = [pair.partition("=") for pair in text.split(",")]
@@ -128,8 +152,8 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def data_settings(fields: dict[str, Any]) -> DataSettings:
-    """Check the options that say where records come from; click.UsageError if they do not fit together."""
+def _data_settings(fields: Mapping[str, Any]) -> DataSettings:
+    """Turn the options about the data into settings. Raises click.UsageError if they do not fit together."""
     from pydantic import ValidationError
 
     from lora_llava.recipe.stages import DataSettings
@@ -138,84 +162,7 @@ def data_settings(fields: dict[str, Any]) -> DataSettings:
         return DataSettings.model_validate(fields)
     except ValidationError as error:
         problems = [
-            ".".join(["--data", *map(str, one["loc"])]) + ": " + one["msg"].removeprefix("Value error, ")
-            for one in error.errors()
+            ".".join(["--data", *map(str, details["loc"])]) + ": " + details["msg"].removeprefix("Value error, ")
+            for details in error.errors()
         ]
         raise click.UsageError("\n".join(problems)) from error
-
-
-def one_image(_: click.Context, __: click.Parameter, images: tuple[Path, ...]) -> Path | None:
-    """Return the image of `--image`; click.BadParameter if there are several."""
-    if len(images) > 1:
-        raise click.BadParameter(
-            f"given {len(images)} times; LLaVA-1.5 is trained on one image in a conversation. Ask about one at a time."
-        )
-    for image in images:
-        if image.is_dir():
-            raise click.BadParameter(f"needs a file; {image} is a folder")
-    return images[0] if images else None
-
-
-@click.command()
-@click.argument("artifact", type=_PATH)
-@click.argument("question", required=False)
-@click.option("--image", type=_PATH, multiple=True, callback=one_image, help="The image to talk about [none].")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@base_option
-@template_option
-def chat(
-    artifact: Path,
-    question: str | None,
-    image: Path | None,
-    max_new_tokens: int,
-    base_model: str | None,
-    template: str | None,
-) -> None:
-    """Ask ARTIFACT, or a merged model, about an image or without one.
-
-    Without a QUESTION, talk until an empty line, or exit. Only answers go to stdout.
-    """
-    if not artifact.exists():
-        raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")
-    refuse_model(artifact, base_model)
-    quiet_libraries()
-    console = make_console(stderr=True)
-    with console.status("loading the model"):
-        from lora_llava.generation.chat import Chat
-
-        conversation = Chat.open(artifact, image, base=base_model, template=template, max_new_tokens=max_new_tokens)
-    if question is not None:
-        _answer(conversation, question)
-        return
-    for one in questions():
-        try:
-            _answer(conversation, one)
-        except DataError as error:
-            if not sys.stdin.isatty():
-                raise
-            click.echo(printable_lines(f"Error: {error}"), err=True)
-
-
-def _answer(conversation: Chat, question: str) -> None:
-    """Ask, and write the answer to stdout while it grows."""
-    conversation.ask(question, write_piece)
-    click.echo()
-
-
-def write_piece(text: str) -> None:
-    """Write a piece of an answer; on a terminal, control characters other than line feeds are written out."""
-    if sys.stdout.isatty():
-        text = printable_lines(text)
-    # Otherwise click drops some of the control characters where stdout is not a terminal.
-    click.echo(text, nl=False, color=True)
-
-
-def questions() -> Iterator[str]:
-    """Yield lines of stdin up to an empty one, its end, or `exit`, with a prompt on a terminal."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    if prompt:
-        click.echo("An empty line or exit ends the talk.", err=True)
-    click.echo(prompt, nl=False, err=True)
-    while (line := sys.stdin.readline().strip()) and line.lower() not in _LAST_WORDS:
-        yield line
-        click.echo(prompt, nl=False, err=True)

@@ -1,4 +1,4 @@
-"""Commands that look: inspect a sample, show the environment."""
+"""Commands that show something: inspect, env."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lora_llava.cli.common import leave_torch_out, make_console, open_recipe, qu
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Which training record.")
-@click.option("--stage", type=click.Choice(["align", "instruct"]), help="Which stage [the recipe's last].")
+@click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the training record.")
+@click.option("--stage", type=click.Choice(["align", "instruct"]), help="Stage [the last of the recipe].")
 def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | None) -> None:
-    """Show one training record as the model will see it.
+    """Show one training record as the model sees it.
 
-    Each token, and whether it is learnt; lengths and tensors. Reads the tokenizer and the data of RECIPE, not
+    Prints each token, whether it is supervised, and the tensors of the record. Loads the tokenizer and the data, not
     the model.
     """
     settings = open_recipe(recipe, overrides)
@@ -28,7 +28,7 @@ def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | No
 
 @click.command()
 def env() -> None:
-    """Show versions, device and memory, for a report."""
+    """Show versions, device and memory, for a bug report."""
     quiet_libraries()
     from lora_llava.system.environment import describe_environment
 

@@ -1,4 +1,4 @@
-"""The command that publishes: push."""
+"""The command that publishes a model: push."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ _PATH = click.Path(path_type=Path)
 @click.command()
 @click.argument("model", metavar="ARTIFACT_OR_MODEL", type=_PATH)
 @click.argument("repo_id")
-@click.option("--private/--public", "private", default=True, show_default=True, help="Who may see a new repository.")
-@click.option("--run", type=_PATH, help="Directory of its run, for results and pictures [that of the artifact].")
-@click.option("--samples/--no-samples", default=True, show_default=True, help="Upload samples.png, with test images.")
-@click.option("--dry-run", is_flag=True, help="Show files and card; send nothing.")
+@click.option("--private/--public", "private", default=True, show_default=True, help="Visibility of a new repository.")
+@click.option("--run", type=_PATH, help="Directory of the run, for results and plots [that of the artifact].")
+@click.option(
+    "--samples/--no-samples", default=True, show_default=True, help="Upload samples.png, which shows test images."
+)
+@click.option("--dry-run", is_flag=True, help="Show the files and the card; upload nothing.")
 def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bool, dry_run: bool) -> None:
-    """Publish an artifact or a model on the Hugging Face Hub as REPO_ID (NAMESPACE/NAME).
+    """Publish on the Hugging Face Hub.
 
-    Uploads a listed set of files in one commit, with a model card made from the run, unless there is a README.md
-    beside the weights. Pushing again sends only what has changed.
+    Uploads an artifact or a model to REPO_ID (NAMESPACE/NAME) in one commit, with a model card generated from the run
+    unless there is a README.md next to the weights. Pushing again uploads only what changed.
     """
-    # Before the libraries are made quiet: an upload of many minutes keeps its bars on a terminal.
+    # Import before quiet_libraries, so that long uploads keep their progress bars on a terminal.
     import huggingface_hub.hf_api  # noqa: F401 - brings tqdm
 
     quiet_libraries()
@@ -47,8 +49,9 @@ def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bo
     prepared = prepare(model, repo_id, run=run, samples=samples)
     _show_files(prepared, console)
     if dry_run:
-        console.print(f"\ndry run: nothing was sent. The card, {'README.md as it is' * prepared.own_card or 'made'}:\n")
-        # Piped to a file it is the card as it is.
+        origin = "your README.md" if prepared.own_card else "generated"
+        console.print(f"\nDry run: nothing was uploaded. The card ({origin}):\n")
+        # Not escaped in a pipe, so that a file holds the card itself.
         click.echo(printable_lines(prepared.card) if sys.stdout.isatty() else prepared.card)
         return
     for line in push_prepared(prepared, public=not private):
@@ -56,7 +59,7 @@ def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bo
 
 
 def _show_files(prepared: Prepared, console: Console) -> None:
-    """Show what goes up and what does not."""
+    """Print which files are uploaded and which are not."""
     from rich.table import Table
 
     table = Table(title=f"To {prepared.repo_id}", title_justify="left")
@@ -64,10 +67,10 @@ def _show_files(prepared: Prepared, console: Console) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("")
     for file in prepared.files:
-        table.add_row(file.name, f"{file.size:,}", "without this machine's paths" if file.changed else "")
+        table.add_row(file.name, f"{file.size:,}", "local paths removed" if file.changed else "")
     console.print(table)
-    lines = [f"left out: {', '.join(prepared.left_out)}"] if prepared.left_out else []
+    lines = [f"not uploaded: {', '.join(prepared.left_out)}"] if prepared.left_out else []
     if prepared.needs_local_base:
-        lines.append("the base is a directory of this machine: others need it too; or merge first, and push that")
+        lines.append("the base model is a local directory, which others need too; or merge first and push the result")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)

@@ -167,7 +167,7 @@ def validation_line(settings: StageSettings, num_steps: int, interval: int) -> s
     stop = "" if patience is None else f"; stops after {counted(patience, 'validation')} without improvement"
     if patience is not None and count < patience + 2:
         stop = (
-            f"; early_stopping_patience: {patience} has no effect, which needs at least {patience + 2} validations: lower "
+            f"; early_stopping_patience: {patience} has no effect: it needs at least {patience + 2} validations; lower "
             "eval_steps, or remove it"
         )
     if interval >= num_steps:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_llava.artifact import load_model, read_usage
 from lora_llava.cli import cli
-from lora_llava.cli.evaluate import write_piece
+from lora_llava.cli.chat import write_piece
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.encode import Turn, get_template
 from lora_llava.data.load import ImageSource, Record

@@ -116,5 +116,5 @@ def test_k11_what_the_preflight_passes_runs_merges_exports_and_is_published(
         assert (vllm.exit_code != 0) == ("vLLM cannot serve the adapter" in said), vllm.output
     for model in (artifact, merged):
         shown = well(run("push", model, "someone/model", "--dry-run")).stdout
-        assert "nothing was sent" in shown
+        assert "nothing was uploaded" in shown
     assert json.loads((merged / "config.json").read_text(encoding="utf-8"))["model_type"] == "llava"

@@ -31,7 +31,7 @@ def test_what_arrives_is_what_is_here(
     assert result.exit_code == 0, result.output
     assert f"{hub.url}/{REPO}: 10 files, private" in result.stdout
     for name in ("optimizer.pt", "rng_state.pth", ".env", "notes.txt", "checkpoint-3/"):
-        assert name in result.stdout.partition("left out: ")[2]
+        assert name in result.stdout.partition("not uploaded: ")[2]
     repo = hub.repos[REPO]
     assert repo.private
     assert repo.files.keys() == ARTIFACT_FILES
@@ -98,7 +98,7 @@ def test_a_dry_run_sends_nothing(hub: LoopbackHub, artifact: Path, monkeypatch: 
     for name in ARTIFACT_FILES - {".gitattributes"}:
         assert name in result.stdout
     assert "library_name: peft" in result.stdout
-    assert "dry run: nothing was sent" in result.stdout
+    assert "Dry run: nothing was uploaded" in result.stdout
 
 
 def test_public_if_asked(hub: LoopbackHub, artifact: Path) -> None:

@@ -234,7 +234,7 @@ def test_k36_patience_that_cannot_act_is_said(eval_steps: int, acts: bool) -> No
     stage = settings(eval_steps=eval_steps).model_copy(update={"early_stopping_patience": 2})
     line = validation_line(stage, 100, eval_steps)
     assert ("stops after 2 validations without improvement" in line) == acts
-    assert ("early_stopping_patience: 2 has no effect, it needs at least 4 validations" in line) == (not acts)
+    assert ("early_stopping_patience: 2 has no effect: it needs at least 4 validations" in line) == (not acts)
 
 
 @pytest.mark.parametrize("missing", ["data.validation", "eval_steps"])
