@@ -1,4 +1,4 @@
-"""Rows of the plan as tensors. Shapes: T tokens of a row, I images, H = W pixels; see `layout` for the rest."""
+"""Rows of the plan as tensors. Shapes: T tokens of a row, I images of H = W pixels; `layout` has the others."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora_llava.data.packing import Row
 from lora_llava.recipe.stages import AspectRatio
 
 Batch = dict[str, torch.Tensor]
-"""What one forward pass takes; see `lay_out`."""
+"""Inputs of one forward pass; see `lay_out`."""
 ReadImage = Callable[[Record], torch.Tensor]
-"""Turns the image of a record into what the model takes: an `ImageTransform`, or features cached in its place."""
+"""Returns the image of a record as `pixel_values`, by an `ImageTransform`, or as cached features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ImageTransform:
 
 
 class PackedRows(Dataset[Batch]):
-    """The rows of a plan, in its order; images are decoded when a row is asked for."""
+    """The rows of a plan, in its order; images are decoded when a row is read."""
 
     def __init__(
         self, rows: Sequence[Row], records: Sequence[Record], encoded: Sequence[Encoded], read_image: ReadImage

@@ -1,9 +1,14 @@
-"""The packed forward pass: loss of a row of trees, equal to that of its conversations one by one."""
+"""The packed forward pass: the loss of a row of trees, equal to that of its conversations one by one.
+
+The last decoder layer computes only where a token is predicted: of all other positions only keys and values are read,
+so their queries, attention output and MLP have no influence on the loss. At the 7B's shapes that saves 2.5 % of the
+work, of a model of eight layers a tenth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,23 +18,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_llava.modeling.attention import attention_of, masked_inputs
-from lora_llava.modeling.last_layer import only_where_predicted
 from lora_llava.modeling.structure import HEAD_CHUNK, LANGUAGE_MODEL
 
 
 def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the last hidden states (S, hidden size) at the batch's `predict_positions`; see `data.batch.build_row`.
+    """Compute the last hidden states (S, hidden size) at the row's `target_positions` (S,); see `data.rows.build_row`.
 
-    The model is called as a whole, so that what wraps it (data parallelism) sees the call.
+    Calls the model as a whole, so that a wrapper (data parallelism) sees the call.
     """
     llava = llava_in(model)
     inputs = masked_inputs(batch, attention_of(llava), llava.get_input_embeddings().weight.dtype)
     last_layer = llava.get_submodule(LANGUAGE_MODEL).layers[-1]
-    with _without_head(llava), only_where_predicted(last_layer, batch["predicting_places"]):
+    with _without_head(llava), only_at(last_layer, batch["unique_target_positions"]):
         outputs = model(
             **inputs,
             pixel_values=batch.get("pixel_values"),
-            logits_to_keep=batch["predict_positions"],
+            logits_to_keep=batch["target_positions"],
             use_cache=False,
         )
     hidden_states: torch.Tensor = outputs.logits[0]
@@ -37,42 +41,45 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
 
 
 def packed_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the logits (S, vocabulary) at the batch's `predict_positions`."""
+    """Compute the logits (S, vocabulary) at the row's `target_positions` (S,)."""
     return _head_logits(llava_in(model).lm_head, packed_hidden_states(model, batch))
 
 
 def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: torch.Tensor | int) -> torch.Tensor:
-    """Sum of the cross-entropies of a row, in fp32, divided by `num_supervised`.
+    """Return the sum of a row's cross-entropies, in fp32, divided by `num_supervised`: a scalar.
 
-    Contract: `num_supervised` counts the supervised tokens of the whole optimizer step, over all its rows and
-    ranks; so the sum over the rows is the mean over the step, however it is cut.
+    Contract: `num_supervised` counts the supervised tokens of the whole optimizer step, over all its rows and ranks,
+    so the sum over the rows is the mean over the step, however the step is cut into rows.
     """
     hidden_states = packed_hidden_states(model, batch)
     return _sum_of_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"]) / num_supervised
 
 
 def _sum_of_losses(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Add up the cross-entropies chunk by chunk; of all but a single chunk the logits are computed again backwards."""
+    """Sum cross-entropy in chunks of (HEAD_CHUNK, hidden size) against `labels` (S,).
 
-    def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    With more than one chunk, the backward pass recomputes the logits instead of keeping (S, vocabulary).
+    """
+
+    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(_head_logits(head, hidden).float(), targets, reduction="sum")
 
     if len(labels) <= HEAD_CHUNK:
-        return of_chunk(hidden_states, labels)
+        return chunk_loss(hidden_states, labels)
     chunks = zip(hidden_states.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
-    losses: list[torch.Tensor] = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    losses: list[torch.Tensor] = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum()
 
 
 def _head_logits(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    # Accelerate hands out what a model computed in bf16 as fp32; the head stands outside and goes on in its own.
+    # Accelerate upcasts model outputs to fp32; lm_head is called outside the model, so cast back to its dtype.
     logits: torch.Tensor = head(hidden_states.to(head.weight.dtype))
     return logits
 
 
 @contextmanager
 def _without_head(llava: Any) -> Iterator[None]:
-    """Let the model's forward pass end before its head: what it returns as logits are hidden states."""
+    """Bypass lm_head inside the `with` block, so that the model returns hidden states as its logits."""
     head = llava.lm_head
     llava.lm_head = nn.Identity()
     try:
@@ -82,6 +89,37 @@ def _without_head(llava: Any) -> Iterator[None]:
 
 
 def llava_in(model: Any) -> Any:
-    """Take off what training wraps around the `LlavaForConditionalGeneration`: data parallelism, PEFT."""
+    """Unwrap the `LlavaForConditionalGeneration` from data parallelism and PEFT."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+@contextmanager
+def only_at(layer: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Inside the `with` block, run decoder `layer` only at unique `positions` (R,); its other outputs are undefined.
+
+    Forward hooks gather the rows (1, R, width) that go into a module and scatter its outputs back to (1, T, width), so
+    modules, and what PEFT made of them, stay untouched. The backward pass may run outside of the block. The layer must
+    not be checkpointed: it would be recomputed without the hooks.
+    """
+    with ExitStack() as hooks:
+        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+            for handle in _hook(module, positions):
+                hooks.callback(handle.remove)
+        yield
+
+
+def _hook(module: nn.Module, positions: torch.Tensor) -> tuple[Any, Any]:
+    length = 0
+
+    def gather(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal length
+        hidden_states, *others = inputs
+        length = hidden_states.shape[1]
+        return hidden_states.index_select(1, positions), *others
+
+    def scatter(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        full = output.new_zeros(output.shape[0], length, output.shape[2])
+        return full.index_copy(1, positions, output)
+
+    return module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)

@@ -164,7 +164,7 @@ def _whole_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int
 
 
 def _last_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int:
-    """Bytes per token that the last layer keeps: its keys, values and attention; see `modeling.last_layer`.
+    """Bytes per token that the last layer keeps: its keys, values and attention; see `packed.only_at`.
 
     Measured as for `_whole_layer`.
     """

@@ -199,7 +199,7 @@ def test_captions_are_predicted_from_the_last_image_token(model: Any) -> None:
     batch = build_row([captions])
     prefix = captions[0].prefix_length
     firsts = [caption.input_ids[prefix] for caption in captions]
-    at_prefix = (batch["predict_positions"] == prefix - 1).nonzero().flatten()
+    at_prefix = (batch["target_positions"] == prefix - 1).nonzero().flatten()
     assert batch["shift_labels"][at_prefix].tolist() == firsts
     assert batch["input_ids"][0, prefix - 1] == IMAGE_ID
     assert error(packed(model, [captions])[1], separate(model, [captions])[1]) < TOLERANCE[dtype_of(model)]

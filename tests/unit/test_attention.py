@@ -61,10 +61,10 @@ def test_trees_see_by_spans_what_the_mask_says() -> None:
     start = 0
     for tree in as_trees(row["tree_spans"].tolist(), row["segments"], torch.float32):
         own = seen[start : start + tree.length, start : start + tree.length]
-        own[: tree.plain, : tree.plain] = torch.zeros(tree.plain, tree.plain).masked_fill_(
-            ~torch.ones(tree.plain, tree.plain, dtype=torch.bool).tril(), -torch.inf
-        )
-        own[tree.plain :] = tree.mask[0, 0]
+        own[: tree.causal_length, : tree.causal_length] = torch.zeros(
+            tree.causal_length, tree.causal_length
+        ).masked_fill_(~torch.ones(tree.causal_length, tree.causal_length, dtype=torch.bool).tril(), -torch.inf)
+        own[tree.causal_length :] = tree.mask[0, 0]
         start += tree.length
     assert torch.equal(seen, dense)
 
@@ -161,9 +161,9 @@ def test_k32_sdpa_takes_plain_text_trees_and_the_places_that_predict() -> None:
     # All ones: transformers then neither guesses a packing from the positions nor makes a mask.
     assert torch.equal(inputs.pop("attention_mask"), torch.ones_like(row["input_ids"]))
     assert inputs.pop("trees")[0].length == int(row["tree_spans"][0, 2])
-    queries = inputs.pop("at_the_end")
-    assert torch.equal(queries.places, row["predicting_places"])
-    assert torch.equal(queries.mask[0, 0], additive_mask(row["segments"], torch.float32)[0, 0, queries.places])
+    queries = inputs.pop("last_queries")
+    assert torch.equal(queries.positions, row["unique_target_positions"])
+    assert torch.equal(queries.mask[0, 0], additive_mask(row["segments"], torch.float32)[0, 0, queries.positions])
     assert inputs.keys() == {"input_ids", "position_ids"}
 
 
@@ -195,13 +195,13 @@ def attended(index: int, scaling: float, width: int, at_the_end: bool) -> tuple[
     row = row_of([branches(3), branches(1)], torch.float32)
     query, key, value = torch.randn(3, 1, 2, row["input_ids"].shape[1], width, generator=torch.manual_seed(0))
     inputs = masked_inputs(row, TREES, torch.float32)
-    queries = inputs["at_the_end"] if at_the_end else None
+    queries = inputs["last_queries"] if at_the_end else None
     ours, weights = attend_by_tree(
-        Layer(index), query, key, value, None, trees=inputs["trees"], scaling=scaling, at_the_end=queries
+        Layer(index), query, key, value, None, trees=inputs["trees"], scaling=scaling, last_queries=queries
     )
     assert weights is None
     scores = query @ key.transpose(2, 3) * scaling + additive_mask(row["segments"], torch.float32)
-    return ours, (scores.softmax(-1) @ value).transpose(1, 2), row["predicting_places"].tolist()
+    return ours, (scores.softmax(-1) @ value).transpose(1, 2), row["unique_target_positions"].tolist()
 
 
 # A width that is also the length of a tree must not be taken for it.

@@ -24,11 +24,11 @@ def test_row_by_hand() -> None:
     row = build_row([tree, text])
     assert row["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert row["predict_positions"].tolist() == [2, 1, 5]
+    assert row["target_positions"].tolist() == [2, 1, 5]
     assert row["shift_labels"].tolist() == row["labels"].tolist() == [4, 5, 7]
     assert row["segments"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 1, 1]]
     assert row["tree_spans"].tolist() == [[0, 4, 5], [5, 7, 7]]
-    assert row["predicting_places"].tolist() == [1, 2, 5]
+    assert row["unique_target_positions"].tolist() == [1, 2, 5]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_k32_a_prefix_is_shared_in_tokens_and_in_length(other: Encoded) -> None:
 
 def test_k32_the_first_token_of_a_row_is_predicted_by_nothing() -> None:
     row = build_row([[Encoded([6, 7], [6, 7], 0)]])
-    assert row["predict_positions"].tolist() == [0]
+    assert row["target_positions"].tolist() == [0]
     assert row["shift_labels"].tolist() == [7]
 
 
@@ -59,8 +59,8 @@ def test_k32_an_empty_row_has_the_types_and_shapes_of_any_other() -> None:
         "position_ids": (1, 0),
         "segments": (2, 0),
         "tree_spans": (0, 3),
-        "predict_positions": (0,),
-        "predicting_places": (0,),
+        "target_positions": (0,),
+        "unique_target_positions": (0,),
         "labels": (0,),
         "shift_labels": (0,),
     }

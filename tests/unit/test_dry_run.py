@@ -175,7 +175,7 @@ def test_inspect_shows_what_is_learnt(write_recipe: WriteRecipe, tmp_path: Path)
     assert "<image> x 4" in result.output
     learnt = "".join(result.output.split("«")[1].split("»")[0].split("\N{LIGHT VERTICAL BAR}"))
     assert learnt == " yes it is</s>"
-    for name in ("input_ids", "position_ids", "segments", "predict_positions", "pixel_values", "40 x 20 pixels"):
+    for name in ("input_ids", "position_ids", "segments", "target_positions", "pixel_values", "40 x 20 pixels"):
         assert name in result.output
     assert files_below(tmp_path) == before
 
