@@ -24,7 +24,7 @@ from lora_llava.training.feature_cache import use_features
 from lora_llava.training.log import TrainLog
 from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import TrackedRun, run_name
-from lora_llava.training.trainer import PackedTrainer
+from lora_llava.training.trainer import PackedTrainer, StageChecks
 
 SAMPLE_TOKENS = 32
 """Longest sample answer, in tokens."""
@@ -73,11 +73,13 @@ def make_trainer(
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
-        sample_answers=sample_answers if sampled else None,
-        guard=NonFiniteGuard.by_settings(train, stage.name, settings, dtype),
-        watch=StageWatch(data.counts, settings.max_grad_norm),
-        image_check=make_image_check(validation, stage.image_transform(loaded)) if validation else None,
-        keeps_best=settings.keep == "best",
+        checks=StageChecks(
+            NonFiniteGuard.by_settings(train, stage.name, settings, dtype),
+            StageWatch(data.counts, settings.max_grad_norm),
+            make_image_check(validation, stage.image_transform(loaded)) if validation else None,
+            sample_answers if sampled else None,
+            keeps_best=settings.keep == "best",
+        ),
         callbacks=[TrainLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -39,6 +40,22 @@ SampleAnswers = Callable[[], list[dict[str, str]]]
 """Answers a few validation questions with the model as it is."""
 
 
+@dataclass(frozen=True, slots=True)
+class StageChecks:
+    """What looks at a stage while it trains."""
+
+    guard: NonFiniteGuard
+    """Stops, or leaves out, a step whose loss or gradient is not finite."""
+    watch: StageWatch = field(default_factory=StageWatch)
+    """Logs the figures of the stage, and warns where one is out of line."""
+    image_check: ImageCheck | None = None
+    """Compares the validation loss with that without images; None without validation records that have one."""
+    sample_answers: SampleAnswers | None = None
+    """Answers logged at each validation; None for none."""
+    keeps_best: bool = False
+    """Whether the stage keeps the weights of its best validation, which a warning about over-fitting says."""
+
+
 class PackedTrainer(ResumableTrainer):
     """Trains on the rows of a plan, in its order; one epoch of the Trainer is the whole stage."""
 
@@ -54,20 +71,17 @@ class PackedTrainer(ResumableTrainer):
         validation: PackedRows | None,
         *,
         mm_projector_lr: float | None,
-        sample_answers: SampleAnswers | None = None,
-        guard: NonFiniteGuard | None = None,
-        watch: StageWatch | None = None,
-        image_check: ImageCheck | None = None,
-        keeps_best: bool = False,
+        checks: StageChecks | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_attention(llava_in(model))
         self.mm_projector_lr = mm_projector_lr
-        self.sample_answers = sample_answers
-        self.keeps_best = keeps_best
-        self.guard = guard or NonFiniteGuard(rows, bf16=args.bf16)
-        self.watch = watch or StageWatch()
-        self.image_check = image_check
+        checks = checks or StageChecks(NonFiniteGuard(rows, bf16=args.bf16))
+        self.sample_answers = checks.sample_answers
+        self.keeps_best = checks.keeps_best
+        self.guard = checks.guard
+        self.watch = checks.watch
+        self.image_check = checks.image_check
         self.held_out = HeldOutLoss(self._row_loss)
         self.frozen: FrozenWeights | None = None
         self.losses: list[torch.Tensor] = []
