@@ -21,7 +21,7 @@ PACKAGE = Path(lora_llava.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 SOURCES = [*MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
-MOST_LINES, MOST_FUNCTION_LINES = 400, 50
+MAX_LINES, MAX_FUNCTION_LINES, MAX_MODULES, MAX_ENTRIES = 400, 50, 12, 17
 
 # From the bottom up: a module imports its own package and the packages below it, nothing above.
 # `data` and `modeling` do not know each other. The package's own `__init__` offers names of all, lazily.
@@ -125,13 +125,32 @@ def test_no_cycles() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_small_and_finished(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= MOST_LINES
+    assert text.count("\n") <= MAX_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= MOST_FUNCTION_LINES, node.name
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name
     if path != Path(__file__):
         assert not UNFINISHED.search(text)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}), ids=lambda path: path.name)
+def test_folders_are_narrow(folder: Path) -> None:
+    modules = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
+    assert len(modules) <= MAX_MODULES
+    if folder == PACKAGE:
+        packages = [path for path in folder.iterdir() if (path / "__init__.py").is_file()]
+        assert len(modules) + len(packages) <= MAX_ENTRIES
+
+
+def test_the_readme_lists_every_entry() -> None:
+    [tree] = re.findall(r"```\nlora_llava/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = tree.splitlines()
+    inner = [line.split()[0].rstrip("/") for line in lines if re.match(r"  \S", line)]
+    outer = [line.split()[0].rstrip("/") for line in lines if re.match(r"\S", line)]
+    assert sorted(inner) == sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__")
+    assert [name for name in outer if not (ROOT / name).exists()] == []
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", "AGENTS.md", "docs", "recipes", "tests"} <= set(outer)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

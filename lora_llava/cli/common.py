@@ -27,8 +27,6 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 PROCESS_ENDS = "the process ends with the command"
 """Context object of a command that is the last thing its process does."""
-_WIDTH_OF_PIPES = 160
-"""Columns where output is not a terminal."""
 
 
 class KitGroup(click.Group):
@@ -150,12 +148,10 @@ def _quiet_environment() -> bool:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Create the console of a command and show its progress there; elsewhere than on a terminal, lines may be long."""
-    from lora_llava.cli.console import PlainConsole
+    """Create the console of a command and show its progress there."""
+    from lora_llava.system.console import open_console
 
-    console = PlainConsole(stderr=stderr)
-    if not console.is_terminal:
-        console = PlainConsole(stderr=stderr, width=_WIDTH_OF_PIPES)
+    console = open_console(stderr=stderr)
     context = click.get_current_context()
     context.call_on_close(partial(hide, show_on(console)))
     return console

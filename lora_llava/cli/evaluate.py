@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 import click
 
 from lora_llava.cli.common import make_console, quiet_libraries, refuse_model
 from lora_llava.cli.options import base_option, template_option
-from lora_llava.system.files import shown_path
+from lora_llava.recipe.choices import MetricSetting
+from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
-    from lora_llava.recipe.settings import EvaluationSettings, MetricSetting
+    from lora_llava.recipe.settings import EvaluationSettings
     from lora_llava.recipe.stages import DataSettings
 
 _EVALUATION = Path("evaluation")
-_METRICS = ["auto", "exact_match", "vqa_v2", "token_f1"]
 _PATH = click.Path(path_type=Path)
 
 
@@ -62,7 +62,11 @@ class _Options(TypedDict):
     help="Questions decoded at once.",
 )
 @click.option(
-    "--metric", type=click.Choice(_METRICS), default="auto", show_default=True, help="How answers are scored."
+    "--metric",
+    type=click.Choice(get_args(MetricSetting)),
+    default="auto",
+    show_default=True,
+    help="How answers are scored.",
 )
 @click.option("--by", multiple=True, metavar="KEY", help="Break accuracy down by a key or column; repeatable.")
 @click.option("--no-base", is_flag=True, help="Do not ask the base.")
@@ -92,7 +96,7 @@ def evaluate(
     ARTIFACT is what a stage wrote, or a merged model, which has no base. Every answered turn of a record is a question.
     See docs/evaluation.md for how answers are scored.
     """
-    _refuse_results_in(output)
+    refuse_results_in(output)
     # Report mistakes on the command line before importing anything heavy.
     settings = _evaluation_settings(options)
     refuse_model(artifact, base_model)
@@ -132,14 +136,6 @@ def _evaluation_settings(options: _Options) -> EvaluationSettings:
         base_questions=options["base_questions"] or None,
         blind_questions=options["blind"],
     )
-
-
-def _refuse_results_in(output: Path) -> None:
-    """Raise click.UsageError unless the directory is empty or missing."""
-    if output.exists() and not output.is_dir():
-        raise click.UsageError(f"{output} is a file; give a directory with --output")
-    if output.is_dir() and any(output.iterdir()):
-        raise click.UsageError(f"{output} is not empty, and results are not overwritten; give another --output")
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:

@@ -31,9 +31,10 @@ from lora_llava.evaluation.questions import Question, QuestionSet
 from lora_llava.evaluation.report import accuracy_table, confusion_table, most_labels, value_table, write_predictions
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.evaluation.scoring.confusion import confusion
-from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, Metric, pick_metric
+from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, pick_metric
 from lora_llava.generation.answers import generate_answers
 from lora_llava.modeling.base import LoadedModel
+from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.system.files import json_text

@@ -12,7 +12,8 @@ from lora_llava.evaluation.outcome import BASE, BLIND, START, Outcome
 from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.report import MAJORITY
 from lora_llava.evaluation.scoring.exact_match import answer_tokens
-from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Difference, Metric, is_void
+from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Difference, is_void
+from lora_llava.recipe.choices import Metric
 from lora_llava.system.text import counted, listed, printable
 
 _SENTENCE = 4

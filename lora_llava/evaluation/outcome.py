@@ -15,13 +15,13 @@ from lora_llava.evaluation.scoring.metrics import (
     ALL,
     Accuracy,
     Difference,
-    Metric,
     accuracy_by_type,
     accuracy_by_value,
     difference,
     majority_answers,
     score_answer,
 )
+from lora_llava.recipe.choices import Metric
 
 BASE, START, TUNED, BLIND = "base", "start", "tuned", "blind"
 TUNED_ON_BLIND = "tuned_on_blind_questions"

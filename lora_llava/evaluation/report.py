@@ -16,8 +16,8 @@ from lora_llava.evaluation.scoring.metrics import (
     OTHER,
     YES_NO,
     Accuracy,
-    Metric,
 )
+from lora_llava.recipe.choices import Metric
 from lora_llava.system.files import json_text
 from lora_llava.system.table import MUST, Column, FittingTable
 from lora_llava.system.text import printable

@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from rich.console import Console
 
 from lora_llava.artifact import Usage, add_adapter, load_model, read_usage, template_to_ask
 from lora_llava.conversation.encode import Template
-from lora_llava.errors import ArtifactError, DataError
+from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import Asking, Models, compare
 from lora_llava.evaluation.outcome import START
 from lora_llava.evaluation.questions import QuestionSet, load_questions
+from lora_llava.planning.preflight.shipping import refuse_model
+from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.system.device import pick_device, pick_dtype
-from lora_llava.system.progress import phase
+from lora_llava.system.files import refuse_results_in
+from lora_llava.system.progress import phase, shown_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +60,18 @@ def evaluate(
     Returns the accuracies; see docs/evaluation.md. Raises LoraLlavaError's subclasses.
     """
     directory, output = Path(model), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} is not empty, and results are not overwritten; give another output directory")
+    refuse_results_in(output)
     if not isinstance(settings, EvaluationSettings):
-        settings = EvaluationSettings.model_validate(settings)
+        try:
+            settings = EvaluationSettings.model_validate(settings)
+        except ValidationError as error:
+            raise RecipeError("\n".join(problems_in(error, "evaluation"))) from error
+    refuse_model(directory, base)
     settings = as_trained(settings, read_usage(directory))
-    return evaluate_artifact(
-        Candidate(directory, base, compare_base=compare_base),
-        load_questions(settings.data, settings.by),
-        settings,
-        directory=output,
-        console=console or Console(),
-    )
+    questions = load_questions(settings.data, settings.by)
+    candidate = Candidate(directory, base, compare_base=compare_base)
+    with shown_on(console) as shown:
+        return evaluate_artifact(candidate, questions, settings, directory=output, console=shown)
 
 
 def as_trained(settings: EvaluationSettings, usage: Usage) -> EvaluationSettings:

@@ -16,7 +16,7 @@ from lora_llava.data.images.read import open_image
 from lora_llava.data.load import ImageSource, Record
 from lora_llava.errors import DataError
 from lora_llava.generation.answers import answer_text, end_token_ids, image_tensor, last_question
-from lora_llava.generation.decoding import GrowingConversation
+from lora_llava.generation.decoding import CachedConversation
 from lora_llava.modeling.base import LoadedModel
 
 Say = Callable[[str], None]
@@ -33,7 +33,7 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.turns: tuple[Turn, ...] = ()
         self._ends = end_token_ids(loaded, self.template)
-        self._conversation = GrowingConversation(loaded.model, loaded.image_token_id)
+        self._conversation = CachedConversation(loaded.model, loaded.image_token_id)
 
         @lru_cache(maxsize=1)
         def pixels(source: ImageSource | None) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Greedy decoding in which each image is computed once and its questions are continued side by side.
+"""Greedy decoding: prefill each image once, then decode all its questions in one batch.
 
-Shapes: I images, R rows (questions), P tokens of the shared prefix, S tokens of the longest rest of a prompt.
+Shapes: I images, R rows (questions), P tokens of the shared prefix, S tokens of the longest prompt after it.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import nn
 from transformers import DynamicCache
 
 Progress = Callable[[int, int], None]
-"""Called with the number of questions done and the number of all."""
+"""Called with the number of finished questions and the total."""
 OnToken = Callable[[int], None]
-"""Called with each token of an answer as soon as it is known, an end token included."""
+"""Called with each new token of an answer, including the end token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt in tokens, and its image."""
+    """A tokenized prompt and its image."""
 
     input_ids: list[int]
     prefix_length: int
-    """Tokens that all prompts on this image share, image tokens included; 0 if it shares nothing."""
+    """Tokens that all prompts about this image share, image tokens included; 0 if none."""
     pixel_values: torch.Tensor | Callable[[], torch.Tensor] | None
-    """(3, H, W), or a function that gets it when it is needed; None for a prompt without an image."""
+    """(3, H, W), or a function that returns it; None for a prompt without an image."""
     group: Hashable
-    """Key of the image: prompts with the same key and prefix tokens have the same image."""
+    """Key of the image; prompts with equal keys and prefix tokens share one image."""
 
     @property
     def shared(self) -> int:
-        """Tokens to compute once an image; 0 if there is no image or nothing but the prefix."""
-        # One token must be left to predict from: under the plain template a prompt can be its prefix alone.
+        """Tokens to prefill once per image; 0 if there is no image, or no token after the prefix."""
+        # The forward pass needs a token to predict from; under the plain template a prompt may be its prefix alone.
         return self.prefix_length if self.pixel_values is not None and self.prefix_length < len(self.input_ids) else 0
 
     def pixels(self) -> torch.Tensor:
@@ -48,15 +48,15 @@ class Prompt:
 
 @dataclass(slots=True)
 class _State:
-    """Rows that still grow."""
+    """A batch between two decoding steps."""
 
     cache: DynamicCache
     mask: torch.Tensor
-    """(R, tokens so far): 0 where a row was padded."""
+    """Attention mask (R, tokens so far): 0 at padding."""
     lengths: torch.Tensor
-    """(R,): tokens so far without padding, so the position of the next token."""
+    """(R,): tokens so far without padding, which is the position of the next token."""
     logits: torch.Tensor
-    """(R, vocabulary): what comes next."""
+    """(R, vocabulary): scores of the next token."""
 
 
 def greedy_decode(
@@ -69,25 +69,25 @@ def greedy_decode(
     max_rows: int = 64,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily, up to and with an end token or to `max_new_tokens`.
+    """Generate an answer to each prompt greedily, ending with an end token or after `max_new_tokens`.
 
-    `model` is a LlavaForConditionalGeneration or a PeftModel around one. The result is that of
-    `model.generate(do_sample=False)` on each prompt alone. At most `max_rows` prompts are in a forward pass;
-    each holds its own keys and values (a 7B model in bf16: 0.5 MB a token, so 0.3 GB for an image and a short
-    question). `progress` is called after each batch. Raises ValueError for an empty prompt or limits below 1.
+    `model` is a LlavaForConditionalGeneration, or a PeftModel around one. The tokens equal those of
+    `model.generate(do_sample=False)` on each prompt alone. A forward pass holds at most `max_rows` prompts, each with
+    its own keys and values (7B model in bf16: 0.5 MB per token, 0.3 GB for an image and a short question). `progress`
+    is called after each batch. Raises ValueError for an empty prompt, or a limit below 1.
     """
     if max_new_tokens < 1 or max_rows < 1:
         raise ValueError(f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}")
     for index, prompt in enumerate(prompts):
         if not prompt.input_ids:
-            raise ValueError(f"prompt {index} is empty: there is nothing to continue")
+            raise ValueError(f"prompt {index} is empty")
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with _inference(model):
         for batch in plan_batches(prompts, max_rows):
-            state = _read(model, [prompts[index] for index in batch], pad_token_id)
-            grown = _grow(model, state, frozenset(eos_token_ids), max_new_tokens)
-            for index, answer in zip(batch, grown, strict=True):
+            state = _prefill(model, [prompts[index] for index in batch], pad_token_id)
+            decoded = _decode(model, state, frozenset(eos_token_ids), max_new_tokens)
+            for index, answer in zip(batch, decoded, strict=True):
                 answers[index] = answer
             done += len(batch)
             if progress is not None:
@@ -95,10 +95,10 @@ def greedy_decode(
     return answers
 
 
-class GrowingConversation:
-    """One conversation, question by question: what a prompt begins with like the last one is not computed again.
+class CachedConversation:
+    """Decodes the turns of one conversation; each prompt reuses the cached tokens it has in common with the last.
 
-    Answers are those of `greedy_decode`. After an error or an interruption the next prompt is computed whole.
+    Answers equal those of `greedy_decode`. After an error or an interruption the next prompt is prefilled in full.
     """
 
     def __init__(self, model: nn.Module, image_token_id: int) -> None:
@@ -106,33 +106,33 @@ class GrowingConversation:
         self.image_token_id = image_token_id
         self._cache = DynamicCache()
         self._ids: list[int] = []
-        """Tokens whose keys and values are in the cache."""
+        """Tokens whose keys and values are cached."""
 
     def answer(
         self, prompt: Prompt, *, eos_token_ids: Collection[int], max_new_tokens: int, on_token: OnToken | None = None
     ) -> list[int]:
-        """Continue `prompt` greedily, up to and with an end token or to `max_new_tokens`."""
-        cache, known = self._cache, self._ids
+        """Generate an answer to `prompt` greedily, ending with an end token or after `max_new_tokens`."""
+        cache, cached_ids = self._cache, self._ids
         self._cache, self._ids = DynamicCache(), []
-        shared = self._shared(prompt.input_ids, known)
+        shared = self._num_reusable(prompt.input_ids, cached_ids)
         if not shared:
             cache = DynamicCache()
-        elif shared < len(known):
-            cache.crop(shared - len(known))
+        elif shared < len(cached_ids):
+            cache.crop(shared - len(cached_ids))
         with _inference(self.model):
             state = self._prefill(prompt, cache, shared)
-            [answer] = _grow(self.model, state, frozenset(eos_token_ids), max_new_tokens, on_token)
-        # The last token was not fed: nothing has come after it.
+            [answer] = _decode(self.model, state, frozenset(eos_token_ids), max_new_tokens, on_token)
+        # The last token was never an input, so the cache does not hold it.
         self._cache, self._ids = cache, [*prompt.input_ids, *answer[:-1]]
         return answer
 
-    def _shared(self, ids: list[int], known: list[int]) -> int:
-        """Count the tokens at the start that need not be computed; one is left to predict from, an image is whole."""
+    def _num_reusable(self, ids: list[int], cached_ids: list[int]) -> int:
+        """Count the leading tokens whose cache can be reused: at least one token is left, and no image is split."""
         shared = 0
-        while shared < min(len(ids) - 1, len(known)) and ids[shared] == known[shared]:
+        while shared < min(len(ids) - 1, len(cached_ids)) and ids[shared] == cached_ids[shared]:
             shared += 1
-        cuts_image = self.image_token_id in ids[shared:] and self.image_token_id in ids[:shared]
-        return 0 if cuts_image else shared
+        splits_image = self.image_token_id in ids[shared:] and self.image_token_id in ids[:shared]
+        return 0 if splits_image else shared
 
     def _prefill(self, prompt: Prompt, cache: DynamicCache, shared: int) -> _State:
         device = next(self.model.parameters()).device
@@ -145,18 +145,18 @@ class GrowingConversation:
 
 
 def plan_batches(prompts: Sequence[Prompt], max_rows: int) -> list[list[int]]:
-    """Group the indices of prompts into batches of at most `max_rows`, each with one shared prefix.
+    """Group prompt indices into batches of at most `max_rows` that share one prefix.
 
-    Prompts on one image stay together unless they alone exceed `max_rows`. Prompts that share nothing are
-    batched by length, which keeps padding low.
+    Prompts about one image stay together, unless there are more than `max_rows` of them. Prompts without a shared
+    prefix are batched by length, to keep padding low.
     """
     by_prefix: dict[tuple[int, ...], dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
-    alone: list[int] = []
+    unshared: list[int] = []
     for index, prompt in enumerate(prompts):
         if prompt.shared:
             by_prefix[tuple(prompt.input_ids[: prompt.shared])][prompt.group].append(index)
         else:
-            alone.append(index)
+            unshared.append(index)
     batches: list[list[int]] = []
     for groups in by_prefix.values():
         room = 0
@@ -168,19 +168,20 @@ def plan_batches(prompts: Sequence[Prompt], max_rows: int) -> list[list[int]]:
                     room = max_rows
                 batches[-1].extend(part)
                 room -= len(part)
-    alone.sort(key=lambda index: len(prompts[index].input_ids))
-    batches.extend(alone[start : start + max_rows] for start in range(0, len(alone), max_rows))
+    unshared.sort(key=lambda index: len(prompts[index].input_ids))
+    batches.extend(unshared[start : start + max_rows] for start in range(0, len(unshared), max_rows))
     return batches
 
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off, compute as training does, and leave every module as it was found."""
+    """Disable dropout and gradients, compute in the precision of training, and restore each module's mode after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    words = model.get_input_embeddings().weight  # type: ignore[operator]  # a method of PreTrainedModel
-    # What was trained is in fp32, the rest may be in bf16: without autocast the two do not multiply.
-    autocast = torch.autocast(words.device.type, dtype=torch.bfloat16, enabled=words.dtype == torch.bfloat16)
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]  # a method of PreTrainedModel
+    # Trained weights are fp32 while the base may be bf16; without autocast their matmuls fail.
+    enabled = embeddings.dtype == torch.bfloat16
+    autocast = torch.autocast(embeddings.device.type, dtype=torch.bfloat16, enabled=enabled)
     try:
         with torch.no_grad(), autocast:
             yield
@@ -189,21 +190,21 @@ def _inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _read(model: nn.Module, prompts: Sequence[Prompt], pad_token_id: int) -> _State:
-    """Run the prompts of a batch: the prefix once an image, then the rests of the prompts side by side."""
+def _prefill(model: nn.Module, prompts: Sequence[Prompt], pad_token_id: int) -> _State:
+    """Prefill a batch: the shared prefix (I, P) once per image, then the rest of every prompt (R, S)."""
     device = next(model.parameters()).device
-    # Without a config every layer keeps all keys; a sliding window would drop columns that the mask counts.
+    # Without a config every layer caches all keys; a sliding window would drop columns that the mask counts.
     cache = DynamicCache()
     shared = prompts[0].shared
     pixels = None
     if shared:
-        _read_prefixes(model, prompts, cache, device)
+        _prefill_prefixes(model, prompts, cache, device)
     else:
         images = [prompt.pixels() for prompt in prompts if prompt.pixel_values is not None]
         pixels = torch.stack(images).to(device) if images else None
     rests = [prompt.input_ids[shared:] for prompt in prompts]
     width = max(map(len, rests))
-    # Padded on the left, so that the last column predicts the first new token of every row.
+    # Pad on the left, so that the last column predicts the first new token of every row.
     ids = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=device)
     real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
     mask = torch.cat([real.new_ones(len(rests), shared), real], dim=1)
@@ -212,8 +213,8 @@ def _read(model: nn.Module, prompts: Sequence[Prompt], pad_token_id: int) -> _St
     return _State(cache, mask, positions[:, -1] + 1, logits)
 
 
-def _read_prefixes(model: nn.Module, prompts: Sequence[Prompt], cache: DynamicCache, device: torch.device) -> None:
-    """Fill `cache` with a row for each prompt, computed once for each image."""
+def _prefill_prefixes(model: nn.Module, prompts: Sequence[Prompt], cache: DynamicCache, device: torch.device) -> None:
+    """Prefill the prefixes (I, P), one per image, and expand `cache` to one row per prompt."""
     first: dict[Hashable, Prompt] = {}
     for prompt in prompts:
         first.setdefault(prompt.group, prompt)
@@ -234,7 +235,7 @@ def _forward(
     cache: DynamicCache,
     pixels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Append `ids` (R, S) to the cache and return the logits after the last column, (R, vocabulary)."""
+    """Run `ids` (R, S) with `pixels` (I, 3, H, W), extend the cache, and return the last logits (R, vocabulary)."""
     output: Any = model(
         input_ids=ids,
         pixel_values=pixels,
@@ -248,10 +249,10 @@ def _forward(
     return logits
 
 
-def _grow(
+def _decode(
     model: nn.Module, state: _State, eos: frozenset[int], max_new_tokens: int, on_token: OnToken | None = None
 ) -> list[list[int]]:
-    """Add token by token to each row; finished rows leave, so that only long answers pay for length."""
+    """Decode token by token; finished rows leave the batch, so that only long answers take more steps."""
     answers: list[list[int]] = [[] for _ in range(len(state.mask))]
     alive = list(range(len(answers)))
     for step in range(max_new_tokens):
@@ -267,10 +268,10 @@ def _grow(
             break
         if len(keep) < len(alive):
             alive = [alive[row] for row in keep]
-            chosen = torch.tensor(keep, device=tokens.device)
-            tokens = tokens[chosen]
-            state.mask, state.lengths = state.mask[chosen], state.lengths[chosen]
-            state.cache.batch_select_indices(chosen)
+            rows = torch.tensor(keep, device=tokens.device)
+            tokens = tokens[rows]
+            state.mask, state.lengths = state.mask[rows], state.lengths[rows]
+            state.cache.batch_select_indices(rows)
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(alive), 1)], dim=1)
         state.logits = _forward(model, tokens[:, None], state.mask, state.lengths[:, None], state.cache)
         state.lengths = state.lengths + 1

@@ -28,10 +28,12 @@ _YES, _NO = {"yes", "on", "y"}, {"no", "off", "n"}
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "a boolean (true or false)", Path: "a path"}
 
 
-def problems_in(error: ValidationError) -> list[str]:
-    """Return what is wrong with a recipe: one message per key, in the order of the recipe."""
+def problems_in(error: ValidationError, section: str | None = None) -> list[str]:
+    """Return what is wrong with a recipe, or this section of one: one message per key, in the order of the recipe."""
     problems: dict[str, str] = {}
     for details in error.errors():
+        if section is not None:
+            details["loc"] = (section, *details["loc"])
         key, text = _problem(details)
         problems.setdefault(key, f"{key}: {text}" if key else text)
     return list(problems.values())

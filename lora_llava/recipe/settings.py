@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
+from lora_llava.recipe.choices import MetricSetting
 from lora_llava.recipe.fields import Count, Form, Names, OnResume, Positive, Settings
 from lora_llava.recipe.stages import AlignSettings, AspectRatio, DataSettings, InstructSettings, StageName
 
@@ -23,8 +24,6 @@ def _name_as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) and value != "none" else value
 
 
-MetricSetting = Literal["auto", "exact_match", "vqa_v2", "token_f1"]
-"""How answers are scored; see docs/evaluation.md."""
 _LocalPath = Annotated[Path, Field(strict=False)]
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lora_llava.errors import ArtifactError
+from lora_llava.errors import ArtifactError, RecipeError
 
 STAGING = ".lora-llava-"
 """Begins the names of staging directories."""
@@ -42,6 +42,14 @@ def refuse_existing(output: Path) -> None:
     nearest = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not nearest.is_dir():
         raise ArtifactError(f"{output} cannot be made: {nearest} is not a directory; give another name")
+
+
+def refuse_results_in(output: Path) -> None:
+    """Raise RecipeError if `output` is a file, or a directory with anything in it: results are not overwritten."""
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"{output} is a file; give a directory as output")
+    if output.is_dir() and any(output.iterdir()):
+        raise RecipeError(f"{output} is not empty, and results are not overwritten; give another output directory")
 
 
 def fsync(path: Path) -> None:

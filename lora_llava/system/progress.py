@@ -40,6 +40,19 @@ def hide(token: Token[Console | None]) -> None:
     _console.reset(token)
 
 
+@contextmanager
+def shown_on(console: Console | None = None) -> Iterator[Console]:
+    """Show phases and counts inside the `with` block: on `console`, else where they are shown already, else stdout."""
+    from lora_llava.system.console import open_console
+
+    console = console or _console.get() or open_console()
+    token = show_on(console)
+    try:
+        yield console
+    finally:
+        hide(token)
+
+
 def phase(text: str) -> None:
     """Say what begins now and may take a while."""
     if (console := _console.get()) is not None:

@@ -27,7 +27,7 @@ from lora_llava.run_directory.claim import claimed, place
 from lora_llava.run_directory.lock import locked
 from lora_llava.system.device import describe_device, peak_memory_bytes
 from lora_llava.system.files import shown_path, staged
-from lora_llava.system.progress import phase
+from lora_llava.system.progress import phase, shown_on
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checkpoints.differences import Resume
 from lora_llava.training.checkpoints.resume import (
@@ -65,11 +65,11 @@ def finetune(
         loaded = recipe
     else:
         loaded = load_recipe(Path(recipe), overrides)
-    console = console or Console()
     start: Start = "overwrite" if overwrite else "new" if resume == "no" else "resume"
-    for notice in check_setup(Setup.of(loaded, start, file)):
-        console.print(f"Note: {notice}", soft_wrap=True, markup=False)
-    return finetune_and_evaluate(loaded, console, overwrite=overwrite, memory=memory, resume=resume)
+    with shown_on(console) as shown:
+        for notice in check_setup(Setup.of(loaded, start, file)):
+            shown.print(f"Note: {notice}", soft_wrap=True, markup=False)
+        return finetune_and_evaluate(loaded, shown, overwrite=overwrite, memory=memory, resume=resume)
 
 
 def finetune_and_evaluate(

@@ -116,6 +116,7 @@ def made_by(change: Callable[[PackedTrainer], None], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(train_module, "make_trainer", changed)
 
 
+@pytest.mark.fault("training: frozen weights that change")
 def test_a_vision_tower_that_changes_leaves_no_artifact(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

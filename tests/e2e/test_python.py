@@ -35,8 +35,12 @@ def test_the_examples_of_the_page_run(
     # The same refusals as on the command line.
     with pytest.raises(lora_llava.PreflightError, match="output_dir"):
         lora_llava.finetune("tiny.yaml")
-    with pytest.raises(lora_llava.DataError, match="not empty"):
+    with pytest.raises(lora_llava.RecipeError, match="not empty"):
         lora_llava.evaluate("run/instruct", {"data": {"path": "train.json"}}, output="evaluation")
+    with pytest.raises(lora_llava.RecipeError, match=r"evaluation\.max_tokens: unknown key"):
+        lora_llava.evaluate("run/instruct", {"data": {"path": "train.json"}, "max_tokens": 3}, output="other")
+    with pytest.raises(lora_llava.RecipeError, match="layout 'onnx' is unknown"):
+        lora_llava.export("run/instruct", "other", "onnx")
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -58,6 +58,8 @@ def checkpoint_steps(directory: Path, stage: str = "instruct") -> list[int]:
     return sorted(int(one.name.removeprefix("step-")) for one in (directory / "checkpoints" / stage).iterdir())
 
 
+@pytest.mark.fault("checkpoints: a resumed run that differs from an uninterrupted one")
+@pytest.mark.fault("checkpoints: a resume in the middle of a step or an epoch")
 @pytest.mark.parametrize(("stage", "step"), [("align", 5), ("instruct", 2)])
 def test_a_stopped_run_goes_on_to_the_bit(
     project: Path, straight: dict[str, Any], tmp_path: Path, stage: str, step: int
@@ -86,6 +88,7 @@ def test_a_loss_between_two_lines_of_the_log_goes_on(project: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.fault("checkpoints: a resume in the middle of a step or an epoch")
 def test_finished_stages_are_kept_and_times_add_up(
     project: Path, straight: dict[str, Any], broken_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +137,7 @@ def test_a_checkpoint_is_an_artifact(halted: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+@pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     project: Path, straight: dict[str, Any], broken_off: Path
 ) -> None:
@@ -147,6 +151,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert outcome(broken_off) == straight
 
 
+@pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
 def test_a_changed_byte_in_any_file_of_a_checkpoint_is_named(broken_off: Path) -> None:
     checkpoint = broken_off / "checkpoints" / "instruct" / "step-6"
     files = {path.name: path for path in checkpoint.iterdir()}
@@ -161,6 +166,7 @@ def test_a_changed_byte_in_any_file_of_a_checkpoint_is_named(broken_off: Path) -
     verified(checkpoint)
 
 
+@pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_no_whole_checkpoint_is_left(project: Path, broken_off: Path, damage: str) -> None:
     for directory in (broken_off / "checkpoints" / "instruct").iterdir():
@@ -195,6 +201,7 @@ def sent(*signals: signal.Signals) -> Callable[[PackedTrainer], None]:
     return send
 
 
+@pytest.mark.fault("checkpoints: SIGINT and SIGTERM during a run")
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_signal_ends_the_step_saves_and_exits(
     project: Path, straight: dict[str, Any], tmp_path: Path, number: signal.Signals, workers: int
@@ -217,6 +224,7 @@ def test_a_signal_ends_the_step_saves_and_exits(
     assert outcome(tmp_path / "run") == straight
 
 
+@pytest.mark.fault("checkpoints: SIGINT and SIGTERM during a run")
 def test_a_second_signal_stops_at_once(project: Path, tmp_path: Path) -> None:
     arguments = ["finetune", str(project), *SETTINGS, f"output_dir={tmp_path / 'run'}"]
     with pytest.MonkeyPatch.context() as patch:

@@ -24,6 +24,7 @@ from tests.helpers.resuming import (
 from tests.helpers.tiny import save_tiny_base
 
 
+@pytest.mark.fault("checkpoints: a resume with other settings, or on another base")
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -45,6 +46,7 @@ def test_other_settings_are_refused_by_name(project: Path, halted: Path, overrid
     assert (halted / "recipe.yaml").read_bytes() == before
 
 
+@pytest.mark.fault("records: changed between a run and its resume")
 def test_other_data_are_refused(project: Path, broken_off: Path, tmp_path: Path) -> None:
     data = project.parent / "train.json"
     records = json.loads(data.read_text(encoding="utf-8"))
@@ -60,12 +62,14 @@ def test_other_data_are_refused(project: Path, broken_off: Path, tmp_path: Path)
     train(project, broken_off, *moved, resume="exact")
 
 
+@pytest.mark.fault("checkpoints: a resume with other settings, or on another base")
 def test_another_base_is_refused(project: Path, halted: Path, tmp_path: Path) -> None:
     other = save_tiny_base(tmp_path / "other", seed=1)
     with pytest.raises(TrainingError, match=r"align was trained from .*base's weights changed.*Put the old"):
         train(project, halted, f"base.model_name_or_path={other}", resume="anyway")
 
 
+@pytest.mark.fault("checkpoints: a resume with other settings, or on another base")
 def test_another_number_of_processes_is_refused(project: Path, halted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (differences, plan):
         monkeypatch.setattr(module, "world_size", lambda: 2)
@@ -82,6 +86,7 @@ def test_versions_of_libraries_are_among_what_must_not_change(
         train(project, halted, resume="exact")
 
 
+@pytest.mark.fault("checkpoints: a resume with other settings, or on another base")
 def test_resume_anyway_says_what_is_given_up(project: Path, broken_off: Path) -> None:
     rate, batch = "stages.instruct.learning_rate=0.001", "stages.instruct.batch_size=10"
     _, shown = train(project, broken_off, rate, batch, resume="anyway")

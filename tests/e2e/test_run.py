@@ -53,6 +53,7 @@ def projector(artifact: Path) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): t for n, t in load_file(artifact / WEIGHTS).items() if n.startswith(prefix)}
 
 
+@pytest.mark.fault("training: an alignment stage that trains more than the projector")
 def test_align_changes_the_projector_and_nothing_else(run: Run) -> None:
     stage = run.stages["align"]
     assert stage.changed == stage.trainable
@@ -70,6 +71,7 @@ def test_instruct_changes_lora_and_projector_and_nothing_else(run: Run) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.fault("training: frozen weights that change")
 def test_nf4_weights_do_not_change(recipe_file: Path, tmp_path: Path) -> None:
     in_4_bits = ("quantization.type=nf4", "quantization.keep_dequantized=false")
     made = watched_run(recipe_file, *in_4_bits, f"output_dir={tmp_path / 'run'}", "stages.instruct.max_steps=3")
@@ -100,6 +102,7 @@ def test_bf16_with_nf4(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert made.losses("instruct", "eval_loss")[-1] < losses[0]
 
 
+@pytest.mark.fault("training: frozen weights that change")
 def test_the_base_is_not_touched(run: Run, tiny_base: Path) -> None:
     assert hash_weights(tiny_base) == read_manifest(run.directory / "instruct").base["weights_sha256"]
     plain = LlavaForConditionalGeneration.from_pretrained(tiny_base).state_dict()
@@ -202,6 +205,7 @@ def test_training_learns(ten_steps: Run) -> None:
     assert ten_steps.losses("instruct", "eval_loss")[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.fault("training: gradient accumulation that changes the loss")
 @pytest.mark.parametrize(
     "split",
     [
@@ -224,6 +228,7 @@ def test_cutting_a_step_otherwise_gives_the_same_losses(
         assert made.losses("instruct", key) == pytest.approx(ten_steps.losses("instruct", key), rel=1e-5)
 
 
+@pytest.mark.fault("recipe: a resolved recipe that runs again")
 def test_the_resolved_recipe_runs_as_it_is(run: Run, tmp_path: Path) -> None:
     again = watched_run(run.directory / "recipe.yaml", f"output_dir={tmp_path / 'again'}")
     for stage in ("align", "instruct"):
@@ -239,6 +244,7 @@ def test_the_seed_decides_the_run(instruct_file: Path, ten_steps: Run, tmp_path:
     assert other.losses("instruct") != ten_steps.losses("instruct")
 
 
+@pytest.mark.fault("recipe: an output directory that holds a run, or the user's files")
 def test_an_existing_run_is_refused_and_overwrite_keeps_unknown_files(instruct_file: Path, tmp_path: Path) -> None:
     overrides = (f"output_dir={tmp_path / 'run'}", "stages.instruct.max_steps=1")
     watched_run(instruct_file, *overrides)
@@ -252,6 +258,7 @@ def test_an_existing_run_is_refused_and_overwrite_keeps_unknown_files(instruct_f
     assert len(again.losses("instruct")) == 1
 
 
+@pytest.mark.fault("training: a projector without its own learning rate")
 def test_the_projector_has_a_learning_rate_of_its_own(instruct_file: Path, tmp_path: Path) -> None:
     still = watched_run(
         instruct_file, "stages.instruct.mm_projector_lr=1e-30", f"output_dir={tmp_path / 'still'}", *TEN_STEPS

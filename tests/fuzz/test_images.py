@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from PIL import Image
 
@@ -27,6 +28,7 @@ def originals() -> list[bytes]:
     return [*made, encoded(grey, "PNG"), encoded(image.convert("P"), "PNG", transparency=bytes([0, 99]))]
 
 
+@pytest.mark.fault("images: a decompression bomb")
 @given(data=changed_bytes(originals()))
 def test_changed_images(data: bytes) -> None:
     source = ImageSource("0123456789abcdef", None, data, "train.json, record 1")

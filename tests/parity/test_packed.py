@@ -157,6 +157,7 @@ def test_a_row_of_several_trees_equals_its_conversations(model: Any, text_first:
     assert error(ours, theirs) < TOLERANCE[dtype_of(model)]
 
 
+@pytest.mark.fault("training: gradient accumulation that changes the loss")
 def test_rows_of_a_step_add_up_to_the_step(model: Any) -> None:
     trees = [branches(3), branches(2, 3)]
     total = sum(branch.num_supervised for tree in trees for branch in tree)
@@ -180,6 +181,7 @@ def test_dora_too() -> None:
     assert error(packed(model, [branches(4)])[1], separate(model, [branches(4)])[1]) < 1e-5
 
 
+@pytest.mark.fault("records: some with an image, some without")
 def test_text_only() -> None:
     model = build_model()
     texts: list[Tree] = [[conversation("Who is it?", "no one")], [conversation("Why?", "yes", "And?", "no")]]

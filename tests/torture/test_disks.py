@@ -35,6 +35,8 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Remount]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.fault("checkpoints: a full disk during a save")
+@pytest.mark.fault("checkpoints: an output directory that cannot be written")
 @pytest.mark.parametrize(
     ("options", "act", "words", "stage", "step", "saved"),
     [

@@ -43,6 +43,7 @@ def test_the_first_bad_record_stops_the_run_by_default(folder: Path) -> None:
         load_records(settings(folder))
 
 
+@pytest.mark.fault("images: missing files")
 def test_skipped_records_are_named_before_the_run_with_their_images_opened(folder: Path) -> None:
     skipped: list[BadRecord] = []
     records = load_records(settings(folder, on_bad_record="skip"), skipped)
@@ -120,6 +121,7 @@ def test_lines_that_are_no_json_are_skipped_and_excluded(folder: Path) -> None:
     assert len(load_records(DataSettings.model_validate(data | {"exclude": str(folder / "bad.jsonl")}))) == 2
 
 
+@pytest.mark.fault("records: duplicate ids; images or groups in both training and validation")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7])
 def test_no_group_is_on_both_sides(tmp_path: Path, seed: int, share: float) -> None:

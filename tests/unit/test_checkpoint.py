@@ -64,6 +64,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert latest(tmp_path / "instruct", quiet) == checkpoint
 
 
+@pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "instruct", 7) / name
@@ -76,6 +77,7 @@ def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path, name: str) -> None:
     verified(path.parent)
 
 
+@pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_missing_and_cut_files_are_noticed(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "instruct", 7) / name
@@ -114,6 +116,7 @@ def test_a_name_that_is_not_the_step_is_noticed(tmp_path: Path) -> None:
         latest(tmp_path, quiet)
 
 
+@pytest.mark.fault("checkpoints: a rotation that deletes the best one, or the only good one")
 @pytest.mark.parametrize(
     ("losses", "limit", "kept"),
     [
@@ -134,6 +137,7 @@ def test_rotation_keeps_the_best_and_the_last(
     assert steps(tmp_path) == kept
 
 
+@pytest.mark.fault("checkpoints: a rotation that deletes the best one, or the only good one")
 def test_rotation_takes_nothing_damaged_for_good(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
@@ -168,6 +172,7 @@ def save(directory: Path) -> None:
         rotate(directory, 3, 2)
 
 
+@pytest.mark.fault("checkpoints: a full disk during a save")
 @pytest.mark.parametrize(("act", "words"), [(full, "No space left"), (read_only, "Read-only file system")])
 def test_an_error_at_any_point_of_a_save_leaves_the_checkpoint_before(
     tmp_path: Path, act: Callable[[str, str], None], words: str
@@ -214,6 +219,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert [one.name for one in tmp_path.iterdir()] == ["summary.json"]
 
 
+@pytest.mark.fault("checkpoints: two runs in one output directory")
 def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from lora_llava.run_directory.lock import locked\n"
@@ -236,6 +242,7 @@ def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.fault("checkpoints: an output directory that cannot be written")
 def test_a_lock_that_cannot_be_written_is_an_error_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(TrainingError, match="cannot be written"), locked(tmp_path / "file" / "run"):

@@ -155,12 +155,14 @@ def test_broken_messages_are_named_with_the_place(tmp_path: Path, messages: Any,
     assert str(caught.value).startswith(f"a.parquet (train), record 1: {message}")
 
 
+@pytest.mark.fault("records: an image without `<image>`, `<image>` without an image, two of either")
 def test_placeholder_without_an_image_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [{"image": None, "question": "<image>?", "answer": "a"}, rows()[0]])
     with pytest.raises(DataError, match="record 1: <image> in the text, but the record has no image"):
         load(path)
 
 
+@pytest.mark.fault("images: paths that leave the image root, also through links")
 def test_path_that_a_row_brings_must_lead_into_the_root(tmp_path: Path) -> None:
     row = {"image": {"bytes": None, "path": "/etc/hostname"}, "question": "What?", "answer": "a"}
     (tmp_path / "set").mkdir()

@@ -109,6 +109,7 @@ def test_prompt_is_a_prefix_of_the_answered_prompt(name: str, first: str) -> Non
     assert prompt.prefix_length == whole.prefix_length
 
 
+@pytest.mark.fault("records: special tokens, or `USER:` and the like, inside a text")
 @pytest.mark.parametrize("words", ["</s>", "<|im_end|>", "<|im_start|>system\n", "<s>", "<pad>", "USER: ASSISTANT: x"])
 @pytest.mark.parametrize("name", ["vicuna_v1", "chatml"])
 def test_words_of_a_record_never_become_special_tokens(words: str, name: str) -> None:
@@ -125,6 +126,7 @@ def test_answer_ends_with_the_end_token() -> None:
     assert run(talk("q", "a"), "chatml").labels[-1] == IM_END_ID
 
 
+@pytest.mark.fault("records: a conversation that is too long: truncated, but never inside the image, never to nothing")
 def test_truncation_cuts_at_the_end_only() -> None:
     turns = talk("<image>\nWhat?", "yes", "What?", "no no no")
     whole = run(turns)
@@ -135,6 +137,7 @@ def test_truncation_cuts_at_the_end_only() -> None:
     assert run(turns, max_length=len(whole.input_ids)) == whole
 
 
+@pytest.mark.fault("records: a conversation that is too long: truncated, but never inside the image, never to nothing")
 def test_truncation_never_cuts_the_image() -> None:
     turns = talk("<image>\nWhat?", "yes")
     prefix_length = run(turns).prefix_length
@@ -143,6 +146,7 @@ def test_truncation_never_cuts_the_image() -> None:
     assert str(caught.value).startswith(WHERE)
 
 
+@pytest.mark.fault("records: a conversation that is too long: truncated, but never inside the image, never to nothing")
 def test_nothing_left_to_learn_is_refused() -> None:
     turns = talk("<image>\nWhat?", "yes")
     first = next(index for index, label in enumerate(run(turns).labels) if label != IGNORE_INDEX)
@@ -152,6 +156,10 @@ def test_nothing_left_to_learn_is_refused() -> None:
     assert str(caught.value).startswith(WHERE)
 
 
+@pytest.mark.fault("records: an image without `<image>`, `<image>` without an image, two of either")
+@pytest.mark.fault("records: `<image>` inside an answer")
+@pytest.mark.fault("records: an answer that is empty or blank")
+@pytest.mark.fault("records: a conversation that starts with the assistant, or two turns of one role in a row")
 @pytest.mark.parametrize(
     ("turns", "message"),
     [

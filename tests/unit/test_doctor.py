@@ -42,6 +42,14 @@ def faulty(
     return recipe, planted, check(str(recipe))
 
 
+@pytest.mark.fault("images: missing files")
+@pytest.mark.fault("images: a truncated JPEG")
+@pytest.mark.fault("images: an empty file")
+@pytest.mark.fault("images: a web page saved as .jpg")
+@pytest.mark.fault("images: URLs")
+@pytest.mark.fault("records: an answer that is empty or blank")
+@pytest.mark.fault("records: a conversation that is too long: truncated, but never inside the image, never to nothing")
+@pytest.mark.fault("records: duplicate ids; images or groups in both training and validation")
 def test_all_planted_faults_are_found_and_named(faulty: tuple[Path, list[tuple[str, str, str]], Result]) -> None:
     recipe, planted, result = faulty
     report = report_in(recipe.parent / "run" / "check")

@@ -82,6 +82,7 @@ def files_below(directory: Path) -> set[Path]:
     return set(directory.rglob("*"))
 
 
+@pytest.mark.fault("recipe: a dry run that would write, or use the network")
 def test_plan_parameters_and_memory_are_shown_and_nothing_is_written(
     write_recipe: WriteRecipe, tmp_path: Path, tiny_base: Path
 ) -> None:

@@ -38,6 +38,7 @@ def opened(values: npt.NDArray[Any], window: tuple[float, float] | None = None) 
     return pixels[..., 0]
 
 
+@pytest.mark.fault("images: 1 x 1 pixel, extreme shapes, transparency, CMYK, 16 bits, animations, EXIF rotation")
 @pytest.mark.parametrize("offset", [0, 1000, 32768, 61440])
 def test_k14_a_scan_of_12_bits_keeps_its_grey_levels(offset: int) -> None:
     pixels = opened(SCAN + np.uint16(offset))

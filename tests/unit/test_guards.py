@@ -28,6 +28,7 @@ def moments(trainer: PackedTrainer) -> list[torch.Tensor]:
     return [tensor for state in states for tensor in state.values()]
 
 
+@pytest.mark.fault("training: a loss of NaN or infinity")
 def test_a_nan_stops_before_the_weights_and_names_the_records(tmp_path: Path) -> None:
     trainer = made_trainer(tmp_path, made_rows(spoilt=[THIRD_STEP]))
     states = states_of_steps(trainer)
@@ -52,6 +53,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.fault("training: an exploding gradient")
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path: Path, value: float) -> None:
     # 1e30 is a number, the square in its norm is none: clipping would make all gradients 0.
@@ -64,6 +66,7 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path: Path, 
     assert same(state_of(trainer.model), before)
 
 
+@pytest.mark.fault("training: an exploding gradient")
 def test_a_gradient_of_one_record_is_found_among_all(tmp_path: Path) -> None:
     trainer = made_trainer(tmp_path, made_rows())
     original = trainer.model.get_base_model().model.multi_modal_projector
@@ -96,6 +99,7 @@ def test_weights_that_were_broken_before_are_named(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.fault("training: a loss of NaN or infinity")
 def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path) -> None:
     skipping = made_trainer(tmp_path, made_rows(spoilt=[THIRD_STEP]), most_skipped=1, weight_decay=0.1)
     states = states_of_steps(skipping)
@@ -138,6 +142,7 @@ def test_the_schedule_goes_on_over_a_step_left_out(tmp_path: Path) -> None:
     assert len(set(rates)) == 6
 
 
+@pytest.mark.fault("training: a loss of NaN or infinity")
 def test_more_steps_than_the_limit_stop_the_run(tmp_path: Path) -> None:
     trainer = made_trainer(tmp_path, made_rows(spoilt=["0", "5", "8"]), most_skipped=2)
     states = states_of_steps(trainer)

@@ -33,6 +33,7 @@ def refused(folder: Path, content: bytes, name: str = "train.json") -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("records: broken JSON and JSON Lines, huge numbers, lone surrogates, NaN, duplicate keys")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -79,6 +80,7 @@ def test_a_pipe_or_a_directory_is_no_image(tmp_path: Path) -> None:
         assert f"'{name}' is not a file" in refused(tmp_path, json.dumps([entry("x", name, "q", "a")]).encode())
 
 
+@pytest.mark.fault("images: file names with NUL bytes, of any length, or in another Unicode normal form")
 def test_a_name_in_another_unicode_form_is_missing_and_named(tmp_path: Path) -> None:
     composed, apart = (unicodedata.normalize(form, "\u00e9.png") for form in ("NFC", "NFD"))
     (tmp_path / composed).write_bytes(encoded(scene(0)))
@@ -87,6 +89,7 @@ def test_a_name_in_another_unicode_form_is_missing_and_named(tmp_path: Path) -> 
     assert len(load_records(DataSettings(path=str(tmp_path / "train.json")))) == 1
 
 
+@pytest.mark.fault("images: PSD, FITS, EPS, TIFF, SVG and other formats")
 @pytest.mark.parametrize(
     "head",
     [b"8BPS\0\1" + bytes(20), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"SIMPLE  =                    T", b"<svg xmlns=''/>",
@@ -104,6 +107,7 @@ def test_a_file_that_is_no_image_by_its_size_is_not_read(tmp_path: Path) -> None
         open_image(ImageSource("huge.png", tmp_path / "huge.png", None))
 
 
+@pytest.mark.fault("images: 1 x 1 pixel, extreme shapes, transparency, CMYK, 16 bits, animations, EXIF rotation")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
     pixels = np.zeros((16, 24, 3), dtype=np.uint8)
@@ -122,6 +126,7 @@ def test_metadata_that_are_garbage_do_not_matter() -> None:
     assert open_image(embedded(data)).size == (32, 32)
 
 
+@pytest.mark.fault("images: 1 x 1 pixel, extreme shapes, transparency, CMYK, 16 bits, animations, EXIF rotation")
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (2, 3)])
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 def test_images_of_a_pixel_or_a_line_become_a_square(size: tuple[int, int], aspect_ratio: str) -> None:
@@ -131,6 +136,7 @@ def test_images_of_a_pixel_or_a_line_become_a_square(size: tuple[int, int], aspe
     assert bool(pixels.isfinite().all())
 
 
+@pytest.mark.fault("images: 1 x 1 pixel, extreme shapes, transparency, CMYK, 16 bits, animations, EXIF rotation")
 @pytest.mark.parametrize("form", ["WEBP", "PNG", "GIF"])
 def test_of_an_animation_the_first_frame_is_taken(form: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0))]
@@ -139,6 +145,7 @@ def test_of_an_animation_the_first_frame_is_taken(form: str) -> None:
     assert (red > 200, green < 50, blue < 50) == (True, True, True)
 
 
+@pytest.mark.fault("images: a photo of 20 megapixels, which is fine")
 def test_a_large_photo_is_read_in_bounded_memory() -> None:
     data = encoded(Image.new("RGB", (5200, 4000), (10, 90, 30)), "JPEG")
 

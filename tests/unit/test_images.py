@@ -49,12 +49,14 @@ def test_allowed_formats_become_rgb(form: str) -> None:
     assert np.abs(np.asarray(image).astype(int) - RED).max() <= 12
 
 
+@pytest.mark.fault("images: PSD, FITS, EPS, TIFF, SVG and other formats")
 @pytest.mark.parametrize("form", ["TIFF", "PPM", "ICO", "TGA", "PCX", "SGI", "PDF"])
 def test_other_formats_are_refused(form: str) -> None:
     message = refused(saved(Image.new("RGB", (16, 16), RED), form))
     assert "not an image of a known format; allowed are JPEG, PNG, WEBP, BMP, GIF" in message
 
 
+@pytest.mark.fault("images: a web page saved as .jpg")
 def test_a_file_is_judged_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "page.jpg"
     path.write_bytes(b"<html>not found</html>")
@@ -64,6 +66,7 @@ def test_a_file_is_judged_by_its_content(tmp_path: Path) -> None:
     assert open_image(ImageSource("page.jpg", path, None)).getpixel((0, 0)) == RED
 
 
+@pytest.mark.fault("images: an empty file")
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png: the image cannot be read: No such file"):
         open_image(ImageSource("gone.png", tmp_path / "gone.png", None))
@@ -72,6 +75,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
         open_image(ImageSource("empty.png", tmp_path / "empty.png", None))
 
 
+@pytest.mark.fault("images: a truncated JPEG")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_truncated_image_is_refused(form: str) -> None:
     generator = np.random.default_rng(0)
@@ -87,6 +91,7 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+@pytest.mark.fault("images: a decompression bomb")
 def test_size_is_bounded_before_anything_is_decoded() -> None:
     assert "8,001 x 8,000 pixels, at most 64,000,000" in refused(png_claiming(8001, 8000))
     assert "9,500 x 9,500 pixels" in refused(png_claiming(9500, 9500))
@@ -106,6 +111,7 @@ def test_first_frame_of_an_animation() -> None:
     assert open_image(embedded(data)).getpixel((0, 0)) == RED
 
 
+@pytest.mark.fault("images: 1 x 1 pixel, extreme shapes, transparency, CMYK, 16 bits, animations, EXIF rotation")
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_other_modes_become_rgb(mode: str) -> None:
     image = Image.new("RGB", (3, 3), (255, 255, 255)).convert(mode)

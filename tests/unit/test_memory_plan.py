@@ -214,6 +214,7 @@ def test_a_conversation_longer_than_a_usual_row_fits_alone() -> None:
     assert plan(80, recipe(stage={"max_length": 9000}), longest=9000).tokens_per_micro_batch == 9000
 
 
+@pytest.mark.fault("training: too little GPU memory")
 def test_too_little_memory_is_an_error_that_says_how_much_is_needed() -> None:
     with pytest.raises(TrainingError, match=r"stage instruct: .* at least \d+\.\d GiB are needed, 4\.0 GiB") as error:
         plan(4)

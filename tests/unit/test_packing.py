@@ -48,6 +48,7 @@ def step_sets(made: Plan) -> list[list[int]]:
     return [sorted(step) for step in conversations(made)]
 
 
+@pytest.mark.fault("records: some with an image, some without")
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("packing", ["tree", "none"])
 def test_promises_for_any_data(seed: int, packing: str) -> None:
@@ -74,6 +75,7 @@ def test_the_conversations_of_a_step_depend_neither_on_packing_nor_on_the_rows(s
     assert plans[0].rows_per_step >= plans[1].rows_per_step > plans[2].rows_per_step == 1
 
 
+@pytest.mark.fault("records: an order that depends on the worker processes")
 def test_is_a_function_of_its_arguments() -> None:
     items = random_items(1)
     assert plan(items, seed=3) == plan(items, seed=3)
@@ -89,6 +91,7 @@ def test_epochs_differ_in_order_and_hold_every_conversation_once() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.fault("records: none at all, or fewer than a step takes")
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "steps"),
     [(1.0, -1, 5), (2.0, -1, 10), (0.5, -1, 3), (1.2, -1, 6), (1e-9, -1, 1), (1.0, 2, 2), (1.0, 11, 11)],
@@ -141,6 +144,7 @@ def test_share_saved_by_hand() -> None:
     assert made.num_conversations == 6
 
 
+@pytest.mark.fault("records: none at all, or fewer than a step takes")
 def test_a_short_step_is_filled_up_with_empty_rows() -> None:
     items = [PlanItem(60, PREFIX, group) for group in range(5)]
     made = plan(items, batch_size=4)

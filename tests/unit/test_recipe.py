@@ -41,12 +41,15 @@ def test_a_minimal_recipe_has_the_settings_of_llava(tmp_path: Path) -> None:
     assert recipe.stage_names == ["instruct"]
 
 
+@pytest.mark.fault("recipe: `1e-4`, which YAML 1.1 reads as text")
 @pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"])
 def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, number: str) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL.replace("1e-4", number)))
     assert recipe.stage("instruct").learning_rate == pytest.approx(1e-4)
 
 
+@pytest.mark.fault("recipe: an unknown key")
+@pytest.mark.fault("recipe: a misspelled key, however deep")
 def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None:
     text = MINIMAL.replace("learning_rate", "lerning_rate").replace("name: small", "name: small\nseed: -1\nadaptor: {}")
     message = refused(tmp_path, text)
@@ -56,6 +59,11 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
     assert message.count("\n") == 2
 
 
+@pytest.mark.fault("recipe: text where a boolean belongs")
+@pytest.mark.fault("recipe: a learning rate that is negative, zero, NaN or infinite")
+@pytest.mark.fault("recipe: a LoRA rank of 0")
+@pytest.mark.fault("recipe: settings that exclude each other")
+@pytest.mark.fault("recipe: a version from the future")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -99,6 +107,12 @@ def test_wrong_values_are_refused(tmp_path: Path, change: tuple[str, str], words
     assert words in refused(tmp_path, MINIMAL.replace(*change))
 
 
+@pytest.mark.fault("recipe: a key that occurs twice")
+@pytest.mark.fault("recipe: an empty file, or one of comments only")
+@pytest.mark.fault("recipe: a list instead of a mapping")
+@pytest.mark.fault("recipe: YAML anchors and aliases, and the bombs made of them")
+@pytest.mark.fault("recipe: a YAML tag that would run Python")
+@pytest.mark.fault("recipe: tabs, bytes that are not UTF-8, a byte order mark")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -129,10 +143,12 @@ def test_a_missing_or_huge_file_is_refused(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, "#" * (1 << 21)))
 
 
+@pytest.mark.fault("recipe: tabs, bytes that are not UTF-8, a byte order mark")
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "\ufeff" + MINIMAL)).name == "small"
 
 
+@pytest.mark.fault("recipe: types of overridden values")
 def test_overrides_are_yaml_and_typed(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, MINIMAL),
@@ -142,6 +158,7 @@ def test_overrides_are_yaml_and_typed(tmp_path: Path) -> None:
     assert recipe.stage("instruct").learning_rate == 3e-5
 
 
+@pytest.mark.fault("recipe: an override of an unknown key, without a value, or without `=`")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -163,6 +180,7 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, words: str) 
     assert words in refused(tmp_path, MINIMAL, override)
 
 
+@pytest.mark.fault("recipe: relative paths in the file, in an override, and through a symbolic link")
 def test_paths_start_at_the_recipe_and_those_of_overrides_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
@@ -183,11 +201,13 @@ def test_a_name_is_a_path_only_if_it_is_there(tmp_path: Path) -> None:
     assert load_recipe(path).base.model_name_or_path == str(tmp_path / "some/llava")
 
 
+@pytest.mark.fault("recipe: `${HOME}`, which is not expanded")
 def test_variables_are_not_expanded(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL.replace("data/train.json", "'${HOME}/train.json'")))
     assert "${HOME}" in recipe.stage("instruct").data.path
 
 
+@pytest.mark.fault("recipe: a resolved recipe that runs again")
 def test_a_resolved_recipe_is_the_same_recipe_and_holds_no_absolute_path(tmp_path: Path) -> None:
     text = "output_dir: runs/x\n" + MINIMAL.replace("train.json", "train.json, validation: {path: data/val.json}")
     recipe = load_recipe(write(tmp_path, text))
@@ -204,6 +224,7 @@ def test_the_numbers_of_old_yaml_are_words(tmp_path: Path, number: str) -> None:
     assert "seed: must be an integer of at least 0" in refused(tmp_path, f"seed: {number}\n{MINIMAL}")
 
 
+@pytest.mark.fault("recipe: text where a boolean belongs")
 @pytest.mark.parametrize("word", ["yes", "no", "on", "Off", "y"])
 def test_only_true_and_false_are_booleans(tmp_path: Path, word: str) -> None:
     assert "double_quant: must be a boolean (true or false)" in refused(
@@ -248,6 +269,7 @@ def test_one_wrong_value_is_one_problem_at_its_own_place(tmp_path: Path) -> None
     assert "\n" not in message
 
 
+@pytest.mark.fault("recipe: relative paths in the file, in an override, and through a symbolic link")
 def test_a_resolved_recipe_in_a_linked_directory_finds_its_data(tmp_path: Path) -> None:
     disk, project = tmp_path / "disk", tmp_path / "home/me/project"
     disk.mkdir()

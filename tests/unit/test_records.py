@@ -55,6 +55,7 @@ def test_llava_json_as_published(folder: Path) -> None:
     assert [(turn.role, turn.text) for turn in first.turns] == [("user", "<image>\nWhat?"), ("assistant", "a cat")]
 
 
+@pytest.mark.fault("records: broken JSON and JSON Lines, huge numbers, lone surrogates, NaN, duplicate keys")
 def test_json_lines_with_bom_blank_lines_and_crlf(folder: Path) -> None:
     lines = [b"\xef\xbb\xbf" + json.dumps(entry()).encode(), b"", json.dumps(text_entry()).encode(), b"  ", b""]
     records = load(folder, b"\r\n".join(lines), "train.jsonl")
@@ -71,6 +72,8 @@ def test_an_image_is_one_source_however_often_it_is_shown(folder: Path) -> None:
     assert records[2].image.key == "a.png"
 
 
+@pytest.mark.fault("records: broken JSON and JSON Lines, huge numbers, lone surrogates, NaN, duplicate keys")
+@pytest.mark.fault("records: none at all, or fewer than a step takes")
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -92,6 +95,8 @@ def test_broken_files_are_named_with_the_place(folder: Path, content: Any, name:
     assert message in refused(folder, content, name)
 
 
+@pytest.mark.fault("records: broken JSON and JSON Lines, huge numbers, lone surrogates, NaN, duplicate keys")
+@pytest.mark.fault("records: an image without `<image>`, `<image>` without an image, two of either")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -125,6 +130,9 @@ def test_broken_records_are_named_with_the_field(folder: Path, changes: dict[str
     assert message in refusal
 
 
+@pytest.mark.fault("images: paths that leave the image root, also through links")
+@pytest.mark.fault("images: file names with NUL bytes, of any length, or in another Unicode normal form")
+@pytest.mark.fault("images: URLs")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -165,6 +173,7 @@ def test_a_link_inside_the_root_is_the_image_it_points_to(folder: Path) -> None:
     assert first.image.key == second.image.key
 
 
+@pytest.mark.fault("images: missing files")
 def test_missing_images_are_counted_and_named_together(folder: Path) -> None:
     refusal = refused(folder, [entry(), *(entry(id=str(n), image=f"gone{n}.png") for n in range(7))])
     assert "7 of 8 images are missing" in refusal
@@ -201,6 +210,7 @@ def split(folder: Path, share: float, seed: int = 0, content: Any = None) -> tup
     return load_split(DataSettings.model_validate({"path": str(path), "validation": {"share": share}}), seed)
 
 
+@pytest.mark.fault("records: duplicate ids; images or groups in both training and validation")
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
 @pytest.mark.parametrize("seed", range(5))
 def test_share_leaves_no_image_and_no_record_on_both_sides(folder: Path, share: float, seed: int) -> None:
@@ -242,6 +252,7 @@ def test_validation_by_path_and_none(folder: Path) -> None:
     assert validation[0].where == "held_out.json, record 1"
 
 
+@pytest.mark.fault("records: changed between a run and its resume")
 def test_fingerprint_changes_with_ids_words_images_and_order(folder: Path) -> None:
     base = [entry(), entry(id="1")]
     prints = [

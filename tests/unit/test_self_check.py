@@ -90,6 +90,7 @@ def test_each_silent_mistake_stops_the_run(
         check_first_row(model, rows, torch.float32, CPU)
 
 
+@pytest.mark.fault("training: a loss of NaN or infinity")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.language_model.norm.weight", "projector"])
 def test_k39_a_weight_that_is_not_finite_is_named(rows: PackedRows, value: float, name: str) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.cli import cli
-from lora_llava.cli.console import PlainConsole
+from lora_llava.system.console import PlainConsole
 from lora_llava.system.text import printable, printable_lines
 from lora_llava.training.log import TrainLog, sample_line
 from tests.helpers.faulty import encoded, entry, scene, sound_data, write_recipe

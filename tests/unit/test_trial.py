@@ -87,6 +87,7 @@ def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.Mo
         trial.try_longest_row(model, rows(), ITEMS, torch.float32, Console(quiet=True), attn_implementation=FLEX)
 
 
+@pytest.mark.fault("training: too little GPU memory")
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )

@@ -8,15 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
 from lora_llava.evaluation.scoring.vqa_v2 import normalize_answer, vqa_v2
-from lora_llava.recipe.settings import MetricSetting
+from lora_llava.recipe.choices import Metric, MetricSetting
 
 __all__ = ["exact_match", "normalize_answer", "token_f1", "vqa_v2"]
 
-Metric = Literal["exact_match", "vqa_v2", "token_f1"]
 METRIC_NAMES: dict[Metric, str] = {"exact_match": "exact match", "vqa_v2": "VQA v2", "token_f1": "token F1"}
 LONG_REFERENCE = 5
 """Words: where at least half of the references have more, `auto` takes token F1."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_llava.errors import RecipeError
 from lora_llava.shipping.export.options import Exporter, ExportOptions, ExportReport
 
 
@@ -53,9 +54,9 @@ FORMATS: dict[str, Exporter] = {
 def export(source: Path | str, output: Path | str, layout: str, options: ExportOptions | None = None) -> ExportReport:
     """Write an artifact or a model in the llava-hf layout to `output`, which must not exist, in another layout.
 
-    `layout`: a key of FORMATS. Returns what was written and how it was checked. Raises ArtifactError or ModelError, and
-    ValueError for an unknown layout.
+    `layout`: a key of FORMATS. Returns what was written and how it was checked. Raises RecipeError for an unknown
+    layout, ArtifactError or ModelError for a model that cannot be exported.
     """
     if layout not in FORMATS:
-        raise ValueError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
+        raise RecipeError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
     return FORMATS[layout](Path(source), Path(output), options or ExportOptions())

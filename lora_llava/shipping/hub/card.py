@@ -12,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 
 from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.outcome import BASE, BLIND, START, TUNED, TUNED_ON_BLIND
-from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, YES_NO, Metric
+from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, YES_NO
+from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.fields import data_name, is_local
 from lora_llava.shipping.hub import describe
 from lora_llava.shipping.hub.facts import Facts

@@ -9,6 +9,9 @@ from rich.segment import Segment
 
 from lora_llava.system.text import printable_lines
 
+_LOG_WIDTH = 160
+"""Columns where output is not a terminal: wide enough for a line."""
+
 
 class PlainConsole(Console):
     """Escapes control characters and ignores markup and emoji codes: `[red]` in a name is printed as such."""
@@ -23,3 +26,9 @@ class PlainConsole(Console):
                 yield segment
             else:
                 yield Segment(printable_lines(segment.text), segment.style)
+
+
+def open_console(*, stderr: bool = False) -> PlainConsole:
+    """Return a console as wide as the terminal; where output is not a terminal, wide enough for a log line."""
+    console = PlainConsole(stderr=stderr)
+    return console if console.is_terminal else PlainConsole(stderr=stderr, width=_LOG_WIDTH)
