@@ -1,4 +1,4 @@
-"""Records beside each other: what occurs twice, contradicts itself, or is on both sides of a split."""
+"""Compare records: duplicates, contradictions, and leaks between the two sides of a split."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_llava.doctor.survey import Side, Source, Survey, image_id
 from lora_llava.system.text import counted, printable
 
 SHORT_ANSWER = 5
-"""Most words of an answer that another one can contradict; of longer ones two may both be true."""
+"""Words. Longer answers never contradict each other: both may be true."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was found, at one record (or, with number 0, at a whole source)."""
+    """One problem, at one record or (with number 0) at a whole source."""
 
     kind: str
     source: str
@@ -29,25 +29,25 @@ class Finding:
     id: str | None
     problem: str
     images: tuple[ImageSource, ...] = ()
-    """To be shown beside it."""
+    """Images to show with it."""
     count: int = 1
-    """Records that it stands for."""
+    """Records that it stands for; 1 unless many fail alike."""
 
 
-def at(kind: str, source: Source, record: Record, problem: str, *images: ImageSource | None) -> Finding:
-    """Make a finding at a record."""
+def finding_at(kind: str, source: Source, record: Record, problem: str, *images: ImageSource | None) -> Finding:
+    """Return a finding at a record."""
     identity = None if record.id == str(record.number) else record.id
     shown = tuple(image for image in images if image is not None)
     return Finding(kind, source.name, source.data_name, record.number, identity, problem, shown)
 
 
-def of_bad(source: Source, bad: BadRecord) -> Finding:
-    """Make a finding of a record that was put aside."""
+def finding_from_bad_record(source: Source, bad: BadRecord) -> Finding:
+    """Return a finding for a record that was set aside."""
     return Finding(bad.kind, source.name, bad.data, bad.record, bad.id, bad.problem)
 
 
 def compare_sides(survey: Survey) -> Iterator[Finding]:
-    """Find what occurs twice or contradicts itself in each source, and what is on both sides of each split."""
+    """Yield duplicates and contradictions in each source, and leaks between the sides of each split."""
     for source in survey.sources:
         yield from _duplicate_ids(source)
         yield from _duplicate_images(survey, source)
@@ -55,7 +55,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
         yield from _empty_images(survey, source)
         for record in source.records:
             if marker := next((mark for mark in ("USER:", "ASSISTANT:") if _says(record, mark)), None):
-                yield at("special_text", source, record, f"{record.where}: holds {marker}", record.image)
+                yield finding_at("special_text", source, record, f"{record.where}: holds {marker}", record.image)
     for side in survey.sides:
         if side.role == "training":
             yield from _same_questions(survey, side)
@@ -65,7 +65,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
 
 
 def _pairs(survey: Survey) -> Iterator[tuple[Side, Side]]:
-    """Pair what is trained on with what it is tested on: a stage's own validation, and the evaluation."""
+    """Pair each training side with what tests it: the validation of its stage, and the evaluation."""
     for trained in survey.sides:
         if trained.role == "training":
             for tested in survey.sides:
@@ -84,7 +84,7 @@ def _duplicate_ids(source: Source) -> Iterator[Finding]:
             continue
         other = first.setdefault(record.id, record)
         if other is not record:
-            yield at("duplicate_id", source, record, f"{record.where}: record {other.number} has this id too")
+            yield finding_at("duplicate_id", source, record, f"{record.where}: record {other.number} has this id too")
 
 
 def _duplicate_images(survey: Survey, source: Source) -> Iterator[Finding]:
@@ -93,33 +93,33 @@ def _duplicate_images(survey: Survey, source: Source) -> Iterator[Finding]:
         other = first.setdefault(survey.facts(image).sha256, image)
         if image_id(other) != image_id(image):
             problem = f"{record.where}: image {printable(image.key, 80)} has the bytes of {printable(other.key, 80)}"
-            yield at("duplicate_image", source, record, problem, image, other)
+            yield finding_at("duplicate_image", source, record, problem, image, other)
 
 
 def _transparent(survey: Survey, source: Source) -> Iterator[Finding]:
     for record, image in _images(source.records):
         if survey.facts(image).is_transparent:
-            yield at("transparent", source, record, f"{record.where}: image {printable(image.key, 80)}", image)
+            yield finding_at("transparent", source, record, f"{record.where}: image {printable(image.key, 80)}", image)
 
 
 def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:
-    """Find images of which the model would see nothing, or next to nothing."""
+    """Yield images in which the model would see nothing, or next to nothing."""
     for record, image in _images(source.records):
         facts = survey.facts(image)
         if facts.contrast <= MAX_BLANK_RANGE:
-            color = "#" + facts.colours[:3].hex()
+            color = "#" + facts.colors[:3].hex()
             shade = {"#000000": "black", "#ffffff": "white"}.get(color, color)
             shown = f"has values at most {facts.contrast} of 255 apart" if facts.contrast else f"is all {shade}"
             problem = f"{record.where}: image {printable(image.key, 80)} {shown}"
-            yield at("blank_image", source, record, problem, image)
+            yield finding_at("blank_image", source, record, problem, image)
         elif facts.levels < MIN_LEVELS:
             levels = counted(facts.levels, "shade")
             problem = f"{record.where}: image {printable(image.key, 80)} keeps {levels} in the 8 bits that are seen"
-            yield at("few_levels", source, record, problem, image)
+            yield finding_at("few_levels", source, record, problem, image)
 
 
 def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
-    """Compare records that ask the same first question about the same image."""
+    """Yield duplicates and contradictions among records with the same first question about the same image."""
     first: dict[tuple[bytes, str], Record] = {}
     for record in side.records:
         image = b"" if record.image is None else survey.facts(record.image).sha256
@@ -128,7 +128,7 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
         if other is record:
             continue
         if _texts(other) == _texts(record):
-            yield at(
+            yield finding_at(
                 "duplicate_record", side.source, record, f"{record.where}: the same as {other.where}", record.image
             )
             continue
@@ -137,7 +137,7 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
             asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip(), 80)
             answers = f"'{printable(ours, 80)}', and '{printable(theirs, 80)}' in record {other.number}"
             problem = f"{record.where}: '{asked}' is answered {answers}"
-            yield at("contradiction", side.source, record, problem, record.image)
+            yield finding_at("contradiction", side.source, record, problem, record.image)
 
 
 def _texts(record: Record) -> list[str]:
@@ -157,11 +157,11 @@ def _group_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
             other = known[record.group]
             group = f"{printable(str(tested.source.data.group), 80)} {printable(str(record.group), 80)}"
             problem = f"{record.where}: {group} is in the training set too ({other.where})"
-            yield at("group_leak", tested.source, record, problem, record.image, other.image)
+            yield finding_at("group_leak", tested.source, record, problem, record.image, other.image)
 
 
 def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Finding]:
-    """Find images of the tested side that the training side shows too, or nearly."""
+    """Yield images of the tested side that are, or nearly are, on the training side."""
     known: dict[bytes, tuple[Record, ImageSource]] = {}
     for record, image in _images(trained.records):
         known.setdefault(survey.facts(image).sha256, (record, image))
@@ -171,20 +171,20 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
             asked.append((record, image))
             continue
         problem = f"{record.where}: image {printable(image.key, 80)} is in the training set too ({other[0].where})"
-        yield at("image_leak", tested.source, record, problem, image, other[1])
-    learnt = list(known.values())
-    pairs = near_pairs([survey.facts(image) for _, image in asked], [survey.facts(image) for _, image in learnt])
-    for place, found in pairs:
-        (record, image), (other_record, other_image) = asked[place], learnt[found]
+        yield finding_at("image_leak", tested.source, record, problem, image, other[1])
+    training = list(known.values())
+    pairs = near_pairs([survey.facts(image) for _, image in asked], [survey.facts(image) for _, image in training])
+    for tested_index, training_index in pairs:
+        (record, image), (other_record, other_image) = asked[tested_index], training[training_index]
         problem = (
             f"{record.where}: image {printable(image.key, 80)} looks almost like {printable(other_image.key, 80)}, "
             f"which is in the training set ({other_record.where})"
         )
-        yield at("near_leak", tested.source, record, problem, image, other_image)
+        yield finding_at("near_leak", tested.source, record, problem, image, other_image)
 
 
 def _images(records: list[Record]) -> Iterator[tuple[Record, ImageSource]]:
-    """Yield every image once, with the first record that shows it."""
+    """Yield each image once, with the first record that shows it."""
     seen = set()
     for record in records:
         if record.image is not None and (name := image_id(record.image)) not in seen:

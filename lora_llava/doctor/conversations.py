@@ -1,22 +1,22 @@
-"""The second half of a check, with the tokenizer: every conversation encoded, and the plan of every stage."""
+"""The second half of a check, with the tokenizer: encode every conversation, and plan every stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 from transformers import LlavaConfig
 
-from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, encode, get_template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, encode, get_template
 from lora_llava.data.encoded import EncodedRecords, Size, size_of
 from lora_llava.data.load import merge_turns
 from lora_llava.data.record import Record
 from lora_llava.data.stage import StageData, StageRecords, length_lines, plan_records
-from lora_llava.doctor.compare import Finding, at
+from lora_llava.doctor.compare import Finding, finding_at
 from lora_llava.doctor.survey import Side, Survey
+from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError, RecipeError, TrainingError
 from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import num_image_tokens
@@ -28,15 +28,15 @@ from lora_llava.system.processes import in_processes
 from lora_llava.system.text import counted
 
 _NO_BOUND = 2**31
-"""Length of a question of the evaluation: it is not cut."""
+"""Maximum length of questions of the evaluation, which are not truncated."""
 
 
 @dataclass(slots=True)
 class Conversations:
-    """What the tokenizer tells."""
+    """What the check learns from the tokenizer."""
 
     sizes: dict[str, list[Size]] = field(default_factory=dict)
-    """Of the conversations of each side, by its name, as they are trained on or asked."""
+    """Sizes of the conversations of each side, by its name, as trained on or asked."""
     plans: dict[StageName, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     encoders: dict[str, partial[Encoded]] = field(default_factory=dict)
@@ -46,33 +46,35 @@ class Conversations:
 
 
 def encode_sides(survey: Survey, workers: int | None = None) -> Conversations:
-    """Encode every conversation of a survey in `workers` processes, and plan the stages; bad records are put aside."""
-    made = Conversations()
-    config, made.tokenizer = describe_base(survey.recipe.base)
-    made.image_token_id = int(config.image_token_id)
+    """Encode all conversations of a survey in `workers` processes and plan its stages; bad records are set aside."""
+    conversations = Conversations()
+    config, conversations.tokenizer = describe_base(survey.recipe.base)
+    conversations.image_token_id = int(config.image_token_id)
     for side in survey.sides:
-        _encode_side(survey.recipe, side, made, config, workers)
+        _encode_side(survey.recipe, side, conversations, config, workers)
     for stage in survey.recipe.stage_names:
-        made.plans[stage] = _plan(survey, stage, made, config)
-    return made
+        conversations.plans[stage] = _plan(survey, stage, conversations, config)
+    return conversations
 
 
-def _encode_side(recipe: Recipe, side: Side, made: Conversations, config: LlavaConfig, workers: int | None) -> None:
-    """Encode the records of a side one by one; then, if the stage merges them, the conversations it makes."""
+def _encode_side(
+    recipe: Recipe, side: Side, conversations: Conversations, config: LlavaConfig, workers: int | None
+) -> None:
+    """Encode the records of a side; then, if the stage merges turns, the merged conversations."""
     stage = recipe.stage(side.stage)
     encoder = partial(
         encode,
         template=get_template(stage.template, stage.system),
-        tokenizer=made.tokenizer,
-        image_token_id=made.image_token_id,
+        tokenizer=conversations.tokenizer,
+        image_token_id=conversations.image_token_id,
         num_image_tokens=num_image_tokens(config),
         max_length=_NO_BOUND if side.role == "evaluation" else stage.max_length,
     )
-    made.encoders[side.name] = encoder
+    conversations.encoders[side.name] = encoder
     found = in_processes(
         partial(_size, encoder), side.records, died=_died, workers=workers, label=f"conversations, {side.name}"
     )
-    special = set(made.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
+    special = set(conversations.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
     usable = []
     for record, (size, error) in zip(side.records, found, strict=True):
         if error is not None:
@@ -81,7 +83,7 @@ def _encode_side(recipe: Recipe, side: Side, made: Conversations, config: LlavaC
         usable.append((record, size))
         if token := next((token for token in special if any(token in turn.text for turn in record.turns)), None):
             problem = f"{record.where}: holds {token}"
-            made.findings.append(at("special_text", side.source, record, problem, record.image))
+            conversations.findings.append(finding_at("special_text", side.source, record, problem, record.image))
     side.records = [record for record, _ in usable]
     failed = {one.record for one in side.source.bad.found}
     side.source.records = [record for record in side.source.records if record.number not in failed]
@@ -90,11 +92,11 @@ def _encode_side(recipe: Recipe, side: Side, made: Conversations, config: LlavaC
         side.records = merge_turns(side.records, stage.data.merge_turns)
         merged = in_processes(partial(_size, encoder), side.records, died=_died, workers=workers)
         sizes = [size for size, _ in merged if size is not None]
-    made.sizes[side.name] = sizes
+    conversations.sizes[side.name] = sizes
     for record, size in zip(side.records, sizes, strict=True):
         if size.is_cut:
             problem = f"{record.where}: is cut to {counted(size.length, 'token')}"
-            made.findings.append(at("truncated", side.source, record, problem, record.image))
+            conversations.findings.append(finding_at("truncated", side.source, record, problem, record.image))
 
 
 def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataError | None]:
@@ -108,15 +110,15 @@ def _died(record: Record) -> tuple[Size | None, DataError | None]:
     return None, DataError(f"{record.where}: encoding it ended the process; take it out")
 
 
-def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaConfig) -> dict[str, Any]:
-    """Plan the steps of a stage as a run on this machine would."""
+def _plan(survey: Survey, stage: StageName, conversations: Conversations, config: LlavaConfig) -> dict[str, Any]:
+    """Plan the steps of a stage as a run on this machine does."""
     recipe, settings = survey.recipe, survey.recipe.stage(stage)
     sides = {side.role: side for side in survey.sides if side.stage == stage and side.role != "evaluation"}
     if not sides["training"].records:
         return {"problem": "Nothing to train on: no record could be read."}
-    encoded = {role: _encoded(side, made) for role, side in sides.items()}
+    encoded = {role: _encoded(side, conversations) for role, side in sides.items()}
     validation = encoded.get("validation") or _encoded(
-        Side("", stage, "validation", sides["training"].source, []), made
+        Side("", stage, "validation", sides["training"].source, []), conversations
     )
     records = StageRecords(get_template(settings.template, settings.system), encoded["training"], validation)
     longest, facts = records.longest.length, dict[str, Any]()
@@ -126,7 +128,7 @@ def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaCo
         tokens = plan_memory(shapes, this_machine(recipe.attn_implementation, None)).tokens_per_micro_batch
     except RecipeError as error:
         source = sides["training"].source
-        made.findings.append(Finding("micro_batch", source.name, source.data_name, 0, None, str(error)))
+        conversations.findings.append(Finding("micro_batch", source.name, source.data_name, 0, None, str(error)))
         tokens = longest
     except TrainingError as error:
         facts["problem"] = str(error)
@@ -138,10 +140,10 @@ def _plan(survey: Survey, stage: StageName, made: Conversations, config: LlavaCo
     return facts | _plan_facts(data, tokens, longest)
 
 
-def _encoded(side: Side, made: Conversations) -> EncodedRecords:
-    """Take the sizes that are known for the encoding again."""
-    encoder = next(iter(made.encoders.values()))
-    return EncodedRecords(side.records, **encoder.keywords, sizes=made.sizes.get(side.name, []))
+def _encoded(side: Side, conversations: Conversations) -> EncodedRecords:
+    """Return a side's encoded records, with the sizes that are already known."""
+    encoder = next(iter(conversations.encoders.values()))
+    return EncodedRecords(side.records, **encoder.keywords, sizes=conversations.sizes.get(side.name, []))
 
 
 def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
@@ -162,19 +164,13 @@ def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
     }
 
 
-def pieces(record: Record, side: Side, made: Conversations) -> list[tuple[str, str]]:
-    """Write a record as the model gets it, in runs: (`read` or `learnt` or `image`, text)."""
-    encoded = made.encoders[side.name](record.turns, where=record.where)
-    kinds = [
-        "image" if token == made.image_token_id else "read" if label == IGNORE_INDEX else "learnt"
-        for token, label in zip(encoded.input_ids, encoded.labels, strict=True)
+def text_runs(record: Record, side: Side, conversations: Conversations) -> list[tuple[TokenKind, str]]:
+    """Return a record as the model gets it, in runs of one kind of token, as text."""
+    encoded = conversations.encoders[side.name](record.turns, where=record.where)
+    return [
+        (kind, f"{IMAGE_PLACEHOLDER} x {len(ids)}" if kind == "image" else _text(ids, conversations.tokenizer))
+        for kind, ids in token_runs(encoded, conversations.image_token_id)
     ]
-    runs, place = [], 0
-    for kind, run in groupby(kinds):
-        ids = encoded.input_ids[place : place + len(list(run))]
-        place += len(ids)
-        runs.append((kind, f"{IMAGE_PLACEHOLDER} x {len(ids)}" if kind == "image" else _text(ids, made.tokenizer)))
-    return runs
 
 
 def _text(ids: Sequence[int], tokenizer: Any) -> str:

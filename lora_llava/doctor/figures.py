@@ -1,4 +1,4 @@
-"""What is counted: histograms of lengths, turns, answers and image sizes."""
+"""Counts and histograms: lengths, turns, answers, image sizes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lora_llava.data.encoded import Size
 from lora_llava.doctor.survey import Side, Survey, image_id
 from lora_llava.system.text import printable
 
-_MOST_ANSWERS = 12
+_MAX_ANSWERS = 12
 _BINS = 12
-_NICE = (1, 2, 5)
+_ROUND = (1, 2, 5)
 
 Histogram = list[dict[str, Any]]
-"""Bars in their order: `label` and `count`."""
+"""Bars in order, each with `label` and `count`."""
 
 
 def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> dict[str, Any]:
-    """Count one side of the data; without `sizes` the tokens are not known."""
+    """Return the counts of one side of the data; those of tokens need `sizes`."""
     images = {image_id(record.image): survey.facts(record.image) for record in side.records if record.image}
-    answers = Counter(printable(turn.text.strip(), 40) for one in side.records for turn in one.turns[1::2])
+    answers = Counter(printable(turn.text.strip(), 40) for record in side.records for turn in record.turns[1::2])
     figures: dict[str, Any] = {
         "records": len(side.records),
         "images": len(images),
@@ -29,7 +29,7 @@ def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> di
         "questions": sum(len(record.turns) // 2 for record in side.records),
         "different_answers": len(answers),
         "turns": histogram([len(record.turns) // 2 for record in side.records]),
-        "answers": [{"label": text, "count": count} for text, count in answers.most_common(_MOST_ANSWERS)],
+        "answers": [{"label": text, "count": count} for text, count in answers.most_common(_MAX_ANSWERS)],
         "image_width": histogram([facts.width for facts in images.values()]),
         "image_height": histogram([facts.height for facts in images.values()]),
     }
@@ -41,21 +41,21 @@ def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> di
 
 
 def histogram(values: Sequence[int]) -> Histogram:
-    """Count values in at most a dozen bins of equal, round width."""
+    """Return a histogram of at most `_BINS` bins of equal, round width."""
     if not values:
         return []
     low, high = min(values), max(values)
     width = next(
         step * 10**power
         for power in range(12)
-        for step in _NICE
+        for step in _ROUND
         if (high // (step * 10**power)) - (low // (step * 10**power)) < _BINS
     )
     counts = Counter(value // width for value in values)
     return [
         {
-            "label": f"{place * width:,}" if width == 1 else f"{place * width:,} to {(place + 1) * width - 1:,}",
-            "count": counts[place],
+            "label": f"{bin_ * width:,}" if width == 1 else f"{bin_ * width:,} to {(bin_ + 1) * width - 1:,}",
+            "count": counts[bin_],
         }
-        for place in range(low // width, high // width + 1)
+        for bin_ in range(low // width, high // width + 1)
     ]

@@ -1,4 +1,4 @@
-"""What is to be known of an image: its bytes' hash, its size, and a fingerprint of what it shows."""
+"""Properties of an image: hash of its bytes, size, contrast, and a perceptual hash."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lora_llava.data.images.read import DEEP_GREY, FORMATS, decode_image, read_i
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
-MOST_DIFFERING_BITS = 8
-"""Of the 64 of two fingerprints, for images that may show the same."""
-MOST_COLOUR_DIFFERENCE = 10
-"""Of 255, in any of the 8 x 8 fields of two images that show the same."""
+MAX_DIFFERING_BITS = 8
+"""Bits, of 64, in which the hashes of near duplicates may differ."""
+MAX_COLOR_DIFFERENCE = 10
+"""Largest difference of near duplicates, of 255, in any of 8 x 8 cells."""
 
 MAX_BLANK_RANGE = 2
-"""Of 255: darkest to brightest, in each channel of an image that shows nothing."""
+"""Largest range of values, of 255, in each channel of a blank image."""
 
 _PNG_DEPTH = 24
 """Byte of a PNG that holds the bits of a channel."""
-_FIELDS = 8
+_CELLS = 8
 _BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What was found when an image was opened; without `error` all of it is known."""
+    """Properties of an opened image; if `error` is None, all are known."""
 
     error: DataError | None = None
     sha256: bytes = b""
@@ -40,17 +40,17 @@ class ImageFacts:
     height: int = 0
     is_transparent: bool = False
     dhash: int = 0
-    """64 bits: whether each of 8 x 8 fields is darker than the one to its right."""
-    colours: bytes = b""
-    """Mean RGB of 8 x 8 fields."""
+    """64 bits: whether each of 8 x 8 cells is darker than the one to its right."""
+    colors: bytes = b""
+    """Mean RGB of 8 x 8 cells."""
     contrast: int = 255
-    """Darkest to brightest, in the channel where they are farthest apart; 0 if all of it is one color."""
+    """Largest range of values in a channel; 0 for an image of one color."""
     levels: int = 256
-    """Values of a channel that are left of an image of more than 8 bits, if more than strays were lost; else 256."""
+    """Distinct values left in a channel of an image of more than 8 bits, if that lost more than strays; else 256."""
 
 
 def look_at_image(source: ImageSource) -> ImageFacts:
-    """Open an image as training does, and describe it; what is wrong with it is in `error`."""
+    """Open an image as training does and describe it; `error` says why if it cannot be used."""
     try:
         data = read_image(source)
         image = decode_image(data, source.name, window=source.window)
@@ -63,7 +63,7 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         image.height,
         _is_transparent(data),
         difference_hash(image),
-        image.resize((_FIELDS, _FIELDS), Image.Resampling.BOX).tobytes(),
+        image.resize((_CELLS, _CELLS), Image.Resampling.BOX).tobytes(),
         _contrast(image),
         _levels_left(data, image),
     )
@@ -71,22 +71,22 @@ def look_at_image(source: ImageSource) -> ImageFacts:
 
 def difference_hash(image: Image.Image) -> int:
     """Return the difference hash (dHash) of an image: 64 bits that scaling and recompressing hardly change."""
-    grey = np.asarray(image.convert("L").resize((_FIELDS + 1, _FIELDS), Image.Resampling.BOX))
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+    gray = np.asarray(image.convert("L").resize((_CELLS + 1, _CELLS), Image.Resampling.BOX))
+    return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
 
 
 def _histogram(image: Image.Image) -> npt.NDArray[np.int64]:
-    """Count the values of each channel (3, 256)."""
+    """Return the histogram of each channel, (3, 256)."""
     return np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
 
 
 def _contrast(image: Image.Image) -> int:
-    """Return how far apart the darkest and brightest values of a channel are."""
+    """Return the largest range of values in a channel."""
     return max(int(np.ptp(np.flatnonzero(channel))) for channel in _histogram(image))
 
 
 def _levels_left(data: bytes, image: Image.Image) -> int:
-    """Count the values of a channel in the 8 bits of a deeper image; 256 if it is not deeper or lost hardly any."""
+    """Count the distinct values left of an image of more than 8 bits; 256 if it has 8, or lost hardly any."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as original:
@@ -94,14 +94,14 @@ def _levels_left(data: bytes, image: Image.Image) -> int:
             if not is_deep_grey and not (original.format == "PNG" and data[_PNG_DEPTH] == 16):
                 return 256
             left = int((_histogram(image) > 0).sum(axis=1).max())
-            # Of deep color only the upper 8 bits can be had, so what was lost is not known.
+            # Pillow reads only the upper 8 bits of deep color, so the loss is unknown there.
             lost = len(np.unique(np.asarray(original))) - left if is_deep_grey else left
-            # Padding and markers are left out of the range on purpose.
+            # Losing padding and markers is intended.
             return left if lost * LEVELS_PER_STRAY > left else 256
 
 
 def _is_transparent(data: bytes) -> bool:
-    """Tell whether any pixel of an image that is known to decode lets through what is below it."""
+    """Return whether any pixel of a decodable image is transparent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -110,34 +110,34 @@ def _is_transparent(data: bytes) -> bool:
             try:
                 return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
             except ValueError:
-                # Grey of 16 bits has no way to RGBA.
+                # Pillow cannot convert 16-bit grayscale to RGBA.
                 return False
 
 
 def near_pairs(asked: list[ImageFacts], known: list[ImageFacts]) -> list[tuple[int, int]]:
-    """Pair each image of `asked` with the most similar of `known`, where they nearly show the same.
+    """Pair each image of `asked` with its nearest duplicate in `known`, if there is one.
 
-    Returns indices into both; images of equal bytes are no pair.
+    Returns pairs of indices into both; images with equal bytes are not paired.
     """
     if not asked or not known:
         return []
-    hashes = np.array([one.dhash for one in known], dtype=np.uint64)
-    colours = np.frombuffer(b"".join(one.colours for one in known), np.uint8).reshape(len(known), -1).astype(np.int16)
+    hashes = np.array([facts.dhash for facts in known], dtype=np.uint64)
+    colors = np.frombuffer(b"".join(facts.colors for facts in known), np.uint8).reshape(len(known), -1).astype(np.int16)
     pairs = []
     for start in range(0, len(asked), _BLOCK):
         block = asked[start : start + _BLOCK]
-        ours = np.array([one.dhash for one in block], dtype=np.uint64)
-        near = np.bitwise_count(ours[:, None] ^ hashes[None, :]) <= MOST_DIFFERING_BITS
-        for place, one in enumerate(block):
-            candidates = np.flatnonzero(near[place])
+        ours = np.array([facts.dhash for facts in block], dtype=np.uint64)
+        near = np.bitwise_count(ours[:, None] ^ hashes[None, :]) <= MAX_DIFFERING_BITS
+        for offset, facts in enumerate(block):
+            candidates = np.flatnonzero(near[offset])
             if not len(candidates):
                 continue
-            own = np.frombuffer(one.colours, np.uint8).astype(np.int16)
-            distance = np.abs(colours[candidates] - own).max(axis=1)
+            own = np.frombuffer(facts.colors, np.uint8).astype(np.int16)
+            distance = np.abs(colors[candidates] - own).max(axis=1)
             for candidate in candidates[np.argsort(distance, kind="stable")]:
-                if np.abs(colours[candidate] - own).max() > MOST_COLOUR_DIFFERENCE:
+                if np.abs(colors[candidate] - own).max() > MAX_COLOR_DIFFERENCE:
                     break
-                if known[candidate].sha256 != one.sha256:
-                    pairs.append((start + place, int(candidate)))
+                if known[candidate].sha256 != facts.sha256:
+                    pairs.append((start + offset, int(candidate)))
                     break
     return pairs

@@ -1,20 +1,20 @@
-"""One training record as the model sees it: its tokens, those it learns from marked, and the tensors."""
+"""One training record as the model gets it: its tokens, supervised or not, and the tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, get_template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, get_template
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.images.read import open_image
 from lora_llava.data.layout import lay_out
 from lora_llava.data.load import Record, load_split
+from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError
 from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import num_image_tokens
@@ -22,16 +22,16 @@ from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName
 from lora_llava.system.text import counted, printable_lines
 
-_LEARNT, _READ, _IMAGE = "bold green", "default", "cyan"
+_STYLES: dict[TokenKind, str] = {"supervised": "bold green", "context": "default", "image": "cyan"}
 _LINE_FEED = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 _PART = "\N{REPLACEMENT CHARACTER}"
 _EDGE = "\N{LIGHT VERTICAL BAR}"
 
 
 def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
-    """Show training record `index` of a stage (None: the last); of the base only the tokenizer is read.
+    """Show training record `index` of a stage (None: the last one); reads the data and the tokenizer, not the model.
 
-    Raises DataError if there is no such record, or it cannot be trained on.
+    Raises DataError if there is no such stage or record, or the record is unusable.
     """
     names = {str(name): name for name in recipe.stage_names}
     name: StageName = names[stage] if stage in names else recipe.stage_names[-1]
@@ -56,69 +56,55 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
     return Group(
         Text(f"index {index}: {record.where}, stage {name}, template {settings.template}"),
         Text(),
-        token_view(encoded, tokenizer, int(config.image_token_id)),
+        _token_view(encoded, tokenizer, int(config.image_token_id)),
         Text(),
-        legend(),
+        _legend(),
         Text(),
-        facts_view(encoded, record, int(config.vision_config.image_size)),
+        _facts_view(encoded, record, int(config.vision_config.image_size)),
     )
 
 
-def legend() -> Text:
-    """Explain the marks of `token_view`."""
+def _legend() -> Text:
+    """Explain the marks of `_token_view`."""
     return Text.assemble(
-        (
-            "«learnt»",
-            _LEARNT,
-        ),
+        ("«supervised»", _STYLES["supervised"]),
         "  ",
-        ("only read", _READ),
+        ("context", _STYLES["context"]),
         "  ",
-        (f"{IMAGE_PLACEHOLDER} x N: tokens of the image", _IMAGE),
+        (f"{IMAGE_PLACEHOLDER} x N: tokens of the image", _STYLES["image"]),
         f"  {_EDGE} between tokens",
     )
 
 
-def token_view(encoded: Encoded, tokenizer: Any, image_token_id: int) -> Text:
-    """Write out the tokens; runs that are learnt stand in guillemets too, for screens without colour."""
+def _token_view(encoded: Encoded, tokenizer: Any, image_token_id: int) -> Text:
+    """Show the tokens; supervised ones are also in guillemets, for screens without color."""
     view = Text()
-    kinds = [
-        "image" if token == image_token_id else "read" if label == IGNORE_INDEX else "learnt"
-        for token, label in zip(encoded.input_ids, encoded.labels, strict=True)
-    ]
-    place = 0
-    for kind, run in groupby(kinds):
-        count = len(list(run))
-        ids = encoded.input_ids[place : place + count]
-        if kind == "image":
-            view.append(f"{IMAGE_PLACEHOLDER} x {count}", _IMAGE)
-        else:
-            text = _EDGE.join(token_texts(ids, tokenizer))
-            view.append(*((f"«{text}»", _LEARNT) if kind == "learnt" else (text, _READ)))
-        place += count
+    for kind, ids in token_runs(encoded, image_token_id):
+        text = f"{IMAGE_PLACEHOLDER} x {len(ids)}" if kind == "image" else _EDGE.join(_token_texts(ids, tokenizer))
+        view.append(f"«{text}»" if kind == "supervised" else text, _STYLES[kind])
     return view
 
 
-def token_texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
-    """Yield the text of each token, spaces kept, line feeds shown; a part of a character is a question mark."""
+def _token_texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
+    """Yield the text of each token, with visible line feeds; part of a character becomes a question mark."""
     shown = ""
     for end in range(1, len(ids) + 1):
-        # Decoded with what is before: alone, many tokenizers take the space off a word.
+        # Decode with the tokens before: alone, many tokenizers drop the leading space of a word.
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        # A part of a character is shown as a mark, which the whole character then replaces.
+        # Part of a character decodes to a mark, which the whole character then replaces.
         known = shown if text.startswith(shown) else shown.rstrip(_PART)
         shown = text
         yield printable_lines(text[len(known) :]).replace("\n", f"{_LINE_FEED}\n").replace(_PART, "?")
 
 
-def facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:
-    """Lay out lengths, and the shapes of the tensors of a row with this record alone."""
+def _facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:
+    """Return the lengths of the record, and the shapes of the tensors of a row that holds only it."""
     table = Table(show_header=False)
     image = open_image(record.image) if record.image else None
     facts: dict[str, Any] = {
         "tokens": len(encoded.input_ids),
-        "learnt": encoded.num_supervised,
-        "prefix that conversations on the image share": encoded.prefix_length,
+        "supervised": encoded.num_supervised,
+        "prefix that conversations about the image share": encoded.prefix_length,
         "image": f"{image.width} x {image.height} pixels" if image else "none",
     }
     facts.update(

@@ -1,4 +1,4 @@
-"""`check.html`: the report as one page that asks nothing of the network and runs no script."""
+"""`check.html`: the report as one page without scripts or network requests."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image
 from lora_llava import __version__
 from lora_llava.data.images.read import open_image
 from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.sampling import spread
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.compare import Finding
-from lora_llava.doctor.conversations import pieces
+from lora_llava.doctor.conversations import text_runs
 from lora_llava.doctor.report import Report
 from lora_llava.doctor.survey import Side
 from lora_llava.errors import DataError
@@ -27,10 +28,10 @@ NUM_SAMPLES = 10
 _NUM_SHOWN = 6
 _NUM_NAMED = 50
 _SIDE = 168
-_MOST_TEXT = 3000
+_MAX_TEXT = 3000
 _FIGURES = {
     "tokens": "Tokens of a conversation",
-    "supervised_tokens": "Learned tokens of a conversation",
+    "supervised_tokens": "Supervised tokens of a conversation",
     "turns": "Questions of a conversation",
     "answers": "Answers",
     "image_width": "Image width, pixels",
@@ -39,7 +40,7 @@ _FIGURES = {
 
 
 def write_page(report: Report) -> str:
-    """Return the page; every text of the data is escaped, and a policy in it forbids all but its own pictures."""
+    """Return the page. Text from the data is escaped, and a content policy allows only the embedded pictures."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(
         resources.files("lora_llava.doctor").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -49,7 +50,7 @@ def write_page(report: Report) -> str:
         version=__version__,
         seconds=f"{report.seconds:.0f}",
         counts={severity: report.count(severity) for severity in SEVERITIES},
-        findings=[_kind(kind, found) for kind, found in report.findings.items()],
+        findings=[_kind(kind, findings) for kind, findings in report.findings.items()],
         lists=report.lists,
         sources=report.survey.sources,
         sides=[_side(name, figures) for name, figures in report.figures.items()],
@@ -58,21 +59,21 @@ def write_page(report: Report) -> str:
     )
 
 
-def _kind(kind: str, found: list[Finding]) -> dict[str, Any]:
+def _kind(kind: str, findings: list[Finding]) -> dict[str, Any]:
     described = KINDS[kind]
-    shown = [one for one in found if one.images][:_NUM_SHOWN]
+    shown = [finding for finding in findings if finding.images][:_NUM_SHOWN]
     return {
         **described._asdict(),
-        "count": sum(one.count for one in found),
+        "count": sum(finding.count for finding in findings),
         "shown": [
             {
-                "problem": _short(one.problem),
-                "pictures": [picture for image in one.images if (picture := _picture(image))],
+                "problem": _short(finding.problem),
+                "pictures": [picture for image in finding.images if (picture := _picture(image))],
             }
-            for one in shown
+            for finding in shown
         ],
-        "named": [_short(one.problem) for one in found[:_NUM_NAMED]],
-        "more": max(0, len(found) - _NUM_NAMED),
+        "named": [_short(finding.problem) for finding in findings[:_NUM_NAMED]],
+        "more": max(0, len(findings) - _NUM_NAMED),
     }
 
 
@@ -87,7 +88,7 @@ def _side(name: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plans(report: Report) -> list[tuple[str, dict[str, Any], list[str]]]:
-    """Return the figures and the sentences of each stage's plan."""
+    """Return the numbers and the sentences of each stage's plan."""
     return [
         (
             stage,
@@ -99,27 +100,26 @@ def _plans(report: Report) -> list[tuple[str, dict[str, Any], list[str]]]:
 
 
 def _samples(report: Report) -> Iterator[dict[str, Any]]:
-    """Render records, evenly from every side that has any."""
-    for side, record in sampled(report.survey.sides):
-        runs, room = [], _MOST_TEXT
-        for kind, text in pieces(record, side, report.conversations):
+    """Yield records as the model gets them, evenly from all sides."""
+    for side, record in _sampled(report.survey.sides):
+        runs, room = [], _MAX_TEXT
+        for kind, text in text_runs(record, side, report.conversations):
             runs.append((kind, text[:room]))
             room -= len(text)
             if room <= 0:
-                runs.append(("read", "\N{HORIZONTAL ELLIPSIS}"))
+                runs.append(("context", "\N{HORIZONTAL ELLIPSIS}"))
                 break
         picture = _picture(record.image, 2 * _SIDE) if record.image else None
         yield {"side": side.name, "where": record.where, "picture": picture, "runs": runs}
 
 
-def sampled(sides: list[Side]) -> Iterator[tuple[Side, Record]]:
-    """Choose NUM_SAMPLES records in all, from the start to the end of each side."""
+def _sampled(sides: list[Side]) -> Iterator[tuple[Side, Record]]:
+    """Yield NUM_SAMPLES records in all, evenly spaced within each side."""
     filled = [side for side in sides if side.records]
     for number, side in enumerate(filled):
         share = NUM_SAMPLES // len(filled) + (number < NUM_SAMPLES % len(filled))
-        count = min(share, len(side.records))
-        for place in range(count):
-            yield side, side.records[place * len(side.records) // count]
+        for record in spread(side.records, share):
+            yield side, record
 
 
 def _short(text: str) -> str:
@@ -127,14 +127,14 @@ def _short(text: str) -> str:
 
 
 def _picture(source: ImageSource, side: int = _SIDE) -> str | None:
-    """Write a small copy of an image into an address of its own; None if it cannot be opened."""
+    """Return a small copy of an image as a data URL; None if it cannot be opened."""
     try:
         image = open_image(source)
     except DataError:
         return None
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    # Small flat pictures are smaller, and truer, as PNG.
+    # PNG is smaller, and lossless, for small pictures.
     png = max(image.size) <= 96
     image.save(buffer, "PNG") if png else image.save(buffer, "JPEG", quality=80)
     return f"data:image/{'png' if png else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,11 +1,11 @@
-"""References of an evaluation that no answer can equal."""
+"""References of an evaluation that no answer can match."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from lora_llava.doctor.compare import Finding, at
+from lora_llava.doctor.compare import Finding, finding_at
 from lora_llava.doctor.survey import Survey
 from lora_llava.evaluation.questions import make_questions
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, is_void, pick_metric
@@ -13,7 +13,7 @@ from lora_llava.system.text import counted, printable
 
 
 def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
-    """Find references that normalize to nothing and, with a tokenizer, those longer than `max_new_tokens`."""
+    """Yield references that normalize to nothing and, with a tokenizer, those longer than `max_new_tokens`."""
     settings = survey.recipe.evaluation
     source = next((source for source in survey.sources if source.name == "evaluation"), None)
     if settings is None or source is None:
@@ -24,11 +24,11 @@ def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
     for question in questions:
         if is_void(metric, question.answer):
             problem = f"{question.record.where}: {printable(question.answer)!r} under {METRIC_NAMES[metric]}"
-            yield at("void_reference", source, question.record, problem, question.record.image)
+            yield finding_at("void_reference", source, question.record, problem, question.record.image)
     if tokenizer is None or not answers:
         return
     most = settings.max_new_tokens
     for question, ids in zip(questions, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
         if len(ids) > most:
             problem = f"{question.record.where}: {counted(len(ids), 'token')}, max_new_tokens is {most}"
-            yield at("long_reference", source, question.record, problem, question.record.image)
+            yield finding_at("long_reference", source, question.record, problem, question.record.image)

@@ -1,4 +1,4 @@
-"""The report of a check: everything that was found, as `check.json` holds it, and the lists that `exclude` reads."""
+"""The report of a check: all findings, as in `check.json`, and the lists that `exclude` reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from lora_llava import __version__
 from lora_llava.data.bad_records import BadRecord, Exclusions, write_bad_records
 from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
-from lora_llava.doctor.compare import Finding, at, compare_sides, of_bad
+from lora_llava.doctor.compare import Finding, compare_sides, finding_at, finding_from_bad_record
 from lora_llava.doctor.conversations import Conversations
 from lora_llava.doctor.figures import side_figures
 from lora_llava.doctor.references import reference_findings
@@ -26,33 +26,33 @@ from lora_llava.system.files import json_text, shown_path, staged_file
 REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
 FORMAT = 1
 """Version of `check.json`."""
-MOSTLY, MIN_ALIKE = 0.9, 5
-"""Share of the records of a source, and their number, that make one finding if they fail in the same way."""
-_PLACE = re.compile(r"^.*?, record \d+(?: \([^)]*\))?: ")
-MOST_LISTED = 1000
-"""Findings of one kind that `check.json` lists; their number is that of all. Lists of bad records are complete."""
+MIN_SHARE_ALIKE, MIN_ALIKE = 0.9, 5
+"""At least this share of a source's records, and this many, become one finding if they fail in the same way."""
+_LOCATION = re.compile(r"^.*?, record \d+(?: \([^)]*\))?: ")
+MAX_LISTED = 1000
+"""Findings of one kind listed in `check.json`; counts and lists of bad records are complete."""
 
 
 @dataclass(slots=True)
 class Report:
-    """All that a check found."""
+    """Everything that a check found."""
 
     survey: Survey
     conversations: Conversations
     findings: dict[str, list[Finding]]
-    """By kind, in the order of the catalogue; kinds without a finding are left out."""
+    """By kind, in the order of `KINDS`; only kinds with findings."""
     figures: dict[str, dict[str, Any]]
     """By the name of the side."""
     seconds: float
 
     def count(self, severity: Severity) -> int:
         """Count findings of one severity."""
-        found = (one for kind, ones in self.findings.items() if KINDS[kind].severity == severity for one in ones)
-        return sum(one.count for one in found)
+        counted_kinds = (kind for kind in self.findings if KINDS[kind].severity == severity)
+        return sum(finding.count for kind in counted_kinds for finding in self.findings[kind])
 
     @property
     def lists(self) -> dict[str, tuple[str, int]]:
-        """Lists of bad records: by the recipe's key that names them, the file and the bad records in it."""
+        """Lists of bad records: by the recipe key that would name it, the file and its number of records."""
         return {
             f"{source.key}.exclude": (f"{LISTS}/{source.name}.jsonl", len(source.bad.found))
             for source in self.survey.sources
@@ -76,7 +76,7 @@ class Report:
                 }
                 for source in self.survey.sources
             ],
-            "findings": [_kind_as_json(kind, found) for kind, found in self.findings.items()],
+            "findings": [_kind_as_json(kind, findings) for kind, findings in self.findings.items()],
             "exclude": {key: {"file": file, "records": count} for key, (file, count) in self.lists.items()},
             "plans": dict(self.conversations.plans),
             "sides": self.figures,
@@ -84,22 +84,22 @@ class Report:
 
 
 def make_report(survey: Survey, conversations: Conversations, seconds: float) -> Report:
-    """Bring the halves of a check together."""
-    found = [*_bad(survey), *compare_sides(survey), *conversations.findings]
+    """Combine the two halves of a check."""
+    found = [*_bad_records(survey), *compare_sides(survey), *conversations.findings]
     for source, record in survey.unanswered:
-        found.append(at("no_answer", source, record, record.where, record.image))
+        found.append(finding_at("no_answer", source, record, record.where, record.image))
     found += reference_findings(survey, conversations.tokenizer)
-    findings = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
+    findings = {kind: [finding for finding in found if finding.kind == kind] for kind in KINDS}
     return Report(
         survey,
         conversations,
-        {kind: ones for kind, ones in findings.items() if ones},
+        {kind: of_kind for kind, of_kind in findings.items() if of_kind},
         {side.name: side_figures(survey, side, conversations.sizes.get(side.name)) for side in survey.sides},
         seconds,
     )
 
 
-def _bad(survey: Survey) -> Iterator[Finding]:
+def _bad_records(survey: Survey) -> Iterator[Finding]:
     for source in survey.sources:
         if source.error is not None:
             yield Finding(
@@ -110,68 +110,68 @@ def _bad(survey: Survey) -> Iterator[Finding]:
 
 
 def _of_source(source: Source) -> Iterator[Finding]:
-    """Make a finding of each bad record, or a single one where nearly every record fails in the same way."""
-    bad = sorted(source.bad.found, key=lambda one: one.record)
+    """Yield a finding for each bad record, or a single one if nearly all records fail in the same way."""
+    bad = sorted(source.bad.found, key=lambda record: record.record)
     reasons = Counter(map(_reason, bad))
     [(reason, count)] = reasons.most_common(1) or [("", 0)]
-    if count >= MIN_ALIKE and count >= MOSTLY * (len(bad) + len(source.records)):
-        alike = [one for one in bad if _reason(one) == reason]
+    if count >= MIN_ALIKE and count >= MIN_SHARE_ALIKE * (len(bad) + len(source.records)):
+        alike = [record for record in bad if _reason(record) == reason]
         first = alike[0]
         share = "Every record" if not source.records and len(alike) == len(bad) else f"Nearly every record ({count:,})"
         what = "has the wrong form: this is not LLaVA JSON" if first.kind == "form" else "fails in the same way"
-        problem = f"{source.data_name}: {share} {what}. The first: {_without_place(first.problem)}"
+        problem = f"{source.data_name}: {share} {what}. The first: {_without_location(first.problem)}"
         yield Finding(first.kind, source.name, source.data_name, first.record, first.id, problem, count=count)
-        bad = [one for one in bad if _reason(one) != reason]
-    for one in bad:
-        yield of_bad(source, one)
+        bad = [record for record in bad if _reason(record) != reason]
+    for record in bad:
+        yield finding_from_bad_record(source, record)
 
 
 def _reason(bad: BadRecord) -> str:
-    """Return what records that fail in the same way have in common; those of a wrong form differ by their keys."""
-    return bad.kind if bad.kind == "form" else _without_place(bad.problem)
+    """Return what records that fail alike have in common; problems of form name keys, which differ."""
+    return bad.kind if bad.kind == "form" else _without_location(bad.problem)
 
 
-def _without_place(problem: str) -> str:
-    return _PLACE.sub("", problem, count=1)
+def _without_location(problem: str) -> str:
+    return _LOCATION.sub("", problem, count=1)
 
 
 def _without_paths(text: str, source: Source) -> str:
-    """Name the files of a source by their last part: a report is passed on, and shows no directory of the user's."""
+    """Shorten the paths of a source to file names: reports are shared, and show no directory of the user."""
     for path in (source.data.exclude, source.data.image_root, source.data.path):
         if path is not None and Path(path).is_absolute():
             text = text.replace(path, Path(path).name)
     return text
 
 
-def _kind_as_json(kind: str, found: list[Finding]) -> dict[str, Any]:
+def _kind_as_json(kind: str, findings: list[Finding]) -> dict[str, Any]:
     return {
         "kind": kind,
         "severity": KINDS[kind].severity,
         "title": KINDS[kind].title,
-        "count": sum(one.count for one in found),
+        "count": sum(finding.count for finding in findings),
         "records": [
-            {"source": one.source, "data": one.data, "record": one.record, "id": one.id, "problem": one.problem}
-            for one in found[:MOST_LISTED]
+            {key: getattr(finding, key) for key in ("source", "data", "record", "id", "problem")}
+            for finding in findings[:MAX_LISTED]
         ],
     }
 
 
 def write_report(report: Report, page: str, directory: Path) -> None:
-    """Write the report, its page and the lists; each file appears when it is complete, `check.json` last.
+    """Write the report, its page and the lists; each file appears once it is complete, `check.json` last.
 
-    Files of an earlier check are replaced. Raises DataError, before anything is written, if a file that no check wrote,
-    or that was changed since, has the name of one.
+    Files of an earlier check are replaced. Raises DataError before anything is written if a file in the way was not
+    written by a check, or was changed since.
     """
     lists = directory / LISTS
-    in_use = {os.path.realpath(one.data.exclude) for one in report.survey.sources if one.data.exclude}
-    _refuse_foreign(directory, [f"{LISTS}/{one.name}.jsonl" for one in report.survey.sources], in_use)
+    in_use = {os.path.realpath(source.data.exclude) for source in report.survey.sources if source.data.exclude}
+    _refuse_foreign(directory, [f"{LISTS}/{source.name}.jsonl" for source in report.survey.sources], in_use)
     lists.mkdir(parents=True, exist_ok=True)
     for source in report.survey.sources:
         name = f"{LISTS}/{source.name}.jsonl"
         if not source.bad.found or not source.records:
             (directory / name).unlink(missing_ok=True)
             continue
-        # A list that was in use is taken over: the new one replaces it.
+        # The new list replaces the one in use, so it takes over its records.
         before = [
             BadRecord(source.data_name, number, identity, "excluded", "left out before")
             for number, identity in Exclusions(source.data.exclude).ids.items()
@@ -187,7 +187,7 @@ def write_report(report: Report, page: str, directory: Path) -> None:
 
 @contextmanager
 def _listed(directory: Path, name: str) -> Iterator[Path]:
-    """Give a path to write to; the file is listed as the kit's and named when the block ends."""
+    """Yield a path to write to; when the block ends, the file gets its name and is recorded as the kit's."""
     with staged_file(directory / name) as path:
         yield path
         note_all(directory, {name: path})
@@ -197,7 +197,7 @@ def _refuse_foreign(directory: Path, lists: list[str], in_use: set[str]) -> None
     written = read_written(directory)
     for name in (PAGE, REPORT, *lists):
         path = directory / name
-        # What a list in use holds is taken over into the new one, however it was edited.
+        # The new list takes over the records of a list in use, even of an edited one.
         taken_over = os.path.realpath(path) in in_use and not path.is_symlink()
         ours = written is not None and written.is_ours(name)
         if os.path.lexists(path) and not taken_over and not ours:

@@ -1,4 +1,4 @@
-"""The first half of a check, without torch: every source read, every image opened, the sides of each split."""
+"""The first half of a check, without torch: read every source, open every image, split training from validation."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Role = Literal["training", "validation", "evaluation"]
 
 @dataclass(slots=True)
 class Source:
-    """One file or data set of the recipe, as it was read."""
+    """One file or dataset of the recipe, and its records."""
 
     name: str
     """`align`, `instruct`, `instruct.validation`, `evaluation`."""
     key: str
-    """Where its settings stand in the recipe."""
+    """Recipe key of its settings."""
     data: DataSettings
     bad: BadRecords
     records: list[Record] = field(default_factory=list)
-    """Those that were read, and whose image can be decoded."""
+    """Readable records whose image can be decoded."""
     error: DataError | None = None
-    """Why nothing could be read."""
+    """Why nothing could be read; None if something was."""
 
     @property
     def data_name(self) -> str:
@@ -44,12 +44,12 @@ class Source:
 
 @dataclass(slots=True)
 class Side:
-    """Records that are trained on or tested on together."""
+    """Records of one stage and role: training, validation or evaluation."""
 
     name: str
     """Such as `instruct training`."""
     stage: StageName
-    """For the evaluation: the last, whose template it takes."""
+    """Of the evaluation: the last stage, whose template it uses."""
     role: Role
     source: Source
     records: list[Record]
@@ -57,7 +57,7 @@ class Side:
 
 @dataclass(slots=True)
 class Survey:
-    """All that was read and opened."""
+    """Everything that was read and opened."""
 
     recipe: Recipe
     sources: list[Source]
@@ -68,17 +68,17 @@ class Survey:
     """Records of the evaluation whose last question has no answer."""
 
     def facts(self, image: ImageSource) -> ImageFacts:
-        """Return what is known of an image."""
+        """Return the properties of an image."""
         return self.images[image_id(image)]
 
 
 def image_id(image: ImageSource) -> str:
-    """Tell images of all sources apart, which keys do only within one image root."""
+    """Return an id that is unique over all sources; `key` is unique only within an image root."""
     return image.key if image.path is None else str(image.path)
 
 
 def survey(recipe: Recipe, workers: int | None = None) -> Survey:
-    """Read every source of a recipe and open every image, in `workers` processes; nothing is raised for bad data."""
+    """Read every source of a recipe and open every image in `workers` processes; bad data raise nothing."""
     sources = list(_sources(recipe))
     by = recipe.evaluation.by if recipe.evaluation else []
     for source in sources:
@@ -95,7 +95,7 @@ def survey(recipe: Recipe, workers: int | None = None) -> Survey:
 
 
 def open_images(records: Iterable[Record], workers: int | None) -> dict[str, ImageFacts]:
-    """Look at every image once, however often it is shown."""
+    """Open every image once, however often it occurs."""
     found = {image_id(record.image): record.image for record in records if record.image is not None}
     looked_at = in_processes(
         look_at_image,
@@ -120,13 +120,13 @@ def _sources(recipe: Recipe) -> Iterator[Source]:
 
 
 def _read(source: Source, by: Sequence[str] = ()) -> None:
-    """Read the records of a source; those of the evaluation must have the keys of `by`."""
+    """Read the records of a source; those of the evaluation need the keys of `by`."""
     try:
         records = read_source(source.data, source.bad, extra=bool(by))
         if source.name == "evaluation":
             records = [without_blank_answer(record) for record in records]
         if not records and not source.bad.found:
-            raise DataError(f"{source.data_name}: holds no records; correct path or split")
+            raise DataError(f"{source.data_name}: contains no records; correct path or split")
     except DataError as error:
         source.error = error
         return
@@ -145,7 +145,7 @@ def _read(source: Source, by: Sequence[str] = ()) -> None:
 
 
 def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:
-    """Move the records whose image cannot be decoded to the bad ones."""
+    """Set aside records whose image cannot be decoded."""
     usable = []
     for record in source.records:
         error = None if record.image is None else images[image_id(record.image)].error

@@ -1,4 +1,4 @@
-"""The report of a check on a terminal."""
+"""Print the report of a check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUM_NAMED = 3
 
 
 def print_report(report: Report, directory: str, console: Console) -> None:
-    """Print what was found and what to do about it; `directory` is where the report lies."""
+    """Print the findings and what to do about them; `directory` holds the report."""
     console.print(sides_view(report))
     for stage, plan in report.conversations.plans.items():
         problem = f"; {plan['problem']}" if "problem" in plan else ""
@@ -41,13 +41,13 @@ def print_report(report: Report, directory: str, console: Console) -> None:
             f"{counted(count, 'bad record')} can be left out with {key}={Path(directory) / file}",
             soft_wrap=True,
         )
-    counts = ", ".join(counted(report.count(one), one) for one in SEVERITIES)
+    counts = ", ".join(counted(report.count(severity), severity) for severity in SEVERITIES)
     line = f"{counts}. In {printable(directory)}: {PAGE} to look at, {REPORT} to work with."
     console.print(line, soft_wrap=True, markup=False)
 
 
 def sides_view(report: Report) -> FittingTable:
-    """Lay out how much data there is."""
+    """Return a table of the amount of data."""
     keys = {"records": 0, "images": 0, "questions": 2, "different_answers": 3, "total_tokens": 1}
     headings = ("records", "images", "questions", "different\nanswers", "tokens")
     columns = [Column(heading, importance=rank) for heading, rank in zip(headings, keys.values(), strict=True)]
@@ -58,18 +58,18 @@ def sides_view(report: Report) -> FittingTable:
 
 
 def findings_view(report: Report) -> Group:
-    """Lay out the kinds of findings, each with its first records."""
+    """Return the kinds of findings, each with its first records."""
     return Group(*(part for kind in report.findings for part in _kind_view(report, kind)))
 
 
 def _kind_view(report: Report, kind: str) -> Iterator[RenderableType]:
-    described, found = KINDS[kind], report.findings[kind]
+    described, findings = KINDS[kind], report.findings[kind]
     yield Text.assemble(
         (f"{described.severity}: ", _STYLES[described.severity]),
-        (f"{described.title}: {sum(one.count for one in found):,}", "bold"),
+        (f"{described.title}: {sum(finding.count for finding in findings):,}", "bold"),
     )
-    for one in found[:_NUM_NAMED]:
-        yield Text(f"  {printable(one.problem, 300)}")
-    if len(found) > _NUM_NAMED:
-        yield Text(f"  and {len(found) - _NUM_NAMED:,} more", "dim")
+    for finding in findings[:_NUM_NAMED]:
+        yield Text(f"  {printable(finding.problem, 300)}")
+    if len(findings) > _NUM_NAMED:
+        yield Text(f"  and {len(findings) - _NUM_NAMED:,} more", "dim")
     yield Text(f"  {described.advice.replace('`', '')}", "dim")

@@ -1,4 +1,4 @@
-"""The tuned model beside its base, beside what it started from, and beside itself without the images."""
+"""Compare the tuned model with its base, with the start of its training, and with itself without the images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NUM_SAMPLES = 12
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """The form in which a model is asked: that of its training."""
+    """How a model is asked: as in its training."""
 
     template: Template | OwnTemplate
     aspect_ratio: AspectRatio
@@ -58,22 +58,22 @@ class Asking:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What is compared: adapters on one loaded base."""
+    """The models to compare: adapters on one loaded base."""
 
     loaded: LoadedModel
     tuned: Asking
     start: Asking | None = None
-    """With it, `loaded.model` has an adapter named `START`: what the training started from."""
+    """If given, `loaded.model` has an adapter named `START`, from which training started."""
     base: bool = True
-    """Whether to ask the base: the same model without its adapter and with its own projector."""
+    """Whether to ask the base: the model with its adapter disabled and its own projector."""
 
     def asking(self, name: str) -> Asking:
-        """Return the form in which a model is asked; the base gets that of the tuned model."""
+        """Return how a model is asked; the base is asked like the tuned model."""
         return self.start if name == START and self.start is not None else self.tuned
 
     @contextmanager
     def as_model(self, name: str) -> Iterator[None]:
-        """Make the loaded model answer as the one of this name."""
+        """Switch adapters inside the `with` block, so that the loaded model answers as this one."""
         if name == BASE:
             with self.loaded.model.disable_adapter():
                 yield
@@ -91,30 +91,32 @@ class Models:
 def compare(
     models: Models, asked: QuestionSet, settings: EvaluationSettings, directory: Path, console: Console
 ) -> dict[str, Any]:
-    """Put the questions to every model; score, write and show the results.
+    """Ask every model the questions; score the answers, write and print the results.
 
-    The tuned model, and what it started from, are asked all; the base `settings.base_questions`. Blind puts the mean
-    color in place of the images, on the first images that hold `settings.blind_questions`. Writes `predictions.jsonl`,
-    `accuracy.json` and `samples.png` into `directory`, and returns what is in `accuracy.json`.
+    The tuned model and its start are asked all questions, the base `settings.base_questions` of them. Blind replaces
+    the images by their mean color, for the first images that hold `settings.blind_questions`. Writes
+    `predictions.jsonl`, `accuracy.json` and `samples.png` to `directory`; returns the content of `accuracy.json`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     questions = asked.questions
     references = [question.answer for question in questions]
     metric = pick_metric(settings.metric, references)
     cautions = question_notes(questions, metric, settings.max_new_tokens, _token_counter(models.loaded))
-    # Before the wait for the answers: what needs another setting shows at once.
+    # Print these before generating: they may call for another setting.
     for caution in cautions:
         console.print(f"evaluation: {caution}", style="yellow", markup=False, highlight=False)
     everything = range(len(questions))
-    places: dict[str, Sequence[int]] = {}
+    subsets: dict[str, Sequence[int]] = {}
     if models.base:
-        places[BASE] = spread_subset(questions, settings.base_questions)
+        subsets[BASE] = spread_subset(questions, settings.base_questions)
     if models.start is not None:
-        places[START] = everything
-    places[TUNED] = everything
+        subsets[START] = everything
+    subsets[TUNED] = everything
     if settings.blind_questions and (blind := blind_subset(questions, settings.blind_questions)):
-        places[BLIND] = blind
-    answers = {name: _ask(models, name, questions, some, metric, settings, console) for name, some in places.items()}
+        subsets[BLIND] = blind
+    answers = {
+        name: _ask(models, name, questions, indices, metric, settings, console) for name, indices in subsets.items()
+    }
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
     result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
@@ -129,7 +131,7 @@ def compare(
 
 
 def _asked(asked: QuestionSet, settings: EvaluationSettings) -> dict[str, Any]:
-    """Say how much of the data was asked, and with what limit."""
+    """Return how much of the data was asked, and with which limit."""
     passed_over = {"records_without_an_answer": asked.unanswered, "last_questions_without_an_answer": asked.open_ended}
     return {"records": asked.num_records, "passed_over": passed_over, "max_new_tokens": settings.max_new_tokens}
 
@@ -145,19 +147,19 @@ def _ask(
     models: Models,
     name: str,
     questions: Sequence[Question],
-    places: Sequence[int],
+    indices: Sequence[int],
     metric: Metric,
     settings: EvaluationSettings,
     console: Console,
 ) -> Answers:
-    """Let one model answer the questions at `places`, with progress shown."""
-    chosen = [questions[place] for place in places]
+    """Generate and score the answers of one model to the questions at `indices`, with a progress bar."""
+    subset = [questions[index] for index in indices]
     asking = models.asking(name)
     cut: list[int] = []
-    with models.as_model(name), Bar(f"answers, {name}", len(chosen), console) as bar:
+    with models.as_model(name), Bar(f"answers, {name}", len(subset), console) as bar:
         texts = generate_answers(
             models.loaded,
-            [question.record for question in chosen],
+            [question.record for question in subset],
             template=asking.template,
             aspect_ratio=asking.aspect_ratio,
             max_new_tokens=settings.max_new_tokens,
@@ -166,25 +168,25 @@ def _ask(
             progress=lambda done, _: bar.update(done),
             on_cut=cut.append,
         )
-    return Answers(places, texts, score_all(metric, chosen, texts), frozenset(places[index] for index in cut))
+    return Answers(indices, texts, score_all(metric, subset, texts), frozenset(indices[number] for number in cut))
 
 
 def _write_samples(path: Path, outcome: Outcome) -> None:
-    """Draw the contact sheet; without images there is none."""
-    among = outcome.answers[BASE].places if BASE in outcome.answers else None
-    known = {name: outcome.answers[name].by_place() for name in (BASE, START, TUNED) if name in outcome.answers}
+    """Draw the contact sheet, unless there are no images."""
+    among = outcome.answers[BASE].indices if BASE in outcome.answers else None
+    known = {name: outcome.answers[name].by_index() for name in (BASE, START, TUNED) if name in outcome.answers}
     items = []
-    for place in varied_samples(outcome.questions, NUM_SAMPLES, among):
-        question = outcome.questions[place]
+    for index in varied_samples(outcome.questions, NUM_SAMPLES, among):
+        question = outcome.questions[index]
         assert question.record.image is not None
         answers = [
-            ShownAnswer(name, *answers[place], is_cut=place in outcome.answers[name].cut)
+            ShownAnswer(name, *answers[index], is_cut=index in outcome.answers[name].cut)
             for name, answers in known.items()
         ]
         items.append(SheetItem(open_image(question.record.image), question.record.question, question.answer, answers))
     if items:
         title = f"{len(items)} of {counted(len(outcome.questions), 'test question')}, answered by {' and '.join(known)}"
-        contact_sheet(path, items, title=title, metric=METRIC_NAMES[outcome.metric])
+        contact_sheet(path, items, title, METRIC_NAMES[outcome.metric])
 
 
 def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
@@ -195,7 +197,7 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
     images = {question.image for question in outcome.questions} - {None}
     console.print(f"{counted(len(outcome.questions), 'question')} on {counted(len(images), 'image')}")
     console.print("majority: always giving the most frequent answer of each type of question")
-    if BASE in outcome.answers and len(asked := outcome.answers[BASE].places) < len(outcome.questions):
+    if BASE in outcome.answers and len(asked := outcome.answers[BASE].indices) < len(outcome.questions):
         console.print(f"base: asked {counted(len(asked), 'question')}, on images spread over the set")
     if BLIND in outcome.answers:
         console.print("\nThe same questions without their images (the mean color in place of each):")

@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss, and test images with the answers of two models."""
+"""Pictures of a run: the loss curve, and a contact sheet of test images with the models' answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
     from PIL.Image import Image
 
-_RIGHT, _WRONG, _PLAIN, _QUIET = "#1a7f37", "#c62828", "#1f2328", "#6e7781"
+_RIGHT, _WRONG, _TEXT = "#1a7f37", "#c62828", "#1f2328"
 _RAW, _SMOOTH, _VALIDATION, _RATE = "#9ec5e8", "#14507f", "#d9730d", "#8c959f"
+_COLUMNS = 4
 _COLUMN_INCHES = 3.4
 _IMAGE_INCHES = 2.6
 _LINE_INCHES = 0.19
@@ -28,7 +29,7 @@ _BOLD_CHARACTERS = 36
 
 @dataclass(frozen=True, slots=True)
 class ShownAnswer:
-    """A model's answer on a contact sheet."""
+    """The answer of one model on a contact sheet."""
 
     name: str
     text: str
@@ -49,40 +50,36 @@ class SheetItem:
     answers: Sequence[ShownAnswer]
 
 
-def contact_sheet(
-    path: Path, items: Sequence[SheetItem], *, columns: int = 4, title: str = "", metric: str = "exact match"
-) -> None:
-    """Write a PNG: test images, each with its question, the reference and the models' answers, marked.
+def contact_sheet(path: Path, items: Sequence[SheetItem], title: str, metric: str = "exact match") -> None:
+    """Write a PNG: a title, a legend that names the metric, and test images with their question and marked answers.
 
-    With a title there is a legend below it, which names the `metric` of the marks. Raises ValueError if there is
-    nothing to show.
+    Raises ValueError if there are no items.
     """
     if not items:
         raise ValueError("a contact sheet needs at least one item")
     texts = [_sheet_lines(item) for item in items]
-    columns = min(columns, len(items))
+    columns = min(_COLUMNS, len(items))
     rows = math.ceil(len(items) / columns)
-    # Every row of the sheet is as high as its own longest text.
+    # Each row of the sheet is as tall as its longest text.
     lines = [max(len(text) for text in texts[row * columns : (row + 1) * columns]) for row in range(rows)]
     heights = [_IMAGE_INCHES + (count + 1.2) * _LINE_INCHES for count in lines]
-    head = 0.75 if title else 0.1
+    head = 0.75
     size = (columns * _COLUMN_INCHES, sum(heights) + head)
     with _figure(path, size) as figure:
-        if title:
-            style: dict[str, Any] = {"size": 13, "weight": "bold", "color": _PLAIN, "parse_math": False}
-            figure.text(0.15 / size[0], 1 - 0.14 / size[1], title, va="top", **style)
-            _draw_legend(figure, size, _legend_of(items, metric))
+        style: dict[str, Any] = {"size": 13, "weight": "bold", "color": _TEXT, "parse_math": False}
+        figure.text(0.15 / size[0], 1 - 0.14 / size[1], title, va="top", **style)
+        _draw_legend(figure, size, _legend_of(items, metric))
         top = size[1] - head
         for row in range(rows):
-            for column, place in enumerate(range(row * columns, min((row + 1) * columns, len(items)))):
-                _sheet_cell(figure, size, column * _COLUMN_INCHES + 0.15, top, items[place].image, texts[place])
+            for column, index in enumerate(range(row * columns, min((row + 1) * columns, len(items)))):
+                _sheet_cell(figure, size, (column * _COLUMN_INCHES + 0.15, top), items[index].image, texts[index])
             top -= heights[row]
 
 
 def _sheet_lines(item: SheetItem) -> list[tuple[str, str, bool]]:
-    """Lay out the text below an image: lines of (text, colour, bold)."""
-    lines = [(line, _PLAIN, True) for line in _wrapped("", item.question, 3, _BOLD_CHARACTERS)]
-    lines += [(line, _PLAIN, False) for line in _wrapped("reference: ", item.answer, 2)]
+    """Return the lines below an image as (text, color, bold)."""
+    lines = [(line, _TEXT, True) for line in _wrapped("", item.question, 3, _BOLD_CHARACTERS)]
+    lines += [(line, _TEXT, False) for line in _wrapped("reference: ", item.answer, 2)]
     for answer in item.answers:
         mark, color = _marked(answer.score)
         text = (answer.text or "(nothing)") + ("\N{HORIZONTAL ELLIPSIS}" if answer.is_cut else "")
@@ -94,17 +91,17 @@ def _marked(score: float) -> tuple[str, str]:
     """Return the mark and color of a score."""
     if score in (0, 1):
         return ("\N{CHECK MARK}", _RIGHT) if score else ("\N{BALLOT X}", _WRONG)
-    return f"{score:.2f}", _PLAIN
+    return f"{score:.2f}", _TEXT
 
 
 def _legend_of(items: Sequence[SheetItem], metric: str) -> list[tuple[str, str]]:
-    """Explain the marks that the items have, in pieces of (text, color)."""
+    """Return the legend of the marks that occur, as (text, color)."""
     answers = [answer for item in items for answer in item.answers]
-    pieces = [("\N{CHECK MARK} right", _RIGHT), ("\N{BALLOT X} wrong", _WRONG), (f"by {metric}", _PLAIN)]
+    pieces = [("\N{CHECK MARK} right", _RIGHT), ("\N{BALLOT X} wrong", _WRONG), (f"by {metric}", _TEXT)]
     if any(0 < answer.score < 1 for answer in answers):
-        pieces.insert(2, ("0.50 in part", _PLAIN))
+        pieces.insert(2, ("0.50 in part", _TEXT))
     if any(answer.is_cut for answer in answers):
-        pieces.append(("\N{HORIZONTAL ELLIPSIS} cut at max_new_tokens", _PLAIN))
+        pieces.append(("\N{HORIZONTAL ELLIPSIS} cut at max_new_tokens", _TEXT))
     return pieces
 
 
@@ -116,8 +113,8 @@ def _draw_legend(figure: Figure, size: tuple[float, float], pieces: Sequence[tup
 
 
 def _wrapped(label: str, text: str, max_lines: int, width: int = _LINE_CHARACTERS) -> list[str]:
-    """Wrap text to the width of a cell and cut it, visibly, after `max_lines`."""
-    # Dataset text: control characters have no glyph, and runs of white space no meaning here.
+    """Wrap text to the width of a cell; an ellipsis marks what is cut after `max_lines`."""
+    # Control characters in data have no glyph, and repeated whitespace no meaning here.
     clean = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return textwrap.wrap(label + clean, width, max_lines=max_lines, placeholder=" \N{HORIZONTAL ELLIPSIS}",
                          subsequent_indent="   " if label else "")  # fmt: skip
@@ -126,22 +123,21 @@ def _wrapped(label: str, text: str, max_lines: int, width: int = _LINE_CHARACTER
 def _sheet_cell(
     figure: Figure,
     size: tuple[float, float],
-    left: float,
-    top: float,
+    corner: tuple[float, float],
     image: Image,
     text: Sequence[tuple[str, str, bool]],
 ) -> None:
-    """Draw one image, its box's upper left corner at (left, top) inches, and the text below it."""
-    width, height = size
+    """Draw an image and the text below it, with its upper left corner at `corner`, in inches from the lower left."""
+    (width, height), (left, top) = size, corner
     axes = figure.add_axes(
         (left / width, (top - _IMAGE_INCHES) / height, _IMAGE_INCHES / width, _IMAGE_INCHES / height),
         anchor="SW",
     )
-    # Small images keep their pixels: interpolation would show a model's input as it never was.
+    # Show small images without interpolation, as the model gets them.
     small = max(image.size) < _IMAGE_INCHES * figure.dpi
     axes.imshow(image.convert("RGB"), interpolation="nearest" if small else "antialiased")
     axes.set_axis_off()
-    for number, (line, colour, bold) in enumerate(text):
+    for number, (line, color, bold) in enumerate(text):
         figure.text(
             left / width,
             (top - _IMAGE_INCHES - (number + 0.45) * _LINE_INCHES) / height,
@@ -149,31 +145,31 @@ def _sheet_cell(
             va="top",
             size=9,
             weight="bold" if bold else "normal",
-            color=colour,
+            color=color,
             parse_math=False,
         )
 
 
 def plot_loss(path: Path, log_rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG with a panel for each stage: loss raw and smoothed, validation loss, and the learning rate.
+    """Write a PNG with one panel per stage: raw and smoothed loss, validation loss and learning rate.
 
-    `log_rows` are those of `train_log.jsonl`: "stage", "step", and "loss", "learning_rate" or "eval_loss".
+    `log_rows` are the lines of `train_log.jsonl`, with "stage", "step", and "loss", "learning_rate" or "eval_loss".
     """
     stages = list(dict.fromkeys(str(row["stage"]) for row in log_rows)) or ["no step was logged"]
     with _figure(path, (6.4 * len(stages), 4.2)) as figure:
-        for place, stage in enumerate(stages):
-            panel = figure.add_subfigure(figure.add_gridspec(1, len(stages))[0, place])
+        for column, stage in enumerate(stages):
+            panel = figure.add_subfigure(figure.add_gridspec(1, len(stages))[0, column])
             _loss_panel(panel, stage, [row for row in log_rows if row["stage"] == stage])
 
 
 def _loss_panel(panel: SubFigure, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the loss of one stage."""
+    """Draw the losses and the learning rate of one stage."""
     from matplotlib.ticker import MaxNLocator
 
     axes = panel.add_axes((0.12, 0.15, 0.74, 0.72))
     rates = axes.twinx()
     steps, losses = _series(rows, "loss")
-    marker = "." if len(steps) < 2 else ""  # a line of one point is invisible
+    marker = "." if len(steps) < 2 else ""  # a line with one point is invisible
     axes.plot(steps, losses, color=_RAW, linewidth=1, marker=marker, label="loss")
     axes.plot(steps, smoothed(losses), color=_SMOOTH, linewidth=1.8, label="loss, smoothed")
     axes.plot(
@@ -209,30 +205,30 @@ def _loss_panel(panel: SubFigure, stage: str, rows: Sequence[Mapping[str, Any]])
 
 
 def _legend(axes: Axes, rates: Axes) -> None:
-    """Name the lines that have points, of both scales."""
+    """Add a legend of the lines of both axes that have points."""
     lines = [line for line in (*axes.get_lines(), *rates.get_lines()) if len(line.get_xdata(orig=True))]  # type: ignore[arg-type]
     if lines:
         axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", fontsize=8, framealpha=0.85)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of the rows that have `key`; a value that is not finite leaves a gap."""
+    """Return the steps and values of the rows with `key`; a value that is not finite becomes NaN, a gap in the line."""
     points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the mean of each value and its neighbours, weighted by a bell curve; NaN stays where it is.
+    """Smooth with a centered Gaussian window, which widens with the series; NaN stays NaN.
 
-    Centred, so that a falling loss is not drawn later than it fell. The curve widens with the series.
+    Centered, so that the curve does not lag behind a falling loss.
     """
     width = max(1.0, min(12.0, len(values) / 30))
     reach = math.ceil(3 * width)
     averages: list[float] = []
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         near = [
-            (math.exp(-(((other - place) / width) ** 2) / 2), values[other])
-            for other in range(max(0, place - reach), min(len(values), place + reach + 1))
+            (math.exp(-(((other - index) / width) ** 2) / 2), values[other])
+            for other in range(max(0, index - reach), min(len(values), index + reach + 1))
             if not math.isnan(values[other])
         ]
         total = sum(weight for weight, _ in near)
@@ -242,8 +238,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Give a white figure of `size` inches to draw on, then write it to `path` as PNG."""
-    # The figure's own canvas, not pyplot: no display, no global state, nothing to close.
+    """Yield a white figure of `size` inches, then write it to `path` as PNG."""
+    # Without pyplot there is no display, no global state and nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -255,7 +251,7 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     fonts.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Dataset text can be in any script; a letter the font lacks is drawn as a box.
+            # Data may be in any script; a character that the font lacks is drawn as a box.
             warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
             figure.savefig(path, format="png")
     finally:

@@ -1,4 +1,4 @@
-"""What an evaluation was made of, so that one that is out of date is not taken for another."""
+"""The inputs of an evaluation, so that an outdated one is noticed and repeated."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ IMAGES = "evaluation.data (images)"
 
 
 def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> dict[str, Any]:
-    """Collect what an evaluation depends on; where its data lie is not part of it, what they hold is."""
-    records = [one.record for one in questions.questions]
-    answers = [(one.references, one.own) for one in questions.questions]
-    settings = [one.key for one in settings_of(Recipe) if one.key.startswith("evaluation.") and not one.may_be_path]
+    """Return what an evaluation depends on: the content of its data, not their location."""
+    records = [question.record for question in questions.questions]
+    answers = [(question.references, question.own) for question in questions.questions]
+    settings = [
+        setting.key
+        for setting in settings_of(Recipe)
+        if setting.key.startswith("evaluation.") and not setting.may_be_path
+    ]
     return {
         **{key: value_at(recipe, key) for key in settings},
         "evaluation.data (sha256 of the records)": fingerprint(records),
@@ -36,7 +40,7 @@ def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> 
 
 
 def differing_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what is not as it was when an evaluation was made."""
+    """Return the names of inputs that changed since an evaluation was made."""
     return [
         key
         for key, value in now.items()

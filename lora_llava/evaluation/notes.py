@@ -1,6 +1,6 @@
-"""Sentences on an evaluation: what was not asked, what cannot be right, and what the differences between models show.
+"""Sentences about an evaluation: questions without a possible right answer, and what the differences show.
 
-All comparisons are said in one tone, gains and losses alike, each with its interval.
+Gains and losses are worded alike, each with its interval.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lora_llava.recipe.choices import Metric
 from lora_llava.system.text import counted, listed, printable
 
 _SENTENCE = 4
-"""Words: a base whose answers have at least so many, and twice those of the references, answers in sentences."""
+"""Words. A base answers in sentences if its median answer has at least these, and twice those of the references."""
 _NAMES = {BASE: "the base", START: "the start", MAJORITY: "the most frequent answer", BLIND: "no images"}
 
 
 def question_notes(
     questions: Sequence[Question], metric: Metric, max_new_tokens: int, num_tokens: Callable[[Sequence[str]], list[int]]
 ) -> list[str]:
-    """Say which references no answer can equal; `num_tokens` counts the tokens of texts."""
+    """Return notes on references that no answer can match; `num_tokens` counts the tokens of texts."""
     notes = []
     lengths = num_tokens([question.answer for question in questions])
     long = [length for length in lengths if length > max_new_tokens]
@@ -45,7 +45,7 @@ def question_notes(
 
 
 def outcome_notes(outcome: Outcome, max_new_tokens: int) -> Iterator[str]:
-    """Say what the answers show: each comparison with its interval, and what qualifies it."""
+    """Yield what the answers show: each comparison with its interval and its qualification."""
     for name in (START, BASE, MAJORITY, BLIND):
         if name in outcome.compared:
             yield _comparison(outcome, name)
@@ -53,7 +53,7 @@ def outcome_notes(outcome: Outcome, max_new_tokens: int) -> Iterator[str]:
         yield note
     cut = [(name, answers) for name, answers in outcome.answers.items() if answers.cut]
     if cut:
-        counts = ", ".join(f"{len(answers.cut):,} of {len(answers.places):,} of {name}" for name, answers in cut)
+        counts = ", ".join(f"{len(answers.cut):,} of {len(answers.indices):,} of {name}" for name, answers in cut)
         yield f"Answers cut at max_new_tokens {max_new_tokens}: {counts}."
 
 
@@ -68,7 +68,7 @@ def _comparison(outcome: Outcome, name: str) -> str:
 
 
 def _verdict(name: str, gap: Difference) -> str:
-    """Say what a difference does not show, or shows against the tuned model."""
+    """Return what a difference fails to show, or shows against the tuned model; empty for a clear gain."""
     if gap.is_clear and gap.mean > 0:
         return ""
     unclear = ": too few questions, or too small a difference, to tell"
@@ -82,11 +82,11 @@ def _verdict(name: str, gap: Difference) -> str:
 
 
 def _base_form(outcome: Outcome) -> str:
-    """Qualify a gain over a base that answers in sentences and gives more references than its score counts."""
+    """Qualify a gain over a base that answers in sentences which contain more references than its score counts."""
     answers = outcome.answers[BASE]
     given = median(len(answer_tokens(text)) for text in answers.texts)
-    wanted = median(len(answer_tokens(outcome.questions[place].answer)) for place in answers.places)
-    if given < _SENTENCE or given < 2 * wanted:
+    expected = median(len(answer_tokens(outcome.questions[index].answer)) for index in answers.indices)
+    if given < _SENTENCE or given < 2 * expected:
         return ""
     score, holding = outcome.table(BASE)[ALL].share, outcome.share_holding(BASE)
     if outcome.over(BASE).mean <= 0 or holding <= score:

@@ -1,4 +1,4 @@
-"""What an evaluation found: the answers of each model with their scores, and the figures of `accuracy.json`."""
+"""The answers of each model with their scores, and the content of `accuracy.json`."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ TUNED_ON_BASE = "tuned_on_base_questions"
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answers of one model, to all questions or to some."""
+    """The answers of one model to all questions, or to some."""
 
-    places: Sequence[int]
-    """Which questions, ascending."""
+    indices: Sequence[int]
+    """Indices of its questions, ascending."""
     texts: Sequence[str]
     scores: Sequence[float]
     cut: frozenset[int] = frozenset()
-    """Places of the answers that reached `max_new_tokens` before their end."""
+    """Indices of the answers that `max_new_tokens` cut short."""
 
-    def by_place(self) -> dict[int, tuple[str, float]]:
-        """Map the place of a question to the answer and its score."""
-        return dict(zip(self.places, zip(self.texts, self.scores, strict=True), strict=True))
+    def by_index(self) -> dict[int, tuple[str, float]]:
+        """Map the index of a question to the answer and its score."""
+        return dict(zip(self.indices, zip(self.texts, self.scores, strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -51,54 +51,57 @@ class Outcome:
     questions: Sequence[Question]
     metric: Metric
     answers: Mapping[str, Answers]
-    """By the name of the model; `TUNED` was asked everything."""
+    """By the name of the model; `TUNED` was asked all questions."""
 
     @cached_property
     def majority(self) -> Answers:
-        """What always giving the most frequent answer of the type would score."""
+        """The most frequent answer of each type, with its scores."""
         texts = majority_answers([question.answer for question in self.questions])
         return Answers(range(len(texts)), texts, score_all(self.metric, self.questions, texts))
 
     def table(self, name: str, on: str | None = None) -> dict[str, Accuracy]:
-        """Return the accuracies of a model by type of question; `on`: on those that this model was asked."""
+        """Return the accuracies of a model by type of question; `on`: only on the questions of this other model."""
         answers = self.majority if name == MAJORITY else self.answers[name]
-        known = answers.by_place()
-        places = answers.places if on is None else self.answers[on].places
-        scores = [known[place][1] for place in places]
-        return accuracy_by_type(scores, [self.questions[place].answer for place in places])
+        known = answers.by_index()
+        indices = answers.indices if on is None else self.answers[on].indices
+        scores = [known[index][1] for index in indices]
+        return accuracy_by_type(scores, [self.questions[index].answer for index in indices])
 
     def tables(self) -> dict[str, dict[str, Accuracy]]:
-        """Return the accuracies of the majority answer, the base, the start and the tuned model, as far as asked."""
+        """Return the accuracies of the majority answer and of each model that was asked with images."""
         names = [name for name in (BASE, START, TUNED) if name in self.answers]
         return {MAJORITY: self.table(MAJORITY), **{name: self.table(name) for name in names}}
 
     def over(self, other: str) -> Difference:
-        """Return how much more the tuned model scores than another, on the questions that both were asked."""
-        first = self.answers[TUNED].by_place()
-        second = (self.majority if other == MAJORITY else self.answers[other]).by_place()
-        places = [place for place in second if place in first]
-        return difference([first[place][1] for place in places], [second[place][1] for place in places])
+        """Return the score of the tuned model minus that of another, on the questions that both were asked."""
+        first = self.answers[TUNED].by_index()
+        second = (self.majority if other == MAJORITY else self.answers[other]).by_index()
+        indices = [index for index in second if index in first]
+        return difference([first[index][1] for index in indices], [second[index][1] for index in indices])
 
     @property
     def compared(self) -> list[str]:
-        """What the tuned model is compared with."""
+        """Names of what the tuned model is compared with."""
         return [name for name in (BASE, START, MAJORITY, BLIND) if name == MAJORITY or name in self.answers]
 
     def share_holding(self, name: str) -> float:
-        """Return the share of a model's answers that hold a reference as a word."""
+        """Return the fraction of a model's answers that contain a reference."""
         answers = self.answers[name]
-        pairs = zip(answers.places, answers.texts, strict=True)
-        held = [any(holds_answer(text, one) for one in self.questions[place].references) for place, text in pairs]
+        pairs = zip(answers.indices, answers.texts, strict=True)
+        held = [
+            any(holds_answer(text, reference) for reference in self.questions[index].references)
+            for index, text in pairs
+        ]
         return sum(held) / len(held) if held else 0.0
 
 
 def score_all(metric: Metric, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
-    """Score an answer to each question."""
+    """Score one answer to each question."""
     return [score_answer(metric, text, question.references) for question, text in zip(questions, texts, strict=True)]
 
 
 def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
-    """Put an outcome into the form of `accuracy.json`; accuracies are between 0 and 1, gains in points."""
+    """Return the content of `accuracy.json`: accuracies between 0 and 1, gains in percentage points."""
     images = {question.image for question in outcome.questions} - {None}
     result: dict[str, Any] = {"questions": len(outcome.questions), "images": len(images), "metric": outcome.metric}
     for name, table in outcome.tables().items():
@@ -106,7 +109,7 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
     if BASE in outcome.answers:
         result["points_gained"] = _points(outcome.over(BASE).mean)
         result["base_holds_reference"] = round(outcome.share_holding(BASE), 5)
-        if len(outcome.answers[BASE].places) < len(outcome.questions):
+        if len(outcome.answers[BASE].indices) < len(outcome.questions):
             result[TUNED_ON_BASE] = _by_type(outcome.table(TUNED, on=BASE))
     if BLIND in outcome.answers:
         result[BLIND] = _by_type(outcome.table(BLIND))
@@ -123,18 +126,18 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _pairs(outcome: Outcome, name: str) -> tuple[list[str], list[str]]:
-    """Return the references, and the answers, of the questions that a model was asked."""
+    """Return the references and the answers of the questions that a model was asked."""
     answers = outcome.answers[name]
-    return [outcome.questions[place].answer for place in answers.places], list(answers.texts)
+    return [outcome.questions[index].answer for index in answers.indices], list(answers.texts)
 
 
 def accuracies_by(outcome: Outcome, key: str) -> dict[str, dict[str, Accuracy]]:
-    """Return, for each model, the accuracies by the values of an own key."""
+    """Return the accuracies of each model by the values of a key of the data."""
     tables = {}
     for name in (BASE, START, TUNED):
         if name in outcome.answers:
             answers = outcome.answers[name]
-            values = [outcome.questions[place].value(key) for place in answers.places]
+            values = [outcome.questions[index].value(key) for index in answers.indices]
             tables[name] = accuracy_by_value(answers.scores, values)
     return tables
 
@@ -174,9 +177,9 @@ def _figures(accuracy: Accuracy) -> dict[str, Any]:
 
 
 def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `predictions.jsonl`: question, references, the data's own keys, and each model's answer."""
-    known = {name: answers.by_place() for name, answers in outcome.answers.items()}
-    for place, question in enumerate(outcome.questions):
+    """Yield the lines of `predictions.jsonl`: question, references, other keys of the record, each model's answer."""
+    known = {name: answers.by_index() for name, answers in outcome.answers.items()}
+    for index, question in enumerate(outcome.questions):
         row: dict[str, Any] = {
             "id": question.record.id,
             "image": question.record.image.label if question.record.image else None,
@@ -190,15 +193,15 @@ def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
         taken = {*row, "turn", "references", BASE, START, TUNED, BLIND}
         row |= {f"data_{key}" if key in taken else key: value for key, value in question.own.items()}
         for name, answers in known.items():
-            if place in answers:
-                row[name] = _prediction(outcome, name, place, *answers[place])
+            if index in answers:
+                row[name] = _prediction(outcome, name, index, *answers[index])
         yield row
 
 
-def _prediction(outcome: Outcome, name: str, place: int, text: str, score: float) -> dict[str, Any]:
+def _prediction(outcome: Outcome, name: str, index: int, text: str, score: float) -> dict[str, Any]:
     fields: dict[str, Any] = {"prediction": text, "correct": score == 1}
     if outcome.metric != "exact_match":
         fields["score"] = round(score, 4)
-    if place in outcome.answers[name].cut:
+    if index in outcome.answers[name].cut:
         fields["cut"] = True
     return fields

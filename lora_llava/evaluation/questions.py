@@ -1,4 +1,4 @@
-"""Records as questions: every answered turn of a record is one; what is passed over is counted."""
+"""Questions of an evaluation: one for each answered turn of a record. Turns without an answer are counted."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed
 
 NO_VALUE = "(none)"
-"""Group of the questions whose record lacks the key."""
+"""Value of questions whose record lacks the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question: the turns before it with their reference answers, as in training, and its own answer last."""
+    """One question: the earlier turns with their reference answers, as in training, then itself and its answer."""
 
     record: Record
     references: tuple[str, ...]
-    """Acceptable answers, the first of them that of the turns."""
+    """Accepted answers; the first is that of the turns."""
     number: int = 1
-    """Its place among the answered questions of its record."""
+    """Which of the answered questions of its record, from 1."""
     of: int = 1
+    """Answered questions of its record."""
 
     @property
     def answer(self) -> str:
@@ -37,33 +38,33 @@ class Question:
 
     @property
     def image(self) -> str | None:
-        """Key of its image."""
+        """Key of the image; None without one."""
         return None if self.record.image is None else self.record.image.key
 
     @property
     def own(self) -> dict[str, Scalar]:
-        """The data's own keys."""
+        """Other keys of the record."""
         return dict(self.record.extra)
 
     def value(self, key: str) -> str:
-        """Return the value of an own key as text."""
+        """Return the value of another key of the record, as text."""
         value = self.own.get(key)
         return NO_VALUE if value is None or value == "" else value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSet:
-    """The questions of an evaluation, and what is passed over."""
+    """The questions of an evaluation, and how many were left out."""
 
     questions: tuple[Question, ...]
     num_records: int
     unanswered: int = 0
     """Records without any answer."""
     open_ended: int = 0
-    """Records whose last question has no answer, and whose earlier ones are asked."""
+    """Records whose last question has no answer; the earlier ones are asked."""
 
     def passed_over(self) -> list[str]:
-        """Say what is not asked, by cause; nothing if all is."""
+        """Return what is not asked, one line per cause."""
         lines = []
         if self.unanswered:
             have = "has" if self.unanswered == 1 else "have"
@@ -79,23 +80,23 @@ class QuestionSet:
 def load_questions(data: DataSettings, by: Sequence[str] = (), skipped: list[BadRecord] | None = None) -> QuestionSet:
     """Read the questions of an evaluation.
 
-    Raises DataError for a record that cannot be asked, if there is no answer at all, or if no record has a key of `by`.
+    Raises DataError for an unusable record, if no record has an answer, or if no record has a key of `by`.
     """
     records = load_records(data, skipped, _check, extra=True)
     for record in records:
         _check(record)
-    made = make_questions(records)
-    if not made.questions:
+    question_set = make_questions(records)
+    if not question_set.questions:
         raise DataError(
             f"evaluation: none of the {counted(len(records), 'record')} of {data.path} has an answer to compare with; "
             "add the answers, or ask single questions with lora-llava chat"
         )
-    check_keys(made.questions, by)
-    return made
+    check_keys(question_set.questions, by)
+    return question_set
 
 
 def make_questions(records: Sequence[Record]) -> QuestionSet:
-    """Make a question of every answered turn, in the order of the records."""
+    """Return a question for every answered turn, in the order of the records."""
     questions: list[Question] = []
     unanswered = open_ended = 0
     for record in records:
@@ -104,7 +105,7 @@ def make_questions(records: Sequence[Record]) -> QuestionSet:
             unanswered += 1
             continue
         open_ended += len(answered.turns) < len(without_blank_answer(record).turns)
-        ends = [place for place, turn in enumerate(answered.turns) if turn.role == "assistant"]
+        ends = [index for index, turn in enumerate(answered.turns) if turn.role == "assistant"]
         questions += (_question(answered, end, number, len(ends)) for number, end in enumerate(ends, start=1))
     return QuestionSet(tuple(questions), len(records), unanswered, open_ended)
 
@@ -117,7 +118,7 @@ def answered_part(record: Record) -> Record | None:
 
 
 def without_blank_answer(record: Record) -> Record:
-    """Return a record without a last answer that is blank: it is none."""
+    """Return a record without its last answer if that is blank."""
     last = record.turns[-1] if len(record.turns) > 1 else None
     blank = last is not None and last.role == "assistant" and not last.text.strip()
     return replace(record, turns=record.turns[:-1]) if blank else record
@@ -136,7 +137,7 @@ def _question(record: Record, end: int, number: int, of: int) -> Question:
     asked = replace(
         record,
         turns=turns,
-        # An image that is shown in a later turn is not seen yet.
+        # The image is not shown before its turn.
         image=record.image if shown else None,
         where=record.where if of == 1 else f"{record.where}, question {number}",
     )
@@ -144,11 +145,11 @@ def _question(record: Record, end: int, number: int, of: int) -> Question:
 
 
 def check_keys(questions: Sequence[Question], by: Sequence[str]) -> None:
-    """Raise DataError for a key of `by` that no record has, naming those there are."""
+    """Raise DataError for a key of `by` that no record has; the message names the keys there are."""
     known = sorted({key for question in questions for key, _ in question.record.extra})
     for key in by:
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            have = f"they have {listed(known)}" if known else "they have no keys of their own"
+            have = f"they have {listed(known)}" if known else "they have no other keys"
             raise DataError(f"evaluation.by: no record has the key or column {key!r}; {hint}{have}")

@@ -88,3 +88,15 @@ class FittingTable:
             len(line) for one in (column.heading, *(row[place] for row, _ in self.rows)) for line in one.split("\n")
         )
         return "\n".join(line.rjust(width) for line in cell.split("\n"))
+
+
+def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]], *, align: bool = False) -> str:
+    """Return a Markdown table. `align`: pad cells to line up as plain text, right-aligned but for the first column."""
+    lines = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in (heading, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["---"] * len(heading)
+    if align:
+        lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        lines = [[line[0].strip().ljust(widths[0]), *line[1:]] for line in lines]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))

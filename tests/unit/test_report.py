@@ -117,13 +117,14 @@ def has(colour: str, shown: np.ndarray[Any, Any]) -> bool:
 
 def test_contact_sheet_shows_images_and_marks(tmp_path: Path) -> None:
     path = tmp_path / "sheet.png"
-    contact_sheet(path, [item(picture(28, 28), base=1)])
-    shown = pixels(path)
+    contact_sheet(path, [item(picture(28, 28), base=1)], "one")
+    # Below the legend, which has both marks.
+    shown = pixels(path)[90:]
     assert has("#c81e3c", shown)
     assert has("#1a7f37", shown)
     assert not has("#c62828", shown)
-    contact_sheet(path, [item(picture(28, 28, (0, 0, 255)), tuned=0)])
-    shown = pixels(path)
+    contact_sheet(path, [item(picture(28, 28, (0, 0, 255)), tuned=0)], "two")
+    shown = pixels(path)[90:]
     assert has("#c62828", shown)
     assert not has("#1a7f37", shown)
 
@@ -131,7 +132,7 @@ def test_contact_sheet_shows_images_and_marks(tmp_path: Path) -> None:
 def test_contact_sheet_grows_by_rows(tmp_path: Path) -> None:
     shapes = []
     for count in (1, 4, 5, 12):
-        contact_sheet(tmp_path / "s.png", [item(picture(30, 20))] * count, title="t")
+        contact_sheet(tmp_path / "s.png", [item(picture(30, 20))] * count, "t")
         shapes.append(pixels(tmp_path / "s.png").shape)
     assert shapes[0][1] < shapes[1][1] == shapes[2][1] == shapes[3][1]
     assert shapes[0][0] == shapes[1][0] < shapes[2][0] < shapes[3][0]
@@ -155,7 +156,7 @@ def test_contact_sheet_takes_any_text_without_warning(
 ) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        contact_sheet(tmp_path / "s.png", [item(picture(9, 900), text, tuned=0.3, is_cut=True)], title=text[:20])
+        contact_sheet(tmp_path / "s.png", [item(picture(9, 900), text, tuned=0.3, is_cut=True)], text[:20])
     assert not caplog.records
     # However long the text, the sheet stays a sheet.
     assert pixels(tmp_path / "s.png").shape[0] < 700
@@ -163,7 +164,7 @@ def test_contact_sheet_takes_any_text_without_warning(
 
 def test_contact_sheet_refuses_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
-        contact_sheet(tmp_path / "s.png", [])
+        contact_sheet(tmp_path / "s.png", [], "none")
 
 
 def log_rows() -> list[dict[str, Any]]:

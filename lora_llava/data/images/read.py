@@ -31,13 +31,13 @@ DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _RESCALE = 1 / 255
 
 
-def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """Decode an image as RGB, upright as its EXIF data says; of an animation, the first frame.
 
     Grey of more than 8 bits becomes 8 bits by `source.window`, see `to_eight_bits`.
-    Raises DataError naming the image if it is missing, of another format, larger than `max_pixels`, or broken.
+    Raises DataError naming the image if it is missing, of another format, larger than `MAX_PIXELS`, or broken.
     """
-    return decode_image(read_image(source), source.name, max_pixels=max_pixels, window=source.window)
+    return decode_image(read_image(source), source.name, window=source.window)
 
 
 def read_image(source: ImageSource) -> bytes:
@@ -56,20 +56,20 @@ def read_image(source: ImageSource) -> bytes:
     return data
 
 
-def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, window: Window | None = None) -> Image.Image:
+def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Image.Image:
     """Decode the bytes of an image as `open_image` does; `name` begins its messages."""
     try:
         # Pillow's own bound is checked below, with ours; its other warnings are about metadata.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _decode(image, name, max_pixels, window)
+                return _decode(image, name, window)
     except DataError:
         raise
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", BAD) from None
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: far more than {max_pixels:,} pixels; make it smaller", BAD) from None
+        raise DataError(f"{name}: far more than {MAX_PIXELS:,} pixels; make it smaller", BAD) from None
     except Exception as error:  # noqa: BLE001 - a decoder given broken bytes raises anything
         # Its text stays out of the message: it has been seen to hold memory addresses.
         raise DataError(
@@ -78,11 +78,11 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, window
         ) from None
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int, window: Window | None) -> Image.Image:
+def _decode(image: Image.Image, name: str, window: Window | None) -> Image.Image:
     width, height = image.size
-    if width * height > max_pixels:
+    if width * height > MAX_PIXELS:
         raise DataError(
-            f"{name}: {width:,} x {height:,} pixels, at most {max_pixels:,} are allowed; make it smaller", BAD
+            f"{name}: {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} are allowed; make it smaller", BAD
         )
     image.load()
     upright = ImageOps.exif_transpose(image)

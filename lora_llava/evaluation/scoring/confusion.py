@@ -1,4 +1,4 @@
-"""Which answer was given for which: a table for small sets of answers, and precision and recall of yes."""
+"""Confusion tables for small sets of answers; precision, recall and F1 of yes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _YES, _NO = ("yes",), ("no",)
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Counts by reference (rows) and answer (columns); the last column holds answers that are no label."""
+    """Counts by reference (rows) and answer (columns); the last column counts answers that are no label."""
 
     labels: list[str]
     counts: list[list[int]]
 
     @property
     def yes(self) -> dict[str, float | None] | None:
-        """Precision, recall and F1 of yes where the reference is yes or no; None for a value without a count."""
+        """Precision, recall and F1 of yes among yes/no references; None where undefined."""
         if not {"yes", "no"} <= set(self.labels):
             return None
         yes, no = self.labels.index("yes"), self.labels.index("no")
@@ -36,15 +36,15 @@ class Confusion:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as it stands in `accuracy.json`."""
+        """Return the table as in `accuracy.json`."""
         table = {"answers": [*self.labels, "other"], "references": self.labels, "counts": self.counts}
         return {**table, **({"yes": self.yes} if self.yes else {})}
 
 
 def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusion | None:
-    """Count answers by reference, if the references are few; of more, those of the questions of yes and no alone.
+    """Count answers by reference if there are few distinct references, else only those of yes/no questions.
 
-    None if there are neither. References are few if they are at most `MAX_LABELS`, each given twice on average.
+    Few means at most `MAX_LABELS`, each occurring twice on average. None if there is nothing to count.
     """
     keys = [answer_tokens(reference) or (reference.strip(),) for reference in references]
     counts = Counter(keys)
@@ -60,6 +60,6 @@ def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusio
     table = [[0] * (len(labels) + 1) for _ in labels]
     for key, prediction in zip(keys, predictions, strict=True):
         if key in counts:
-            column = next((place for place, label in enumerate(labels) if exact_match(prediction, label)), len(labels))
+            column = next((index for index, label in enumerate(labels) if exact_match(prediction, label)), len(labels))
             table[ordered.index(key)][column] += 1
     return Confusion(labels, table)

@@ -17,7 +17,7 @@ __all__ = ["exact_match", "normalize_answer", "token_f1", "vqa_v2"]
 
 METRIC_NAMES: dict[Metric, str] = {"exact_match": "exact match", "vqa_v2": "VQA v2", "token_f1": "token F1"}
 LONG_REFERENCE = 5
-"""Words: where at least half of the references have more, `auto` takes token F1."""
+"""Words. If at least half of the references have more, `auto` is token F1."""
 
 ALL = "all"
 YES_NO = "yes/no"
@@ -49,12 +49,12 @@ class Accuracy:
 
     @classmethod
     def of(cls, correct: float, total: int) -> Accuracy:
-        """Count `correct` of `total` and work out the interval."""
+        """Return the accuracy of `correct` out of `total`, with its interval."""
         return cls(correct, total, *wilson_interval(correct, total))
 
     @classmethod
     def of_scores(cls, scores: Sequence[float]) -> Accuracy:
-        """Add scores up; with partial credit the interval is no narrower than that of their mean."""
+        """Return the mean score; with partial credit, its interval is a conservative one."""
         total = sum(scores)
         return cls.of(int(total) if float(total).is_integer() else min(total, len(scores)), len(scores))
 
@@ -70,7 +70,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0: the questions tell the two apart."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -79,15 +79,15 @@ def token_f1(prediction: str, reference: str) -> float:
 
     SQuAD's F1 (Rajpurkar et al., 2016), over the tokens of `answer_tokens`.
     """
-    given, wanted = answer_tokens(prediction), answer_tokens(reference)
-    if not given or not wanted:
+    given, expected = answer_tokens(prediction), answer_tokens(reference)
+    if not given or not expected:
         return float(exact_match(prediction, reference))
-    shared = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * shared / (len(given) + len(wanted))
+    shared = sum((Counter(given) & Counter(expected)).values())
+    return 2 * shared / (len(given) + len(expected))
 
 
 def score_answer(metric: Metric, prediction: str, references: Sequence[str]) -> float:
-    """Score an answer between 0 and 1; with several references by the best (`vqa_v2`: see there)."""
+    """Score an answer between 0 and 1; the best of several references counts (for VQA v2, see `vqa_v2`)."""
     if metric == "vqa_v2":
         return vqa_v2(prediction, references)
     if metric == "token_f1":
@@ -104,7 +104,7 @@ def pick_metric(setting: MetricSetting, references: Sequence[str]) -> Metric:
 
 
 def is_void(metric: Metric, reference: str) -> bool:
-    """Tell whether a reference normalizes to nothing, so that no answer in words can match it for its meaning."""
+    """Return whether a reference normalizes to nothing, so that no answer can match its meaning."""
     return not (normalize_answer(reference) if metric == "vqa_v2" else answer_tokens(reference))
 
 
@@ -118,15 +118,15 @@ def answer_type(answer: str) -> str:
 
 
 def answer_groups(answer: str) -> tuple[str, ...]:
-    """Name the groups of `GROUPS` that a question with this reference belongs to; without an answer it has no type."""
+    """Return the groups of a question with this reference; without an answer, only `ALL`."""
     if not answer.strip():
         return (ALL,)
     kind = answer_type(answer)
     return ALL, CLOSED if kind == YES_NO else OPEN, kind
 
 
-def wilson_interval(correct: float, total: int, z: float = _Z) -> tuple[float, float]:
-    """Return the bounds of the Wilson score interval of `correct` out of `total`; (0, 1) if `total` is 0.
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
+    """Return the bounds of the 95 % Wilson score interval of `correct` out of `total`; (0, 1) if `total` is 0.
 
     Raises ValueError unless 0 <= correct <= total.
     """
@@ -134,16 +134,16 @@ def wilson_interval(correct: float, total: int, z: float = _Z) -> tuple[float, f
         raise ValueError(f"correct must be between 0 and total; got correct={correct}, total={total}")
     if total == 0:
         return 0.0, 1.0
-    share = correct / total
+    share, z = correct / total, _Z
     scale = 1 + z * z / total
     center = (share + z * z / (2 * total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # At the ends the bound is exactly 0 or 1, which rounding must not miss.
+    # The bounds of 0 and of all are exactly 0 and 1; do not let rounding change that.
     return 0.0 if correct == 0 else center - half, 1.0 if correct == total else center + half
 
 
 def accuracy_by_type(scores: Sequence[float], answers: Sequence[str]) -> dict[str, Accuracy]:
-    """Add up scores by the type of the reference answers: those of `GROUPS` that have a question, "all" first.
+    """Return accuracies by the type of the reference, for the groups of `GROUPS` that have questions.
 
     Raises ValueError if the numbers of scores and answers differ.
     """
@@ -157,7 +157,7 @@ def accuracy_by_type(scores: Sequence[float], answers: Sequence[str]) -> dict[st
 
 
 def accuracy_by_value(scores: Sequence[float], values: Sequence[str]) -> dict[str, Accuracy]:
-    """Add up scores by a value of each question, that with the most questions first."""
+    """Return accuracies by a value of each question, most frequent value first."""
     grouped: dict[str, list[float]] = {}
     for score, value in zip(scores, values, strict=True):
         grouped.setdefault(value, []).append(score)
@@ -166,12 +166,12 @@ def accuracy_by_value(scores: Sequence[float], values: Sequence[str]) -> dict[st
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Return how much more the first scores than the second on the same questions, with a 95 % interval.
+    """Return the mean of first minus second on the same questions, with a 95 % interval.
 
-    The interval of Agresti and Min (2005) for paired shares: two discordant questions, one for each side, are added
-    by halves. Raises ValueError if the numbers of scores differ, or there is none.
+    The interval of Agresti and Min (2005) for paired proportions, which adds half a count to each of the four cells.
+    Raises ValueError if the numbers of scores differ, or there are none.
     """
-    gaps = [one - other for one, other in zip(first, second, strict=True)]
+    gaps = [score - other for score, other in zip(first, second, strict=True)]
     if not gaps:
         raise ValueError("a difference needs at least one question")
     total, count = sum(gaps), len(gaps) + 2
@@ -181,7 +181,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def majority_answers(answers: Sequence[str]) -> list[str]:
-    """Return, for each reference answer, the most frequent one of its type: what needs no model to say."""
+    """Return, for each reference, the most frequent reference of its type: a baseline without a model."""
     counts: dict[str, Counter[tuple[str, ...]]] = {}
     spelled: dict[tuple[str, ...], str] = {}
     for answer in answers:

@@ -1,7 +1,7 @@
 """The score of the official VQA v2 evaluation (github.com/GT-Vision-Lab/VQA, vqaEval.py), rule for rule.
 
-Its normalization takes away signs, comparisons and single letters ("-3" is "3", "A" is nothing): use it to compare with
-published figures, and `exact_match` to know what a model can do.
+Its normalization drops signs, comparisons and single letters ("-3" becomes "3", "A" becomes nothing). Use it to compare
+with published results, and `exact_match` to measure a model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 NUM_ANNOTATORS = 10
-"""Answers to a question of VQA v2: from so many on, agreement counts."""
+"""Answers per question in VQA v2; with at least these, agreement counts."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -76,7 +76,7 @@ def _one_line(text: str) -> str:
 
 
 def _strip_punctuation(text: str) -> str:
-    # A mark parts words ("black/white"); next to a space, or in an answer with "1,000", it just goes.
+    # A mark separates words ("black/white"); next to a space, or in an answer with "1,000", it is dropped.
     comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
     stripped = text
     for mark in _PUNCTUATION:

@@ -13,6 +13,7 @@ from lora_llava.recipe.fields import data_name, is_local
 from lora_llava.run_directory import output
 from lora_llava.shipping.hub.content import ADAPTER_CONFIG
 from lora_llava.shipping.hub.facts import Facts
+from lora_llava.system.table import markdown_table
 from lora_llava.system.text import counted
 
 _KIT = "[lora-llava](https://github.com/lora-llava/lora-llava)"
@@ -247,10 +248,3 @@ def licence(facts: Facts) -> str:
     lines.append(f"These weights: {own}." if own else "No licence for these weights is stated; ask their author.")
     lines.append("Whoever uses them is bound by the licences of the base and of the data too.")
     return " ".join(line for line in lines if line)
-
-
-def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
-    """Write a Markdown table."""
-    lines = [heading, ["---"] * len(heading), *rows]
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from lora_llava.data.images.read import mean_colour, preprocess
 from lora_llava.data.packing import Row, Tree
 from lora_llava.data.rows import ImageTransform, PackedRows
+from lora_llava.data.sampling import spread
 from lora_llava.training.validation import without
 
 MOST_CONVERSATIONS, MOST_IMAGES = 64, 32
@@ -74,13 +75,12 @@ def sample_rows(rows: PackedRows) -> list[Row]:
         for tree in row
         if rows.records[tree[0]].image is not None
     ]
-    count = min(len(places), MOST_IMAGES)
+    sample = spread(places, MOST_IMAGES)
     chosen: dict[int, list[Tree]] = {}
     left = MOST_CONVERSATIONS
-    for place in range(count):
-        number, tree = places[place * len(places) // count]
+    for index, (number, tree) in enumerate(sample):
         # Each tree that is still to come gets one conversation at least.
-        part = tree[: max(1, left // (count - place))]
+        part = tree[: max(1, left // (len(sample) - index))]
         left -= len(part)
         chosen.setdefault(number, []).append(part)
     return [tuple(trees) for trees in chosen.values()]
