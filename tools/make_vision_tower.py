@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lora_llava.quickstart.assets import COLOURS, SHAPES, read_questions, true_words
+from lora_llava.quickstart.assets import COLORS, SHAPES, read_questions, true_words
 
-COLOUR_NAMES, SHAPE_NAMES = sorted(COLOURS), sorted(SHAPES)
+COLOUR_NAMES, SHAPE_NAMES = sorted(COLORS), sorted(SHAPES)
 UNKNOWN = -100
 """Label of an attribute that the questions do not give away; cross-entropy passes over it."""
 SIZE, PATCH = 64, 16
@@ -63,7 +63,7 @@ def read_images(archive: Path) -> Images:
     pixels = [np.array(Image.open(io.BytesIO(one)).convert("RGB")) for one in data]
     return Images(
         torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
-        torch.tensor([_label(true_words(asked[number], COLOURS), COLOUR_NAMES) for number in numbers]),
+        torch.tensor([_label(true_words(asked[number], COLORS), COLOUR_NAMES) for number in numbers]),
         torch.tensor([_label(true_words(asked[number], SHAPES), SHAPE_NAMES) for number in numbers]),
     )
 

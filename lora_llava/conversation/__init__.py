@@ -1,1 +1,1 @@
-"""Turns of a conversation as token ids and labels; templates, and where an answer ends."""
+"""Conversations as token ids and labels: chat templates, encoding, and end tokens."""

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: those of the kit written out, and a model's own one read, rendered and recognized."""
+"""Jinja chat templates: write those of this package; read, render and recognize a model's own."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ _TEXT_ONLY = (Turn("user", _QUESTION),)
 _ANSWERED = (*_TEXT_ONLY, Turn("assistant", _ANSWER))
 _TWO_TURNS = (*_WITH_IMAGE, Turn("assistant", _ANSWER), Turn("user", _SECOND))
 _SHOWN = 70
-"""Characters of a rendered prompt that a message shows."""
+"""Maximum characters of a rendered prompt that a message shows."""
 
 
 def chat_template(template: Template, eos_token: str, image: str = IMAGE_PLACEHOLDER) -> str:
-    """Write `template` in Jinja: as text, what `encode` makes tokens of, without the BOS that the tokenizer adds.
+    """Return `template` in Jinja; it renders the text that `encode` tokenizes, without the BOS that the tokenizer adds.
 
-    A system message replaces the template's. `add_generation_prompt` makes no difference: the answer's start
-    follows the question. `image` is what stands for an image.
+    A system message replaces the template's. `add_generation_prompt` has no effect: the start of the answer always
+    follows the question. `image`: the placeholder to write for an image.
     """
     prefix = template.assistant_prefix.rstrip(" ")
     values = {
@@ -75,22 +75,22 @@ def chat_template(template: Template, eos_token: str, image: str = IMAGE_PLACEHO
 
 @dataclass(frozen=True, slots=True)
 class OwnTemplate:
-    """A model's own chat template in Jinja, with the special tokens that it may name."""
+    """A model's own chat template in Jinja, with the special tokens that it may use."""
 
     jinja: str
     tokens: tuple[tuple[str, str], ...] = ()
-    """`bos_token`, `eos_token`, ... and their text."""
+    """Pairs of a name (`bos_token`, `eos_token`, ...) and its text."""
 
     def render(self, turns: Sequence[Turn]) -> str:
-        """Write turns as text, up to where the answer begins if the user has the last word.
+        """Render turns as text in the sandbox of transformers; if the user is last, up to the start of the answer.
 
-        Rendered in the sandbox of transformers. Raises ModelError if the template fails.
+        Raises ModelError if the template fails.
         """
         return _render(self, turns, as_parts=_takes_parts(self))
 
 
 def read_own_template(directory: Path) -> OwnTemplate | None:
-    """Read the chat template that lies beside a model; None if there is none."""
+    """Read the chat template of a model directory; None if there is none."""
     tokenizer = read_json(directory / "tokenizer_config.json")
     named = {**read_json(directory / "special_tokens_map.json"), **tokenizer}
     tokens = {
@@ -104,31 +104,31 @@ def read_own_template(directory: Path) -> OwnTemplate | None:
         jinja = jinja or read_json(directory / name).get("chat_template")
     jinja = jinja or tokenizer.get("chat_template")
     if isinstance(jinja, list):
-        # Several under names, as a list of {name, template}.
-        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
+        # Several named templates, as a list of {name, template}.
+        jinja = next((entry.get("template") for entry in jinja if entry.get("name") == "default"), None)
     return OwnTemplate(jinja, tuple(sorted(tokens.items()))) if isinstance(jinja, str) and jinja.strip() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a model; empty if it is missing or holds no mapping. Raises ModelError if it is damaged."""
+    """Read a JSON file of a model; empty if it is missing or not a mapping. Raises ModelError if it is damaged."""
     if not path.is_file():
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is damaged ({error}); take it from its source again") from error
+        raise ModelError(f"{path} is damaged ({error}); download it again") from error
     return data if isinstance(data, dict) else {}
 
 
 def recognize(own: OwnTemplate) -> Template | None:
-    """Return the template of the kit that writes the same as a model's own one; None if none does."""
+    """Return the template in `TEMPLATES` that is equivalent to a model's own; None if none is."""
     eos_token = dict(own.tokens).get("eos_token", "")
     try:
         opened, closed = _bare(own, _TEXT_ONLY), _bare(own, _ANSWERED)
         for known in TEMPLATES.values():
             template = _with_system_of(known, opened, eos_token)
             ours = OwnTemplate(chat_template(template, eos_token))
-            # After the last answer, many templates write what stands before the next turn.
+            # After the last answer, many templates already write the separator before the next turn.
             if closed.removesuffix(template.separator) == _bare(ours, _ANSWERED) and all(
                 _bare(own, turns) == _bare(ours, turns) for turns in (_TEXT_ONLY, _WITH_IMAGE, _TWO_TURNS)
             ):
@@ -139,9 +139,9 @@ def recognize(own: OwnTemplate) -> Template | None:
 
 
 def recognize_question(own: OwnTemplate) -> Template | None:
-    """Return the template of the kit that asks a first question as a model's own one; None if none does.
+    """Return the template in `TEMPLATES` that renders a first question as a model's own does; None if none does.
 
-    Its later turns may differ: llava-hf's own template ends an answer with a space, `vicuna_v1` with the end token.
+    Later turns may differ: llava-hf's template ends an answer with a space, `vicuna_v1` with the end token.
     """
     eos_token = dict(own.tokens).get("eos_token", "")
     try:
@@ -149,7 +149,9 @@ def recognize_question(own: OwnTemplate) -> Template | None:
         for known in TEMPLATES.values():
             template = _with_system_of(known, opened, eos_token)
             ours = OwnTemplate(chat_template(template, eos_token))
-            if not known.caption_only and all(_bare(own, one) == _bare(ours, one) for one in (_TEXT_ONLY, _WITH_IMAGE)):
+            if not known.caption_only and all(
+                _bare(own, turns) == _bare(ours, turns) for turns in (_TEXT_ONLY, _WITH_IMAGE)
+            ):
                 return template
     except ModelError:
         return None
@@ -157,7 +159,7 @@ def recognize_question(own: OwnTemplate) -> Template | None:
 
 
 def _with_system_of(known: Template, opened: str, eos_token: str) -> Template:
-    """Return a template of the kit with the system text that a prompt without an image begins with."""
+    """Return `known` with the system prompt that `opened`, a prompt without an image, begins with."""
     bare = replace(known, system="")
     head = opened.removesuffix(_bare(OwnTemplate(chat_template(bare, eos_token)), _TEXT_ONLY))
     system = head.removeprefix(known.system_prefix).removesuffix(known.system_suffix)
@@ -165,10 +167,10 @@ def _with_system_of(known: Template, opened: str, eos_token: str) -> Template:
 
 
 def template_difference(directory: Path, template: Template) -> str | None:
-    """Say how the chat template beside a base, or a language model, differs from the one it is to be trained in.
+    """Describe how the chat template of a base, or a language model, differs from the one for training.
 
-    `directory` needs no weights: its tokenizer and processor files are read. None if they write the same, the base
-    has no chat template, or `template` is for captions only, which no chat template is.
+    `directory` needs no weights: only its tokenizer and processor files are read. None if the templates are equivalent,
+    the base has none, or `template` is for captions only.
     """
     own = None if template.caption_only else read_own_template(directory)
     if own is None:
@@ -180,10 +182,10 @@ def template_difference(directory: Path, template: Template) -> str | None:
         known = recognize(own)
         same_turns = known if known and known.name == template.name else _with_system_of(template, theirs, eos_token)
         ours, reworded = (
-            _bare(OwnTemplate(chat_template(one, eos_token)), _TEXT_ONLY) for one in (template, same_turns)
+            _bare(OwnTemplate(chat_template(candidate, eos_token)), _TEXT_ONLY) for candidate in (template, same_turns)
         )
     except ModelError as error:
-        return f"the base's own chat template was not compared with {template.name}: {error}"
+        return f"the base's own chat template could not be compared with {template.name}: {error}"
     if known == template:
         return None
     if theirs == reworded != ours:
@@ -193,15 +195,15 @@ def template_difference(directory: Path, template: Template) -> str | None:
         )
     if known is not None:
         system = "" if known == TEMPLATES[known.name] else f" and system: {json.dumps(known.system)}"
-        return f"{start}: it is {known.name}; to train in the base's own form, set template: {known.name}{system}"
+        return f"{start}: it is {known.name}; to train in the base's own format, set template: {known.name}{system}"
     if theirs == ours:
-        return f"{start} after the first question; the model is trained and asked in {template.name}"
+        return f"{start} after the first question; training and evaluation use {template.name}"
     shown = f"{start}: it writes {_quoted(theirs)}, {template.name} writes {_quoted(ours)}"
-    return f"{shown}; the base must learn the new form from your data"
+    return f"{shown}; the base must learn the new format from your data"
 
 
 def _quoted(text: str) -> str:
-    """Quote a prompt or system text, its middle left out where it is long."""
+    """Quote a prompt or system text, shortened in the middle if it is long."""
     half = _SHOWN // 2
     return json.dumps(text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}", ensure_ascii=False)
 
@@ -217,13 +219,13 @@ def encode_own(
 ) -> Encoded:
     """Encode turns that end with the user's in a model's own template, as its processor in transformers does.
 
-    Raises DataError naming `where` for turns out of order, and for text that holds a special token, which this
-    template would take for its own; ModelError if the template fails or has no room for an image.
+    Raises DataError, which begins with `where`, for turns out of order and for text with a special token, which would
+    be parsed as one; ModelError if the template fails or renders no image.
     """
     check_turns(turns, "user", where)
     for token in tokenizer.added_tokens_encoder:
         if token != IMAGE_PLACEHOLDER and any(token in turn.text for turn in turns):
-            raise DataError(f"{where}: the text holds the special token {token}; remove it or the record")
+            raise DataError(f"{where}: the text contains the special token {token}; remove it or the record")
     text = own.render(turns)
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids: list[int] = []
@@ -233,24 +235,26 @@ def encode_own(
         image_end = len(ids) if token == image_token_id and not image_end else image_end
     images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if ids.count(image_token_id) != images * num_image_tokens:
-        raise ModelError(f"{where}: the model's own chat template has no place for an image; give one with --template")
+        raise ModelError(
+            f"{where}: the model's own chat template does not support images; give another with --template"
+        )
     prefix = image_end if IMAGE_PLACEHOLDER in turns[0].text else 0
     return Encoded(ids, [IGNORE_INDEX] * len(ids), prefix)
 
 
 def own_end(own: OwnTemplate) -> str:
-    """Return what a model's own template writes after an answer, without space around it; empty if it is nothing."""
+    """Return the text that a model's own template writes after an answer, stripped; empty if it writes nothing."""
     return own.render(_ANSWERED).rpartition(_ANSWER)[2].strip()
 
 
 def _bare(own: OwnTemplate, turns: Sequence[Turn]) -> str:
-    """Render without the BOS, which the kit leaves to the tokenizer, and the spaces that an answer brings along."""
+    """Render without BOS, which the tokenizer adds, and without the spaces that belong to the answer."""
     return own.render(turns).removeprefix(dict(own.tokens).get("bos_token", "")).rstrip(" ")
 
 
 @lru_cache(maxsize=32)
 def _takes_parts(own: OwnTemplate) -> bool:
-    """Tell whether a template writes the image of a content in parts; those of language models take a text alone."""
+    """Tell whether a template renders messages with image and text parts; those of language models take only text."""
     try:
         text = _render(own, _WITH_IMAGE, as_parts=True)
     except ModelError:
@@ -259,11 +263,11 @@ def _takes_parts(own: OwnTemplate) -> bool:
 
 
 def _render(own: OwnTemplate, turns: Sequence[Turn], *, as_parts: bool) -> str:
-    # Late: transformers takes half a second, without torch.
+    # Imported late: transformers takes half a second even without torch.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    messages = [{"role": turn.role, "content": _parts(turn.text) if as_parts else turn.text} for turn in turns]
+    messages = [{"role": turn.role, "content": _message_parts(turn.text) if as_parts else turn.text} for turn in turns]
     try:
         rendered, _ = render_jinja_template(
             [messages],
@@ -271,7 +275,7 @@ def _render(own: OwnTemplate, turns: Sequence[Turn], *, as_parts: bool) -> str:
             add_generation_prompt=turns[-1].role == "user",
             **dict(own.tokens),
         )
-    # Whatever the code of a template can raise.
+    # Everything that the code of a template can raise.
     except (
         TemplateError,
         TypeError,
@@ -286,8 +290,8 @@ def _render(own: OwnTemplate, turns: Sequence[Turn], *, as_parts: bool) -> str:
     return str(rendered[0])
 
 
-def _parts(text: str) -> list[dict[str, str]]:
-    """Split a text with an image into the parts that processors of transformers take."""
+def _message_parts(text: str) -> list[dict[str, str]]:
+    """Split a text with an image into the message parts of transformers."""
     if IMAGE_PLACEHOLDER not in text:
         return [{"type": "text", "text": text}]
     words = text.replace(IMAGE_PLACEHOLDER, "").strip()

@@ -1,10 +1,10 @@
-"""From turns to `input_ids` and `labels`, made together, piece by piece.
+"""Encode turns as `input_ids` and `labels`, built together piece by piece.
 
-Contract: for `vicuna_v1` and `plain` both equal what the original LLaVA-1.5 preprocessing gives. A prompt is cut
-at the image; what stands before it and what stands after it are tokenised apart, so every conversation about an
-image starts with the same tokens, and the ids of a prompt are a prefix of the ids of the answered prompt.
+Contract: for `vicuna_v1` and `plain`, both equal the output of the original LLaVA-1.5 preprocessing. The text before
+and after the image is tokenized separately, so that all conversations about an image start with the same tokens. The
+ids of a prompt are a prefix of the ids of the answered prompt.
 
-Text of a record never becomes a special token: only the template's own markers are parsed as such.
+Text from records never becomes a special token: only the markers of the template are parsed as such.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_llava.conversation.templates import (
     Tokenizer,
     get_template,
     template_pieces,
-    tokenise,
+    tokenize,
 )
 from lora_llava.errors import DataError, ModelError
 from lora_llava.system.text import counted
@@ -42,13 +42,13 @@ __all__ = [
 ]
 
 IGNORE_INDEX = -100
-"""Label of a token that is no target of the loss."""
+"""Label of tokens that are not supervised."""
 IMAGE_PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; the text of one user turn may hold one `<image>`."""
+    """One message of a conversation; the text of one user turn may contain one `<image>`."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -56,18 +56,18 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A conversation as ids; `labels` has the length of `input_ids`, IGNORE_INDEX where nothing is learned."""
+    """A conversation as ids; `labels` is as long as `input_ids`, with IGNORE_INDEX at unsupervised tokens."""
 
     input_ids: list[int]
     labels: list[int]
     prefix_length: int
-    """Tokens up to the end of an image in the first turn, which all conversations about it share; else 0."""
+    """Tokens up to the end of an image in the first turn, which all conversations about it share; 0 without one."""
     is_cut: bool = False
-    """Whether text beyond the maximum length was left out."""
+    """Whether text beyond the maximum length was cut off."""
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that are targets of the loss."""
+        """Number of tokens that contribute to the loss."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
@@ -81,10 +81,10 @@ def encode(
     max_length: int,
     where: str,
 ) -> Encoded:
-    """Encode an answered conversation; what exceeds `max_length` tokens is cut off at the end, here only.
+    """Encode an answered conversation and cut it off after `max_length` tokens.
 
-    Raises DataError naming `where` (file, record) for turns out of order, an empty answer, an image out of
-    place, a cut through the image, or nothing left to learn; ModelError if the tokenizer lacks the template's tokens.
+    Raises DataError, which begins with `where` (file and record), for turns out of order, an empty answer, a misplaced
+    image, a cut through the image, or no supervised token; ModelError if the tokenizer lacks the template's tokens.
     """
     check_turns(turns, "assistant", where)
     _check_template(turns, template, where)
@@ -100,7 +100,7 @@ def encode(
     encoded = Encoded(ids, labels, _prefix_length(turns, image_end), total > max_length)
     if encoded.num_supervised == 0:
         raise DataError(
-            f"{where}: nothing to learn: of its {total} tokens, all answers lie beyond max_length {max_length}; "
+            f"{where}: nothing to train on: of its {total} tokens, all answers lie beyond max_length {max_length}; "
             "raise max_length or shorten the question",
             "unsupervised",
         )
@@ -116,9 +116,10 @@ def encode_prompt(
     num_image_tokens: int,
     where: str,
 ) -> Encoded:
-    """Encode turns that end with the user's, up to the place where the answer begins; nothing is cut or supervised.
+    """Encode turns that end with the user's, up to the start of the answer; nothing is cut off or supervised.
 
-    Raises DataError naming `where`, ModelError if the tokenizer lacks the template's tokens.
+    Raises DataError, which begins with `where`, as `encode` does; ModelError if the tokenizer lacks the template's
+    tokens.
     """
     check_turns(turns, "user", where)
     _check_template(turns, template, where)
@@ -132,25 +133,29 @@ def _prefix_length(turns: Sequence[Turn], image_end: int) -> int:
 
 
 def check_turns(turns: Sequence[Turn], last: str, where: str) -> None:
-    """Raise DataError unless the turns alternate, end with `last`, and hold at most one image, in a user turn."""
+    """Raise DataError unless the turns alternate, end with role `last`, and have at most one image, in a user turn."""
     images = 0
     for index, turn in enumerate(turns):
-        place = f"{where}: turn {index + 1}"
+        turn_name = f"{where}: turn {index + 1}"
         expected = "user" if index % 2 == 0 else "assistant"
         if turn.role != expected:
-            raise DataError(f"{place}: is of the {turn.role}, must be of the {expected}; turns alternate, user first")
+            raise DataError(
+                f"{turn_name}: role is {turn.role!r}, expected {expected!r}; turns alternate, starting with the user"
+            )
         if turn.role == "assistant":
             if not turn.text.strip():
-                raise DataError(f"{place}: the answer is empty; write one or remove the record")
+                raise DataError(f"{turn_name}: the answer is empty; write one or remove the record")
             if IMAGE_PLACEHOLDER in turn.text:
-                raise DataError(f"{place}: {IMAGE_PLACEHOLDER} in an answer; it belongs in a user turn")
+                raise DataError(f"{turn_name}: {IMAGE_PLACEHOLDER} is in an answer; it belongs in a user turn")
         else:
             images += turn.text.count(IMAGE_PLACEHOLDER)
     if not turns or turns[-1].role != last:
-        got = f"the {turns[-1].role}'s" if turns else "missing"
-        raise DataError(f"{where}: the last turn is {got}, must be the {last}'s; add it or remove the record")
+        got = f"from role {turns[-1].role!r}" if turns else "missing"
+        raise DataError(f"{where}: the last turn is {got}, expected {last!r}; add it or remove the record")
     if images > 1:
-        raise DataError(f"{where}: {images} times {IMAGE_PLACEHOLDER}, at most one is allowed; split the record")
+        raise DataError(
+            f"{where}: {IMAGE_PLACEHOLDER} occurs {images} times, at most once is allowed; split the record"
+        )
 
 
 def _check_template(turns: Sequence[Turn], template: Template, where: str) -> None:
@@ -163,7 +168,7 @@ def _check_template(turns: Sequence[Turn], template: Template, where: str) -> No
 
 
 class _Text(NamedTuple):
-    """A text of the record on its way to ids."""
+    """A text of the record, and the template text before it."""
 
     text: str
     anchor: Anchor
@@ -177,7 +182,7 @@ def _encode(
     num_image_tokens: int,
     where: str,
 ) -> tuple[list[int], list[int], int | None]:
-    """Return ids, labels and the position of the first image token (None without an image)."""
+    """Return ids, labels and the index of the first image token (None without an image)."""
     try:
         pieces = template_pieces(tokenizer, template)
     except ModelError as error:
@@ -190,11 +195,11 @@ def _encode(
     ids = list(pieces.bos)
     labels = [IGNORE_INDEX] * len(ids)
     image_start: int | None = None
-    for index, (turn, own) in enumerate(zip(turns, encoded, strict=True)):
+    for index, (turn, text_ids) in enumerate(zip(turns, encoded, strict=True)):
         if turn.role == "assistant":
-            ids += own
+            ids += text_ids
             ids += pieces.end
-            labels += own
+            labels += text_ids
             labels += pieces.end
             continue
         if IMAGE_PLACEHOLDER in turn.text:
@@ -203,7 +208,7 @@ def _encode(
             ids += [image_token_id] * num_image_tokens
         else:
             ids += pieces.again if index else pieces.opening
-        ids += own
+        ids += text_ids
         ids += pieces.assistant
         labels += [IGNORE_INDEX] * (len(ids) - len(labels))
     return ids, labels, image_start
@@ -213,7 +218,7 @@ def _user_text(text: str, template: Template, pieces: Pieces) -> _Text:
     if template.caption_only:
         return _Text("", NO_ANCHOR)
     if IMAGE_PLACEHOLDER in text:
-        # As LLaVA does: the image moves to the front of its turn, a line of its own.
+        # As in LLaVA, the image moves to the front of its turn, on a separate line.
         words = text.replace(IMAGE_PLACEHOLDER, "").strip()
         return _Text((f"\n{words}" if words else "") + pieces.assistant_text, NO_ANCHOR)
     anchor = pieces.user_anchor
@@ -226,13 +231,13 @@ def _answer_text(text: str, pieces: Pieces) -> _Text:
 
 
 def _encode_texts(texts: list[_Text], tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokenise the texts of a conversation in one call."""
-    encoded = tokenise(tokenizer, [text.anchor.text + text.text for text in texts], trusted=False)
+    """Tokenize the texts of a conversation in one call."""
+    encoded = tokenize(tokenizer, [text.anchor.text + text.text for text in texts], trusted=False)
     for index, text in enumerate(texts):
         width = len(text.anchor.ids)
         if encoded[index][:width] == text.anchor.ids:
             encoded[index] = encoded[index][width:]
         else:
-            # The text starts with something that melts into the anchor, such as a second line feed.
-            encoded[index] = tokenise(tokenizer, [text.text], trusted=False)[0]
+            # The start of the text merged with the anchor into one token, such as two line feeds.
+            encoded[index] = tokenize(tokenizer, [text.text], trusted=False)[0]
     return encoded

@@ -1,4 +1,4 @@
-"""The templates: how a conversation is written for the model, and the constant parts of that as ids."""
+"""Chat templates, and their constant parts as token ids."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lora_llava.errors import ModelError, RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How turns are written for the model; the strings are trusted, special tokens in them are parsed."""
+    """A chat template. Its strings are trusted: special tokens in them are parsed."""
 
     name: str
     system: str = ""
-    """Text before the first turn; without any, `system_prefix` and `system_suffix` fall away too."""
+    """System prompt before the first turn; if empty, `system_prefix` and `system_suffix` are dropped too."""
     system_prefix: str = ""
     system_suffix: str = ""
     user_prefix: str = ""
     assistant_prefix: str = ""
-    """Stands between a question and its answer."""
+    """Text between a question and its answer."""
     end: str | None = None
-    """Supervised end of an answer; None is the tokenizer's own end token."""
+    """Supervised end of an answer; None: the end token of the tokenizer."""
     separator: str = ""
-    """Stands between the end of an answer and the next turn."""
+    """Text between the end of an answer and the next turn."""
     markers: tuple[str, ...] = ()
-    """Special tokens of the strings above; the tokenizer must have them."""
+    """Special tokens in the strings above; the tokenizer must have them."""
     caption_only: bool = False
-    """The user's words are dropped: image and caption, nothing else (stage 1 of LLaVA)."""
+    """Whether to drop the question and keep only image and caption (stage 1 of LLaVA)."""
 
     @property
     def opening(self) -> str:
-        """What stands before the first user text."""
+        """Text before the first user text."""
         system = f"{self.system_prefix}{self.system}{self.system_suffix}" if self.system else ""
         return system + self.user_prefix
 
@@ -59,7 +59,7 @@ TEMPLATES: dict[str, Template] = {
         user_prefix="<|im_start|>user\n",
         assistant_prefix="<|im_end|>\n<|im_start|>assistant\n",
         end="<|im_end|>",
-        # Only between turns: after the last answer it would be computed and never looked at.
+        # Only between turns: after the last answer, nothing attends to it.
         separator="\n",
         markers=("<|im_start|>", "<|im_end|>"),
     ),
@@ -67,11 +67,11 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str, system: str | None = None) -> Template:
-    """Look up a template; `system` replaces its system text (empty: none). Raises RecipeError."""
+    """Return a template; `system` replaces its system prompt (empty: none). Raises RecipeError."""
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TEMPLATES)}."
-        raise RecipeError(f"template: no template is called {name!r}; {hint}")
+        raise RecipeError(f"template: there is no template {name!r}; {hint}")
     template = TEMPLATES[name]
     if system is None:
         return template
@@ -81,7 +81,7 @@ def get_template(name: str, system: str | None = None) -> Template:
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer: a fast one of transformers."""
+    """The part of a fast tokenizer of transformers that is used here."""
 
     def __call__(
         self,
@@ -91,41 +91,41 @@ class Tokenizer(Protocol):
         split_special_tokens: bool,
         return_attention_mask: bool,
     ) -> Any:
-        """Tokenise texts; `["input_ids"]` of the result holds a list of ids for each."""
+        """Tokenize texts; `["input_ids"]` of the result has a list of ids per text."""
 
     def __hash__(self) -> int:
-        """Identify the tokenizer: what depends on it and a template alone is computed once."""
+        """Identify the tokenizer in the cache of `template_pieces`."""
 
 
 class Anchor(NamedTuple):
-    """The template's text right before a record's text: tokenised along with it, then dropped.
+    """Template text right before a text of the record, tokenized with it and then dropped.
 
-    Otherwise a tokenizer that begins every text with a space piece would put one there.
+    Without it, a tokenizer that starts every text with a space token would insert one.
     """
 
     text: str
     ids: list[int]
     space: str
-    """Spaces that end the template's text; they are tokenised as the start of what follows."""
+    """Trailing spaces of the template text, which are tokenized as the start of the following text."""
 
 
 class Pieces(NamedTuple):
-    """The constant parts of a template as ids of one tokenizer."""
+    """The constant parts of a template as token ids."""
 
     bos: list[int]
     opening: list[int]
     opening_image: list[int]
-    """As it is before an image: with the spaces that otherwise belong to the following text."""
+    """The opening before an image, which keeps the spaces that would otherwise belong to the following text."""
     again: list[int]
     """From the end of an answer (excluded) to the next user text."""
     again_image: list[int]
     assistant_text: str
-    """Start of the answer's turn, where it is plain text and so is tokenised with the question."""
+    """Start of the answer's turn if it is ordinary text, which is tokenized with the question."""
     assistant: list[int]
-    """The same where it begins with a marker."""
+    """Start of the answer's turn if it begins with a marker."""
     end: list[int]
     end_text: str
-    """The end of an answer where it is plain text and so is tokenised with the answer."""
+    """End of an answer if it is ordinary text, which is tokenized with the answer."""
     user_anchor: Anchor
     answer_anchor: Anchor
 
@@ -133,8 +133,8 @@ class Pieces(NamedTuple):
 NO_ANCHOR = Anchor("", [], "")
 
 
-def tokenise(tokenizer: Tokenizer, texts: list[str], *, trusted: bool) -> list[list[int]]:
-    """Tokenise texts, without BOS; special tokens in them are parsed only where they are `trusted`."""
+def tokenize(tokenizer: Tokenizer, texts: list[str], *, trusted: bool) -> list[list[int]]:
+    """Tokenize texts without BOS; parse special tokens in them only if `trusted`."""
     result: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=not trusted, return_attention_mask=False
     )["input_ids"]
@@ -147,13 +147,13 @@ def _anchor(tokenizer: Tokenizer, literal: str, markers: tuple[str, ...]) -> Anc
         text = text.rpartition(marker)[2]
     stripped = text.rstrip(" ")
     return Anchor(
-        stripped, tokenise(tokenizer, [stripped], trusted=False)[0] if stripped else [], text[len(stripped) :]
+        stripped, tokenize(tokenizer, [stripped], trusted=False)[0] if stripped else [], text[len(stripped) :]
     )
 
 
 def _check_end_text(tokenizer: Any, template: Template, end_text: str) -> None:
-    """Raise ModelError unless the last token of an answer holds the whole end: at half an end nothing can stop."""
-    ids = tokenise(tokenizer, [end_text], trusted=False)[0] if end_text else []
+    """Raise ModelError unless one token contains the whole end of an answer: decoding cannot stop at half of it."""
+    ids = tokenize(tokenizer, [end_text], trusted=False)[0] if end_text else []
     if end_text and not (ids and str(tokenizer.decode(ids[-1:])).endswith(end_text)):
         what = f"makes {len(ids)} tokens of" if len(ids) > 1 else "cannot write"
         raise ModelError(f"template {template.name} ends an answer with {end_text!r}, which the tokenizer {what}")
@@ -161,10 +161,10 @@ def _check_end_text(tokenizer: Any, template: Template, end_text: str) -> None:
 
 @lru_cache(maxsize=8)
 def template_pieces(tokenizer: Any, template: Template) -> Pieces:
-    """Tokenise what is the same in every conversation."""
+    """Tokenize the parts that are the same in every conversation."""
 
     def ids(text: str) -> list[int]:
-        return tokenise(tokenizer, [text], trusted=True)[0] if text else []
+        return tokenize(tokenizer, [text], trusted=True)[0] if text else []
 
     markers = template.markers
     if template.end is None:
@@ -185,7 +185,7 @@ def template_pieces(tokenizer: Any, template: Template) -> Pieces:
         bos=first if first == [tokenizer.bos_token_id] else [],
         opening=ids(template.opening.rstrip(" ")),
         opening_image=ids(template.opening),
-        # Tokenised after the end token, as it will stand, which may differ from the start of a text.
+        # Tokenize after the end token, as in the conversation: the start of a text may be tokenized differently.
         again=[] if end_text else ids(end + again.rstrip(" "))[1:],
         again_image=[] if end_text else ids(end + again)[1:],
         assistant_text=template.assistant_prefix.rstrip(" ") if joined else "",

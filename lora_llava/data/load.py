@@ -83,7 +83,7 @@ def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRec
 def _image_problems(records: Iterable[Record]) -> dict[str, DataError]:
     """Open every image once; returns what is wrong, by the key of the image."""
     sources = {record.image.key: record.image for record in records if record.image is not None}
-    found = in_processes(_image_problem, list(sources.values()), died=image_kills_its_reader, label="images")
+    found = in_processes(_image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
     return {key: error for key, error in zip(sources, found, strict=True) if error is not None}
 
 

@@ -72,7 +72,7 @@ def _encode_side(
     )
     conversations.encoders[side.name] = encoder
     found = in_processes(
-        partial(_size, encoder), side.records, died=_died, workers=workers, label=f"conversations, {side.name}"
+        partial(_size, encoder), side.records, on_crash=_died, workers=workers, label=f"conversations, {side.name}"
     )
     special = set(conversations.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
     usable = []
@@ -90,7 +90,7 @@ def _encode_side(
     sizes = [size for _, size in usable if size is not None]
     if side.role == "training" and stage.data.merge_turns:
         side.records = merge_turns(side.records, stage.data.merge_turns)
-        merged = in_processes(partial(_size, encoder), side.records, died=_died, workers=workers)
+        merged = in_processes(partial(_size, encoder), side.records, on_crash=_died, workers=workers)
         sizes = [size for size, _ in merged if size is not None]
     conversations.sizes[side.name] = sizes
     for record, size in zip(side.records, sizes, strict=True):

@@ -100,7 +100,7 @@ def open_images(records: Iterable[Record], workers: int | None) -> dict[str, Ima
     looked_at = in_processes(
         look_at_image,
         list(found.values()),
-        died=lambda source: ImageFacts(image_kills_its_reader(source)),
+        on_crash=lambda source: ImageFacts(image_kills_its_reader(source)),
         workers=workers,
         label="images",
     )

@@ -1,1 +1,1 @@
-"""From nothing to a tuned model on a CPU."""
+"""The quickstart: download a small model and data, train on a CPU, evaluate."""

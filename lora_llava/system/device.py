@@ -1,6 +1,6 @@
-"""Where and how precisely to compute, the memory there is, and the most that was taken.
+"""Device, compute dtype, free and peak memory.
 
-PyTorch is imported inside the functions that ask it: a dry run on a machine without a GPU does without.
+PyTorch is imported inside the functions that need it: a dry run on a machine without a GPU does not.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def has_driver() -> bool:
-    """Tell whether a GPU's driver is installed; without one there is no need to import PyTorch and ask it."""
+    """Tell whether a GPU driver is installed; without one, importing PyTorch to look for a GPU is unnecessary."""
     if Path("/dev/kfd").exists():
         return True
     try:
-        # What PyTorch opens first, too.
+        # The library that PyTorch opens first, too.
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return False
@@ -36,32 +36,32 @@ def has_driver() -> bool:
 
 
 def device_type() -> str:
-    """Name the device that `pick_device` takes, `cuda` or `cpu`; PyTorch is asked only where there is a driver."""
+    """Return the type of the device that `pick_device` picks; imports PyTorch only if there is a driver."""
     return pick_device().type if has_driver() else "cpu"
 
 
 def pick_device() -> torch.device:
-    """Take the CUDA device if there is one, else the CPU."""
+    """Return the CUDA device if there is one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Choose the compute precision: bf16 on CUDA, fp32 on a CPU, where bf16 is a hundred times slower.
+    """Return the compute dtype of a `precision` setting; `auto`: bf16 on CUDA, fp32 on CPU, where bf16 is 100x slower.
 
-    Raises ModelError if bf16 is asked for on a device without it.
+    Raises ModelError for bf16 on a device that does not support it.
     """
     import torch
 
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
-        raise ModelError(f"precision: bf16 is not to be had on this {device.type}; use auto or fp32")
+        raise ModelError(f"precision: bf16 is not supported on this {device.type}; use auto or fp32")
     return torch.bfloat16 if precision != "fp32" and has_bf16 else torch.float32
 
 
 def describe_device() -> str:
-    """Say in a few words what computes here; no name or setting of its user."""
+    """Describe the device in a few words, without any name or setting of the user."""
     import torch
 
     device = pick_device()
@@ -72,28 +72,28 @@ def describe_device() -> str:
 
 
 def world_size() -> int:
-    """Processes that train together, as torchrun and accelerate announce them."""
+    """Return the number of training processes, as torchrun and accelerate set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def peak_memory_bytes() -> int:
-    """Most memory the process has held so far, in bytes: the device's on CUDA, else the process's own."""
+    """Return the peak memory of the process in bytes: device memory on CUDA, else resident memory."""
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage: there a process begins with what the one that started it held.
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        # Not getrusage, whose peak includes that of the parent process.
+        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory_bytes(device: str) -> int:
-    """Memory that could be taken now: the device's on CUDA, else the machine's."""
+    """Return the free memory in bytes: device memory on CUDA, else that of the machine."""
     if device == "cuda":
         import torch
 

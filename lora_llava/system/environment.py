@@ -1,4 +1,4 @@
-"""Versions, device and memory of the machine at hand; no path, name or setting of its user."""
+"""Versions, device and memory of this machine, without any path, name or setting of the user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = (
 
 
 def describe_environment() -> dict[str, str]:
-    """Return what decides how a run goes on this machine, by name, in the order to be shown."""
+    """Return what affects a run on this machine, as name and value in display order."""
     device = pick_device()
     rows = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     rows.update({name: _version(name) for name in _PACKAGES})

@@ -1,8 +1,8 @@
-"""Files and directories that are whole or absent, whatever happens while they are written.
+"""Atomic writes: files and directories are complete or absent, whatever happens while they are written.
 
-What is being written lies in a staging directory: its name cannot be guessed, and a claim inside it holds its inode
-and is locked as long as its process lives. Only a directory with such a claim is ever cleared away; by its name alone
-only an empty one that is no longer new, which a kill left before its claim was written or after it was removed.
+Content is written to a staging directory with an unguessable name first. A claim file in it records its inode and is
+locked while its process lives. Only a directory with an unlocked claim is removed as stale. Without a claim, only an
+empty directory that is no longer new is removed: its process was killed before writing or after removing the claim.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from typing import Any
 from lora_llava.errors import ArtifactError, RecipeError
 
 STAGING = ".lora-llava-"
-"""Begins the names of staging directories."""
+"""Prefix of the names of staging directories."""
 _CLAIM = "claim.json"
 _MADE_BY = "lora-llava"
 _NEW_SECONDS = 60
-"""An empty staging directory may be about to get its claim for so long."""
+"""Age in seconds up to which an empty staging directory may still get its claim."""
 
 Place = Callable[[Path, Path], None]
-"""Moves a whole directory, which the first path names, to where the second says."""
+"""Moves a complete directory, the first path, to the second."""
 
 _in_use: dict[int, int] = {}
-"""Staging directories of this process: by inode, the handle whose lock says so."""
+"""Staging directories of this process: inode to the file descriptor that holds the lock."""
 
 
 def refuse_existing(output: Path) -> None:
-    """Raise ArtifactError if there is anything at `output`: nothing is ever overwritten."""
+    """Raise ArtifactError if `output` exists or cannot be created: nothing is ever overwritten."""
     if output.exists() or output.is_symlink():
-        raise ArtifactError(f"{output} exists already and is not overwritten; give another name, or remove it")
+        raise ArtifactError(f"{output} already exists and is not overwritten; give another name, or remove it")
     nearest = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not nearest.is_dir():
-        raise ArtifactError(f"{output} cannot be made: {nearest} is not a directory; give another name")
+        raise ArtifactError(f"{output} cannot be created: {nearest} is not a directory; give another name")
 
 
 def refuse_results_in(output: Path) -> None:
@@ -53,7 +53,7 @@ def refuse_results_in(output: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file's bytes, or a directory's entries, to the disk."""
+    """Flush a file's bytes, or a directory's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,14 +62,14 @@ def fsync(path: Path) -> None:
 
 
 def make_directories(directory: Path) -> list[Path]:
-    """Make a directory and its parents; return those that were not there, the outermost first."""
+    """Create a directory and its parents; return those that were missing, outermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return missing[::-1]
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Remove directories, the innermost first; one that holds anything, or is a link, stays."""
+    """Remove directories, innermost first; keep links and directories that are not empty."""
     for directory in sorted(directories, key=lambda path: len(path.parts), reverse=True):
         if not directory.is_symlink():
             with suppress(OSError):
@@ -77,20 +77,20 @@ def remove_empty(directories: list[Path]) -> None:
 
 
 def is_elsewhere(directory: Path) -> bool:
-    """Tell whether a directory leads to another disk, or may: a link to a directory, or a mount point."""
+    """Tell whether a directory may be on another disk: a link to a directory, or a mount point."""
     return directory.is_dir() and (directory.is_symlink() or directory.is_mount())
 
 
 @contextmanager
 def staging_in(parent: Path) -> Iterator[Path]:
-    """Give an empty staging directory below `parent`, which is removed when the block ends."""
+    """Yield an empty staging directory in `parent`, which is removed at the end of the block."""
     clear_stale(parent)
     directory = Path(tempfile.mkdtemp(prefix=STAGING, dir=parent))
     inode, handle = directory.stat().st_ino, -1
     try:
         handle = os.open(directory / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         _in_use[inode] = handle
-        # A file system without locks: then nobody clears the directory away but this process.
+        # On a file system without locks, only this process removes the directory.
         with suppress(OSError):
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(handle, json.dumps({"made_by": _MADE_BY, "inode": inode}).encode())
@@ -103,23 +103,25 @@ def staging_in(parent: Path) -> Iterator[Path]:
 
 
 def clear_stale(parent: Path) -> None:
-    """Remove the staging directories below `parent` whose processes were killed."""
+    """Remove the staging directories in `parent` whose processes were killed."""
     try:
         with os.scandir(parent) as entries:
-            named = [one for one in entries if one.name.startswith(STAGING) and one.is_dir(follow_symlinks=False)]
+            named = [
+                entry for entry in entries if entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False)
+            ]
     except OSError:
         return
     for entry in named:
-        # Not entry.inode(): of a file system laid over another it may be that of the one below.
+        # Not entry.inode(): on an overlay file system it may be the inode of the lower one.
         if entry.stat(follow_symlinks=False).st_ino not in _in_use:
             _clear(Path(entry.path))
 
 
 def is_staging(directory: Path) -> bool:
-    """Tell whether a directory is one that `staging_in` made, by its claim."""
+    """Tell by its claim whether a directory was created by `staging_in`."""
     if directory.is_symlink() or not directory.is_dir():
         return False
-    # Not opened: closing it again would give up the lock that this process holds.
+    # Do not open the claim: closing it would release the lock that this process holds.
     if directory.stat().st_ino in _in_use:
         return True
     try:
@@ -144,7 +146,7 @@ def _clear(directory: Path) -> None:
     try:
         handle = os.open(directory / _CLAIM, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        # Its process was killed before the first file or after the last; a living one is done within the time.
+        # Its process was killed before the first file or after the last; a live one would be done by now.
         with suppress(OSError):
             if time.time() - directory.stat().st_mtime > _NEW_SECONDS:
                 directory.rmdir()
@@ -156,14 +158,14 @@ def _clear(directory: Path) -> None:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove_staging(directory)
     except OSError:
-        # Its process lives.
+        # Its process is alive.
         return
     finally:
         os.close(handle)
 
 
 def _remove_staging(directory: Path) -> None:
-    """Remove a staging directory, its claim last: what a kill leaves of it is still known."""
+    """Remove a staging directory, its claim last, so that a kill leaves it recognizable."""
     with suppress(OSError):
         for path in directory.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -174,48 +176,47 @@ def _remove_staging(directory: Path) -> None:
 
 
 def place_new(staged_directory: Path, output: Path) -> None:
-    """Give a whole directory its name; ArtifactError if there is something of that name."""
+    """Move a complete directory to `output`. Raises ArtifactError if `output` exists."""
     refuse_existing(output)
     staged_directory.rename(output)
 
 
 @contextmanager
 def staged(output: Path, place: Place = place_new) -> Iterator[Path]:
-    """Give an empty directory near `output` to write into; it becomes `output`, by `place`, when the block ends well.
+    """Yield an empty directory near `output`; when the block succeeds, `place` moves it to `output`.
 
-    An error, or a stop from the keyboard, removes it, and the parents that were made for it. Files reach the disk
-    before `place` is called, and what it did before the block is left. Raises ArtifactError if `output` exists, unless
-    `place` says otherwise.
+    An error, or Ctrl-C, removes it and the parents created for it. Files are flushed to disk before `place` is called,
+    and the move before the block is left. Raises ArtifactError if `output` exists, unless another `place` allows it.
     """
     if place is place_new:
         refuse_existing(output)
-    # A directory that the user linked to another disk is filled there.
+    # If the user linked the directory to another disk, write there.
     parent = output if is_elsewhere(output) else output.parent
-    made = make_directories(parent)
+    created = make_directories(parent)
     try:
         with staging_in(parent) as staging:
             inside = staging / output.name
             inside.mkdir()
             yield inside
-            flush_tree(inside)
+            _flush_tree(inside)
             place(inside, output)
             fsync(parent)
     except BaseException:
-        remove_empty(made)
+        remove_empty(created)
         raise
 
 
-def flush_tree(directory: Path) -> None:
-    """Bring all files below a directory, and the directories, to the disk."""
+def _flush_tree(directory: Path) -> None:
+    """Flush all files and directories below a directory to disk."""
     for path in [*sorted(directory.rglob("*")), directory]:
         fsync(path)
 
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Give a path to write a file to, which takes the name `path`, replacing what is there, when the block ends well.
+    """Yield a path to write a file to; when the block succeeds, the file replaces `path`.
 
-    The block may be left before anything was written; then nothing is replaced.
+    If the block writes nothing, nothing is replaced.
     """
     with staging_in(path.parent) as staging:
         temporary = staging / path.name
@@ -227,18 +228,18 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that holds either `text` or, if that does not come to an end, what it held before."""
+    """Write `text` to a file atomically: if interrupted, the file keeps its old content."""
     with staged_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def shown_path(path: Path) -> str:
-    """Write a path relative to the current directory if it lies below it, to be pasted into a command."""
+    """Return a path for pasting into a command: relative if it is inside the current directory."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Return `value` as JSON; NaN and infinity, which JSON does not have, become null."""
+    """Return `value` as JSON; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
@@ -246,5 +247,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

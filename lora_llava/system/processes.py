@@ -1,4 +1,4 @@
-"""The same work on many items, in processes that are forked: what they read is shared, and one may die."""
+"""Parallel work in forked processes, which share the memory they read; a crash costs only one item."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lora_llava.system.progress import Advance, counting
 
 T = TypeVar("T")
 R = TypeVar("R")
-_CHUNKS_A_WORKER = 8
-_MOST_A_CHUNK = 256
+_CHUNKS_PER_WORKER = 8
+_MAX_CHUNK_SIZE = 256
 
 _job: tuple[Callable[[Any], Any], Sequence[Any]] | None = None
-"""What forked processes find in their copy of the memory; set for the length of a call."""
+"""Work and items, which forked processes inherit; set for the duration of a call."""
 
 
-def available_cores() -> int:
-    """Count the cores that this process may use."""
+def _available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -31,46 +31,45 @@ def in_processes(
     work: Callable[[T], R],
     items: Sequence[T],
     *,
-    died: Callable[[T], R],
+    on_crash: Callable[[T], R],
     workers: int | None = None,
     label: str | None = None,
     advance: Advance | None = None,
 ) -> list[R]:
-    """Return `work` of every item, in their order; only the results pass between the processes.
+    """Return `work(item)` for all items, in order; only results are sent between processes.
 
-    `label` names the items where progress is shown; `advance` hears of them as well.
-
-    A library in C that is given hostile bytes may take its process along: `died` makes the result of that item.
+    `label`: name of the items in the progress bar. `advance`: called with the number of newly finished items.
+    `on_crash`: returns the result of an item that crashes its process, as hostile bytes can in a C library.
     """
     global _job
-    workers = workers or available_cores()
-    size = max(1, min(_MOST_A_CHUNK, -(-len(items) // (workers * _CHUNKS_A_WORKER))))
+    workers = workers or _available_cores()
+    size = max(1, min(_MAX_CHUNK_SIZE, -(-len(items) // (workers * _CHUNKS_PER_WORKER))))
     chunks = [(start, min(start + size, len(items))) for start in range(0, len(items), size)]
     _job = (work, items)
     try:
         with counting(label or "", len(items) if label else 0) as shown:
 
-            def hear(count: int) -> None:
+            def report(count: int) -> None:
                 shown(count)
                 if advance is not None:
                     advance(count)
 
-            done = _run(chunks, workers, hear)
+            done = _run(chunks, workers, report)
             for chunk in chunks:
                 if chunk not in done:
-                    done.update(_one_by_one(chunk, died, items, hear))
+                    done.update(_one_by_one(chunk, on_crash, items, report))
     finally:
         _job = None
     return [result for chunk in sorted(done) for result in done[chunk]]
 
 
 def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance) -> dict[tuple[int, int], list[Any]]:
-    """Run chunks of items; those that were left when a process died are missing."""
+    """Run chunks of items; those unfinished when a process crashed are missing from the result."""
     done: dict[tuple[int, int], list[Any]] = {}
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _ignore_interrupts)
     try:
         with warnings.catch_warnings():
-            # Python warns of forks beside threads; these children run Python and decoders, none of the threads' locks.
+            # Python warns about forks with threads; these children only decode and take none of the threads' locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             futures = {executor.submit(_run_chunk, chunk): chunk for chunk in chunks}
         for future in as_completed(futures):
@@ -85,18 +84,20 @@ def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance) -> d
 
 
 def _one_by_one(
-    chunk: tuple[int, int], died: Callable[[Any], Any], items: Sequence[Any], advance: Advance
+    chunk: tuple[int, int], on_crash: Callable[[Any], Any], items: Sequence[Any], advance: Advance
 ) -> dict[tuple[int, int], list[Any]]:
-    """Find the item of a chunk that a process dies on, by halves."""
+    """Find the item of a chunk that crashes a process by bisection."""
     done = _run([chunk], 1, advance)
     if done:
         return done
     start, stop = chunk
     if stop - start == 1:
         advance(1)
-        return {chunk: [died(items[start])]}
+        return {chunk: [on_crash(items[start])]}
     middle = (start + stop) // 2
-    return _one_by_one((start, middle), died, items, advance) | _one_by_one((middle, stop), died, items, advance)
+    return _one_by_one((start, middle), on_crash, items, advance) | _one_by_one(
+        (middle, stop), on_crash, items, advance
+    )
 
 
 def _run_chunk(chunk: tuple[int, int]) -> list[Any]:
@@ -106,5 +107,5 @@ def _run_chunk(chunk: tuple[int, int]) -> list[Any]:
 
 
 def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the process that a person sees."""
+    """Leave Ctrl-C to the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

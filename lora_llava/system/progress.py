@@ -1,7 +1,7 @@
-"""What a person sees while work goes on: one line that fits any terminal, or plain lines where there is none.
+"""Progress: one line that fits any terminal, or separate lines where there is none.
 
-Functions deep inside the work say what they do with `phase` and `counting`; a command decides with `show_on` where that
-is shown. Without it they are silent.
+Code reports progress with `phase` and `counting`; a command chooses the console with `show_on`. Without it, nothing is
+printed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 Advance = Callable[[int], None]
-"""Hears how many items are done since the last time."""
+"""Called with the number of items finished since the last call."""
 
 _MIN_BAR, _MAX_BAR = 6, 30
 _RECENT = 50
-"""Updates from which the speed is taken."""
+"""Number of recent updates that the speed is estimated from."""
 _REFRESH_SECONDS = 0.1
 _TENTHS = 10
 _QUIET_SECONDS = 5.0
@@ -31,7 +31,7 @@ _console: ContextVar[Console | None] = ContextVar("console", default=None)
 
 
 def show_on(console: Console) -> Token[Console | None]:
-    """Show phases and counts on `console` from now on; `hide` takes the result."""
+    """Show progress on `console` from now on; pass the result to `hide`."""
     return _console.set(console)
 
 
@@ -54,14 +54,14 @@ def shown_on(console: Console | None = None) -> Iterator[Console]:
 
 
 def phase(text: str) -> None:
-    """Say what begins now and may take a while."""
+    """Announce a step that may take a while."""
     if (console := _console.get()) is not None:
         console.print(f"{text} ...", style="dim", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def counting(label: str, total: int) -> Iterator[Advance]:
-    """Give a function that hears of finished items; they are shown with the time left."""
+    """Show a progress bar; yield the function to call with the number of newly finished items."""
     console = _console.get()
     if console is None or total < 1:
         yield lambda _: None
@@ -79,18 +79,18 @@ def counting(label: str, total: int) -> Iterator[Advance]:
 
 
 class Bar:
-    """Items done of a total, with the time left: one line on a terminal, a line each tenth elsewhere.
+    """A progress bar with the time left: one line on a terminal, a line per tenth elsewhere.
 
-    No thread redraws it: the work may fork processes meanwhile.
+    Has no thread, because the work may fork processes.
     """
 
     def __init__(self, label: str, total: int, console: Console, *, quiet_seconds: float = 0.0) -> None:
         self.label, self.total, self.console = label, total, console
         self.quiet_seconds = quiet_seconds
-        """Where there is no terminal: time without a line, so that quick work leaves none."""
+        """Without a terminal: minimum seconds between lines, so that quick work prints none."""
         self.done = 0
         self.figures: Sequence[str] = ()
-        """Shown behind the count, the most important first; those without room are left out."""
+        """Texts after the count, most important first; those that do not fit are dropped."""
         self._seen: deque[tuple[float, float]] = deque(maxlen=_RECENT + 1)
         self._live: Live | None = None
         self._drawn = 0.0
@@ -99,12 +99,12 @@ class Bar:
         self._total_work: float = total
 
     def __enter__(self) -> Bar:
-        """Start the clock and, on a terminal, draw the line."""
+        """Start the clock and, on a terminal, draw the bar."""
         self.start(0)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Take the line down."""
+        """Remove the bar."""
         self.stop()
 
     def start(self, done: int, work: float | None = None) -> None:
@@ -119,23 +119,23 @@ class Bar:
             self._live.start(refresh=True)
 
     def stop(self) -> None:
-        """Take the line down."""
+        """Remove the bar."""
         if self._live is not None:
             self._live.update(self, refresh=True)
             self._live.stop()
             self._live = None
 
     def update(self, done: int, work: float | None = None, total_work: float | None = None) -> None:
-        """Show `done` items; where they differ in size, the time left is that of `work` of `total_work`."""
+        """Show `done` items; if they differ in size, estimate the time left from `work` of `total_work`."""
         self.done = done
         self._seen.append((time.monotonic(), done if work is None else work))
         self._total_work = self.total if total_work is None else total_work
         self.redraw(force=done >= self.total)
         if not self.console.is_terminal:
-            self._plain_line(done)
+            self._print_line(done)
 
-    def _plain_line(self, done: int) -> None:
-        """Print a line each tenth, and not more often than `quiet_seconds` asks."""
+    def _print_line(self, done: int) -> None:
+        """Print a line per tenth, at most once in `quiet_seconds`."""
         now, tenth = time.monotonic(), _TENTHS * done // self.total
         if tenth > self._tenth and now - self._last_line >= self.quiet_seconds:
             self._tenth, self._last_line = tenth, now
@@ -143,7 +143,7 @@ class Bar:
             self.console.print(f"{self.label}: {done:,}/{self.total:,}{left}", markup=False)
 
     def redraw(self, *, force: bool = False) -> None:
-        """Draw the line again, unless that has just been done."""
+        """Redraw the bar, unless it was just drawn."""
         now = time.monotonic()
         if self._live is not None and (force or now - self._drawn >= _REFRESH_SECONDS):
             self._drawn = now
@@ -151,7 +151,7 @@ class Bar:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate the time left from the last items; None before the first."""
+        """Time left, estimated from the last items; None before the first."""
         (first_time, first), (last_time, last) = self._seen[0], self._seen[-1]
         if last <= first:
             return None
@@ -159,12 +159,12 @@ class Bar:
         return max(0.0, rest - (time.monotonic() - last_time))
 
     def line(self, width: int) -> str:
-        """Write the line in `width` columns: label, count and time left always, bar and figures as there is room."""
+        """Return the bar in `width` columns: always label, count and time left; bar and figures if they fit."""
         left = self.seconds_left
         ending = f"{duration(left)} left" if left is not None else "-:-- left"
         count = f"{self.done:,}/{self.total:,}"
         shown = list(self.figures[:1])
-        # The spaces around the bar and before the time are three, before each figure there are two.
+        # Three spaces around the bar and before the time, two before each figure.
         used = len(self.label) + len(count) + len(ending) + 3 + sum(2 + len(figure) for figure in shown)
         room = width - used - _MIN_BAR
         if room < 0:
@@ -180,15 +180,15 @@ class Bar:
         return " ".join([self.label, bar, "  ".join([count, *shown]), ending])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the line for rich."""
+        """Render the bar for rich."""
         from rich.text import Text
 
-        # One column less: some terminals wrap a line that fills the last one.
+        # One column less: some terminals wrap a line that fills the last column.
         yield Text(self.line(options.max_width - 1), no_wrap=True, overflow="crop", end="")
 
 
 def duration(seconds: float) -> str:
-    """Write a time as `0:53`, `12:05` or `1:02:33`."""
+    """Format seconds as `0:53`, `12:05` or `1:02:33`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

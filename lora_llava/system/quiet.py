@@ -1,6 +1,6 @@
-"""Lines that libraries print at import and in use, and that are about nothing a user of the kit can change.
+"""Hide messages of libraries that a user of this package cannot act on.
 
-Only these are held back, so that a script which imports the kit keeps its own logging and warnings.
+Only these are hidden, so that a script that imports the package keeps its logging and warnings.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import logging
 import warnings
 
 ADVICE = {
-    # bitsandbytes asks for the package `kernels`, without which it computes the same.
+    # bitsandbytes recommends the package `kernels`; results are the same without it.
     "bitsandbytes.backends.cpu.ops": "kernels-community",
 }
-"""By the name of the logger: a part of the message."""
-WARNINGS = (
-    # Of transformers about a name that PEFT still asks for.
+"""Logger name to a part of the message."""
+_WARNINGS = (
+    # transformers, about an attribute that PEFT still reads.
     "`is_gradient_checkpointing` is deprecated",
 )
-"""Beginnings of warnings."""
+"""Prefixes of warnings."""
 
 
 class _WithoutAdvice(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether a record is shown."""
+        """Tell whether a record is logged."""
         return ADVICE.get(record.name, "\0") not in str(record.msg)
 
 
@@ -30,16 +30,16 @@ _FILTER = _WithoutAdvice()
 
 
 def hold_back_advice() -> None:
-    """Hide the lines of `ADVICE` and `WARNINGS`; called again, it changes nothing."""
+    """Hide the messages in `ADVICE` and `_WARNINGS`; calling it again has no effect."""
     for name in ADVICE:
         logging.getLogger(name).addFilter(_FILTER)
-    for text in WARNINGS:
+    for text in _WARNINGS:
         warnings.filterwarnings("ignore", message=text)
 
 
 def show_advice() -> None:
-    """Show them again, for --debug."""
+    """Show the messages again, for --debug."""
     for name in ADVICE:
         logging.getLogger(name).removeFilter(_FILTER)
-    for text in WARNINGS:
+    for text in _WARNINGS:
         warnings.filterwarnings("default", message=text)

@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: what there is no room for is left out whole, and named; nothing is cut."""
+"""Tables that fit the terminal: columns that do not fit are dropped and named; no cell is cut off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MUST = 0
-"""Importance of a column that is never left out."""
+"""Importance of a column that is never dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,72 +20,72 @@ class Column:
 
     heading: str
     is_number: bool = True
-    """Numbers stand to the right."""
+    """Numbers are right-aligned."""
     importance: int = MUST
-    """The column with the highest value is left out first."""
+    """The column with the highest value is dropped first."""
 
 
 @dataclass(slots=True)
 class FittingTable:
-    """A table that leaves columns out, and then folds its texts, until it fits."""
+    """A table that drops columns, and then wraps texts, until it fits."""
 
     title: str
     columns: Sequence[Column]
     rows: list[tuple[list[str], bool]] = field(default_factory=list)
-    """Cells, and whether the row is a total, set off from those before it."""
+    """Cells, and whether the row is a total, which is separated from the rows before it."""
 
     def add(self, *cells: str, is_total: bool = False) -> None:
-        """Add a row; markup in it is shown as it is."""
+        """Add a row; markup in it is printed literally."""
         assert len(cells) == len(self.columns)
         self.rows.append((list(cells), is_total))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lay the table out for rich."""
+        """Render the table for rich."""
         from rich.measure import Measurement
         from rich.text import Text
 
-        kept = list(range(len(self.columns)))
+        shown = list(range(len(self.columns)))
         while True:
-            droppable = [place for place in kept if self.columns[place].importance > MUST]
+            droppable = [index for index in shown if self.columns[index].importance > MUST]
             wide = options.update(max_width=10_000)
-            if Measurement.get(console, wide, self._table(kept)).maximum <= options.max_width or not droppable:
+            if Measurement.get(console, wide, self._table(shown)).maximum <= options.max_width or not droppable:
                 break
-            # The least important first.
-            kept.remove(max(droppable, key=lambda place: self.columns[place].importance))
+            # Drop the least important column first.
+            shown.remove(max(droppable, key=lambda index: self.columns[index].importance))
         yield Text(self.title, style="italic")
-        yield self._table(kept)
-        left_out = [column.heading for place, column in enumerate(self.columns) if place not in kept]
-        if left_out:
-            yield Text(f"Without room in this terminal: {' '.join(', '.join(left_out).split())}", style="dim")
+        yield self._table(shown)
+        dropped = [column.heading for index, column in enumerate(self.columns) if index not in shown]
+        if dropped:
+            yield Text(f"Columns that do not fit: {' '.join(', '.join(dropped).split())}", style="dim")
 
-    def _table(self, kept: Sequence[int]) -> Table:
+    def _table(self, shown: Sequence[int]) -> Table:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
         has_heading = any(column.heading for column in self.columns)
         table = Table(show_header=has_heading, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        for place in kept:
-            column = self.columns[place]
-            # Only texts fold; a number that is cut is another number.
+        for index in shown:
+            column = self.columns[index]
+            # Wrap only texts: a number that is cut off reads as another number.
             table.add_column(
-                Text(self._shown(place, column.heading)),
+                Text(self._aligned(index, column.heading)),
                 no_wrap=column.is_number,
                 overflow="ignore" if column.is_number else "fold",
             )
-        for number, (cells, is_total) in enumerate(self.rows):
-            ends = number + 1 < len(self.rows) and self.rows[number + 1][1]
-            shown = [Text(self._shown(place, cells[place])) for place in kept]
-            table.add_row(*shown, end_section=ends, style="bold" if is_total else None)
+        for row, (cells, is_total) in enumerate(self.rows):
+            ends = row + 1 < len(self.rows) and self.rows[row + 1][1]
+            texts = [Text(self._aligned(index, cells[index])) for index in shown]
+            table.add_row(*texts, end_section=ends, style="bold" if is_total else None)
         return table
 
-    def _shown(self, place: int, cell: str) -> str:
-        """Put the lines of a number to the right; rich does not where it must not cut."""
-        column = self.columns[place]
+    def _aligned(self, index: int, cell: str) -> str:
+        """Right-align the lines of a number, which rich does not do with overflow="ignore"."""
+        column = self.columns[index]
         if not column.is_number:
             return cell
         width = max(
-            len(line) for one in (column.heading, *(row[place] for row, _ in self.rows)) for line in one.split("\n")
+            len(line) for text in (column.heading, *(row[index] for row, _ in self.rows)) for line in text.split("\n")
         )
         return "\n".join(line.rjust(width) for line in cell.split("\n"))
 

@@ -1,12 +1,12 @@
-"""Words for users: counts with the right plural, and text from data that a terminal can show safely."""
+"""Text for users: counts with the right plural, and untrusted text made safe for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 
-MAX_LISTED = 8
-"""Names that a message lists before it says how many more there are."""
+_MAX_LISTED = 8
+"""Maximum names that a message lists."""
 
 # Cc: control characters, Cf: format characters such as direction overrides, Cs: lone surrogates, Zl and Zp: separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -16,28 +16,28 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\x1b": "\\e"}
 
 
 def counted(number: float, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun: `1 image`, `2,000 images`, `1.5 epochs`; `plural` where it is not noun + s."""
+    """Return a number with its noun: `1 image`, `2,000 images`, `1.5 epochs`; `plural` if it is not noun + s."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
     return f"{shown} {noun if number == 1 else plural or noun + 's'}"
 
 
 def printable(text: str, most: int | None = None) -> str:
-    r"""Return `text` with every control character written out, as `\e` or `\x07`, so that a terminal cannot obey it.
+    r"""Return `text` with control characters escaped, as `\e` or `\x07`, so that a terminal does not act on them.
 
-    A text of more than `most` characters is cut, and ends with an ellipsis.
+    Cut a text of more than `most` characters, with an ellipsis.
     """
     if most is not None and len(text) > most:
         text = f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
-    return "".join(one if _is_safe(one) else _SHORT.get(one, _escaped(one)) for one in text)
+    return "".join(char if _is_safe(char) else _SHORT.get(char, _escaped(char)) for char in text)
 
 
 def printable_lines(text: str) -> str:
-    """Return `text` as `printable` does, line by line: its line feeds stay."""
+    """Return `printable(text)`, but keep line feeds."""
     return "\n".join(map(printable, text.split("\n")))
 
 
-def listed(names: Sequence[str], most: int = MAX_LISTED, separator: str = ", ") -> str:
-    """Join the first `most` names, and say how many more there are."""
+def listed(names: Sequence[str], most: int = _MAX_LISTED, separator: str = ", ") -> str:
+    """Join the first `most` names and add how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
 

@@ -266,7 +266,7 @@ def test_k10_a_foreign_template_is_used_as_it_is(tmp_path: Path, picture: Path) 
     assert usage.template is None
     # Its end is that of its own template, though its generation_config.json does not name it.
     assert Chat(loaded, usage, ImageSource("a", picture, None), 9).ask(QUESTION) == words()
-    with pytest.raises(DataError, match="holds the special token </s>"):
+    with pytest.raises(DataError, match="contains the special token </s>"):
         Chat(loaded, usage, None, 9).ask("a</s>")
     data = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": words()}]
     records = [{"id": "1", "image": picture.name, "conversations": data}]

@@ -73,7 +73,7 @@ def test_the_files_and_the_report(merged: Path, artifact: Path, tiny_base: Path)
 def test_merge_fails_with_one_message(artifact: Path, merged: Path, tmp_path: Path) -> None:
     again = run("merge", artifact, merged)
     assert (again.exit_code, again.stdout) == (1, "")
-    assert "exists already and is not overwritten" in again.stderr
+    assert "already exists and is not overwritten" in again.stderr
     wrong = run("merge", merged, tmp_path / "out")
     assert wrong.exit_code == 1
     assert "is not an artifact" in wrong.stderr

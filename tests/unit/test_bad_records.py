@@ -169,7 +169,7 @@ def test_an_item_that_kills_its_process_is_the_only_one_lost() -> None:
         return item * item
 
     heard: list[int] = []
-    done = in_processes(work, range(50), died=lambda item: -item, workers=2, advance=heard.append)
+    done = in_processes(work, range(50), on_crash=lambda item: -item, workers=2, advance=heard.append)
     assert done == [-item if item in (3, 37) else item * item for item in range(50)]
     assert sum(heard) == 50
-    assert in_processes(work, [], died=lambda item: item) == []
+    assert in_processes(work, [], on_crash=lambda item: item) == []

@@ -99,7 +99,7 @@ def test_k10_other_templates_are_not_taken_for_one_of_the_kits(jinja: str) -> No
         (SMOL, "vicuna_v1", ["it is chatml", 'set template: chatml and system: "You are Smol"']),
         (SMOL, "chatml", ["in its system text", '"You are Smol" there', '"" in the recipe']),
         (LLAVA_HF, "vicuna_v1", ["in its system text", '"" there', 'set system: ""']),
-        ("{{ raise_exception('no') }}", "chatml", ["was not compared with chatml", "cannot be used: no"]),
+        ("{{ raise_exception('no') }}", "chatml", ["could not be compared with chatml", "cannot be used: no"]),
     ],
 )
 def test_k10_a_difference_from_the_recipes_template_is_named(
@@ -152,9 +152,9 @@ def test_k10_a_prompt_in_the_models_own_template_is_that_of_transformers(jinja: 
 
 def test_k10_text_never_becomes_a_special_token_of_a_foreign_template() -> None:
     sizes = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS, "where": "a.json, record 3"}
-    with pytest.raises(DataError, match=r"record 3: the text holds the special token </s>"):
+    with pytest.raises(DataError, match=r"record 3: the text contains the special token </s>"):
         encode_own((Turn("user", "a</s>b"),), OwnTemplate(LLAMA3, TOKENS), tiny_tokenizer(), **sizes)
-    with pytest.raises(ModelError, match="no place for an image; give one with --template"):
+    with pytest.raises(ModelError, match="does not support images; give another with --template"):
         encode_own(ASK, OwnTemplate("{{ messages|length }}", TOKENS), tiny_tokenizer(), **sizes)
 
 

@@ -151,7 +151,7 @@ def test_nothing_left_to_learn_is_refused() -> None:
     turns = talk("<image>\nWhat?", "yes")
     first = next(index for index, label in enumerate(run(turns).labels) if label != IGNORE_INDEX)
     assert run(turns, max_length=first + 1).num_supervised == 1
-    with pytest.raises(DataError, match="nothing to learn") as caught:
+    with pytest.raises(DataError, match="nothing to train on") as caught:
         run(turns, max_length=first)
     assert str(caught.value).startswith(WHERE)
 
@@ -164,14 +164,14 @@ def test_nothing_left_to_learn_is_refused() -> None:
     ("turns", "message"),
     [
         ([], "last turn is missing"),
-        ([Turn("assistant", "a")], "turn 1: is of the assistant, must be of the user"),
-        ([Turn("user", "q"), Turn("user", "q")], "turn 2: is of the user, must be of the assistant"),
-        (talk("q", "a", "q"), "the last turn is the user's, must be the assistant's"),
+        ([Turn("assistant", "a")], "turn 1: role is 'assistant', expected 'user'"),
+        ([Turn("user", "q"), Turn("user", "q")], "turn 2: role is 'user', expected 'assistant'"),
+        (talk("q", "a", "q"), "the last turn is from role 'user', expected 'assistant'"),
         (talk("q", ""), "turn 2: the answer is empty"),
         (talk("q", " \n"), "turn 2: the answer is empty"),
-        (talk("<image> <image>", "a"), "2 times <image>, at most one"),
-        (talk("<image>", "a", "<image>", "a"), "2 times <image>, at most one"),
-        (talk("<image>", "an <image>"), "turn 2: <image> in an answer"),
+        (talk("<image> <image>", "a"), "<image> occurs 2 times, at most once"),
+        (talk("<image>", "a", "<image>", "a"), "<image> occurs 2 times, at most once"),
+        (talk("<image>", "an <image>"), "turn 2: <image> is in an answer"),
     ],
 )
 def test_turns_that_cannot_be_learned_are_refused_by_name(turns: list[Turn], message: str) -> None:
@@ -188,7 +188,7 @@ def test_plain_takes_one_image_and_its_caption(turns: list[Turn]) -> None:
 
 
 def test_prompt_must_end_with_a_question() -> None:
-    with pytest.raises(DataError, match="the last turn is the assistant's") as caught:
+    with pytest.raises(DataError, match="the last turn is from role 'assistant'") as caught:
         encode_prompt(talk("q", "a"), get_template("vicuna_v1"), TOKENIZER, **OPTIONS)
     assert str(caught.value).startswith(WHERE)
 
@@ -270,7 +270,7 @@ def test_k32_an_image_in_a_later_turn_stands_after_that_turns_prefix() -> None:
 
 def test_k32_an_image_that_fills_the_length_is_whole_and_leaves_nothing_to_learn() -> None:
     image_end = 5  # <s> and four tokens of the image.
-    with pytest.raises(DataError, match="nothing to learn"):
+    with pytest.raises(DataError, match="nothing to train on"):
         run(talk("<image>", "a cat"), "plain", max_length=image_end)
     with pytest.raises(DataError, match="would cut through the image, which ends at token 5"):
         run(talk("<image>", "a cat"), "plain", max_length=image_end - 1)

@@ -154,6 +154,6 @@ def test_a_large_photo_is_read_in_bounded_memory() -> None:
         size = open_image(source).size
         return size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
-    [(size, kibibytes)] = in_processes(growth, [embedded(data)], died=lambda _: ((0, 0), 0), workers=1)
+    [(size, kibibytes)] = in_processes(growth, [embedded(data)], on_crash=lambda _: ((0, 0), 0), workers=1)
     assert size == (5200, 4000)
     assert kibibytes < 300 * 1024

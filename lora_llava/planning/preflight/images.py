@@ -59,7 +59,7 @@ def images_can_be_opened(images: Images) -> Iterator[Finding]:
     """Open every image in parallel; of many that fail, the first few are named."""
     everything = [image for found in images.by_key.values() for image in found.values()]
     work = open_fully if _fits(everything) else open_header
-    errors = iter(in_processes(work, everything, died=image_kills_its_reader, label="images"))
+    errors = iter(in_processes(work, everything, on_crash=image_kills_its_reader, label="images"))
     for key, found in images.by_key.items():
         wrong = [error for _, error in zip(found, errors, strict=False) if error is not None]
         if len(wrong) == 1:
