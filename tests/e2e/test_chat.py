@@ -83,7 +83,7 @@ def test_k15_a_question_about_no_picture_is_answered_without_image_tokens(speake
 def test_k15_several_images_are_refused(artifact: Path, picture: Path) -> None:
     result = run("chat", artifact, "--image", picture, "--image", picture, QUESTION)
     assert result.exit_code == 2
-    assert "given 2 times; LLaVA-1.5 is trained on one image in a conversation" in result.stderr
+    assert "given 2 times; LLaVA-1.5 is trained on one image per conversation" in result.stderr
     assert result.stdout == ""
 
 
