@@ -144,4 +144,4 @@ def test_k10_a_template_other_than_the_bases_is_told_by_all_three(project: Proje
         limits = [] if name == "check" else [f"{INSTRUCT}.max_steps=1", "stages.align.max_steps=1"]
         said = command(name, project, *limits, f"output_dir=./{name[:3]}").stdout
         line = next(line for line in said.splitlines() if line.startswith(f"Note: {INSTRUCT}.template: "))
-        assert "it is chatml; to train in the base's own form, set template: chatml" in line
+        assert "it is chatml; to train in the base's own format, set template: chatml" in line
