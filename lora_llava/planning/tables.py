@@ -1,4 +1,4 @@
-"""Tables a person reads before a run."""
+"""Tables printed before a run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from lora_llava.modeling.structure import PartRow
 from lora_llava.system.table import Column, FittingTable
 
 
-def parameter_table_view(rows: Sequence[PartRow], title: str) -> FittingTable:
-    """Lay out what each part of a built model holds."""
+def parameter_table_view(parts: Sequence[PartRow], title: str) -> FittingTable:
+    """Lay out the parameters of each part of a model."""
     columns = [
         Column("part", is_number=False),
         Column("parameters"),
@@ -20,18 +20,18 @@ def parameter_table_view(rows: Sequence[PartRow], title: str) -> FittingTable:
         Column("MiB", importance=1),
     ]
     table = FittingTable(title, columns)
-    for row in rows:
-        counts = (row.total, row.trainable, row.quantized, row.adapter)
+    for part in parts:
+        counts = (part.total, part.trainable, part.quantized, part.adapter)
         numbers = [f"{count:,}" if count else "-" for count in counts]
-        table.add(short_part(row.part), *numbers, row.dtypes, mebibytes(row.bytes))
+        table.add(short_part(part.part), *numbers, part.dtypes, mebibytes(part.bytes))
     return table
 
 
 def short_part(part: str) -> str:
-    """Name a part of the model without what all of them begin with."""
+    """Shorten the name of a part by the prefix that all of them share."""
     return part.removeprefix("model.")
 
 
 def mebibytes(size: int) -> str:
-    """Write bytes as mebibytes."""
+    """Format bytes as MiB."""
     return f"{size / 2**20:,.1f}"

@@ -1,1 +1,1 @@
-"""The directory of a run: locked, claimed, written, opened again, and never robbed of what the kit did not write."""
+"""The directory of a run: lock, claim, files of the run, and resuming. Files that no run wrote are never touched."""

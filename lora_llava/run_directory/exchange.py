@@ -1,4 +1,4 @@
-"""One run in the place of another, by renames that are written down first: done in full, or taken back."""
+"""Replace one run by another with renames that are recorded first, so that all of them happen or none."""
 
 from __future__ import annotations
 
@@ -17,88 +17,93 @@ from lora_llava.system.files import STAGING, fsync, is_elsewhere, remove_empty, 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Renames, in their order; paths are relative to the run's directory."""
+    """Renames in their order; paths are relative to the run's directory."""
 
     leaving: list[tuple[str, str]]
-    """Files of the earlier run, and where they lie aside."""
+    """Files of the earlier run: current path, path aside."""
     coming: list[tuple[str, str, int]]
-    """Files of the new run, where they go, and their inodes."""
+    """Files of the new run: current path, final path, inode."""
     made: list[str]
-    """Directories that are made for it, the outermost first."""
+    """Directories created for it, outermost first."""
     done: bool = False
 
     @classmethod
     def plan(cls, root: Path, leaving: Iterable[str], coming: Mapping[str, Path]) -> Exchange:
-        """Plan an exchange in which files `leaving` move aside and files `coming`, by their new path, come."""
+        """Plan an exchange: files `leaving` move aside, files `coming` move to the paths that are their keys."""
         aside = f"{STAGING}previous-{secrets.token_hex(6)}"
         names = [*leaving, *([f"{STATE}/{LIST}"] if (root / STATE / LIST).exists() else [])]
-        away = [(name, _aside(root, name, aside)) for name in names]
-        there = [(os.path.relpath(path, root), name, path.lstat().st_ino) for name, path in coming.items()]
-        targets = [*(root / name for _, name in away), *(root / name for _, name, _ in there)]
-        missing = {one for path in targets for one in path.parents if not one.exists()}
-        made = sorted((os.path.relpath(one, root) for one in missing), key=lambda name: (name.count("/"), name))
-        return cls(away, there, made)
+        out = [(name, _aside(root, name, aside)) for name in names]
+        into = [(os.path.relpath(path, root), name, path.lstat().st_ino) for name, path in coming.items()]
+        targets = [*(root / name for _, name in out), *(root / name for _, name, _ in into)]
+        missing = {parent for path in targets for parent in path.parents if not parent.exists()}
+        made = sorted((os.path.relpath(path, root) for path in missing), key=lambda name: (name.count("/"), name))
+        return cls(out, into, made)
 
     @classmethod
     def read(cls, root: Path) -> Exchange | None:
-        """Read the exchange that a run was at; None if there is none."""
+        """Read the recorded exchange; None if there is none."""
         path = root / STATE / EXCHANGE
         if not path.is_file():
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            [(one[0], one[1]) for one in content["leaving"]],
-            [(one[0], one[1], one[2]) for one in content["coming"]],
+            [(source, target) for source, target in content["leaving"]],
+            [(source, target, inode) for source, target, inode in content["coming"]],
             content["made"],
             content["done"],
         )
 
     def write(self, root: Path, *, done: bool) -> None:
-        """Write it down."""
+        """Record the exchange."""
         write_text(root / STATE / EXCHANGE, json.dumps({**asdict(self), "done": done}, indent=1) + "\n")
+
+    @property
+    def renames(self) -> list[tuple[str, str]]:
+        """All renames, in their order."""
+        return [*self.leaving, *((source, target) for source, target, _ in self.coming)]
 
 
 def _aside(root: Path, name: str, aside: str) -> str:
-    """Say where a file goes aside: on the disk where it is, which a link of the user's may lead to."""
+    """Return the path aside of a file: on the same disk, to which a link of the user's may lead."""
     parts = Path(name).parts
     anchor = next((depth for depth in range(len(parts) - 1, 0, -1) if is_elsewhere(root.joinpath(*parts[:depth]))), 0)
     return Path(*parts[:anchor], aside, *parts[anchor:]).as_posix()
 
 
 def run_exchange(root: Path, exchange: Exchange) -> None:
-    """Move everything, then remove what went aside. An error takes all of it back, and is raised."""
+    """Rename everything, then delete the files aside. On an error undo all renames and raise it."""
     exchange.write(root, done=False)
     try:
         for name in exchange.made:
             (root / name).mkdir(exist_ok=True)
-        for source, target in [*exchange.leaving, *((one[0], one[1]) for one in exchange.coming)]:
+        for source, target in exchange.renames:
             if os.path.lexists(root / target):
                 raise TrainingError(f"{shown_path(root / target)} is in the way: no run of the kit wrote it; move it")
             (root / source).rename(root / target)
         _flush(root, exchange)
         exchange.write(root, done=True)
     except BaseException:
-        _take_back(root, exchange)
+        _undo(root, exchange)
         raise
     _remove_aside(root, exchange)
 
 
 def finish_exchange(root: Path) -> None:
-    """End an exchange that was broken off: with its last step if only that is missing, else by taking it back."""
+    """Finish an interrupted exchange if only its last step is missing, else undo it."""
     exchange = Exchange.read(root)
     if exchange is None:
         return
     if exchange.done:
         _remove_aside(root, exchange)
     else:
-        _take_back(root, exchange)
+        _undo(root, exchange)
 
 
-def _take_back(root: Path, exchange: Exchange) -> None:
+def _undo(root: Path, exchange: Exchange) -> None:
     for source, target, inode in reversed(exchange.coming):
         path = root / target
         if os.path.lexists(path) and path.lstat().st_ino == inode:
-            # The staging directory may have been cleared away; then the file goes too.
+            # If the staging directory is gone, the file goes too.
             if (root / source).parent.is_dir():
                 path.rename(root / source)
             else:
@@ -113,7 +118,7 @@ def _take_back(root: Path, exchange: Exchange) -> None:
 
 
 def _remove_aside(root: Path, exchange: Exchange) -> None:
-    """Remove what went aside, and the directories of the earlier run that hold nothing any more."""
+    """Delete the files aside, and the directories of the earlier run that are empty now."""
     for _, target in exchange.leaving:
         (root / target).unlink(missing_ok=True)
     names = {path for source, target in exchange.leaving for path in (source, target)}
@@ -124,7 +129,6 @@ def _remove_aside(root: Path, exchange: Exchange) -> None:
 
 
 def _flush(root: Path, exchange: Exchange) -> None:
-    moved = [*exchange.leaving, *((one[0], one[1]) for one in exchange.coming)]
-    for directory in sorted({(root / name).parent for pair in moved for name in pair}):
+    for directory in sorted({(root / name).parent for pair in exchange.renames for name in pair}):
         with suppress(FileNotFoundError):
             fsync(directory)

@@ -1,4 +1,4 @@
-"""One run in one directory: a lock that dies with its process."""
+"""Lock a run's directory; the lock ends with its process."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from lora_llava.system.files import make_directories, remove_empty, shown_path
 
 LOCK = ".lora-llava.lock"
 _CONTENT = re.compile(rb"(\d{1,10}\n)?")
-"""What the kit writes to it: the number of a process."""
+"""Content of a lock file: a process id."""
 
 _held: set[Path] = set()
-"""Locks of this process, which closing any handle of them would give up."""
+"""Locks of this process. Closing any other handle of such a file would release its lock."""
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory`, which is made, for the length of the block; one that is empty then is removed again.
+    """Hold the lock of `directory`, which is created if needed; remove the directory again if it stays empty.
 
-    The kernel lets go of the lock when the process ends, however it does; worker processes do not inherit it.
-    Raises TrainingError if another process holds it, if the directory cannot be written, or if what has the lock's
-    name was not made by the kit.
+    The kernel releases the lock when the process ends, however it ends; worker processes do not inherit it. Raises
+    TrainingError if another process holds the lock, if the directory cannot be written, or if a file with the lock's
+    name is not a lock.
     """
     path = directory / LOCK
-    made: list[Path] = []
+    created: list[Path] = []
     try:
-        made = make_directories(directory)
-        handle = _acquired(path)
+        created = make_directories(directory)
+        handle = _acquire(path)
     except OSError as error:
-        remove_empty(made)
+        remove_empty(created)
         raise TrainingError(f"output_dir {shown_path(directory)} cannot be written: {error.strerror}") from error
     _held.add(path.resolve())
     try:
         yield
     finally:
-        # The file alone locks nothing: where it cannot be removed any more, it may stay.
+        # A leftover file locks nothing, so it does no harm if it cannot be removed.
         with suppress(OSError):
-            if _is_at(handle, path):
+            if _is_open_at(handle, path):
                 path.unlink()
         _held.discard(path.resolve())
         os.close(handle)
-        remove_empty(made)
+        remove_empty(created)
 
 
 def is_locked(directory: Path) -> bool:
-    """Tell whether a run holds `directory`; nothing is written."""
+    """Tell whether a run holds the lock of `directory`; write nothing."""
     path = directory / LOCK
     if path.resolve() in _held:
         return True
@@ -68,13 +68,13 @@ def is_locked(directory: Path) -> bool:
     return False
 
 
-def _acquired(path: Path) -> int:
+def _acquire(path: Path) -> int:
     while True:
         if path.is_symlink():
-            raise TrainingError(f"{shown_path(path)} is a link, and the kit made none there; remove it")
+            raise TrainingError(f"{shown_path(path)} is a link, which the kit did not make; remove it")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
-            # lockf and not flock: a forked worker that outlives its parent would hold the latter.
+            # lockf, not flock: a forked worker that outlives its parent would still hold a flock.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content = os.pread(handle, 64, 0) if stat.S_ISREG(os.fstat(handle).st_mode) else b"?"
         except (BlockingIOError, PermissionError) as error:
@@ -86,17 +86,17 @@ def _acquired(path: Path) -> int:
             ) from error
         if not _CONTENT.fullmatch(content):
             os.close(handle)
-            raise TrainingError(f"{shown_path(path)} is not a lock of the kit, but has its name; move it elsewhere")
-        # A run that has just ended may have removed the file between the two calls.
-        if _is_at(handle, path):
+            raise TrainingError(f"{shown_path(path)} is not a lock of the kit but has its name; move it elsewhere")
+        # A run that has just ended may have removed the file between open and lock: then try again.
+        if _is_open_at(handle, path):
             os.truncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
             return handle
         os.close(handle)
 
 
-def _is_at(handle: int, path: Path) -> bool:
-    """Tell whether the open file is still the one at `path`."""
+def _is_open_at(handle: int, path: Path) -> bool:
+    """Tell whether the open file is still the file at `path`."""
     try:
         return os.fstat(handle).st_ino == path.lstat().st_ino
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run writes to its directory: names, summary, log, and the list of records that were left out."""
+"""The files of a run: their names, the summary, the log, and the list of skipped records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 
@@ -17,6 +17,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.file import dump_resolved, read_recipe
 from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
 from lora_llava.system.files import json_text, shown_path, staged_file
 
@@ -28,26 +29,26 @@ SKIPPED = "skipped.jsonl"
 BASE = "base"
 EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
-"""Below it a directory for each stage."""
+"""Holds one directory per stage."""
 FEATURES = "features"
-"""Cached image features; named by what they depend on, so that they outlive the run that made them."""
-STAGES = ("align", "instruct")
+"""Cached image features, named by what they depend on, so that a later run can use them too."""
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED)
 DIRECTORIES = (BASE, EVALUATION, *STAGES, *(f"{CHECKPOINTS}/{stage}" for stage in STAGES))
-"""All that a run writes, apart from `FEATURES`."""
+"""Everything that a run writes, apart from `FEATURES`."""
 
 
 @contextmanager
 def writing(directory: Path, name: str) -> Iterator[Path]:
-    """Give a path to write the run's file `name` to; it is listed and gets its name when the block ends well.
+    """Yield a temporary path for the run's file `name`; list and rename the file if the block succeeds.
 
     Raises TrainingError if it cannot be written, or if a link or a directory has its name.
     """
     with writing_named(name, directory):
         path = current(directory) / name
         if path.is_symlink() or path.is_dir():
-            raise TrainingError(f"{shown_path(path)} is a link or a directory, and no run writes to those; move it")
+            raise TrainingError(f"{shown_path(path)} is a link or a directory, to which no run writes; move it")
         with staged_file(path) as temporary:
             yield temporary
             if temporary.exists():
@@ -60,12 +61,12 @@ def _write(directory: Path, name: str, text: str) -> None:
 
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
-    """Write the recipe of a run, every default written out."""
+    """Write the recipe of a run with every default filled in."""
     _write(directory, RECIPE, dump_resolved(recipe, directory))
 
 
 def write_card(directory: Path, stage: str, recipe: Recipe) -> None:
-    """Write what the recipe says for the model card to the recipe of a finished stage; the rest of that stays."""
+    """Update the `card` section in the recipe of a finished stage; leave its other settings alone."""
     stored = read_recipe(directory / stage / RECIPE)
     if stored.card != recipe.card:
         stored = stored.model_copy(update={"card": recipe.card})
@@ -73,7 +74,7 @@ def write_card(directory: Path, stage: str, recipe: Recipe) -> None:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """Read the run's summary, {} if there is none yet."""
+    """Read the run's summary; {} if there is none yet. Raises TrainingError if it is damaged."""
     path = current(directory) / SUMMARY
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -90,18 +91,18 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
 
 
 def log_path(directory: Path) -> Path:
-    """Return where the run's log is now."""
+    """Return the current path of the run's log."""
     return current(directory) / TRAIN_LOG
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
-    """Read the run's log."""
+    """Read the run's log; [] if there is none."""
     path = log_path(directory)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def append_to_log(directory: Path, row: Mapping[str, Any]) -> None:
-    """Write one line of the run's log."""
+    """Append one line to the run's log."""
     with writing_named("the log", directory):
         handle = os.open(log_path(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -109,14 +110,14 @@ def append_to_log(directory: Path, row: Mapping[str, Any]) -> None:
 
 
 def cut_log(directory: Path, size: int) -> None:
-    """Cut away what the log says beyond `size` bytes: of steps that are trained again."""
+    """Truncate the log to `size` bytes, dropping steps that are trained again."""
     path = log_path(directory)
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
 
 def drop_from_log(directory: Path, stage: str) -> None:
-    """Cut away what the log says from `stage` on, which starts again, and a line that was not written to its end."""
+    """Truncate the log to the lines before `stage`, which starts again; drop a last line that is incomplete."""
     path = log_path(directory)
     size = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
@@ -127,18 +128,18 @@ def drop_from_log(directory: Path, stage: str) -> None:
 
 
 def final_path(directory: Path, path: Path) -> Path:
-    """Return the path that a file of the run has when it has its first checkpoint."""
+    """Return the path that a file of the run will have after the first checkpoint."""
     new = directory / STATE / NEW
     return directory / path.relative_to(new) if path.is_relative_to(new) else path
 
 
 def present_path(directory: Path, path: Path) -> Path:
-    """Return the path that a file of the run has now, which may have had its first checkpoint since."""
+    """Return the path that a file of the run has now, before or after the first checkpoint."""
     return path if is_pending(directory) else final_path(directory, path)
 
 
 def resume_command(directory: Path) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     return f"lora-llava finetune {shown_path(directory / RECIPE)} --resume"
 
 
@@ -148,26 +149,27 @@ def writing_named(what: str, directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # The Rust libraries below safetensors and tokenizers have errors of their own.
+        # safetensors and tokenizers, which are written in Rust, raise their own types.
         if not isinstance(error, (OSError, SafetensorError)) and "(os error " not in str(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         free = shutil.disk_usage(directory).free / 2**20
-        then = "Earlier checkpoints are whole. Make room, or make the directory writable; then go on with: "
-        then += resume_command(directory)
+        advice = "Earlier checkpoints are intact. Free some space, or make the directory writable; then resume with: "
+        advice += resume_command(directory)
         if is_pending(directory):
-            then = "What the directory held before is untouched. Make room, or make it writable; then run it again"
+            advice = "What the directory held before is untouched. Free some space, or make it writable; run it again"
         raise TrainingError(
-            f"{what} could not be written to {shown_path(directory)}: {reason} ({free:,.0f} MiB are free there). {then}"
+            f"{what} could not be written to {shown_path(directory)}: {reason} ({free:,.0f} MiB are free there). "
+            f"{advice}"
         ) from error
 
 
 def note_skipped(directory: Path, part: str, skipped: Sequence[BadRecord]) -> None:
-    """Note the records that a part of the run (a stage, or the evaluation) left out in the run's list of them."""
+    """Add the records that a part of the run (a stage, or the evaluation) skipped to the run's list of them."""
     path = current(directory) / SKIPPED
-    kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    # A part that is done again says it again.
-    kept = [line for line in kept if line.endswith("\n") and json.loads(line)["part"] != part]
-    kept += [json.dumps({"part": part, **asdict(record)}) + "\n" for record in skipped]
-    if kept:
-        _write(directory, SKIPPED, "".join(kept))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    # A part that runs again replaces its own lines.
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["part"] != part]
+    lines += [json.dumps({"part": part, **asdict(record)}) + "\n" for record in skipped]
+    if lines:
+        _write(directory, SKIPPED, "".join(lines))

@@ -1,4 +1,4 @@
-"""What keeps a run out of its `output_dir`: found without torch, and without writing anything."""
+"""Find what keeps a run from using its `output_dir`, without torch and without writing anything."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.output import CHECKPOINTS, DIRECTORIES, FILES, RECIPE
 from lora_llava.run_directory.written import EXCHANGE, STATE, Written, is_kits, read_written
 from lora_llava.system.files import is_staging, shown_path
 from lora_llava.system.text import listed
 
-KEY = "output_dir"
+_KEY = "output_dir"
+_KERNELS = (Path("/proc"), Path("/sys"))
+_RECONNECT = "Connect the disk that it leads to, or remove the link."
 
 
 class DirectoryProblem(NamedTuple):
@@ -22,77 +23,82 @@ class DirectoryProblem(NamedTuple):
     where: str
     """Recipe key."""
     what: str
-    """What was found; a sentence without its period."""
+    """What is wrong: a sentence without its period."""
     fix: str
-    """What to do; a sentence."""
+    """What to do: a sentence."""
 
 
-def problems_of_output_dir(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> list[DirectoryProblem]:
-    """Find everything that keeps a run out of its `output_dir`, or an input of it that would be replaced."""
-    root = recipe.resolved_output_dir
+def problems_of_output_dir(
+    root: Path, settings: Mapping[str, object], *, overwrite: bool = False, resume: bool = False
+) -> list[DirectoryProblem]:
+    """Find everything that keeps a run from using `root` as its `output_dir`, inputs inside it included.
+
+    `settings`: the recipe as plain values.
+    """
     if problem := _unusable(root):
         return [problem]
     if not root.is_dir():
         return [_nothing_to_resume(root)] if resume else []
     if (root / STATE / EXCHANGE).is_file():
-        # Broken off: the claim, which puts the earlier run back first, looks again.
+        # Interrupted: the claim restores the earlier run and looks again.
         return []
-    problems = list(_links_to_nothing(root))
+    problems = list(_broken_links(root))
     if resume:
         return problems + list(_resume_problems(root))
-    inputs = {} if problems else inputs_inside(recipe)
+    inputs = {} if problems else _inputs_inside(root, settings)
     if overwrite:
         problems += [
             DirectoryProblem(
                 key,
-                f"{shown_path(path)} lies in output_dir, where --overwrite would replace it",
+                f"{shown_path(path)} is in output_dir, where --overwrite would replace it",
                 "Give another directory with output_dir=PATH, or move it elsewhere and correct the setting.",
             )
             for key, path in inputs.items()
         ]
     written = read_written(root)
-    found = found_in(root)
+    existing = files_of_runs(root)
     return problems + list(
-        _overwrite_problems(root, found, written) if overwrite else _occupied(root, found, written, inputs)
+        _overwrite_problems(root, existing, written) if overwrite else _occupied(root, existing, written, inputs)
     )
 
 
-_KERNELS = (Path("/proc"), Path("/sys"))
-
-
 def _unusable(root: Path) -> DirectoryProblem | None:
-    """Say why a directory cannot be made or written."""
+    """Return why a directory cannot be created or written; None if it can."""
     if root.is_symlink() and not root.exists():
-        return DirectoryProblem(KEY, f"{shown_path(root)} is a link to {root.readlink()}, which is not there", _DISK)
-    # Not Path.exists(), which raises for what lies below a directory without permission.
+        return DirectoryProblem(
+            _KEY, f"{shown_path(root)} is a link to {root.readlink()}, which does not exist", _RECONNECT
+        )
+    # Path.exists() raises below a directory without permission.
     nearest = next(path for path in (root, *root.parents) if os.path.exists(path))  # noqa: PTH110
     if not nearest.is_dir():
         return DirectoryProblem(
-            KEY, f"{shown_path(root)} cannot be made: {shown_path(nearest)} is a file", "Give another output_dir=PATH."
+            _KEY,
+            f"{shown_path(root)} cannot be created: {shown_path(nearest)} is a file",
+            "Give another output_dir=PATH.",
         )
-    if any(nearest.resolve().is_relative_to(one) for one in _KERNELS):
+    if any(nearest.resolve().is_relative_to(mount) for mount in _KERNELS):
         return DirectoryProblem(
-            KEY,
-            f"{shown_path(root)} cannot be made: {shown_path(nearest)} shows the state of the kernel and "
-            "holds no files of users",
+            _KEY,
+            f"{shown_path(root)} cannot be created: {shown_path(nearest)} is a view of the kernel and "
+            "holds no user files",
             "Give another output_dir=PATH.",
         )
     if artifact := next((path for path in (root, *root.parents) if _is_artifact(path)), None):
         return DirectoryProblem(
-            KEY,
+            _KEY,
             f"{shown_path(root)} is in the artifact or checkpoint {shown_path(artifact)}, which a run must not change",
             "Give the run's own directory, or another, with output_dir=PATH.",
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         return DirectoryProblem(
-            KEY,
+            _KEY,
             f"{shown_path(root)} cannot be written: no permission to write to {shown_path(nearest)}",
             "Change its permissions, or give another output_dir=PATH.",
         )
     state = root / STATE
     if os.path.lexists(state) and not is_kits(state):
         return DirectoryProblem(
-            KEY, f"{shown_path(root)} holds {STATE}, which the kit did not make", "Move it elsewhere."
+            _KEY, f"{shown_path(root)} holds {STATE}, which the kit did not make", "Move it elsewhere."
         )
     return None
 
@@ -101,22 +107,21 @@ def _is_artifact(directory: Path) -> bool:
     return all(os.path.lexists(directory / name) for name in ("manifest.json", "adapter_config.json"))
 
 
-_DISK = "Connect the disk that it leads to, or remove the link."
-
-
-def _links_to_nothing(root: Path) -> Iterator[DirectoryProblem]:
+def _broken_links(root: Path) -> Iterator[DirectoryProblem]:
     for name in (CHECKPOINTS, *DIRECTORIES):
         path = root / name
         if path.is_symlink() and not path.exists():
-            yield DirectoryProblem(KEY, f"{shown_path(path)} is a link to {path.readlink()}, which is not there", _DISK)
+            yield DirectoryProblem(
+                _KEY, f"{shown_path(path)} is a link to {path.readlink()}, which does not exist", _RECONNECT
+            )
         elif path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            yield DirectoryProblem(KEY, f"{shown_path(path)} cannot be written", "Change its permissions.")
+            yield DirectoryProblem(_KEY, f"{shown_path(path)} cannot be written", "Change its permissions.")
 
 
 def _nothing_to_resume(root: Path) -> DirectoryProblem:
     return DirectoryProblem(
-        KEY,
-        f"--resume: there is nothing to resume in output_dir {shown_path(root)}: no run in it has come to its first "
+        _KEY,
+        f"--resume: there is nothing to resume in output_dir {shown_path(root)}: no run in it reached its first "
         "checkpoint",
         "Leave --resume out to start one, or give the right directory with output_dir=PATH.",
     )
@@ -128,87 +133,87 @@ def _resume_problems(root: Path) -> Iterator[DirectoryProblem]:
             yield _nothing_to_resume(root)
         else:
             yield DirectoryProblem(
-                KEY,
-                f"--resume: {shown_path(root)} holds checkpoints and no {RECIPE}, which says what they were "
+                _KEY,
+                f"--resume: {shown_path(root)} holds checkpoints but no {RECIPE}, which says what they were "
                 "trained with",
-                "Put the file back, or start anew in another directory with output_dir=PATH.",
+                "Put the file back, or start a new run in another directory with output_dir=PATH.",
             )
     for name in FILES:
         path = root / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
             yield DirectoryProblem(
-                KEY, f"{shown_path(path)} is no file of its own but a link or a directory", "Put the file back."
+                _KEY, f"{shown_path(path)} is a link or a directory, not a file", "Put the file back."
             )
 
 
-def found_in(root: Path) -> dict[str, list[str]]:
-    """List what lies where a run writes: by the name of the file or directory, the paths of all files below it."""
-    found = {name: [name] for name in FILES if os.path.lexists(root / name)}
-    found |= {name: sorted(_below(root, name)) for name in DIRECTORIES}
+def files_of_runs(root: Path) -> dict[str, list[str]]:
+    """List the files where a run writes: for the name of each file or directory, the paths of all files below it."""
+    existing = {name: [name] for name in FILES if os.path.lexists(root / name)}
+    existing |= {name: sorted(_below(root, name)) for name in DIRECTORIES}
     if not (root / CHECKPOINTS).is_symlink():
-        # Of a whole disk only the stages' directories are the run's; a directory here is one it would have made.
+        # If it is a link, as to another disk, only the directories of the stages are the run's.
         within = tuple(f"{name}/" for name in DIRECTORIES)
-        found[CHECKPOINTS] = [path for path in sorted(_below(root, CHECKPOINTS)) if not path.startswith(within)]
-    return {name: paths for name, paths in found.items() if paths}
+        existing[CHECKPOINTS] = [path for path in sorted(_below(root, CHECKPOINTS)) if not path.startswith(within)]
+    return {name: paths for name, paths in existing.items() if paths}
 
 
 def _below(root: Path, name: str) -> Iterator[str]:
-    """Yield the paths of the files below a directory; what a killed process of the kit left is passed over."""
+    """Yield the paths of the files below a directory, without the staging directories of killed processes."""
     if os.path.lexists(root / name) and not (root / name).is_dir():
         yield name
     for directory, subdirectories, files in os.walk(root / name):
-        here = Path(directory)
-        links = [one for one in subdirectories if (here / one).is_symlink()]
-        subdirectories[:] = [one for one in subdirectories if not is_staging(here / one)]
-        yield from ((here / one).relative_to(root).as_posix() for one in (*files, *links))
+        parent = Path(directory)
+        links = [child for child in subdirectories if (parent / child).is_symlink()]
+        subdirectories[:] = [child for child in subdirectories if not is_staging(parent / child)]
+        yield from ((parent / child).relative_to(root).as_posix() for child in (*files, *links))
 
 
 def _occupied(
-    root: Path, found: Mapping[str, list[str]], written: Written | None, inputs: Mapping[str, Path]
+    root: Path, existing: Mapping[str, list[str]], written: Written | None, inputs: Mapping[str, Path]
 ) -> Iterator[DirectoryProblem]:
-    if not found:
+    if not existing:
         return
-    shown, names = shown_path(root), ", ".join(found)
+    shown, names = shown_path(root), ", ".join(existing)
     another = "give another directory with output_dir=PATH"
-    if written is not None and any(name in written.versions for paths in found.values() for name in paths):
+    if written is not None and any(name in written.versions for paths in existing.values() for name in paths):
         what = f"{shown} holds a run already ({names})"
         if inputs:
             inside = listed([f"{key} {shown_path(path)}" for key, path in inputs.items()])
             yield DirectoryProblem(
-                KEY, f"{what}, from which this one reads {inside}", f"{another[0].upper()}{another[1:]}."
+                _KEY, f"{what}, from which this one reads {inside}", f"{another[0].upper()}{another[1:]}."
             )
         else:
-            yield DirectoryProblem(KEY, what, f"--resume continues it, --overwrite replaces it; or {another}.")
+            yield DirectoryProblem(_KEY, what, f"--resume continues it, --overwrite replaces it; or {another}.")
     elif (root / RECIPE).is_file():
-        what = f"{shown} holds a run already ({names}), made before runs kept a list of their files"
-        yield DirectoryProblem(KEY, what, f"--resume continues it; to start anew, move it away or {another}.")
+        what = f"{shown} holds a run already ({names}), of a version that did not list its files"
+        yield DirectoryProblem(_KEY, what, f"--resume continues it; to start a new run, move it away or {another}.")
     else:
-        yield _not_ours(root, list(found))
+        yield _not_ours(root, list(existing))
 
 
 def _overwrite_problems(
-    root: Path, found: Mapping[str, list[str]], written: Written | None
+    root: Path, existing: Mapping[str, list[str]], written: Written | None
 ) -> Iterator[DirectoryProblem]:
     if written is None:
-        if found and (root / RECIPE).is_file():
+        if existing and (root / RECIPE).is_file():
             yield DirectoryProblem(
-                KEY,
-                f"{shown_path(root)} holds {_shown_names(root, found)}, and no list of what a run wrote there, so "
+                _KEY,
+                f"{shown_path(root)} holds {_shown_names(root, existing)}, and no list of what a run wrote there, so "
                 "--overwrite cannot tell its files from yours",
                 f"Move it away: mv {shown_path(root)} {shown_path(root)}.old; or give another output_dir=PATH.",
             )
-        elif found:
-            yield _not_ours(root, list(found))
+        elif existing:
+            yield _not_ours(root, list(existing))
         return
-    changed = [name for paths in found.values() for name in paths if _is_changed(written, name)]
+    changed = [name for paths in existing.values() for name in paths if _is_changed(written, name)]
     for name in changed:
         yield DirectoryProblem(
-            KEY,
+            _KEY,
             f"{shown_path(root / name)} was changed since the run wrote it; --overwrite replaces only what a run wrote",
             "Move it elsewhere, or give another output_dir=PATH.",
         )
-    # Strangers' files in a directory that the run made stay in it; a directory without any of its files is not its own.
-    foreign = [name for name in found if not any(f"{path}/".startswith(f"{name}/") for path in written.versions)]
+    # Other files in a directory that a run made may stay in it; a directory without a file of a run is not a run's.
+    foreign = [name for name in existing if not any(f"{path}/".startswith(f"{name}/") for path in written.versions)]
     if foreign:
         yield _not_ours(root, foreign)
 
@@ -219,35 +224,34 @@ def _is_changed(written: Written, name: str) -> bool:
 
 def _not_ours(root: Path, names: list[str]) -> DirectoryProblem:
     return DirectoryProblem(
-        KEY,
+        _KEY,
         f"{shown_path(root)} holds {_shown_names(root, names)}, which no run of the kit wrote",
         "Give another directory with output_dir=PATH, or move that elsewhere.",
     )
 
 
 def _shown_names(root: Path, names: Mapping[str, object] | list[str]) -> str:
-    return listed([name + "/" * (root / name).is_dir() for name in names])
+    return listed([f"{name}/" if (root / name).is_dir() else name for name in names])
 
 
-def inputs_inside(recipe: Recipe) -> dict[str, Path]:
-    """Find the recipe's own inputs that lie where the run writes, by their keys."""
-    root = recipe.resolved_output_dir
-    names = (*FILES, *DIRECTORIES, CHECKPOINTS, STATE)
-    taken = [path.resolve() for name in names if (path := root / name).exists() and not _is_disk(root, name)]
+def _inputs_inside(root: Path, settings: Mapping[str, object]) -> dict[str, Path]:
+    """Find the recipe's own inputs where the run writes, by their keys."""
+    names = [*FILES, *DIRECTORIES, STATE]
+    if not (root / CHECKPOINTS).is_symlink():
+        names.append(CHECKPOINTS)
+    outputs = [path.resolve() for name in names if (path := root / name).exists()]
     return {
-        key: path for key, path in _paths_of(recipe.plain()) if any(path.resolve().is_relative_to(one) for one in taken)
+        key: path
+        for key, path in _paths_in(settings)
+        if any(path.resolve().is_relative_to(output) for output in outputs)
     }
 
 
-def _is_disk(root: Path, name: str) -> bool:
-    return name == CHECKPOINTS and (root / name).is_symlink()
-
-
-def _paths_of(settings: Mapping[str, object], above: str = "") -> Iterator[tuple[str, Path]]:
-    """Yield key and path of every setting that names something on this machine; a loaded recipe's are absolute."""
+def _paths_in(settings: Mapping[str, object], above: str = "") -> Iterator[tuple[str, Path]]:
+    """Yield key and path of every setting that is an existing path; those of a loaded recipe are absolute."""
     for name, value in settings.items():
         key = f"{above}{name}"
         if isinstance(value, dict):
-            yield from _paths_of(value, f"{key}.")
-        elif isinstance(value, str) and key != KEY and value.startswith("/") and os.path.lexists(value):
+            yield from _paths_in(value, f"{key}.")
+        elif isinstance(value, str) and key != _KEY and value.startswith("/") and os.path.lexists(value):
             yield key, Path(value)

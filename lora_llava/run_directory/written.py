@@ -1,7 +1,7 @@
-"""The list of the files that a run wrote, by which its files are told from the user's.
+"""The list of files that a run wrote, which tells them from the user's.
 
-`.lora-llava/written.jsonl` gets a line for each file before the file gets its name. A file is the run's if it is what
-any line of its path says: size, time and inode, or size and SHA-256. So a file that was edited since is the user's.
+`.lora-llava/written.jsonl` gets a line for each file before the file gets its name. A file is the run's if it matches
+any line of its path, by size, time and inode, or by size and SHA-256; so a file that was edited since is the user's.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 STATE = ".lora-llava"
-"""What the kit itself keeps in a directory that it writes to."""
-FORMAT_FILE = "format.json"
+"""Directory of the kit's own files, in each directory that it writes to."""
+_FORMAT_FILE = "format.json"
 LIST = "written.jsonl"
 NEW = "new"
-"""Below `STATE`: what a run has written before its first whole checkpoint."""
+"""In `STATE`: what a run has written before its first complete checkpoint."""
 EXCHANGE = "exchange.json"
-"""In `STATE`, while one run takes the place of another: what moves, and whether it is done."""
+"""In `STATE`, while one run replaces another: the renames, and whether they are done."""
 PENDING = "pending.json"
 """In `NEW`, while it is in use."""
 _FORMAT = {"made_by": "lora-llava", "format": 1}
-_HASHED = 64 * 2**20
-"""Largest file, in bytes, that is hashed for the list; of larger ones whose hash is not known, the time must do."""
+_MAX_HASHED_BYTES = 64 * 2**20
+"""Larger files are not hashed for the list; if their hash is not known, the time must match."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,18 @@ class Version:
     """A file as it was written at one time."""
 
     path: str
-    """From the directory of the list."""
+    """Relative to the directory of the list."""
     bytes: int
     mtime_ns: int
     inode: int
     sha256: str | None
     """Of its first `bytes` bytes."""
     grows: bool = False
-    """Whether the run appends to it: a log."""
+    """Whether the run appends to it, as to a log."""
 
 
 class Written:
-    """The list of a directory, as it was when it was read."""
+    """The list of a directory at the time it was read."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -55,7 +55,7 @@ class Written:
             try:
                 version = Version(**json.loads(line))
             except (ValueError, TypeError):
-                # Cut by a power cut: what it named counts as the user's.
+                # A power cut left the line incomplete: its file counts as the user's.
                 continue
             self.versions.setdefault(version.path, []).append(version)
 
@@ -65,7 +65,8 @@ class Written:
         try:
             status = (self.root / name).lstat()
             return stat.S_ISREG(status.st_mode) and (
-                any(_same_file(one, status) for one in versions) or self._same_content(name, versions, status.st_size)
+                any(_same_file(version, status) for version in versions)
+                or self._same_content(name, versions, status.st_size)
             )
         except OSError:
             return False
@@ -73,13 +74,21 @@ class Written:
     def _same_content(self, name: str, versions: list[Version], size: int) -> bool:
         path = self.root / name
         modified = path.lstat().st_mtime_ns
-        if any(one.sha256 is None and (one.bytes, one.mtime_ns) == (size, modified) for one in versions):
+        if any(
+            version.sha256 is None and (version.bytes, version.mtime_ns) == (size, modified) for version in versions
+        ):
             return True
-        hashed = [one for one in versions if one.sha256 and (one.bytes == size or (one.grows and one.bytes < size))]
-        return any(_sha256(path, one.bytes) == one.sha256 and _is_log(path, one.bytes) for one in hashed)
+        hashed = [
+            version
+            for version in versions
+            if version.sha256 and (version.bytes == size or (version.grows and version.bytes < size))
+        ]
+        return any(
+            _sha256(path, version.bytes) == version.sha256 and _is_log(path, version.bytes) for version in hashed
+        )
 
     def present(self) -> list[str]:
-        """List the files of the run that are there, unchanged; in order of their paths."""
+        """List the files of the run that are there unchanged, sorted by path."""
         return sorted(name for name in self.versions if self.is_ours(name))
 
 
@@ -97,7 +106,7 @@ def _sha256(path: Path, size: int) -> str:
 
 
 def _is_log(path: Path, start: int) -> bool:
-    """Tell whether what a file holds from byte `start` on are lines of the kit's log, the last of which may be cut."""
+    """Tell whether a file holds lines of the kit's log from byte `start` on; the last line may be incomplete."""
     with path.open("rb") as handle:
         handle.seek(start)
         lines = handle.read().splitlines(keepends=True)
@@ -106,8 +115,8 @@ def _is_log(path: Path, start: int) -> bool:
             row = json.loads(line)
         except ValueError:
             row = None
-        cut = not line.endswith(b"\n") and b'{"stage": "'.startswith(line[:11])
-        if not cut and not (isinstance(row, dict) and {"stage", "step"} <= row.keys()):
+        incomplete = not line.endswith(b"\n") and b'{"stage": "'.startswith(line[:11])
+        if not incomplete and not (isinstance(row, dict) and {"stage", "step"} <= row.keys()):
             return False
     return True
 
@@ -118,28 +127,28 @@ def read_written(root: Path) -> Written | None:
 
 
 def is_kits(state: Path) -> bool:
-    """Tell whether the kit made the directory `state`, which is there."""
-    path = state / FORMAT_FILE
+    """Tell whether the kit made the existing directory `state`."""
+    path = state / _FORMAT_FILE
     if state.is_symlink() or path.is_symlink() or (state / LIST).is_symlink():
         return False
     try:
         return bool(json.loads(path.read_text(encoding="utf-8")).get("made_by") == _FORMAT["made_by"])
     except (OSError, ValueError, AttributeError):
-        # Made, and then killed before the file was in it.
+        # Empty if the process was killed before it wrote the file.
         return state.is_dir() and not any(state.iterdir())
 
 
 def make_state(root: Path) -> Path:
-    """Make the kit's own directory in `root`, if it is not there; return it."""
+    """Create the kit's own directory in `root` if needed, and return it."""
     state = root / STATE
     state.mkdir(exist_ok=True)
-    if not (state / FORMAT_FILE).exists():
-        (state / FORMAT_FILE).write_text(json.dumps(_FORMAT) + "\n", encoding="utf-8")
+    if not (state / _FORMAT_FILE).exists():
+        (state / _FORMAT_FILE).write_text(json.dumps(_FORMAT) + "\n", encoding="utf-8")
     return state
 
 
 def is_pending(root: Path) -> bool:
-    """Tell whether the run in `root` has no whole checkpoint yet, so that its files are below `STATE`."""
+    """Tell whether the run in `root` has no complete checkpoint yet, so that its files are below `STATE`."""
     return (root / STATE / NEW / PENDING).exists()
 
 
@@ -149,34 +158,34 @@ def current(root: Path) -> Path:
 
 
 def version_of(file: Path, name: str, sha256: str | None = None, *, grows: bool = False) -> Version:
-    """Describe a whole file, which has or will have the path `name`."""
+    """Describe a complete file, which has or will have the path `name`."""
     status = file.lstat()
-    if sha256 is None and status.st_size <= _HASHED:
+    if sha256 is None and status.st_size <= _MAX_HASHED_BYTES:
         sha256 = _sha256(file, status.st_size)
     return Version(name, status.st_size, status.st_mtime_ns, status.st_ino, sha256, grows)
 
 
 def note(root: Path, versions: list[Version]) -> None:
-    """Add files to the list of `root`, on the disk."""
+    """Append files to the list of `root`, and flush it to disk."""
     path = (root / STATE / NEW if is_pending(root) else make_state(root)) / LIST
-    append(path, "".join(json.dumps(asdict(one)) + "\n" for one in versions))
+    _append(path, "".join(json.dumps(asdict(version)) + "\n" for version in versions))
 
 
 def note_all(root: Path, files: Mapping[str, Path], hashes: Mapping[str, str] | None = None) -> None:
-    """Add whole files, by the path that each will have, to the list of `root`; `hashes`: SHA-256 by that path."""
+    """Append complete files, keyed by their final path, to the list of `root`; `hashes`: SHA-256 by that path."""
     note(root, [version_of(file, name, (hashes or {}).get(name)) for name, file in files.items()])
 
 
-def append(path: Path, text: str) -> None:
-    """Append lines to a file, never through a link, and bring them to the disk.
+def _append(path: Path, text: str) -> None:
+    """Append lines to a file and flush it to disk; never write through a link.
 
-    A line that a power cut left unfinished is ended first.
+    If a power cut left the last line incomplete, end that line first.
     """
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         size = os.fstat(handle).st_size
-        unfinished = size and os.pread(handle, 1, size - 1) != b"\n"
-        data = ("\n" * bool(unfinished) + text).encode()
+        incomplete = size and os.pread(handle, 1, size - 1) != b"\n"
+        data = ("\n" * bool(incomplete) + text).encode()
         while data:
             data = data[os.write(handle, data) :]
         os.fsync(handle)

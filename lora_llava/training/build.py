@@ -1,4 +1,4 @@
-"""From the settings of a stage to its trainer."""
+"""Build the trainer of a stage from its settings."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import TrackedRun, run_name
 from lora_llava.training.trainer import PackedTrainer, StageChecks
 
-SAMPLE_TOKENS = 32
-"""Longest sample answer, in tokens."""
+_SAMPLE_TOKENS = 32
+"""Maximum length of a sample answer, in tokens."""
 
 
-def image_reader(stage: Stage, loaded: LoadedModel, data: StageData) -> ReadImage:
-    """Make what turns the image of a record into what the model takes: pixels, or cached features."""
+def _image_reader(stage: Stage, loaded: LoadedModel, data: StageData) -> ReadImage:
+    """Return the function that turns the image of a record into pixels or cached features for the model."""
     transform, cache = stage.image_transform(loaded), stage.settings.cache_image_features
     if cache == "off":
         return transform
@@ -44,7 +44,7 @@ def make_trainer(
 ) -> PackedTrainer:
     """Build the trainer of a stage over its planned rows."""
     settings, recipe = stage.settings, stage.recipe
-    read_image = image_reader(stage, loaded, data)
+    read_image = _image_reader(stage, loaded, data)
     rank = int(os.environ.get("RANK", "0"))
     rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
     train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
@@ -59,7 +59,7 @@ def make_trainer(
                 sampled,
                 template=stage.template,
                 aspect_ratio=stage.aspect_ratio,
-                max_new_tokens=SAMPLE_TOKENS,
+                max_new_tokens=_SAMPLE_TOKENS,
             )
         return [
             {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
@@ -69,7 +69,7 @@ def make_trainer(
     tracked = [TrackedRun(recipe, stage.name, validates=bool(data.validation))] if recipe.report_to != "none" else []
     return PackedTrainer(
         loaded.model,
-        training_arguments(stage, data, optim, dtype),
+        _training_arguments(stage, data, optim, dtype),
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
@@ -84,8 +84,8 @@ def make_trainer(
     )
 
 
-def training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.dtype) -> TrainingArguments:
-    """Translate the settings of a stage to `transformers`."""
+def _training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.dtype) -> TrainingArguments:
+    """Translate the settings of a stage for `transformers`."""
     settings, recipe = stage.settings, stage.recipe
     interval = data.eval_interval(settings)
     return TrainingArguments(
@@ -94,7 +94,7 @@ def training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.d
         project=recipe.name,
         # The plan is the data loader: one pass over it is the whole stage.
         max_steps=len(data.plan.steps),
-        # For trackers alone, which would show transformers' default of 3.
+        # Shown by trackers only, which would show the default of 3.
         num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=data.plan.rows_per_step // world_size(),
@@ -108,11 +108,11 @@ def training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.d
         optim=optim,
         dataloader_num_workers=settings.dataloader_num_workers,
         logging_steps=logging_interval(settings, len(data.plan.steps)),
-        # The default hides a NaN loss by repeating the last finite one.
+        # The default would replace a NaN loss by the last finite one.
         logging_nan_inf_filter=False,
         eval_strategy="no" if interval is None else "steps",
         eval_steps=interval,
-        # When, between the first step and the last, `Saver` decides if the recipe does not.
+        # With `save_steps: auto`, `Saver` decides when to save before the last step.
         save_strategy="steps",
         save_steps=len(data.plan.steps) if settings.save_steps == "auto" else settings.save_steps,
         seed=recipe.seed,

@@ -1,4 +1,4 @@
-"""The base of a run: found, or assembled in the run's directory, and known by the hash of its weights."""
+"""Locate the base of a run, or assemble it in the run's directory, and hash its weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lora_llava.system.files import Place, place_new, shown_path, staged
 
 
 def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tuple[Path, BaseIdentity]:
-    """Find the base, or assemble it from its parts inside the run's directory, and hash its weights.
+    """Locate the base, or assemble it from its parts inside the run's directory; return its directory and identity.
 
-    One that an earlier session assembled is kept. Raises TrainingError if it is not what the summary says.
+    Reuses a base that an earlier session assembled, and raises TrainingError if its hash is not that of the summary.
     """
     settings = recipe.base
     if settings.model_name_or_path:
@@ -39,7 +39,7 @@ def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tu
     if summary.setdefault("base_sha256", identity.weights_sha256) != identity.weights_sha256:
         raise TrainingError(
             f"{shown_path(base_directory)} was altered: its weights are {identity.weights_sha256}, the run's are "
-            f"{summary['base_sha256']}. Remove it to have it assembled again; if that changes nothing, the parts it is "
-            "made of have changed: put them back, or start a new run with another output_dir"
+            f"{summary['base_sha256']}. Remove it, so that it is assembled again; if that does not help, its parts "
+            "have changed: put the old ones back, or start a new run with another output_dir"
         )
     return base_directory, identity

@@ -1,4 +1,4 @@
-"""A run: the stages of a recipe in order, then the evaluation of the last artifact."""
+"""Run a recipe: train its stages in order, then evaluate the last artifact."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from lora_llava.training.prepare import prepare_base
 from lora_llava.training.stage import Stage
 from lora_llava.training.train import train_stage
 
-_MADE_OF = "evaluation_of"
-"""In the summary: what its evaluation was made of."""
+_EVALUATION_OF = "evaluation_of"
+"""Key of the summary: what its evaluation depends on."""
 
 
 def finetune(
@@ -52,16 +52,17 @@ def finetune(
     memory: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate what a recipe says, as `lora-llava finetune` does, preflight included.
+    """Train and evaluate a recipe as `lora-llava finetune` does, preflight included.
 
-    `recipe`: a loaded one, or a file, to which `overrides` ("stages.instruct.max_steps=20") apply. `memory`: bytes of
-    the card to plan for; None: what is free. Returns the run's summary, which is also in `summary.json`. Raises
-    LoraLlavaError's subclasses: PreflightError, before anything is written, with all that would make the run fail.
+    `recipe`: a loaded recipe, or a file, to which `overrides` ("stages.instruct.max_steps=20") apply. `memory`: bytes
+    of the card to plan for; None: what is free. Returns the run's summary, which is also in `summary.json`. Raises
+    LoraLlavaError's subclasses; PreflightError, before anything is written, with everything that would make the run
+    fail.
     """
     file = None if isinstance(recipe, Recipe) else Path(recipe)
     if isinstance(recipe, Recipe):
         if overrides:
-            raise RecipeError("overrides apply to a recipe file; this recipe is loaded already")
+            raise RecipeError("overrides apply to a recipe file, and this recipe is already loaded")
         loaded = recipe
     else:
         loaded = load_recipe(Path(recipe), overrides)
@@ -82,12 +83,12 @@ def finetune_and_evaluate(
 ) -> dict[str, Any]:
     """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
 
-    `resume`: go on with the run in `output_dir`; what it has done is not done again. Returns the run's summary, which
-    is also in `summary.json`: what each stage saw and measured, `evaluation` (see `compare`), seconds by phase, and the
-    peak memory in bytes. Raises LoraLlavaError's subclasses, TrainingError if another run is at work there.
+    `resume`: continue the run in `output_dir` without repeating what is done. Returns the run's summary, which is also
+    in `summary.json`: counts and metrics of each stage, `evaluation` (see `evaluation.compare`), seconds by phase, and
+    peak memory in bytes. Raises LoraLlavaError's subclasses; TrainingError if another run is using the directory.
     """
     settings = recipe.evaluation
-    # Before training: a mistake in the test data must not come to light hours later.
+    # Read the test data before training, so that a mistake in it shows at once and not hours later.
     skipped: list[BadRecord] = []
     questions = load_questions(settings.data, settings.by, skipped) if settings else None
     directory = recipe.resolved_output_dir
@@ -96,14 +97,14 @@ def finetune_and_evaluate(
         artifact = directory / recipe.stage_names[-1]
         if settings is None or questions is None:
             if output.EVALUATION in summary:
-                console.print("evaluation: the recipe has none now; that of an earlier session stays as it is")
+                console.print("evaluation: the recipe no longer has one; the earlier result is kept unchanged")
             return summary
         facts = evaluation_facts(recipe, questions, artifact)
         if output.EVALUATION in summary:
-            changed = differing_facts(summary.get(_MADE_OF, {}), facts)
+            changed = differing_facts(summary.get(_EVALUATION_OF, {}), facts)
             if not changed:
                 return summary
-            console.print(f"evaluation: made again, since it was made with other {listed(changed)}", markup=False)
+            console.print(f"evaluation: made again, because of a change in {listed(changed)}", markup=False)
         output.note_skipped(directory, output.EVALUATION, skipped)
         clock = time.monotonic()
         results = directory / output.EVALUATION
@@ -112,7 +113,7 @@ def finetune_and_evaluate(
             summary["evaluation"] = evaluate_artifact(
                 candidate, questions, settings, directory=staging, console=console
             )
-        summary[_MADE_OF] = facts
+        summary[_EVALUATION_OF] = facts
         summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
         summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
         output.write_summary(directory, summary)
@@ -127,19 +128,20 @@ def run_recipe(
     memory: int | None = None,
     resume: Resume = "no",
 ) -> dict[str, Any]:
-    """Train every stage of `recipe`, in `memory` bytes; each starts from the artifact of the one before.
+    """Train every stage of `recipe`, each from the artifact of the one before.
 
-    `resume`: go on with the run in `output_dir`, from its latest whole checkpoint. Returns the run's summary, which is
-    also written to `summary.json`. Raises LoraLlavaError's subclasses.
+    `memory`: bytes of the card to plan for; None: what is free. `resume`: continue the run in `output_dir` from its
+    latest complete checkpoint. Returns the run's summary, which is also written to `summary.json`. Raises
+    LoraLlavaError's subclasses.
     """
     if recipe.start_from is not None:
         _check_start(recipe.start_from)
-    with claimed(recipe, overwrite=overwrite, resume=resume != "no"):
-        return train_stages(recipe, console, memory, resume)
+    with claimed(recipe.resolved_output_dir, recipe.plain(), overwrite=overwrite, resume=resume != "no"):
+        return _train_stages(recipe, console, memory, resume)
 
 
-def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: Resume) -> dict[str, Any]:
-    """Train every stage of `recipe` in its directory, which is claimed; see `run_recipe`."""
+def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: Resume) -> dict[str, Any]:
+    """Train every stage of `recipe` in its claimed directory; see `run_recipe`."""
     directory = recipe.resolved_output_dir
     summary: dict[str, Any] = {}
     if resume == "no":
@@ -154,7 +156,7 @@ def train_stages(recipe: Recipe, console: Console, memory: int | None, resume: R
     summary["seconds"]["base"] = round(time.monotonic() - clock + summary["seconds"].get("base", 0), 1)
     parent = recipe.start_from
     for name in recipe.stage_names:
-        # The base moves with the first checkpoint of the run, if the run assembled it.
+        # A base that the run assembled moves with the first checkpoint.
         base_directory = output.present_path(directory, base_directory)
         stage = Stage(recipe, name, base_directory, identity, parent)
         parent = stage.directory
@@ -181,14 +183,15 @@ def _check_start(artifact: Path) -> None:
 
 
 def print_outcome(recipe: Recipe, console: Console) -> None:
-    """Say where the results of a run are."""
+    """Print where the results of a run are."""
     directory = recipe.resolved_output_dir
     if (skipped := directory / output.SKIPPED).exists():
         count = len(skipped.read_text(encoding="utf-8").splitlines())
-        were = f"{counted(count, 'bad record')} {'was' if count == 1 else 'were'} skipped"
-        console.print(f"\n{were}; {output.SKIPPED} says which and why.", style="bold yellow")
-    places = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}", output.SKIPPED]
+        verb = "was" if count == 1 else "were"
+        line = f"{counted(count, 'bad record')} {verb} skipped; {output.SKIPPED} says which and why."
+        console.print(f"\n{line}", style="bold yellow")
+    names = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}", output.SKIPPED]
     console.print(f"\nIn {shown_path(directory)}:")
-    for name in places:
+    for name in names:
         if (directory / name).exists():
             console.print(f"  {name}")

@@ -2,8 +2,9 @@
 
 A stage can be trained without a whole run around it, as in a notebook:
 
-    base_directory, base = prepare_base(recipe, recipe.resolved_output_dir, {})
-    train_stage(Stage(recipe, "instruct", base_directory, base), Console())
+    with claimed(recipe.resolved_output_dir, recipe.plain()):
+        base_directory, base = prepare_base(recipe, recipe.resolved_output_dir, {})
+        train_stage(Stage(recipe, "instruct", base_directory, base), Console())
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lora_llava.run_directory.written import current
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a run, made once by `train_stages`; functions below it take a `Stage` or plain values."""
+    """One stage of a run, made once in `training.run`; functions below it take a `Stage` or plain values."""
 
     recipe: Recipe
     name: StageName

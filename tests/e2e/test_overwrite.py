@@ -87,8 +87,8 @@ def test_k1_k4_a_fault_at_any_step_leaves_the_earlier_run_usable(
         (["base.model_name_or_path=./typo"], "typo"),
         (["report_to=[clearml]"], "clearml"),
         (["start_from=./typo"], "typo"),
-        (["start_from={run}/instruct"], "lies in output_dir, where --overwrite would replace it"),
-        (["stages.instruct.data.path={run}/instruct/notes.json"], "lies in output_dir"),
+        (["start_from={run}/instruct"], "is in output_dir, where --overwrite would replace it"),
+        (["stages.instruct.data.path={run}/instruct/notes.json"], "is in output_dir"),
     ],
 )
 def test_k1_k2_a_mistake_in_the_command_costs_nothing(

@@ -201,7 +201,7 @@ def test_k36_an_evaluation_whose_settings_or_data_changed_is_made_again(
     assert "made again" not in shown
     changed = first.replace("max_records: 6", "max_records: 4")
     summary, shown = train(project, run, changed, resume="exact")
-    assert "evaluation: made again, since it was made with other evaluation.data.max_records" in shown
+    assert "evaluation: made again, because of a change in evaluation.data.max_records" in shown
     assert summary["evaluation"] != made
     records = json.loads(data.read_text(encoding="utf-8"))
     records[0]["conversations"][1]["value"] = "something else"

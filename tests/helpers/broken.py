@@ -229,7 +229,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
         "the language model has no linear layer q_porj. Did you mean q_proj?",
     ),
     "output_dir occupied": (occupied, "which no run of the kit wrote"),
-    "output_dir a file": (override("output_dir=./train.json"), "train.json cannot be made: train.json is a file"),
+    "output_dir a file": (override("output_dir=./train.json"), "train.json cannot be created: train.json is a file"),
     "tracker misspelled": (override("report_to=wandbb"), "no tracker is called wandbb. Did you mean wandb?"),
     "tracker not installed": (override("report_to=[swanlab]"), "swanlab is not installed. Install it: pip install"),
     "data file missing": (remove("train.json"), f"{INSTRUCT}.data.path: "),

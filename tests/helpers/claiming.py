@@ -37,7 +37,7 @@ def run(recipe: Recipe, seed: str, at: Moment = lambda _: None, *, overwrite: bo
     """Write what a run with an assembled base, `steps` checkpoints and an evaluation writes; `seed` makes it differ."""
     root = recipe.resolved_output_dir
     with locked(root):
-        with claimed(recipe, overwrite=overwrite):
+        with claimed(root, recipe.plain(), overwrite=overwrite):
             _start(recipe, seed)
             at("started")
             for step in range(1, steps + 1):

@@ -70,7 +70,7 @@ def test_a_disk_that_cannot_be_written(
         train(straight.recipe, directory, *FEW)
     patch.undo()
     assert "MiB are free there" in str(error.value)
-    assert f"then go on with: lora-llava finetune {directory / 'recipe.yaml'} --resume" in str(error.value)
+    assert f"then resume with: lora-llava finetune {directory / 'recipe.yaml'} --resume" in str(error.value)
     remount("rw,size=64m")
     found = latest(directory / "checkpoints" / stage, lambda line: pytest.fail(line))
     assert found is not None and found.progress.step == saved

@@ -142,11 +142,11 @@ def test_flex_attention_that_fails_is_replaced_unless_it_is_asked_for(monkeypatc
 
 
 def test_attentions_are_compared_on_trees() -> None:
-    tried = choice._tried_segments(CPU)
-    assert tried.shape == (2, choice.TRIED_TOKENS)
+    tried = choice._trial_segments(CPU)
+    assert tried.shape == (2, choice._ROW)
     assert tried[0].unique().tolist() == [0, 1, 2, 3]
     assert tried[1].unique().tolist() == list(range(17))
-    assert int((tried[1] == 0).sum()) == 4 * choice.TRIED_PREFIX
+    assert int((tried[1] == 0).sum()) == 4 * choice._PREFIX
 
 
 def test_k32_masks_are_made_where_the_segments_are() -> None:

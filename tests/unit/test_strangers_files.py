@@ -127,7 +127,7 @@ def test_k43_links_that_the_user_made_to_another_disk_work_and_stay(tmp_path: Pa
 def test_k43_a_link_to_a_disk_that_is_not_there_is_named(recipe: Recipe, tmp_path: Path) -> None:
     recipe.resolved_output_dir.mkdir()
     (recipe.resolved_output_dir / "checkpoints").symlink_to(tmp_path / "unplugged")
-    with pytest.raises(TrainingError, match=r"checkpoints is a link to .*unplugged, which is not there"):
+    with pytest.raises(TrainingError, match=r"checkpoints is a link to .*unplugged, which does not exist"):
         run(recipe, "new")
 
 

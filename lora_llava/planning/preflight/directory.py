@@ -11,5 +11,8 @@ from lora_llava.run_directory.problems import problems_of_output_dir
 
 def output_dir_can_be_used(setup: Setup) -> Iterator[Finding]:
     """Nothing keeps the run out of `output_dir`, and no input of it lies where it would be replaced."""
-    found = problems_of_output_dir(setup.recipe, overwrite=setup.start == "overwrite", resume=setup.start == "resume")
-    yield from (Problem(one.where, one.what, one.fix) for one in found)
+    recipe, start = setup.recipe, setup.start
+    problems = problems_of_output_dir(
+        recipe.resolved_output_dir, recipe.plain(), overwrite=start == "overwrite", resume=start == "resume"
+    )
+    yield from (Problem(problem.where, problem.what, problem.fix) for problem in problems)

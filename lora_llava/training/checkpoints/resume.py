@@ -1,4 +1,4 @@
-"""Where a run resumes: which stages are finished, and from which checkpoint the next one continues."""
+"""Resume a run: find the finished stages and the checkpoint of the next one, and check that nothing else changed."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from lora_llava.training.stage import Stage
 
 
 def find_checkpoint(stage: Stage, resume: Resume, console: Console) -> Checkpoint | None:
-    """Find the checkpoint to resume a stage from; None to start at its beginning.
+    """Find the latest complete checkpoint of a stage; None to start from its beginning.
 
-    Raises TrainingError if the stage has checkpoints and none is whole.
+    Raises TrainingError if the stage has checkpoints but none is complete.
     """
     if resume == "no":
         return None
 
-    def say(line: str) -> None:
+    def warn(line: str) -> None:
         console.print(f"{stage.name}: {line}", style="bold yellow", markup=False, soft_wrap=True)
 
-    checkpoint = latest(stage.checkpoints, say)
-    where = f"resuming after step {checkpoint.progress.step:,}" if checkpoint else "no checkpoint yet, from the start"
-    console.print(f"{stage.name}: {where}")
+    checkpoint = latest(stage.checkpoints, warn)
+    start = f"resuming after step {checkpoint.progress.step:,}" if checkpoint else "no checkpoint yet, from the start"
+    console.print(f"{stage.name}: {start}")
     return checkpoint
 
 
 def prepare_log(stage: Stage, checkpoint: Checkpoint | None) -> None:
-    """Save the recipe of what follows, and truncate the log to the checkpoint."""
+    """Save the resumed recipe, and truncate the log to the checkpoint."""
     output.write_recipe(stage.run_directory, stage.recipe)
     if checkpoint is None:
         output.drop_from_log(stage.run_directory, stage.name)
@@ -62,9 +62,9 @@ def prepare_log(stage: Stage, checkpoint: Checkpoint | None) -> None:
 
 
 def stored_memory_plan(checkpoint: Checkpoint | None, stage: Stage, memory: int | None) -> MemoryPlan | None:
-    """Return the memory plan that a checkpoint was trained with; another one would sum gradients in another order.
+    """Return the memory plan of a checkpoint, since another plan would sum gradients in another order.
 
-    None without a checkpoint, or if `memory` or other settings are asked for now.
+    None without a checkpoint, or if the user gives `memory` or other settings for the plan now.
     """
     if checkpoint is None or memory is not None:
         return None
@@ -75,10 +75,14 @@ def stored_memory_plan(checkpoint: Checkpoint | None, stage: Stage, memory: int 
 
 
 def _planned_keys(stage: Stage) -> list[str]:
-    """List the settings that the memory plan decides where they are `auto`."""
-    keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.RESOLVED]
-    stages = [key for key in keys if key.startswith(f"{stage.key}.") and not key.endswith(".batch_size")]
-    return [*stages, "quantization.keep_dequantized"]
+    """List the settings that the memory plan resolves if they are `auto`."""
+    prefix = f"{stage.key}."
+    keys = [key for key in _keys_of(OnResume.RESOLVED) if key.startswith(prefix) and not key.endswith(".batch_size")]
+    return [*keys, "quantization.keep_dequantized"]
+
+
+def _keys_of(on_resume: OnResume) -> list[str]:
+    return [setting.key for setting in settings_of(Recipe) if setting.on_resume is on_resume]
 
 
 def check_unchanged(
@@ -89,14 +93,14 @@ def check_unchanged(
     resume: Resume,
     console: Console,
 ) -> bool:
-    """Compare a checkpoint with the run that resumes from it; return whether they are the same.
+    """Compare a checkpoint with the run that resumes from it; return whether nothing changed.
 
-    Raises TrainingError as `refuse_or_warn` does, and if the plan has fewer steps now than were trained.
+    Raises TrainingError as `refuse_or_warn` does, and if the stage now has fewer steps than were trained.
     """
     if checkpoint is None:
         return True
     step = checkpoint.progress.step
-    # Older checkpoints know batch_size as a setting alone.
+    # Older checkpoints have batch_size only as a setting.
     key = f"{stage.key}.batch_size"
     before = {key: value_at(stored_recipe(checkpoint.directory), key), **checkpoint.facts}
     differences = changed_settings(checkpoint.directory, stage) + changed_facts(before, facts)
@@ -105,22 +109,24 @@ def check_unchanged(
         raise TrainingError(
             f"stage {stage.name} has {counted(num_steps, 'step')} now, and {step:,} were trained already"
         )
+    if not differences:
+        console.print(f"{stage.name}: data, settings and versions are those of the checkpoint: the run resumes exactly")
     return not differences
 
 
-def is_finished(stage: Stage) -> bool:
-    """Tell whether the run holds the artifact of a stage, trained to its end on this base, from this parent.
+def _is_finished(stage: Stage) -> bool:
+    """Tell whether the run has the artifact of a stage, trained to its end from this base and this parent.
 
-    Raises TrainingError if it holds one that is damaged, or that was trained from other weights.
+    Raises TrainingError if the artifact is damaged, or was trained from other weights.
     """
     directory = stage.directory
     if not directory.exists():
         return False
-    again = f"remove {shown_path(directory)} to have it made again from the stage's last checkpoint"
+    advice = f"remove {shown_path(directory)} to have it made again from the stage's last checkpoint"
     try:
         manifest = read_manifest(directory)
     except ArtifactError as error:
-        raise TrainingError(f"{error}; {again}") from error
+        raise TrainingError(f"{error}; {advice}") from error
     compared = {
         "stage": (manifest.stage, stage.name),
         "base": (manifest.base["weights_sha256"], stage.base.weights_sha256),
@@ -128,7 +134,7 @@ def is_finished(stage: Stage) -> bool:
     }
     for key, (stored, expected) in compared.items():
         if stored != expected:
-            # Its checkpoints are of the same base and parent: to train from them again would be refused as well.
+            # Its checkpoints have the same base and parent, so resuming from them would be refused as well.
             changed = {"base": "the base's weights", "parent_sha256": "the artifact it was trained from"}.get(key, key)
             raise TrainingError(
                 f"{shown_path(directory)} was trained from other weights: {changed} changed since ({stored} then, "
@@ -138,30 +144,30 @@ def is_finished(stage: Stage) -> bool:
 
 
 def resume_finished(stage: Stage, summary: dict[str, Any], resume: Resume, console: Console) -> bool:
-    """Tell whether a stage was trained to its end, and note in `summary` what is known of it.
+    """Tell whether a stage is finished, and add what is known of it to `summary`.
 
-    Raises TrainingError as `is_finished` and `refuse_or_warn` do.
+    Raises TrainingError as `_is_finished` and `refuse_or_warn` do.
     """
-    if resume == "no" or not is_finished(stage):
+    if resume == "no" or not _is_finished(stage):
         return False
     manifest = read_manifest(stage.directory)
     differences = changed_settings(stage.directory, stage, finished=True)
     if stage.settings.batch_size == manifest.seen.get("batch_size"):
-        # `auto` then, and now the number that `auto` chose.
+        # It was `auto`, and is now the number that `auto` chose.
         differences = [difference for difference in differences if difference[0] != f"{stage.key}.batch_size"]
-    differences += changed_data(stage, manifest, console)
+    differences += _changed_data(stage, manifest, console)
     refuse_or_warn(differences, stage, stage.directory, resume, console, finished=True)
     output.write_card(stage.run_directory, stage.name, stage.recipe)
-    # A run that was killed between the artifact and its summary knows less of it.
+    # Missing if the run was killed between the artifact and its summary; the manifest has less.
     summary.setdefault(stage.name, {**manifest.seen, **manifest.metrics})
     console.print(f"{stage.name}: trained already")
     return True
 
 
 def refuse_another_run(recipe: Recipe) -> None:
-    """Raise TrainingError if a recipe is not of the run in its directory, in what no resumed run can change.
+    """Raise TrainingError if a recipe differs from the run in its directory in what a resumed run cannot change.
 
-    That is its name, its stages, and what its base was assembled from.
+    That is its name, its stages, and the parts of its base.
     """
     directory = recipe.resolved_output_dir
     before = stored_recipe(current(directory))
@@ -171,10 +177,9 @@ def refuse_another_run(recipe: Recipe) -> None:
             f"stages: {', '.join(then)} then, {', '.join(now)} now. A run can be extended by the stage that follows; "
             "for other stages start a new run with another output_dir"
         )
-    keys = [one.key for one in settings_of(Recipe) if one.on_resume is OnResume.FIXED]
-    keys = [key for key in keys if not key.startswith(("stages.", "adapter."))]
+    keys = [key for key in _keys_of(OnResume.FIXED) if not key.startswith(("stages.", "adapter."))]
     if recipe.base.model_name_or_path is None:
-        # A fresh projector is drawn by it.
+        # It initializes a fresh projector.
         keys.append("seed")
     differing = [f"  {key}: {then} then, {now} now" for key, then, now in differing_values(keys, before, recipe)]
     if differing:
@@ -185,7 +190,7 @@ def refuse_another_run(recipe: Recipe) -> None:
 
 
 def as_finished(stage: Stage) -> Recipe:
-    """Return the recipe with the settings that a finished stage was trained with, so that the run states no others.
+    """Return the recipe with the settings that a finished stage was trained with, to save with the run.
 
     If it is the last stage, the sections that stages share are those of its training, too.
     """
@@ -195,24 +200,25 @@ def as_finished(stage: Stage) -> Recipe:
     return stage.recipe.model_copy(update={"stages": stages, **{name: getattr(stored, name) for name in shared}})
 
 
-def changed_data(stage: Stage, manifest: Manifest, console: Console) -> list[Difference]:
-    """List how the data of a finished stage differ from what it was trained on, and by which settings.
+def _changed_data(stage: Stage, manifest: Manifest, console: Console) -> list[Difference]:
+    """List the changes in the data of a finished stage, and in the settings that name it.
 
-    Data that are gone, under settings that did not change, are not compared; the console says so.
+    If the data is gone and its settings did not change, it is not compared, which is printed.
     """
     key, data = stage.key, stage.settings.data
-    keys = [setting.key for setting in settings_of(Recipe) if setting.on_resume is OnResume.SAME_CONTENT]
-    keys = [name for name in keys if name.startswith(f"{key}.data.")]
+    keys = [name for name in _keys_of(OnResume.SAME_CONTENT) if name.startswith(f"{key}.data.")]
     moved = differing_values(keys, stored_recipe(stage.directory), stage.recipe)
     known = manifest.data
     try:
         train, validation = load_split(data, stage.recipe.seed)
-        # Which records cannot be used is found out with the tokenizer, which is not loaded for this.
+        # Finding the bad records would need the tokenizer.
         reason = "bad ones were skipped" if known.get("skipped_records") else None
     except DataError as error:
         if moved:
-            other = ", ".join(one for one, _, _ in moved)
-            raise TrainingError(f"stage {stage.name} is finished; its data, with other {other}: {error}") from error
+            changed_keys = ", ".join(name for name, _, _ in moved)
+            raise TrainingError(
+                f"stage {stage.name} is finished; its data, after a change of {changed_keys}: {error}"
+            ) from error
         reason = str(error)
     if reason is not None:
         console.print(
@@ -225,9 +231,9 @@ def changed_data(stage: Stage, manifest: Manifest, console: Console) -> list[Dif
         f"{key}.data.validation (sha256 of the records)": (known.get("validation_sha256"), fingerprint(validation)),
         f"{key}.{IMAGES}": (known.get("images"), picture_facts([*train, *validation])),
     }
-    # What an older version did not note is not compared.
-    noted = {one: pair for one, pair in facts.items() if pair[0] is not None}
+    # Facts that an older version did not record are not compared.
+    recorded = {name: pair for name, pair in facts.items() if pair[0] is not None}
     changed = changed_facts(
-        {one: then for one, (then, _) in noted.items()}, {one: now for one, (_, now) in noted.items()}
+        {name: then for name, (then, _) in recorded.items()}, {name: now for name, (_, now) in recorded.items()}
     )
     return [*moved, *changed] if changed else []

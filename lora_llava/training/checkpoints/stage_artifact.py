@@ -1,4 +1,4 @@
-"""The artifact of a stage, at its end or at any step of it, and what its manifest says."""
+"""Write the artifact of a stage, after its last step or at a checkpoint, with its manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_llava.training.stage import Stage
 
 
 class StageArtifact:
-    """Writes the model of a stage, with the manifest of the step that was trained last."""
+    """Writes the weights of a stage, with the manifest of the step they are from."""
 
     def __init__(self, stage: Stage, loaded: LoadedModel, data: StageData) -> None:
         self.stage = stage
@@ -28,27 +28,27 @@ class StageArtifact:
         self.manifest_fields = manifest_fields(stage, loaded, data)
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
-        """Leave the artifact of the finished stage in the run's directory."""
+        """Save the artifact of the finished stage in the run's directory."""
         directory = self.stage.directory
-        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.stage.recipe, directory)
+        fields, recipe_yaml = self._fields(step, metrics), dump_resolved(self.stage.recipe, directory)
         with writing_named(f"the artifact of stage {self.stage.name}", self.stage.run_directory):
-            save_artifact(directory, self.loaded.model, self.loaded, facts, recipe_yaml, self._place)
+            save_artifact(directory, self.loaded.model, self.loaded, fields, recipe_yaml, self._place)
 
     def _place(self, staging: Path, directory: Path) -> None:
         manifest = json.loads((staging / MANIFEST).read_text(encoding="utf-8"))
         place(self.stage.run_directory, staging, directory, {WEIGHTS: manifest["adapter_sha256"]})
 
     def write(self, staging: Path, directory: Path, step: int, metrics: dict[str, float]) -> None:
-        """Write the files of an artifact to `staging`, from where they will move to `directory`."""
-        facts, recipe_yaml = self._facts(step, metrics), dump_resolved(self.stage.recipe, directory)
-        write_artifact(staging, directory, self.loaded.model, self.loaded, facts, recipe_yaml)
+        """Write the files of an artifact to `staging`, from which they will move to `directory`."""
+        fields, recipe_yaml = self._fields(step, metrics), dump_resolved(self.stage.recipe, directory)
+        write_artifact(staging, directory, self.loaded.model, self.loaded, fields, recipe_yaml)
 
-    def _facts(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    def _fields(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         return {**self.manifest_fields, "seen": seen_until(self.data, step), "metrics": metrics}
 
 
 def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[str, Any]:
-    """Collect what the manifest says of a stage, apart from the steps it was trained for."""
+    """Collect the fields of the manifest that do not depend on the step."""
     settings = stage.settings
     return {
         "stage": stage.name,
@@ -70,7 +70,7 @@ def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[
 
 
 def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
-    """Describe, for the manifest, how images are turned into tokens."""
+    """Collect the fields of the manifest that say how an image becomes tokens."""
     transform = stage.image_transform(loaded)
     return {
         "size": transform.size,
@@ -85,13 +85,13 @@ def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def seen_until(data: StageData, step: int) -> dict[str, int]:
-    """Count what a stage has seen after `step` optimizer steps."""
+    """Count what a stage was trained on in its first `step` optimizer steps."""
     counts = data.counts[:step]
     return {
         "steps": step,
         "batch_size": data.length.batch_size,
-        "conversations": sum(len(tree) for one in data.plan.steps[:step] for row in one for tree in row),
-        "questions": sum(one.questions for one in counts),
-        "supervised_tokens": sum(one.supervised_tokens for one in counts),
-        "computed_tokens": sum(one.computed_tokens for one in counts),
+        "conversations": sum(len(tree) for rows in data.plan.steps[:step] for row in rows for tree in row),
+        "questions": sum(count.questions for count in counts),
+        "supervised_tokens": sum(count.supervised_tokens for count in counts),
+        "computed_tokens": sum(count.computed_tokens for count in counts),
     }
