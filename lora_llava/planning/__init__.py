@@ -1,1 +1,1 @@
-"""What is decided before a weight is read: memory, speed, attention kernel, preflight."""
+"""Decide what can be decided before a weight is read: memory, speed, attention; and check that the run can start."""

@@ -1,1 +1,1 @@
-"""A run: the stages of a recipe, one after the other, each ending in an artifact."""
+"""Train: `run` takes a recipe through its stages, `train` one stage from data to artifact. Start with `train`."""

@@ -173,7 +173,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "config not JSON": (text("base/config.json", "{"), "not valid JSON"),
     "config a list": (text("base/config.json", "[]"), "holds a list"),
     "base not a LLaVA": (edited("base/config.json", model_type="bert"), "model_type is 'bert', needed 'llava'"),
-    "custom code": (edited("base/config.json", auto_map={"AutoConfig": "c.C"}), "it needs code of its own (auto_map"),
+    "custom code": (edited("base/config.json", auto_map={"AutoConfig": "c.C"}), "it needs custom code (auto_map"),
     "base in bitsandbytes": (
         edited("base/config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}),
         "it is quantized already (bitsandbytes)",
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "features of several layers": (edited("base/config.json", vision_feature_layer=[-2, -1]), "only of one"),
     "patch above image": (part("vision_config", patch_size=56), "patch_size 56 is above its image_size 28"),
     "weights missing": (remove("base/model.safetensors"), "holds no weights"),
-    "weights pickled": (pickled, "holds pickled weights alone (pytorch_model.bin)"),
+    "weights pickled": (pickled, "holds only pickled weights (pytorch_model.bin)"),
     "weights empty": (text("base/model.safetensors", ""), "model.safetensors is empty"),
     "weights cut off": (cut_off, "model.safetensors is damaged or cut off"),
     "shard missing": (
@@ -202,7 +202,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "tokenizer missing": (remove("base/tokenizer.json"), "holds no tokenizer"),
     "tokenizer with code": (
         edited("base/tokenizer_config.json", auto_map={"AutoTokenizer": "t.T"}),
-        "its tokenizer needs code of its own",
+        "its tokenizer needs custom code",
     ),
     "image token elsewhere": (edited("base/config.json", image_token_index=5), "is 4 in its tokenizer, but 5 in its"),
     "image token missing": (without_token("<image>"), "its tokenizer has no token <image>"),

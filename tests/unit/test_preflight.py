@@ -61,7 +61,7 @@ MODEL_COMMANDS: dict[str, list[str]] = {
     [
         (BROKEN["base in GPTQ"][0], "it is quantized already (gptq)"),
         (BROKEN["base in FP8"][0], "it is quantized already (fp8)"),
-        (BROKEN["custom code"][0], "it needs code of its own (auto_map"),
+        (BROKEN["custom code"][0], "it needs custom code (auto_map"),
     ],
 )
 def test_k11_other_commands_refuse_the_base_with_the_same_words(

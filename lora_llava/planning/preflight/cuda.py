@@ -1,4 +1,4 @@
-"""The CUDA devices of this machine, asked of the driver: torch takes seconds to import."""
+"""Ask the driver for the CUDA devices of this machine: importing torch would take seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAJOR, _MINOR = 75, 76
 
 @cache
 def capabilities() -> list[tuple[int, int]] | None:
-    """Return the compute capability of each visible device, none on a CPU; None where only torch can tell (ROCm)."""
+    """Return the compute capability of each visible device; [] on a CPU; None where only torch can tell (ROCm)."""
     if not has_driver():
         return []
     built = _torch_built_for()
@@ -39,7 +39,7 @@ def _attribute(driver: ctypes.CDLL, device: int, attribute: int) -> int:
 
 
 def _torch_built_for() -> str | None:
-    """Say what the installed torch computes on: cuda, cpu, or None if its files do not tell."""
+    """Return what the installed torch was built for, `cuda` or `cpu`; None if its files do not tell."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None

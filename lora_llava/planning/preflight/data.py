@@ -1,4 +1,4 @@
-"""Checks of the data: every file and directory that the run will open is there and can be read."""
+"""Check that every data file and directory of the run exists and can be read."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lora_llava.recipe.stages import DataSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A file or directory of data that the recipe names."""
+class _DataPath:
+    """A data file or directory that the recipe names."""
 
     key: str
     path: Path
     is_directory: bool | None
-    """What it must be; None: either."""
+    """Whether it must be a directory; None: either."""
 
 
 def data_files_are_there(setup: Setup) -> Iterator[Finding]:
     """Data, validation and evaluation files, lists of excluded records and image roots can be read."""
-    for place in _places(setup.recipe):
-        if (problem := _unreadable(place)) is not None:
-            yield Problem(place.key, *problem)
+    for data_path in _data_paths(setup.recipe):
+        if (problem := _unreadable(data_path)) is not None:
+            yield Problem(data_path.key, *problem)
 
 
-def hub_data_can_be_had(setup: Setup) -> Iterator[Finding]:
-    """Data sets of the Hub are in its cache, or it can be reached."""
+def hub_data_is_available(setup: Setup) -> Iterator[Finding]:
+    """Data sets of the Hub are cached, or the Hub can be reached."""
     for key, data in sources(setup.recipe):
         held_out = data.validation.path if data.validation else None
-        for place, name in ((f"{key}.path", data.path), (f"{key}.validation.path", held_out)):
+        for setting, name in ((f"{key}.path", data.path), (f"{key}.validation.path", held_out)):
             if name is None or data.columns is None or is_local(name) or Path(name).expanduser().exists():
                 continue
             from lora_llava.planning.preflight.model.hub import is_cached_data, offline
@@ -45,56 +45,56 @@ def hub_data_can_be_had(setup: Setup) -> Iterator[Finding]:
                 hint = nearest(Path(name).name, setup.near)
                 what = f"{name} is not here, is not in the Hub's cache, and the Hub cannot be reached"
                 fix = "Check the name; or connect, or give the path of a copy."
-                yield Problem(place, what, f"Did you mean {hint}? {fix}" if hint else fix)
+                yield Problem(setting, what, f"Did you mean {hint}? {fix}" if hint else fix)
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
-    """Yield the key and settings of every data source of a recipe, without those of validation data."""
+    """Yield the key and settings of every data source of a recipe, apart from validation data."""
     for stage in recipe.stage_names:
         yield f"stages.{stage}.data", recipe.stage(stage).data
     if recipe.evaluation is not None:
         yield "evaluation.data", recipe.evaluation.data
 
 
-def _places(recipe: Recipe) -> Iterator[Place]:
+def _data_paths(recipe: Recipe) -> Iterator[_DataPath]:
     for key, data in sources(recipe):
         yield from _path(f"{key}.path", data.path, data)
         if data.image_root is not None:
-            yield Place(f"{key}.image_root", Path(data.image_root), is_directory=True)
+            yield _DataPath(f"{key}.image_root", Path(data.image_root), is_directory=True)
         if data.exclude is not None:
-            yield Place(f"{key}.exclude", Path(data.exclude), is_directory=False)
+            yield _DataPath(f"{key}.exclude", Path(data.exclude), is_directory=False)
         if data.validation is not None and data.validation.path is not None:
             yield from _path(f"{key}.validation.path", data.validation.path, data)
             if data.validation.exclude is not None:
-                yield Place(f"{key}.validation.exclude", Path(data.validation.exclude), is_directory=False)
+                yield _DataPath(f"{key}.validation.exclude", Path(data.validation.exclude), is_directory=False)
 
 
-def _path(key: str, name: str, data: DataSettings) -> Iterator[Place]:
-    """Yield the place of a data path; nothing for a hub id."""
+def _path(key: str, name: str, data: DataSettings) -> Iterator[_DataPath]:
+    """Yield a local data path; nothing for a hub id."""
     path = Path(name).expanduser()
     if data.columns is None:
-        yield Place(key, path, is_directory=False)
+        yield _DataPath(key, path, is_directory=False)
     elif path.exists() or is_local(name):
-        yield Place(key, path, is_directory=None)
+        yield _DataPath(key, path, is_directory=None)
 
 
-def _unreadable(place: Place) -> tuple[str, str] | None:
-    """Say what is wrong with a place, and what to do; None if nothing is."""
-    path = place.path
+def _unreadable(data_path: _DataPath) -> tuple[str, str] | None:
+    """Return what is wrong with a path, and what to do; None if nothing is."""
+    path = data_path.path
     if path.is_symlink() and not path.exists():
         return f"{path} is a link to {path.readlink()}, which is not there", "Restore that, or correct the path."
     if not path.exists():
         hint = nearest(path.name, [path.parent])
         return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."
-    if place.is_directory is True and not path.is_dir():
+    if data_path.is_directory is True and not path.is_dir():
         return f"{path} is a file, a directory is needed", "Give the directory that image paths start from."
-    if place.is_directory is False and path.is_dir():
+    if data_path.is_directory is False and path.is_dir():
         return f"{path} is a directory, a file is needed", "Give the path of the file in it."
     if not path.is_dir() and not path.is_file():
         return f"{path} is neither a file nor a directory", "Give a regular file."
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         return f"{path} cannot be read: permission denied", "Change its permissions."
-    if path.is_file() and path.stat().st_size == 0 and not place.key.endswith(".exclude"):
+    if path.is_file() and path.stat().st_size == 0 and not data_path.key.endswith(".exclude"):
         return f"{path} is empty", "Write the records to it, or give another file."
     if path.is_dir() and not any(path.iterdir()):
         return f"{path} is an empty directory", "Give the directory that holds the files."

@@ -1,4 +1,4 @@
-"""Checks of the run's directory: free, or as --overwrite and --resume need it."""
+"""Check the run's directory: free, or as --overwrite and --resume need it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_llava.run_directory.problems import problems_of_output_dir
 
 
 def output_dir_can_be_used(setup: Setup) -> Iterator[Finding]:
-    """Nothing keeps the run out of `output_dir`, and no input of it lies where it would be replaced."""
+    """The run can use `output_dir`, and none of its inputs would be overwritten there."""
     recipe, start = setup.recipe, setup.start
     problems = problems_of_output_dir(
         recipe.resolved_output_dir, recipe.plain(), overwrite=start == "overwrite", resume=start == "resume"

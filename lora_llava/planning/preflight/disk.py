@@ -1,4 +1,4 @@
-"""Checks of the disk: room for the assembled base, the checkpoints, the artifacts and cached features."""
+"""Check that the disk has room for the assembled base, checkpoints, artifacts and cached features."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import StageName
 
 _WEIGHT, _ADAM, _ADAM_8BIT = 4, 8, 2
-"""Bytes of a trained weight in fp32, and of AdamW's two states for it."""
+"""Bytes per trainable weight in fp32, and of its two AdamW moments in fp32 and in 8 bits."""
 _DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _GIB = 2**30
 
 
 def room_is_there(setup: Setup) -> Iterator[Finding]:
-    """The disk of output_dir has room for what the run will write; cached features apart, see `room_for_features`."""
+    """The disk of output_dir has room for what the run will write, apart from cached features (`room_for_features`)."""
     shape = setup.shape
     if shape is None or setup.start == "resume" or not setup.here:
         return
@@ -28,14 +28,14 @@ def room_is_there(setup: Setup) -> Iterator[Finding]:
         settings = setup.recipe.stage(stage)
         trained = trained_weights(shape, stage, setup.recipe.adapter)
         state = _WEIGHT + (_ADAM_8BIT if settings.optim.endswith("8bit") else _ADAM)
-        # One more while the newest is written, before the oldest is removed.
+        # Plus one: the newest is written before the oldest is removed.
         parts[f"checkpoints of {stage}"] = trained * state * (settings.save_total_limit + 1)
         parts[f"the artifact of {stage}"] = trained * _WEIGHT
     yield from _missing_room(setup, parts, "or lower save_total_limit or adapter.r")
 
 
 def room_for_features(setup: Setup, images: Mapping[str, int]) -> Iterator[Finding]:
-    """The disk has room for the features of the images, counted by the recipe key of their data, too."""
+    """The disk has room for cached features; `images` counts the images by the recipe key of their data."""
     shape = setup.shape
     if shape is None or not setup.here:
         return
@@ -49,14 +49,14 @@ def room_for_features(setup: Setup, images: Mapping[str, int]) -> Iterator[Findi
 
 
 def trained_weights(shape: LlavaShape, stage: StageName, adapter: AdapterSettings) -> int:
-    """Count the weights that a stage trains: the projector's, and in `instruct` LoRA's."""
+    """Count the trainable weights of a stage: the projector, and in `instruct` the LoRA."""
     count = sum(math.prod(size) for _, size in shape.projector())
     if stage == "instruct":
-        wanted = adapter.target_modules
+        targets = adapter.target_modules
         layers = [
             size
             for name, size in linear_layers(shape.text).items()
-            if wanted == "all-linear" or name.split(".")[1] in wanted
+            if targets == "all-linear" or name.split(".")[1] in targets
         ]
         count += int(shape.text["num_hidden_layers"]) * sum(adapter.r * sum(size) for size in layers)
     return count
@@ -75,4 +75,6 @@ def _missing_room(setup: Setup, parts: Mapping[str, int], other: str) -> Iterato
     if needed > free:
         named = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items() if size)
         what = f"the run needs about {needed / _GIB:.1f} GiB ({named}), and {free / _GIB:.1f} GiB are free on the disk"
-        yield Problem("output_dir", f"{directory}: {what}", f"Make room, set output_dir to another disk, {other}.")
+        yield Problem(
+            "output_dir", f"{directory}: {what}", f"Free some space, set output_dir to another disk, {other}."
+        )

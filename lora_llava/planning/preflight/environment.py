@@ -1,4 +1,4 @@
-"""Checks of the machine: processes, trackers, libraries, and what its device can compute."""
+"""Check the machine: number of processes, trackers, libraries, and what its device can compute."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lora_llava.planning.preflight.findings import Finding, Findings, Problem
 from lora_llava.planning.preflight.setup import Setup
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Variables by which launchers and schedulers say how many processes run this command together."""
+"""Variables in which launchers and schedulers state the number of processes."""
 _BF16_FROM = (8, 0)
-"""Compute capability from which a card computes in bf16."""
+"""Lowest compute capability with bf16."""
 TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml.core",), "azureml-core"),
     "clearml": (("clearml",), "clearml"),
@@ -30,12 +30,12 @@ TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
     "trackio": (("trackio",), "trackio"),
     "wandb": (("wandb",), "wandb"),
 }
-"""The trackers of transformers: the modules that each needs, and what pip installs them."""
+"""The trackers of transformers: the modules that each needs, and the pip packages that have them."""
 _OTHER_MODULES = {"tensorboard": "tensorboardX", "neptune": "neptune_scale"}
 
 
 def refuse_several_processes() -> None:
-    """Raise PreflightError in each of several processes that were started together; they would wait for each other."""
+    """Raise PreflightError if several processes were started, as by torchrun: they would wait for each other."""
     for name in _WORLD_SIZES:
         value = os.environ.get(name, "1")
         if value.strip() not in ("", "0", "1"):
@@ -51,7 +51,7 @@ def _several(value: str) -> tuple[str, str]:
 
 
 def trackers_are_installed(setup: Setup) -> Iterator[Finding]:
-    """Every tracker of report_to is one that transformers knows, and is installed."""
+    """Every tracker in report_to is known to transformers and installed."""
     named = setup.recipe.report_to
     for name in [] if isinstance(named, str) else named:
         if name in ("none", "all"):
@@ -67,7 +67,7 @@ def trackers_are_installed(setup: Setup) -> Iterator[Finding]:
 
 
 def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
-    """The library that quantizes is there if a setting needs it."""
+    """The library bitsandbytes is installed if a setting needs it."""
     if is_installed("bitsandbytes"):
         return
     fix = "Install it: pip install bitsandbytes"
@@ -79,27 +79,27 @@ def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
 
 
 def device_can_compute(setup: Setup) -> Iterator[Finding]:
-    """The device has the precision and the attention that the recipe asks for."""
+    """The device supports the precision and the attention of the recipe."""
     recipe = setup.recipe
-    wanted = recipe.precision == "bf16", recipe.attn_implementation == "flex_attention"
-    found = capabilities() if setup.here and any(wanted) else None
-    if found is None:
+    needs_bf16, needs_flex = recipe.precision == "bf16", recipe.attn_implementation == "flex_attention"
+    cards = capabilities() if setup.here and (needs_bf16 or needs_flex) else None
+    if cards is None:
         return
-    device = f"a card of compute capability {found[0][0]}.{found[0][1]}" if found else "no CUDA device, only a CPU"
-    if wanted[0] and (not found or found[0] < _BF16_FROM):
+    device = f"a card of compute capability {cards[0][0]}.{cards[0][1]}" if cards else "no CUDA device, only a CPU"
+    if needs_bf16 and (not cards or cards[0] < _BF16_FROM):
         what = f"bf16 cannot be computed on this machine, which has {device}"
         yield Problem(
             "precision",
             what,
             "Set precision: auto, which takes fp32 here; to plan for another machine, add --memory to --dry-run.",
         )
-    if wanted[1] and not found:
+    if needs_flex and not cards:
         what = "flex_attention has no backward pass on a CPU, and this machine has no CUDA device"
         yield Problem("attn_implementation", what, "Set attn_implementation: auto.")
 
 
 def is_installed(module: str) -> bool:
-    """Tell whether a module could be imported; it is not."""
+    """Tell whether a module could be imported, without importing it."""
     try:
         return bool(module) and find_spec(module) is not None
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""What a check finds: problems, which stop a command, and notices, which it shows and continues."""
+"""Findings of a check: problems, which stop a command, and notices, which are only shown."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lora_llava.system.text import counted, printable
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a run, or what is done with its result later, would fail."""
+    """Why the run, or a later use of its result, would fail."""
 
     where: str
     """Recipe key, option or path."""
     what: str
-    """What was found and, unless that is plain, what is allowed: a sentence without its period."""
+    """What is wrong and, unless it is obvious, what is allowed: a sentence without its period."""
     fix: str
     """What to do: a sentence; empty if `what` says it."""
 
     def __str__(self) -> str:
-        """Write it as one line that a terminal can show safely."""
+        """Format it as one line that is safe to print on a terminal."""
         return printable(f"{self.where}: {self.what}. {self.fix}" if self.fix else f"{self.where}: {self.what}")
 
 
@@ -34,7 +34,7 @@ class Notice:
     """One or more sentences."""
 
     def __str__(self) -> str:
-        """Write it as one line that a terminal can show safely."""
+        """Format it as one line that is safe to print on a terminal."""
         return printable(f"{self.where}: {self.what}")
 
 
@@ -43,20 +43,22 @@ Finding = Problem | Notice
 
 @dataclass(slots=True)
 class Findings:
-    """All that the checks found."""
+    """All findings of the checks."""
 
     problems: list[Problem] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
 
-    def add(self, found: Iterable[Finding]) -> None:
-        """Take in the findings of one check; what was found before is not repeated."""
-        for one in found:
-            known: list[Problem] | list[Notice] = self.problems if isinstance(one, Problem) else self.notices
-            if one not in known:
-                known.append(one)  # type: ignore[arg-type]  # the list of its own type, by the line above
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Add the findings of one check, without duplicates."""
+        for finding in findings:
+            if isinstance(finding, Problem):
+                if finding not in self.problems:
+                    self.problems.append(finding)
+            elif finding not in self.notices:
+                self.notices.append(finding)
 
     def refuse(self) -> None:
-        """Raise PreflightError with every problem, one a line, if there is any."""
+        """Raise PreflightError with all problems, one per line, if there are any."""
         if self.problems:
             raise PreflightError(list(self._lines()))
 

@@ -1,4 +1,4 @@
-"""The data themselves, before the first step: every source is read, every image that the run needs is opened."""
+"""Check the data itself before the first step: read every source and open every image of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Images:
     """The images of a run."""
 
     by_key: dict[str, dict[str, ImageSource]] = field(default_factory=dict)
-    """By the recipe key of their data: the images that it is the first to show, each once."""
+    """By the recipe key of their data; an image that several sources share is listed under the first."""
     problems: list[Finding] = field(default_factory=list)
     """Why data could not be read."""
 

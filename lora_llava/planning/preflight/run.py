@@ -1,4 +1,4 @@
-"""The preflight, top to bottom: look everything up, run every check, refuse with all problems at once."""
+"""The preflight, top to bottom: run every check, and refuse with all problems at once."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     text_side.lengths_fit,
     start_from.start_from_fits,
     data.data_files_are_there,
-    data.hub_data_can_be_had,
+    data.hub_data_is_available,
     directory.output_dir_can_be_used,
     disk.room_is_there,
     environment.trackers_are_installed,
     environment.libraries_are_installed,
     environment.device_can_compute,
 )
-"""After the base itself, in the order in which a user reads what they find: base, data, directory, machine."""
+"""The checks after that of the base, in the order in which a user reads their findings: base, data, directory, machine.
+"""
 NOTICES: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     text_side.template_is_the_bases,
     shipping.exports_that_fail,
 )
-"""What takes longer, and only tells: looked at where no problem was found."""
+"""Slower checks that only give notices; run if there is no problem."""
 
 
 def preflight(setup: Setup) -> Findings:
-    """Run every check that reads no data; nothing is raised for what they find."""
+    """Run every check that reads no data; return the findings, raise nothing for them."""
     findings = Findings()
     findings.add(base.base_can_be_used(setup))
     setup.sound = not findings.problems
@@ -64,8 +65,9 @@ def look_at_data(setup: Setup) -> Findings:
     from lora_llava.planning.preflight import images
 
     findings = Findings()
-    found = images.read_images(setup.recipe)
-    findings.add(found.problems)
-    findings.add(images.images_can_be_opened(found))
-    findings.add(disk.room_for_features(setup, {key: len(one) for key, one in found.by_key.items()}))
+    images_of_run = images.read_images(setup.recipe)
+    findings.add(images_of_run.problems)
+    findings.add(images.images_can_be_opened(images_of_run))
+    counts = {key: len(sources) for key, sources in images_of_run.by_key.items()}
+    findings.add(disk.room_for_features(setup, counts))
     return findings

@@ -1,4 +1,4 @@
-"""What the checks look at: the recipe, how the run would start, and the models that the recipe names."""
+"""`Setup`: what the checks read, which is the recipe, how the run would start, and the files of its models."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from lora_llava.planning.preflight.model.shapes import LlavaShape, vision_config
 from lora_llava.recipe.settings import Recipe
 
 Start = Literal["new", "overwrite", "resume"]
-"""How the run would start: in an empty directory, in place of an earlier run, or as the rest of one."""
+"""How the run would start: in a free directory, replacing an earlier run, or resuming one."""
 LLAVA, LANGUAGE_MODEL, VISION_TOWER = "base.model_name_or_path", "base.language_model", "base.vision_tower"
 _ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
 
 
 @dataclass(slots=True)
 class Setup:
-    """A run as it would be started; made once, read by every check."""
+    """A run that is about to start; built once, read by every check."""
 
     recipe: Recipe
     start: Start = "new"
     here: bool = True
-    """Whether it would run on this machine, and is not only planned for another."""
+    """Whether it would run on this machine; False if it is only planned for another."""
     near: tuple[Path, ...] = ()
-    """Directories in which a misspelled name is looked for: the recipe file's and the current one."""
+    """Directories to search for names like a misspelled one: the recipe file's and the current one."""
     models: dict[str, ModelFiles] = field(default_factory=dict)
-    """The models that the base is made of, by recipe key; each may have a problem."""
+    """The models of the base, by recipe key; each may have a problem."""
     sound: bool = False
-    """Whether the checks of the base found nothing, so that the others may build on it."""
+    """Whether the base has no problem, so that other checks can rely on it."""
 
     @classmethod
     def of(cls, recipe: Recipe, start: Start, recipe_file: Path | None, *, here: bool = True) -> Setup:
-        """Look up the models of a recipe; `recipe_file` is where it was read from."""
+        """Look up the models of a recipe that was read from `recipe_file`."""
         parents = [] if recipe_file is None else [recipe_file.resolve().parent]
         near = tuple(dict.fromkeys([*parents, Path.cwd()]))
         base = recipe.base
@@ -51,13 +51,13 @@ class Setup:
         return cls(recipe, start, here, near, models)
 
     def usable(self) -> Iterator[tuple[str, ModelFiles]]:
-        """Yield the models whose files can be looked into, by key; none if the base is not sound."""
+        """Yield key and files of the models that can be inspected; nothing if the base has a problem."""
         if self.sound:
             yield from ((key, model) for key, model in self.models.items() if model.gguf_file is None)
 
     @property
     def shape(self) -> LlavaShape | None:
-        """The shape of the base; of one to be assembled, but for the rows that its vocabulary gains. None: unknown."""
+        """Shape of the base; None if unknown. That of a base to assemble lacks the rows that its vocabulary gains."""
         models = dict(self.usable())
         if (llava := models.get(LLAVA)) is not None:
             return LlavaShape.of(llava.config)

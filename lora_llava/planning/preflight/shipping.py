@@ -1,4 +1,4 @@
-"""What export and serving cannot take, told before training; models that a command is given, before it loads them."""
+"""Report before training what export and serving do not support; check a command's models before it loads them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import AdapterSettings
 
 _ROPES = ("default", "linear", "llama3")
-_MOST_VLLM_RANK = 512
+_MAX_VLLM_RANK = 512
 """vLLM's largest --max-lora-rank."""
 
 
 def exports_that_fail(setup: Setup) -> Iterator[Finding]:
-    """Formats that the result cannot be exported to: told, since the others remain."""
+    """Give a notice for each format that the result cannot be exported to; the other formats remain."""
     shape = setup.shape
     if shape is None:
         return
     if reasons := list(_no_gguf(shape)):
         yield Notice("export", f"The result cannot be exported with --format gguf: {'; '.join(reasons)}.")
     if shape.whole["projector_hidden_act"] not in ("gelu", "linear"):
-        reason = (
-            f"projector_hidden_act is {shape.whole['projector_hidden_act']}, and LLaVA's own code knows gelu and linear"
-        )
+        activation = shape.whole["projector_hidden_act"]
+        reason = f"projector_hidden_act is {activation}, and LLaVA's own code supports gelu and linear"
         yield Notice("export", f"The result cannot be exported with --format llava: {reason}.")
     if "instruct" in setup.recipe.stage_names and (refused := _no_vllm_adapter(setup.recipe.adapter)):
         yield Notice(
@@ -38,34 +37,34 @@ def exports_that_fail(setup: Setup) -> Iterator[Finding]:
 
 
 def refuse_model(path: Path, base: str | None) -> None:
-    """Raise PreflightError if an artifact's base, or a whole model, cannot be loaded by what its files tell.
+    """Raise PreflightError if the files of an artifact's base, or of a whole model, show that it cannot be loaded.
 
-    `base` replaces the place where the artifact says its base is. What is no directory is left to the command.
+    `base` overrides the artifact's own path of its base. If `path` is not a directory, the command reports that.
     """
     manifest = read_json(path / "manifest.json")
     if manifest is not None:
-        found = base or _base_of(path, manifest)
+        name = base or _base_of(path, manifest)
     else:
-        found = str(path) if (path / "config.json").is_file() else None
-    if found is not None:
-        refuse_base(found)
+        name = str(path) if (path / "config.json").is_file() else None
+    if name is not None:
+        refuse_base(name)
 
 
 def refuse_base(name: str) -> None:
-    """Raise PreflightError if a model that is here cannot be a base by what its files tell."""
+    """Raise PreflightError if the files of a local model show that it cannot be a base."""
     if not Path(name).expanduser().is_dir():
         return
     findings = Findings()
     findings.add(model_problems(LLAVA, find_model(name, None, ())))
     if findings.problems:
-        raise PreflightError([f"{one.what}. {one.fix}" for one in findings.problems])
+        raise PreflightError([f"{problem.what}. {problem.fix}" for problem in findings.problems])
 
 
 def refuse_source(path: Path) -> None:
-    """Raise PreflightError if a checkpoint of another tool cannot be read by what its config.json tells."""
-    found = list(unreadable(read_json(path / "config.json") or {}))
-    if found:
-        raise PreflightError([f"{path}: {what}. {fix}" for what, fix in found])
+    """Raise PreflightError if the config.json of another tool's checkpoint shows that it cannot be read."""
+    problems = list(unreadable(read_json(path / "config.json") or {}))
+    if problems:
+        raise PreflightError([f"{path}: {what}. {fix}" for what, fix in problems])
 
 
 def _base_of(path: Path, manifest: dict[str, object]) -> str | None:
@@ -76,18 +75,18 @@ def _base_of(path: Path, manifest: dict[str, object]) -> str | None:
 
 
 def _no_gguf(shape: LlavaShape) -> Iterator[str]:
-    """Yield what of a model llama.cpp computes otherwise, or not at all."""
+    """Yield what llama.cpp computes differently, or does not support."""
     layer, layers = shape.whole["vision_feature_layer"], int(shape.vision["num_hidden_layers"])
     if (layer if layer >= 0 else layers + 1 + layer) == 0:
         yield "llama.cpp needs at least one layer of the vision tower"
     if shape.whole["vision_feature_select_strategy"] != "default":
         yield "llama.cpp always leaves the class token out (vision_feature_select_strategy: default)"
     if shape.whole["projector_hidden_act"] != "gelu":
-        yield "llama.cpp's projector has a GELU in it (mm_projector_type: mlp2x_gelu)"
+        yield "llama.cpp's projector needs GELU (mm_projector_type: mlp2x_gelu)"
     if shape.vision["hidden_act"] not in ("quick_gelu", "gelu"):
-        yield f"llama.cpp knows no vision tower with {shape.vision['hidden_act']}"
+        yield f"llama.cpp supports no vision tower with {shape.vision['hidden_act']}"
     if shape.text["hidden_act"] != "silu":
-        yield f"llama.cpp's Llama knows silu alone, not {shape.text['hidden_act']}"
+        yield f"llama.cpp's Llama supports only silu, not {shape.text['hidden_act']}"
     rope = shape.text.get("rope_parameters") or shape.text.get("rope_scaling") or {}
     if (kind := rope.get("rope_type", rope.get("type", "default"))) not in _ROPES:
         yield f"rope_type {kind} is not supported"
@@ -95,5 +94,5 @@ def _no_gguf(shape: LlavaShape) -> Iterator[str]:
 
 def _no_vllm_adapter(adapter: AdapterSettings) -> str | None:
     if adapter.type == "dora":
-        return "it takes no DoRA"
-    return f"it takes ranks up to {_MOST_VLLM_RANK}" if adapter.r > _MOST_VLLM_RANK else None
+        return "it does not support DoRA"
+    return f"it supports ranks up to {_MAX_VLLM_RANK}" if adapter.r > _MAX_VLLM_RANK else None

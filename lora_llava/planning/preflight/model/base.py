@@ -1,4 +1,4 @@
-"""Checks of the base and of its parts: there, whole, and of a kind that training, merge and export can take."""
+"""Check the base and its parts: available, complete, and of a kind that training, merge and export support."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ _A_LLAVA = (
 )
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _TEXT_SIZES = (*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-_MOST_LAYERS, _MOST = 1_000, 100_000_000
-"""Sizes beyond these are no model's; working them out would take all memory."""
+_MAX_LAYERS, _MAX_SIZE = 1_000, 100_000_000
+"""Larger sizes in a config are mistakes; counting tensors by them would take all memory."""
 _VISION_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels")
 
 
 def base_can_be_used(setup: Setup) -> Iterator[Finding]:
-    """Every model that the recipe names can be had, is of a kind that the kit takes, and is whole."""
+    """Every model that the recipe names is available, complete, and of a supported kind."""
     for key, model in setup.models.items():
         yield from model_problems(key, model)
 
 
 def features_can_be_read(setup: Setup) -> Iterator[Finding]:
-    """The vision tower of a base to be assembled has the layer that the recipe projects."""
+    """The vision tower of a base to assemble has the layer that the recipe projects."""
     if setup.shape is not None and LLAVA not in setup.models:
         for what, _ in _features(setup.shape.whole, setup.shape.vision, ""):
             yield Problem("base.vision_feature_layer", what.partition(" ")[2], "Set it to -2, as in LLaVA-1.5.")
 
 
 def adapter_has_its_layers(setup: Setup) -> Iterator[Finding]:
-    """Every layer that adapter.target_modules names is one of the language model's."""
-    wanted = setup.recipe.adapter.target_modules
-    if isinstance(wanted, str) or "instruct" not in setup.recipe.stage_names:
+    """Every layer in adapter.target_modules is a linear layer of the language model."""
+    targets = setup.recipe.adapter.target_modules
+    if isinstance(targets, str) or "instruct" not in setup.recipe.stage_names:
         return
     layers = [name.partition(".")[2] for name in LINEAR_LAYERS]
-    for name in wanted:
+    for name in targets:
         if name not in layers:
             near = difflib.get_close_matches(name, layers, n=1)
             what = f"the language model has no linear layer {name}"
@@ -66,7 +66,7 @@ def adapter_has_its_layers(setup: Setup) -> Iterator[Finding]:
 
 
 def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:
-    """Yield what keeps a model from being used as what `key` of the recipe names; facts of its files alone."""
+    """Yield why a model cannot be used for the recipe key `key`, judging by its files alone."""
     if model.problem is not None:
         yield Problem(key, *model.problem)
         return
@@ -74,25 +74,25 @@ def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:
         return
     problems = [*_unfit(key, model)]
     yield from (Problem(key, f"{model.name}: {what}", fix) for what, fix in problems)
-    # Of a model of another kind, the tensors are others too.
+    # A model of another kind has other tensors, too.
     if not problems:
         yield from (Problem(key, what, fix) for what, fix in _weights(key, model))
 
 
 def _unfit(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
-    """Yield what config.json says that makes the model unfit."""
+    """Yield what in config.json makes the model unfit."""
     config = model.config
-    changed = list(unreadable(config))
-    yield from changed
-    if not changed:
+    problems = list(unreadable(config))
+    yield from problems
+    if not problems:
         yield from {LLAVA: _llava, LANGUAGE_MODEL: _language_model, VISION_TOWER: _tower}[key](config)
 
 
 def unreadable(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield why the weights of a model of any architecture cannot be read as they are: its own code, quantization."""
-    if (found := _custom_code(config)) is not None:
+    """Yield why the weights of a model of any architecture cannot be read: custom code, quantization."""
+    if (key := _custom_code(config)) is not None:
         yield (
-            f"it needs code of its own ({found} in config.json), and the kit runs no code that comes with a model",
+            f"it needs custom code ({key} in config.json), and the kit runs no code that comes with a model",
             "Name a model that transformers knows by itself.",
         )
         return
@@ -101,7 +101,7 @@ def unreadable(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _custom_code(config: dict[str, Any]) -> str | None:
-    """Name the key by which a model asks for its own code; None if it does not."""
+    """Return the key that asks for custom code; None if there is none."""
     parts = {"": config, "text_config.": config.get("text_config"), "vision_config.": config.get("vision_config")}
     return next(
         (f"{name}auto_map" for name, part in parts.items() if isinstance(part, dict) and "auto_map" in part), None
@@ -109,7 +109,7 @@ def _custom_code(config: dict[str, Any]) -> str | None:
 
 
 def quantized(config: dict[str, Any]) -> str | None:
-    """Name how a model's weights are quantized by its config.json; None if they are not."""
+    """Return the quantization method in a config.json; None if there is none."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
         settings = part.get("quantization_config") if isinstance(part, dict) else None
         if settings:
@@ -155,7 +155,7 @@ def _tower(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterator[tuple[str, str]]:
-    """Yield the sizes in a configuration that are none, or do not fit each other."""
+    """Yield the sizes in a config that are invalid or do not fit each other."""
     wrong = [
         f"{name} {config[name]!r}"
         for name in names
@@ -174,12 +174,12 @@ def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterato
 
 
 def _is_size(name: str, value: object) -> bool:
-    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+    largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def _features(whole: dict[str, Any], vision: dict[str, Any], fix: str) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with the choice of the vision tower's output."""
+    """Yield what is wrong with the choice of the vision tower's features."""
     layers, layer = int(vision["num_hidden_layers"]), whole["vision_feature_layer"]
     if isinstance(layer, list):
         yield f"vision_feature_layer is {layer}: features of several layers are not supported, only of one", fix
@@ -193,22 +193,22 @@ def _features(whole: dict[str, Any], vision: dict[str, Any], fix: str) -> Iterat
 
 
 def _weights(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
-    """Yield what the headers of the weights say."""
+    """Yield what is wrong with the weights, judging by their headers."""
     assert model.directory is not None
     if key != LLAVA and not any(model.directory.glob("*.safetensors*")) and any(model.directory.glob("pytorch_model*")):
         return
-    found = weights.read_weights(model.directory)
-    if not found.tensors and model.from_hub and not any(model.directory.glob("*.safetensors")):
+    files = weights.read_weights(model.directory)
+    if not files.tensors and model.from_hub and not any(model.directory.glob("*.safetensors")):
         yield from _not_fetched(model)
         return
-    if found.problem is not None:
-        yield found.problem
+    if files.problem is not None:
+        yield files.problem
         return
-    if (odd := weights.odd_type(found.tensors)) is not None:
-        yield f"{model.name}: it is quantized already: its weights are of type {odd}", _UNQUANTIZED
+    if (dtype := weights.odd_type(files.tensors)) is not None:
+        yield f"{model.name}: it is quantized already: its weights are of type {dtype}", _UNQUANTIZED
         return
-    wanted, prefix = _wanted(key, model.config)
-    if wrong := weights.misfits(found.tensors, wanted, prefix=prefix, extra=key != LLAVA):
+    expected, prefix = _expected(key, model.config)
+    if wrong := weights.misfits(files.tensors, expected, prefix=prefix, extra=key != LLAVA):
         yield (
             f"{model.directory} does not hold the weights of its config.json: {weights.shown(wrong)}",
             ("Download the whole model again."),
@@ -223,8 +223,8 @@ def _not_fetched(model: ModelFiles) -> Iterator[tuple[str, str]]:
         yield what, "Connect, or give the directory of a copy."
 
 
-def _wanted(key: str, config: dict[str, Any]) -> tuple[dict[str, Shape], str]:
-    """Return the tensors that a model must hold, by canonical name, and what its own names lack in front."""
+def _expected(key: str, config: dict[str, Any]) -> tuple[dict[str, Shape], str]:
+    """Return the shapes of the tensors that a model must have, by canonical name, and the prefix its names lack."""
     if key == LLAVA:
         return dict(LlavaShape.of(config).tensors()), ""
     if key == VISION_TOWER:

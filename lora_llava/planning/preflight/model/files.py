@@ -1,4 +1,4 @@
-"""The files of a model, found without the libraries that load it: a directory, or a snapshot in the Hub's cache."""
+"""Find the files of a model, a directory or a snapshot in the Hub's cache, without the libraries that load it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing import Any
 from lora_llava.recipe.fields import is_local
 
 _PACKAGED = "package:"
-_ALIKE = 0.6
-"""Likeness from which a name is proposed, of 1."""
-_MANY = 2_000
-"""Entries of a directory that are compared, in a tenth of a second; of more, those with the same first letter."""
+_MIN_SIMILARITY = 0.6
+"""Lowest similarity of a name that is suggested, of 1."""
+_MAX_COMPARED = 2_000
+"""Directory entries to compare (a tenth of a second); of more, only those with the same first letter."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model by its directory and config.json; nothing else has been read."""
+    """A model by its directory and config.json; no other file is read."""
 
     name: str
-    """As the recipe or the command line has it."""
+    """As written in the recipe or on the command line."""
     directory: Path | None
-    """None: not to be had here."""
+    """None if it is not available."""
     config: dict[str, Any] = field(default_factory=dict)
-    """What config.json holds; empty if it cannot be read."""
+    """Content of config.json; empty if it cannot be read."""
     problem: tuple[str, str] | None = None
-    """Why there is no directory or config: what was found, and what to do."""
+    """Why there is no directory or config: what is wrong, and what to do."""
     from_hub: bool = False
-    """Whether it lies in the Hub's cache, where the weights may not be yet."""
+    """Whether it is in the Hub's cache, which may lack the weights."""
     gguf_file: str | None = None
-    """The GGUF file in the directory that holds everything, the config too."""
+    """The GGUF file in the directory, which has everything, the config included."""
 
 
 def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file: str | None = None) -> ModelFiles:
-    """Find a model's files; a name that is no directory is taken for a hub id."""
+    """Find a model's files; a name that is not a directory is treated as a hub id."""
     directory = _directory(name)
     if gguf_file is not None and directory is not None:
         problem = None if (directory / gguf_file).is_file() else _no_file(directory / gguf_file)
@@ -62,13 +62,13 @@ def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file:
 
 
 def read_config(name: str, directory: Path) -> ModelFiles:
-    """Read config.json of a model's directory."""
+    """Read config.json in a model's directory."""
     path = directory / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         fix = "Give the directory that holds config.json and the weights."
-        return ModelFiles(name, directory, problem=(f"{directory} holds no config.json, so it is no model", fix))
+        return ModelFiles(name, directory, problem=(f"{directory} holds no config.json, so it is not a model", fix))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
         return ModelFiles(
@@ -77,27 +77,29 @@ def read_config(name: str, directory: Path) -> ModelFiles:
             problem=(f"{path} cannot be read: {reason}", "Download the model again, or repair the file."),
         )
     if not isinstance(data, dict):
-        what = f"{path} holds a {type(data).__name__}, a mapping is needed"
+        what = f"{path} contains a {type(data).__name__}, expected a mapping"
         return ModelFiles(name, directory, problem=(what, "Download the model again."))
     return ModelFiles(name, directory, data)
 
 
 def nearest(name: str, directories: Sequence[Path]) -> str | None:
-    """Return the name of the entry most like `name` in the first of `directories` that has one.
+    """Return the entry most similar to `name` in the first of `directories` that has one; None if none has.
 
-    Endings do not count: `valid.json` is not like `d.json`.
+    Suffixes do not count: `valid.json` is not similar to `d.json`.
     """
-    wanted = _stem(name)
+    stem = _stem(name)
     for directory in directories:
         try:
             entries = [path.name for path in sorted(directory.iterdir()) if path.name != name]
         except OSError:
             continue
-        if len(entries) > _MANY:
-            entries = [entry for entry in entries if entry[:1] == name[:1]][:_MANY]
-        likeness = {entry: difflib.SequenceMatcher(None, wanted, _stem(entry)).ratio() for entry in entries}
-        best = max(likeness, key=lambda entry: (likeness[entry], Path(entry).suffix == Path(name).suffix), default=None)
-        if best is not None and likeness[best] >= _ALIKE:
+        if len(entries) > _MAX_COMPARED:
+            entries = [entry for entry in entries if entry[:1] == name[:1]][:_MAX_COMPARED]
+        similarity = {entry: difflib.SequenceMatcher(None, stem, _stem(entry)).ratio() for entry in entries}
+        best = max(
+            similarity, key=lambda entry: (similarity[entry], Path(entry).suffix == Path(name).suffix), default=None
+        )
+        if best is not None and similarity[best] >= _MIN_SIMILARITY:
             return best
     return None
 

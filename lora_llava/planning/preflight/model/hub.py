@@ -1,4 +1,4 @@
-"""Models of the Hub: what is in its cache, what can be fetched, and whether it can be reached at all."""
+"""Find models on the Hub: in its cache or by download; detect that the Hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 TIMEOUT = 2.0
-"""Seconds in which the Hub must take a connection; else this machine counts as offline."""
+"""Seconds in which the Hub must accept a connection; otherwise this machine counts as offline."""
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _OFFLINE = "HF_HUB_OFFLINE"
 _TRUE = ("1", "on", "yes", "true")
 
 
 def find_on_hub(name: str, revision: str | None, file: str) -> tuple[Path | None, tuple[str, str]]:
-    """Return the local snapshot of a hub repository that holds `file`; small files are fetched if they are not cached.
+    """Return the local snapshot of a hub repository that has `file`; download small files that are not cached.
 
-    Without one, the second value says what was found and what to do. Once found offline, the libraries are told so:
-    they would try again for a minute.
+    If there is none, the second value says what is wrong and what to do. If the Hub cannot be reached, switch the
+    libraries to offline mode: they would retry for a minute.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -49,30 +49,30 @@ def _fetch(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str
     except errors.RevisionNotFoundError:
         return None, (f"{name} has no revision {revision!r}", "Correct base.revision.")
     except errors.RepositoryNotFoundError:
-        what = f"{name} is no directory, and the Hub has no such model, or none that this user may read"
+        what = f"{name} is not a directory, and the Hub has no such model, or none that this user may read"
         return None, (what, "Correct the name, or log in: hf auth login.")
-    except Exception as error:  # noqa: BLE001 - what a network raises is open
+    except Exception as error:  # noqa: BLE001 - a network can raise anything
         what = f"{name} cannot be fetched from the Hub ({type(error).__name__})"
         return None, (what, "Try again, or give the directory of a copy.")
 
 
 def is_cached_data(name: str) -> bool:
-    """Tell whether a data set of the Hub was fetched before: its files, or the tables that `datasets` made of it."""
+    """Tell whether a hub data set is cached, as files or as tables of `datasets`."""
     from huggingface_hub import constants
 
     home = Path(constants.HF_HOME)
     tables = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
-    places = (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}", tables / name.replace("/", "___"))
-    return any(place.is_dir() for place in places)
+    paths = (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}", tables / name.replace("/", "___"))
+    return any(path.is_dir() for path in paths)
 
 
 @cache
 def offline() -> bool:
-    """Tell whether the Hub is switched off or out of reach; then the libraries that read it are told so."""
+    """Tell whether the Hub is switched off or cannot be reached; if so, switch its libraries to offline mode."""
     if os.environ.get(_OFFLINE, "").lower() in _TRUE:
         return True
     answers: list[bool] = []
-    # A thread, since looking up a name has no time limit of its own.
+    # In a thread, since a name lookup has no timeout.
     trying = threading.Thread(target=lambda: answers.append(_can_connect()), daemon=True)
     trying.start()
     trying.join(TIMEOUT)
@@ -88,17 +88,17 @@ def _can_connect() -> bool:
     endpoint = urlsplit(constants.ENDPOINT)
     names = (f"{endpoint.scheme}_proxy", f"{endpoint.scheme}_proxy".upper(), "ALL_PROXY")
     proxy = next((value for name in names if (value := os.environ.get(name))), None)
-    place = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
-    port = place.port or (443 if place.scheme == "https" else 80)
+    address = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
+    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        with socket.create_connection((str(place.hostname), port), timeout=TIMEOUT):
+        with socket.create_connection((str(address.hostname), port), timeout=TIMEOUT):
             return True
     except OSError:
         return False
 
 
 def _switch_off() -> None:
-    """Tell the libraries that there is no Hub; those that were imported before have read the variable already."""
+    """Switch the Hub's libraries to offline mode, imported or not: at import they read the variables."""
     from huggingface_hub import constants
 
     os.environ[_OFFLINE] = "1"

@@ -1,4 +1,4 @@
-"""Checks of what turns data into the model's input: tokenizer, image processor, template tokens and lengths."""
+"""Check what turns data into model inputs: tokenizer, image processor, template tokens and lengths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_LENGTH = InstructSettings.model_fields["max_length"].default
 
 
 def tokenizer_can_be_read(setup: Setup) -> Iterator[Finding]:
-    """The tokenizer's and the image processor's files are there, and none of them brings code along."""
+    """The files of the tokenizer and of the image processor exist, and need no custom code."""
     for key, model in setup.usable():
         if key != VISION_TOWER:
             yield from (Problem(key, *problem) for problem in _tokenizer_problems(model))
@@ -37,19 +37,17 @@ def image_token_is_known(setup: Setup) -> Iterator[Finding]:
     tokens = None if model is None else known_tokens(model)
     if model is None or tokens is None or setup.shape is None:
         return
-    wanted, found = setup.shape.whole["image_token_index"], tokens.get(IMAGE_PLACEHOLDER)
+    in_config, in_tokenizer = setup.shape.whole["image_token_index"], tokens.get(IMAGE_PLACEHOLDER)
     if IMAGE_PLACEHOLDER not in tokens:
         what = f"{model.name}: its tokenizer has no token {IMAGE_PLACEHOLDER}, which stands for an image"
         yield Problem(LLAVA, what, "Take the tokenizer files that were published with the model.")
-    elif found is not None and found != wanted:
-        what = (
-            f"{model.name}: the id of {IMAGE_PLACEHOLDER} is {found} in its tokenizer, but {wanted} in its config.json"
-        )
+    elif in_tokenizer is not None and in_tokenizer != in_config:
+        ids = f"{in_tokenizer} in its tokenizer, but {in_config} in its config.json"
+        what = f"{model.name}: the id of {IMAGE_PLACEHOLDER} is {ids}"
         yield Problem(LLAVA, what, "Take tokenizer and config.json of one model.")
-    elif not isinstance(wanted, int) or not 0 <= wanted < setup.shape.text["vocab_size"]:
-        what = (
-            f"{model.name}: image_token_index {wanted} is outside its vocabulary of {setup.shape.text['vocab_size']:,}"
-        )
+    elif not isinstance(in_config, int) or not 0 <= in_config < setup.shape.text["vocab_size"]:
+        vocabulary = f"its vocabulary of {setup.shape.text['vocab_size']:,}"
+        what = f"{model.name}: image_token_index {in_config} is outside {vocabulary}"
         yield Problem(LLAVA, what, "Download the model again.")
 
 
@@ -71,13 +69,13 @@ def template_can_be_written(setup: Setup) -> Iterator[Finding]:
 
 
 def template_is_the_bases(setup: Setup) -> Iterator[Finding]:
-    """A stage's template differs from the chat template that the base was taught: told, not refused."""
+    """Give a notice if a stage's template differs from the chat template that the base was trained with."""
     from lora_llava.conversation.chat_template import template_difference
 
     model = next((model for key, model in setup.usable() if key in (LLAVA, LANGUAGE_MODEL)), None)
     if model is None or model.directory is None:
         return
-    # An artifact has taught its own form already; another one than that is told where the recipe is read.
+    # The template of start_from is compared where the recipe is read.
     first = setup.recipe.stage_names[0] if setup.recipe.start_from is not None else None
     for stage in setup.recipe.stage_names:
         if stage == first:
@@ -108,15 +106,18 @@ def lengths_fit(setup: Setup) -> Iterator[Finding]:
             )
             yield Problem(key, what, f"Set it to at most {context:,}.")
         elif length > context:
-            yield Notice(key, f"is {length:,}; texts beyond {context:,} tokens are more than the language model knows.")
+            yield Notice(
+                key,
+                f"is {length:,}; longer texts exceed the {context:,} tokens that the language model was trained for.",
+            )
 
 
 def known_tokens(model: ModelFiles) -> dict[str, int | None] | None:
-    """Return the tokens of a model with their ids, None for one yet to be given; None if its files do not tell."""
+    """Return the tokens of a model with their ids (None: not assigned yet); None if its files do not tell."""
     try:
         return _tokens_in(model)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return None  # Not the form of a tokenizer; what reads it says so.
+        return None  # Not a tokenizer file; its reader reports that.
 
 
 def _tokens_in(model: ModelFiles) -> dict[str, int | None] | None:
@@ -127,20 +128,20 @@ def _tokens_in(model: ModelFiles) -> dict[str, int | None] | None:
     inner = file.get("model")
     vocabulary = inner.get("vocab") if isinstance(inner, dict) else None
     tokens: dict[str, int | None] = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    tokens |= {str(one.get("content")): one.get("id") for one in file.get("added_tokens") or ()}
+    tokens |= {str(token.get("content")): token.get("id") for token in file.get("added_tokens") or ()}
     tokens |= read_json(model.directory / "added_tokens.json") or {}
     config = read_json(model.directory / "tokenizer_config.json") or {}
-    for index, one in (config.get("added_tokens_decoder") or {}).items():
-        tokens.setdefault(str(one.get("content")), int(index))
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
+        tokens.setdefault(str(token.get("content")), int(index))
     for key in ("additional_special_tokens", "extra_special_tokens"):
         named = config.get(key) or ()
-        for one in named.values() if isinstance(named, dict) else named:
-            tokens.setdefault(str(one["content"] if isinstance(one, dict) else one), None)
+        for token in named.values() if isinstance(named, dict) else named:
+            tokens.setdefault(str(token["content"] if isinstance(token, dict) else token), None)
     return tokens
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a mapping; None if there is none."""
+    """Read a JSON mapping; None if the file is not one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -157,19 +158,17 @@ def _tokenizer_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
         if path.is_file() and read_json(path) is None:
             yield f"{path} cannot be read as JSON", "Download the file again."
     if "auto_map" in (read_json(model.directory / "tokenizer_config.json") or {}):
-        what = (
-            f"{model.name}: its tokenizer needs code of its own (auto_map in tokenizer_config.json), which is not run"
-        )
+        what = f"{model.name}: its tokenizer needs custom code (auto_map in tokenizer_config.json), which is not run"
         yield what, "Name a model whose tokenizer transformers knows by itself."
 
 
 def _processor_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
     assert model.directory is not None
-    found = read_json(model.directory / "preprocessor_config.json")
-    if found is None:
-        found = (read_json(model.directory / "processor_config.json") or {}).get("image_processor")
+    processor = read_json(model.directory / "preprocessor_config.json")
+    if processor is None:
+        processor = (read_json(model.directory / "processor_config.json") or {}).get("image_processor")
     for name in ("image_mean", "image_std"):
-        values = found.get(name) if isinstance(found, dict) else None
+        values = processor.get(name) if isinstance(processor, dict) else None
         if not isinstance(values, list) or len(values) != 3:
             what = f"{model.directory} does not say how images are normalized: no {name} in preprocessor_config.json"
             yield what, "Take the file that was published with the model."
