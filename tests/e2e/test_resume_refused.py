@@ -115,7 +115,7 @@ def test_resume_and_overwrite_exclude_each_other(project: Path) -> None:
     for option in ("--resume", "--resume-anyway"):
         done = CliRunner().invoke(cli, ["finetune", str(project), option, "--overwrite"])
         assert done.exit_code == 2
-        assert "give one of them" in done.output
+        assert "give only one of them" in done.output
 
 
 def test_a_run_in_the_way_is_refused_with_the_way_on(project: Path, halted: Path) -> None:
