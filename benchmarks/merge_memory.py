@@ -29,9 +29,9 @@ from transformers import LlavaConfig, PreTrainedTokenizerFast
 from lora_llava.artifact import MANIFEST, library_versions
 from lora_llava.cli.common import file_size
 from lora_llava.formats.llava_hf import expected_shapes, write_json, write_weights
-from lora_llava.formats.names import memory_name
-from lora_llava.formats.peft_adapter import WEIGHTS
-from lora_llava.modeling.assemble import save_config, save_processor
+from lora_llava.formats.names import WEIGHTS, memory_name
+from lora_llava.formats.processor import save_processor
+from lora_llava.modeling.assemble import save_config
 from lora_llava.shipping.importers import import_any
 from lora_llava.shipping.importers.options import ImportOptions
 

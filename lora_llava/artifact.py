@@ -6,7 +6,6 @@ loads it. The manifest identifies an artifact by what it holds, never by its nam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,8 +22,8 @@ from lora_llava.conversation.chat_template import OwnTemplate, chat_template, re
 from lora_llava.conversation.encode import TEMPLATES, Template, get_template
 from lora_llava.conversation.endings import stated_ends, write_generation_config
 from lora_llava.errors import ArtifactError
-from lora_llava.formats.peft_adapter import WEIGHTS
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS
+from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe.settings import AdapterSettings
@@ -32,7 +31,8 @@ from lora_llava.recipe.stages import AspectRatio, StageName
 from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory.claim import restore_around
 from lora_llava.system.device import pick_device, pick_dtype
-from lora_llava.system.files import Place, json_text, place_new, shown_path, staged
+from lora_llava.system.files import Place, file_sha256, json_text, place_new, shown_path, staged
+from lora_llava.system.text import dtype_name
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -54,7 +54,7 @@ BASE_OPTION = "--base-model"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
-_PROJECTOR_KEY = f"base_model.model.{PROJECTOR}."
+_PROJECTOR_KEY = f"{PEFT_PREFIX}{PROJECTOR}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +111,6 @@ class Usage:
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a run computes."""
     return {name: version(name) for name in _LIBRARIES}
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def is_artifact(directory: Path) -> bool:
@@ -286,7 +280,7 @@ def write_artifact(
         chat_template=chat_template(template, loaded.tokenizer.eos_token),
     )
     write_generation_config(staging, loaded.directory, template, loaded.tokenizer)
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.get_input_embeddings().weight.dtype)
     facts = {**facts, "quantization": {**facts["quantization"], "compute_dtype": dtype}}
     (staging / RECIPE).write_text(recipe_yaml, encoding="utf-8")
     manifest = Manifest(
@@ -378,7 +372,7 @@ def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact:
 
 def check_adapter(artifact: Path, wanted: AdapterSettings) -> None:
     """Refuse to go on training a LoRA of another form than the recipe states; see `recipe_start`, which is first."""
-    found = adapter_of(json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8")))
+    found = adapter_of(json.loads((artifact / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     differing = [
         f"adapter.{name}: {value}" for name, value in found.items() if value not in (None, getattr(wanted, name))
     ]

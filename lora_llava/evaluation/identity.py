@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import file_sha256
 from lora_llava.data.images.fingerprint import picture_facts, same_pictures
 from lora_llava.data.load import fingerprint
 from lora_llava.evaluation.questions import QuestionSet
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.fields import settings_of, value_at
 from lora_llava.recipe.settings import Recipe
+from lora_llava.system.files import file_sha256
 
 IMAGES = "evaluation.data (images)"
 

@@ -1,7 +1,7 @@
-"""The llava-hf layout on disk: its tensor names, and how they are read and written, one at a time.
+"""Weights in the llava-hf layout: safetensors files, read and written one tensor at a time.
 
-transformers reads several spellings of one model and writes the one it read; other readers (vLLM, llama.cpp's
-converters) know only what llava-hf publishes. What the kit writes has those names.
+transformers reads several spellings of the tensor names and writes the one that it read; other readers (vLLM,
+llama.cpp's converters) know only the names that llava-hf publishes. The kit writes those.
 """
 
 from __future__ import annotations
@@ -20,28 +20,36 @@ from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-"""As llava-hf publishes; a shard is what a merge holds in memory."""
+"""The size of llava-hf's shards. A merge holds one shard in memory."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor that a model of this configuration has on disk.
+    """Return the shape of every tensor on disk of a model of this configuration, by canonical name.
 
-    A head that is tied to the embeddings is not stored.
+    An lm_head that is tied to the embeddings is not stored.
     """
-    shapes = {canonical_name(name): tuple(one.shape) for name, one in meta_model(config).state_dict().items()}
+    state = meta_model(config).state_dict()
+    shapes = {canonical_name(name): tuple(tensor.shape) for name, tensor in state.items()}
     if config.tie_word_embeddings:
         shapes.pop(HEAD, None)
     return shapes
 
 
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a safetensors file. The file is opened for it alone, so that nothing else stays in memory."""
+    with safe_open(file, framework="pt") as handle:
+        tensor: torch.Tensor = handle.get_tensor(name)
+    return tensor
+
+
 class WeightFiles:
-    """The tensors of a directory's safetensors files by their canonical names, read when they are asked for."""
+    """The tensors of a directory's safetensors files by canonical name, read on demand."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._locations: dict[str, tuple[Path, str]] = {}
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{directory}: no .safetensors file. Pickled weights are not read; convert them first.")
@@ -49,45 +57,42 @@ class WeightFiles:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     if not name.endswith(BUFFERS):
-                        self._places[canonical_name(name)] = (file, name)
+                        self._locations[canonical_name(name)] = (file, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._places))
+        return iter(sorted(self._locations))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._locations
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor. The file is opened for it alone, so that no more of it than this stays in memory."""
-        file, stored = self._places[name]
-        with safe_open(file, framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(stored)
-        return tensor
+        """Read one tensor."""
+        return read_tensor(*self._locations[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        file, stored = self._places[name]
+        file, stored = self._locations[name]
         with safe_open(file, framework="pt") as handle:
             return tuple(handle.get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type of a tensor without reading it."""
-        file, stored = self._places[name]
+        """Return the dtype of a tensor without reading it."""
+        file, stored = self._locations[name]
         with safe_open(file, framework="pt") as handle:
             return _DTYPES[handle.get_slice(stored).get_dtype()]
 
     def check(self, config: LlavaConfig) -> None:
-        """Raise ModelError unless these are just the tensors of a model of this configuration."""
-        wanted = expected_shapes(config)
-        found = {name: self.shape(name) for name in self}
+        """Raise ModelError unless these are exactly the tensors of a model of this configuration."""
+        expected = expected_shapes(config)
+        shapes = {name: self.shape(name) for name in self}
         if config.tie_word_embeddings:
-            found.pop(HEAD, None)
-        wrong = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-        wrong += [f"{name} does not belong to it" for name in sorted(found.keys() - wanted.keys())]
+            shapes.pop(HEAD, None)
+        wrong = [f"{name} is missing" for name in sorted(expected.keys() - shapes.keys())]
+        wrong += [f"{name} does not belong to it" for name in sorted(shapes.keys() - expected.keys())]
         wrong += [
-            f"{name} is {found[name]}, must be {wanted[name]}"
-            for name in sorted(wanted.keys() & found.keys())
-            if found[name] != wanted[name]
+            f"{name} is {shapes[name]}, must be {expected[name]}"
+            for name in sorted(expected.keys() & shapes.keys())
+            if shapes[name] != expected[name]
         ]
         if wrong:
             more = f" (and {len(wrong) - 6} more)" if len(wrong) > 6 else ""
@@ -95,13 +100,12 @@ class WeightFiles:
 
 
 def each_tensor(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of a directory's safetensors files under its name there, one in memory at a time."""
+    """Yield every tensor of a directory's safetensors files by its stored name, one in memory at a time."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for name in names:
-            with safe_open(file, framework="pt") as handle:
-                yield name, handle.get_tensor(name)
+            yield name, read_tensor(file, name)
 
 
 def write_weights(
@@ -109,7 +113,7 @@ def write_weights(
 ) -> list[str]:
     """Write tensors to safetensors files of at most `max_shard_bytes` each, with an index if there are several.
 
-    A tensor that is larger has a file of its own. Holds one file's tensors at a time. Returns the names of the files.
+    A larger tensor gets its own file. Holds the tensors of one file in memory. Returns the names of the files.
     """
     shards: list[dict[str, int]] = []
     held: dict[str, torch.Tensor] = {}
@@ -118,15 +122,16 @@ def write_weights(
     def write() -> None:
         if held:
             save_file(held, directory / f"{len(shards)}.part", metadata={"format": "pt"})
-            shards.append({name: one.numel() * one.element_size() for name, one in held.items()})
+            shards.append({name: tensor.nbytes for name, tensor in held.items()})
             held.clear()
 
     for name, tensor in tensors:
-        length = tensor.numel() * tensor.element_size()
+        length = tensor.nbytes
         if size + length > max_shard_bytes:
             write()
             size = 0
         held[name] = tensor.contiguous()
+        # Else the loop variable would keep the last tensor of a shard in memory after its write.
         del tensor
         size += length
     write()
@@ -134,19 +139,19 @@ def write_weights(
 
 
 def _name_shards(directory: Path, shards: list[dict[str, int]]) -> list[str]:
-    """Give the parts the names that transformers looks for."""
+    """Rename the parts as transformers expects, now that their number is known."""
     if len(shards) == 1:
         (directory / "0.part").rename(directory / "model.safetensors")
         return ["model.safetensors"]
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(zip(files, shards, strict=True)):
         (directory / f"{number}.part").rename(directory / file)
-        places.update(dict.fromkeys(names, file))
+        weight_map.update(dict.fromkeys(names, file))
     total = sum(sum(names.values()) for names in shards)
     write_json(
         directory / INDEX,
-        {"metadata": {"total_size": total}, "weight_map": {name: places[name] for name in sorted(places)}},
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
     return files
 
@@ -157,6 +162,6 @@ def write_json(path: Path, data: Mapping[str, object]) -> None:
 
 
 def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """Build the model's shapes without its memory."""
+    """Build the model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return LlavaForConditionalGeneration(config)

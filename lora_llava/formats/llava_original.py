@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlavaConfig
 
 from lora_llava.errors import ModelError
+from lora_llava.system.text import dtype_name
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 TOWER_DIRECTORY = "vision_tower"
@@ -97,7 +98,7 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
         "rope_theta": rope.get("rope_theta", 10000.0),
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
         "use_cache": True,
         "mm_vision_tower": tower,
         "mm_hidden_size": config.vision_config.hidden_size,

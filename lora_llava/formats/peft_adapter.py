@@ -1,9 +1,8 @@
-"""The adapter of an artifact by the canonical names of the weights it changes."""
+"""PEFT's LoRA adapters: which forms are read, how they scale and merge, and the adapter file of an artifact."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,43 +12,80 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.formats.names import PROJECTOR_PREFIX, canonical_name
-
-WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-_LORA = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?$")
+from lora_llava.formats.llava_hf import read_tensor
+from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, canonical_name, split_lora
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to initialise LoRA that take it out of the base's weights first, so that it fits no base but the changed one."""
+"""Initializations of LoRA that subtract it from the base's weights first: the adapter fits only the changed base."""
 
 _OTHER_FORMS = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
     "trainable_token_indices", "lora_bias", "arrow_config", "fan_in_fan_out", "megatron_config", "kasa_config",
     "velora_config", "monteclora_config",
 )  # fmt: skip
-"""Settings of PEFT's that make of LoRA something other than `W + scale * B A`, DoRA apart."""
+"""PEFT's settings that make LoRA, DoRA apart, anything but `W + scale * B A`."""
 
 
 def check_form(config: LoraConfig, where: Path) -> None:
-    """Refuse an adapter that is not LoRA, rsLoRA or DoRA on the base as it is."""
+    """Raise ArtifactError for an adapter that is not LoRA, rsLoRA or DoRA on an unchanged base."""
     if getattr(config.peft_type, "value", config.peft_type) != "LORA":
         raise ArtifactError(f"{where}: a {config.peft_type} adapter; only LoRA, rsLoRA and DoRA are read")
-    found = [name for name in _OTHER_FORMS if getattr(config, name, None)]
-    initialised = str(config.init_lora_weights).lower()
-    if initialised.startswith(_CHANGES_THE_BASE):
+    unsupported = [name for name in _OTHER_FORMS if getattr(config, name, None)]
+    initialization = str(config.init_lora_weights).lower()
+    if initialization.startswith(_CHANGES_THE_BASE):
         raise ArtifactError(
-            f"{where}: init_lora_weights is {initialised!r}, which changes the base that the adapter is made for. "
+            f"{where}: init_lora_weights is {initialization!r}, which changes the base that the adapter is made for. "
             "Convert it to plain LoRA first: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     if config.bias != "none":
-        found.append(f"bias={config.bias!r}")
-    if found:
-        raise ArtifactError(f"{where}: adapters with {', '.join(found)} cannot be read; only LoRA, rsLoRA and DoRA")
+        unsupported.append(f"bias={config.bias!r}")
+    if unsupported:
+        raise ArtifactError(
+            f"{where}: adapters with {', '.join(unsupported)} cannot be read; only LoRA, rsLoRA and DoRA"
+        )
+
+
+def check_parts(parts: Collection[str], config: LoraConfig, weight: str, where: Path) -> None:
+    """Raise ArtifactError unless `parts` are all the tensors that LoRA of this form has for one weight."""
+    expected = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+    if set(parts) != expected:
+        raise ArtifactError(
+            f"{where}: {weight} has {', '.join(sorted(parts))}, must have {', '.join(sorted(expected))}"
+        )
+
+
+def lora_fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Tell whether A (rank, inputs) and B (outputs, rank) change a weight (outputs, inputs)."""
+    return len(a) == len(b) == len(weight) == 2 and (b[0], a[1]) == weight and a[0] == b[1]
+
+
+def alpha_of(config: LoraConfig, module: str) -> float:
+    """Return the alpha of a layer, by its name in the adapter's own settings."""
+    return float(config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha))
+
+
+def lora_scaling(config: LoraConfig, alpha: float, rank: int) -> float:
+    """Return the factor of `B A`: alpha / r for LoRA, alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+    return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
+
+
+def merge_lora(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the merged weight (outputs, inputs) in fp32: `W + scaling * B A`, for DoRA with the trained row norms.
+
+    `a` (rank, inputs), `b` (outputs, rank), `magnitude` any shape of `outputs` elements. LoRA: Hu et al. 2021, eq. 3;
+    DoRA: Liu et al. 2024, eq. 5.
+    """
+    merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
+    if magnitude is not None:
+        merged *= (magnitude.flatten() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged
 
 
 @dataclass(frozen=True, slots=True)
 class LoraKeys:
-    """Where the parts of one layer's LoRA are in the file, and its scale."""
+    """Names of one layer's LoRA tensors in the adapter's file, and its scale."""
 
     a: str
     b: str
@@ -58,9 +94,9 @@ class LoraKeys:
 
 
 class Adapter:
-    """The tensors of an adapter file, read when they are asked for.
+    """The adapter of an artifact, by the canonical names of the weights it changes; tensors are read on demand.
 
-    Raises ArtifactError for keys that are missing or belong to nothing, and for forms other than LoRA's.
+    Raises ArtifactError for missing or unknown tensors, and for forms other than LoRA, rsLoRA and DoRA.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -77,33 +113,27 @@ class Adapter:
         """Divide the file's tensors into LoRA by layer, and weights that replace the base's."""
         parts: dict[str, dict[str, str]] = {}
         for name in names:
-            plain = name.removeprefix(PEFT_PREFIX)
-            match = _LORA.match(plain)
+            unprefixed = name.removeprefix(PEFT_PREFIX)
+            lora = split_lora(unprefixed)
             try:
-                if match:
-                    weight = canonical_name(match["module"] + ".weight")
-                    parts.setdefault(weight, {})[match["part"]] = name
+                if lora:
+                    weight, part = lora
+                    parts.setdefault(canonical_name(weight), {})[part] = name
                 else:
-                    self.replaced[canonical_name(plain)] = name
+                    self.replaced[canonical_name(unprefixed)] = name
             except ModelError as error:
                 raise ArtifactError(f"{self.path}: {error}") from error
-        dora = bool(self.config.use_dora)
-        wanted = {"lora_A", "lora_B", "lora_magnitude_vector"} if dora else {"lora_A", "lora_B"}
-        for weight, found in parts.items():
-            if found.keys() != wanted:
-                raise ArtifactError(
-                    f"{self.path}: {weight} has {', '.join(sorted(found))}, must have {', '.join(sorted(wanted))}"
-                )
+        for weight, keys in parts.items():
+            check_parts(keys, self.config, weight, self.path)
             self.layers[weight] = LoraKeys(
-                found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector"), self._scaling(found["lora_A"])
+                keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), self._scaling(keys["lora_A"])
             )
 
     def _scaling(self, name: str) -> float:
         module = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".lora_A")
-        alphas, ranks = self.config.alpha_pattern, self.config.rank_pattern
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
+        ranks = self.config.rank_pattern
         rank = ranks.get(get_pattern_key(ranks.keys(), module), self.config.r)
-        return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
+        return lora_scaling(self.config, alpha_of(self.config, module), rank)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its name in the file, in fp32; ArtifactError if it holds NaN or infinity."""
@@ -113,45 +143,38 @@ class Adapter:
         return tensor.float()
 
     def stored(self, name: str) -> torch.Tensor:
-        """Read one tensor by its name in the file, just as it is there."""
-        with safe_open(self.path, framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-        return tensor
+        """Read one tensor by its name in the file, in the dtype of the file."""
+        return read_tensor(self.path, name)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the canonical names of the weights it changes."""
+        """Yield the canonical names of the weights that the adapter changes."""
         yield from self.layers
         yield from self.replaced
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ArtifactError unless the whole projector is in it and everything has a place in the base."""
+        """Raise ArtifactError unless the adapter holds the whole projector and fits a base with these shapes."""
         projector = {name for name in shapes if name.startswith(PROJECTOR_PREFIX)}
         if missing := projector - self.replaced.keys() - self.layers.keys():
             raise ArtifactError(
-                f"{self.path}: the projector is missing: {', '.join(sorted(missing))}. What was trained with it "
-                "does not work without it; take the whole artifact, or bring the adapter in with: lora-llava import"
+                f"{self.path}: the projector is missing: {', '.join(sorted(missing))}. The rest of the adapter does "
+                "not work without it; use the whole artifact, or convert the adapter with: lora-llava import"
             )
-        if strange := [name for name in self if name not in shapes]:
-            raise ArtifactError(f"{self.path}: the base has no {', '.join(sorted(strange)[:6])}")
+        if unknown := [name for name in self if name not in shapes]:
+            raise ArtifactError(f"{self.path}: the base has no {', '.join(sorted(unknown)[:6])}")
         with safe_open(self.path, framework="pt") as handle:
             for name, keys in self.layers.items():
                 a, b = (tuple(handle.get_slice(key).get_shape()) for key in (keys.a, keys.b))
-                if len(shapes[name]) != 2 or (b[0], a[1]) != shapes[name] or a[0] != b[1]:
+                if not lora_fits(a, b, shapes[name]):
                     raise ArtifactError(f"{self.path}: LoRA {b} x {a} does not fit {name}, {shapes[name]}")
             for name, key in self.replaced.items():
                 shape = tuple(handle.get_slice(key).get_shape())
                 if shape != shapes[name]:
                     raise ArtifactError(f"{self.path}: {name} is {shape} in it, {shapes[name]} in the base")
 
-    def fold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return what becomes of a base weight, in fp32: `W + s B A`; for DoRA scaled to the learnt row norms.
-
-        LoRA: Hu et al. 2021, eq. 3; rsLoRA: Kalajdzievski 2023 (s = alpha / sqrt r); DoRA: Liu et al. 2024, eq. 5.
-        """
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the merged weight in fp32: the base's with LoRA added, or the one that replaces it."""
         if name in self.replaced:
             return self.read(self.replaced[name])
         keys = self.layers[name]
-        folded = torch.addmm(weight.float(), self.read(keys.b), self.read(keys.a), alpha=keys.scaling)
-        if keys.magnitude is not None:
-            folded *= (self.read(keys.magnitude).flatten() / torch.linalg.norm(folded, dim=1))[:, None]
-        return folded
+        magnitude = self.read(keys.magnitude) if keys.magnitude else None
+        return merge_lora(weight, self.read(keys.a), self.read(keys.b), keys.scaling, magnitude)

@@ -19,10 +19,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, meta_model, write_weights
 from lora_llava.formats.names import canonical_name
+from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.metadata import hub_errors, part_configs, vision_tower_source
 from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER
 from lora_llava.recipe.settings import BaseModelSettings
-from lora_llava.recipe.stages import AspectRatio
 
 
 def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
@@ -82,43 +82,6 @@ def _ends(language_model: Any, tokenizer: Any) -> list[int]:
     special = [one for one in ends if one in tokenizer.added_tokens_decoder]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*special, *own]))
-
-
-def save_processor(
-    directory: Path,
-    tokenizer: Any,
-    config: LlavaConfig,
-    pixels: dict[str, Any],
-    *,
-    aspect_ratio: AspectRatio = "square",
-    chat_template: str | None = None,
-) -> None:
-    """Write tokenizer and processor files beside a model or an adapter, so that `AutoProcessor` loads them.
-
-    With `pad` the processor pads to a square as `preprocess` does; llava-hf's own crops. `chat_template` (Jinja)
-    replaces the tokenizer's.
-    """
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-    size = int(config.vision_config.image_size)
-    settings = {
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "image_mean": list(pixels["image_mean"]),
-        "image_std": list(pixels["image_std"]),
-    }
-    pad = aspect_ratio == "pad"
-    image_processor = LlavaImageProcessorPil(do_pad=True, **settings) if pad else CLIPImageProcessorPil(**settings)
-    LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=int(config.vision_config.patch_size),
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=chat_template or tokenizer.chat_template,
-        num_additional_image_tokens=1,
-    ).save_pretrained(directory)
 
 
 def pad_rows(rows: torch.Tensor, size: int) -> torch.Tensor:

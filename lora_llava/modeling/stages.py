@@ -13,12 +13,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from lora_llava.errors import ModelError
+from lora_llava.formats.names import unwrap_peft
 from lora_llava.modeling.structure import LANGUAGE_MODEL, PARTS, PROJECTOR, PartRow, adapted_names, part_of
 from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import StageName
-
-_PEFT_PREFIX = "base_model.model."
-_WRAPPED = re.compile(r"\.(modules_to_save\.default|original_module)\.")
+from lora_llava.system.text import dtype_name
 
 
 def build_stage(model: Any, stage: StageName, adapter: AdapterSettings) -> PeftModel:
@@ -97,8 +96,7 @@ def _memory(parameter: torch.Tensor) -> int:
 def _named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yield part, plain name and parameter, with PEFT's wrapping taken off the names."""
     for name, parameter in model.named_parameters():
-        plain = _WRAPPED.sub(".", name.removeprefix(_PEFT_PREFIX) if isinstance(model, PeftModel) else name)
-        yield part_of(plain), name, parameter
+        yield part_of(unwrap_peft(name)), name, parameter
 
 
 def parameter_table(model: nn.Module) -> list[PartRow]:
@@ -114,7 +112,7 @@ def parameter_table(model: nn.Module) -> list[PartRow]:
         row["adapter" if is_adapter else "total"] += _elements(parameter)
         row["trainable"] += _elements(parameter) if parameter.requires_grad else 0
         row["quantized"] += _elements(parameter) if is_quantized(parameter) else 0
-        dtypes[part].add("nf4" if is_quantized(parameter) else str(parameter.dtype).removeprefix("torch."))
+        dtypes[part].add("nf4" if is_quantized(parameter) else dtype_name(parameter.dtype))
     return [
         PartRow(
             part=part,

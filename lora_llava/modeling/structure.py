@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from lora_llava.errors import ModelError, TrainingError
 from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import StageName
+from lora_llava.system.text import dtype_name
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -174,7 +175,7 @@ def stage_parameters(
 def _part_rows(
     config: LlavaConfig, stage: StageName, adapter: AdapterSettings, dtype: ElementType
 ) -> Iterator[PartRow]:
-    text, name = config.text_config, str(dtype).removeprefix("torch.")
+    text, name = config.text_config, dtype_name(dtype)
     vision = vision_parameters(config)
     yield PartRow(VISION_TOWER, vision, 0, 0, 0, name, vision * dtype.itemsize)
     # PEFT keeps the projector as it was, frozen, beside the trained copy; both in fp32.

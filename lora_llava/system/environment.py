@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from lora_llava.system.device import pick_device, pick_dtype
+from lora_llava.system.text import dtype_name
 
 _PACKAGES = (
     "lora-llava",
@@ -34,7 +35,7 @@ def describe_environment() -> dict[str, str]:
         rows["device memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
         rows["devices"] = str(torch.cuda.device_count())
         rows["CUDA"] = str(torch.version.cuda)
-    rows["precision: auto"] = str(pick_dtype("auto", device)).removeprefix("torch.")
+    rows["precision: auto"] = dtype_name(pick_dtype("auto", device))
     rows["CPU cores"] = str(os.cpu_count())
     rows["torch threads"] = str(torch.get_num_threads())
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -8,6 +8,7 @@ empty directory that is no longer new is removed: its process was killed before 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -236,6 +237,12 @@ def write_text(path: Path, text: str) -> None:
 def shown_path(path: Path) -> str:
     """Return a path for pasting into a command: relative if it is inside the current directory."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:

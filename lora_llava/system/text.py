@@ -21,6 +21,11 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
     return f"{shown} {noun if number == 1 else plural or noun + 's'}"
 
 
+def dtype_name(dtype: object) -> str:
+    """Return the name of a torch dtype without the module, as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def printable(text: str, most: int | None = None) -> str:
     r"""Return `text` with control characters escaped, as `\e` or `\x07`, so that a terminal does not act on them.
 

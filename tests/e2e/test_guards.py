@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 
 import lora_llava.training.train as train_module
-from lora_llava.artifact import file_sha256, read_manifest
+from lora_llava.artifact import read_manifest
 from lora_llava.data.load import Record
 from lora_llava.data.rows import ImageTransform
 from lora_llava.errors import TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.file import load_recipe
+from lora_llava.system.files import file_sha256
 from lora_llava.training.run import run_recipe
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import log_of

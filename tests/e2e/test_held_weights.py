@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import lora_llava.training.checkpoints.saver as resumable
-from lora_llava.artifact import file_sha256, read_manifest
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.artifact import read_manifest
+from lora_llava.formats.names import WEIGHTS
+from lora_llava.system.files import file_sha256
 from lora_llava.training.checkpoints.files import verified
 from tests.helpers.resuming import Stopped, at_step, log_of, stop, train, write_project
 

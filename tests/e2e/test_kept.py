@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_llava.artifact import file_sha256, read_manifest
+from lora_llava.artifact import read_manifest
 from lora_llava.data.load import Record
 from lora_llava.data.rows import ImageTransform
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.shipping.hub.card import make_card
 from lora_llava.shipping.hub.facts import gather
+from lora_llava.system.files import file_sha256
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import Stopped, at_step, log_of, stop, train
 from tests.helpers.runs import write_data, write_recipe

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import lora_llava.training.run as run_module
 from lora_llava.cli import cli
 from lora_llava.errors import RecipeError, TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.file import load_recipe
 from tests.helpers.runs import COLOURS, watched_run, write_data, write_recipe
 

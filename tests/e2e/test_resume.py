@@ -18,12 +18,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from lora_llava.artifact import file_sha256, load_artifact, read_manifest
+from lora_llava.artifact import load_artifact, read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.run_directory import output
 from lora_llava.run_directory.lock import LOCK
+from lora_llava.system.files import file_sha256
 from lora_llava.training import run as run_module
 from lora_llava.training.checkpoints import saver as resumable
 from lora_llava.training.checkpoints.files import DamagedCheckpointError, verified

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import lora_llava.training.train as train_module
-from lora_llava.artifact import file_sha256, load_artifact, read_manifest
+from lora_llava.artifact import load_artifact, read_manifest
 from lora_llava.errors import ArtifactError, TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.modeling.base import hash_weights
 from lora_llava.recipe.file import load_recipe
+from lora_llava.system.files import file_sha256
 from tests.helpers.runs import NUM_IMAGES, QUESTIONS_PER_IMAGE, Run, watched_run, write_data, write_recipe
 from tests.helpers.tiny import save_tiny_base
 

@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from lora_llava.artifact import file_sha256
 from lora_llava.cli import cli
+from lora_llava.system.files import file_sha256
 from tests.helpers.artifacts import make_artifact
 
 INSTRUCT = "stages.instruct"

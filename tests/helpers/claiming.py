@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_llava.artifact import MANIFEST
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, place

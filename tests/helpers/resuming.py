@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 import lora_llava.training.run as run_module
-from lora_llava.artifact import file_sha256
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.file import load_recipe
 from lora_llava.run_directory import output
+from lora_llava.system.files import file_sha256
 from lora_llava.training.checkpoints import saver as resumable
 from lora_llava.training.checkpoints.differences import Resume
 from lora_llava.training.run import finetune_and_evaluate

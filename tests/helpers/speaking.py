@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from lora_llava.artifact import save_artifact
 from lora_llava.conversation.encode import Turn, encode_prompt
 from lora_llava.conversation.templates import Template
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.base import BaseIdentity, hash_weights, load_base
 from lora_llava.modeling.stages import build_stage
 from lora_llava.recipe.settings import AdapterSettings

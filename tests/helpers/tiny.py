@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.processor import save_processor
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>")
 """Their ids are 0 to 6, in this order."""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from lora_llava.artifact import load_model
 from lora_llava.data.images.read import preprocess
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.processor import save_processor
 from lora_llava.shipping.export import FORMATS
 from lora_llava.shipping.export.gguf.tokenizer import _LLAMA3, MEDIA_MARKER
 from lora_llava.shipping.export.options import ExportOptions

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from lora_llava.artifact import MANIFEST, Manifest, load_artifact, load_projector, read_manifest
 from lora_llava.errors import ArtifactError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.modeling.base import LoadedModel, hash_weights
 from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe.stages import StageName

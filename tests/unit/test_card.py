@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_llava.artifact import MANIFEST, file_sha256
+from lora_llava.artifact import MANIFEST
 from lora_llava.errors import ArtifactError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.file import bundled_recipes, dump_portable, dump_resolved, load_recipe
 from lora_llava.shipping.hub.card import check_card, is_unedited, make_card
 from lora_llava.shipping.hub.content import collect
@@ -24,6 +24,7 @@ from lora_llava.shipping.hub.facts import gather
 from lora_llava.shipping.hub.licenses import LICENCES
 from lora_llava.shipping.hub.push import prepare
 from lora_llava.shipping.merge.run import merge_artifact
+from lora_llava.system.files import file_sha256
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.card_rules import card_errors
 

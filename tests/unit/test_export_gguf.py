@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.processor import save_processor
 from lora_llava.shipping.export import FORMATS
 from lora_llava.shipping.export.gguf import file as gguf_file
 from lora_llava.shipping.export.gguf import model as gguf

@@ -22,8 +22,7 @@ from lora_llava.cli import cli
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles, write_weights
 from lora_llava.formats.llava_original import from_original_name
-from lora_llava.formats.names import EMBEDDINGS, HEAD
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import EMBEDDINGS, HEAD, WEIGHTS
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.llava import export_llava
 from lora_llava.shipping.export.options import ExportOptions

@@ -14,17 +14,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.artifact import MANIFEST, file_sha256, load_artifact
+from lora_llava.artifact import MANIFEST, load_artifact
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles
-from lora_llava.formats.names import memory_name
-from lora_llava.formats.peft_adapter import WEIGHTS, Adapter
+from lora_llava.formats.names import WEIGHTS, memory_name
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.base import BaseIdentity, dequantize, hash_weights, load_base
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.stages import is_quantized
 from lora_llava.shipping.merge import run as merge_run
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.shipping.merge.stream import through_nf4
+from lora_llava.system.files import file_sha256
 from tests.helpers.artifacts import CPU, logits, make_artifact
 from tests.helpers.tiny import save_tiny_base
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_llava.errors import ModelError
-from lora_llava.formats.names import canonical_name
+from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS, canonical_name, split_lora
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.model.shapes import LlavaShape, Shape
 from lora_llava.planning.preflight.model.text_side import read_json
 from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
 from lora_llava.planning.preflight.setup import Setup
+from lora_llava.system.files import file_sha256
 
 _KEY = "start_from"
-_MANIFEST, _WEIGHTS, _CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
+_MANIFEST = "manifest.json"
 _FORMAT = 1
 _NEEDED = ("stage", "base", "adapter_sha256", "quantization", "template", "images", "data")
-_LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<part>lora_[AB]|lora_magnitude_vector)(\.weight)?$")
 _LAYERS = "language_model.model."
 _AGAIN = "Take the artifact from its source again."
 
@@ -37,7 +35,7 @@ def start_from_fits(setup: Setup) -> Iterator[Finding]:
         yield Problem(_KEY, *problem)
         return
     try:
-        tensors = read_header(path / _WEIGHTS)
+        tensors = read_header(path / WEIGHTS)
     except ModelError as error:
         yield Problem(_KEY, str(error), _AGAIN)
         return
@@ -55,7 +53,7 @@ def _not_an_artifact(path: Path) -> tuple[str, str] | None:
         return f"{path} is the directory of a run, the artifact of a stage is needed", f"Name {path / below[0]}."
     hint = (
         "Bring it in first: lora-llava import"
-        if (path / _CONFIG).is_file()
+        if (path / ADAPTER_CONFIG).is_file()
         else ("Name the directory of a stage, such as runs/NAME/instruct.")
     )
     return f"{path} is not an artifact: it has no {_MANIFEST}", hint
@@ -63,20 +61,19 @@ def _not_an_artifact(path: Path) -> tuple[str, str] | None:
 
 def _damage(path: Path) -> Iterator[tuple[str, str]]:
     """Yield what is damaged; the first is enough."""
-    manifest, config = read_json(path / _MANIFEST), read_json(path / _CONFIG)
+    manifest, config = read_json(path / _MANIFEST), read_json(path / ADAPTER_CONFIG)
     if manifest is None or any(key not in manifest for key in _NEEDED):
         yield f"{path / _MANIFEST} is damaged", _AGAIN
         return
     if isinstance(manifest.get("format"), int) and manifest["format"] > _FORMAT:
         yield f"{path / _MANIFEST} has format {manifest['format']}, newer than this program's {_FORMAT}", "Update it."
     if config is None:
-        yield f"{path / _CONFIG} is missing or damaged", _AGAIN
-    weights = path / _WEIGHTS
+        yield f"{path / ADAPTER_CONFIG} is missing or damaged", _AGAIN
+    weights = path / WEIGHTS
     if not weights.is_file():
-        yield f"{path} lacks {_WEIGHTS}", _AGAIN
+        yield f"{path} lacks {WEIGHTS}", _AGAIN
         return
-    with weights.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = file_sha256(weights)
     if found != manifest["adapter_sha256"]:
         what = f"{weights} was altered: its sha256 is {found}, the manifest has {manifest['adapter_sha256']}"
         yield what, _AGAIN
@@ -87,20 +84,19 @@ def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Fi
     lora: dict[str, dict[str, Shape]] = {}
     outside, projector = [], {}
     for name, tensor in tensors.items():
-        match = _LORA.match(name)
+        unprefixed = name.removeprefix(PEFT_PREFIX)
+        part = split_lora(unprefixed)
         try:
-            place = canonical_name(
-                (match["module"] if match else name.removeprefix("base_model.model.")) + (".weight" if match else "")
-            )
+            weight = canonical_name(part[0] if part else unprefixed)
         except ModelError:
             outside.append(name)
             continue
-        if match is None:
-            projector[place] = tensor.shape
-        elif place.startswith(_LAYERS):
-            lora.setdefault(place, {})[match["part"]] = tensor.shape
+        if part is None:
+            projector[weight] = tensor.shape
+        elif weight.startswith(_LAYERS):
+            lora.setdefault(weight, {})[part[1]] = tensor.shape
         else:
-            outside.append(place)
+            outside.append(weight)
     if outside:
         what = f"{path} has LoRA outside the language model ({shown(sorted(outside))}), which the kit does not train"
         yield Problem(_KEY, what, "Merge it into its base (lora-llava merge), and name the result as the base.")

@@ -19,6 +19,7 @@ from lora_llava.shipping.export.llava_adapter import export_adapter, left_out
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
 from lora_llava.shipping.export.verify import check_bits
 from lora_llava.system.files import staged
+from lora_llava.system.text import dtype_name
 
 _TOWER = "vision_tower."
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -86,6 +87,6 @@ def _write_tower(directory: Path, source: Path, config: LlavaConfig, files: Weig
         image_mean=pixels["image_mean"],
         image_std=pixels["image_std"],
     ).save_pretrained(directory)
-    dtype = str(files.dtype(f"{_TOWER}vision_model.embeddings.class_embedding")).removeprefix("torch.")
+    dtype = dtype_name(files.dtype(f"{_TOWER}vision_model.embeddings.class_embedding"))
     vision = {**config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"], "dtype": dtype}
     write_json(directory / "config.json", vision)

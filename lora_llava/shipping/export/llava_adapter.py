@@ -26,8 +26,8 @@ from lora_llava.formats.llava_original import (
     read_tensors,
     to_original_config,
 )
-from lora_llava.formats.names import PROJECTOR_PREFIX
-from lora_llava.formats.peft_adapter import WEIGHTS, Adapter
+from lora_llava.formats.names import PROJECTOR_PREFIX, WEIGHTS
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
 from lora_llava.shipping.export.verify import check_bits

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 from lora_llava.artifact import is_artifact, library_versions, portable
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json, write_weights
-from lora_llava.formats.names import EMBEDDINGS, memory_name
-from lora_llava.formats.peft_adapter import PEFT_PREFIX, WEIGHTS, Adapter
+from lora_llava.formats.names import ADAPTER_CONFIG, EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEIGHTS, memory_name
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.shipping.export.options import VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
 from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
 from lora_llava.shipping.merge.run import (
@@ -33,12 +33,11 @@ from lora_llava.shipping.merge.run import (
     save_surroundings,
     write_config,
 )
-from lora_llava.shipping.merge.stream import BaseKind, base_reader, describe_dtype, merged_reader
+from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
 from lora_llava.system.files import staged
-from lora_llava.system.text import counted
+from lora_llava.system.text import counted, dtype_name
 
 BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
-_BLOCKS = "language_model.model.layers."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
         report: ExportReport = {
             "base": kind,
             "reason": reason_for(opened, kind),
-            "dtype": describe_dtype(written.dtype(EMBEDDINGS)),
+            "dtype": dtype_name(written.dtype(EMBEDDINGS)),
             **_verify(opened, kind, written, staging),
             "artifact": portable(opened.manifest),
             "versions": library_versions(),
@@ -91,7 +90,7 @@ def _served_layers(adapter: Adapter, source: Path) -> list[str]:
             f"{source}: DoRA, which vLLM does not serve as an adapter. Merge it (lora-llava merge), and vLLM serves "
             "the merged model; or train with adapter.type lora or rslora."
         )
-    served = sorted(name for name in adapter.layers if name.startswith(_BLOCKS))
+    served = sorted(name for name in adapter.layers if name.startswith(LAYERS_PREFIX))
     if not served:
         raise ArtifactError(
             f"{source}: holds no LoRA on the language model, so there is no adapter to serve. Merge it (lora-llava "
@@ -140,7 +139,7 @@ def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: F
         base_model_name_or_path=f"../{BASE}",
         inference_mode=True,
     ).save_pretrained(directory)
-    path = directory / "adapter_config.json"
+    path = directory / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     # A set of PEFT's, in another order in every process.
     write_json(path, {**config, "target_modules": sorted(config["target_modules"])})

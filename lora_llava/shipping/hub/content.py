@@ -12,13 +12,12 @@ from typing import Any
 from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, portable
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import INDEX
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import ADAPTER_CONFIG, WEIGHTS
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.file import dump_portable
 from lora_llava.shipping.hub.facts import PICTURES, Facts
 
 CARD = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER = "tokenizer.json"
 _READERS = (
     "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",

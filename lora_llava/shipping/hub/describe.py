@@ -9,9 +9,10 @@ from typing import Any
 from lora_llava.evaluation.outcome import TUNED, TUNED_ON_BLIND
 from lora_llava.evaluation.report import accuracy_markdown
 from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Accuracy
+from lora_llava.formats.names import ADAPTER_CONFIG
 from lora_llava.recipe.fields import data_name, is_local
+from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory import output
-from lora_llava.shipping.hub.content import ADAPTER_CONFIG
 from lora_llava.shipping.hub.facts import Facts
 from lora_llava.system.table import markdown_table
 from lora_llava.system.text import counted
@@ -37,9 +38,7 @@ def adapter_form(facts: Facts) -> dict[str, Any]:
         return {}
     path = facts.directory / ADAPTER_CONFIG
     if facts.is_adapter and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-        return {"type": kind, "r": config["r"], "lora_alpha": config["lora_alpha"]}
+        return adapter_of(json.loads(path.read_text(encoding="utf-8")))
     return facts.recipe.get("adapter") or {"type": "lora"}
 
 

@@ -18,6 +18,7 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
     if not source.exists():
         raise ArtifactError(f"{source} does not exist")
     from lora_llava.formats.llava_original import MM_PROJECTOR, read_json
+    from lora_llava.formats.names import ADAPTER_CONFIG
     from lora_llava.shipping.importers.adapter import import_adapter, import_projector
     from lora_llava.shipping.importers.checkpoint import import_checkpoint
 
@@ -25,7 +26,7 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
         return import_projector(source, output, options)
     if (source / "manifest.json").is_file():
         raise ArtifactError(f"{source} is an artifact already; nothing needs to be brought in")
-    if (source / "adapter_config.json").is_file():
+    if (source / ADAPTER_CONFIG).is_file():
         return import_adapter(source, output, options)
     config = source / "config.json"
     weights = [*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")]

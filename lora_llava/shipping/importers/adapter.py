@@ -9,20 +9,25 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from lora_llava.conversation.chat_template import read_own_template, recognize, recognize_question
 from lora_llava.conversation.encode import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_json, read_tensors
-from lora_llava.formats.names import PROJECTOR_PREFIX, canonical_name
-from lora_llava.formats.peft_adapter import PEFT_PREFIX, WEIGHTS, check_form
+from lora_llava.formats.names import (
+    ADAPTER_CONFIG,
+    PEFT_PREFIX,
+    PROJECTOR_PREFIX,
+    WEIGHTS,
+    canonical_name,
+    split_lora,
+    unwrap_peft,
+)
+from lora_llava.formats.peft_adapter import alpha_of, check_form, check_parts
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.importers.write import Base, Brought, LayerLora, open_base, write_artifact
 
-_LORA = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?$")
-_SAVED = re.compile(r"\.modules_to_save(\.default)?\.")
 _ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
@@ -115,7 +120,7 @@ def _notes(brought: Brought, base: Base, reason: str) -> list[str]:
 
 def _read_form(source: Path) -> LoraConfig:
     """Read adapter_config.json, and nothing that it points to."""
-    path = source / "adapter_config.json"
+    path = source / ADAPTER_CONFIG
     kind = read_json(path).get("peft_type")
     if kind != "LORA":
         raise ArtifactError(f"{path}: peft_type {kind!r}; only LoRA, rsLoRA and DoRA are read")
@@ -137,21 +142,23 @@ def _weights_file(source: Path) -> Path:
 def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: Rename, where: Path) -> None:
     """Divide tensors into LoRA by layer, and whole weights; ArtifactError for names of neither."""
     for stored, tensor in state.items():
-        plain = _SAVED.sub(".", stored.removeprefix(PEFT_PREFIX))
-        if ".original_module." in plain:
+        # The base's own copy of a module that the adapter replaces.
+        if ".original_module." in stored:
             continue
-        match = _LORA.match(plain)
+        unwrapped = unwrap_peft(stored)
+        lora = split_lora(unwrapped)
         try:
-            name = rename((match["module"] + ".weight") if match else plain)
+            name = rename(lora[0] if lora else unwrapped)
         except ModelError as error:
             raise ArtifactError(f"{where}: {error}") from None
         if name is None:
             continue
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {stored} holds NaN or infinity; it cannot be used")
-        if match:
-            parts.lora.setdefault(name, {})[match["part"]] = tensor
-            parts.modules[name] = match["module"]
+        if lora:
+            weight, part = lora
+            parts.lora.setdefault(name, {})[part] = tensor
+            parts.modules[name] = weight.removesuffix(".weight")
         else:
             parts.replaced[name] = tensor
 
@@ -159,12 +166,9 @@ def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: Rename, wher
 def _layer(name: str, parts: _Parts, form: LoraConfig, source: Path) -> LayerLora:
     """Put the parts of one layer together, with its alpha."""
     found = parts.lora[name]
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if form.use_dora else set())
-    if found.keys() != wanted:
-        raise ArtifactError(f"{source}: {name} has {', '.join(sorted(found))}, must have {', '.join(sorted(wanted))}")
-    module = parts.modules[name]
-    alpha = form.alpha_pattern.get(get_pattern_key(form.alpha_pattern.keys(), module), form.lora_alpha)
-    return LayerLora(found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector"), float(alpha))
+    check_parts(found, form, name, source)
+    alpha = alpha_of(form, parts.modules[name])
+    return LayerLora(found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector"), alpha)
 
 
 def _original_ratio(directory: Path) -> AspectRatio:

@@ -28,7 +28,8 @@ from lora_llava.formats.llava_original import (
     read_tensors,
 )
 from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name
-from lora_llava.modeling.assemble import pad_rows, save_config, save_processor
+from lora_llava.formats.processor import save_processor
+from lora_llava.modeling.assemble import pad_rows, save_config
 from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.shipping.importers.options import ImportOptions

@@ -13,21 +13,21 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.artifact import MANIFEST, Manifest, base_location, file_sha256, library_versions
+from lora_llava.artifact import MANIFEST, Manifest, base_location, library_versions
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.encode import Template, get_template
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
 from lora_llava.formats.llava_original import identity_layer, is_linear
-from lora_llava.formats.names import PROJECTOR_PREFIX, memory_name
-from lora_llava.formats.peft_adapter import PEFT_PREFIX, WEIGHTS, Adapter
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, memory_name
+from lora_llava.formats.peft_adapter import Adapter, lora_fits, lora_scaling, merge_lora
+from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.stages import AspectRatio
-from lora_llava.system.files import staged
+from lora_llava.system.files import file_sha256, staged
 
 _BLOCK = re.compile(r"^model\.language_model\.layers\.\d+\..*\.(\w+)$")
 
@@ -87,7 +87,7 @@ def write_artifact(output: Path, brought: Brought, base: Base, source: Path) -> 
         raise ArtifactError(f"{source}: the base has no {', '.join(strange[:6])}; it was trained on another")
     for name, layer in brought.layers.items():
         b, a = tuple(layer.b.shape), tuple(layer.a.shape)
-        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shapes[name] or a[0] != b[1]:
+        if not lora_fits(a, b, shapes[name]):
             raise ArtifactError(f"{source}: LoRA {b} x {a} does not fit {name}, {shapes[name]}; another base?")
     for name, tensor in brought.replaced.items():
         if tuple(tensor.shape) != shapes[name]:
@@ -141,18 +141,16 @@ def _whole_projector(brought: Brought, base: Base) -> tuple[dict[str, LayerLora]
     for name in projector:
         weight = replaced[name] if name in replaced else files.read(name)
         if name in layers:
-            weight = _folded(weight, layers.pop(name), brought.form)
+            weight = _merged(weight, layers.pop(name), brought.form)
         replaced[name] = weight
     return layers, replaced
 
 
-def _folded(weight: torch.Tensor, layer: LayerLora, form: LoraConfig | None) -> torch.Tensor:
+def _merged(weight: torch.Tensor, layer: LayerLora, form: LoraConfig | None) -> torch.Tensor:
     assert form is not None
     if layer.magnitude is not None:
         raise ArtifactError("DoRA on the projector is not read; merge the adapter with PEFT first")
-    rank = layer.a.shape[0]
-    scaling = layer.alpha / rank**0.5 if form.use_rslora else layer.alpha / rank
-    return torch.addmm(weight.float(), layer.b.float(), layer.a.float(), alpha=scaling)
+    return merge_lora(weight, layer.a, layer.b, lora_scaling(form, layer.alpha, layer.a.shape[0]))
 
 
 def _module(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from transformers import AutoTokenizer, LlavaConfig
 
 from lora_llava.artifact import Manifest
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, encode_prompt, get_template
-from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name
-from lora_llava.formats.peft_adapter import PEFT_PREFIX, Adapter
+from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name, split_lora, unwrap_peft
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.generation.answers import end_token_ids
 from lora_llava.generation.decoding import Prompt, greedy_decode
 from lora_llava.modeling.base import BaseIdentity, LoadedModel
@@ -32,9 +31,6 @@ _TEXT_QUESTIONS = ("What is the capital of France?", "Name a colour.")
 # Four rows: in fp32, keys and values of a 7B model take 1 MB a token, and an image has 576.
 _POSITIONS = 16
 """Positions at the end of each sequence, the answer's included, whose logits are compared."""
-
-_WRAPPED = re.compile(r"\.(modules_to_save\.default|original_module)\.")
-_LORA = re.compile(r"^(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default(\.weight)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +77,15 @@ def adapted_model(read: Read, config: LlavaConfig, adapter: Adapter) -> Any:
     model = get_peft_model(empty_llava(config), form, low_cpu_mem_usage=True).eval()
 
     def parameter(name: str, _: torch.Tensor) -> torch.Tensor:
-        plain = name.removeprefix(PEFT_PREFIX)
-        if match := _LORA.match(plain):
-            keys = adapter.layers[canonical_name(match[1] + ".weight")]
-            place = {"lora_A": keys.a, "lora_B": keys.b, "lora_magnitude_vector": keys.magnitude}[match[2]]
-            assert place is not None
-            return adapter.read(place)
-        canonical = canonical_name(_WRAPPED.sub(".", plain).replace(".base_layer.", "."))
-        if ".modules_to_save." in plain:
+        unwrapped = unwrap_peft(name)
+        if lora := split_lora(unwrapped):
+            weight, part = lora
+            keys = adapter.layers[canonical_name(weight)]
+            key = {"lora_A": keys.a, "lora_B": keys.b, "lora_magnitude_vector": keys.magnitude}[part]
+            assert key is not None
+            return adapter.read(key)
+        canonical = canonical_name(unwrapped.replace(".base_layer.", "."))
+        if ".modules_to_save." in name:
             return adapter.read(adapter.replaced[canonical])
         return read(_stored(canonical, config))
 

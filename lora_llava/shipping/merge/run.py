@@ -29,14 +29,14 @@ from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.formats.names import EMBEDDINGS
 from lora_llava.formats.peft_adapter import Adapter
-from lora_llava.modeling.assemble import save_processor
+from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of, merged_model
-from lora_llava.shipping.merge.stream import BaseKind, Read, base_reader, describe_dtype, merged_reader
+from lora_llava.shipping.merge.stream import BaseKind, Read, base_reader, merged_reader
 from lora_llava.system.files import staged
 from lora_llava.system.progress import Advance, counting, phase
-from lora_llava.system.text import counted
+from lora_llava.system.text import counted, dtype_name
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative difference of logits between merged model and base + adapter, by the type that is written.
@@ -122,7 +122,7 @@ def merge_artifact(
         report = {
             "base": kind,
             "reason": reason_for(source, kind),
-            "dtype": describe_dtype(written.dtype(EMBEDDINGS)),
+            "dtype": dtype_name(written.dtype(EMBEDDINGS)),
             "files": shards,
             **verify(source, kind, written, dtype, staging),
             "artifact": portable(source.manifest),
@@ -206,7 +206,7 @@ def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     for name in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(name, None)
-    config["dtype"] = describe_dtype(dtype)
+    config["dtype"] = dtype_name(dtype)
     write_json(directory / "config.json", config)
 
 

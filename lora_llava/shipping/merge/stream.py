@@ -11,7 +11,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from lora_llava.artifact import Manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.formats.names import LAYERS_PREFIX
 from lora_llava.formats.peft_adapter import Adapter
+from lora_llava.system.text import dtype_name
 
 BaseKind = Literal["dequantized", "original"]
 """`dequantized`: the language model through NF4 and back, as the adapter saw it in training; `original`: as stored."""
@@ -32,7 +34,7 @@ def training_dtype(manifest: Manifest) -> torch.dtype:
 
 def is_quantized_in_training(name: str) -> bool:
     """Tell whether NF4 applies to a weight: the linear layers inside the language model's blocks."""
-    return name.startswith("language_model.model.layers.") and name.endswith("_proj.weight")
+    return name.startswith(LAYERS_PREFIX) and name.endswith("_proj.weight")
 
 
 def through_nf4(weight: torch.Tensor, *, dtype: torch.dtype, double_quant: bool) -> torch.Tensor:
@@ -81,17 +83,10 @@ def merged_reader(
     def merged(name: str) -> torch.Tensor:
         tensor = read(name)
         if name in changed:
-            tensor = adapter.fold(name, tensor)
+            tensor = adapter.merge(name, tensor)
         tensor = tensor.to(dtype or files.dtype(name))
         if name in changed and not torch.isfinite(tensor).all():
-            raise ArtifactError(
-                f"{name}: not finite in {describe_dtype(tensor.dtype)} once merged; use --dtype float32"
-            )
+            raise ArtifactError(f"{name}: not finite in {dtype_name(tensor.dtype)} once merged; use --dtype float32")
         return tensor
 
     return merged
-
-
-def describe_dtype(dtype: torch.dtype) -> str:
-    """Name a type as on the command line."""
-    return str(dtype).removeprefix("torch.")

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from lora_llava.artifact import file_sha256, library_versions
+from lora_llava.artifact import library_versions
 from lora_llava.data.images.fingerprint import picture_facts, same_pictures
 from lora_llava.data.load import fingerprint
 from lora_llava.data.stage import StageData
 from lora_llava.errors import TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.planning.memory_plan import MemoryPlan, StageShapes
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
@@ -22,8 +22,8 @@ from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory import output
 from lora_llava.system.device import world_size
-from lora_llava.system.files import shown_path
-from lora_llava.system.text import counted
+from lora_llava.system.files import file_sha256, shown_path
+from lora_llava.system.text import counted, dtype_name
 from lora_llava.training.stage import Stage
 
 Resume = Literal["no", "exact", "anyway"]
@@ -65,7 +65,7 @@ def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPl
         f"{key}.optim": plan.optim,
         "quantization.keep_dequantized": plan.keep_dequantized,
         "attn_implementation": machine.attention,
-        "precision": str(shapes.dtype).removeprefix("torch."),
+        "precision": dtype_name(shapes.dtype),
         "device": machine.device,
         "processes": world_size(),
         **{f"version of {name}": version for name, version in library_versions().items()},

@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import file_sha256
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory.claim import move_into
-from lora_llava.system.files import clear_stale, shown_path, staged
+from lora_llava.system.files import clear_stale, file_sha256, shown_path, staged
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1

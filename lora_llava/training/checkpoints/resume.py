@@ -7,18 +7,18 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_llava.artifact import Manifest, file_sha256, read_manifest
+from lora_llava.artifact import Manifest, read_manifest
 from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint, load_split
 from lora_llava.errors import ArtifactError, DataError, TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.planning.memory import Recompute
 from lora_llava.planning.memory_plan import MemoryPlan
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.written import current
-from lora_llava.system.files import shown_path
+from lora_llava.system.files import file_sha256, shown_path
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints.differences import (
     IMAGES,

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import MANIFEST, file_sha256, save_artifact, write_artifact
+from lora_llava.artifact import MANIFEST, save_artifact, write_artifact
 from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint
 from lora_llava.data.stage import StageData
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.file import dump_resolved
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import writing_named
+from lora_llava.system.files import file_sha256
 from lora_llava.training.stage import Stage
 
 

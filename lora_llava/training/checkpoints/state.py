@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
-from lora_llava.formats.peft_adapter import WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 
 OPTIMIZER, OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
 SCHEDULER = "scheduler.json"

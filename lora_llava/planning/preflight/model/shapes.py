@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_llava.formats.names import EMBEDDINGS, HEAD, PROJECTOR_PREFIX
+from lora_llava.formats.names import EMBEDDINGS, HEAD, LAYERS_PREFIX, PROJECTOR_PREFIX
 
 TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
@@ -137,7 +137,7 @@ def text_tensors(text: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield HEAD, (vocabulary, width)
     yield "language_model.model.norm.weight", (width,)
     for number in range(int(text["num_hidden_layers"])):
-        layer = f"language_model.model.layers.{number}."
+        layer = f"{LAYERS_PREFIX}{number}."
         yield f"{layer}input_layernorm.weight", (width,)
         yield f"{layer}post_attention_layernorm.weight", (width,)
         for name, shape in linear_layers(text).items():
