@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lora_llava.errors import ModelError
+from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
 
 INDEX = "model.safetensors.index.json"
@@ -106,6 +106,18 @@ def each_tensor(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             names = list(handle.keys())
         for name in names:
             yield name, read_tensor(file, name)
+
+
+def check_identical(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+    """Raise ArtifactError unless two tensors have the same dtype, shape and bytes."""
+    same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    # As bytes: NaN then equals itself, and -0 does not equal 0.
+    if not same or not torch.equal(_bytes(ours), _bytes(theirs)):
+        raise ArtifactError(f"{name} differs between the file and its source; please report it")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def write_weights(

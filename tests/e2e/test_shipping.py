@@ -251,5 +251,5 @@ def test_an_export_that_differs_leaves_nothing(
     monkeypatch.setattr(WeightFiles, "read", spoilt)
     result = run("export", merged, tmp_path / "out", "--format", layout)
     assert result.exit_code == 1
-    assert "written otherwise than it was read" in result.stderr
+    assert "differs between the file and its source" in result.stderr
     assert not list(tmp_path.iterdir())

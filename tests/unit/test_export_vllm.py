@@ -146,7 +146,7 @@ def test_the_base_can_be_chosen(tiny_base: Path, tmp_path: Path) -> None:
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(load_file(tmp_path / "out" / "base" / "model.safetensors")[name], untouched[name])
     plain = make_artifact(tiny_base, tmp_path / "plain")
-    with pytest.raises(ArtifactError, match="there is no dequantized one"):
+    with pytest.raises(ArtifactError, match="there is no dequantized base"):
         export(plain, tmp_path / "none", base="dequantized")
     assert not (tmp_path / "none").exists()
 

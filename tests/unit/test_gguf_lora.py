@@ -17,7 +17,7 @@ from lora_llava.shipping.export.gguf.file import deinterleave
 from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, make_artifact, save, train
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
-from tests.helpers.tiny import IMAGE_SIZE
+from tests.helpers.tiny import IMAGE_SIZE, tiny_config
 from tests.unit.test_export_gguf import IDS
 
 
@@ -75,7 +75,7 @@ def test_layers_with_scales_of_their_own(tiny_base: Path, tmp_path: Path, monkey
     export(artifact, tmp_path / "out")
     lora, adapter = GGUFContent(tmp_path / "out" / "lora.gguf"), Adapter(artifact)
     for name, keys in adapter.layers.items():
-        place = gguf_lora.gguf_name(name)
+        place = gguf_lora.gguf_name(name, tiny_config())
         a, b = lora.tensors[f"{place}.lora_a"], lora.tensors[f"{place}.lora_b"]
         if heads := {"attn_q": 4, "attn_k": 2}.get(place.split(".")[2], 0):
             b = torch.from_numpy(deinterleave(b.numpy(), heads).copy())

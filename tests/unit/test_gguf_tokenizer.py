@@ -186,7 +186,7 @@ def test_the_space_before_a_text(normalizer: Any, cutter: Any, prefix: bool | No
     if prefix is not None:
         assert has_space_prefix(backend) is prefix
         return
-    with pytest.raises(ModelError, match="treats spaces otherwise"):
+    with pytest.raises(ModelError, match="treats spaces differently"):
         has_space_prefix(backend)
 
 

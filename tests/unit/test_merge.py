@@ -285,5 +285,5 @@ def test_what_a_killed_merge_leaves_is_no_model(
 
 
 def test_dequantized_needs_nf4(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="trained on the base as it is"):
+    with pytest.raises(ArtifactError, match="trained on the unquantized base"):
         merge_artifact(artifact, tmp_path / "merged", base="dequantized")

@@ -1,6 +1,6 @@
-"""What was trained, in the layouts of others.
+"""Export an artifact or a model to the layouts of other tools.
 
-Each format is a function in FORMATS; what is heavy is imported when it is called.
+FORMATS lists one function for each layout; it imports torch and the rest when it is called.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FORMATS: dict[str, Exporter] = {
     "gguf-lora": _gguf_lora,
     "vllm": _vllm,
 }
-"""Every format by its name on the command line."""
+"""Exporters by the layout's name on the command line."""
 
 
 def export(source: Path | str, output: Path | str, layout: str, options: ExportOptions | None = None) -> ExportReport:

@@ -1,4 +1,4 @@
-"""The llava-hf layout: an artifact is merged, a model is written anew with canonical names."""
+"""Export to the llava-hf layout: an artifact is merged, a model is rewritten with canonical names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from lora_llava.artifact import is_artifact, read_usage
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
 from lora_llava.conversation.encode import Template
 from lora_llava.conversation.endings import write_generation_config
-from lora_llava.formats.llava_hf import WeightFiles, each_tensor, expected_shapes, write_weights
+from lora_llava.formats.llava_hf import WeightFiles, check_identical, each_tensor, expected_shapes, write_weights
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
-from lora_llava.shipping.export.verify import check_bits
 from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.system.files import staged
 
-_KEPT = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+_COPIED = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 _REPLACED = ("model.safetensors.index.json", "config.json")
 
 
@@ -35,17 +34,17 @@ def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportRepor
         written = write_weights(staging, ((name, files.read(name)) for name in names))
         copy_surroundings(source, staging, options)
         for name, tensor in each_tensor(staging):
-            check_bits(tensor, files.read(name), name)
+            check_identical(tensor, files.read(name), name)
         shutil.copyfile(source / "config.json", staging / "config.json")
-    return {"files": written, "summary": [f"{output}: {len(names)} tensors, each read back and the same"]}
+    return {"files": written, "summary": [f"{output}: {len(names)} tensors, each read back and equal"]}
 
 
 def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> None:
-    """Copy tokenizer, processor and settings of a model directory; its config.json is for the end.
+    """Copy tokenizer, processor and settings of a model directory, without config.json, which is written last.
 
-    The ends of an answer and the chat template are those it is asked with, also where its files name others.
+    End-of-answer tokens and chat template are those that the kit prompts with, even where the model's files differ.
     """
-    for pattern in _KEPT:
+    for pattern in _COPIED:
         for path in source.glob(pattern):
             if path.is_file() and path.name not in _REPLACED:
                 shutil.copyfile(path, staging / path.name)

@@ -1,36 +1,63 @@
-"""The layout of haotian-liu/LLaVA for a whole model; an artifact goes to `llava_adapter`."""
+"""Export to the layout of haotian-liu/LLaVA: a model as its checkpoint, an artifact as its LoRA or projector files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import LlavaConfig
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.artifact import Manifest, is_artifact, read_usage
+from lora_llava.conversation.encode import get_template
+from lora_llava.conversation.endings import write_generation_config
 from lora_llava.errors import ArtifactError
-from lora_llava.formats.llava_hf import WeightFiles, each_tensor, expected_shapes, write_json, write_weights
-from lora_llava.formats.llava_original import TOWER_DIRECTORY, is_linear, original_name, to_original_config
-from lora_llava.formats.names import EMBEDDINGS, PROJECTOR_PREFIX
+from lora_llava.formats.llava_hf import (
+    WeightFiles,
+    check_identical,
+    each_tensor,
+    expected_shapes,
+    write_json,
+    write_weights,
+)
+from lora_llava.formats.llava_original import (
+    MM_PROJECTOR,
+    NON_LORA,
+    TOWER_DIRECTORY,
+    from_original_name,
+    identity_layer,
+    is_linear,
+    original_name,
+    read_tensors,
+    to_original_config,
+)
+from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX, WEIGHTS
+from lora_llava.formats.peft_adapter import Adapter
+from lora_llava.formats.processor import clip_image_settings
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
-from lora_llava.shipping.export.llava_adapter import export_adapter, left_out
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
-from lora_llava.shipping.export.verify import check_bits
+from lora_llava.shipping.merge.run import read_source
 from lora_llava.system.files import staged
-from lora_llava.system.text import dtype_name
+from lora_llava.system.text import counted, dtype_name
 
-_TOWER = "vision_tower."
+_CLIP_L_336 = "openai/clip-vit-large-patch14-336"
+"""The vision tower of LLaVA-1.5, recognized by its shape."""
+_SECOND = "multi_modal_projector.linear_2."
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 def export_llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    """Write an artifact as the original's LoRA (or projector) directory, a model as the original's checkpoint.
+    """Write an artifact as the original's LoRA or projector files, a model as the original's checkpoint.
 
-    Everything that was written is read back and compared, bit by bit.
+    Every tensor is read back and compared bit by bit. Raises ArtifactError for what the original layout cannot hold.
     """
-    return (export_adapter if is_artifact(source) else _export_model)(source, output, options)
+    return (_export_adapter if is_artifact(source) else _export_model)(source, output, options)
 
 
 def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportReport:
@@ -39,54 +66,161 @@ def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportR
     files.check(config)
     names = sorted(expected_shapes(config))
     projector = (name for name in names if name.startswith(PROJECTOR_PREFIX))
-    skipped = left_out({name: files.read(name) for name in projector}) if is_linear(config) else set()
-    own = {name: original_name(name, linear=is_linear(config)) for name in names if name not in skipped}
-    main = [name for name in own if not name.startswith(_TOWER)]
+    skipped = _left_out({name: files.read(name) for name in projector}) if is_linear(config) else set()
+    original = {name: original_name(name, linear=is_linear(config)) for name in names if name not in skipped}
+    main = [name for name in original if not name.startswith(TOWER_PREFIX)]
     tower = options.vision_tower or TOWER_DIRECTORY
     with staged(output) as staging:
-        write_weights(staging, ((own[name], files.read(name)) for name in main))
-        _check_written(staging, {own[name]: name for name in main}, files)
+        write_weights(staging, ((original[name], files.read(name)) for name in main))
+        _check_written(staging, {original[name]: name for name in main}, files)
         if options.vision_tower is None:
             _write_tower(staging / TOWER_DIRECTORY, source, config, files)
         copy_surroundings(source, staging, options)
+        # The original code reads the tower's own preprocessor_config.json.
         for name in _PROCESSORS:
             (staging / name).unlink(missing_ok=True)
         aspect_ratio = read_usage(source, options.template).image_aspect_ratio
         write_json(staging / "config.json", to_original_config(config, files.dtype(EMBEDDINGS), tower, aspect_ratio))
-    where = "in its directory vision_tower" if options.vision_tower is None else f"{tower}, by name: not compared"
+    where = (
+        "in its directory vision_tower"
+        if options.vision_tower is None
+        else f"{tower}, by name (not compared with the model's)"
+    )
     lines = [
-        f"{output}: {len(own)} tensors in the original layout, each read back and the same",
+        f"{output}: {len(original)} tensors in the original layout, each read back and equal",
         f"vision tower: {where}",
-        f"vocabulary: {config.text_config.vocab_size} rows, those of <image> and of padding included",
+        f"vocabulary: {config.text_config.vocab_size} rows, including <image> and padding",
     ]
     if options.vision_tower is None:
-        lines.append("the original code looks for the tower from the current directory: start it inside this one")
+        lines.append("the original code looks for the tower in the current directory: run it from this one")
     return {"summary": lines}
 
 
-def _check_written(directory: Path, own: dict[str, str], files: WeightFiles) -> None:
-    """Raise ArtifactError unless the files of `directory` hold just the tensors of `files` that `own` names."""
-    left = dict(own)
+def _check_written(directory: Path, sources: dict[str, str], files: WeightFiles) -> None:
+    """Raise ArtifactError unless the files of `directory` hold the tensors of `files`; `sources`: their names there."""
+    remaining = dict(sources)
     for name, tensor in each_tensor(directory):
-        check_bits(tensor, files.read(left.pop(name)), name)
-    if left:
-        raise ArtifactError(f"{directory}: {', '.join(sorted(left)[:3])} was not written; please report it")
+        check_identical(tensor, files.read(remaining.pop(name)), name)
+    if remaining:
+        raise ArtifactError(f"{directory}: {', '.join(sorted(remaining)[:3])} was not written; please report it")
 
 
 def _write_tower(directory: Path, source: Path, config: LlavaConfig, files: WeightFiles) -> None:
-    """Write the vision tower as CLIP is published, for `CLIPVisionModel.from_pretrained`."""
+    """Write the vision tower for `CLIPVisionModel.from_pretrained`, as CLIP is published."""
     directory.mkdir()
-    own = {name.removeprefix(_TOWER): name for name in expected_shapes(config) if name.startswith(_TOWER)}
-    write_weights(directory, ((short, files.read(own[short])) for short in sorted(own)))
-    _check_written(directory, own, files)
-    size = int(config.vision_config.image_size)
+    sources = {
+        name.removeprefix(TOWER_PREFIX): name for name in expected_shapes(config) if name.startswith(TOWER_PREFIX)
+    }
+    write_weights(directory, ((name, files.read(sources[name])) for name in sorted(sources)))
+    _check_written(directory, sources, files)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=pixels["image_mean"],
-        image_std=pixels["image_std"],
-    ).save_pretrained(directory)
-    dtype = dtype_name(files.dtype(f"{_TOWER}vision_model.embeddings.class_embedding"))
+    settings = clip_image_settings(int(config.vision_config.image_size), pixels)
+    CLIPImageProcessorPil(**settings).save_pretrained(directory)
+    dtype = dtype_name(files.dtype(f"{TOWER_PREFIX}vision_model.embeddings.class_embedding"))
     vision = {**config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"], "dtype": dtype}
     write_json(directory / "config.json", vision)
+
+
+def _left_out(projector: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names that a one-layer projector leaves out; ArtifactError unless they hold the identity."""
+    second = {name: tensor for name, tensor in projector.items() if name.startswith(_SECOND)}
+    weight = second[f"{_SECOND}weight"]
+    identity = identity_layer(weight.shape[0], weight.dtype, bias=len(second) > 1)
+    if any(not torch.equal(second[name], identity[name]) for name in second):
+        raise ArtifactError(
+            "the projector's second layer is not the identity, and the original's linear one has no second"
+        )
+    return set(second)
+
+
+def _tower_name(config: LlavaConfig) -> str:
+    vision = config.vision_config
+    if (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers) == (336, 14, 1024, 24):
+        return _CLIP_L_336
+    raise ArtifactError(
+        "the original layout names its vision tower, and this base's is not CLIP ViT-L/14-336; give --vision-tower NAME"
+    )
+
+
+def _lora_parts(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Yield each LoRA tensor's name in the original layout, and its name in the artifact's file."""
+    for name, keys in adapter.layers.items():
+        module = original_name(name, linear=False).removesuffix(".weight")
+        for key in (keys.a, keys.b, keys.magnitude):
+            if key is not None:
+                yield f"{PEFT_PREFIX}{module}.lora_{key.rpartition('.lora_')[2]}", key
+
+
+def _export_adapter(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+    """Write an artifact as the original's LoRA directory, or as `mm_projector.bin` if it holds no LoRA."""
+    opened = read_source(source, options.base_model)
+    manifest, adapter, config = opened.manifest, opened.adapter, opened.config
+    other = [name for name in adapter.layers if not name.startswith(LAYERS_PREFIX)]
+    other += [name for name in adapter.replaced if not name.startswith(PROJECTOR_PREFIX)]
+    if other:
+        raise ArtifactError(
+            f"{source}: changes {', '.join(sorted(other)[:3])}; in the original layout only the language model's "
+            "layers have LoRA and only the projector is replaced. Merge it, and export the merged model."
+        )
+    projector = {name: adapter.stored(key) for name, key in adapter.replaced.items()}
+    if is_linear(config):
+        for name in _left_out(projector):
+            del projector[name]
+    named = {original_name(name, linear=is_linear(config)): tensor for name, tensor in projector.items()}
+    tower = options.vision_tower or _tower_name(config)
+    with staged(output) as staging:
+        if adapter.layers:
+            _write_lora(staging, adapter, manifest)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            write_generation_config(staging, opened.base, get_template(**manifest.template), tokenizer)
+            torch.save({f"{PEFT_PREFIX}{name}": tensor for name, tensor in named.items()}, staging / NON_LORA)
+        else:
+            torch.save(named, staging / MM_PROJECTOR)
+        _check_adapter(staging, adapter, projector)
+        ratio = manifest.images["image_aspect_ratio"]
+        write_json(staging / "config.json", to_original_config(config, torch.float16, tower, ratio))
+    what = f"LoRA on {counted(len(adapter.layers), 'layer')} and the projector" if adapter.layers else "the projector"
+    lines = [f"{output}: {what} in the original layout, read back and equal"]
+    if adapter.layers:
+        lines.append("the original code loads a directory as LoRA only if its name contains both 'llava' and 'lora'")
+    return {"summary": lines}
+
+
+def _write_lora(staging: Path, adapter: Adapter, manifest: Manifest) -> None:
+    """Write LoRA as PEFT does for the original code's language model."""
+    state = {name: adapter.stored(key) for name, key in _lora_parts(adapter)}
+    save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
+    config = adapter.config
+    modules = {name.rsplit(".", 2)[-2] for name in adapter.layers}
+    LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        rank_pattern=_renamed(config.rank_pattern),
+        alpha_pattern=_renamed(config.alpha_pattern),
+        # The original's vision tower has layers of the same names.
+        target_modules=rf"model\.layers\..*\.({'|'.join(sorted(modules))})",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=manifest.base["name"],
+        inference_mode=True,
+    ).save_pretrained(staging)
+
+
+def _renamed(pattern: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("model.language_model.", "model."): value for name, value in pattern.items()}
+
+
+def _check_adapter(staging: Path, adapter: Adapter, projector: Mapping[str, torch.Tensor]) -> None:
+    """Read the files back and compare each tensor with the artifact's."""
+    path = staging / (NON_LORA if adapter.layers else MM_PROJECTOR)
+    written = {from_original_name(name): tensor for name, tensor in read_tensors(path).items()}
+    lora = read_tensors(staging / WEIGHTS) if adapter.layers else {}
+    keys = dict(_lora_parts(adapter))
+    if written.keys() != projector.keys() or lora.keys() != keys.keys():
+        raise ArtifactError(f"{staging}: its tensors are not those of the artifact; please report it")
+    for name, tensor in projector.items():
+        check_identical(written[name], tensor, name)
+    for name, key in keys.items():
+        check_identical(lora[name], adapter.stored(key), name)

@@ -1,4 +1,4 @@
-"""What an export may be told; every format reads the fields it knows."""
+"""Options of an export, and its report."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ ExportReport = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """Choices of the command line."""
+    """Options of the command line; each layout reads those that apply to it."""
 
     base_model: str | None = None
     """Directory or hub id of the base, if it is not where the artifact says."""
     base: Literal["dequantized", "original"] | None = None
-    """Which base to write or fold into, as in `merge`; None: the one the adapter was trained on."""
+    """Which base to write or merge into, as in `merge`; None: the one the adapter was trained on."""
     template: str | None = None
-    """Name of the template that a model is asked in, where nothing beside it says so."""
+    """Name of the template to prompt a model with, if its files do not say."""
     vision_tower: str | None = None
-    """`llava`: name of the vision tower in its place; None: the tower goes with the model."""
+    """`llava`: name of the vision tower to refer to; None: the tower is written with the model."""
     outtype: str | None = None
     """`gguf`, `gguf-lora`: how weights are stored; None: the format's own default."""
 
 
 Exporter = Callable[[Path, Path, ExportOptions], ExportReport]
-"""Turns `source` (an artifact, or a model in the llava-hf layout) into a new directory `output`."""
+"""Writes `source` (an artifact, or a model in the llava-hf layout) to a new directory `output`."""
 
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` may be (vllm/config/lora.py); an adapter's rank is at most that."""
+"""Values that vLLM's `--max-lora-rank` accepts (vllm/config/lora.py)."""
 
 
 def max_lora_rank(rank: int) -> int:
-    """Return the smallest value of vLLM's option that takes adapters of this rank; ValueError if there is none."""
+    """Return the smallest accepted value that is at least `rank`; ValueError if there is none."""
     return min(largest for largest in VLLM_RANKS if largest >= rank)

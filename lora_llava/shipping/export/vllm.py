@@ -1,14 +1,14 @@
-"""What vLLM serves: a base with the tuned projector in it, and beside it an adapter of LoRA alone.
+"""Export for vLLM: a base with the tuned projector merged in, and an adapter that holds only LoRA.
 
-vLLM refuses adapters that carry a projector, or are DoRA (vllm/lora/peft_helper.py), and reads one rank and one scale
-for all layers. So what is not LoRA on the language model's blocks goes into the base.
+vLLM refuses adapters with a projector and DoRA (vllm/lora/peft_helper.py), and reads one rank and one scale for all
+layers. So everything except LoRA on the decoder layers is merged into the base.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,16 @@ from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
 from lora_llava.formats.names import ADAPTER_CONFIG, EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.shipping.export.options import VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
-from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
+from lora_llava.shipping.merge.probe import (
+    Difference,
+    adapted_model,
+    ask,
+    difference,
+    logits_of,
+    probe_line,
+    probe_report,
+)
 from lora_llava.shipping.merge.run import (
-    TOLERANCE,
     Source,
     choose_base,
     open_source,
@@ -42,24 +49,24 @@ BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The one rank and scale that vLLM knows for all layers."""
+    """The single rank and scale that vLLM reads for all layers."""
 
     r: int
     lora_alpha: float
     use_rslora: bool
-    in_weights: bool
-    """Whether the layers' own scales, which differ, are in their B."""
+    scaled_b: bool
+    """Whether each layer's B is multiplied by its scale, because the scales differ."""
 
 
 def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     """Write `source`, an artifact with LoRA, as OUTPUT/base and OUTPUT/adapter.
 
-    Both are read back and asked the same questions as the artifact on its base. Raises ArtifactError for a model,
-    for forms that vLLM refuses, and if the answers differ by more than rounding.
+    Both are read back and compared with the artifact on its base. Raises ArtifactError for a whole model, for forms
+    that vLLM refuses, and if rounding does not explain the difference.
     """
     if not is_artifact(source):
         raise ArtifactError(
-            f"{source} is a whole model; vLLM serves it as it is: vllm serve {source}. This format takes an artifact."
+            f"{source} is a whole model; vLLM serves it directly: vllm serve {source}. This format takes an artifact."
         )
     served = _served_layers(Adapter(source), source)
     with staged(output) as staging:
@@ -78,13 +85,13 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
             "versions": library_versions(),
         }
         write_json(staging / REPORT, report)
-        # Last: without it, nothing takes what an interruption leaves for a model.
+        # Last: without config.json, no reader takes the leftovers of an interruption for a model.
         write_config(staging / BASE, opened.base, written.dtype(EMBEDDINGS))
     return {**report, "summary": _summary(report, output, form, len(served))}
 
 
 def _served_layers(adapter: Adapter, source: Path) -> list[str]:
-    """Name the weights whose LoRA vLLM serves; ArtifactError if there are none or it refuses their form."""
+    """Return the weights whose LoRA vLLM serves; ArtifactError if there are none or vLLM refuses their form."""
     if adapter.config.use_dora:
         raise ArtifactError(
             f"{source}: DoRA, which vLLM does not serve as an adapter. Merge it (lora-llava merge), and vLLM serves "
@@ -102,10 +109,10 @@ def _served_layers(adapter: Adapter, source: Path) -> list[str]:
 def _form(adapter: Adapter, served: list[str]) -> Form:
     config = adapter.config
     if not (config.rank_pattern or config.alpha_pattern):
-        form = Form(config.r, config.lora_alpha, bool(config.use_rslora), in_weights=False)
+        form = Form(config.r, config.lora_alpha, bool(config.use_rslora), scaled_b=False)
     else:
         rank = max(adapter.stored(adapter.layers[name].a).shape[0] for name in served)
-        form = Form(rank, rank, use_rslora=False, in_weights=True)
+        form = Form(rank, rank, use_rslora=False, scaled_b=True)
     if form.r > VLLM_RANKS[-1]:
         raise ArtifactError(
             f"{adapter.path}: LoRA of rank {form.r}; vLLM serves ranks up to {VLLM_RANKS[-1]}. Merge it (lora-llava "
@@ -115,25 +122,25 @@ def _form(adapter: Adapter, served: list[str]) -> Form:
 
 
 def _write_base(directory: Path, source: Source, kind: BaseKind, served: list[str]) -> None:
-    """Write the base with everything of the adapter in it but what is served; its config.json is for the end."""
+    """Merge everything but the served layers into the base, and write it without config.json, which comes last."""
     directory.mkdir()
-    baked = set(source.adapter) - set(served)
+    merged = set(source.adapter) - set(served)
     read = merged_reader(
-        source.files, base_reader(source.files, source.manifest, kind), source.adapter, None, only=baked
+        source.files, base_reader(source.files, source.manifest, kind), source.adapter, None, only=merged
     )
     write_weights(directory, ((name, read(name)) for name in sorted(expected_shapes(source.config))))
     save_surroundings(directory, source)
 
 
 def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: Form) -> None:
-    """Write LoRA alone, as PEFT does."""
+    """Write an adapter of LoRA only, as PEFT does."""
     directory.mkdir()
     save_file(dict(_tensors(adapter, served, form)), directory / WEIGHTS, metadata={"format": "pt"})
     LoraConfig(
         r=form.r,
         lora_alpha=form.lora_alpha,
         use_rslora=form.use_rslora,
-        # In full: the vision tower has layers of the same last names.
+        # Full names: the vision tower has modules with the same last names.
         target_modules=[memory_name(name).removesuffix(".weight") for name in served],
         task_type="CAUSAL_LM",
         base_model_name_or_path=f"../{BASE}",
@@ -141,16 +148,16 @@ def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: F
     ).save_pretrained(directory)
     path = directory / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    # A set of PEFT's, in another order in every process.
+    # PEFT keeps a set, whose order differs from process to process.
     write_json(path, {**config, "target_modules": sorted(config["target_modules"])})
 
 
 def _tensors(adapter: Adapter, served: list[str], form: Form) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the LoRA of each layer under PEFT's names, with one rank and one scale for all."""
+    """Yield A (rank, inputs) and B (outputs, rank) of each layer by PEFT's names, all with one rank and scale."""
     for name in served:
         keys = adapter.layers[name]
         a, b = (adapter.read(key).to(adapter.stored(key).dtype) for key in (keys.a, keys.b))
-        if form.in_weights:
+        if form.scaled_b:
             missing = form.r - a.shape[0]
             a, b = pad(a, (0, 0, 0, missing)), pad((b.float() * keys.scaling).to(b.dtype), (0, missing))
         module = PEFT_PREFIX + memory_name(name).removesuffix(".weight")
@@ -159,7 +166,7 @@ def _tensors(adapter: Adapter, served: list[str], form: Form) -> Iterator[tuple[
 
 
 def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path) -> dict[str, Any]:
-    """Ask the written pair and the artifact on its base the same; ArtifactError if they differ beyond rounding."""
+    """Compare the written pair with the artifact on its base; ArtifactError if they differ by more than rounding."""
     written.check(source.config)
     config, manifest = source.config, source.manifest
     model = adapted_model(written.read, config, Adapter(staging / ADAPTER))
@@ -167,37 +174,29 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
     ours = logits_of(model, asked)
     del model
 
-    def apart(on: BaseKind) -> Difference:
+    def distance(on: BaseKind) -> Difference:
         artifact = adapted_model(base_reader(source.files, manifest, on), config, source.adapter)
         return difference(ours, logits_of(artifact, asked), asked)
 
-    found = apart(kind)
-    tolerance = max(TOLERANCE[written.dtype(name)] for name in written)
-    # Written so that NaN fails too.
-    if not found.relative <= tolerance:
+    try:
+        result = probe_report(distance(kind), asked, kind, map(written.dtype, written))
+    except ArtifactError as error:
         raise ArtifactError(
-            f"what was written for vLLM is not the artifact: logits differ by {found}; at most {tolerance:g} relative "
-            "is rounding. Nothing was written; please report it."
-        )
-    result: dict[str, Any] = {
-        "probe": {"questions": len(asked.prompts), "against": f"{kind} base + adapter", **found.plain()},
-        "tolerance": tolerance,
-    }
+            f"the files written for vLLM are not the artifact: {error}. Nothing was written; please report it."
+        ) from None
     if source.nf4 and kind == "original":
-        result["distance_from_trained"] = apart("dequantized").plain()
+        result["distance_from_trained"] = asdict(distance("dequantized"))
     return result
 
 
 def _summary(report: ExportReport, output: Path, form: Form, layers: int) -> list[str]:
-    probe = {key: report["probe"][key] for key in ("max_abs", "relative", "answers_equal", "answers")}
     lines = [
         f"{output / BASE}: the {report['base']} base with the tuned projector, {report['dtype']} ({report['reason']})",
         f"{output / ADAPTER}: LoRA of rank {form.r} on {counted(layers, 'layer')}",
-        f"against the artifact, logits of {counted(report['probe']['questions'], 'question')}: {Difference(**probe)} "
-        f"(at most {report['tolerance']:g} relative is taken for rounding)",
+        probe_line(report, "the artifact"),
     ]
     if trained := report.get("distance_from_trained"):
-        lines.append(f"from what was trained: {Difference(**trained)}")
+        lines.append(f"against the trained model: {Difference(**trained)}")
     lines.append(
         f"vllm serve {output / BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
         f"--lora-modules tuned={output / ADAPTER}"

@@ -1,1 +1,1 @@
-"""Adapter and base become one model, tensor by tensor, and the result is asked the same questions as the two."""
+"""Merge an adapter into its base, tensor by tensor, and compare the result with base + adapter."""

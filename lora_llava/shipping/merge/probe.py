@@ -1,9 +1,9 @@
-"""The same questions to two models: how far their logits are apart, and whether they answer the same."""
+"""Ask two models the same questions: compare their logits and their greedy answers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,45 @@ from transformers import AutoTokenizer, LlavaConfig
 
 from lora_llava.artifact import Manifest
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, encode_prompt, get_template
+from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name, split_lora, unwrap_peft
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.generation.answers import end_token_ids
 from lora_llava.generation.decoding import Prompt, greedy_decode
 from lora_llava.modeling.base import BaseIdentity, LoadedModel
 from lora_llava.modeling.streamed import empty_llava, stream_weights
-from lora_llava.shipping.merge.stream import Read
+from lora_llava.shipping.merge.stream import BaseKind, Read
+from lora_llava.system.text import counted
 
 ANSWER_TOKENS = 8
-"""Longest probe answer; each token is a pass over all weights."""
+"""Maximum tokens of a probe answer; each one is a forward pass over all weights."""
 _IMAGE_QUESTIONS = ("What is in the image?", "Is it red? Answer yes or no.")
-"""Each about an image of its own."""
+"""Each is asked about a different image."""
 _TEXT_QUESTIONS = ("What is the capital of France?", "Name a colour.")
-# Four rows: in fp32, keys and values of a 7B model take 1 MB a token, and an image has 576.
+# Four rows only: in fp32, keys and values of a 7B model take 1 MB a token, and an image has 576 tokens.
 _POSITIONS = 16
-"""Positions at the end of each sequence, the answer's included, whose logits are compared."""
+"""Positions at the end of each sequence, the answer included, whose logits are compared."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative difference of logits that rounding explains, by the dtype that the merged weights are written in.
+
+A wrong base, a lost projector or a wrong scale give 0.1 and more.
+"""
+
+
+ProbeReport = dict[str, Any]
+"""`probe` (the figures) and `tolerance`, as in a report on disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far a model is from the one it should be."""
+    """How far a model is from its reference."""
 
     max_abs: float
-    """Largest difference of a logit."""
+    """Largest absolute difference of a logit."""
     relative: float
-    """Length of the differences over the length of the logits (L2, all compared positions together)."""
+    """L2 norm of the differences over that of the reference's logits, over all compared positions."""
     answers_equal: int
     answers: int
-
-    def plain(self) -> dict[str, Any]:
-        """The figures as JSON has them."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (
@@ -57,21 +64,21 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Probe questions with one model's greedy answers."""
+    """Probe questions with the greedy answers of one model, as token ids."""
 
     prompts: list[Prompt]
     answers: list[list[int]]
 
 
 def merged_model(read: Read, config: LlavaConfig) -> Any:
-    """Build a plain model over `read`, computing in fp32."""
+    """Build a model that streams its weights from `read` and computes in fp32."""
     model = empty_llava(config)
     stream_weights(model, lambda name, _: read(_stored(canonical_name(name), config)))
     return model
 
 
 def adapted_model(read: Read, config: LlavaConfig, adapter: Adapter) -> Any:
-    """Build PEFT's own model of base and adapter over `read`, computing in fp32."""
+    """Build PEFT's model of a base, streamed from `read`, with an adapter; it computes in fp32."""
     form = copy.deepcopy(adapter.config)
     form.base_model_name_or_path = None
     model = get_peft_model(empty_llava(config), form, low_cpu_mem_usage=True).eval()
@@ -98,30 +105,30 @@ def _stored(name: str, config: LlavaConfig) -> str:
 
 
 def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_directory: Path) -> Sequences:
-    """Put the probe questions in the template of the artifact's training, and let `model` answer greedily."""
+    """Let `model` answer the probe questions greedily, in the template of training."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     template = get_template(**manifest.template)
     loaded = LoadedModel(model, tokenizer, tokenizer_directory, BaseIdentity("", None, ""), (), (), config)
     texts = () if template.caption_only else _TEXT_QUESTIONS
     prompts = []
-    for place, text in [*enumerate(_IMAGE_QUESTIONS), *((None, one) for one in texts)]:
-        words = text if place is None else f"{IMAGE_PLACEHOLDER}\n{text}"
+    for image, text in [*enumerate(_IMAGE_QUESTIONS), *((None, text) for text in texts)]:
+        content = text if image is None else f"{IMAGE_PLACEHOLDER}\n{text}"
         encoded = encode_prompt(
-            [Turn("user", words)],
+            [Turn("user", content)],
             template,
             tokenizer,
             image_token_id=loaded.image_token_id,
             num_image_tokens=loaded.num_image_tokens,
             where="probe",
         )
-        pixels = None if place is None else _picture(place, loaded.image_size)
-        # Nothing is shared on purpose: one batch, so that each token of the answers is one pass over the weights.
-        prompts.append(Prompt(encoded.input_ids, 0, pixels, place))
+        pixels = None if image is None else _noise_image(image, loaded.image_size)
+        # No shared prefixes, on purpose: in one batch each answer token is a single pass over the streamed weights.
+        prompts.append(Prompt(encoded.input_ids, 0, pixels, image))
     ends = end_token_ids(loaded, template)
     answers = greedy_decode(
         model,
         prompts,
-        # An image token in an answer, which a poorly trained model may give, would ask for an image.
+        # A poorly trained model may answer with an image token, which would then need pixels.
         eos_token_ids=ends | {loaded.image_token_id},
         pad_token_id=min(ends, default=0),
         max_new_tokens=ANSWER_TOKENS,
@@ -129,19 +136,20 @@ def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_dir
     return Sequences(prompts, answers)
 
 
-def _picture(number: int, size: int) -> torch.Tensor:
-    """Make coloured clouds, (3, size, size), of unit spread as normalised pixels are."""
-    coarse = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+def _noise_image(seed: int, size: int) -> torch.Tensor:
+    """Return smooth color noise (3, size, size) of about unit variance, like normalized pixels."""
+    coarse = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)[0]
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, asked: Sequences) -> list[torch.Tensor]:
-    """Return for each sequence the logits at its last positions, each (at most `_POSITIONS`, vocabulary).
+    """Return the logits at the last positions of each sequence, (at most `_POSITIONS`, vocabulary).
 
-    The answers are given, so that the models are compared on the same text.
+    The answers are part of the input (teacher forcing), so that models are compared on the same text.
     """
     rows = [[*prompt.input_ids, *answer[:-1]] for prompt, answer in zip(asked.prompts, asked.answers, strict=True)]
+    # Left padding: the last positions of all rows are then the last columns, which are all that lm_head computes.
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -157,20 +165,44 @@ def logits_of(model: nn.Module, asked: Sequences) -> list[torch.Tensor]:
     return [logits[-min(len(row), _POSITIONS) :] for row, logits in zip(rows, output.logits, strict=True)]
 
 
-def difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], asked: Sequences) -> Difference:
-    """Compare a model's logits with those of the model it should be.
+def difference(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], asked: Sequences) -> Difference:
+    """Compare the logits of a model with those of its reference, each as `logits_of` returns them.
 
-    Greedy answers are the same if, along the asked model's answer, the other's first choice is always its next token.
+    A greedy answer is the same if the reference's most likely token at each of its positions is the answer's next one.
     """
-    mine, others = torch.cat(list(ours)), torch.cat(list(theirs))
-    apart = (mine - others).double()
-    same = sum(
-        logits[-len(answer) :].argmax(-1).tolist() == answer
-        for logits, answer in zip(theirs, asked.answers, strict=True)
+    ours, theirs = torch.cat(list(logits)), torch.cat(list(reference))
+    error = (ours - theirs).double()
+    answers_equal = sum(
+        rows[-len(answer) :].argmax(-1).tolist() == answer
+        for rows, answer in zip(reference, asked.answers, strict=True)
     )
     return Difference(
-        max_abs=float(apart.abs().max()),
-        relative=float(apart.norm() / others.double().norm()),
-        answers_equal=same,
+        max_abs=float(error.abs().max()),
+        relative=float(error.norm() / theirs.double().norm()),
+        answers_equal=answers_equal,
         answers=len(asked.answers),
+    )
+
+
+def probe_report(distance: Difference, asked: Sequences, kind: BaseKind, dtypes: Iterable[torch.dtype]) -> ProbeReport:
+    """Return what a report says of the comparison with the artifact on its `kind` base.
+
+    `dtypes`: those of the written weights; the least precise sets the tolerance. Raises ArtifactError if rounding does
+    not explain the distance.
+    """
+    tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
+    # Written so that NaN fails too.
+    if not distance.relative <= tolerance:
+        raise ArtifactError(f"logits differ by {distance}; rounding explains at most {tolerance:g} relative")
+    probe = {"questions": len(asked.prompts), "against": f"{kind} base + adapter", **asdict(distance)}
+    return {"probe": probe, "tolerance": tolerance}
+
+
+def probe_line(report: Mapping[str, Any], reference: str) -> str:
+    """Return the line that a command shows of a probe report."""
+    probe = report["probe"]
+    distance = Difference(**{key: probe[key] for key in ("max_abs", "relative", "answers_equal", "answers")})
+    return (
+        f"against {reference}, logits of {counted(probe['questions'], 'question')}: {distance} "
+        f"(rounding explains at most {report['tolerance']:g} relative)"
     )

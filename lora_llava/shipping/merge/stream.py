@@ -1,4 +1,4 @@
-"""The base as the adapter saw it in training, and the merged weights, one tensor at a time."""
+"""Read the base as it was in training, and the merged weights, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.system.text import dtype_name
 
 BaseKind = Literal["dequantized", "original"]
-"""`dequantized`: the language model through NF4 and back, as the adapter saw it in training; `original`: as stored."""
+"""`dequantized`: the language model quantized to NF4 and dequantized, as in training; `original`: as stored."""
 
 Read = Callable[[str], torch.Tensor]
-"""Gives the tensor of a canonical name."""
+"""Reads the tensor of a canonical name."""
 
 
 def training_dtype(manifest: Manifest) -> torch.dtype:
-    """Return the precision in which the base was held in training."""
+    """Return the dtype that the base had in training."""
     name = manifest.quantization.get("compute_dtype")
     if name is None:
-        # Artifacts from before it was written down: fp32 on a CPU, bf16 elsewhere, as `pick_dtype` has it.
+        # Old artifacts do not record it: fp32 on a CPU, bf16 elsewhere, as `pick_dtype` chooses.
         name = "float32" if str(manifest.versions.get("torch", "")).endswith("+cpu") else "bfloat16"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def is_quantized_in_training(name: str) -> bool:
-    """Tell whether NF4 applies to a weight: the linear layers inside the language model's blocks."""
+    """Tell whether NF4 training quantizes a weight: those of the linear layers in the decoder layers."""
     return name.startswith(LAYERS_PREFIX) and name.endswith("_proj.weight")
 
 
 def through_nf4(weight: torch.Tensor, *, dtype: torch.dtype, double_quant: bool) -> torch.Tensor:
-    """Quantise a weight as `load_base` does and return what its layer then computes with.
+    """Quantize a weight to NF4 as `load_base` does, and return the values that its layer computes with.
 
-    Contract: `dtype` is the precision of the weights when they were quantised and of the computation; the block
-    size and the type of bitsandbytes are those of `quantization_config`.
+    Contract: `dtype` is that of the weights before quantization and of the computation; block size and quantization
+    type are those of `quantization_config`.
     """
     packed, state = quantize_4bit(weight.to(dtype).contiguous(), compress_statistics=double_quant, quant_type="nf4")
     values: torch.Tensor = dequantize_4bit(packed, state)
@@ -49,7 +49,7 @@ def through_nf4(weight: torch.Tensor, *, dtype: torch.dtype, double_quant: bool)
 
 
 def base_reader(files: WeightFiles, manifest: Manifest, kind: BaseKind) -> Read:
-    """Return a function that reads the base's weights: `dequantized` as they were in training, `original` as stored."""
+    """Return a reader of the base's weights: `dequantized` as in training, `original` as stored."""
     if kind == "original":
         return files.read
     dtype = training_dtype(manifest)
@@ -59,7 +59,7 @@ def base_reader(files: WeightFiles, manifest: Manifest, kind: BaseKind) -> Read:
         tensor = files.read(name)
         if is_quantized_in_training(name):
             return through_nf4(tensor, dtype=dtype, double_quant=double_quant)
-        # Everything but the projector, which is replaced, was held in this precision too.
+        # The other weights had this dtype in training too. The projector had fp32, but the adapter replaces it.
         return tensor.to(dtype)
 
     return read
@@ -73,10 +73,10 @@ def merged_reader(
     *,
     only: Collection[str] | None = None,
 ) -> Read:
-    """Return a function that gives the merged weights, in `dtype` (None: that of the base's file).
+    """Return a reader of the merged weights, in `dtype` (None: that of the base's file).
 
-    `only` names the weights to fold (None: all that the adapter changes). It raises ArtifactError for a folded
-    weight that is not finite in this precision.
+    `only`: names of the weights to merge; None: all that the adapter changes. The reader raises ArtifactError for a
+    merged weight that is not finite in this dtype.
     """
     changed = set(adapter if only is None else only)
 

@@ -1,4 +1,4 @@
-"""Text model and mmproj for llama.cpp and Ollama, with a Modelfile."""
+"""Export to GGUF: text model and mmproj for llama.cpp and Ollama, with a Modelfile."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _MERGED = "merged"
 
 
 def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    """Write `source` as `text.gguf`, `mmproj.gguf` and a Modelfile; an artifact is merged first, and that removed.
+    """Write `source` as `text.gguf`, `mmproj.gguf` and a Modelfile; an artifact is merged to a temporary model first.
 
-    Holds one tensor at a time. Each file is read back: metadata, names and shapes the same, values within the rounding
-    of their type. Raises ModelError for what llama.cpp does not compute as transformers does.
+    Holds one tensor in memory. Each file is read back: metadata, names and shapes must be equal, values within the
+    rounding of their type. Raises ModelError for what llama.cpp does not compute as transformers does.
     """
     outtype = out_type(options, "f16")
     with staged(output) as staging:
@@ -49,15 +49,15 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
 
 
 def out_type(options: ExportOptions, default: OutType) -> OutType:
-    """Return how weights are to be stored. Raises RecipeError for a name that is none."""
+    """Return the type to store weights in. Raises RecipeError for an unknown name."""
     for known in get_args(OutType):
         if known == (options.outtype or default):
             return cast("OutType", known)
-    raise RecipeError(f"outtype {options.outtype!r} is none of {', '.join(get_args(OutType))}")
+    raise RecipeError(f"outtype {options.outtype!r} is unknown; one of {', '.join(get_args(OutType))}")
 
 
 def _write(model: Path, staging: Path, name: str, outtype: OutType, template: AnyTemplate) -> list[str]:
-    """Write the files of a model directory into `staging`; returns the lines to show."""
+    """Write the files of a model directory into `staging`; return the lines to show."""
     config = read_config(model)
     check_vision(config)
     files = WeightFiles(model)
@@ -71,17 +71,17 @@ def _write(model: Path, staging: Path, name: str, outtype: OutType, template: An
     write_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
     check_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
     count = write_mmproj(staging / FILE, config, files.read, model, name, outtype)
-    untold = _write_modelfile(staging, model, template)
+    notes = _write_modelfile(staging, model, template)
     return [
-        f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and the same",
-        *_odd_rows(tensors, outtype),
-        *untold,
+        f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal",
+        *_unquantized(tensors, outtype),
+        *notes,
         KNOWN_DEFECT,
     ]
 
 
 def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
-    """Write the Modelfile; returns the lines to show of what it could not hold."""
+    """Write the Modelfile; return the lines to show of what it does not hold."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
@@ -90,13 +90,13 @@ def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[
     if isinstance(template, Template):
         return []
     return [
-        "the Modelfile has no TEMPLATE: nothing says how this model is asked; name its template with --template"
+        "the Modelfile has no TEMPLATE: the model does not name its template; give it with --template"
         if template is None
         else "the Modelfile has no TEMPLATE: Ollama reads the model's own chat template from text.gguf"
     ]
 
 
-def _odd_rows(tensors: list[Tensor], outtype: OutType) -> list[str]:
-    """Say which tensors could not be quantised."""
-    odd = [one.name for one in tensors if one.kind == F16] if outtype.startswith("q") else []
-    return [f"{len(odd)} tensors are in f16: their rows do not divide into blocks of 32"] if odd else []
+def _unquantized(tensors: list[Tensor], outtype: OutType) -> list[str]:
+    """Say how many tensors could not be quantized."""
+    count = sum(tensor.kind == F16 for tensor in tensors) if outtype.startswith("q") else 0
+    return [f"{count} tensors are in f16: their rows do not divide into blocks of 32"] if count else []

@@ -1,4 +1,4 @@
-"""A Modelfile: how Ollama puts text model and mmproj together and writes a chat."""
+"""Write the Modelfile, which tells Ollama the files of a model and its chat template."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _QUOTES = '"""'
 def modelfile(
     files: Sequence[str], template: Template | OwnTemplate | None, eos_token: str, stops: Sequence[str] = ()
 ) -> str:
-    """Write the Modelfile of GGUF files beside it; a model's own template stays in the GGUF, where Ollama reads it.
+    """Return the Modelfile of GGUF files in its directory. Ollama reads a model's own chat template from the GGUF.
 
-    `stops` are further ends of an answer. Raises ArtifactError for a system text that it cannot hold. Syntax:
-    Ollama's docs, modelfile and template.
+    `stops` are further texts that end an answer. Raises ArtifactError for a system prompt that a Modelfile cannot hold.
+    Syntax: Ollama's docs, modelfile and template.
     """
     lines = [f"FROM ./{name}" for name in files]
     ends = [eos_token]
@@ -32,10 +32,10 @@ def modelfile(
 
 def _template_lines(template: Template, eos_token: str) -> list[str]:
     if _QUOTES in template.system or template.system.endswith('"'):
-        raise ArtifactError(f"the system text has {_QUOTES} in it or ends with a quote, which a Modelfile cannot hold")
+        raise ArtifactError(f"the system prompt contains {_QUOTES} or ends with a quote, which a Modelfile cannot hold")
     end = eos_token if template.end is None else template.end
     system = f"{{{{ if .System }}}}{template.system_prefix}{{{{ .System }}}}{template.system_suffix}{{{{ end }}}}"
-    # The space after the prefix is part of the answer: the model's first token brings it.
+    # Without the space after the assistant's prefix: it is part of the answer's first token.
     turn = f"{template.user_prefix}{{{{ .Prompt }}}}{template.assistant_prefix.rstrip(' ')}{{{{ .Response }}}}"
     lines = [f"TEMPLATE {_QUOTES}{system}{turn}{end}{template.separator}{_QUOTES}"]
     return [*lines, f"SYSTEM {_QUOTES}{template.system}{_QUOTES}"] if template.system else lines

@@ -1,6 +1,6 @@
-"""A fast tokenizer of transformers in GGUF's metadata: SentencePiece's BPE with byte fallback, or byte-level BPE.
+"""Convert a fast tokenizer to GGUF metadata: SentencePiece BPE with byte fallback, or byte-level BPE.
 
-All of it is read off the tokenizer that training used, so that llama.cpp makes the same tokens.
+Everything is read from the tokenizer that training used, so that llama.cpp produces the same tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gguf import TokenType
+from gguf import Keys, TokenType
 from transformers import AutoTokenizer
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template
@@ -21,12 +21,11 @@ from lora_llava.errors import ModelError
 from lora_llava.shipping.export.gguf.file import Fields, boolean, integer, integers, reals, string, strings
 
 MEDIA_MARKER = "<__media__>"
-"""What stands for an image in the text that llama.cpp's mtmd is given."""
+"""Placeholder of an image in a prompt for llama.cpp's mtmd."""
 
 AnyTemplate = Template | OwnTemplate | None
-"""How a model is asked: a template of the kit, the model's own, or unknown."""
+"""The template to prompt a model with: one of the kit's, the model's own, or unknown."""
 
-_PREFIX = "tokenizer.ggml."
 _BYTE = re.compile(r"^<0x[0-9A-F]{2}>$")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -45,47 +44,47 @@ _PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
         True,
     ),
 }
-"""How text is cut before BPE, by llama.cpp's name for it, and whether whole words of the vocabulary skip the merges.
+"""Pre-tokenizers by llama.cpp's name, and whether words that are in the vocabulary skip the merges.
 
-Source: `llama-vocab.cpp` of llama.cpp. SmolLM2 is `smollm` as published; read from a GGUF file transformers makes it
-`gpt-2`, and whoever trained with that has that.
+Source: `llama-vocab.cpp` of llama.cpp. SmolLM2 is `smollm` as published, but transformers reads it from a GGUF file as
+`gpt-2`; what counts is the tokenizer that training used.
 """
 
 
 def tokenizer_fields(directory: Path, vocabulary: int, template: AnyTemplate) -> Fields:
-    """Write the tokenizer of a model directory, and the chat template, as metadata.
+    """Return the metadata of a model directory's tokenizer and chat template.
 
-    `vocabulary` is the number of rows of the embeddings; those without a token are named and marked unused. Raises
-    ModelError for a tokenizer that llama.cpp has no equal of.
+    `vocabulary`: rows of the embeddings; rows without a token get a name and are marked unused. Raises ModelError for
+    a tokenizer that llama.cpp does not implement.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"{directory}: a {model['type']} tokenizer; GGUF is written for BPE alone")
+        raise ModelError(f"{directory}: a {model['type']} tokenizer; GGUF is written for BPE only")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     is_sentencepiece = bool(model["byte_fallback"])
     tokens = _tokens(directory, tokenizer, vocabulary)
     types = _types(tokenizer, tokens, is_sentencepiece)
     fields: Fields = {
-        f"{_PREFIX}model": string("llama" if is_sentencepiece else "gpt2"),
-        f"{_PREFIX}pre": string("default" if is_sentencepiece else pre_tokenizer_name(backend)),
-        f"{_PREFIX}tokens": strings(tokens),
-        f"{_PREFIX}token_type": integers(types),
-        f"{_PREFIX}add_space_prefix": boolean(is_sentencepiece and has_space_prefix(backend)),
+        Keys.Tokenizer.MODEL: string("llama" if is_sentencepiece else "gpt2"),
+        Keys.Tokenizer.PRE: string("default" if is_sentencepiece else _pre_tokenizer_name(backend)),
+        Keys.Tokenizer.LIST: strings(tokens),
+        Keys.Tokenizer.TOKEN_TYPE: integers(types),
+        Keys.Tokenizer.ADD_PREFIX: boolean(is_sentencepiece and has_space_prefix(backend)),
     }
     if is_sentencepiece:
-        fields[f"{_PREFIX}scores"] = reals(scores(tokens, types, merges))
+        fields[Keys.Tokenizer.SCORES] = reals(_scores(tokens, types, merges))
     else:
-        fields[f"{_PREFIX}merges"] = strings([" ".join(pair) for pair in merges])
+        fields[Keys.Tokenizer.MERGES] = strings([" ".join(pair) for pair in merges])
     fields |= _special_tokens(directory, tokenizer, template)
     if template is not None:
-        fields["tokenizer.chat_template"] = string(_jinja(template, tokenizer.eos_token))
+        fields[Keys.Tokenizer.CHAT_TEMPLATE] = string(_chat_template(template, tokenizer.eos_token))
     return fields
 
 
-def _jinja(template: Template | OwnTemplate, eos_token: str) -> str:
-    """Write a template in Jinja with llama.cpp's word for an image."""
+def _chat_template(template: Template | OwnTemplate, eos_token: str) -> str:
+    """Return a template in Jinja, with llama.cpp's placeholder for images."""
     if isinstance(template, OwnTemplate):
         return template.jinja.replace(IMAGE_PLACEHOLDER, MEDIA_MARKER)
     return chat_template(template, eos_token, MEDIA_MARKER)
@@ -95,7 +94,7 @@ def _tokens(directory: Path, tokenizer: Any, vocabulary: int) -> list[str]:
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if (highest := max(by_id)) >= vocabulary:
         raise ModelError(
-            f"{directory}: the token {by_id[highest]!r} has id {highest}, the embeddings {vocabulary} rows"
+            f"{directory}: the token {by_id[highest]!r} has id {highest}, but the embeddings have {vocabulary} rows"
         )
     return [by_id.get(index, f"[PAD{index}]") for index in range(vocabulary)]
 
@@ -116,60 +115,70 @@ def _types(tokenizer: Any, tokens: list[str], is_sentencepiece: bool) -> list[in
     return [int(kind(index, token)) for index, token in enumerate(tokens)]
 
 
-def scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> list[float]:
-    """Return the scores from which SentencePiece's algorithm makes the merges in this order.
+def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> list[float]:
+    """Return the scores with which SentencePiece's algorithm applies the merges in their order.
 
-    A piece is the better the earlier a merge makes it; those that no merge makes come after, as in Llama's own files.
+    The earlier a merge produces a piece, the higher its score; pieces that no merge produces come last, as in Llama's
+    own files.
     """
-    order: dict[str, int] = {}
+    rank: dict[str, int] = {}
     for pair in merges:
-        order.setdefault("".join(pair), len(order))
+        rank.setdefault("".join(pair), len(rank))
     for token, kind in zip(tokens, types, strict=True):
         if kind == TokenType.NORMAL:
-            order.setdefault(token, len(order))
-    return [-float(order.get(token, 0)) for token in tokens]
+            rank.setdefault(token, len(rank))
+    return [-float(rank.get(token, 0)) for token in tokens]
 
 
-def pre_tokenizer_name(backend: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for how a byte-level tokenizer cuts text before BPE. Raises ModelError."""
-    cutter = backend["pre_tokenizer"] or {"type": "none"}
-    steps = cutter["pretokenizers"] if cutter["type"] == "Sequence" else [cutter]
-    for name, (wanted, whole_words) in _PRE_TOKENIZERS.items():
-        fits = len(steps) == len(wanted) and all(
-            {key: step.get(key) for key in one} == one for step, one in zip(steps, wanted, strict=True)
+def _pre_tokenizer_name(backend: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer; ModelError if it has none."""
+    pre_tokenizer = backend["pre_tokenizer"] or {"type": "none"}
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    for name, (expected, whole_words) in _PRE_TOKENIZERS.items():
+        fits = len(steps) == len(expected) and all(
+            {key: step.get(key) for key in settings} == settings for step, settings in zip(steps, expected, strict=True)
         )
         if fits and backend["normalizer"] is None and bool(backend["model"].get("ignore_merges")) == whole_words:
             return name
     raise ModelError(
-        f"the tokenizer cuts text by {' and '.join(step['type'] for step in steps)}, in a way that is none of those "
-        f"known from llama.cpp ({', '.join(_PRE_TOKENIZERS)}); with a wrong one it would make other tokens. Export "
+        f"the pre-tokenizer ({' and '.join(step['type'] for step in steps)}) is none of those known from llama.cpp "
+        f"({', '.join(_PRE_TOKENIZERS)}); with another one it would produce other tokens. Export "
         "with --format hf, and convert that with llama.cpp's own convert_hf_to_gguf.py"
     )
 
 
 def has_space_prefix(backend: Mapping[str, Any]) -> bool:
-    """Tell whether a SentencePiece tokenizer puts a space before a text. Raises ModelError for other changes to it."""
-    cutter, normalizer = backend["pre_tokenizer"], backend["normalizer"]
-    if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split"):
-        return bool(cutter["prepend_scheme"] != "never")
+    """Tell whether a SentencePiece tokenizer puts a space before a text. Raises ModelError for other normalization."""
+    pre_tokenizer, normalizer = backend["pre_tokenizer"], backend["normalizer"]
+    if (
+        normalizer is None
+        and pre_tokenizer is not None
+        and pre_tokenizer["type"] == "Metaspace"
+        and not pre_tokenizer.get("split")
+    ):
+        return bool(pre_tokenizer["prepend_scheme"] != "never")
     steps = (normalizer or {}).get("normalizers", [])
-    if cutter is None and [step["type"] for step in steps] in (["Prepend", "Replace"], ["Replace"]):
+    if pre_tokenizer is None and [step["type"] for step in steps] in (["Prepend", "Replace"], ["Replace"]):
         return len(steps) == 2
     raise ModelError(
-        "the tokenizer has byte fallback, but treats spaces otherwise than Llama's; llama.cpp would make other tokens"
+        "the tokenizer has byte fallback, but treats spaces differently from Llama's, so llama.cpp would not agree"
     )
 
 
 def _special_tokens(directory: Path, tokenizer: Any, template: AnyTemplate) -> Fields:
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
-    ids["padding"] = tokenizer.pad_token_id
-    own = stated_ends(directory)
-    ends = own if template is None else end_token_ids(template, tokenizer, own)
-    # The format has two more keys that end an answer; what was taught is the last, and must be among them.
-    others = [one for one in reversed(ends) if one != tokenizer.eos_token_id]
-    ids |= dict(zip(("eot", "eom"), others, strict=False))
-    around = tokenizer("a").input_ids
-    fields = {f"{_PREFIX}{name}_token_id": integer(index) for name, index in ids.items() if index is not None}
-    fields[f"{_PREFIX}add_bos_token"] = boolean(around[0] == tokenizer.bos_token_id)
-    fields[f"{_PREFIX}add_eos_token"] = boolean(around[-1] == tokenizer.eos_token_id)
+    ids = {
+        Keys.Tokenizer.BOS_ID: tokenizer.bos_token_id,
+        Keys.Tokenizer.EOS_ID: tokenizer.eos_token_id,
+        Keys.Tokenizer.UNK_ID: tokenizer.unk_token_id,
+        Keys.Tokenizer.PAD_ID: tokenizer.pad_token_id,
+    }
+    stated = stated_ends(directory)
+    ends = stated if template is None else end_token_ids(template, tokenizer, stated)
+    # The format has two more keys for tokens that end an answer. The trained one is last in `ends`, so it goes first.
+    others = [token for token in reversed(ends) if token != tokenizer.eos_token_id]
+    ids |= dict(zip((Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), others, strict=False))
+    example = tokenizer("a").input_ids
+    fields = {key: integer(index) for key, index in ids.items() if index is not None}
+    fields[Keys.Tokenizer.ADD_BOS] = boolean(example[0] == tokenizer.bos_token_id)
+    fields[Keys.Tokenizer.ADD_EOS] = boolean(example[-1] == tokenizer.eos_token_id)
     return fields
