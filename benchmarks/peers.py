@@ -31,6 +31,8 @@ from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, plan_memory
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import GradientCheckpointing
+from lora_llava.training.checks.monitor import StageMonitor
+from lora_llava.training.checks.non_finite import NonFiniteGuard
 from lora_llava.training.feature_cache import FeatureTower
 from lora_llava.training.trainer import PackedTrainer
 
@@ -183,7 +185,9 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[Trainer, int]:
         read = cached_features(llava, task)
     rows = Rows(task, tokens, chosen, read)
     made = arguments(TrainingArguments, task, len(rows.rows), 1, label_names=["labels"], optim=optim)
-    return PackedTrainer(model, made, rows, None, mm_projector_lr=None), rows.computed_tokens
+    guard = NonFiniteGuard(rows, bf16=made.bf16)
+    checks = [guard, StageMonitor(skipped=guard.skipped)]
+    return PackedTrainer(model, made, rows, None, mm_projector_lr=None, checks=checks), rows.computed_tokens
 
 
 def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:

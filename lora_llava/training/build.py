@@ -10,24 +10,22 @@ from transformers import TrainingArguments
 
 from lora_llava.data.rows import PackedRows, ReadImage
 from lora_llava.data.stage import StageData
-from lora_llava.generation.answers import generate_answers
-from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
-from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe.schedule import logging_interval
 from lora_llava.run_directory import output
 from lora_llava.system.device import world_size
-from lora_llava.training.checks.blind import make_image_check
-from lora_llava.training.checks.monitor import StageWatch
+from lora_llava.training.checks.blind import BlindCheck, make_image_check
+from lora_llava.training.checks.check import Check
+from lora_llava.training.checks.frozen_weights import FrozenWeights
+from lora_llava.training.checks.monitor import StageMonitor
 from lora_llava.training.checks.non_finite import NonFiniteGuard
+from lora_llava.training.checks.samples import SampleAnswers
+from lora_llava.training.checks.trained_weights import TrainedWeights
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.log import TrainLog
 from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import TrackedRun, run_name
-from lora_llava.training.trainer import PackedTrainer, StageChecks
-
-_SAMPLE_TOKENS = 32
-"""Maximum length of a sample answer, in tokens."""
+from lora_llava.training.trainer import PackedTrainer
 
 
 def _image_reader(stage: Stage, loaded: LoadedModel, data: StageData) -> ReadImage:
@@ -50,22 +48,7 @@ def make_trainer(
     train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
     if data.validation:
         validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
-    sampled = data.validation.records[: settings.num_sample_answers]
-
-    def sample_answers() -> list[dict[str, str]]:
-        with with_sdpa(llava_in(loaded.model)):
-            answers = generate_answers(
-                loaded,
-                sampled,
-                template=stage.template,
-                aspect_ratio=stage.aspect_ratio,
-                max_new_tokens=_SAMPLE_TOKENS,
-            )
-        return [
-            {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
-            for record, answer in zip(sampled, answers, strict=True)
-        ]
-
+    guard = NonFiniteGuard.by_settings(train, stage.name, settings, dtype)
     tracked = [TrackedRun(recipe, stage.name, validates=bool(data.validation))] if recipe.report_to != "none" else []
     return PackedTrainer(
         loaded.model,
@@ -73,15 +56,27 @@ def make_trainer(
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
-        checks=StageChecks(
-            NonFiniteGuard.by_settings(train, stage.name, settings, dtype),
-            StageWatch(data.counts, settings.max_grad_norm),
-            make_image_check(validation, stage.image_transform(loaded)) if validation else None,
-            sample_answers if sampled else None,
-            keeps_best=settings.keep == "best",
-        ),
+        checks=_make_checks(stage, loaded, data, guard, validation),
         callbacks=[TrainLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )
+
+
+def _make_checks(
+    stage: Stage, loaded: LoadedModel, data: StageData, guard: NonFiniteGuard, validation: PackedRows | None
+) -> list[Check]:
+    """List the checks of a stage, in the order in which the trainer asks them."""
+    settings = stage.settings
+    sample = make_image_check(validation, stage.image_transform(loaded)) if validation else None
+    questions = data.validation.records[: settings.num_sample_answers]
+    keeps_best = settings.keep == "best"
+    return [
+        guard,
+        BlindCheck(sample),
+        *([SampleAnswers(loaded, questions, stage.template, stage.aspect_ratio)] if questions else []),
+        StageMonitor(data.counts, settings.max_grad_norm, guard.skipped, keeps_best=keeps_best),
+        TrainedWeights(stage.name, guard.skipped),
+        FrozenWeights(stage.name),
+    ]
 
 
 def _training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.dtype) -> TrainingArguments:

@@ -52,6 +52,7 @@ from lora_llava.training.checkpoints.stage_artifact import StageArtifact, seen_u
 from lora_llava.training.checkpoints.state import load_weights
 from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_line, try_longest_row
+from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.stage import Stage
 from lora_llava.training.trainer import PackedTrainer
 
@@ -181,13 +182,13 @@ def _check_rows(
         setting = stage.recipe.attn_implementation
         tokens = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
         console.print(f"{stage.name}: {trial_line(tokens, plan)}")
-    check_first_row(model, rows, dtype, device, trainer.guard.most_skipped > 0)
+    check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 
 
 def _finish(trainer: PackedTrainer, saver: Saver, num_steps: int, console: Console) -> KeptStep:
     """Choose the weights to keep, prove that the base is untouched, and save the artifact of the stage."""
     kept = _keep_weights(trainer, saver, console)
-    closing = [trainer.check_frozen(), str(saver), saver.stopped_early(kept.last_step, num_steps), str(kept)]
+    closing = [*trainer.before_save(), str(saver), saver.stopped_early(kept.last_step, num_steps), str(kept)]
     _print_lines(saver.stage, closing, console)
     saver.artifact.save(kept.step, kept.metrics)
     return kept
@@ -199,8 +200,8 @@ def _keep_weights(trainer: PackedTrainer, saver: Saver, console: Console) -> Kep
     Raises TrainingError if training changed no weight.
     """
     state = trainer.state
-    if unchanged := trainer.check_trained():
-        console.print(f"{saver.stage.name}: {unchanged}", soft_wrap=True)
+    for line in filter(None, trainer.after_training()):
+        console.print(f"{saver.stage.name}: {line}", soft_wrap=True)
     if trainer.eval_dataset is not None and not any(
         "eval_loss" in row and row["step"] == state.global_step for row in state.log_history
     ):

@@ -1,9 +1,8 @@
-"""`transformers.Trainer`, through its documented hooks, over a plan of packed rows."""
+"""`transformers.Trainer` over a plan of packed rows, with the checks of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,22 +10,18 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.data.rows import Batch, PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.recipe.schedule import rate_factor
-from lora_llava.system.text import counted, listed
 from lora_llava.training.checkpoints.saver import ResumableTrainer, Saver
 from lora_llava.training.checkpoints.signals import end_with_parent
-from lora_llava.training.checks.blind import ImageCheck
-from lora_llava.training.checks.diagnosis import diagnose, read_validations
-from lora_llava.training.checks.frozen_weights import FrozenWeights
-from lora_llava.training.checks.monitor import GuardsState, StageWatch
-from lora_llava.training.checks.non_finite import NonFiniteGuard, forked_rng, non_finite_tensors
-from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART, check_changed, part_checksums, part_of
+from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
+from lora_llava.training.checks.non_finite import forked_rng
+from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART, part_of
 from lora_llava.training.validation import HeldOutLoss, without
 
 
@@ -36,29 +31,10 @@ def only(rows: list[Batch]) -> Batch:
     return row
 
 
-SampleAnswers = Callable[[], list[dict[str, str]]]
-"""Answers a few validation questions with the model as it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageChecks:
-    """What looks at a stage while it trains."""
-
-    guard: NonFiniteGuard
-    """Stops, or leaves out, a step whose loss or gradient is not finite."""
-    watch: StageWatch = field(default_factory=StageWatch)
-    """Logs the figures of the stage, and warns where one is out of line."""
-    image_check: ImageCheck | None = None
-    """Compares the validation loss with that without images; None without validation records that have one."""
-    sample_answers: SampleAnswers | None = None
-    """Answers logged at each validation; None for none."""
-    keeps_best: bool = False
-    """Whether the stage keeps the weights of its best validation, which a warning about over-fitting says."""
-
-
 class PackedTrainer(ResumableTrainer):
     """Trains on the rows of a plan, in its order; one epoch of the Trainer is the whole stage."""
 
+    eval_dataset: PackedRows | None
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: LambdaLR | None
     control: TrainerControl
@@ -71,22 +47,19 @@ class PackedTrainer(ResumableTrainer):
         validation: PackedRows | None,
         *,
         mm_projector_lr: float | None,
-        checks: StageChecks | None = None,
+        checks: Sequence[Check] = (),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_attention(llava_in(model))
         self.mm_projector_lr = mm_projector_lr
-        checks = checks or StageChecks(NonFiniteGuard(rows, bf16=args.bf16))
-        self.sample_answers = checks.sample_answers
-        self.keeps_best = checks.keeps_best
-        self.guard = checks.guard
-        self.watch = checks.watch
-        self.image_check = checks.image_check
+        self.checks = checks
+        """Asked in this order; `training.checks.check` says when."""
+        self.last_checkpoint: Callable[[], str | None] = lambda: None
+        """Names the newest usable checkpoint, for warnings."""
         self.held_out = HeldOutLoss(self._row_loss)
-        self.frozen: FrozenWeights | None = None
         self.losses: list[torch.Tensor] = []
-        self.guards_state = GuardsState(self.guard, self.watch)
-        callbacks = [*(callbacks or []), self.guards_state]
+        self.checks_state = _ChecksState(checks)
+        callbacks = [*(callbacks or []), self.checks_state]
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, and leave
@@ -94,29 +67,26 @@ class PackedTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
 
     def train_and_save(self, saver: Saver) -> None:
-        """Train as `ResumableTrainer` does, with frozen weights hashed, and a guard that knows where to go back to."""
-        self.frozen = FrozenWeights(self.model)
-        self.guards_state.start = part_checksums(self.model)
-        self.guard.last_checkpoint = saver.last_whole
+        """Train as `ResumableTrainer` does, after each check has seen the model."""
+        for check in self.checks:
+            check.before_training(self.model)
+        self.last_checkpoint = saver.last_whole
         super().train_and_save(saver)
 
-    def restore_guards(self) -> None:
-        """Take up what the state of the training says of its guards."""
-        self.guards_state.on_train_begin(self.args, self.state, self.control)
+    def restore_checks(self) -> None:
+        """Give the checks back their part of the training's state."""
+        self.checks_state.on_train_begin(self.args, self.state, self.control)
 
-    def check_frozen(self) -> str:
-        """Return a line that says that no frozen weight has changed; TrainingError names those that have."""
-        return self.frozen.check(self.guard.stage) if self.frozen else ""
+    def before_save(self) -> list[str | None]:
+        """Ask each check before something is written; return their lines for the console."""
+        return [check.on_save() for check in self.checks]
 
-    def check_trained(self) -> str | None:
-        """Return a line on a part whose weights did not change, if there is one; TrainingError if none did."""
-        steps, skipped = self.state.global_step, self.guard.skipped
-        start = self.guards_state.start
-        return check_changed(self.model, start, stage=self.guard.stage, num_steps=steps, skipped=skipped)
+    def after_training(self) -> list[str | None]:
+        """Ask each check to judge the trained model; return their lines for the console."""
+        return [check.after_training(self.model, self.state.global_step) for check in self.checks]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # On resuming, the base would be as it was, and what was trained on another would pass for right.
-        self.check_frozen()
+        self.before_save()
         super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
@@ -154,7 +124,7 @@ class PackedTrainer(ResumableTrainer):
         return self._judged() if self.accelerator.sync_gradients else torch.zeros_like(loss)
 
     def _judged(self) -> torch.Tensor:
-        """Return the loss of a step that is complete; 0, with no gradient left, if the guard leaves it out."""
+        """Return the loss of a step that is complete; 0, with no gradient left, if a check skips it."""
         losses = torch.stack(self.losses)
         self.losses.clear()
         assert self.optimizer is not None
@@ -162,22 +132,14 @@ class PackedTrainer(ResumableTrainer):
         for group in self.optimizer.param_groups:
             groups.setdefault(group["name"], []).extend(group["params"])
         total = losses.sum()
-        step = self.state.global_step + 1
-        problem = self.guard.problem(self.model, groups, losses, self.accelerator.reduce(total, "sum"), step)
-        if problem is None:
-            self.watch.see_step(step, self.guard.norms)
-            if (before := self.watch.see_loss(step, self.guard.loss)) is not None:
-                self.log({"warning": self._diverged(step, before)})
-            return total
-        self.log({"warning": problem})
-        return torch.zeros_like(total)
-
-    def _diverged(self, step: int, before: float) -> str:
-        return (
-            f"step {step}: the loss rose from {before:.4f} to {self.guard.loss:.4f}: the training diverged, or these "
-            f"records are unlike all before. If it stays there, stop, and go on from a checkpoint with a lower "
-            f"learning_rate. Last good checkpoint: {self.guard.last_checkpoint() or 'none yet'}"
-        )
+        total_of_all = self.accelerator.reduce(total, "sum")
+        step = CompletedStep(self.state.global_step + 1, self.model, groups, losses, total_of_all, self.last_checkpoint)
+        for check in self.checks:
+            if (warning := check.on_step(step)) is not None:
+                self.log({"warning": warning})
+            if step.is_skipped:
+                return torch.zeros_like(total)
+        return total
 
     def compute_loss(
         self,
@@ -195,9 +157,10 @@ class PackedTrainer(ResumableTrainer):
         return loss * world_size
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log with the figures of the `watch`."""
+        """Log with the figures of the checks."""
         if "loss" in logs:
-            logs = self.watch.figures(self.state.global_step, self.model, logs, self.guard.skipped)
+            for check in self.checks:
+                logs = check.on_log(self.state.global_step, self.model, logs)
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -239,11 +202,13 @@ class PackedTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Compute the validation loss, mean over its supervised tokens, and log a few sample answers.
+        """Compute and log the validation loss, the mean over supervised tokens, and what the checks add to it.
 
-        Training goes on as if nothing had been: neither its random numbers nor dropout are another.
+        Training is not affected: RNG state and dropout mode are restored. Records whose loss is not finite are left
+        out from the next validation on.
         """
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        assert rows is not None
         was_training = self.model.training
         self.model.eval()
         # What is trained is in fp32, the rest in bf16: without autocast the two do not multiply.
@@ -251,19 +216,23 @@ class PackedTrainer(ResumableTrainer):
         # A data loader draws a number for its workers, whether it has any or not.
         with forked_rng(self.args.device), torch.no_grad(), autocast:
             loss = self.held_out.mean(rows, self._rows_loader(rows))
-            self._leave_out_unusable(rows)
             metrics: dict[str, Any] = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
-            if self.image_check is not None and loss is not None:
-                metrics |= self.image_check.measure(self.held_out.mean, loss)
-            if self.sample_answers is not None:
-                metrics["samples"] = self.sample_answers()
-        history = [*self.state.log_history, {"step": self.state.global_step, **metrics}]
-        if loss is not None:
-            validations = read_validations(history)
-            steps, known = self.state.max_steps, self.watch.warned
-            for kind, text in diagnose(validations, steps, keeps_best=self.keeps_best, known=known).items():
-                self.watch.warn(kind, text)
-        metrics |= self.watch.take_warnings()
+            validation = ValidationPass(
+                step=self.state.global_step,
+                max_steps=self.state.max_steps,
+                model=self.model,
+                rows=rows,
+                mean_loss=self.held_out.mean,
+                loss=loss,
+                unusable=self.held_out.unusable,
+                history=self.state.log_history,
+                metrics=metrics,
+            )
+            for check in self.checks:
+                check.on_validation(validation)
+        if self.held_out.unusable:
+            self.eval_dataset = without(rows, self.held_out.unusable)
+            self.held_out.unusable = {}
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -272,23 +241,31 @@ class PackedTrainer(ResumableTrainer):
     def _row_loss(self, batch: Batch) -> float:
         return float(packed_loss(self.model, self._prepare_inputs(batch), 1))
 
-    def _leave_out_unusable(self, rows: PackedRows) -> None:
-        """Warn of records whose validation loss is not finite; from now on they are left out.
 
-        Raises TrainingError if the weights are the cause.
-        """
-        if not (found := self.held_out.unusable):
-            return
-        if broken := non_finite_tensors(self.model):
-            raise TrainingError(
-                f"stage {self.guard.stage}: not finite: {listed(broken)}. {self.guard.restart_advice()}"
-            )
-        named = [f"{rows.records[index].where} ({reason})" for index, reason in found.items()]
-        self.watch.warn(
-            "validation",
-            f"{counted(len(found), 'record')} left out of the validation loss: {listed(named, separator='; ')}. "
-            "Replace the image, or exclude the record",
-        )
-        self.eval_dataset = without(rows, found)
-        self.image_check = self.image_check and self.image_check.without(found)
-        self.held_out.unusable = {}
+class _ChecksState(TrainerCallback):  # type: ignore[misc]
+    """Keeps the state of the checks in the Trainer's state, with which it is saved and loaded."""
+
+    KEY = "lora_llava_guards"
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self.checks = [check for check in checks if check.key]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the checks from the state; or let them begin."""
+        saved = state.stateful_callbacks.get(self.KEY)
+        for check in self.checks:
+            check.restore(saved.get(check.key, {}) if saved else None)
+        self._keep(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take note of the step, which may be saved now."""
+        self._keep(state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take note of what was logged; after it the step may be saved, too."""
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
+        state.stateful_callbacks[self.KEY] = {check.key: check.state() for check in self.checks}

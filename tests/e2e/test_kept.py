@@ -126,7 +126,7 @@ def test_k6_early_stopping_is_the_same_after_a_kill(
         if killed == "before":
             at_step(patch, "instruct", end - 1, stop)
         else:
-            patch.setattr(PackedTrainer, "check_trained", lambda _: stop(_))
+            patch.setattr(PackedTrainer, "after_training", lambda _: stop(_))
         with pytest.raises(Stopped):
             train(random_answers, tmp_path / "run", *patience)
     again, _ = train(random_answers, tmp_path / "run", *patience, resume="exact")

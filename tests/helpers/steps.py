@@ -13,8 +13,9 @@ from lora_llava.conversation.encode import Encoded
 from lora_llava.data.load import ImageSource, Record
 from lora_llava.data.packing import Row
 from lora_llava.data.rows import PackedRows
+from lora_llava.training.checks.monitor import StageMonitor
 from lora_llava.training.checks.non_finite import NonFiniteGuard
-from lora_llava.training.trainer import PackedTrainer, StageChecks
+from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.runs import State, state_of
 from tests.parity.test_packed import branches, build_model, image
 
@@ -72,7 +73,14 @@ def made_trainer(directory: Path, rows: PackedRows, *, most_skipped: int = 0, **
         },
     )
     guard = NonFiniteGuard(rows, stage="instruct", most_skipped=most_skipped)
-    return PackedTrainer(build_model(), arguments, rows, None, mm_projector_lr=5e-4, checks=StageChecks(guard))
+    checks = [guard, StageMonitor(skipped=guard.skipped)]
+    return PackedTrainer(build_model(), arguments, rows, None, mm_projector_lr=5e-4, checks=checks)
+
+
+def guard_of(trainer: PackedTrainer) -> NonFiniteGuard:
+    """The check that skips steps."""
+    [guard] = [check for check in trainer.checks if isinstance(check, NonFiniteGuard)]
+    return guard
 
 
 def states_of_steps(trainer: PackedTrainer) -> list[State]:

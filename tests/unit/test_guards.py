@@ -10,9 +10,10 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from lora_llava.errors import TrainingError
+from lora_llava.training.checks.check import CompletedStep
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.runs import state_of
-from tests.helpers.steps import made_rows, made_trainer, same, states_of_steps
+from tests.helpers.steps import guard_of, made_rows, made_trainer, same, states_of_steps
 
 THIRD_STEP = "4"
 """An image of the third step: the first row's, of records 8 and 9."""
@@ -48,7 +49,7 @@ def test_a_nan_stops_before_the_weights_and_names_the_records(tmp_path: Path) ->
 
 def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
     trainer = made_trainer(tmp_path, made_rows(spoilt=["0"]))
-    trainer.guard.last_checkpoint = lambda: "checkpoint-2"
+    trainer.last_checkpoint = lambda: "checkpoint-2"
     with pytest.raises(TrainingError, match=r"step 1: .*Last good checkpoint: checkpoint-2\."):
         trainer.train()
 
@@ -110,7 +111,7 @@ def test_a_step_left_out_is_as_if_it_had_never_been(tmp_path: Path) -> None:
     assert same(state_of(skipping.model), state_of(without.model))
     for one, other in zip(moments(skipping), moments(without), strict=True):
         assert torch.equal(one, other)
-    assert skipping.guard.skipped == [3]
+    assert guard_of(skipping).skipped == [3]
 
 
 def test_a_step_left_out_is_in_the_log_and_not_in_its_losses(tmp_path: Path) -> None:
@@ -158,16 +159,17 @@ def test_looking_for_the_culprit_leaves_the_random_numbers_alone(tmp_path: Path)
     trainer.model.get_base_model().lm_head.register_forward_hook(lambda *_: draws.append(torch.rand(1)))
     draws: list[torch.Tensor] = []
     drawn: list[int] = []
-    problem = trainer.guard.problem
+    guard = guard_of(trainer)
+    on_step = guard.on_step
 
-    def watched(*args: Any) -> str | None:
+    def watched(step: CompletedStep) -> str | None:
         before, count = torch.get_rng_state(), len(draws)
-        found = problem(*args)
+        found = on_step(step)
         drawn.append(len(draws) - count)
         assert torch.equal(torch.get_rng_state(), before)
         return found
 
-    trainer.guard.problem = watched  # type: ignore[method-assign]
+    guard.on_step = watched  # type: ignore[method-assign]
     trainer.train()
     assert drawn == [2, 0, 0, 0, 0, 0]
 
@@ -175,18 +177,18 @@ def test_looking_for_the_culprit_leaves_the_random_numbers_alone(tmp_path: Path)
 def test_the_count_of_steps_left_out_outlives_a_resumption(tmp_path: Path) -> None:
     first = made_trainer(tmp_path, made_rows([0, 1], spoilt=["0"]), most_skipped=1)
     first.train()
-    assert first.guard.skipped == [1]
+    assert guard_of(first).skipped == [1]
     first.state.save_to_json(str(tmp_path / "state.json"))
     second = made_trainer(tmp_path, made_rows())
     saved = TrainerState.load_from_json(str(tmp_path / "state.json"))
     second.callback_handler.on_train_begin(second.args, saved, TrainerControl())
-    assert second.guard.skipped == [1]
-    assert second.watch.state() == first.watch.state()
-    assert second.watch.state()["last_logged"] == 2
+    assert guard_of(second).skipped == [1]
+    assert second.checks[1].state() == first.checks[1].state()
+    assert second.checks[1].state()["last_logged"] == 2
 
 
 def test_a_trainer_that_trains_again_begins_anew(tmp_path: Path) -> None:
     trainer = made_trainer(tmp_path, made_rows(spoilt=["0"]), most_skipped=1)
     for _ in range(2):
         trainer.train()
-        assert trainer.guard.skipped == [1]
+        assert guard_of(trainer).skipped == [1]

@@ -12,7 +12,7 @@ import torch
 
 from lora_llava.data.packing import Row
 from lora_llava.data.rows import ImageTransform, PackedRows
-from lora_llava.training.checks.blind import MOST_CONVERSATIONS, MOST_IMAGES, make_image_check, sample_rows
+from lora_llava.training.checks.blind import MOST_CONVERSATIONS, MOST_IMAGES, BlindCheck, make_image_check, sample_rows
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.steps import Pictures, made_rows, made_trainer, record
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
@@ -34,7 +34,8 @@ def trainer_with_check(directory: Path, **settings: Any) -> PackedTrainer:
     trainer = made_trainer(directory, rows, **{"learning_rate": 1e-2, "max_steps": STEPS, **settings})
     trainer.mm_projector_lr = 1e-2
     trainer.eval_dataset = PackedRows(rows.rows[:2], rows.records, rows.encoded, rows.read_image)
-    trainer.image_check = make_image_check(trainer.eval_dataset, TRANSFORM)
+    guard, monitor = trainer.checks
+    trainer.checks = [guard, BlindCheck(make_image_check(trainer.eval_dataset, TRANSFORM)), monitor]
     return trainer
 
 
@@ -83,7 +84,9 @@ def test_blind_rows_differ_in_their_pixels_alone(tmp_path: Path) -> None:
 
 def test_a_sample_of_all_is_computed_once(tmp_path: Path) -> None:
     trainer = trainer_with_check(tmp_path)
-    assert trainer.image_check is not None
+    blind = trainer.checks[1]
+    assert isinstance(blind, BlindCheck)
+    assert blind.sample is not None
     passes: list[int] = []
     mean_loss = trainer.held_out.mean
 
@@ -94,7 +97,7 @@ def test_a_sample_of_all_is_computed_once(tmp_path: Path) -> None:
     trainer.held_out.mean = counted  # type: ignore[method-assign]
     once = trainer.evaluate()
     assert len(passes) == 2
-    trainer.image_check = replace(trainer.image_check, is_whole=False)
+    blind.sample = replace(blind.sample, is_whole=False)
     twice = trainer.evaluate()
     assert len(passes) == 5
     assert twice["image_gain"] == pytest.approx(once["image_gain"], abs=1e-6)

@@ -288,11 +288,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return False
         self.state = state
         training_state.load_weights(checkpoint, self.model)
-        self.restore_guards()
+        self.restore_checks()
         return True
 
-    def restore_guards(self) -> None:
-        """Take up what the state of the training says of its guards."""
+    def restore_checks(self) -> None:
+        """Give the checks back their part of the training's state."""
 
     @property
     def log_file(self) -> TrainLog:

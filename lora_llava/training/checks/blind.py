@@ -6,20 +6,18 @@ loses without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lora_llava.data.images.read import mean_colour, preprocess
 from lora_llava.data.packing import Row, Tree
 from lora_llava.data.rows import ImageTransform, PackedRows
 from lora_llava.data.sampling import spread
+from lora_llava.training.checks.check import Check, MeanLoss, ValidationPass
 from lora_llava.training.validation import without
 
 MOST_CONVERSATIONS, MOST_IMAGES = 64, 32
 """Bounds of the sample, which is computed twice at each validation, or once if it is all of it."""
-
-MeanLoss = Callable[[PackedRows], float | None]
-"""Computes the mean loss over the supervised tokens of rows; None if none of them is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,20 @@ class ImageCheck:
         """Return the check without some records; None if no row is left."""
         true, blind = (without(rows, indices) for rows in (self.true, self.blind))
         return replace(self, true=true, blind=blind) if len(true) else None
+
+
+class BlindCheck(Check):
+    """Measures at each validation what the images are worth; `sample` is None when no record with an image is left."""
+
+    def __init__(self, sample: ImageCheck | None) -> None:
+        self.sample = sample
+
+    def on_validation(self, validation: ValidationPass) -> None:
+        """Add `eval_loss_blind` and `image_gain`."""
+        if self.sample is not None and validation.unusable:
+            self.sample = self.sample.without(validation.unusable)
+        if self.sample is not None and validation.loss is not None:
+            validation.metrics |= self.sample.measure(validation.mean_loss, validation.loss)
 
 
 def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck | None:

@@ -1,4 +1,4 @@
-"""Frozen weights are summed up before a stage and after it: an artifact is only worth the base it was trained on."""
+"""Checksum frozen weights before and after a stage, so that a changed base cannot go unnoticed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,44 @@ from torch import nn
 
 from lora_llava.errors import TrainingError
 from lora_llava.system.text import counted, listed
+from lora_llava.training.checks.check import Check
 
 CHUNK = 2**20
 """Words of 32 bits that are summed at one time; with their products they take 20 MiB."""
 
 
-class FrozenWeights:
+class FrozenWeights(Check):
     """Checksums of all that a stage must not change: every parameter that is not trained, and every buffer."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.model: nn.Module | None = None
+        self.bytes = 0
+        self.sums: dict[str, str] = {}
+        self.seconds = 0.0
+
+    def before_training(self, model: nn.Module) -> None:
+        """Checksum the frozen weights of `model`."""
         started = time.monotonic()
         self.model = model
         self.bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in frozen_tensors(model))
         self.sums = checksums(model)
         self.seconds = time.monotonic() - started
 
-    def check(self, stage: str) -> str:
-        """Return a line that says all is as it was; TrainingError names what is not."""
+    def on_save(self) -> str | None:
+        """Return a line that says that nothing changed; raise TrainingError, with the names, if something did.
+
+        Saved after a change, weights would be loaded onto a base that they were not trained on.
+        """
+        if self.model is None:
+            return None
         started = time.monotonic()
         after = checksums(self.model)
         self.seconds += time.monotonic() - started
         names = [name for name in {**self.sums, **after} if self.sums.get(name) != after.get(name)]
         if names:
             raise TrainingError(
-                f"stage {stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
+                f"stage {self.stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
                 f"{listed(names, separator='; ')}. Nothing more is saved, since it would not fit its base. A fault of "
                 "the memory does this, or an error in a library: go on with --resume; if it happens again, report it "
                 "with the versions that lora-llava env prints."
@@ -47,7 +61,7 @@ class FrozenWeights:
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what is frozen; of a 4-bit weight the scales too."""
+    """Yield frozen parameters, buffers, and the scales of 4-bit weights."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             yield name, parameter
@@ -61,13 +75,13 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """Sum up every frozen tensor, each on the device where it lies."""
+    """Checksum every frozen tensor, each on its own device."""
     return {name: checksum(tensor) for name, tensor in frozen_tensors(model)}
 
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> str:
-    """Return a checksum of type, shape and bits: SHA-256 on a CPU, elsewhere of sums made where the tensor lies."""
+    """Return a checksum of dtype, shape and bits: SHA-256 on a CPU; elsewhere that of sums computed on the device."""
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(data.numpy().data if data.device.type == "cpu" else str(chunk_sums(data)).encode())

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.data.stage import StepCounts
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import PROJECTOR
-from lora_llava.training.checks.diagnosis import LossTrend
-from lora_llava.training.checks.non_finite import NonFiniteGuard
+from lora_llava.system.text import counted, listed
+from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
+from lora_llava.training.checks.diagnosis import LossTrend, diagnose, read_validations
 
 REMEMBERED, FEWEST = 50, 10
 """Steps whose gradient norms a new one is compared with, at most and at least."""
@@ -35,10 +35,22 @@ NO_GRADIENT = {
 """What else gives a gradient of 0, by group."""
 
 
-class StageWatch:
-    """Follows a stage step by step; each kind of warning is given once."""
+class StageMonitor(Check):
+    """Follows a stage step by step, and gives each kind of warning once; comes last at a validation."""
 
-    def __init__(self, counts: Sequence[StepCounts] = (), max_grad_norm: float = 1.0) -> None:
+    key: ClassVar[str] = "watch"
+
+    def __init__(
+        self,
+        counts: Sequence[StepCounts] = (),
+        max_grad_norm: float = 1.0,
+        skipped: Sequence[int] = (),
+        *,
+        keeps_best: bool = False,
+    ) -> None:
+        """`counts`: of each step of the stage; `skipped`: the steps that were skipped, to which the guard adds."""
+        self.skipped = skipped
+        self.keeps_best = keeps_best
         self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
         self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
         self.max_grad_norm = max_grad_norm
@@ -59,12 +71,47 @@ class StageWatch:
             "pending": list(self.pending),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`."""
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from a `state`."""
+        state = state or StageMonitor().state()
         self.last_logged = state["last_logged"]
         self.norms = {name: list(values) for name, values in state["norms"].items()}
         self.trend.restore(state.get("trend", {}))
         self.warned, self.pending = list(state["warned"]), list(state["pending"])
+
+    def on_step(self, step: CompletedStep) -> str | None:
+        """Take note of a step that is about to be applied; return a warning if the loss diverged with it."""
+        self.see_step(step.number, step.norms)
+        if (before := self.see_loss(step.number, step.loss)) is None:
+            return None
+        return (
+            f"step {step.number}: the loss rose from {before:.4f} to {step.loss:.4f}: the training diverged, or these "
+            f"records are unlike all before. If it stays there, stop, and go on from a checkpoint with a lower "
+            f"learning_rate. Last good checkpoint: {step.last_checkpoint() or 'none yet'}"
+        )
+
+    def on_log(self, step: int, model: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
+        """Add the figures of the steps since the last line."""
+        return self.figures(step, model, row, self.skipped)
+
+    def on_validation(self, validation: ValidationPass) -> None:
+        """Warn of records whose loss is not finite, and of what the losses tell of the stage."""
+        if validation.unusable:
+            records = validation.rows.records
+            named = [f"{records[index].where} ({reason})" for index, reason in validation.unusable.items()]
+            self.warn(
+                "validation",
+                f"{counted(len(named), 'record')} left out of the validation loss: {listed(named, separator='; ')}. "
+                "Replace the image, or exclude the record",
+            )
+        if validation.loss is not None:
+            history = [*validation.history, {"step": validation.step, **validation.metrics}]
+            warnings = diagnose(
+                read_validations(history), validation.max_steps, keeps_best=self.keeps_best, known=self.warned
+            )
+            for kind, text in warnings.items():
+                self.warn(kind, text)
+        validation.metrics |= self.take_warnings()
 
     def see_loss(self, step: int, loss: float) -> float | None:
         """Take note of the loss of a step; return the loss it had before if it diverged now, for the first time."""
@@ -177,41 +224,3 @@ def projector_norms(model: nn.Module) -> tuple[float, float, float] | None:
     difference = get_total_norm([one - other for one, other in pairs])
     a, b, c = torch.stack([now, first, difference]).tolist()
     return a, b, c
-
-
-class GuardsState(TrainerCallback):  # type: ignore[misc]
-    """Keeps what guard and watch know in the Trainer's state, with which it is saved, and comes back on resuming."""
-
-    KEY = "lora_llava_guards"
-
-    def __init__(self, guard: NonFiniteGuard, watch: StageWatch) -> None:
-        self.guard = guard
-        self.watch = watch
-        self.start: dict[str, str] = {}
-        """Checksums of the trained weights where the stage began."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Go on from the state; or begin."""
-        known = state.stateful_callbacks.get(self.KEY)
-        self.guard.skipped = list(known["skipped"]) if known else []
-        self.watch.restore(known["watch"] if known else StageWatch().state())
-        if known:
-            self.start = known.get("start", {})
-        self._keep(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take note of the step, which may be saved now."""
-        self._keep(state)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take note of what was logged; after it the step may be saved, too."""
-        self._keep(state)
-
-    def _keep(self, state: TrainerState) -> None:
-        state.stateful_callbacks[self.KEY] = {
-            "skipped": list(self.guard.skipped),
-            "watch": self.watch.state(),
-            "start": self.start,
-        }

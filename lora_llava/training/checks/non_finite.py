@@ -8,8 +8,8 @@ ruins every gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,17 +20,22 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.text import counted, listed
+from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.frozen_weights import frozen_tensors
 
-Groups = Mapping[str, Sequence[nn.Parameter]]
-"""Trained parameters by the name of their group, such as lora and projector."""
+
+def skip_limit(settings: StageSettings) -> int:
+    """Return how many non-finite steps a stage may skip."""
+    return settings.max_non_finite_steps if settings.on_non_finite == "skip" else 0
 
 
-class NonFiniteGuard:
-    """Judges each optimizer step before it is taken."""
+class NonFiniteGuard(Check):
+    """Judges each optimizer step before it is applied; comes first, since it computes the loss and the norms."""
+
+    key: ClassVar[str] = "skipped"
 
     def __init__(self, rows: PackedRows, *, stage: str = "training", most_skipped: int = 0, bf16: bool = False) -> None:
-        """Guard the steps over `rows`, those of this process; of them `most_skipped` may be left out.
+        """Guard the steps over `rows`, those of this process; at most `most_skipped` of them may be skipped.
 
         `bf16`: whether losses are computed under autocast.
         """
@@ -39,13 +44,7 @@ class NonFiniteGuard:
         self.most_skipped = most_skipped
         self.bf16 = bf16
         self.skipped: list[int] = []
-        """Steps that were left out, counted from 1."""
-        self.loss = 0.0
-        """Of the last step."""
-        self.norms: dict[str, float] = {}
-        """Gradient norm of each group in the last step, before clipping."""
-        self.last_checkpoint: Callable[[], str | None] = lambda: None
-        """Names the checkpoint to go back to."""
+        """Steps that were skipped, counted from 1; other checks read this very list."""
         self.fix = ""
         """What to do about the last step that was not finite."""
 
@@ -54,34 +53,44 @@ class NonFiniteGuard:
         cls, rows: PackedRows, stage: StageName, settings: StageSettings, dtype: torch.dtype
     ) -> NonFiniteGuard:
         """Do as `on_non_finite` and `max_non_finite_steps` say."""
-        most = settings.max_non_finite_steps if settings.on_non_finite == "skip" else 0
-        return cls(rows, stage=stage, most_skipped=most, bf16=dtype == torch.bfloat16)
+        return cls(rows, stage=stage, most_skipped=skip_limit(settings), bf16=dtype == torch.bfloat16)
 
-    def problem(
-        self, model: nn.Module, groups: Groups, losses: torch.Tensor, total: torch.Tensor, step: int
-    ) -> str | None:
-        """Say what is wrong with a step whose gradients are complete, or None; then its gradients are gone.
+    def state(self) -> list[int]:
+        """Return the steps that were skipped."""
+        return list(self.skipped)
 
-        `losses` (rows of the step,) are this process's, `total` is their sum over all processes; `step` counts from
-        1. Raises TrainingError, with the weights as they are, if the step may not be left out.
+    def restore(self, state: Sequence[int] | None) -> None:
+        """Continue with the skipped steps of a checkpoint."""
+        self.skipped[:] = state or ()
+
+    def on_step(self, step: CompletedStep) -> str | None:
+        """Compute loss and gradient norms; skip the step, and say why, if one of them is not finite.
+
+        Raises TrainingError, with the weights unchanged, if the step may not be skipped.
         """
-        norms = [gradient_norm(parameters, total.device) for parameters in groups.values()]
+        norms = [gradient_norm(parameters, step.total.device) for parameters in step.groups.values()]
         # The step's only wait for the device.
-        values: list[float] = torch.stack([total, *norms]).tolist()
-        self.loss, self.norms = values[0], dict(zip(groups, values[1:], strict=True))
+        values: list[float] = torch.stack([step.total, *norms]).tolist()
+        step.loss, step.norms = values[0], dict(zip(step.groups, values[1:], strict=True))
         if all(map(math.isfinite, values)):
             return None
-        # Room for the passes that look for the culprit; and a step without gradients changes neither weights nor the
-        # optimizer's state.
-        model.zero_grad(set_to_none=True)
-        found = self._describe(model, [one for group in groups.values() for one in group], losses.tolist(), step)
-        self.skipped.append(step)
+        # Frees memory for the passes that look for the culprit; and a step without gradients changes neither weights
+        # nor the optimizer's state.
+        step.model.zero_grad(set_to_none=True)
+        step.is_skipped = True
+        problem = self._describe(step)
+        self.skipped.append(step.number)
         if len(self.skipped) > self.most_skipped:
-            raise TrainingError(f"{found} {self._advice()}")
-        return f"{found} The step was left out, {len(self.skipped)} of at most {self.most_skipped}."
+            raise TrainingError(f"{problem} {self._advice(step.last_checkpoint)}")
+        return f"{problem} The step was left out, {len(self.skipped)} of at most {self.most_skipped}."
 
-    def _advice(self) -> str:
-        checkpoint = f"Last good checkpoint: {self.last_checkpoint() or 'none yet'}."
+    def on_validation(self, validation: ValidationPass) -> None:
+        """Raise TrainingError if a validation loss is not finite because a weight is not."""
+        if validation.unusable and (broken := non_finite_tensors(validation.model)):
+            raise TrainingError(f"stage {self.stage}: not finite: {listed(broken)}. {self.restart_advice()}")
+
+    def _advice(self, last_checkpoint: Callable[[], str | None]) -> str:
+        checkpoint = f"Last good checkpoint: {last_checkpoint() or 'none yet'}."
         if self.most_skipped:
             steps = ", ".join(map(str, self.skipped))
             return (
@@ -98,26 +107,28 @@ class NonFiniteGuard:
             "learning_rate."
         )
 
-    def _describe(self, model: nn.Module, trained: list[nn.Parameter], losses: list[float], step: int) -> str:
+    def _describe(self, step: CompletedStep) -> str:
         """Name the step, what is not finite in it, the records, and the gradient norms."""
-        rows = self.rows.rows[(step - 1) * len(losses) : step * len(losses)]
+        losses: list[float] = step.losses.tolist()
+        trained = [parameter for parameters in step.groups.values() for parameter in parameters]
+        rows = self.rows.rows[(step.number - 1) * len(losses) : step.number * len(losses)]
         bad = [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         what = f"the loss of {len(bad)} of {len(rows)} micro-batches" if bad else "the gradient"
         suspects = [index for row in bad or rows for tree in row for index in tree]
-        if broken := non_finite_tensors(model):
+        if broken := non_finite_tensors(step.model):
             why = f"Not finite before the step already: {listed(broken)}. The records: {self._named(suspects)}."
             self.fix = self.restart_advice()
-        elif guilty := [index for index in suspects if not self._is_finite_alone(model, trained, index)]:
+        elif guilty := [index for index in suspects if not self._is_finite_alone(step.model, trained, index)]:
             why = f"Not finite by themselves are {len(guilty)} of {counted(len(suspects), 'record')}: "
             why += f"{self._named(guilty)}."
             self.fix = "Repair these records, or exclude them (data.exclude)."
         else:
             why = f"Each record by itself is finite; together they were {self._named(suspects)}."
             self.fix = "Lower learning_rate: weights that have grown too large overflow with some records only."
-        norms = ", ".join(f"{name} {norm:g}" for name, norm in self.norms.items())
+        norms = ", ".join(f"{name} {norm:g}" for name, norm in step.norms.items())
         return (
-            f"stage {self.stage}, step {step}: {what} is not finite; the weights are as they were before the step. "
-            f"{why} Gradient norms: {norms}."
+            f"stage {self.stage}, step {step.number}: {what} is not finite; the weights are as they were before "
+            f"the step. {why} Gradient norms: {norms}."
         )
 
     def _named(self, indices: Sequence[int]) -> str:
@@ -153,5 +164,5 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def forked_rng(device: torch.device) -> Any:
-    """Give back torch's random numbers, those of the CPU and of `device`, as they were at the end of a `with`."""
+    """Fork torch's RNG (CPU and `device`); its state is restored when the `with` block ends."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda")

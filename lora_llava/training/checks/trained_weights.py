@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from lora_llava.errors import TrainingError
 from lora_llava.system.text import counted, listed
+from lora_llava.training.checks.check import Check
 from lora_llava.training.checks.frozen_weights import checksum
 
 NOTHING = 1e-12
 PROJECTOR_PART, LORA_PART = "projector", "lora"
+
+
+class TrainedWeights(Check):
+    """Compares the trained weights with their checksums at the start of the stage."""
+
+    key: ClassVar[str] = "start"
+
+    def __init__(self, stage: str, skipped: Sequence[int]) -> None:
+        """`skipped`: the steps that were skipped; the guard adds to it."""
+        self.stage = stage
+        self.skipped = skipped
+        self.start: dict[str, str] = {}
+        """Checksum of each part at the start of the stage."""
+
+    def before_training(self, model: nn.Module) -> None:
+        """Checksum the trained weights of `model`."""
+        self.start = part_checksums(model)
+
+    def after_training(self, model: nn.Module, num_steps: int) -> str | None:
+        """Return a line on a part whose weights did not change, if there is one; TrainingError if none did."""
+        return check_changed(model, self.start, stage=self.stage, num_steps=num_steps, skipped=self.skipped)
+
+    def state(self) -> dict[str, str]:
+        """Return the checksums."""
+        return self.start
+
+    def restore(self, state: dict[str, str] | None) -> None:
+        """Take the checksums of a checkpoint; those of `before_training` are not of the stage's start then."""
+        if state is not None:
+            self.start = state
 
 
 def part_of(name: str) -> str:

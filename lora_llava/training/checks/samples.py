@@ -1,0 +1,44 @@
+"""Answers to a few validation questions, logged with each validation, so that a person sees what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_llava.conversation.encode import Template
+from lora_llava.data.load import Record
+from lora_llava.generation.answers import generate_answers
+from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.base import LoadedModel
+from lora_llava.modeling.packed import llava_in
+from lora_llava.recipe.stages import AspectRatio
+from lora_llava.training.checks.check import Check, ValidationPass
+
+SAMPLE_TOKENS = 32
+"""Maximum length of a sample answer, in tokens."""
+
+
+class SampleAnswers(Check):
+    """Answers the questions of `records` at each validation, with the weights of that step."""
+
+    def __init__(
+        self, loaded: LoadedModel, records: Sequence[Record], template: Template, aspect_ratio: AspectRatio
+    ) -> None:
+        self.loaded = loaded
+        self.records = records
+        self.template = template
+        self.aspect_ratio = aspect_ratio
+
+    def on_validation(self, validation: ValidationPass) -> None:
+        """Add `samples`: the question, the true answer and the prediction of each record."""
+        with with_sdpa(llava_in(self.loaded.model)):
+            answers = generate_answers(
+                self.loaded,
+                self.records,
+                template=self.template,
+                aspect_ratio=self.aspect_ratio,
+                max_new_tokens=SAMPLE_TOKENS,
+            )
+        validation.metrics["samples"] = [
+            {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
+            for record, answer in zip(self.records, answers, strict=True)
+        ]
