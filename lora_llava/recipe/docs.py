@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lora_llava.recipe.errors import allowed, shown
-from lora_llava.recipe.fields import OnResume, Settings, section_in
+from lora_llava.recipe.fields import OnResume, Settings, section_in, settings_of
 from lora_llava.recipe.settings import Recipe
 
 _HEAD = """\
@@ -55,8 +55,10 @@ def _intro(key: str, section: type[Settings]) -> list[str]:
 
 
 def _table(key: str, section: type[Settings]) -> list[str]:
+    prefix = f"{key}." if key else ""
+    notes = {setting.key: _word(setting.on_resume) for setting in settings_of(Recipe)}
     rows = [
-        f"| `{name}` | {_cell(allowed(field))} | {_default(field)} | {_meaning(field)} | {_note(key, field)} |"
+        f"| `{name}` | {_cell(allowed(field))} | {_default(field)} | {_meaning(field)} | {notes[prefix + name]} |"
         for name, field in section.model_fields.items()
         if section_in(field.annotation) is None
     ]
@@ -74,14 +76,6 @@ def _default(field: FieldInfo) -> str:
 
 def _meaning(field: FieldInfo) -> str:
     return _cell(field.description or "")
-
-
-def _note(key: str, field: FieldInfo) -> str:
-    if key.startswith("evaluation"):
-        return _word(OnResume.AGAIN)
-    if key.startswith("card"):
-        return _word(OnResume.CARD)
-    return _word(next(note for note in field.metadata if isinstance(note, OnResume)))
 
 
 def _word(note: OnResume) -> str:

@@ -1,7 +1,8 @@
 """Base class of all recipe sections, and the notes that annotate each setting.
 
 `OnResume` says what changing the setting means when a run is resumed; `Names` says whether a text is a path, a Hub id,
-or neither. Code that depends on either walks the settings with `settings_of` and keeps no list of keys.
+or neither; `OfNewModel` marks what an existing model does not need. Code that depends on these walks the settings and
+keeps no list of keys.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv")
+"""Suffixes of data files that have no splits, configurations or revisions."""
 
 
 class OnResume(enum.Enum):
@@ -45,6 +47,16 @@ class Names(enum.Enum):
     PATH = "path"
     PATH_OR_ID = "path or Hub id"
     TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class OfNewModel:
+    """Marks a setting of `base` that applies only to a model assembled from parts."""
+
+    config_key: str | None = None
+    """Key of the setting in the config.json of an existing model, if it is there."""
+    default: Any = None
+    """Value that a config.json without the key implies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +113,7 @@ def settings_of(model: type[Settings], prefix: str = "", outer: OnResume | None 
 
 def is_local(name: str) -> bool:
     """Tell a path from a Hub id, in a recipe whose paths are resolved."""
-    return name.startswith((".", "/", "~")) or name.endswith(_DATA_SUFFIXES)
+    return name.startswith((".", "/", "~")) or name.endswith((*RECORD_FILES, ".parquet"))
 
 
 def data_name(path: str) -> str:

@@ -18,7 +18,7 @@ from lora_llava.recipe.fields import Names, Settings, is_local, section_in, sett
 from lora_llava.recipe.names import meant_by
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.start import continued
-from lora_llava.recipe.unused import FRESH, unused_settings
+from lora_llava.recipe.unused import unused_settings
 from lora_llava.system.text import printable
 
 MAX_BYTES = 1 << 20
@@ -109,8 +109,8 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
     data = recipe.plain()
     if recipe.base.model_name_or_path is not None:
         # The defaults for a new model need not hold for the existing one, so leave them out.
-        given = recipe.base.model_fields_set
-        data["base"] = {key: value for key, value in data["base"].items() if key in given or key not in FRESH}
+        absent = recipe.base.of_new_model().keys() - recipe.base.model_fields_set
+        data["base"] = {key: value for key, value in data["base"].items() if key not in absent}
     # load_recipe resolves against the real directory: through a link, `..` would lead elsewhere.
     start = directory.resolve()
     data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))

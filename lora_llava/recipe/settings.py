@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
 from lora_llava.recipe.choices import MetricSetting
-from lora_llava.recipe.fields import Count, Form, Names, OnResume, Positive, Settings
+from lora_llava.recipe.fields import Count, Form, Names, OfNewModel, OnResume, Positive, Settings
 from lora_llava.recipe.stages import AlignSettings, AspectRatio, DataSettings, InstructSettings, StageName
 
 _TRACKERS = Form("none or a list of trackers, such as [tensorboard]")
@@ -42,15 +42,25 @@ class BaseModelSettings(Settings):
     """File name in `language_model`, if the language model is a GGUF file."""
     vision_tower: Annotated[str | None, OnResume.FIXED, Names.PATH_OR_ID] = None
     """A CLIP vision tower: Hub id, directory, or `package:vision_tower`, a small one that ships with the package."""
-    mm_projector_type: Annotated[Literal["mlp2x_gelu", "linear"], OnResume.FIXED] = "mlp2x_gelu"
+    mm_projector_type: Annotated[
+        Literal["mlp2x_gelu", "linear"], OnResume.FIXED, OfNewModel("projector_hidden_act", "gelu")
+    ] = "mlp2x_gelu"
     """Architecture of a new projector: two linear layers with a GELU, as in LLaVA-1.5, or one linear layer."""
-    projector_init: Annotated[Literal["llava", "embeddings"], OnResume.FIXED] = "llava"
+    projector_init: Annotated[Literal["llava", "embeddings"], OnResume.FIXED, OfNewModel()] = "llava"
     """Initialization of a new projector: as in LLaVA, or with outputs that match the statistics of the language model's
     word embeddings."""
-    vision_feature_layer: Annotated[int, OnResume.FIXED] = -2
+    vision_feature_layer: Annotated[int, OnResume.FIXED, OfNewModel("vision_feature_layer", -2)] = -2
     """Index of the vision tower's hidden state to project."""
-    vision_feature_select_strategy: Annotated[Literal["default", "full"], OnResume.FIXED] = "default"
+    vision_feature_select_strategy: Annotated[
+        Literal["default", "full"], OnResume.FIXED, OfNewModel("vision_feature_select_strategy", "default")
+    ] = "default"
     """`default` drops the class token; `full` keeps it."""
+
+    @classmethod
+    def of_new_model(cls) -> dict[str, OfNewModel]:
+        """Return the settings that apply only to a model assembled from parts, with their notes."""
+        notes = ((name, note) for name, field in cls.model_fields.items() for note in field.metadata)
+        return {name: note for name, note in notes if isinstance(note, OfNewModel)}
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from lora_llava.recipe.fields import Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
+from lora_llava.recipe.fields import RECORD_FILES, Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
 
 StageName = Literal["align", "instruct"]
 
@@ -131,7 +131,7 @@ class DataSettings(Settings):
                     f"columns is required because {key} is not a .json or .jsonl file; for example "
                     "columns: {image: COLUMN, question: COLUMN, answer: COLUMN}"
                 )
-        if self.path.endswith((".json", ".jsonl", ".csv", ".tsv")) and (self.name or self.revision):
+        if self.path.endswith(RECORD_FILES) and (self.name or self.revision):
             raise ValueError("name and revision apply to Hub datasets; path is a file")
         return self
 

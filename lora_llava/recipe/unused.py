@@ -12,19 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.recipe.errors import shown
-from lora_llava.recipe.fields import Settings, is_local
+from lora_llava.recipe.fields import RECORD_FILES, Settings, is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings, StageSettings
 
-_ONE_FILE = (".json", ".jsonl", ".csv", ".tsv")
-_OF_THE_MODEL = {
-    "vision_feature_layer": ("vision_feature_layer", -2),
-    "vision_feature_select_strategy": ("vision_feature_select_strategy", "default"),
-    "mm_projector_type": ("projector_hidden_act", "gelu"),
-}
-"""Settings for a new model: the key in the config.json of an existing one, and its default there."""
-FRESH = ("projector_init", *_OF_THE_MODEL)
-"""Settings of `base` that apply only to a model assembled from parts."""
 _PROJECTOR_TYPES = {"gelu": "mlp2x_gelu", "linear": "linear"}
 
 
@@ -74,8 +65,10 @@ def unlike_the_model(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Unus
     base = recipe.base
     if base.model_name_or_path is None:
         return
-    for name, (key, default) in _OF_THE_MODEL.items():
-        value = config.get(key, default)
+    for name, note in base.of_new_model().items():
+        if note.config_key is None:
+            continue
+        value = config.get(note.config_key, note.default)
         value = _PROJECTOR_TYPES.get(str(value), value) if name == "mm_projector_type" else value
         if name in base.model_fields_set and getattr(base, name) != value:
             because = f"base.model_name_or_path is a complete model, which has {shown(value)}"
@@ -124,7 +117,7 @@ def _unused_in_data(key: str, data: DataSettings) -> Iterator[Unused]:
         yield from _changed(
             data, key, ["max_bad_records"], "on_bad_record is error: the first such record stops the run", fix
         )
-    if data.path.endswith(_ONE_FILE):
+    if data.path.endswith(RECORD_FILES):
         yield from _changed(
             data, key, ["split"], f"a {Path(data.path).suffix} file has no splits", "Name another file in path"
         )
