@@ -19,8 +19,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_json, read_own_template, recognize
-from lora_llava.conversation.encode import TEMPLATES, Template, get_template
 from lora_llava.conversation.endings import stated_ends, write_generation_config
+from lora_llava.conversation.templates import TEMPLATES, Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS
 from lora_llava.formats.processor import save_processor

@@ -15,31 +15,15 @@ from typing import Literal, NamedTuple
 
 from lora_llava.conversation.templates import (
     NO_ANCHOR,
-    TEMPLATES,
     Anchor,
     Pieces,
     Template,
     Tokenizer,
-    get_template,
     template_pieces,
     tokenize,
 )
 from lora_llava.errors import DataError, ModelError
 from lora_llava.system.text import counted
-
-__all__ = [
-    "IGNORE_INDEX",
-    "IMAGE_PLACEHOLDER",
-    "TEMPLATES",
-    "Encoded",
-    "Template",
-    "Tokenizer",
-    "Turn",
-    "check_turns",
-    "encode",
-    "encode_prompt",
-    "get_template",
-]
 
 IGNORE_INDEX = -100
 """Label of tokens that are not supervised."""

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, overload
 
-from lora_llava.conversation.encode import Encoded, Template, Tokenizer, Turn, encode
+from lora_llava.conversation.encode import Encoded, Turn, encode
+from lora_llava.conversation.templates import Template, Tokenizer
 from lora_llava.data.load import Record
 from lora_llava.data.packing import PlanItem
 from lora_llava.system.progress import counting

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lora_llava.conversation.encode import Template, encode, get_template
+from lora_llava.conversation.encode import encode
+from lora_llava.conversation.templates import Template, get_template
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.load import Record, load_split

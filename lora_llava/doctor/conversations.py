@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, encode, get_template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, encode
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.encoded import EncodedRecords, Size, size_of
 from lora_llava.data.load import merge_turns
 from lora_llava.data.record import Record

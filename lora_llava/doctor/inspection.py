@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, get_template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.images.read import open_image
 from lora_llava.data.layout import lay_out

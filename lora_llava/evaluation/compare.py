@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_llava.conversation.chat_template import OwnTemplate
-from lora_llava.conversation.encode import Template
+from lora_llava.conversation.templates import Template
 from lora_llava.data.images.read import open_image
 from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet
 from lora_llava.evaluation.notes import outcome_notes, question_notes

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lora_llava.artifact import Usage, add_adapter, load_model, read_usage, template_to_ask
-from lora_llava.conversation.encode import Template
+from lora_llava.conversation.templates import Template
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import Asking, Models, compare
 from lora_llava.evaluation.outcome import START

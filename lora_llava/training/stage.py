@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_llava.conversation.encode import Template, get_template
+from lora_llava.conversation.templates import Template, get_template
 from lora_llava.data.rows import ImageTransform
 from lora_llava.modeling.base import BaseIdentity, LoadedModel
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe

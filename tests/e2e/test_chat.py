@@ -18,7 +18,8 @@ from lora_llava.artifact import load_model, read_usage
 from lora_llava.cli import cli
 from lora_llava.cli.chat import write_piece
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import Turn, get_template
+from lora_llava.conversation.encode import Turn
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.load import ImageSource, Record
 from lora_llava.errors import ArtifactError, DataError
 from lora_llava.generation.answers import generate_answers

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
-from lora_llava.conversation.encode import get_template
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.load import load_records
 from lora_llava.generation.answers import generate_answers
 from lora_llava.modeling.base import BaseIdentity, load_base

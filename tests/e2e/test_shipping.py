@@ -16,7 +16,8 @@ from lora_llava.artifact import Usage, load_model, read_usage, template_to_ask
 from lora_llava.cli import cli
 from lora_llava.cli.common import file_size
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import Turn, encode, encode_prompt, get_template
+from lora_llava.conversation.encode import Turn, encode, encode_prompt
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.images.read import preprocess
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Turn, encode, encode_prompt
+from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Turn, encode, encode_prompt
+from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.data.record import check_text
 from lora_llava.errors import DataError
 from tests.fuzz.mutations import NASTY_TEXT

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import lora_llava.generation.answers as generation
-from lora_llava.conversation.encode import Turn, encode_prompt, get_template
+from lora_llava.conversation.encode import Turn, encode_prompt
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.images.read import mean_colour, open_image, preprocess
 from lora_llava.data.load import ImageSource, Record
 from lora_llava.generation.answers import end_token_ids, generate_answers

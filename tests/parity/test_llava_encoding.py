@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from lora_llava.conversation.encode import IGNORE_INDEX, Turn, encode, encode_prompt, get_template
+from lora_llava.conversation.encode import IGNORE_INDEX, Turn, encode, encode_prompt
+from lora_llava.conversation.templates import get_template
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding"
 CASES = [json.loads(line) for line in (FIXTURES / "conversations.jsonl").read_text("utf-8").splitlines()]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import lora_llava.modeling.attention as attention_module
 import lora_llava.modeling.packed as packed_module
-from lora_llava.conversation.encode import Encoded, Turn, encode, get_template
+from lora_llava.conversation.encode import Encoded, Turn, encode
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.rows import Batch, build_row
 from lora_llava.modeling.attention import additive_mask, set_attention, with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss

@@ -19,8 +19,8 @@ from lora_llava.conversation.chat_template import (
     recognize,
     template_difference,
 )
-from lora_llava.conversation.encode import Turn, encode_prompt, get_template
-from lora_llava.conversation.templates import TEMPLATES
+from lora_llava.conversation.encode import Turn, encode_prompt
+from lora_llava.conversation.templates import TEMPLATES, get_template
 from lora_llava.errors import DataError, ModelError
 from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS, tiny_tokenizer
 

@@ -9,15 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_llava.conversation.encode import (
-    IGNORE_INDEX,
-    TEMPLATES,
-    Encoded,
-    Turn,
-    encode,
-    encode_prompt,
-    get_template,
-)
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded, Turn, encode, encode_prompt
+from lora_llava.conversation.templates import TEMPLATES, get_template
 from lora_llava.errors import DataError, ModelError, RecipeError
 from tests.helpers.tiny import BOS_ID, EOS_ID, IM_END_ID, IMAGE_ID, tiny_tokenizer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.conversation.encode import Turn, encode, get_template
+from lora_llava.conversation.encode import Turn, encode
+from lora_llava.conversation.templates import get_template
 from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.packing import PlanItem
 from lora_llava.data.record import ImageSource, Record

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lora_llava.artifact import load_artifact, read_manifest
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import get_template
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.shipping.export.llava import export_llava

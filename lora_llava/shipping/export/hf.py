@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from lora_llava.artifact import is_artifact, read_usage
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
-from lora_llava.conversation.encode import Template
 from lora_llava.conversation.endings import write_generation_config
+from lora_llava.conversation.templates import Template
 from lora_llava.formats.llava_hf import WeightFiles, check_identical, each_tensor, expected_shapes, write_weights
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.options import ExportOptions, ExportReport

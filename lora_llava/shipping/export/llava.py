@@ -14,8 +14,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lora_llava.artifact import Manifest, is_artifact, read_usage
-from lora_llava.conversation.encode import get_template
 from lora_llava.conversation.endings import write_generation_config
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import (
     WeightFiles,

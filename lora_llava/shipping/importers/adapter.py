@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from lora_llava.conversation.chat_template import read_own_template, recognize, recognize_question
-from lora_llava.conversation.encode import Template, get_template
+from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_json, read_tensors
 from lora_llava.formats.names import (

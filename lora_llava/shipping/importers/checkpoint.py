@@ -14,8 +14,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.artifact import MERGE_REPORT, read_usage
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, get_template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import write_generation_config
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_weights
 from lora_llava.formats.llava_original import (

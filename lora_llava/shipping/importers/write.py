@@ -15,8 +15,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.artifact import MANIFEST, Manifest, base_location, library_versions
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import Template, get_template
 from lora_llava.conversation.endings import write_generation_config
+from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
 from lora_llava.formats.llava_original import identity_layer, is_linear

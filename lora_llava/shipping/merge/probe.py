@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoTokenizer, LlavaConfig
 
 from lora_llava.artifact import Manifest
-from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, encode_prompt, get_template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, encode_prompt
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name, split_lora, unwrap_peft
 from lora_llava.formats.peft_adapter import Adapter

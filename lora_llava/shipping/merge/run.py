@@ -23,8 +23,8 @@ from lora_llava.artifact import (
     read_manifest,
 )
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import get_template
 from lora_llava.conversation.endings import write_generation_config
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.formats.names import EMBEDDINGS

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lora_llava.artifact import is_artifact
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
-from lora_llava.conversation.encode import get_template
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import HEAD, LANGUAGE_MODEL_PREFIX

@@ -9,8 +9,8 @@ from typing import cast, get_args
 from transformers import AutoTokenizer
 
 from lora_llava.artifact import is_artifact, read_usage
-from lora_llava.conversation.encode import Template
 from lora_llava.conversation.endings import end_token_ids, stated_ends
+from lora_llava.conversation.templates import Template
 from lora_llava.errors import RecipeError
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.modeling.metadata import read_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_llava.conversation.chat_template import OwnTemplate
-from lora_llava.conversation.encode import Template
+from lora_llava.conversation.templates import Template
 from lora_llava.errors import ArtifactError
 
 _QUOTES = '"""'

@@ -15,8 +15,9 @@ from gguf import Keys, TokenType
 from transformers import AutoTokenizer
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template
-from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Template
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import end_token_ids, stated_ends
+from lora_llava.conversation.templates import Template
 from lora_llava.errors import ModelError
 from lora_llava.shipping.export.gguf.file import Fields, boolean, integer, integers, reals, string, strings
 
