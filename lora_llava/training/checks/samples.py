@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_llava.conversation.encode import Template
+from lora_llava.conversation.templates import Template
 from lora_llava.data.load import Record
 from lora_llava.generation.answers import generate_answers
 from lora_llava.modeling.attention import with_sdpa
