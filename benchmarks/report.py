@@ -15,24 +15,24 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = "lora-llava"
 SETS = {
     "S1": "captions, stage 1",
-    "V1": "1 question an image",
-    "V4": "4 questions an image",
-    "V8": "8 questions an image",
-    "V11": "11 questions an image",
-    "MX": "lengths mixed, several turns, text alone",
+    "V1": "1 question per image",
+    "V4": "4 questions per image",
+    "V8": "8 questions per image",
+    "V11": "11 questions per image",
+    "MX": "mixed lengths, several turns, text only",
 }
 FIGURES = " supervised tokens/s | computed tokens/s | peak memory, MiB | useful FLOPs | computed FLOPs | first loss |"
-HEAD = """# Speed and memory beside other kits
+HEAD = """# Speed and memory, compared with other trainers
 
-Made by `python -m benchmarks.report` from `benchmarks/results/`. Every peer trains the same model with the same LoRA on
-the same token ids, targets and images, in a process of its own; their steps take turns, and the median counts. A set is
-ranked only if first losses, gradient norms of LoRA and projector, and numbers of targets agree.
+Written by `python -m benchmarks.report` from `benchmarks/results/`. Every trainer trains the same model with the same
+LoRA on the same token ids, labels and images, in its own process; their steps alternate, and the median counts. A set
+is ranked only if first losses, gradient norms of LoRA and projector, and numbers of supervised tokens agree.
 
-*FLOPs* are a share of what a large matrix product reaches on the same machine, counted as four for each weight of the
+*FLOPs* are a fraction of what a large matrix product reaches on the same machine, counted as four per weight of the
 language model's linear layers and token: *computed*, for the tokens that passed through the model; *useful*, for those
-that would have, with every question in a sequence of its own. So a kit that shares images can exceed 1.
+that would have passed with every question in its own sequence. So a trainer that shares images can exceed 1.
 
-![questions a second, relative to the fastest peer](performance.png)
+![questions per second, relative to the fastest other trainer](performance.png)
 """
 
 
@@ -44,7 +44,7 @@ def section(report: dict[str, Any]) -> str:
         "",
         f"Commit {report['commit']}; {versions}.",
         "",
-        f"| set | kit | questions/s | ours is so many times as fast |{FIGURES}",
+        f"| set | kit | questions/s | speedup of lora-llava |{FIGURES}",
         f"|---|---|---:|---:|{'---:|' * FIGURES.count('|')}",
     ]
     for result in report["results"]:
@@ -57,11 +57,11 @@ def section(report: dict[str, Any]) -> str:
 
 
 def ladder(result: dict[str, Any]) -> list[str]:
-    """Write what each part brings."""
+    """Write what each part contributes."""
     lines = [
-        f"What each part brings, on {result['set']}:",
+        f"What each part contributes, on {result['set']}:",
         "",
-        f"| with | questions/s | times the first |{FIGURES}",
+        f"| with | questions/s | relative to the first |{FIGURES}",
         f"|---|---:|---:|{'---:|' * FIGURES.count('|')}",
     ]
     first = next(iter(result["peers"].values()))["questions_per_second"]

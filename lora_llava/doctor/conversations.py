@@ -86,7 +86,7 @@ def _encode_side(
             problem = f"{record.where}: holds {token}"
             conversations.findings.append(finding_at("special_text", side.source, record, problem, record.image))
     side.records = [record for record, _ in usable]
-    failed = {one.record for one in side.source.bad.found}
+    failed = {bad.record for bad in side.source.bad.found}
     side.source.records = [record for record in side.source.records if record.number not in failed]
     sizes = [size for _, size in usable if size is not None]
     if side.role == "training" and stage.data.merge_turns:

@@ -90,12 +90,12 @@ def _levels_left(data: bytes, image: Image.Image) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as original:
-            is_deep_grey = original.mode in DEEP_GREY
-            if not is_deep_grey and not (original.format == "PNG" and data[_PNG_DEPTH] == 16):
+            is_deep_gray = original.mode in DEEP_GREY
+            if not is_deep_gray and not (original.format == "PNG" and data[_PNG_DEPTH] == 16):
                 return 256
             left = int((_histogram(image) > 0).sum(axis=1).max())
             # Pillow reads only the upper 8 bits of deep color, so the loss is unknown there.
-            lost = len(np.unique(np.asarray(original))) - left if is_deep_grey else left
+            lost = len(np.unique(np.asarray(original))) - left if is_deep_gray else left
             # Losing padding and markers is intended.
             return left if lost * LEVELS_PER_STRAY > left else 256
 

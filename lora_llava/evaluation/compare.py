@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lora_llava.conversation.chat_template import OwnTemplate
-from lora_llava.conversation.templates import Template
 from lora_llava.data.images.read import open_image
 from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet
 from lora_llava.evaluation.notes import outcome_notes, question_notes
@@ -32,11 +30,10 @@ from lora_llava.evaluation.report import accuracy_table, confusion_table, most_l
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, pick_metric
-from lora_llava.generation.answers import generate_answers
+from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.settings import EvaluationSettings
-from lora_llava.recipe.stages import AspectRatio
 from lora_llava.system.files import json_text
 from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted
@@ -49,25 +46,17 @@ NUM_SAMPLES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """How a model is asked: as in its training."""
-
-    template: Template | OwnTemplate
-    aspect_ratio: AspectRatio
-
-
-@dataclass(frozen=True, slots=True)
 class Models:
     """The models to compare: adapters on one loaded base."""
 
     loaded: LoadedModel
-    tuned: Asking
-    start: Asking | None = None
+    tuned: PromptFormat
+    start: PromptFormat | None = None
     """If given, `loaded.model` has an adapter named `START`, from which training started."""
     base: bool = True
     """Whether to ask the base: the model with its adapter disabled and its own projector."""
 
-    def asking(self, name: str) -> Asking:
+    def prompt_format(self, name: str) -> PromptFormat:
         """Return how a model is asked; the base is asked like the tuned model."""
         return self.start if name == START and self.start is not None else self.tuned
 
@@ -154,17 +143,15 @@ def _ask(
 ) -> Answers:
     """Generate and score the answers of one model to the questions at `indices`, with a progress bar."""
     subset = [questions[index] for index in indices]
-    asking = models.asking(name)
+    form = replace(models.prompt_format(name), blind=name == BLIND)
     cut: list[int] = []
     with models.as_model(name), Bar(f"answers, {name}", len(subset), console) as bar:
         texts = generate_answers(
             models.loaded,
             [question.record for question in subset],
-            template=asking.template,
-            aspect_ratio=asking.aspect_ratio,
+            form,
             max_new_tokens=settings.max_new_tokens,
             max_rows=settings.batch_size,
-            blind=name == BLIND,
             progress=lambda done, _: bar.update(done),
             on_cut=cut.append,
         )

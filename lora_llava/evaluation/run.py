@@ -16,9 +16,10 @@ from rich.console import Console
 from lora_llava.artifact import Usage, add_adapter, load_model, read_usage, template_to_ask
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import ArtifactError, RecipeError
-from lora_llava.evaluation.compare import Asking, Models, compare
+from lora_llava.evaluation.compare import Models, compare
 from lora_llava.evaluation.outcome import START
 from lora_llava.evaluation.questions import QuestionSet, load_questions
+from lora_llava.generation.answers import PromptFormat
 from lora_llava.planning.preflight.shipping import refuse_model
 from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
@@ -105,20 +106,20 @@ def evaluate_artifact(
         raise ArtifactError(
             f"{candidate.directory} is a whole model: there is no start on the same base to compare it with"
         )
-    tuned = _asking(usage, candidate.directory)
+    tuned = _prompt_format(usage, candidate.directory)
     models = Models(
         loaded,
         tuned,
-        start=None if start is None else _start_asking(_asking(add_adapter(loaded, start, START), start), tuned),
+        start=None if start is None else _start_format(_prompt_format(add_adapter(loaded, start, START), start), tuned),
         base=candidate.compare_base and is_adapter,
     )
     return compare(models, questions, settings, directory, console)
 
 
-def _asking(usage: Usage, directory: Path) -> Asking:
-    return Asking(template_to_ask(usage, directory), usage.image_aspect_ratio)
+def _prompt_format(usage: Usage, directory: Path) -> PromptFormat:
+    return PromptFormat(template_to_ask(usage, directory), usage.image_aspect_ratio)
 
 
-def _start_asking(start: Asking, tuned: Asking) -> Asking:
+def _start_format(start: PromptFormat, tuned: PromptFormat) -> PromptFormat:
     """Return the form in which to ask a start: that of its training, unless that held no question."""
     return tuned if isinstance(start.template, Template) and start.template.caption_only else start

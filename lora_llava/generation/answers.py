@@ -1,8 +1,9 @@
-"""Answers of a model to the last questions of records."""
+"""Generate a model's answers to the last questions of records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -17,11 +18,23 @@ from lora_llava.data.load import ImageSource, Record
 from lora_llava.generation.decoding import Progress, Prompt, greedy_decode
 from lora_llava.recipe.stages import AspectRatio
 
-_BLIND = "the mean colour"
+_BLIND = "the mean color"
+"""Key of the image that replaces all images."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """How a model is asked: as it was trained."""
+
+    template: Template | OwnTemplate
+    aspect_ratio: AspectRatio
+    """How images are made square."""
+    blind: bool = False
+    """Whether to replace every image by its mean color: what is still correct then was guessed from the question."""
 
 
 class GenerationModel(Protocol):
-    """What is needed of a loaded model; `LoadedModel` has it."""
+    """The part of `LoadedModel` that generation needs."""
 
     @property
     def model(self) -> Any:
@@ -29,11 +42,11 @@ class GenerationModel(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Its fast tokenizer."""
+        """Fast tokenizer."""
 
     @property
     def image_size(self) -> int:
-        """Side of the square that the vision tower sees, in pixels."""
+        """Side of the vision tower's square input, in pixels."""
 
     @property
     def image_mean(self) -> tuple[float, ...]:
@@ -45,7 +58,7 @@ class GenerationModel(Protocol):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholder tokens that stand for one image."""
+        """Placeholder tokens per image."""
 
     @property
     def image_token_id(self) -> int:
@@ -55,34 +68,31 @@ class GenerationModel(Protocol):
 def generate_answers(
     loaded: GenerationModel,
     records: Sequence[Record],
+    form: PromptFormat,
     *,
-    template: Template | OwnTemplate,
-    aspect_ratio: AspectRatio,
     max_new_tokens: int,
     max_rows: int = 64,
-    blind: bool = False,
     progress: Progress | None = None,
     on_cut: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Answer the last question of each record greedily; its own answer is not shown, earlier turns are.
+    """Answer the last question of each record greedily, given the earlier turns but not its own answer.
 
-    `max_rows` bounds the questions in a forward pass (see `greedy_decode` for what a row costs). `blind` puts
-    the mean colour in place of every image: what is still right then was known without looking. `on_cut` is called
-    with the index of each answer that `max_new_tokens` cut short. Raises DataError for a record or image that cannot
-    be used.
+    `max_rows` bounds the questions in a forward pass; `greedy_decode` says what a row costs. `on_cut` is called with
+    the index of each answer that `max_new_tokens` cut short. Raises DataError for an unusable record or image.
     """
+    template = form.template
 
-    # An image whose questions do not fit in one batch is still in here when the next batch asks for it.
+    # The questions of one image may span two batches; the second finds the image here.
     @lru_cache(maxsize=max_rows)
     def pixels(source: ImageSource | None) -> torch.Tensor:
-        return image_tensor(loaded, source, aspect_ratio)
+        return image_tensor(loaded, source, form.aspect_ratio)
 
     ends = end_token_ids(loaded, template)
     answers = greedy_decode(
         loaded.model,
-        [last_question(loaded, record, template, pixels, blind) for record in records],
+        [last_question(loaded, record, template, pixels, form.blind) for record in records],
         eos_token_ids=ends,
-        # Any id will do: padding is masked. Llama's tokenizers have no pad token of their own.
+        # Padding is masked, so any id works; Llama's tokenizers have no pad token.
         pad_token_id=min(ends, default=0),
         max_new_tokens=max_new_tokens,
         max_rows=max_rows,
@@ -96,7 +106,7 @@ def generate_answers(
 
 
 def end_token_ids(loaded: GenerationModel, template: Template | OwnTemplate) -> frozenset[int]:
-    """Return the tokens that end an answer: those of the model's generation_config.json, and the taught one."""
+    """Return the tokens that end an answer: those of generation_config.json, and that of the template."""
     own = getattr(loaded.model, "generation_config", None)
     named = getattr(own, "eos_token_id", None)
     ends = [] if named is None else named if isinstance(named, list) else [named]
@@ -106,7 +116,7 @@ def end_token_ids(loaded: GenerationModel, template: Template | OwnTemplate) -> 
 def encode_turns(
     loaded: GenerationModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str
 ) -> Encoded:
-    """Encode turns that end with the user's, in a template of the kit or in the model's own."""
+    """Encode turns that end with the user's, with a template of the kit or the model's own."""
     sizes: dict[str, Any] = {"image_token_id": loaded.image_token_id, "num_image_tokens": loaded.num_image_tokens}
     if isinstance(template, OwnTemplate):
         return encode_own(turns, template, loaded.tokenizer, where=where, **sizes)
@@ -114,7 +124,7 @@ def encode_turns(
 
 
 def image_tensor(loaded: GenerationModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
-    """Open and preprocess an image, (3, size, size); None is the mean color. Raises DataError."""
+    """Open and preprocess an image to (3, size, size); None stands for the mean color. Raises DataError."""
     image = mean_colour(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
     tensor: torch.Tensor = preprocess(
         image, size=loaded.image_size, mean=loaded.image_mean, std=loaded.image_std, aspect_ratio=aspect_ratio
@@ -129,7 +139,7 @@ def last_question(
     pixels: Callable[[ImageSource | None], torch.Tensor],
     blind: bool = False,
 ) -> Prompt:
-    """Encode the turns before a record's last answer."""
+    """Encode the turns of a record up to its last question."""
     turns = record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns
     encoded = encode_turns(loaded, turns, template, record.where)
     if record.image is None:
@@ -140,7 +150,7 @@ def last_question(
 
 
 def answer_text(tokenizer: Any, answer: list[int], ends: frozenset[int]) -> str:
-    """Decode an answer without its end token, which need not be a special one (plain: a line feed)."""
+    """Decode an answer without its end token, which may be an ordinary one (plain: a line feed)."""
     if answer and answer[-1] in ends:
         answer = answer[:-1]
     text: str = tokenizer.decode(answer, skip_special_tokens=True)

@@ -22,7 +22,7 @@ from lora_llava.conversation.encode import Turn
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.load import ImageSource, Record
 from lora_llava.errors import ArtifactError, DataError
-from lora_llava.generation.answers import generate_answers
+from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.generation.chat import AnswerWriter, Chat
 from lora_llava.modeling.base import hash_weights
 from lora_llava.shipping.merge.run import merge_artifact
@@ -77,7 +77,7 @@ def test_k15_a_question_about_no_picture_is_answered_without_image_tokens(speake
     answer = Chat(loaded, usage, None, 6).ask(QUESTION)
     assert seen[0].tolist()[0] == prompt_of(get_template("vicuna_v1"), loaded.tokenizer, with_image=False)
     record = Record("q", None, (Turn("user", QUESTION),), "a question")
-    asked: dict[str, Any] = {"template": get_template("vicuna_v1"), "aspect_ratio": "pad", "max_new_tokens": 6}
+    asked: dict[str, Any] = {"form": PromptFormat(get_template("vicuna_v1"), "pad"), "max_new_tokens": 6}
     assert [answer] == generate_answers(loaded, [record], **asked)
 
 
@@ -104,7 +104,7 @@ def test_k15_answers_come_in_pieces_and_are_those_of_eval(artifact: Path, pictur
         assert "".join(pieces) == answer
         assert len(pieces) > 2
         turns = (*turns, Turn("user", question if turns else f"<image>\n{question}"))
-        asked: dict[str, Any] = {"template": get_template("vicuna_v1"), "aspect_ratio": "pad", "max_new_tokens": 12}
+        asked: dict[str, Any] = {"form": PromptFormat(get_template("vicuna_v1"), "pad"), "max_new_tokens": 12}
         assert [answer] == generate_answers(loaded, [Record("q", source, turns, "a question")], **asked)
         turns = (*turns, Turn("assistant", answer))
 

@@ -15,7 +15,7 @@ from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.load import load_records
-from lora_llava.generation.answers import generate_answers
+from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.modeling.base import BaseIdentity, load_base
 from lora_llava.recipe.stages import DataSettings
 
@@ -136,7 +136,7 @@ def test_the_base_is_asked_as_it_was(trained: Path, tiny_base: Path) -> None:
     device, dtype = torch.device("cpu"), torch.float32
     loaded, manifest = load_artifact(trained / "instruct", device=device, dtype=dtype)
     records = load_records(DataSettings(path=str(trained.parent / "data.json")))
-    asked = {"template": get_template(**manifest.template), "aspect_ratio": "pad", "max_new_tokens": 3}
+    asked = {"form": PromptFormat(get_template(**manifest.template), "pad"), "max_new_tokens": 3}
     identity = BaseIdentity("tiny", None, "")
     base = load_base(tiny_base, identity, nf4=False, double_quant=False, dtype=dtype, device=device)
     rows = (trained / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -157,7 +157,7 @@ def test_k37_a_start_that_trained_on_captions_is_asked_questions_too(trained: Pa
     rows = [json.loads(line) for line in lines]
     loaded, _ = load_artifact(trained / "align", device=torch.device("cpu"), dtype=torch.float32)
     records = load_records(DataSettings(path=str(trained.parent / "data.json")))
-    asked = {"template": get_template("vicuna_v1"), "aspect_ratio": "pad", "max_new_tokens": 3}
+    asked = {"form": PromptFormat(get_template("vicuna_v1"), "pad"), "max_new_tokens": 3}
     assert [row["start"]["prediction"] for row in rows] == generate_answers(loaded, records, **asked)
     before = (trained / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [row["tuned"] for row in rows] == [json.loads(line)["tuned"] for line in before]

@@ -17,7 +17,7 @@ from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
 from lora_llava.conversation.templates import get_template
 from lora_llava.evaluation.questions import load_questions
-from lora_llava.generation.answers import generate_answers
+from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.recipe.stages import DataSettings
 
 COLORS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
@@ -102,8 +102,7 @@ def test_k37_base_start_and_result_stand_beside_each_other(project: Path) -> Non
     alone = generate_answers(
         loaded,
         [question.record for question in asked],
-        template=get_template(**manifest.template),
-        aspect_ratio="pad",
+        PromptFormat(get_template(**manifest.template), "pad"),
         max_new_tokens=3,
     )
     assert [row["start"]["prediction"] for row in rows] == alone

@@ -16,7 +16,7 @@ from lora_llava.conversation.encode import Turn, encode_prompt
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.images.read import mean_colour, open_image, preprocess
 from lora_llava.data.load import ImageSource, Record
-from lora_llava.generation.answers import end_token_ids, generate_answers
+from lora_llava.generation.answers import PromptFormat, end_token_ids, generate_answers
 from tests.helpers.tiny import (
     EOS_ID,
     IM_END_ID,
@@ -108,11 +108,9 @@ def test_equals_generate_on_each_record_alone(loaded: Loaded, blind: bool, max_r
     ours = generate_answers(
         loaded,
         records(),
-        template=get_template("vicuna_v1"),
-        aspect_ratio="pad",
+        PromptFormat(get_template("vicuna_v1"), "pad", blind=blind),
         max_new_tokens=MAX_NEW_TOKENS,
         max_rows=max_rows,
-        blind=blind,
     )
     assert ours == theirs
     assert len(set(ours)) > 2
@@ -124,8 +122,7 @@ def test_the_records_own_answer_is_not_seen(loaded: Loaded) -> None:
         return generate_answers(
             loaded,
             asked,
-            template=get_template("vicuna_v1"),
-            aspect_ratio="pad",
+            PromptFormat(get_template("vicuna_v1"), "pad"),
             max_new_tokens=MAX_NEW_TOKENS,
         )
 
@@ -150,10 +147,8 @@ def test_each_image_is_opened_once_and_computed_once(
     generate_answers(
         loaded,
         records(),
-        template=get_template("vicuna_v1"),
-        aspect_ratio="pad",
+        PromptFormat(get_template("vicuna_v1"), "pad", blind=blind),
         max_new_tokens=2,
-        blind=blind,
         progress=lambda done, total: progress.append((done, total)),
     )
     assert names == opened
@@ -173,8 +168,7 @@ def test_plain_answers_end_with_a_line_feed(loaded: Loaded) -> None:
     (answer,) = generate_answers(
         loaded,
         records()[:1],
-        template=get_template("plain"),
-        aspect_ratio="pad",
+        PromptFormat(get_template("plain"), "pad"),
         max_new_tokens=MAX_NEW_TOKENS,
     )
     assert answer == answer.strip()
@@ -182,4 +176,4 @@ def test_plain_answers_end_with_a_line_feed(loaded: Loaded) -> None:
 
 def test_no_records_no_answers(loaded: Loaded) -> None:
     template = get_template("vicuna_v1")
-    assert generate_answers(loaded, [], template=template, aspect_ratio="pad", max_new_tokens=1) == []
+    assert generate_answers(loaded, [], PromptFormat(template, "pad"), max_new_tokens=1) == []

@@ -1,10 +1,10 @@
-"""Exact match: the equality of answers by which the kit scores, strict about meaning and lenient about writing.
+"""Exact match: whether two answers mean the same, strict about meaning and lenient about spelling.
 
-Case, articles, quotation marks, sentence marks, number words to twenty, thousands separators and trailing zeros of a
-decimal do not count. Signs, comparisons, fractions, ratios, ranges, lists of numbers, per cent and units do. What holds
-nothing else, such as "?", equals only itself. One option letter, as `A`, `(A)` or `Answer: A`, equals every answer that
-names this option and no other: `A. Pneumonia`. Behind `A.` the text of an option starts with no lower-case letter,
-because `E. coli` cannot be told from an option.
+Ignored are case, articles, quotation marks, punctuation of sentences, number words to twenty, thousands separators and
+trailing zeros of a decimal. Signs, comparisons, fractions, ratios, ranges, lists of numbers, percent and units count.
+Text with nothing else, such as "?", equals only itself. One option letter, as `A`, `(A)` or `Answer: A`, equals every
+answer that names this option and no other: `A. Pneumonia`. After `A.` the text of an option does not start with a
+lower-case letter, because `E. coli` looks the same.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_WORDS)}
 _SIGN_WORDS = {"minus": "-", "plus": "+"}
 _ARTICLES = frozenset({"a", "an", "the"})
 _LETTER = "\0"
-"""In front of a word that looks like an article and is none."""
-# "a" is a letter, too: vitamin a, type a. It is an article at the start and after these.
+"""Marks a letter that looks like an article."""
+# "a" may be a letter: vitamin a, type a. It is an article at the start and after these words.
 _BEFORE_ARTICLE = frozenset(
     "and or with without is was are of in on at by like has have as for to from not than near under over it's that's "
     "there's".split()
@@ -47,16 +47,16 @@ _REPLY = re.compile(r"\W*no\s*[,.;:\u2013\u2014-]", re.IGNORECASE)
 _NEGATIONS = frozenset({"no", "not", "never", "without", "neither", "nor"})
 _ENCLOSING = "*_`\"'"
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|__)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![\w*])")
-"""Markdown's bold and italics; the length is bounded so that the time grows with the length of the answer alone."""
+"""Markdown bold and italics; of bounded length, so that the time is linear in the length of the answer."""
 _MAX_CHARACTERS = 10_000
-"""Longer texts are no short answers: they are compared word by word as they are."""
+"""Characters. Longer texts are not short answers; they are compared word by word."""
 _BARE_LETTER = re.compile(r"[(\[{]?\s*([a-z])\s*[)\]}]?\s*[.,:;]?\)?", re.IGNORECASE)
 _OPTIONS = tuple(
     re.compile(pattern, re.DOTALL | re.IGNORECASE)
     for pattern in (
         r"[(\[{]\s*([a-z])\s*[)\]}](?:\s*[.:,])?(.+)",
         r"([a-z])\s*[)\]](?:\s*[.:])?(.+)",
-        # Behind a full stop in the same line no lower-case letter: "E. coli", "A. is wrong".
+        # No lower-case letter after a period in the same line: "E. coli", "A. is wrong".
         r"([a-z])\s*\.(?![^\S\n]*(?-i:[a-z]))(.+)",
         r"([a-z])\s*[:,;](.+)",
         r"([a-z])\s*\n(.+)",
@@ -66,11 +66,11 @@ _OPTIONS = tuple(
     )
 )
 _REJECTED = re.compile(r"\s*(?:is|was)(?:n't| not| wrong| incorrect| false)\b", re.IGNORECASE)
-# Options beside the first one, which is {0} and comes before {1}.
+# Further options after the first, which is {0} and precedes {1}.
 _OTHERS = (
     r"(?:^|[\s,;])[(\[]?(?!{0})[a-z][)\]]\s*\S",
     r"(?:[,;]|\b(?:and|or|nor)\b)\s*(?!{0})[a-z](?:[.:]\s|\s+[-\u2013\u2014]\s)\s*\S",
-    # A letter behind a comma or a conjunction, but for "hepatitis A and B".
+    # A letter after a comma or a conjunction, except in "hepatitis A and B".
     r"^\s*[(\[]?(?!{0})[a-z][)\]]?\s*(?:[,;/]|\b(?:and|or|nor)\b)",
     r"(?:(?<![\s(][a-z])[,;/]|(?<![\s(][a-z]\s)(?<!\s[a-z],\s)\b(?:and|or|nor)\b)\s*[(\[]?(?!{0})[a-z][)\]]?"
     r"\s*(?:[,;/.:]|\b(?:and|or|nor)\b|$)",
@@ -78,7 +78,7 @@ _OTHERS = (
 )
 _OTHER_LINE = r"^[ \t]*(?:[-*][ \t]+)?[(\[]?(?!{0})[a-z](?:[)\].:]|[ \t]*$|[ \t]+[-\u2013\u2014]\s)"
 
-# Of Chinese and Japanese keyboards.
+# From Chinese and Japanese keyboards.
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3001: ",", 0x3002: "."}
 _SUPERSCRIPTS = str.maketrans(
     "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-"
@@ -126,7 +126,7 @@ _BETWEEN_NUMBERS = {",": ",", ";": ",", ":": ":", "*": "*"}
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Tell whether two answers mean the same, as the module says; symmetric."""
+    """Return whether two answers mean the same, as the module defines it; symmetric."""
     first, second = _bare_letter(prediction), _bare_letter(reference)
     if first and second:
         return first == second
@@ -134,12 +134,12 @@ def exact_match(prediction: str, reference: str) -> bool:
         return _option_letter(prediction) == second
     if first:
         return _option_letter(reference) == first
-    # What holds no token equals only itself.
+    # Text without a token equals only itself.
     return (answer_tokens(prediction) or (prediction.strip(),)) == (answer_tokens(reference) or (reference.strip(),))
 
 
 def holds_answer(prediction: str, reference: str) -> bool:
-    """Tell whether an answer, such as a sentence, holds the reference as words in a row and does not negate it."""
+    """Return whether an answer contains the words of the reference in a row and does not negate it."""
     if letter := _bare_letter(reference):
         pattern = rf"(?<!\w)(?<!not )(?<!not \()(?<!n't )\(?{letter.upper()}(?=[).:,]|$)"
         return re.search(pattern, _EMPHASIS.sub(r"\2", prediction).strip()) is not None
@@ -160,14 +160,14 @@ def _is_negation(word: str) -> bool:
     return word in _NEGATIONS or word.endswith("n't")
 
 
-def _is_signed(words: tuple[str, ...], place: int) -> bool:
-    """Tell whether a mark stands next to a number, which makes another one of it."""
-    return any(not one[0].isalnum() for one in (*words[max(0, place - 1) : place], *words[place + 1 : place + 2]))
+def _is_signed(words: tuple[str, ...], index: int) -> bool:
+    """Return whether a mark is next to the word at `index`, which changes a number."""
+    return any(not word[0].isalnum() for word in (*words[max(0, index - 1) : index], *words[index + 1 : index + 2]))
 
 
 @lru_cache(maxsize=8192)
 def answer_tokens(text: str) -> tuple[str, ...]:
-    """Return the words, numbers and signs of an answer that count, in one spelling; empty for "" and "?"."""
+    """Return the significant words, numbers and signs of an answer in one spelling; empty for "" and "?"."""
     if len(text) > _MAX_CHARACTERS:
         return tuple(text.casefold().split())
     text = _spelled(_unwrapped(text))
@@ -176,34 +176,34 @@ def answer_tokens(text: str) -> tuple[str, ...]:
     listed = _NUMBER_LIST.search(text) is not None
     matches = list(_TOKEN.finditer(text))
     tokens: list[str] = []
-    for place, match in enumerate(matches):
+    for index, match in enumerate(matches):
         if match.lastgroup == "number":
             tokens.append(_number(match[0]))
         elif match.lastgroup == "word":
             word = CONTRACTIONS.get(match[0], match[0])
-            # An article is followed by a space: "A." may be an option, "a/b" a fraction.
+            # An article precedes a space: "A." may be an option, "a/b" a fraction.
             is_letter = word in _ARTICLES and not text[match.end() : match.end() + 1].isspace()
             tokens.append(_LETTER + word if is_letter else _NUMBER_WORDS.get(word, word))
-        elif sign := _sign(matches, place, text, listed):
+        elif sign := _sign(matches, index, text, listed):
             tokens.append(sign)
     return _without_articles(_with_commas(_with_signs(tokens)))
 
 
 @lru_cache(maxsize=8192)
 def _bare_letter(text: str) -> str:
-    """Return the letter of an answer that is one option letter; empty for any other."""
+    """Return the option letter if that is the whole answer; otherwise empty."""
     match = _BARE_LETTER.fullmatch(_option_text(text))
     return match[1].casefold() if match else ""
 
 
 @lru_cache(maxsize=8192)
 def _option_letter(text: str) -> str:
-    """Return the letter of the option that an answer names first; empty if it names none, or several."""
+    """Return the letter of the option that an answer starts with; empty if it names none, or several."""
     text = _option_text(text)
     for pattern in _OPTIONS:
         if match := pattern.fullmatch(text):
             letter, rest = match[1].casefold(), match[2]
-            # "a.m." and "1.5" are no options, and "A. B" is two; "A. 5" and "A: x" are one.
+            # "a.m." and "1.5" are not options, and "A. B" is two; "A. 5" and "A: x" are one.
             short = r"\s+[\da-z]" if text[match.start(2) - 1] in ":)]" else r"\s+\d"
             has_text = len(re.findall(r"\w", rest)) > 1 or re.match(short, rest) is not None
             is_number = re.match(r"\d", rest) is not None
@@ -213,7 +213,7 @@ def _option_letter(text: str) -> str:
 
 
 def _names_others(letter: str, rest: str) -> bool:
-    """Tell whether the text behind an option letter names another option in its line, or starts a line with one."""
+    """Return whether the text after an option letter names another option in its line, or starts a line with one."""
     line, _, lines = rest.partition("\n")
     following = chr(ord(letter) + 1) if letter < "z" else letter
     if any(re.search(pattern.format(letter, following), line, re.IGNORECASE) for pattern in _OTHERS):
@@ -222,7 +222,7 @@ def _names_others(letter: str, rest: str) -> bool:
 
 
 def _option_text(text: str) -> str:
-    """Return an answer without a lead, such as "The answer is", emphasis, and markup around all of it; keeps case."""
+    """Return an answer without a lead such as "The answer is", emphasis, and enclosing markup; keeps the case."""
     text = _stripped(_EMPHASIS.sub(r"\2", text))
     if lead := _OPTION_LEAD.match(text):
         text = _stripped(text[lead.end() :])
@@ -234,7 +234,7 @@ def _option_text(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Return text in lower case without the quotation marks, or marks of bold type, around all of it."""
+    """Return text in lower case, without enclosing quotation or bold marks."""
     return _stripped(_plain(text).casefold())
 
 
@@ -251,10 +251,10 @@ def _stripped(text: str) -> str:
 
 
 def _spelled(text: str) -> str:
-    """Write what means the same in one way."""
+    """Return text with one spelling for what means the same."""
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
-        text = "".join(_plain_digit(one) for one in text.translate(_SUBSCRIPTS))
+        text = "".join(_plain_digit(letter) for letter in text.translate(_SUBSCRIPTS))
     text = text.translate(_SAME)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
@@ -272,7 +272,7 @@ def _plain_digit(character: str) -> str:
 
 
 def _number(text: str) -> str:
-    """Write a number without separators and without zeros at the end of a decimal; `1.2.30` is no decimal."""
+    """Return a number without separators and trailing zeros of a decimal; `1.2.30` is not a decimal."""
     text = text.replace(",", "")
     if text.count(".") != 1:
         return text
@@ -281,16 +281,16 @@ def _number(text: str) -> str:
     return f"{whole or '0'}.{decimals}" if decimals else whole or "0"
 
 
-def _sign(matches: list[re.Match[str]], place: int, text: str, listed: bool) -> str:
-    """Return a mark as it counts, empty for decoration. `listed`: the answer holds a list of numbers in brackets."""
-    mark = matches[place][0]
-    before = matches[place - 1] if place else None
-    after = matches[place + 1] if place + 1 < len(matches) else None
+def _sign(matches: list[re.Match[str]], index: int, text: str, listed: bool) -> str:
+    """Return a significant mark; empty for decoration. `listed`: the answer has a list of numbers in brackets."""
+    mark = matches[index][0]
+    before = matches[index - 1] if index else None
+    after = matches[index + 1] if index + 1 < len(matches) else None
     if mark == "-":
-        return mark if _is_minus(matches[place], before, after, text) else ""
+        return mark if _is_minus(matches[index], before, after, text) else ""
     if mark in _BETWEEN_NUMBERS:
-        signed = after is not None and after[0] in "+-" and place + 2 < len(matches)
-        following = matches[place + 2] if signed else after
+        signed = after is not None and after[0] in "+-" and index + 2 < len(matches)
+        following = matches[index + 2] if signed else after
         numbers = before is not None and following is not None and {before.lastgroup, following.lastgroup} == {"number"}
         return _BETWEEN_NUMBERS[mark] if numbers else ""
     if mark in "()[]":
@@ -299,14 +299,14 @@ def _sign(matches: list[re.Match[str]], place: int, text: str, listed: bool) -> 
         # Feet and inches, minutes and seconds.
         return (
             mark
-            if before is not None and before.lastgroup == "number" and before.end() == matches[place].start()
+            if before is not None and before.lastgroup == "number" and before.end() == matches[index].start()
             else ""
         )
     return "" if mark in _DECORATION else mark
 
 
 def _is_minus(mark: re.Match[str], before: re.Match[str] | None, after: re.Match[str] | None, text: str) -> bool:
-    """Tell a hyphen that counts (-3, 1-2, A-, -ve) from one that joins words (x-ray), and from a dash."""
+    """Return whether a hyphen is significant (-3, 1-2, A-, -ve), not one that joins words (x-ray), nor a dash."""
     if after is not None and after.lastgroup == "number":
         return True
     touches_before = mark.start() > 0 and not text[mark.start() - 1].isspace()
@@ -317,7 +317,7 @@ def _is_minus(mark: re.Match[str], before: re.Match[str] | None, after: re.Match
 
 
 def _with_signs(tokens: list[str]) -> list[str]:
-    """Write `minus 3` as `- 3`."""
+    """Replace `minus 3` by `- 3`."""
     return [
         _SIGN_WORDS.get(token, token) if number[:1].isdigit() else token
         for token, number in zip(tokens, [*tokens[1:], ""], strict=False)
@@ -325,10 +325,10 @@ def _with_signs(tokens: list[str]) -> list[str]:
 
 
 def _with_commas(tokens: list[str]) -> list[str]:
-    """Write `1 and 2` as `1, 2`, but not `1 and 1/2`."""
+    """Replace `1 and 2` by `1, 2`, but not `1 and 1/2`."""
     kept: list[str] = []
-    for place, word in enumerate(tokens):
-        following = tokens[place + 1 : place + 3]
+    for index, word in enumerate(tokens):
+        following = tokens[index + 1 : index + 3]
         is_number = following[:1] != [] and following[0][0].isdigit() and following[1:] != ["/"]
         before = kept[-1] if kept else ""
         if word == "and" and is_number and (before == "," or before[:1].isdigit()):
@@ -340,12 +340,12 @@ def _with_commas(tokens: list[str]) -> list[str]:
 
 def _without_articles(tokens: list[str]) -> tuple[str, ...]:
     kept: list[str] = []
-    for place, word in enumerate(tokens):
+    for index, word in enumerate(tokens):
         if word in _ARTICLES:
-            following = tokens[place + 1] if place + 1 < len(tokens) else ""
+            following = tokens[index + 1] if index + 1 < len(tokens) else ""
             noun = following[:1].isalnum() and following not in _ARTICLES
             if word == "a":
-                at_article = place == 0 or tokens[place - 1] in _BEFORE_ARTICLE
+                at_article = index == 0 or tokens[index - 1] in _BEFORE_ARTICLE
                 noun = noun and at_article and len(following) > 1 and following not in _AFTER_LETTER
             if noun:
                 continue

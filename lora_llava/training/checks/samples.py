@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lora_llava.conversation.templates import Template
 from lora_llava.data.load import Record
-from lora_llava.generation.answers import generate_answers
+from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.packed import llava_in
@@ -34,8 +34,7 @@ class SampleAnswers(Check):
             answers = generate_answers(
                 self.loaded,
                 self.records,
-                template=self.template,
-                aspect_ratio=self.aspect_ratio,
+                PromptFormat(self.template, self.aspect_ratio),
                 max_new_tokens=SAMPLE_TOKENS,
             )
         validation.metrics["samples"] = [
