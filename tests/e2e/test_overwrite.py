@@ -133,7 +133,7 @@ def test_k42_k43_merge_and_export_leave_what_is_beside_their_output(project: Pat
         after = contents(tmp_path)
         assert {name: after.get(name) for name in before} == before, command
     assert done.exit_code != 0
-    assert "exists already" in done.output
+    assert "already exists" in done.output
     assert merged_manifest(tmp_path / "merged") is not None
     assert contents(old, kits=True) == run
 

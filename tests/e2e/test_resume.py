@@ -79,7 +79,7 @@ def test_a_loss_between_two_lines_of_the_log_goes_on(project: Path, tmp_path: Pa
         with pytest.raises(Stopped):
             train(project, tmp_path / "run", *instruct)
     _, shown = train(project, tmp_path / "run", *instruct, resume="exact")
-    assert "going on after step 9" in shown
+    assert "resuming after step 9" in shown
     lines = log_of(tmp_path / "run")
     assert [row["step"] for row in lines if "loss" in row][:5] == [2, 4, 6, 8, 10]
     assert [row["step"] for row in lines if "loss" in row][-1] == 25
@@ -99,7 +99,7 @@ def test_finished_stages_are_kept_and_times_add_up(
     summary, shown = train(project, broken_off, resume="exact")
     assert outcome(broken_off) == straight
     assert "align: trained already" in shown
-    assert "instruct: going on after step 6" in shown
+    assert "instruct: resuming after step 6" in shown
     assert summary["align"] == before["align"]
     seconds = [row["seconds"] for row in output.read_log(broken_off) if "seconds" in row and row["stage"] == "instruct"]
     assert seconds == sorted(seconds)
@@ -185,7 +185,7 @@ def test_a_damaged_artifact_of_a_finished_stage_is_named(project: Path, broken_o
         train(project, broken_off, resume="exact")
     shutil.rmtree(broken_off / "align")
     _, shown = train(project, broken_off, resume="exact")
-    assert "align: going on after step 9" in shown
+    assert "align: resuming after step 9" in shown
 
 
 def sent(*signals: signal.Signals) -> Callable[[PackedTrainer], None]:

@@ -171,7 +171,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "base misspelled": (override("base.model_name_or_path=./bsae"), "does not exist. Did you mean base?"),
     "base without config": (remove("base/config.json"), "holds no config.json"),
     "config not JSON": (text("base/config.json", "{"), "not valid JSON"),
-    "config a list": (text("base/config.json", "[]"), "holds a list"),
+    "config a list": (text("base/config.json", "[]"), "contains a list"),
     "base not a LLaVA": (edited("base/config.json", model_type="bert"), "model_type is 'bert', needed 'llava'"),
     "custom code": (edited("base/config.json", auto_map={"AutoConfig": "c.C"}), "it needs custom code (auto_map"),
     "base in bitsandbytes": (

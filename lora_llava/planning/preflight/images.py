@@ -22,7 +22,7 @@ from lora_llava.system.processes import in_processes
 from lora_llava.system.text import counted
 
 _DECODED_BYTES = 64 * 2**20
-"""Up to so many bytes of images all are decoded whole, in a second or two; of more, headers and ends are read."""
+"""Up to this many bytes, all images are decoded, in a second or two; beyond it, only headers and ends are read."""
 _NAMED = 3
 
 
