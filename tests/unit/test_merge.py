@@ -228,7 +228,7 @@ def test_a_key_of_no_layer_is_refused(copied: Path, tmp_path: Path) -> None:
 def test_existing_output_is_refused_and_kept(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="exists already"):
+    with pytest.raises(ArtifactError, match="already exists"):
         merge_artifact(artifact, tmp_path / "merged")
     assert (tmp_path / "merged" / "mine.txt").read_text() == "mine"
 
