@@ -18,9 +18,8 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.model import build_model, make_config
 from benchmarks.work import Shapes, Work, pixels
 from lora_llava.conversation.encode import IGNORE_INDEX
-from lora_llava.data.packing import PlanItem, make_plan
+from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sharing
 from lora_llava.data.rows import Batch, PackedRows, build_row
-from lora_llava.data.sharing import sharing
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.recompute import set_recompute
@@ -84,16 +83,12 @@ class Rows(PackedRows):
     def __init__(self, task: Task, tokens: int, variant: Variant, read: Callable[[int], torch.Tensor]) -> None:
         self.work, self.steps, self.read = task.work, task.steps, read
         items = plan_items(task.work)
-        plan = make_plan(
-            items,
-            batch_size=len(items),
-            tokens_per_row=tokens,
+        settings = RowSettings(
+            tokens,
             branches_per_tree=len(items) if variant.shared else 1,
             packing="none" if variant.separate else "tree",
-            num_train_epochs=1.0,
-            max_steps=1,
-            seed=0,
         )
+        plan = make_plan(items, settings, batch_size=len(items), num_steps=1, seed=0)
         self.rows = plan.steps[0]
         self.computed_tokens = plan.num_computed_tokens
 

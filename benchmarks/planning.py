@@ -12,8 +12,10 @@ import time
 
 import click
 
-from lora_llava.data.packing import PlanItem, make_plan
+from lora_llava.data.packing import PlanItem, RowSettings, make_plan
+from lora_llava.recipe.schedule import count_steps
 
+BATCH_SIZE = 128
 PREFIX_TOKENS = 616
 """Of the system text and an image."""
 
@@ -38,16 +40,9 @@ def main(conversations: int, tokens_per_row: int) -> None:
     items = make_items(conversations)
     for packing in ("tree", "none"):
         started = time.perf_counter()
-        plan = make_plan(
-            items,
-            batch_size=128,
-            tokens_per_row=tokens_per_row,
-            branches_per_tree=8,
-            packing=packing,
-            num_train_epochs=1.0,
-            max_steps=-1,
-            seed=0,
-        )
+        settings = RowSettings(tokens_per_row, branches_per_tree=8, packing=packing)
+        num_steps = count_steps(len(items), BATCH_SIZE, num_train_epochs=1.0)
+        plan = make_plan(items, settings, batch_size=BATCH_SIZE, num_steps=num_steps, seed=0)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         click.echo(

@@ -1,24 +1,25 @@
-"""The plan of a stage: which conversations make up which row, micro-batch and optimizer step.
+"""The plan of a stage: which conversations form each row (micro-batch) and each optimizer step.
 
-Pure Python, a function of its arguments alone. Words: a *tree* is the conversations of a step that share one
-image, and with it one prefix (system text, image tokens); a *row* holds trees back to back and is one
-micro-batch; a *step* is one optimizer step.
+Pure Python, and a function of its arguments alone. Terms: a *tree* is the conversations of a step about one image;
+they share one prefix (system text, image tokens). A *row* holds trees end to end and is one micro-batch. A *step*
+is one optimizer step.
 
-Contract: every step but an epoch's last holds exactly `batch_size` conversations, the same ones whatever the
-packing and the size of a row; every conversation appears once an epoch; every step has the same number of rows, so
-that gradient accumulation is the same in each. A step that needs fewer begins with empty ones, which cost nothing;
-the others are a multiple of the ranks, so that data-parallel ranks compute side by side, and end together.
+Contract: every step except the last of an epoch holds exactly `batch_size` conversations, and the same ones for any
+packing and row length. Every conversation appears once per epoch. Every step has the same number of rows, so
+gradient accumulation is constant; a step that needs fewer starts with empty rows, which cost nothing. The number of
+its other rows is a multiple of the ranks, so data-parallel ranks work in parallel and finish together.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from lora_llava.recipe.schedule import count_steps
+import numpy as np
 
 Tree = tuple[int, ...]
 """Indices of conversations that share one prefix."""
@@ -27,6 +28,8 @@ Row = tuple[Tree, ...]
 Step = tuple[Row, ...]
 
 Packing = Literal["tree", "none"]
+Sharing = Callable[[int], float]
+"""Maps a row length in tokens to the fraction of unpacked tokens that packing still computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,23 @@ class PlanItem:
     length: int
     """Tokens of the conversation, prefix included."""
     prefix_length: int
-    """Leading tokens that every conversation of the same group shares; 0 if it shares nothing."""
+    """Leading tokens that every conversation of the same group shares; 0 if it shares none."""
     group: int
-    """Number of the image; conversations with another group never share a prefix."""
+    """Number of the image; conversations of different groups never share a prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """How the conversations of a step become rows."""
+
+    tokens: int
+    """Maximum length of a row."""
+    branches_per_tree: int
+    """Maximum number of conversations about one image that stay together in the order of an epoch."""
+    packing: Packing = "tree"
+    """`none`: each conversation is a tree by itself."""
+    ranks: int = 1
+    """Data-parallel processes; row r of a step belongs to rank r modulo `ranks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,55 +68,55 @@ class Plan:
     num_computed_tokens: int
     """Tokens that pass through the model."""
     num_separate_tokens: int
-    """Tokens that would, with every conversation in a row of its own."""
+    """Tokens that would pass through it with one row per conversation."""
 
     @property
     def share_saved(self) -> float:
-        """Share of the separate tokens that packing does not compute, 0 to 1."""
+        """Fraction of the separate tokens that packing does not compute, 0 to 1."""
         return 1.0 - self.num_computed_tokens / self.num_separate_tokens if self.num_separate_tokens else 0.0
 
 
+def conversations(rows: Iterable[Row]) -> Iterator[int]:
+    """Yield the indices of the conversations in rows, such as those of a step."""
+    return (index for row in rows for tree in row for index in tree)
+
+
 def tree_length(tree: Tree, items: Sequence[PlanItem]) -> int:
-    """Tokens of a tree: its prefix once, then each conversation's own tokens."""
+    """Count the tokens of a tree: its prefix once, then the remaining tokens of each conversation."""
     prefix = items[tree[0]].prefix_length
     return prefix + sum(items[index].length - prefix for index in tree)
 
 
-def make_plan(
-    items: Sequence[PlanItem],
-    *,
-    batch_size: int,
-    tokens_per_row: int,
-    branches_per_tree: int,
-    packing: Packing,
-    num_train_epochs: float,
-    max_steps: int,
-    seed: int,
-    ranks: int = 1,
-) -> Plan:
-    """Plan every step of a stage; row r of a step is that of rank r modulo `ranks`.
+def make_plan(items: Sequence[PlanItem], settings: RowSettings, *, batch_size: int, num_steps: int, seed: int) -> Plan:
+    """Plan every step of a stage.
 
-    Raises ValueError if a conversation alone is longer than `tokens_per_row`, or a step has fewer conversations
-    than there are ranks.
+    Raises ValueError if a single conversation is longer than a row, or if a step has fewer conversations than there
+    are ranks.
     """
     for index, item in enumerate(items):
-        if item.length > tokens_per_row:
-            raise ValueError(f"conversation {index} has {item.length} tokens, a row holds {tokens_per_row}")
-    steps_wanted = count_steps(len(items), batch_size, num_train_epochs, max_steps)
+        if item.length > settings.tokens:
+            raise ValueError(f"conversation {index} has {item.length} tokens, a row holds {settings.tokens}")
+
+    # Batches: epoch after epoch in a new order, until there are enough steps.
     batches: list[list[Tree]] = []
     epoch = 0
-    while len(batches) < steps_wanted:
-        batches.extend(_batches(_epoch_trees(items, branches_per_tree, f"{seed}/{epoch}"), batch_size))
+    while len(batches) < num_steps:
+        batches.extend(_batches(_epoch_trees(items, settings.branches_per_tree, f"{seed}/{epoch}"), batch_size))
         epoch += 1
-    # Only now: which conversations make up a step must not depend on how they are packed.
-    batches = [_cut(batch, items, packing, tokens_per_row) for batch in batches[:steps_wanted]]
-    separate = packing == "none"
-    packed = [[[tree] for tree in batch] if separate else _first_fit(batch, items, tokens_per_row) for batch in batches]
-    rows_per_step = max(_whole_multiple(len(rows), ranks) for rows in packed)
+
+    # Trees that fit a row. Only now: the conversations of a step must not depend on how they are packed.
+    batches = [_split_trees(batch, items, settings) for batch in batches[:num_steps]]
+
+    # The fewest rows for each step, then rows of similar length. All steps get as many rows as the largest.
+    if settings.packing == "none":
+        packed = [[[tree] for tree in batch] for batch in batches]
+    else:
+        packed = [_first_fit(batch, items, settings.tokens) for batch in batches]
+    rows_per_step = max(_round_up(len(rows), settings.ranks) for rows in packed)
     steps = tuple(
-        _balance(batch, rows, items, ranks, rows_per_step, tokens_per_row)
-        for batch, rows in zip(batches, packed, strict=True)
+        _balance(batch, rows, items, settings, rows_per_step) for batch, rows in zip(batches, packed, strict=True)
     )
+
     used = [index for batch in batches for tree in batch for index in tree]
     return Plan(
         steps=steps,
@@ -111,20 +128,20 @@ def make_plan(
 
 
 def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row]:
-    """Rows for evaluation: every conversation once, trees whole where a row holds them, no shuffling."""
+    """Return rows for evaluation: every conversation once, no shuffling; a tree is split only if a row is too short."""
     groups: dict[int, list[int]] = {}
-    alone: list[Tree] = []
+    single: list[Tree] = []
     for index, item in enumerate(items):
         if item.prefix_length:
             groups.setdefault(item.group, []).append(index)
         else:
-            alone.append((index,))
-    trees = [tree for members in groups.values() for tree in _chunks(members, items, tokens_per_row)]
-    return [tuple(row) for row in _first_fit(trees + alone, items, tokens_per_row)]
+            single.append((index,))
+    trees = [tree for members in groups.values() for tree in _trees_that_fit(members, items, tokens_per_row)]
+    return [tuple(row) for row in _first_fit(trees + single, items, tokens_per_row)]
 
 
 def _epoch_trees(items: Sequence[PlanItem], branches_per_tree: int, seed: str) -> list[Tree]:
-    """Put an epoch's conversations in a random order in which those of one image, up to a number, stay together."""
+    """Shuffle an epoch's conversations, keeping up to `branches_per_tree` about one image together."""
     rng = random.Random(seed)
     groups: dict[int, list[int]] = {}
     trees: list[Tree] = []
@@ -142,30 +159,8 @@ def _epoch_trees(items: Sequence[PlanItem], branches_per_tree: int, seed: str) -
     return trees
 
 
-def _cut(trees: Sequence[Tree], items: Sequence[PlanItem], packing: Packing, tokens_per_row: int) -> list[Tree]:
-    """Cut a step's trees as far as needed: to single conversations without packing, else until each fits a row."""
-    if packing == "none":
-        return [(index,) for tree in trees for index in tree]
-    return [part for tree in trees for part in _chunks(tree, items, tokens_per_row)]
-
-
-def _chunks(members: Sequence[int], items: Sequence[PlanItem], tokens_per_row: int) -> Iterator[Tree]:
-    """Cut one image's conversations into trees that fit a row."""
-    tree: list[int] = []
-    length = 0
-    for index in members:
-        own = items[index].length - items[index].prefix_length
-        if tree and length + own > tokens_per_row:
-            yield tuple(tree)
-            tree = []
-        length = (length if tree else items[index].prefix_length) + own
-        tree.append(index)
-    if tree:
-        yield tuple(tree)
-
-
 def _batches(trees: Sequence[Tree], batch_size: int) -> Iterator[list[Tree]]:
-    """Group trees into batches of exactly `batch_size` conversations, cutting the tree that crosses the border."""
+    """Group trees into batches of exactly `batch_size` conversations; a tree that crosses the boundary is split."""
     batch: list[Tree] = []
     room = batch_size
     for tree in trees:
@@ -181,49 +176,122 @@ def _batches(trees: Sequence[Tree], batch_size: int) -> Iterator[list[Tree]]:
         yield batch
 
 
+def _split_trees(trees: Sequence[Tree], items: Sequence[PlanItem], settings: RowSettings) -> list[Tree]:
+    """Split a step's trees: into single conversations without packing, else only until each fits a row."""
+    if settings.packing == "none":
+        return [(index,) for tree in trees for index in tree]
+    return [part for tree in trees for part in _trees_that_fit(tree, items, settings.tokens)]
+
+
+def _trees_that_fit(members: Sequence[int], items: Sequence[PlanItem], tokens_per_row: int) -> Iterator[Tree]:
+    """Split one image's conversations into trees that fit a row; each tree repeats the prefix."""
+    tree: list[int] = []
+    length = 0
+    for index in members:
+        branch_length = items[index].length - items[index].prefix_length
+        if tree and length + branch_length > tokens_per_row:
+            yield tuple(tree)
+            tree = []
+        length = (length if tree else items[index].prefix_length) + branch_length
+        tree.append(index)
+    if tree:
+        yield tuple(tree)
+
+
+def _longest_first(trees: Sequence[Tree], items: Sequence[PlanItem]) -> list[Tree]:
+    return sorted(trees, key=lambda tree: -tree_length(tree, items))
+
+
 def _first_fit(trees: Sequence[Tree], items: Sequence[PlanItem], tokens_per_row: int) -> list[list[Tree]]:
-    """First-fit decreasing: the longest tree first, each into the first row with room."""
+    """Pack trees into few rows by first-fit decreasing: longest tree first, each into the first row with room."""
     rows: list[list[Tree]] = []
     room: list[int] = []
-    for tree in sorted(trees, key=lambda tree: -tree_length(tree, items)):
+    for tree in _longest_first(trees, items):
         length = tree_length(tree, items)
-        place = next((row for row, free in enumerate(room) if free >= length), None)
-        if place is None:
+        row = next((row for row, free in enumerate(room) if free >= length), None)
+        if row is None:
             rows.append([])
             room.append(tokens_per_row)
-            place = len(rows) - 1
-        rows[place].append(tree)
-        room[place] -= length
+            row = len(rows) - 1
+        rows[row].append(tree)
+        room[row] -= length
     return rows
 
 
-def _whole_multiple(count: int, ranks: int) -> int:
-    return -(-count // ranks) * ranks
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _balance(
     trees: Sequence[Tree],
     fallback: list[list[Tree]],
     items: Sequence[PlanItem],
-    ranks: int,
+    settings: RowSettings,
     rows_per_step: int,
-    tokens_per_row: int,
 ) -> Step:
-    """Spread a step's trees over as many rows of like length as `fallback` has; or take it, if that overfills one."""
-    num_rows = _whole_multiple(len(fallback), ranks)
+    """Spread a step's trees over as many rows as `fallback` has, of similar length; fall back if one overflows."""
+    # Every rank gets the same number of rows, none of them empty: split trees if there are too few.
+    num_rows = _round_up(len(fallback), settings.ranks)
     if len(trees) < num_rows:
         trees = [(index,) for tree in trees for index in tree]
     if len(trees) < num_rows:
-        raise ValueError(f"a step of {len(trees)} conversations leaves some of {ranks} processes nothing to do")
+        raise ValueError(
+            f"a step of {len(trees)} conversations leaves some of {settings.ranks} processes nothing to do"
+        )
+
+    # Longest tree first, each into the row that is shortest so far.
     rows: list[list[Tree]] = [[] for _ in range(num_rows)]
     heap = [(0, row) for row in range(num_rows)]
-    for tree in sorted(trees, key=lambda tree: -tree_length(tree, items)):
+    for tree in _longest_first(trees, items):
         filled, row = heapq.heappop(heap)
         rows[row].append(tree)
         heapq.heappush(heap, (filled + tree_length(tree, items), row))
-    if max(filled for filled, _ in heap) > tokens_per_row:
+
+    # A row overflows: take the first-fit rows, and move trees to the rows that the ranks still lack.
+    if max(filled for filled, _ in heap) > settings.tokens:
         rows = [list(row) for row in fallback]
         while len(rows) < num_rows:
             rows.append([max(rows, key=len).pop()])
+
+    # Empty rows come first: the gradient of a step is complete only with its last row.
     empty: list[Row] = [()] * (rows_per_step - num_rows)
     return (*empty, *(tuple(row) for row in rows))
+
+
+def no_sharing(_tokens: int) -> float:
+    """Return 1: without sharing, every token is computed."""
+    return 1.0
+
+
+def sharing(items: Sequence[PlanItem], branches_per_tree: int, packing: Packing) -> Sharing:
+    """Estimate what the row length costs: short rows split trees, and each part computes the image again.
+
+    Exact if the conversations about an image all have the same length.
+    """
+    # Per image: the number of conversations, and their tokens without the prefix.
+    images: dict[tuple[int, int], list[int]] = {}
+    unshared = 0
+    for item in items:
+        if packing == "none" or not item.prefix_length:
+            unshared += item.length
+            continue
+        count_and_own = images.setdefault((item.group, item.prefix_length), [0, 0])
+        count_and_own[0] += 1
+        count_and_own[1] += item.length - item.prefix_length
+
+    # Per tree of an epoch: prefix length, number of branches, mean length of a branch.
+    trees = [
+        (prefix, size, own / count)
+        for (_, prefix), (count, own) in images.items()
+        for size in [branches_per_tree] * (count // branches_per_tree) + [count % branches_per_tree]
+    ]
+    prefix, size, own = np.array(trees, dtype=float).reshape(-1, 3).T
+    separate = unshared + float((size * (prefix + own)).sum())
+
+    @cache
+    def share(tokens: int) -> float:
+        branches_in_row = np.maximum(1, (tokens - prefix) // np.maximum(own, 1))
+        parts = np.ceil(size / branches_in_row)
+        return (unshared + float((parts * prefix + size * own).sum())) / separate
+
+    return share

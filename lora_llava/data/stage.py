@@ -1,28 +1,128 @@
-"""The data of a stage, read, encoded and planned: all that is known before the first forward pass."""
+"""The data of a stage, read, encoded and planned: all that is known before the first forward pass.
+
+Only the lengths of the encoded conversations are held. Their ids, as lists, would take many times the memory of the
+texts, so they are encoded again when a row is built; that takes a fraction of a millisecond.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, overload
 
-from lora_llava.conversation.encode import encode
+from lora_llava.conversation.encode import Encoded, Tokenizer, Turn, encode
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.encoded import EncodedRecords
-from lora_llava.data.load import Record, load_split
-from lora_llava.data.packing import Plan, Row, make_plan, plan_in_order, tree_length
-from lora_llava.data.sharing import Sharing, sharing
+from lora_llava.data.load import load_split
+from lora_llava.data.packing import (
+    Plan,
+    PlanItem,
+    Row,
+    RowSettings,
+    Sharing,
+    conversations,
+    make_plan,
+    plan_in_order,
+    sharing,
+    tree_length,
+)
+from lora_llava.data.record import Record
 from lora_llava.errors import DataError
 from lora_llava.recipe.schedule import StageLength, eval_interval, stage_length, validation_line
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import world_size
+from lora_llava.system.progress import counting
 from lora_llava.system.text import counted
+
+_Encode = Callable[..., Encoded]
+"""`conversation.encode` with everything bound except the turns and their source."""
+
+
+class Size(NamedTuple):
+    """What is held of an encoded conversation."""
+
+    length: int
+    prefix_length: int
+    num_supervised: int
+    is_cut: bool
+
+
+def size_of(encoded: Encoded) -> Size:
+    """Count the tokens of a conversation."""
+    return Size(len(encoded.input_ids), encoded.prefix_length, encoded.num_supervised, encoded.is_cut)
+
+
+class EncodedRecords(Sequence[Encoded]):
+    """The encoded conversations of `records`, in their order.
+
+    Creating it encodes every record once, unless `sizes` are given; DataError names the first record that cannot be
+    trained on.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        template: Template,
+        tokenizer: Tokenizer,
+        *,
+        image_token_id: int,
+        num_image_tokens: int,
+        max_length: int,
+        sizes: Iterable[Size] | None = None,
+    ) -> None:
+        self.records = records
+        self._encode: _Encode = partial(
+            encode,
+            template=template,
+            tokenizer=tokenizer,
+            image_token_id=image_token_id,
+            num_image_tokens=num_image_tokens,
+            max_length=max_length,
+        )
+        self.items: list[PlanItem] = []
+        """Each conversation as the planner sees it; conversations about one image have the same group."""
+        self.num_supervised = array("l")
+        """Supervised tokens of each conversation."""
+        self.num_cut = 0
+        """Conversations that `max_length` truncates."""
+        group_of: dict[str, int] = {}
+        for record, size in zip(records, self._sizes() if sizes is None else sizes, strict=True):
+            group = -1 if record.image is None else group_of.setdefault(record.image.key, len(group_of))
+            self.items.append(PlanItem(size.length, size.prefix_length, group))
+            self.num_supervised.append(size.num_supervised)
+            self.num_cut += size.is_cut
+
+    def _sizes(self) -> Iterator[Size]:
+        with counting("encoding conversations", len(self.records)) as advance:
+            for encoded in self:
+                yield size_of(encoded)
+                advance(1)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self._encode_record(record) for record in self.records[index]]
+        return self._encode_record(self.records[index])
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return map(self._encode_record, self.records)
+
+    def _encode_record(self, record: Record) -> Encoded:
+        turns: Sequence[Turn] = record.turns
+        return self._encode(turns, where=record.where)
 
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """What one optimizer step holds, known from the plan."""
+    """What one optimizer step holds, as planned."""
 
     questions: int
     supervised_tokens: int
@@ -30,7 +130,7 @@ class StepCounts:
 
 
 class Longest(NamedTuple):
-    """The conversation that decides how many tokens a micro-batch must hold at the least."""
+    """The longest conversation: a micro-batch must hold at least as many tokens."""
 
     length: int
     where: str
@@ -45,22 +145,22 @@ class StageRecords:
     train: EncodedRecords
     validation: EncodedRecords
     skipped: Sequence[BadRecord] = ()
-    """Records left out because they cannot be used, as `on_bad_record: skip` asks."""
+    """Unusable records, left out because of `on_bad_record: skip`."""
 
     @property
     def longest(self) -> Longest:
-        """Find the longest conversation, of training or validation."""
+        """The longest conversation of training and validation."""
         return max(
             (
                 Longest(item.length, record.where)
                 for encoded in (self.train, self.validation)
                 for item, record in zip(encoded.items, encoded.records, strict=True)
             ),
-            key=lambda one: one.length,
+            key=lambda longest: longest.length,
         )
 
     def sharing(self, stage: StageSettings) -> Sharing:
-        """Tell what rows of a length compute of the conversations' tokens."""
+        """Return the fraction of the training tokens that rows of a given length compute."""
         return sharing(self.train.items, stage.branches_per_tree, stage.packing)
 
 
@@ -82,7 +182,7 @@ class StageData:
         return eval_interval(stage, self.length.num_steps, self.plan.num_conversations, len(self.validation))
 
     def summary(self) -> str:
-        """Say in a line what will be trained on, and what was cut."""
+        """Describe in one line what the stage trains on, and what was truncated or skipped."""
         plan, cut = self.plan, self.encoded.num_cut
         held_out = f" and {len(self.validation):,} for validation" if self.validation else ""
         parts = [
@@ -92,36 +192,31 @@ class StageData:
             f"{plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by packing",
             f"{counted(cut, 'conversation')} cut short by max_length" if cut else "",
             f"{counted(len(self.skipped), 'bad record')} skipped" if self.skipped else "",
-            repeated(self.encoded.records),
+            _repeated(self.encoded.records),
         ]
         return "; ".join(part for part in parts if part)
 
 
-def repeated(records: Sequence[Record]) -> str:
-    """Say how many records have the image and the text of another one; empty if none has.
+def _repeated(records: Sequence[Record]) -> str:
+    """Report how many records have the same image and text as another; empty if none has.
 
-    They count twice, and where one is held out for validation its loss tells nothing.
+    Such records count twice in training, and they make the validation loss meaningless if one of them is held out.
     """
-    kinds = {(record.image.key if record.image else None, record.turns) for record in records}
-    count = len(records) - len(kinds)
+    distinct = {(record.image.key if record.image else None, record.turns) for record in records}
+    count = len(records) - len(distinct)
     return f"{count:,} of {counted(len(records), 'record')} repeat another: same image, same text" if count else ""
 
 
-SEEN_OFTEN = 1.5
-"""Times that an image passes through the vision tower, on average, from which keeping its features pays."""
+_MIN_ENCODINGS = 1.5
+"""Mean number of times that an image is encoded from which caching its features pays."""
 
 
 def cache_offer(stage: StageSettings, data: StageData) -> str | None:
-    """Offer to keep what the vision tower makes of images, where many of them would pass through it again."""
+    """Suggest caching image features if the vision tower would encode many images repeatedly; None otherwise."""
     records = data.encoded.records
-    seen = [
-        image.key
-        for step in data.plan.steps
-        for row in step
-        for tree in row
-        if (image := records[tree[0]].image) is not None
-    ]
-    if stage.cache_image_features != "off" or len(seen) < SEEN_OFTEN * len(set(seen)) or not seen:
+    trees = [tree for step in data.plan.steps for row in step for tree in row]
+    seen = [image.key for tree in trees if (image := records[tree[0]].image) is not None]
+    if stage.cache_image_features != "off" or len(seen) < _MIN_ENCODINGS * len(set(seen)) or not seen:
         return None
     return (
         f"tip: each image is encoded {len(seen) / len(set(seen)):.1f} times; cache_image_features: memory (or disk) "
@@ -130,7 +225,7 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
 
 
 def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list[str]:
-    """Say which batch was chosen, propose another and more epochs where the steps are few, and say when to validate."""
+    """Report the chosen batch size, a proposal if there are few steps, and when validation runs."""
     interval = data.eval_interval(stage)
     validation = None if interval is None else validation_line(stage, data.length.num_steps, interval)
     lines = (data.length.batch_line(name, stage), data.length.proposal(name, stage), validation)
@@ -140,7 +235,7 @@ def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list
 def read_records(
     stage: StageSettings, tokenizer: Any, seed: int, *, image_token_id: int, num_image_tokens: int
 ) -> StageRecords:
-    """Read, split and encode the data of a stage; DataError names the first record that does not fit."""
+    """Read, split and encode the data of a stage; DataError names the first unusable record."""
     template = get_template(stage.template, stage.system)
     settings: dict[str, Any] = {
         "template": template,
@@ -163,24 +258,15 @@ def read_records(
 def plan_records(
     records: StageRecords, name: StageName, stage: StageSettings, tokens_per_micro_batch: int, seed: int
 ) -> StageData:
-    """Plan every step of a stage, and the rows of its validation."""
+    """Plan every step of a stage, and its validation rows."""
     length = stage_length(name, stage, len(records.train))
-    plan = make_plan(
-        records.train.items,
-        batch_size=length.batch_size,
-        tokens_per_row=tokens_per_micro_batch,
-        branches_per_tree=stage.branches_per_tree,
-        packing=stage.packing,
-        num_train_epochs=stage.num_train_epochs,
-        max_steps=stage.max_steps,
-        seed=seed,
-        ranks=world_size(),
-    )
+    settings = RowSettings(tokens_per_micro_batch, stage.branches_per_tree, stage.packing, ranks=world_size())
+    plan = make_plan(records.train.items, settings, batch_size=length.batch_size, num_steps=length.num_steps, seed=seed)
     return StageData(
         template=records.template,
         encoded=records.train,
         plan=plan,
-        counts=step_counts(plan, records.train),
+        counts=_step_counts(plan, records.train),
         validation=records.validation,
         validation_rows=plan_in_order(records.validation.items, tokens_per_row=tokens_per_micro_batch),
         length=length,
@@ -188,13 +274,13 @@ def plan_records(
     )
 
 
-def step_counts(plan: Plan, encoded: EncodedRecords) -> list[StepCounts]:
-    """Count what each step holds; a conversation of several turns asks as many questions."""
+def _step_counts(plan: Plan, encoded: EncodedRecords) -> list[StepCounts]:
+    """Count what each step holds; a conversation of several turns has as many questions."""
     questions = [len(record.turns) // 2 for record in encoded.records]
     return [
         StepCounts(
-            questions=sum(questions[index] for row in step for tree in row for index in tree),
-            supervised_tokens=sum(encoded.num_supervised[index] for row in step for tree in row for index in tree),
+            questions=sum(questions[index] for index in conversations(step)),
+            supervised_tokens=sum(encoded.num_supervised[index] for index in conversations(step)),
             computed_tokens=sum(tree_length(tree, encoded.items) for row in step for tree in row),
         )
         for step in plan.steps

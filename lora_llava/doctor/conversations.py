@@ -11,10 +11,9 @@ from transformers import LlavaConfig
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, encode
 from lora_llava.conversation.templates import get_template
-from lora_llava.data.encoded import EncodedRecords, Size, size_of
 from lora_llava.data.load import merge_turns
 from lora_llava.data.record import Record
-from lora_llava.data.stage import StageData, StageRecords, length_lines, plan_records
+from lora_llava.data.stage import EncodedRecords, Size, StageData, StageRecords, length_lines, plan_records, size_of
 from lora_llava.doctor.compare import Finding, finding_at
 from lora_llava.doctor.survey import Side, Survey
 from lora_llava.doctor.tokens import TokenKind, token_runs

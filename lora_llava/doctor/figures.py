@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lora_llava.data.encoded import Size
+from lora_llava.data.stage import Size
 from lora_llava.doctor.survey import Side, Survey, image_id
 from lora_llava.system.text import printable
 

@@ -11,10 +11,11 @@ from rich.text import Text
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded
 from lora_llava.conversation.templates import get_template
-from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.images.read import open_image
-from lora_llava.data.layout import lay_out
-from lora_llava.data.load import Record, load_split
+from lora_llava.data.load import load_split
+from lora_llava.data.record import Record
+from lora_llava.data.rows import lay_out
+from lora_llava.data.stage import EncodedRecords
 from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError
 from lora_llava.modeling.metadata import describe_base
@@ -108,9 +109,7 @@ def _facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:
         "prefix that conversations about the image share": encoded.prefix_length,
         "image": f"{image.width} x {image.height} pixels" if image else "none",
     }
-    facts.update(
-        {name: f"{array.shape} {array.dtype}" for name, array in lay_out([[encoded]]).items() if name != "labels"}
-    )
+    facts.update({name: f"{array.shape} {array.dtype}" for name, array in lay_out([[encoded]]).items()})
     if image:
         facts["pixel_values"] = f"(1, 3, {image_size}, {image_size}) float32"
     for name, value in facts.items():

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, check_turns
 from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.load import Record, load_records
-from lora_llava.data.record import Scalar
+from lora_llava.data.load import load_records
+from lora_llava.data.record import Record, Scalar
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed

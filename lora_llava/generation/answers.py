@@ -14,7 +14,7 @@ from lora_llava.conversation.chat_template import OwnTemplate, encode_own
 from lora_llava.conversation.encode import Encoded, Turn, encode_prompt
 from lora_llava.conversation.templates import Template
 from lora_llava.data.images.read import mean_colour, open_image, preprocess
-from lora_llava.data.load import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.generation.decoding import Progress, Prompt, greedy_decode
 from lora_llava.recipe.stages import AspectRatio
 

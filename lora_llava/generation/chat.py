@@ -13,7 +13,7 @@ import torch
 from lora_llava.artifact import Usage, load_model, template_to_ask
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.images.read import open_image
-from lora_llava.data.load import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.errors import DataError
 from lora_llava.generation.answers import answer_text, end_token_ids, image_tensor, last_question
 from lora_llava.generation.decoding import CachedConversation

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import LlavaConfig
 
-from lora_llava.data.packing import Row, tree_length
+from lora_llava.data.packing import Row, conversations, tree_length
 from lora_llava.data.stage import StageData
 from lora_llava.modeling.structure import (
     FLEX,
@@ -98,7 +98,7 @@ def _row_length(row: Row, data: StageData) -> int:
 
 
 def _row_supervised(row: Row, data: StageData) -> int:
-    return sum(data.encoded.num_supervised[index] for tree in row for index in tree)
+    return sum(data.encoded.num_supervised[index] for index in conversations([row]))
 
 
 def activation_bytes(

@@ -13,7 +13,7 @@ from itertools import product
 
 from transformers import LlavaConfig
 
-from lora_llava.data.sharing import Sharing, alone
+from lora_llava.data.packing import Sharing, no_sharing
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.modeling.structure import ElementType, PartRow, stage_parameters
@@ -75,7 +75,7 @@ class StageShapes:
     """Compute precision."""
     longest: int
     """Tokens of the longest conversation, which a micro-batch must hold whole."""
-    sharing: Sharing = alone
+    sharing: Sharing = no_sharing
     """Maps a row length to the fraction of unpacked tokens that packing still computes."""
 
     @property

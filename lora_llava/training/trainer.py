@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_llava.data.rows import Batch, PackedRows
@@ -26,9 +26,9 @@ from lora_llava.training.validation import HeldOutLoss, without
 
 
 def only(rows: list[Batch]) -> Batch:
-    """Return the row of a batch of one."""
+    """Return the row of a batch of one; the Trainer counts supervised tokens only if there are `labels`."""
     [row] = rows
-    return row
+    return {**row, "labels": row["shift_labels"]}
 
 
 class PackedTrainer(ResumableTrainer):
@@ -97,7 +97,7 @@ class PackedTrainer(ResumableTrainer):
         workers = self.args.dataloader_num_workers
         # A batch of one row and not none: on resuming the Trainer passes over rows by their numbers, unread.
         return DataLoader(
-            rows,
+            cast("Dataset[Batch]", rows),
             batch_size=1,
             collate_fn=only,
             num_workers=workers,

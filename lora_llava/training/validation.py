@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from lora_llava.data.packing import Row
+from lora_llava.data.packing import Row, conversations
 from lora_llava.data.rows import Batch, PackedRows
 
 RowLoss = Callable[[Batch], float]
@@ -38,7 +38,7 @@ class HeldOutLoss:
     def _finite_part(self, rows: PackedRows, row: Row) -> tuple[float, int]:
         """Compute the conversations of a row one by one, and note those that are not finite."""
         total, count = 0.0, 0
-        for index in (index for tree in row for index in tree):
+        for index in conversations([row]):
             alone = PackedRows([((index,),)], rows.records, rows.encoded, rows.read_image)[0]
             loss = self.row_loss(alone)
             if math.isfinite(loss):

@@ -20,7 +20,7 @@ from lora_llava.cli.chat import write_piece
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.encode import Turn
 from lora_llava.conversation.templates import get_template
-from lora_llava.data.load import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.errors import ArtifactError, DataError
 from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.generation.chat import AnswerWriter, Chat

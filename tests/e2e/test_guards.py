@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lora_llava.training.train as train_module
 from lora_llava.artifact import read_manifest
-from lora_llava.data.load import Record
+from lora_llava.data.record import Record
 from lora_llava.data.rows import ImageTransform
 from lora_llava.errors import TrainingError
 from lora_llava.formats.names import WEIGHTS

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_llava.artifact import read_manifest
-from lora_llava.data.load import Record
+from lora_llava.data.record import Record
 from lora_llava.data.rows import ImageTransform
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.shipping.hub.card import make_card

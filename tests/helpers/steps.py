@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from lora_llava.conversation.encode import Encoded
-from lora_llava.data.load import ImageSource, Record
 from lora_llava.data.packing import Row
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.rows import PackedRows
 from lora_llava.training.checks.monitor import StageMonitor
 from lora_llava.training.checks.non_finite import NonFiniteGuard

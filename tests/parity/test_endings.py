@@ -21,7 +21,7 @@ from lora_llava.artifact import load_model
 from lora_llava.conversation.encode import Turn, encode
 from lora_llava.conversation.endings import end_token_ids, stated_ends, taught_ends
 from lora_llava.conversation.templates import TEMPLATES, get_template
-from lora_llava.data.load import ImageSource
+from lora_llava.data.record import ImageSource
 from lora_llava.errors import ModelError
 from lora_llava.generation.chat import Chat
 from lora_llava.shipping.export import FORMATS

@@ -15,7 +15,7 @@ import lora_llava.generation.answers as generation
 from lora_llava.conversation.encode import Turn, encode_prompt
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.images.read import mean_colour, open_image, preprocess
-from lora_llava.data.load import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.generation.answers import PromptFormat, end_token_ids, generate_answers
 from tests.helpers.tiny import (
     EOS_ID,

@@ -121,7 +121,7 @@ def separate(model: Any, trees: Sequence[Tree]) -> tuple[torch.Tensor, Gradients
 
 def packed(model: Any, trees: Sequence[Tree]) -> tuple[torch.Tensor, Gradients]:
     batch = row_of(trees, dtype_of(model))
-    loss = packed_loss(model, batch, batch["labels"].numel())
+    loss = packed_loss(model, batch, batch["shift_labels"].numel())
     return loss.detach(), gradients(model, loss)
 
 
@@ -310,7 +310,7 @@ class Wrapper(torch.nn.Module):
 
 def test_k32_a_wrapped_model_is_called_as_a_whole_and_keeps_no_cache(model: Any) -> None:
     wrapper, row = Wrapper(model), row_of([branches(2)], dtype_of(model))
-    count = row["labels"].numel()
+    count = row["shift_labels"].numel()
     assert torch.equal(packed_loss(wrapper, row, count), packed_loss(model, row, count))
     assert wrapper.seen["use_cache"] is False
     assert llava_in(wrapper) is llava_in(model)
@@ -329,7 +329,7 @@ def test_k32_gradients_can_be_asked_for_without_a_backward_pass(
     monkeypatch.setattr(packed_module, "HEAD_CHUNK", chunk)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     row = row_of([branches(3)], dtype_of(model))
-    loss = packed_loss(model, row, row["labels"].numel())
+    loss = packed_loss(model, row, row["shift_labels"].numel())
     found = torch.autograd.grad(loss, list(trained.values()))
     assert error(dict(zip(trained, found, strict=True)), separate(model, [branches(3)])[1]) < TOLERANCE[dtype_of(model)]
 

@@ -25,7 +25,7 @@ def test_row_by_hand() -> None:
     assert row["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert row["target_positions"].tolist() == [2, 1, 5]
-    assert row["shift_labels"].tolist() == row["labels"].tolist() == [4, 5, 7]
+    assert row["shift_labels"].tolist() == [4, 5, 7]
     assert row["segments"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 1, 1]]
     assert row["tree_spans"].tolist() == [[0, 4, 5], [5, 7, 7]]
     assert row["unique_target_positions"].tolist() == [1, 2, 5]
@@ -61,6 +61,5 @@ def test_k32_an_empty_row_has_the_types_and_shapes_of_any_other() -> None:
         "tree_spans": (0, 3),
         "target_positions": (0,),
         "unique_target_positions": (0,),
-        "labels": (0,),
         "shift_labels": (0,),
     }

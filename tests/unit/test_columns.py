@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from lora_llava.data.images.read import open_image
-from lora_llava.data.load import Record, load_records
+from lora_llava.data.load import load_records
+from lora_llava.data.record import Record
 from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings

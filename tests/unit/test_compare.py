@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lora_llava.conversation.encode import Turn
-from lora_llava.data.load import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
 from lora_llava.evaluation.questions import Question

@@ -8,9 +8,9 @@ import pytest
 
 from lora_llava.conversation.encode import Turn, encode
 from lora_llava.conversation.templates import get_template
-from lora_llava.data.encoded import EncodedRecords
 from lora_llava.data.packing import PlanItem
 from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.stage import EncodedRecords
 from lora_llava.errors import DataError
 from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS, tiny_tokenizer
 

@@ -12,7 +12,8 @@ from typing import Any
 import datasets
 import pytest
 
-from lora_llava.data.load import Record, load_records
+from lora_llava.data.load import load_records
+from lora_llava.data.record import Record
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from tests.helpers.faulty import encoded, scene

@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
-from lora_llava.data.packing import PlanItem
+from lora_llava.data.packing import PlanItem, sharing
 from lora_llava.data.rows import build_row
-from lora_llava.data.sharing import sharing
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import BaseIdentity, load_base

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lora_llava.data import packing
-from lora_llava.data.packing import Plan, PlanItem, make_plan, plan_in_order, tree_length
+from lora_llava.data.packing import Plan, PlanItem, RowSettings, make_plan, plan_in_order, tree_length
+from lora_llava.recipe.schedule import count_steps
 
 PREFIX = 10
 
@@ -36,7 +37,12 @@ def plan(items: list[PlanItem], **changes: Any) -> Plan:
         "max_steps": -1,
         "seed": 0,
     }
-    return make_plan(items, **{**settings, **changes})
+    settings |= changes
+    num_steps = count_steps(len(items), settings["batch_size"], settings["num_train_epochs"], settings["max_steps"])
+    rows = RowSettings(
+        settings["tokens_per_row"], settings["branches_per_tree"], settings["packing"], settings.get("ranks", 1)
+    )
+    return make_plan(items, rows, batch_size=settings["batch_size"], num_steps=num_steps, seed=settings["seed"])
 
 
 def conversations(made: Plan) -> list[list[int]]:
@@ -278,7 +284,7 @@ def test_k32_a_fallback_of_too_few_rows_is_filled_up_from_the_fullest() -> None:
     items = [PlanItem(length, 0, -1) for length in (6, 6, 4, 4, 4)]
     trees = [(index,) for index in range(5)]
     fallback = [[(0,)], [(2,), (3,), (1,)], [(4,)]]
-    rows = packing._balance(trees, fallback, items, 4, 8, 5)
+    rows = packing._balance(trees, fallback, items, RowSettings(5, 1, ranks=4), 8)
     assert [len(row) for row in rows] == [0, 0, 0, 0, 1, 2, 1, 1]
     assert sorted(tree for row in rows for tree in row) == trees
     assert [len(row) for row in fallback] == [1, 3, 1]

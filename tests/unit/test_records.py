@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.load import Record, fingerprint, load_records, load_split, merge_turns
+from lora_llava.data.load import fingerprint, load_records, load_split, merge_turns
+from lora_llava.data.record import Record
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 

@@ -12,8 +12,8 @@ from PIL import Image
 import lora_llava.data.rows as batch_module
 import lora_llava.modeling.attention as attention_module
 from lora_llava.conversation.encode import Turn
-from lora_llava.data.load import ImageSource, Record
 from lora_llava.data.packing import Row
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.rows import Batch, ImageTransform, PackedRows, build_row
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import additive_mask

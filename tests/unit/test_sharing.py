@@ -6,24 +6,15 @@ import random
 
 import pytest
 
-from lora_llava.data.packing import Packing, PlanItem, make_plan
-from lora_llava.data.sharing import alone, sharing
+from lora_llava.data.packing import Packing, PlanItem, RowSettings, make_plan, no_sharing, sharing
 
 PREFIX = 10
 
 
 def computed(items: list[PlanItem], branches_per_tree: int, packing: Packing, tokens: int) -> float:
     """Share of the tokens that a plan of one step computes."""
-    made = make_plan(
-        items,
-        batch_size=len(items),
-        tokens_per_row=tokens,
-        branches_per_tree=branches_per_tree,
-        packing=packing,
-        num_train_epochs=1.0,
-        max_steps=-1,
-        seed=0,
-    )
+    settings = RowSettings(tokens, branches_per_tree, packing)
+    made = make_plan(items, settings, batch_size=len(items), num_steps=1, seed=0)
     return 1 - made.share_saved
 
 
@@ -54,5 +45,5 @@ def test_k32_a_conversation_without_text_of_its_own_is_counted() -> None:
 
 
 def test_k32_what_shares_nothing_computes_everything() -> None:
-    assert alone(1) == alone(4096) == 1.0
+    assert no_sharing(1) == no_sharing(4096) == 1.0
     assert sharing([PlanItem(7, 0, -1)] * 3, 8, "tree")(100) == 1.0

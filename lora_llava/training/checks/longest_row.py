@@ -66,7 +66,7 @@ def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) ->
     try:
         for _ in range(STEPS):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == BF16.itemsize):
-                loss = packed_loss(model, batch, max(1, batch["labels"].numel()))
+                loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             loss.backward()
     finally:
         model.train(was_training)

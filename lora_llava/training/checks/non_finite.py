@@ -141,7 +141,7 @@ class NonFiniteGuard(Check):
         batch = {name: tensor.to(device) for name, tensor in alone[0].items()}
         with forked_rng(device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                loss = packed_loss(model, batch, max(1, batch["labels"].numel()))
+                loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         norm = get_total_norm([one for one in gradients if one is not None])
         return math.isfinite(loss.item()) and math.isfinite(norm.item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_llava.conversation.templates import Template
-from lora_llava.data.load import Record
+from lora_llava.data.record import Record
 from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
