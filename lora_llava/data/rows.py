@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 Layout = dict[str, npt.NDArray[np.int64]]
-"""The arrays of a row by name; see `lay_out`."""
+"""The arrays of a row by name:
+
+- `input_ids`, `position_ids` (1, T);
+- `segments` (2, T): the number of each token's tree, and of its branch in that tree (0: the prefix). A token sees the
+  earlier tokens of its own branch and of its tree's prefix;
+- `tree_spans` (trees, 3): where each tree starts, where its first branch ends, where the tree ends;
+- `target_positions` (S,): positions whose logits predict `shift_labels`;
+- `unique_target_positions`: the same positions, sorted, each once: the branches of a tree share some;
+- `shift_labels` (S,): the token ids to predict.
+"""
 Batch = dict[str, "torch.Tensor"]
 """The tensors of one forward pass: those of `lay_out`, and `pixel_values` (I, 3, H, W) if the row has images."""
 ReadImage = Callable[[Record], "torch.Tensor"]
@@ -30,22 +39,11 @@ ReadImage = Callable[[Record], "torch.Tensor"]
 
 
 def lay_out(trees: Sequence[Sequence[Encoded]]) -> Layout:
-    """Lay trees end to end in one sequence.
-
-    Returns
-    -------
-        `input_ids`, `position_ids` (1, T);
-        `segments` (2, T): the number of each token's tree, and of its branch in that tree (0: the prefix). A token
-            sees the earlier tokens of its own branch and of its tree's prefix;
-        `tree_spans` (trees, 3): where each tree starts, where its first branch ends, where the tree ends;
-        `target_positions` (S,): positions whose logits predict `shift_labels`;
-        `unique_target_positions`: the same positions, sorted, each once: the branches of a tree share some;
-        `shift_labels` (S,): the token ids to predict.
+    """Lay trees end to end in one sequence; see `Layout`.
 
     Contract: `position_ids` restart at 0 with each tree, and at the prefix length with each branch, so each
-    conversation computes what it would compute in a row by itself.
-    Raises ValueError if the conversations of a tree do not share their prefix.
-
+    conversation computes what it would compute in a row by itself. Raises ValueError if the conversations of a tree
+    do not share their prefix.
     """
     input_ids: list[int] = []
     position_ids: list[int] = []

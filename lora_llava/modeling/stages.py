@@ -1,4 +1,4 @@
-"""What each stage freezes, trains, adapts and quantises; and the check that the built model is just that."""
+"""What each stage freezes, trains, adapts and quantizes; and a check that the built model matches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lora_llava.system.text import dtype_name
 
 
 def build_stage(model: Any, stage: StageName, adapter: AdapterSettings) -> PeftModel:
-    """Wrap a loaded base for one stage: everything frozen but what the stage trains, in fp32.
+    """Wrap a loaded base for one stage: trainable parameters in fp32, everything else frozen.
 
-    `align` trains the projector alone; `instruct` LoRA on the language model and the projector.
+    `align` trains only the projector; `instruct` trains the projector and LoRA on the language model.
     """
     if stage == "align":
-        # PEFT's own word for "no target": the projector is the only thing in the adapter.
+        # PEFT's way to say "no target": the adapter holds only the projector.
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["multi_modal_projector"])
     else:
         config = LoraConfig(
@@ -35,18 +35,18 @@ def build_stage(model: Any, stage: StageName, adapter: AdapterSettings) -> PeftM
             lora_dropout=adapter.lora_dropout,
             use_rslora=adapter.type == "rslora",
             use_dora=adapter.type == "dora",
-            # Anchored on the language model: a bare suffix would match the vision tower's layers too.
+            # Anchored on the language model: a bare suffix would also match layers of the vision tower.
             target_modules=target_pattern(model, adapter.target_modules),
             modules_to_save=["multi_modal_projector"],
             task_type="CAUSAL_LM",
         )
     wrapped = get_peft_model(model, config)
-    train_only_what_is_saved(wrapped)
+    freeze_unsaved(wrapped)
     return wrapped
 
 
-def train_only_what_is_saved(model: PeftModel) -> None:
-    """Put the trained parameters in fp32, and hold still the half of a linear projector that is the identity."""
+def freeze_unsaved(model: PeftModel) -> None:
+    """Cast trainable parameters to fp32; freeze `linear_2` of a `linear` projector, which is the identity."""
     identity = model.get_base_model().config.projector_hidden_act == "linear"
     for name, parameter in model.named_parameters():
         if identity and ".multi_modal_projector." in name and "linear_2" in name:
@@ -56,14 +56,14 @@ def train_only_what_is_saved(model: PeftModel) -> None:
 
 
 def target_pattern(model: nn.Module, target_modules: str | list[str]) -> str:
-    """Return the regular expression of the language model's layers to adapt.
+    """Return a regular expression that matches the linear layers to adapt in the language model.
 
     Raises ModelError if a named layer does not exist in it.
     """
     language_model = model.get_submodule(LANGUAGE_MODEL)
     linears = {name.rsplit(".", 1)[-1] for name, module in language_model.named_modules() if _is_linear(module)}
-    wanted = adapted_names(target_modules, linears)
-    return rf"{re.escape(LANGUAGE_MODEL)}\..*\.({'|'.join(sorted(wanted))})"
+    adapted = adapted_names(target_modules, linears)
+    return rf"{re.escape(LANGUAGE_MODEL)}\..*\.({'|'.join(sorted(adapted))})"
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -72,17 +72,19 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
-    """Tell a 4-bit weight from a plain one."""
+    """Return whether a parameter is a 4-bit weight of bitsandbytes, of any shape."""
     return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Params4bit"
 
 
 def _elements(parameter: torch.Tensor) -> int:
+    """Count the weights of a parameter; a packed byte holds two 4-bit weights."""
     if is_quantized(parameter) and parameter.dtype == torch.uint8:
         return parameter.numel() * 2
     return parameter.numel()
 
 
 def _memory(parameter: torch.Tensor) -> int:
+    """Count the bytes of a parameter, with the scales of a quantized one."""
     size = parameter.numel() * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
     if state is not None:
@@ -94,18 +96,19 @@ def _memory(parameter: torch.Tensor) -> int:
 
 
 def _named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield part, plain name and parameter, with PEFT's wrapping taken off the names."""
+    """Yield the part, the name and the parameter of each; the part is found without PEFT's wrapping in the name."""
     for name, parameter in model.named_parameters():
         yield part_of(unwrap_peft(name)), name, parameter
 
 
 def parameter_table(model: nn.Module) -> list[PartRow]:
-    """Count, per part, the parameters of a built model; the projector's frozen original counts in its bytes only."""
+    """Count the parameters of each part of a built model; the projector's frozen original adds only to its bytes."""
     sums: dict[str, dict[str, int]] = {part: defaultdict(int) for part in PARTS}
     dtypes: dict[str, set[str]] = {part: set() for part in PARTS}
     for part, name, parameter in _named_parts(model):
         row = sums[part]
         row["bytes"] += _memory(parameter)
+        # PEFT keeps a frozen copy of the projector next to the trained one: memory, but no parameters of the model.
         if ".original_module." in name:
             continue
         is_adapter = ".lora_" in name
@@ -128,44 +131,46 @@ def parameter_table(model: nn.Module) -> list[PartRow]:
 
 
 def check_stage(model: PeftModel, stage: StageName, *, nf4: bool) -> list[PartRow]:
-    """Check the built model against its stage and return its table of parameters.
+    """Check the built model against its stage and return its parameters per part.
 
-    Selecting modules by name fails without a word, so the outcome is counted: all of LoRA in the language model
-    and of the projector is trained and nothing else, no adapter lies elsewhere, and every linear layer of the
-    language model, nothing else, is in 4 bits. Raises ModelError with the differences.
+    Selecting modules by name fails silently, so the outcome is counted: LoRA is in the language model only; LoRA and
+    the projector are trainable, and nothing else; with `nf4`, the linear layers of the language model are in 4 bits,
+    and nothing else. Raises ModelError with the differences.
     """
     problems = []
     table = parameter_table(model)
+    # By part: where the adapter is, and that only the language model is quantized.
     for row in table:
         adapted = row.part == LANGUAGE_MODEL and stage == "instruct"
         if bool(row.adapter) != adapted:
             problems.append(f"{row.part} has {row.adapter:,} adapter parameters")
         if row.part != LANGUAGE_MODEL and row.quantized:
             problems.append(f"{row.part} has {row.quantized:,} parameters in 4 bits")
-    problems += _wrongly_plain(model, nf4)
+    # By parameter: the precision of the language model's linear layers, and what is trainable.
+    problems += _wrong_precision(model, nf4)
     problems += _wrongly_trained(model, stage)
     if problems:
-        raise ModelError(f"stage {stage}: the built model is not what the stage states: {'; '.join(problems[:8])}")
+        raise ModelError(f"stage {stage}: the built model does not match the stage: {'; '.join(problems[:8])}")
     return table
 
 
 def _wrongly_trained(model: PeftModel, stage: StageName) -> list[str]:
-    """Name the parameters that are trained and must not be, or the other way round."""
+    """Name the parameters that are trainable but must be frozen, or the other way round."""
     identity = model.get_base_model().config.projector_hidden_act == "linear"
     problems = []
     for part, name, parameter in _named_parts(model):
         if part == PROJECTOR:
-            must = ".original_module." not in name and not (identity and ".linear_2." in name)
+            must_train = ".original_module." not in name and not (identity and ".linear_2." in name)
         else:
-            must = stage == "instruct" and part == LANGUAGE_MODEL and ".lora_" in name
-        if parameter.requires_grad != must:
-            is_not, must_be = ("frozen", "trained") if must else ("trained", "frozen")
+            must_train = stage == "instruct" and part == LANGUAGE_MODEL and ".lora_" in name
+        if parameter.requires_grad != must_train:
+            is_not, must_be = ("frozen", "trained") if must_train else ("trained", "frozen")
             problems.append(f"{is_not} although it must be {must_be}: {name}")
     return problems
 
 
-def _wrongly_plain(model: PeftModel, nf4: bool) -> list[str]:
-    """Name the language model's linear layers whose weight is in the wrong form."""
+def _wrong_precision(model: PeftModel, nf4: bool) -> list[str]:
+    """Count the language model's linear layers that are quantized and must not be, or the other way round."""
     language_model = model.get_base_model().get_submodule(LANGUAGE_MODEL)
     wrong = [
         name

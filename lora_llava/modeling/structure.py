@@ -1,4 +1,4 @@
-"""What a LLaVA consists of, told by its configuration: parts, tokens of an image, parameters. Without PyTorch."""
+"""The structure of a LLaVA, from its configuration: parts, image tokens, parameter counts. Without PyTorch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PROJECTOR = "model.multi_modal_projector"
 LANGUAGE_MODEL = "model.language_model"
 LM_HEAD = "lm_head"
 PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, LM_HEAD)
-"""Names of the four parts in memory; every selection of modules is anchored on these alone."""
+"""Module names of the four parts; every selection of modules starts from one of them."""
 
 Attention = str
-"""How training attends: with SDPA tree by tree, or with `flex_attention`, which skips the blocks of the mask that hold
-nothing; and transformers' `sdpa`, which answers."""
+"""An attention of the language model. Training uses SDPA tree by tree, or FlexAttention, which skips empty blocks of
+the mask; generation uses transformers' own `sdpa`."""
 TREES, FLEX, SDPA = "sdpa_by_tree", "flex_attention", "sdpa"
 
 HEAD_CHUNK = 512
-"""Supervised rows whose logits exist at one time: 512 x 32,064 in fp32 are 63 MiB."""
+"""Supervised tokens whose logits exist at the same time: 512 x 32,064 in fp32 are 63 MiB."""
 
 
 class ElementType(Protocol):
-    """What is needed of the type of a tensor's elements; `torch.dtype` has it."""
+    """The part of `torch.dtype` that counting bytes needs."""
 
     @property
     def itemsize(self) -> int:
@@ -40,13 +40,13 @@ class ElementType(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A type of elements where PyTorch is not imported."""
+    """A dtype for code that does not import PyTorch."""
 
     name: str
     itemsize: int
 
     def __str__(self) -> str:
-        """Name the type as PyTorch does."""
+        """Return the name that PyTorch uses, without `torch.`."""
         return self.name
 
 
@@ -55,7 +55,7 @@ FP32, BF16 = Precision("float32", 4), Precision("bfloat16", 2)
 
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """What one part of a built model holds; counts are of elements, `bytes` of memory."""
+    """Parameter counts of one part of a model, and its memory in bytes."""
 
     part: str
     total: int
@@ -67,7 +67,7 @@ class PartRow:
 
 
 def attention_on_cpu(setting: str) -> Attention:
-    """Return the attention of a run on a CPU; TrainingError if `setting` asks for another."""
+    """Return the attention for training on a CPU; TrainingError if `setting` asks for FlexAttention."""
     if setting == FLEX:
         raise TrainingError(
             "attn_implementation: flex_attention has no backward pass on a CPU; set auto or sdpa, or run on CUDA"
@@ -76,7 +76,7 @@ def attention_on_cpu(setting: str) -> Attention:
 
 
 def part_of(name: str) -> str:
-    """Name the part that a parameter or module of the (unwrapped) model belongs to; ModelError if none."""
+    """Return the part that a parameter or module of the (unwrapped) model belongs to; ModelError if none."""
     for part in PARTS:
         if name == part or name.startswith(part + "."):
             return part
@@ -84,12 +84,12 @@ def part_of(name: str) -> str:
 
 
 def num_image_tokens(config: LlavaConfig) -> int:
-    """Count the vision tower's output tokens: one a patch, and the class token where the strategy keeps it."""
+    """Count the vision tower's output tokens: one per patch, plus the class token if the strategy keeps it."""
     return _patches(config) + (1 if config.vision_feature_select_strategy == "full" else 0)
 
 
 def image_tokens(config: LlavaConfig) -> dict[str, int]:
-    """Return how an image is written in `input_ids`: its token id, and how many of them."""
+    """Return how `input_ids` represent an image: `image_token_id`, and `num_image_tokens` of them."""
     return {"image_token_id": int(config.image_token_id), "num_image_tokens": num_image_tokens(config)}
 
 
@@ -98,17 +98,17 @@ def _patches(config: LlavaConfig) -> int:
 
 
 def used_layers(config: LlavaConfig) -> int:
-    """Count the vision tower's layers up to the one whose output is projected; those behind it are dropped."""
+    """Count the vision tower's layers up to the one whose output is projected; the layers after it are dropped."""
     layers = int(config.vision_config.num_hidden_layers)
-    # Hidden state 0 is the embeddings'. Counted from the front it stays the same when layers behind it go.
-    wanted = int(config.vision_feature_layer)
-    wanted = wanted if wanted >= 0 else layers + 1 + wanted
-    # transformers takes a 0 for "no hidden states".
-    return wanted or layers
+    # Hidden state 0 is that of the embeddings. An index from the front stays valid when later layers are dropped.
+    index = int(config.vision_feature_layer)
+    index = index if index >= 0 else layers + 1 + index
+    # transformers reads 0 as "no hidden states".
+    return index or layers
 
 
 def attention_widths(config: LlavaConfig) -> tuple[int, int]:
-    """Return the widths of a layer's queries, and of its keys or values, all heads together."""
+    """Return the widths of a decoder layer's queries and of its keys (or values), summed over heads."""
     text = config.text_config
     return int(text.num_attention_heads) * int(text.head_dim), int(text.num_key_value_heads) * int(text.head_dim)
 
@@ -123,12 +123,12 @@ class Linear:
 
     @property
     def size(self) -> int:
-        """Count its parameters."""
+        """The number of parameters."""
         return self.inputs * self.outputs + self.outputs * self.bias
 
 
 def layer_linears(config: LlavaConfig) -> dict[str, Linear]:
-    """Return the linear layers of one of the language model's layers, by name."""
+    """Return the linear layers of one decoder layer, by name."""
     text = config.text_config
     queries, keys = attention_widths(config)
     width, wide = int(text.hidden_size), int(text.intermediate_size)
@@ -145,28 +145,28 @@ def layer_linears(config: LlavaConfig) -> dict[str, Linear]:
 
 
 def linear_weights(config: LlavaConfig) -> int:
-    """Count the weights of the language model's linear layers, without the head."""
-    one = sum(linear.inputs * linear.outputs for linear in layer_linears(config).values())
-    return int(config.text_config.num_hidden_layers) * one
+    """Count the weights of all linear layers of the language model, without the head."""
+    per_layer = sum(linear.inputs * linear.outputs for linear in layer_linears(config).values())
+    return int(config.text_config.num_hidden_layers) * per_layer
 
 
 def adapted_names(target_modules: str | list[str], linears: set[str]) -> set[str]:
-    """Return the names of the linear layers that LoRA adapts; ModelError for one that the language model lacks."""
-    wanted = linears if isinstance(target_modules, str) else set(target_modules)
-    if unknown := wanted - linears:
+    """Return the names of the linear layers that LoRA adapts; ModelError for a name not among `linears`."""
+    targets = linears if isinstance(target_modules, str) else set(target_modules)
+    if unknown := targets - linears:
         raise ModelError(
             f"adapter.target_modules: no linear layer {', '.join(sorted(unknown))} in the language model; "
             f"it has {', '.join(sorted(linears))}"
         )
-    return wanted
+    return targets
 
 
 def stage_parameters(
     config: LlavaConfig, stage: StageName, adapter: AdapterSettings, dtype: ElementType
 ) -> list[PartRow]:
-    """Count the parameters of a stage's model by formula, as `stages.parameter_table` counts those of a built one.
+    """Compute the parameters of each part of a stage's model; `stages.parameter_table` counts those of a built one.
 
-    Frozen ones are in `dtype`, trained ones in fp32, and nothing is quantized. Raises ModelError for a LoRA target
+    Frozen parameters are in `dtype`, trainable ones in fp32, none is quantized. Raises ModelError for a LoRA target
     that the language model lacks.
     """
     return list(_part_rows(config, stage, adapter, dtype))
@@ -178,7 +178,7 @@ def _part_rows(
     text, name = config.text_config, dtype_name(dtype)
     vision = vision_parameters(config)
     yield PartRow(VISION_TOWER, vision, 0, 0, 0, name, vision * dtype.itemsize)
-    # PEFT keeps the projector as it was, frozen, beside the trained copy; both in fp32.
+    # PEFT keeps the original projector, frozen, next to the trained copy; both in fp32.
     first, second = projector_linears(config)
     trained = first.size + (0 if config.projector_hidden_act == "linear" else second.size)
     projector = first.size + second.size
@@ -193,7 +193,7 @@ def _part_rows(
 
 
 def vision_parameters(config: LlavaConfig) -> int:
-    """Count the parameters of CLIP's vision tower, without the layers that are dropped."""
+    """Count the parameters of the CLIP vision tower, without the dropped layers."""
     vision = config.vision_config
     width, wide = int(vision.hidden_size), int(vision.intermediate_size)
     embeddings = width * (1 + int(vision.num_channels) * int(vision.patch_size) ** 2 + _patches(config) + 1)
@@ -215,10 +215,10 @@ def _decoder_parameters(config: LlavaConfig) -> int:
 
 
 def lora_parameters(config: LlavaConfig, adapter: AdapterSettings) -> int:
-    """Count LoRA's parameters on the language model: A and B of each adapted layer, and DoRA's magnitudes."""
+    """Count the parameters of LoRA on the language model: A and B of each adapted layer, plus DoRA's magnitudes."""
     linears = layer_linears(config)
     adapted = [linears[name] for name in adapted_names(adapter.target_modules, set(linears))]
-    one = sum(adapter.r * (linear.inputs + linear.outputs) for linear in adapted)
+    per_layer = sum(adapter.r * (linear.inputs + linear.outputs) for linear in adapted)
     if adapter.type == "dora":
-        one += sum(linear.outputs for linear in adapted)
-    return int(config.text_config.num_hidden_layers) * one
+        per_layer += sum(linear.outputs for linear in adapted)
+    return int(config.text_config.num_hidden_layers) * per_layer

@@ -19,7 +19,7 @@ from lora_llava.modeling.base import LoadedModel, load_base
 from lora_llava.modeling.metadata import describe_directory
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
-from lora_llava.modeling.stages import build_stage, check_stage, train_only_what_is_saved
+from lora_llava.modeling.stages import build_stage, check_stage, freeze_unsaved
 from lora_llava.modeling.structure import PartRow, image_tokens
 from lora_llava.planning.attention import pick_attention
 from lora_llava.planning.memory_plan import (
@@ -166,7 +166,7 @@ def _add_trained_parts(stage: Stage, loaded: LoadedModel) -> Any:
         if manifest.stage == "instruct" and stage.name == "instruct":
             check_adapter(stage.parent, stage.adapter)
             loaded.model = PeftModel.from_pretrained(loaded.model, str(stage.parent), is_trainable=True)
-            train_only_what_is_saved(loaded.model)
+            freeze_unsaved(loaded.model)
             return loaded.model
         load_projector(stage.parent, loaded.model)
     loaded.model = build_stage(loaded.model, stage.name, stage.adapter)

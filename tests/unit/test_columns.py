@@ -184,7 +184,7 @@ def test_column_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.parquet: there is no such file or directory"):
+    with pytest.raises(DataError, match=r"gone\.parquet: neither an existing file or directory"):
         load(tmp_path / "gone.parquet")
     (tmp_path / "a.xml").write_text("x")
     with pytest.raises(DataError, match=r"a\.xml: a \.xml file is not read. Save it as CSV"):

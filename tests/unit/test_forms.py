@@ -91,7 +91,7 @@ def test_k18_a_column_holding_a_list_of_one_image(folder: Path) -> None:
     rows = [{"images": [cell], "question": "What?", "answer": "a cat"} for cell in ("a.png", "b.png")]
     rows[1]["images"] = ["a.png", "b.png"]
     message = refused(folder, rows, "t.parquet", columns=columns)
-    assert "record 2: images: holds 2 images. LLaVA-1.5 sees one image in a conversation: make a record" in message
+    assert "record 2: images: holds 2 images. LLaVA-1.5 takes one image in a conversation: make a record" in message
 
 
 def test_k18_rows_with_an_empty_list_have_no_image(folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_k19_system_messages_and_several_images_are_refused_with_the_reason(fold
     assert "take the system messages out, and give their text as `system` of the stage" in refused(
         folder, [{"image": "a.png", "messages": system}]
     )
-    assert "holds 2 images. LLaVA-1.5 sees one" in refused(
+    assert "holds 2 images. LLaVA-1.5 takes one" in refused(
         folder, [{"images": ["a.png", "b.png"], "messages": CHAT_TURNS}]
     )
 

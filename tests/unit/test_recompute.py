@@ -68,7 +68,7 @@ def test_selective_computes_little_again() -> None:
 def kept_bytes(monkeypatch: pytest.MonkeyPatch, config: LlamaConfig, tokens: int) -> int:
     """Bytes of a layer's input and of what the policy keeps of it; the weights are whatever lay in memory."""
     kept = 0
-    decide = recompute._keep_what_is_dear
+    decide = recompute._keep_expensive
 
     def watched(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
         nonlocal kept
@@ -79,7 +79,7 @@ def kept_bytes(monkeypatch: pytest.MonkeyPatch, config: LlamaConfig, tokens: int
             kept += sum(one.nbytes for one in outputs if isinstance(one, torch.Tensor))
         return policy
 
-    monkeypatch.setattr(recompute, "_keep_what_is_dear", watched)
+    monkeypatch.setattr(recompute, "_keep_expensive", watched)
     shapes = LlavaConfig(vision_config=tiny_config().vision_config, text_config=config)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(shapes).to(torch.bfloat16)
