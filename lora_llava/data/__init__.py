@@ -1,1 +1,1 @@
-"""From data files to tensors: records, images, the plan of rows, batches."""
+"""From data files to tensors: records, images, the plan of rows, the rows themselves."""

@@ -1,4 +1,4 @@
-"""Records that cannot be used: the first stops the run, or each is put aside, named, and counted."""
+"""Unusable records: the first one stops the run, or each is skipped, named and counted."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lora_llava.recipe.stages import DataSettings
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that cannot be used, as it stands in `skipped.jsonl` and in the lists that `check` writes."""
+    """An unusable record: a line of `skipped.jsonl` and of the lists that `check` writes."""
 
     data: str
     """Name of its file or data set."""
     record: int
-    """Its place there, from 1."""
+    """Its number there, counted from 1."""
     id: str | None
-    """As given; None if it has none, or it cannot be read."""
+    """The id in the data; None if there is none, or it cannot be read."""
     kind: str
     problem: str
 
     def line(self) -> str:
-        """Write it as a line of JSON."""
+        """Return the record as a line of JSON."""
         row = {"data": self.data, "record": self.record, "id": self.id, "kind": self.kind, "problem": self.problem}
         return json.dumps(row, ensure_ascii=True) + "\n"
 
 
 class BadRecords:
-    """What becomes of the bad records of one source.
+    """Collects the bad records of one source in `found`, at most `most` of them.
 
-    `most` of them are put aside in `found`; with 0 the first raises its own error, None is without limit.
+    With 0, the first raises its own error; None means no limit.
     """
 
     def __init__(self, data: DataSettings, most: int | None) -> None:
@@ -46,16 +46,16 @@ class BadRecords:
 
     @classmethod
     def by_settings(cls, data: DataSettings) -> BadRecords:
-        """Do as `on_bad_record` and `max_bad_records` say."""
+        """Create the collector that `on_bad_record` and `max_bad_records` ask for."""
         return cls(data, data.max_bad_records if data.on_bad_record == "skip" else 0)
 
     @property
     def collects(self) -> bool:
-        """Whether a bad record is put aside and does not stop the reading."""
+        """Whether a bad record is collected instead of stopping the reading."""
         return self.most != 0
 
     def add(self, number: int, identity: str | None, error: DataError) -> None:
-        """Take note of a bad record; DataError if there may be none, or no more."""
+        """Collect a bad record; raises DataError if none is allowed, or there are too many."""
         if not self.collects:
             raise error
         self.found.append(BadRecord(self.data_name, number, identity, error.kind, str(error)))
@@ -66,31 +66,31 @@ class BadRecords:
             ) from None
 
     def add_record(self, record: Record, error: DataError) -> None:
-        """Take note of a record that was read, and then found bad."""
+        """Collect a record that was read, but turned out to be bad."""
         self.add(record.number, None if record.id == str(record.number) else record.id, error)
 
 
 class Exclusions:
-    """Records that `exclude` names; each is known by its number and its id."""
+    """The records listed in `exclude`, by their numbers and ids."""
 
     def __init__(self, path: str | None) -> None:
         self.name = "" if path is None else Path(path).name
         self.ids: dict[int, str | None] = {} if path is None else dict(_read_exclusions(Path(path)))
 
     def holds(self, number: int, identity: str | None) -> bool:
-        """Tell whether a record is left out; DataError if it is another than the one that was meant."""
+        """Return whether a record is excluded; DataError if its id differs from the one in the list."""
         if number not in self.ids:
             return False
-        wanted = self.ids[number]
-        if wanted is not None and wanted != identity:
+        expected = self.ids[number]
+        if expected is not None and expected != identity:
             raise DataError(
-                f"{self.name}: record {number} is meant to have id {wanted!r:.80}, but has {identity!r:.80}: the data "
+                f"{self.name}: record {number} should have id {expected!r:.80}, but has {identity!r:.80}: the data "
                 "has changed since; run lora-llava check again"
             )
         return True
 
     def check(self, count: int) -> None:
-        """Raise DataError if a record is named that the `count` records of the data do not hold."""
+        """Raise DataError if the list names a record beyond the `count` records of the data."""
         if self.ids and (last := max(self.ids)) > count:
             raise DataError(
                 f"{self.name}: names record {last}, but the data has {count}: it has changed since; run lora-llava "
@@ -99,9 +99,9 @@ class Exclusions:
 
 
 def write_bad_records(path: Path, records: Iterable[BadRecord]) -> None:
-    """Write a list that `exclude` reads, in the order of the numbers."""
+    """Write a list for `exclude`, sorted by record number."""
     with path.open("w", encoding="utf-8") as handle:
-        handle.writelines(record.line() for record in sorted(records, key=lambda one: one.record))
+        handle.writelines(record.line() for record in sorted(records, key=lambda record: record.record))
 
 
 def _read_exclusions(path: Path) -> Iterable[tuple[int, str | None]]:
@@ -116,7 +116,7 @@ def _read_exclusions(path: Path) -> Iterable[tuple[int, str | None]]:
             yield _exclusion(line, f"{path.name}, line {number}")
 
 
-def _exclusion(line: str, place: str) -> tuple[int, str | None]:
+def _exclusion(line: str, where: str) -> tuple[int, str | None]:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError):
@@ -124,5 +124,5 @@ def _exclusion(line: str, place: str) -> tuple[int, str | None]:
     record = entry.get("record") if isinstance(entry, dict) else None
     identity = entry.get("id") if isinstance(entry, dict) else None
     if isinstance(record, bool) or not isinstance(record, int) or record < 1 or not isinstance(identity, str | None):
-        raise DataError(f'{place}: write a record to leave out as {{"record": 17}}, with its "id" if it has one')
+        raise DataError(f'{where}: write a record to leave out as {{"record": 17}}, with its "id" if it has one')
     return record, identity

@@ -1,4 +1,4 @@
-"""Data files and data sets as records, and their split into training and validation."""
+"""Load records from data files and datasets, and split them into training and validation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.processes import in_processes
 from lora_llava.system.text import counted
 
-__all__ = ["ImageSource", "Record", "fingerprint", "load_records", "load_split", "merge_turns", "read_source"]
-
 CheckRecord = Callable[[Record], object]
-"""Raises DataError for a record that cannot be used."""
+"""Raises DataError for an unusable record."""
 
 
 def load_records(
@@ -31,29 +29,28 @@ def load_records(
     *,
     extra: bool = False,
 ) -> list[Record]:
-    """Read all records that can be used, in their order; images are looked up, not opened.
+    """Load all usable records, in order. Images are located, but not opened.
 
-    `extra`: keep the data's own keys or columns too, for an evaluation.
+    `extra`: also keep other keys or columns of the data, for an evaluation.
 
-    With `on_bad_record: skip` images are opened and records given to `check` now, and those that cannot be used are
-    added to `skipped`: what a run is planned over must not change any more. Raises DataError naming file, record
-    and field.
+    With `on_bad_record: skip`, images are opened and records passed to `check` here, and unusable records are added to
+    `skipped`: the records must not change after a run is planned. Raises DataError naming file, record and field.
     """
     bad = BadRecords.by_settings(data)
     records = read_source(data, bad, extra=extra)
     if bad.collects:
         records = _drop_unusable(records, check, bad)
         if skipped is not None:
-            skipped += sorted(bad.found, key=lambda one: one.record)
+            skipped += sorted(bad.found, key=lambda record: record.record)
     if not records:
         raise DataError(f"{data.path}: holds no records; correct path or split")
     return records
 
 
 def read_source(data: DataSettings, bad: BadRecords, *, extra: bool = False) -> list[Record]:
-    """Read the records of one source; what `bad` takes is left out. Images are looked up, not opened.
+    """Read the records of one source, except those that `bad` collects. Images are located, but not opened.
 
-    `extra`: keep the data's own keys or columns too.
+    `extra`: also keep other keys or columns of the data.
     """
     if data.answer_prompt and IMAGE_PLACEHOLDER in data.answer_prompt:
         raise DataError(f"answer_prompt: must not contain {IMAGE_PLACEHOLDER}; remove it")
@@ -64,7 +61,7 @@ def read_source(data: DataSettings, bad: BadRecords, *, extra: bool = False) -> 
 
 
 def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRecords) -> list[Record]:
-    """Keep the records that pass `check` and whose image can be opened; each image is opened once."""
+    """Return the records that pass `check` and whose image can be opened; each image is opened once."""
     usable = []
     for record in records:
         try:
@@ -81,14 +78,14 @@ def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRec
 
 
 def _image_problems(records: Iterable[Record]) -> dict[str, DataError]:
-    """Open every image once; returns what is wrong, by the key of the image."""
+    """Open every image once; return the errors by image key."""
     sources = {record.image.key: record.image for record in records if record.image is not None}
     found = in_processes(_image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
     return {key: error for key, error in zip(sources, found, strict=True) if error is not None}
 
 
 def _image_problem(source: ImageSource) -> DataError | None:
-    # Imported here: reading records must not wait for it.
+    # Imported here: reading records does not need the image libraries.
     from lora_llava.data.images.read import open_image
 
     try:
@@ -99,7 +96,7 @@ def _image_problem(source: ImageSource) -> DataError | None:
 
 
 def image_kills_its_reader(source: ImageSource) -> DataError:
-    """Say of an image that its decoder ended the whole process."""
+    """Return the error for an image whose decoder crashed its process."""
     return DataError(
         f"{source.name}: reading the image ended the process; take it out, and treat it as hostile", "bad_image"
     )
@@ -108,9 +105,9 @@ def image_kills_its_reader(source: ImageSource) -> DataError:
 def load_split(
     data: DataSettings, seed: int, skipped: list[BadRecord] | None = None, check: CheckRecord | None = None
 ) -> tuple[list[Record], list[Record]]:
-    """Read training and validation records, see `load_records`; the latter are empty if the settings ask for none.
+    """Load training and validation records, see `load_records`; no validation records if the settings ask for none.
 
-    A share is drawn by image and group: none of them is on both sides. Raises DataError.
+    A share is drawn by whole images and groups, so none of them is in both splits. Raises DataError.
     """
     records = load_records(data, skipped, check)
     held_out = held_out_source(data)
@@ -122,7 +119,7 @@ def load_split(
 
 
 def held_out_source(data: DataSettings) -> DataSettings | None:
-    """Return the settings by which validation data of their own are read; None if there are none."""
+    """Return the settings of a separate validation source; None if there is none."""
     if data.validation is None or data.validation.path is None:
         return None
     update = {"path": data.validation.path, "exclude": data.validation.exclude, "validation": None, "max_records": None}
@@ -130,31 +127,31 @@ def held_out_source(data: DataSettings) -> DataSettings | None:
 
 
 def split_records(data: DataSettings, records: list[Record], seed: int) -> tuple[list[Record], list[Record]]:
-    """Draw the validation share of the settings, if they ask for one, from `records`; returns both sides."""
+    """Draw the validation share, if the settings ask for one; return training and validation records."""
     if data.validation is None or data.validation.share is None:
         return records, []
-    chosen = _draw(records, data.validation.share, seed, data.path)
+    held_out = _draw(records, data.validation.share, seed, data.path)
     return (
-        [record for index, record in enumerate(records) if index not in chosen],
-        [record for index, record in enumerate(records) if index in chosen],
+        [record for index, record in enumerate(records) if index not in held_out],
+        [record for index, record in enumerate(records) if index in held_out],
     )
 
 
 def merge_turns(records: Iterable[Record], most: int) -> list[Record]:
-    """Make one conversation of consecutive questions about an image, at most `most` of them in each.
+    """Merge the questions about one image into conversations of at most `most` questions.
 
-    So LLaVA-1.5's training data was made (arXiv 2310.03744, section 3.3). The order is kept, a conversation stands
-    where its first record stood; a record is never cut, and text-only records stay as they are.
+    As for LLaVA-1.5's training data (arXiv 2310.03744, section 3.3). A conversation takes the position of its first
+    record. Records are never split, and text-only records do not change.
     """
     merged: list[list[Record]] = []
     counts: list[int] = []
     open_at: dict[str, int] = {}
     for record in records:
         questions = len(record.turns) // 2
-        place = None if record.image is None else open_at.get(record.image.key)
-        if place is not None and counts[place] + questions <= most:
-            merged[place].append(record)
-            counts[place] += questions
+        index = None if record.image is None else open_at.get(record.image.key)
+        if index is not None and counts[index] + questions <= most:
+            merged[index].append(record)
+            counts[index] += questions
             continue
         if record.image is not None:
             open_at[record.image.key] = len(merged)
@@ -164,7 +161,7 @@ def merge_turns(records: Iterable[Record], most: int) -> list[Record]:
 
 
 def _joined(records: list[Record]) -> Record:
-    """Put records about one image in a row; the image is shown in the first."""
+    """Join records about one image into one record; the image is in the first turn."""
     first, *others = records
     if not others:
         return first
@@ -176,28 +173,29 @@ def _joined(records: list[Record]) -> Record:
 
 
 def _draw(records: list[Record], share: float, seed: int, name: str) -> set[int]:
-    """Choose validation records, at least one and never all: whole images and groups, other records one by one."""
+    """Draw the indices of validation records, at least one and never all, by whole images and groups."""
     units = _units(records)
     if len(units) < 2:
         raise DataError(
             f"{name}: validation.share: {counted(len(records), 'record')} of one image, or of one group, so none "
             "can be held out; give validation.path"
         )
-    wanted = min(max(1, round(share * len(records))), len(records) - 1)
+    target = min(max(1, round(share * len(records))), len(records) - 1)
     shuffled = units
     random.Random(f"validation/{seed}").shuffle(shuffled)
-    chosen: set[int] = set()
+    drawn: set[int] = set()
     for group in shuffled:
-        if len(chosen) + len(group) <= wanted:
-            chosen.update(group)
-    if not chosen:
+        if len(drawn) + len(group) <= target:
+            drawn.update(group)
+    if not drawn:
         smallest: list[int] = min(shuffled, key=len)
-        chosen.update(smallest)
-    return chosen
+        drawn.update(smallest)
+    return drawn
 
 
 def _units(records: Sequence[Record]) -> list[list[int]]:
-    """Put records together that must stay on one side: those that share an image or a group, however indirectly."""
+    """Group the indices of records that must stay in one split: linked by images or groups, even indirectly."""
+    # Union-find over the keys of images and groups.
     parents: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -222,7 +220,7 @@ def _units(records: Sequence[Record]) -> list[list[int]]:
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """Hash ids, turns and image keys, in their order: equal data has equal fingerprints (hexadecimal sha256)."""
+    """Return the sha256 (hexadecimal) of ids, turns and image keys, in order: equal data has equal fingerprints."""
     digest = hashlib.sha256()
     for record in records:
         key = None if record.image is None else record.image.key

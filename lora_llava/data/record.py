@@ -1,4 +1,4 @@
-"""What a record is, and where its image may lie."""
+"""A record and its image; images are located below the image root."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from lora_llava.system.text import counted, printable
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _NUM_NAMED = 5
 Scalar = str | int | float | bool | None
-"""A value of the data's own keys."""
+"""A value of an additional key or column of the data."""
 MAX_CHARACTERS = 1_000_000
-"""Longest text of a record: many times what any model reads, and still tokenised in seconds."""
+"""Longest text of a record: far more than any model reads, and still tokenized in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """One image: a file, or the bytes of one."""
+    """One image: a file, or embedded bytes."""
 
     key: str
     """Identifies the image: its path under the image root, or the sha256 of its bytes."""
     path: Path | None
     data: bytes | StoredBytes | None
-    """Of an embedded image: its bytes, or where they are."""
+    """The bytes of an embedded image, or where they are stored."""
     where: str = field(default="", compare=False)
-    """The first record that shows it, for messages."""
+    """The first record with this image, for messages."""
     file_name: str = field(default="", compare=False)
-    """Of an embedded image: the file name that the data set has for it."""
+    """The file name of an embedded image in its dataset."""
     window: tuple[float, float] | None = None
-    """Values of a grey image of more than 8 bits that become black and white; None: the range it uses."""
+    """Values that become black and white in a grayscale image of more than 8 bits; None: the range that it uses."""
 
     def embedded(self) -> bytes:
-        """Return the bytes of an embedded image. Raises OSError if they cannot be read any more."""
+        """Return the bytes of an embedded image; OSError if they can no longer be read."""
         return self.data.read() if isinstance(self.data, StoredBytes) else self.data or b""
 
     @property
     def label(self) -> str:
-        """The image in results: its path below the image root, its file name in the data set, or its hash."""
+        """The image in results: its path below the image root, its file name in the dataset, or its hash."""
         return self.file_name or (self.key if self.path is not None else f"sha256:{self.key}")
 
     @property
     def name(self) -> str:
-        """The image in messages: never a path of the user's machine, only one below the image root."""
+        """The image in messages: a path below the image root, never an absolute one."""
         name = printable(self.key, 200) if self.path is not None else f"embedded image {self.key[:12]}"
         return f"{self.where}, image {name}" if self.where else name
 
@@ -65,25 +65,25 @@ class Record:
     where: str
     """File, number and id, for messages: `train.json, record 17 (id 000123)`."""
     number: int = 0
-    """Its place in the file or split, from 1."""
+    """Its number in the file or split, counted from 1."""
     group: str | None = None
-    """Value of the settings' `group`: records of one group stay on one side of a split."""
+    """Value of the `group` key: records of one group stay in one split."""
     references: tuple[str, ...] = ()
-    """Every acceptable answer to the last question, if the data lists several; the turns hold the first."""
+    """All acceptable answers to the last question, if the data lists several; the turns hold one."""
     extra: tuple[tuple[str, Scalar], ...] = ()
-    """The data's own keys or columns with flat values, such as a patient; read for an evaluation alone."""
+    """Additional keys or columns with flat values, such as a patient; read only for an evaluation."""
 
     @property
     def question(self) -> str:
         """The last question, without the image placeholder."""
-        asked = next(turn for turn in reversed(self.turns) if turn.role == "user")
-        return asked.text.replace(IMAGE_PLACEHOLDER, "").strip()
+        turn = next(turn for turn in reversed(self.turns) if turn.role == "user")
+        return turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 class ImageRoot:
-    """The directory that images lie in; each is looked up once.
+    """The directory of the images; each image is located once.
 
-    Missing ones are reported together by `check`, or, if `at_once`, whenever a record asks for one.
+    Missing images are reported together by `check`, or, with `at_once`, when a record refers to one.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class ImageRoot:
         self.window = window
         self.at_once = at_once
         self.field_name = field_name
-        """Field or column of the paths, for messages."""
+        """Name of the field or column with the paths, for messages."""
         self._real_root = os.path.realpath(root)
         self._directories: dict[str, str | None] = {}
         self._sources: dict[str, ImageSource] = {}
         self._missing: dict[str, str] = {}
 
     def source(self, name: str, where: str) -> ImageSource:
-        """Locate an image by its path relative to the root; DataError where the path leads out of it."""
+        """Locate an image by its path relative to the root; DataError if the path leads out of it."""
         known = self._sources.get(name)
         if known is None:
             known = self._sources[name] = self._locate(name, where)
@@ -112,7 +112,7 @@ class ImageRoot:
         return known
 
     def check(self) -> None:
-        """Raise DataError if an image that was asked for is missing, and that was not said at once."""
+        """Raise DataError if images are missing; with `at_once`, they were reported before."""
         if self.at_once or not self._missing:
             return
         named = [f"{printable(name, 200)} ({where})" for name, where in list(self._missing.items())[:_NUM_NAMED]]
@@ -166,13 +166,13 @@ class ImageRoot:
         return ImageSource(key, Path(real), None, where, window=self.window)
 
     def _below(self, name: str) -> str | None:
-        """Return a path relative to the root, also of an absolute one that is below it; None if it leads elsewhere."""
+        """Return the path relative to the root, even if it is absolute; None if it leads out of the root."""
         if name.startswith("\\") or ".." in re.split(r"[/\\]", name):
             return None
         path = os.path.normpath(name)
         if not os.path.isabs(path):  # noqa: PTH117 - strings: once for every image
             return path
-        # Not the image itself: a link below the root is looked at where it is.
+        # Resolve only the directory: a link below the root is checked by its own location.
         directory = os.path.realpath(os.path.dirname(path))  # noqa: PTH120
         if not self._inside(directory):
             return None
@@ -189,7 +189,7 @@ class ImageRoot:
 
 
 def check_text(text: str, place: str) -> str:
-    """Return `text`; DataError if it is far too long, or cannot be encoded (half of a surrogate pair)."""
+    """Return `text`; DataError if it is too long, or not valid Unicode (half of a surrogate pair)."""
     if len(text) > MAX_CHARACTERS:
         raise DataError(f"{place}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; shorten it")
     try:
@@ -202,23 +202,23 @@ def check_text(text: str, place: str) -> str:
 
 
 def check_group(value: object, place: str) -> str:
-    """Return the value of `group` as text; DataError unless it is a string or an integer."""
+    """Return the value of the `group` key as text; DataError unless it is a string or an integer."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        found = "missing" if value is None else f"{value!r:.80}"
-        raise DataError(f"{place} is {found}, must be a string or an integer, since data.group names it")
+        got = "missing" if value is None else f"{value!r:.80}"
+        raise DataError(f"{place} is {got}, must be a string or an integer, since data.group names it")
     return check_text(str(value), place)
 
 
 def own_values(entry: Mapping[str, object], used: Container[str]) -> tuple[tuple[str, Scalar], ...]:
-    """Return the keys of a record that are not `used` and hold one flat value; text becomes valid UTF-8, NaN None."""
-    kept: list[tuple[str, Scalar]] = []
+    """Return a record's keys that are not `used` and have flat values; text becomes valid UTF-8, NaN None."""
+    values: list[tuple[str, Scalar]] = []
     for key, value in entry.items():
         if key in used or not (value is None or isinstance(value, str | int | float)):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             value = None
-        kept.append((_valid(key), _valid(value) if isinstance(value, str) else value))
-    return tuple(kept)
+        values.append((_valid(key), _valid(value) if isinstance(value, str) else value))
+    return tuple(values)
 
 
 def _valid(text: str) -> str:
@@ -226,7 +226,7 @@ def _valid(text: str) -> str:
 
 
 def with_answer_prompt(text: str, answer_prompt: str | None) -> str:
-    """Add the answer prompt to a question as a last line; an image moves to the front, as it does when encoded."""
+    """Append the answer prompt to a question as a new line; an image moves to the front, as in encoding."""
     if not answer_prompt:
         return text
     if IMAGE_PLACEHOLDER in text:
@@ -237,7 +237,7 @@ def with_answer_prompt(text: str, answer_prompt: str | None) -> str:
 
 
 def check_placeholder(turns: Sequence[Turn], image: ImageSource | None, place: str) -> None:
-    """Raise DataError unless a user turn says where the image stands exactly if there is one."""
+    """Raise DataError if there is an image but no placeholder in a user turn, or a placeholder but no image."""
     shown = any(turn.role == "user" and IMAGE_PLACEHOLDER in turn.text for turn in turns)
     if shown and image is None:
         raise DataError(

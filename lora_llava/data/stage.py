@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, overload
 
-from lora_llava.conversation.encode import Encoded, Tokenizer, Turn, encode
-from lora_llava.conversation.templates import Template, get_template
+from lora_llava.conversation.encode import Encoded, Turn, encode
+from lora_llava.conversation.templates import Template, Tokenizer, get_template
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.load import load_split
 from lora_llava.data.packing import (

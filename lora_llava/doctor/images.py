@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lora_llava.data.images.grayscale import LEVELS_PER_STRAY
-from lora_llava.data.images.read import DEEP_GREY, FORMATS, decode_image, read_image
+from lora_llava.data.images.read import DEEP_GRAY, FORMATS, decode_image, read_image
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
@@ -90,7 +90,7 @@ def _levels_left(data: bytes, image: Image.Image) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as original:
-            is_deep_gray = original.mode in DEEP_GREY
+            is_deep_gray = original.mode in DEEP_GRAY
             if not is_deep_gray and not (original.format == "PNG" and data[_PNG_DEPTH] == 16):
                 return 256
             left = int((_histogram(image) > 0).sum(axis=1).max())

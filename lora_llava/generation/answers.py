@@ -13,7 +13,7 @@ from lora_llava.conversation import endings
 from lora_llava.conversation.chat_template import OwnTemplate, encode_own
 from lora_llava.conversation.encode import Encoded, Turn, encode_prompt
 from lora_llava.conversation.templates import Template
-from lora_llava.data.images.read import mean_colour, open_image, preprocess
+from lora_llava.data.images.read import mean_color, open_image, preprocess
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.generation.decoding import Progress, Prompt, greedy_decode
 from lora_llava.recipe.stages import AspectRatio
@@ -125,7 +125,7 @@ def encode_turns(
 
 def image_tensor(loaded: GenerationModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
     """Open and preprocess an image to (3, size, size); None stands for the mean color. Raises DataError."""
-    image = mean_colour(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
+    image = mean_color(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
     tensor: torch.Tensor = preprocess(
         image, size=loaded.image_size, mean=loaded.image_mean, std=loaded.image_std, aspect_ratio=aspect_ratio
     )

@@ -14,7 +14,7 @@ from PIL import Image
 import lora_llava.generation.answers as generation
 from lora_llava.conversation.encode import Turn, encode_prompt
 from lora_llava.conversation.templates import get_template
-from lora_llava.data.images.read import mean_colour, open_image, preprocess
+from lora_llava.data.images.read import mean_color, open_image, preprocess
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.generation.answers import PromptFormat, end_token_ids, generate_answers
 from tests.helpers.tiny import (
@@ -85,7 +85,7 @@ def answer_alone(loaded: Loaded, record: Record, *, blind: bool) -> str:
     ids = torch.tensor([prompt.input_ids])
     pixels = {}
     if record.image is not None:
-        image = mean_colour(IMAGE_SIZE, MEAN) if blind else open_image(record.image)
+        image = mean_color(IMAGE_SIZE, MEAN) if blind else open_image(record.image)
         tensor = preprocess(image, size=IMAGE_SIZE, mean=MEAN, std=STD, aspect_ratio="pad")
         pixels = {"pixel_values": tensor[None]}
     output = loaded.model.generate(

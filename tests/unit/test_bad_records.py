@@ -88,7 +88,7 @@ def test_excluding_gives_what_skipping_gives(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"record": 1, "id": "other"}', "record 1 is meant to have id 'other', but has 'id0'"),
+        ('{"record": 1, "id": "other"}', "record 1 should have id 'other', but has 'id0'"),
         ('{"record": 8}', "names record 8, but the data has 7"),
         ('{"record": 0}', 'line 1: write a record to leave out as {"record": 17}'),
         ('{"record": true}', "line 1: write a record"),

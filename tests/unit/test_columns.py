@@ -190,7 +190,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.xml: a \.xml file is not read. Save it as CSV"):
         load(tmp_path / "a.xml")
     (tmp_path / "bad.parquet").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"bad\.parquet: the data set cannot be read"):
+    with pytest.raises(DataError, match=r"bad\.parquet: the dataset cannot be read"):
         load(tmp_path / "bad.parquet")
 
 
@@ -201,7 +201,9 @@ def test_hub_that_cannot_be_reached_is_one_plain_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(DataError) as caught:
         load("some/set")
-    assert str(caught.value) == ("some/set: the hub cannot be reached; check the connection, or give path a local copy")
+    assert str(caught.value) == (
+        "some/set: the Hub cannot be reached; check the connection, or set path to a local copy"
+    )
 
 
 def test_unknown_data_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +211,7 @@ def test_unknown_data_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise datasets.exceptions.DatasetNotFoundError("long story")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unknown)
-    with pytest.raises(DataError, match="some/set: there is no such data set on the hub, or no access"):
+    with pytest.raises(DataError, match="some/set: no such dataset on the Hub, or no access"):
         load("some/set")
 
 

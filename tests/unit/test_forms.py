@@ -91,7 +91,7 @@ def test_k18_a_column_holding_a_list_of_one_image(folder: Path) -> None:
     rows = [{"images": [cell], "question": "What?", "answer": "a cat"} for cell in ("a.png", "b.png")]
     rows[1]["images"] = ["a.png", "b.png"]
     message = refused(folder, rows, "t.parquet", columns=columns)
-    assert "record 2: images: holds 2 images. LLaVA-1.5 takes one image in a conversation: make a record" in message
+    assert "record 2: images: holds 2 images. LLaVA-1.5 takes one image per conversation: write a record" in message
 
 
 def test_k18_rows_with_an_empty_list_have_no_image(folder: Path) -> None:
@@ -299,7 +299,7 @@ def test_k24_a_url_is_refused_as_a_url_and_shown_whole(folder: Path, url: str, n
 
 
 def test_k24_what_is_no_data_url_is_refused(folder: Path) -> None:
-    for url, message in (("data:image/png,abc", "is no data URL in base64"), ("data:;base64,%%", "broken base64")):
+    for url, message in (("data:image/png,abc", "is not a base64 data URL"), ("data:;base64,%%", "broken base64")):
         assert message in refused(folder, [{"image": url, "conversations": LLAVA_TURNS}])
 
 

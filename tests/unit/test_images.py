@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lora_llava.data.images import read as images
-from lora_llava.data.images.read import mean_colour, open_image, preprocess
+from lora_llava.data.images.read import mean_color, open_image, preprocess
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
@@ -129,8 +129,8 @@ def test_palette_with_transparency_by_bytes_keeps_its_colours() -> None:
     assert [opened.getpixel((x, 0)) for x in (0, 1)] == [RED, (0, 0, 255)]
 
 
-def test_mean_colour_is_llavas_and_all_but_zero_once_normalised() -> None:
-    image = mean_colour(28, MEAN)
+def test_mean_color_is_llavas_and_all_but_zero_once_normalised() -> None:
+    image = mean_color(28, MEAN)
     assert image.size == (28, 28)
     assert image.getpixel((0, 0)) == (122, 116, 104)
     assert preprocess(image, size=28, mean=MEAN, std=STD, aspect_ratio="pad").abs().max() < 0.02
@@ -148,4 +148,4 @@ def test_very_long_image_is_padded_within_bounds(monkeypatch: pytest.MonkeyPatch
 
 def test_unknown_aspect_ratio_is_refused() -> None:
     with pytest.raises(ValueError, match="'anyres', must be 'pad' or 'square'"):
-        preprocess(mean_colour(4, MEAN), size=4, mean=MEAN, std=STD, aspect_ratio="anyres")
+        preprocess(mean_color(4, MEAN), size=4, mean=MEAN, std=STD, aspect_ratio="anyres")

@@ -102,10 +102,10 @@ def test_broken_files_are_named_with_the_place(folder: Path, content: Any, name:
     ("changes", "message"),
     [
         ({"id": 1.5}, "record 2: id: is a number, must be text or an integer"),
-        ({"id": True}, "record 2: id: is a truth value"),
+        ({"id": True}, "record 2: id: is a boolean"),
         ({"id": "\ud800"}, "record 2: id: character 1 is half of a surrogate pair"),
         ({"image": 3}, "record 2 (id 000): image: is a number, must be a path"),
-        ({"image": ["a.png", "b.png"]}, "image: holds 2 images. LLaVA-1.5 sees one image in a conversation"),
+        ({"image": ["a.png", "b.png"]}, "image: holds 2 images. LLaVA-1.5 takes one image per conversation"),
         ({"image": []}, "conversations: <image> in the text, but the record has no image"),
         ({"image": None}, "conversations: <image> in the text, but the record has no image"),
         ({"conversations": None}, "conversations: is missing"),

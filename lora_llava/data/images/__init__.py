@@ -1,1 +1,1 @@
-"""Images of records: opened, checked, preprocessed."""
+"""Open, check and preprocess the images of records."""

@@ -1,4 +1,4 @@
-"""What the image files of records were, told cheaply: enough to see, later, that one of them is another."""
+"""A cheap fingerprint of the image files of records, to detect later that a file changed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from lora_llava.data.record import Record
 
-MAX_HASHED = 128 * 2**20
-"""Bytes of all image files up to which their content is hashed; beyond, size and time of change must do."""
+_MAX_HASHED_BYTES = 128 * 2**20
+"""Hash the content of image files up to this total size; above it, compare sizes and modification times."""
 
 
 def picture_facts(records: Iterable[Record]) -> dict[str, Any]:
-    """Describe the image files that records show: how many, their bytes, and hashes of sizes, times and content.
+    """Return the number of image files of the records, their total bytes, and hashes of sizes, times and content.
 
-    Images inside a data set are known by their content already, through the keys of the records.
+    Embedded images are left out: the keys of the records are hashes of their content.
     """
     files: dict[str, Path] = {
         record.image.key: record.image.path
@@ -24,19 +24,19 @@ def picture_facts(records: Iterable[Record]) -> dict[str, Any]:
         if record.image is not None and record.image.path is not None and record.image.data is None
     }
     names = sorted(files)
-    found = {name: _stat(files[name]) for name in names}
-    total = sum(size for size, _ in found.values())
+    stats = {name: _stat(files[name]) for name in names}
+    total = sum(size for size, _ in stats.values())
     return {
         "files": len(names),
         "bytes": total,
-        "sizes": _digest(f"{name}\0{found[name][0]}" for name in names),
-        "times": _digest(f"{name}\0{found[name][1]}" for name in names),
-        "content": _digest(f"{name}\0{_content(files[name])}" for name in names) if total <= MAX_HASHED else None,
+        "sizes": _digest(f"{name}\0{stats[name][0]}" for name in names),
+        "times": _digest(f"{name}\0{stats[name][1]}" for name in names),
+        "content": _digest(f"{name}\0{_hash(files[name])}" for name in names) if total <= _MAX_HASHED_BYTES else None,
     }
 
 
 def same_pictures(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Tell whether two descriptions are of the same image files; of copies with other times the content decides."""
+    """Return whether two fingerprints are of the same image files; the content decides if only the times differ."""
     if before["sizes"] != now["sizes"]:
         return False
     if before["content"] and now["content"]:
@@ -45,15 +45,15 @@ def same_pictures(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _stat(path: Path) -> tuple[int, int]:
-    """Return size and time of change; zeros for a file that is gone: opening it will say so."""
+    """Return size and modification time; zeros for a missing file, which is reported when it is opened."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _content(path: Path) -> str:
+def _hash(path: Path) -> str:
     try:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()

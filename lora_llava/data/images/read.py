@@ -1,4 +1,4 @@
-"""Images: opened safely, turned into what the vision tower saw when LLaVA-1.5 was trained."""
+"""Open images safely, and preprocess them as LLaVA-1.5 does in training."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-"""Decoders that may see a file; the file's name does not matter."""
+"""Allowed decoders; the name of a file does not matter."""
 MAX_PIXELS = 64_000_000
-"""Most pixels of an image, by its header; checked before anything is decoded."""
+"""Maximum number of pixels, by the header; checked before anything is decoded."""
 MAX_BYTES = 512 * 2**20
-"""Largest image file; MAX_PIXELS of 16 bits a channel take less, however badly packed."""
-BAD = "bad_image"
+"""Largest image file; MAX_PIXELS at 16 bits per channel take less, even poorly compressed."""
+_BAD = "bad_image"
 """Kind of the errors of this module."""
 
-DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-"""Pillow's modes of more than 8 bits a pixel; of deep colour images it keeps the upper 8 bits."""
+DEEP_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of more than 8 bits per pixel; of color images it keeps only the upper 8 bits."""
 _RESCALE = 1 / 255
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Decode an image as RGB, upright as its EXIF data says; of an animation, the first frame.
+    """Decode an image as RGB, upright by its EXIF data; of an animation, the first frame.
 
-    Grey of more than 8 bits becomes 8 bits by `source.window`, see `to_eight_bits`.
-    Raises DataError naming the image if it is missing, of another format, larger than `MAX_PIXELS`, or broken.
+    Grayscale of more than 8 bits becomes 8 bits by `source.window`, see `to_eight_bits`. Raises DataError naming the
+    image if it is missing, too large, damaged, or of another format.
     """
     return decode_image(read_image(source), source.name, window=source.window)
 
 
 def read_image(source: ImageSource) -> bytes:
-    """Read the bytes of an image; DataError naming it if there are none, or too many."""
+    """Read the bytes of an image; DataError naming it if it is missing, empty or too large."""
     name = source.name
     try:
         if source.path is not None and (size := source.path.stat().st_size) > MAX_BYTES:
-            raise DataError(f"{name}: {size:,} bytes, at most {MAX_BYTES:,} are read; make it smaller", BAD)
+            raise DataError(f"{name}: {size:,} bytes, at most {MAX_BYTES:,} are read; make it smaller", _BAD)
         data = source.embedded() if source.path is None else source.path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{name}: the image cannot be read: {error.strerror}; restore it or leave it out", BAD
+            f"{name}: the image cannot be read: {error.strerror}; restore it or leave it out", _BAD
         ) from None
     if not data:
-        raise DataError(f"{name}: the image is empty; restore it or leave it out", BAD)
+        raise DataError(f"{name}: the image is empty; restore it or leave it out", _BAD)
     return data
 
 
 def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Image.Image:
-    """Decode the bytes of an image as `open_image` does; `name` begins its messages."""
+    """Decode the bytes of an image as `open_image` does; `name` is the prefix of its messages."""
     try:
-        # Pillow's own bound is checked below, with ours; its other warnings are about metadata.
+        # Pillow's size limit is checked below, with ours; its other warnings are about metadata.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -67,14 +67,14 @@ def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Ima
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", BAD) from None
+        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", _BAD) from None
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: far more than {MAX_PIXELS:,} pixels; make it smaller", BAD) from None
-    except Exception as error:  # noqa: BLE001 - a decoder given broken bytes raises anything
-        # Its text stays out of the message: it has been seen to hold memory addresses.
+        raise DataError(f"{name}: far more than {MAX_PIXELS:,} pixels; make it smaller", _BAD) from None
+    except Exception as error:  # noqa: BLE001 - a decoder raises anything for broken bytes
+        # Without the text of the error, which can contain memory addresses.
         raise DataError(
             f"{name}: the image is truncated or damaged ({type(error).__name__}); restore it or leave it out",
-            BAD,
+            _BAD,
         ) from None
 
 
@@ -82,11 +82,11 @@ def _decode(image: Image.Image, name: str, window: Window | None) -> Image.Image
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{name}: {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} are allowed; make it smaller", BAD
+            f"{name}: {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} are allowed; make it smaller", _BAD
         )
     image.load()
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in DEEP_GREY:
+    if upright.mode in DEEP_GRAY:
         # convert("RGB") would clip every value above 255 to white.
         return Image.fromarray(to_eight_bits(np.asarray(upright), window)).convert("RGB")
     return upright.convert("RGB")
@@ -95,10 +95,10 @@ def _decode(image: Image.Image, name: str, window: Window | None) -> Image.Image
 def preprocess(
     image: Image.Image, *, size: int, mean: Sequence[float], std: Sequence[float], aspect_ratio: str
 ) -> torch.Tensor:
-    """Turn an RGB image into `pixel_values` (3, size, size) fp32, normalised by `mean` and `std` of each channel.
+    """Return an RGB image as `pixel_values` (3, size, size) fp32, normalized by `mean` (3,) and `std` (3,).
 
-    `pad` centres it on a square of the mean colour first, as LLaVA-1.5's second stage does; `square` scales its
-    shorter side to `size` and cuts out the centre, as its first stage and CLIP do. Raises ValueError for others.
+    `pad` first centers it on a square of the mean color, as LLaVA-1.5's second stage does; `square` resizes its
+    shorter side to `size` and crops the center, as its first stage and CLIP do. Raises ValueError for others.
     """
     if aspect_ratio == "pad":
         resized = _pad_to_square(image, size, mean).resize((size, size), Image.Resampling.BICUBIC)
@@ -106,28 +106,28 @@ def preprocess(
         resized = _resize_and_crop(image, size)
     else:
         raise ValueError(f"aspect_ratio is {aspect_ratio!r}, must be 'pad' or 'square'")
-    # Imported here: the processes that only decode images do without it.
+    # Imported here: processes that only decode images do not need it.
     import torch
 
-    # The order and types of CLIP's processor: rescaled in double precision, normalised in single.
+    # Same order and dtypes as CLIP's processor: rescale in double precision, normalize in single precision.
     pixels = (np.asarray(resized).astype(np.float64) * _RESCALE).astype(np.float32)
-    normalised = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normalized.transpose(2, 0, 1)))
 
 
-def mean_colour(size: int, mean: Sequence[float]) -> Image.Image:
-    """Make an image (size, size) that shows nothing: the mean colour, which padding has too."""
-    return Image.new("RGB", (size, size), _colour(mean))
+def mean_color(size: int, mean: Sequence[float]) -> Image.Image:
+    """Return a blank image (size, size) of the mean color, which is also the color of padding."""
+    return Image.new("RGB", (size, size), _color(mean))
 
 
-def _colour(mean: Sequence[float]) -> tuple[int, ...]:
+def _color(mean: Sequence[float]) -> tuple[int, ...]:
     return tuple(int(channel * 255) for channel in mean)
 
 
 def _pad_to_square(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
     """LLaVA's `expand2square`.
 
-    Known deviation: where the square would exceed MAX_PIXELS, the image is made smaller before, not after.
+    Known deviation: if the square would exceed MAX_PIXELS, the image is resized before padding, not after.
     """
     width, height = image.size
     if width == height:
@@ -138,19 +138,19 @@ def _pad_to_square(image: Image.Image, size: int, mean: Sequence[float]) -> Imag
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
         side = max(width, height)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (side, side), _colour(mean))
+    square = Image.new("RGB", (side, side), _color(mean))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """CLIP's resize of the shorter side to `size`, and centre crop."""
+    """Resize the shorter side to `size` and crop the center, as CLIP does."""
     width, height = image.size
     new_long = int(size * max(width, height) / min(width, height))
     new_width, new_height = (size, new_long) if width <= height else (new_long, size)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     if new_width * new_height > MAX_PIXELS:
-        # Only what the crop keeps: a line of 60,000 pixels would otherwise grow to 20 million by 336.
+        # Resize only what the crop keeps: a line of 60,000 pixels would otherwise become 20 million by 336.
         across, down = width / new_width, height / new_height
         box = (left * across, top * down, (left + size) * across, (top + size) * down)
         return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

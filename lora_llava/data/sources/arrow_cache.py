@@ -1,6 +1,6 @@
-"""Images inside the Arrow files of a data set's cache: found by their place in the file, read when they are needed.
+"""Locate images inside the Arrow files of a dataset's cache, so that they are read only when needed.
 
-A table's memory map would count every image that was ever looked at as memory of the process.
+Read through a table's memory map, every image would count as memory of the process from then on.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _MAPS = Path("/proc/self/maps")
 
 @dataclass(frozen=True, slots=True)
 class StoredBytes:
-    """Bytes inside a file that holds more."""
+    """A range of bytes in a file."""
 
     path: Path
     offset: int
     length: int
 
     def read(self) -> bytes:
-        """Read them. Raises OSError if the file is gone, or no longer as long as it was."""
+        """Read the bytes; OSError if the file is gone or has become shorter."""
         with self.path.open("rb") as handle:
             handle.seek(self.offset)
             data = handle.read(self.length)
         if len(data) < self.length:
-            raise OSError(None, "the data set's cache was cut short")
+            raise OSError(None, "the dataset's cache was cut short")
         return data
 
 
 class _Mapping(NamedTuple):
-    """A part of a file that this process has mapped."""
+    """A part of a file that is mapped into this process."""
 
     start: int
     end: int
@@ -46,13 +46,13 @@ class _Mapping(NamedTuple):
 
 
 def image_cells(table: Any, column: str) -> Iterator[Any]:
-    """Yield the cells of a column of undecoded images, lists of them included, with StoredBytes in place of bytes.
+    """Yield the cells of a column of undecoded images, or lists of images, with StoredBytes instead of bytes.
 
-    `table` is a `datasets.Dataset` over memory-mapped files. Bytes whose file the system does not tell (other systems
-    than Linux, tables in memory) come as they are.
+    `table` is a `datasets.Dataset` over memory-mapped files. Where the file is unknown (tables in memory, systems
+    other than Linux), the cells hold the bytes themselves.
     """
     mappings = _mappings()
-    # What selected the rows stands beside the table, unless they follow each other.
+    # A selection of rows that is not contiguous is stored as indices next to the table.
     if table._indices is not None:
         yield from (row[column] for row in table.select_columns(column))
         return
@@ -63,28 +63,30 @@ def image_cells(table: Any, column: str) -> Iterator[Any]:
 def _mappings() -> list[_Mapping]:
     if not _MAPS.exists():
         return []
-    found = _MAPPED.finditer(_MAPS.read_text(encoding="utf-8", errors="replace"))
-    return sorted(_Mapping(int(one[1], 16), int(one[2], 16), int(one[3], 16), Path(one[4])) for one in found)
+    matches = _MAPPED.finditer(_MAPS.read_text(encoding="utf-8", errors="replace"))
+    return sorted(
+        _Mapping(int(match[1], 16), int(match[2], 16), int(match[3], 16), Path(match[4])) for match in matches
+    )
 
 
 def _of_array(array: Any, mappings: list[_Mapping]) -> Iterator[Any]:
     import pyarrow as pa
 
     if not pa.types.is_struct(array.type):
-        # Lists: their values are one array, cut by offsets.
+        # Lists: their values are one array, split by offsets.
         values = list(_of_array(array.values, mappings))
         bounds = array.offsets.to_pylist()
         for start, end, is_valid in zip(bounds[:-1], bounds[1:], array.is_valid().to_pylist(), strict=True):
             yield values[start:end] if is_valid else None
         return
-    stored = _places(array.field("bytes"), mappings)
+    stored = _locate(array.field("bytes"), mappings)
     paths = array.field("path").to_pylist()
     for data, path, is_valid in zip(stored, paths, array.is_valid().to_pylist(), strict=True):
         yield {"bytes": data, "path": path} if is_valid else None
 
 
-def _places(array: Any, mappings: list[_Mapping]) -> Iterator[StoredBytes | bytes | None]:
-    """Yield the place of each value of a binary array."""
+def _locate(array: Any, mappings: list[_Mapping]) -> Iterator[StoredBytes | bytes | None]:
+    """Yield the location of each value of a binary array, or the value if its file is unknown."""
     import pyarrow as pa
 
     _, offsets, data = array.buffers()
@@ -100,8 +102,8 @@ def _places(array: Any, mappings: list[_Mapping]) -> Iterator[StoredBytes | byte
 
 
 def _mapping_of(address: int, size: int, mappings: list[_Mapping]) -> _Mapping | None:
-    """Find the mapped file that holds a buffer whole."""
-    place = bisect_right(mappings, address, key=lambda one: one.start) - 1
-    if place < 0 or address + size > mappings[place].end or mappings[place].path.suffix != ".arrow":
+    """Return the mapping of an Arrow file that contains a whole buffer; None if there is none."""
+    index = bisect_right(mappings, address, key=lambda mapping: mapping.start) - 1
+    if index < 0 or address + size > mappings[index].end or mappings[index].path.suffix != ".arrow":
         return None
-    return mappings[place]
+    return mappings[index]

@@ -1,4 +1,4 @@
-"""Values of a record or row as what a conversation is made of: questions, answers, messages and images."""
+"""Read the values of a record or row: questions, answers, messages and images."""
 
 from __future__ import annotations
 
@@ -21,54 +21,52 @@ ROLES: dict[str, Literal["user", "assistant"]] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-"""Who speaks, in the words of LLaVA, and in those of OpenAI and Hugging Face."""
+"""Roles as LLaVA names them, and as OpenAI and Hugging Face do."""
 
-ONE_IMAGE = (
-    "LLaVA-1.5 sees one image in a conversation: make a record for each, or paste them into one picture side by side"
-)
+ONE_IMAGE = "LLaVA-1.5 takes one image per conversation: write a record for each, or combine them into one picture"
 _SYSTEM = "; take the system messages out, and give their text as `system` of the stage"
 
 
 class Answer(NamedTuple):
-    """What is learned, and everything that counts as right."""
+    """An answer: the text to train on, and all acceptable ones."""
 
     text: str
     references: tuple[str, ...] = ()
     """All answers, if the data lists several."""
 
 
-class Talk(NamedTuple):
-    """A conversation as the data has it."""
+class Dialog(NamedTuple):
+    """A conversation as the data has it, before it becomes a record."""
 
     turns: list[Turn]
     images: list[Any]
-    """Images that its parts hold, as cells."""
+    """Images in the content parts of its messages, as cells."""
     references: tuple[str, ...] = ()
-    """Of the last answer."""
+    """All acceptable last answers, if the data lists several."""
 
 
 def read_question(value: Any, place: str) -> str:
-    """Return the text of a question; DataError unless it is text."""
+    """Return the text of a question; DataError if it is not text."""
     if isinstance(value, str):
         return check_text(value, place)
     raise DataError(f"{place}: is {kind_of(value)}, must be text; convert it, or remove the record")
 
 
 def read_answer(value: Any, place: str) -> Answer:
-    """Return an answer: text, or a number or truth value as text; of a list the most frequent, else the first.
+    """Return an answer: text, or a number or boolean as text; of a list the most frequent one, or the first.
 
     Raises DataError for anything else.
     """
     if isinstance(value, list):
-        given = [one["answer"] if isinstance(one, dict) and "answer" in one else one for one in value]
-        texts = [_plain_text(one, f"{place}[{index}]") for index, one in enumerate(given)]
+        values = [item["answer"] if isinstance(item, dict) and "answer" in item else item for item in value]
+        texts = [_as_text(item, f"{place}[{index}]") for index, item in enumerate(values)]
         if not (filled := [text for text in texts if text.strip()]):
             raise DataError(f"{place}: is an empty list; write an answer, or remove the record")
         return Answer(Counter(filled).most_common(1)[0][0], tuple(filled) if len(filled) > 1 else ())
-    return Answer(_plain_text(value, place))
+    return Answer(_as_text(value, place))
 
 
-def _plain_text(value: Any, place: str) -> str:
+def _as_text(value: Any, place: str) -> str:
     if isinstance(value, str):
         return check_text(value, place)
     if isinstance(value, bool):
@@ -76,45 +74,44 @@ def _plain_text(value: Any, place: str) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float) and value == value:
-        # Whole numbers beside missing ones become floats in many tools: 3.0 was 3.
+        # Many tools turn integers into floats in a column with missing values: 3.0 was 3.
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     raise DataError(f"{place}: is {kind_of(value)}, must be text; convert it, or remove the record")
 
 
-def read_talk(value: Any, place: str) -> Talk:
+def read_dialog(value: Any, place: str) -> Dialog:
     """Read a list of turns with from and value, or role and content, whose content may be a list of parts.
 
     Raises DataError naming the turn.
     """
     if not isinstance(value, list) or not value:
-        found = "missing" if value is None else "empty" if value == [] else kind_of(value)
-        raise DataError(f"{place}: is {found}, must be a list of turns with from and value, or role and content")
-    talk = Talk([], [])
+        kind = "missing" if value is None else "empty" if value == [] else kind_of(value)
+        raise DataError(f"{place}: is {kind}, must be a list of turns with from and value, or role and content")
+    dialog = Dialog([], [])
     references: tuple[str, ...] = ()
     for index, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise DataError(f"{place}[{index}]: is {kind_of(turn)}, must be an object with from and value")
-        who, what = (
-            ("from", "value") if turn.get("from") is not None or turn.get("role") is None else ("role", "content")
-        )
-        speaker = turn.get(who)
+        is_llava = turn.get("from") is not None or turn.get("role") is None
+        role_key, text_key = ("from", "value") if is_llava else ("role", "content")
+        speaker = turn.get(role_key)
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             hint = _SYSTEM if speaker == "system" else ""
-            raise DataError(f"{place}[{index}].{who}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}")
-        content, where = turn.get(what), f"{place}[{index}].{what}"
+            raise DataError(f"{place}[{index}].{role_key}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}")
+        content, where = turn.get(text_key), f"{place}[{index}].{text_key}"
         if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
-            talk.turns.append(Turn(role, _join_parts(content, where, talk.images)))
+            dialog.turns.append(Turn(role, _join_parts(content, where, dialog.images)))
         elif role == "user":
-            talk.turns.append(Turn(role, read_question(content, where)))
+            dialog.turns.append(Turn(role, read_question(content, where)))
         else:
             text, references = read_answer(content, where)
-            talk.turns.append(Turn(role, text))
-    return talk._replace(references=references)
+            dialog.turns.append(Turn(role, text))
+    return dialog._replace(references=references)
 
 
 def _join_parts(parts: list[Any], place: str, images: list[Any]) -> str:
-    """Write parts of content as lines; their images are added to `images`."""
+    """Join content parts as lines of text; their images are added to `images`."""
     lines = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -130,7 +127,7 @@ def _join_parts(parts: list[Any], place: str, images: list[Any]) -> str:
 
 
 def _part_image(part: Mapping[str, Any]) -> Any:
-    """Return the image that a part holds; None where it only says where the image stands."""
+    """Return the image of a content part; None if it is only a placeholder."""
     for key in ("image", "image_url", "url", "path"):
         value = part.get(key)
         if isinstance(value, dict) and "url" in value:
@@ -141,7 +138,7 @@ def _part_image(part: Mapping[str, Any]) -> Any:
 
 
 def place_image(turns: list[Turn]) -> list[Turn]:
-    """Put the image before the first question, unless a turn says where it stands."""
+    """Put the placeholder before the first question, unless a turn has one."""
     if any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         return turns
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
@@ -151,14 +148,14 @@ def place_image(turns: list[Turn]) -> list[Turn]:
 
 
 class ImageCells:
-    """Images as data has them: paths, bytes, data URLs, lists of one; equal bytes are kept once."""
+    """Reads image cells: paths, bytes, data URLs, lists of one image; equal bytes become one image."""
 
     def __init__(self, root: ImageRoot) -> None:
         self.root = root
         self._embedded: dict[str, ImageSource] = {}
 
     def source(self, cell: Any, where: str) -> ImageSource | None:
-        """Return the image of a cell, None for an empty one; DataError naming the field for what is no image."""
+        """Return the image of a cell, None if it is empty; DataError naming the field if it is not an image."""
         place = f"{where}: {self.root.field_name}"
         if isinstance(cell, list):
             if len(cell) > 1:
@@ -186,7 +183,7 @@ class ImageCells:
         return self.root.source(path, where)
 
     def embedded(self, data: bytes | StoredBytes, where: str, path: str | None = None) -> ImageSource:
-        """Return the image of bytes, which may stay where they are; `path` is the name that the data has for it."""
+        """Return an embedded image, whose bytes may stay on disk; `path` is its name in the data."""
         key = hashlib.sha256(data.read() if isinstance(data, StoredBytes) else data).hexdigest()
         source = ImageSource(key, None, data, where, _file_name(path), self.root.window)
         return self._embedded.setdefault(key, source)
@@ -197,7 +194,7 @@ def _decoded(url: str, place: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError(
-            f"{place}: {head[:60]!r} is no data URL in base64; give a path relative to image_root", "image_path"
+            f"{place}: {head[:60]!r} is not a base64 data URL; give a path relative to image_root", "image_path"
         )
     try:
         return base64.b64decode("".join(body.split()), validate=True)
@@ -208,7 +205,7 @@ def _decoded(url: str, place: str) -> bytes:
 
 
 def _file_name(path: str | None) -> str:
-    """Return the name that a data set has for an embedded image; of a path on somebody's machine its last part."""
+    """Return the name of an embedded image in its dataset; of an absolute path, only the last part."""
     if not path:
         return ""
     is_absolute = path.startswith("/") or ":" in path or "\\" in path
@@ -216,17 +213,17 @@ def _file_name(path: str | None) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Name the kind of a value, with its article."""
+    """Describe the type of a value, with an article, for messages."""
     if isinstance(value, float) and value != value:
         return "empty"
-    names = {dict: "an object", str: "text", bool: "a truth value", type(None): "empty", int: "a number"}
+    names = {dict: "an object", str: "text", bool: "a boolean", type(None): "empty", int: "a number"}
     if isinstance(value, list):
         return f"a list of {len(value)}"
     return names.get(type(value), "a number" if isinstance(value, float) else f"of type {type(value).__name__}")
 
 
 def join_images(cell: Any, parts: list[Any]) -> Any:
-    """Return the image cell of a record and the images of its messages' parts as one cell."""
+    """Combine the image cell of a record with the images in its messages into one cell."""
     if not parts:
         return cell
     return [*(cell if isinstance(cell, list) else [] if cell is None else [cell]), *parts]

@@ -1,4 +1,4 @@
-"""Tables as records, by names of columns: CSV, JSON, parquet, directories and Hugging Face data sets."""
+"""Load tables as records by column names: CSV, JSON, Parquet, directories and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_llava.data.record import (
     with_answer_prompt,
 )
 from lora_llava.data.sources.arrow_cache import image_cells
-from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_question, read_talk
+from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_dialog, read_question
 from lora_llava.data.sources.forms import propose_columns
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
 from lora_llava.errors import DataError
@@ -35,12 +35,12 @@ _FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 def load_columns(
     data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
 ) -> list[Record]:
-    """Read the rows of a table, one record each; embedded images are kept as they are, undecoded.
+    """Load one record per row of a table; embedded images stay encoded.
 
-    `extra`: keep the columns with flat values that have no other use.
+    `extra`: also keep unused columns with flat values.
 
-    Image paths in a table are relative to `image_root`; default: the directory, or that of the file.
-    Raises DataError naming data set, record and column, where `bad` does not take it.
+    Image paths are relative to `image_root`, by default the directory of the data. Raises DataError naming dataset,
+    record and column, unless `bad` collects it.
     """
     path = Path(data.path)
     rows, cache = _open(data, columns, extra)
@@ -80,8 +80,8 @@ def _record(
     references: tuple[str, ...] = ()
     cell = None if columns.image is None else row.get(columns.image)
     if columns.messages is not None:
-        talk = read_talk(row.get(columns.messages), f"{where}: {columns.messages}")
-        turns, references, cell = talk.turns, talk.references, join_images(cell, talk.images)
+        dialog = read_dialog(row.get(columns.messages), f"{where}: {columns.messages}")
+        turns, references, cell = dialog.turns, dialog.references, join_images(cell, dialog.images)
     else:
         question = read_question(row.get(str(columns.question)), f"{where}: {columns.question}")
         answer, references = read_answer(row.get(str(columns.answer)), f"{where}: {columns.answer}")
@@ -98,20 +98,20 @@ def _record(
 
 
 def _named(data: DataSettings, columns: ColumnSettings) -> list[str]:
-    """List the columns that the settings name."""
-    wanted = (columns.image, columns.question, columns.answer, columns.messages, data.group)
-    return list(dict.fromkeys(column for column in wanted if column))
+    """Return the columns that the settings name."""
+    named = (columns.image, columns.question, columns.answer, columns.messages, data.group)
+    return list(dict.fromkeys(column for column in named if column))
 
 
 def _flat_columns(table: Any) -> list[str]:
-    """List the columns that hold one value a row."""
+    """Return the columns with one flat value per row."""
     return [name for name, feature in table.features.items() if type(feature).__name__ in ("Value", "ClassLabel")]
 
 
 def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Iterable[Entry], Path]:
-    """Open the data with the columns asked for; returns its rows and where the hub's files are kept.
+    """Open the data with the named columns; returns its rows and the directory of cached files.
 
-    `extra`: also with its columns of flat values.
+    `extra`: also with the columns of flat values.
     """
     path = Path(data.path)
     if path.suffix in _FILES and not path.is_dir():
@@ -128,22 +128,22 @@ def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Ite
 
 
 def _with_images(table: Any, column: str) -> Iterator[Entry]:
-    """Yield rows whose images stay on the disk."""
+    """Yield rows whose images stay on disk."""
     for row, cell in zip(table.remove_columns(column), image_cells(table, column), strict=True):
         yield Entry({**row, column: cell}, None)
 
 
 def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
-    """Open a parquet file, a directory or a hub data set."""
+    """Open a Parquet file, a directory or a dataset of the Hub."""
     if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
-        raise DataError(f"{data.path}: there is no such file or directory, nor is it a hub id; correct path")
+        raise DataError(f"{data.path}: neither an existing file or directory nor a Hub id; correct path")
     if path.is_file() and path.suffix != ".parquet":
         line = f"import pandas; pandas.read_{_reader(path)}('{path.name}').to_csv('{path.stem}.csv', index=False)"
         raise DataError(
             f"{path.name}: a {path.suffix or 'nameless'} file is not read. Save it as CSV (UTF-8), for instance: "
             f'python -c "{line}"'
         )
-    # Imported here: slow, and of no use for JSON and CSV.
+    # Imported here: slow, and not needed for JSON and CSV.
     import datasets
 
     try:
@@ -160,27 +160,27 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
 
 
 def _prepared(builder: Any, split: str) -> Any:
-    """Bring a data set into the cache, as `datasets.load_dataset` does, and open it.
+    """Convert a dataset into the cache, as `datasets.load_dataset` does, and open it.
 
-    Of parquet page by page: its row groups, which are read whole otherwise, may be the whole file.
+    Parquet is read page by page: a row group, which `datasets` reads at once, may be the whole file.
     """
     if type(builder).__name__ == "Parquet":
         from lora_llava.data.sources.parquet import PagedParquet
 
-        # The same builder, with the same cache, but for how it reads its files.
+        # The same builder with the same cache; only the way to read files differs.
         builder.__class__ = PagedParquet
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
 def _reader(path: Path) -> str:
-    """Name pandas' reader of a file by its ending."""
+    """Return the suffix of the pandas reader for a file, by its extension."""
     readers = {".xlsx": "excel", ".xls": "excel", ".ods": "excel", ".feather": "feather", ".orc": "orc"}
     return readers.get(path.suffix.lower(), "table")
 
 
 def _with_images_undecoded(table: Any, column: str, name: str) -> Any:
-    """Cast a column to images that stay bytes or paths; lists of images too."""
+    """Cast a column to undecoded images, or lists of them."""
     import datasets
 
     feature = table.features[column]
@@ -193,7 +193,7 @@ def _with_images_undecoded(table: Any, column: str, name: str) -> Any:
 
 
 def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Iterator[Entry]:
-    """Yield the rows of a file; DataError if it has not the columns that are asked for."""
+    """Yield the rows of a file; DataError if it lacks a named column."""
     is_table = path.suffix in TABLE_SUFFIXES
     needed = [name for name in _named(data, columns) if is_table or name != columns.image]
     is_first, has_image = True, columns.image is None
@@ -211,7 +211,7 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
 
 
 def _check_columns(needed: list[str], present: list[str], name: str, group: str | None) -> None:
-    """Raise DataError for the first column that is not there, by the setting that names it: `group` or `columns`."""
+    """Raise DataError for the first missing column, with the setting that names it: `group` or `columns`."""
     for column in needed:
         if column in present:
             continue
@@ -228,12 +228,10 @@ def _check_columns(needed: list[str], present: list[str], name: str, group: str 
 def _unreadable(name: str, error: Exception) -> DataError:
     reason = str(error).strip().partition("\n")[0][:300]
     if type(error).__name__ == "DatasetNotFoundError":
-        return DataError(
-            f"{name}: there is no such data set on the hub, or no access to it; correct path, or log in to the hub"
-        )
+        return DataError(f"{name}: no such dataset on the Hub, or no access to it; correct path, or log in to the Hub")
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK:
-        return DataError(f"{name}: the hub cannot be reached; check the connection, or give path a local copy")
-    return DataError(f"{name}: the data set cannot be read: {printable(reason) or type(error).__name__}")
+        return DataError(f"{name}: the Hub cannot be reached; check the connection, or set path to a local copy")
+    return DataError(f"{name}: the dataset cannot be read: {printable(reason) or type(error).__name__}")
 
 
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")

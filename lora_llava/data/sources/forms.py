@@ -1,4 +1,4 @@
-"""Forms of data known by their keys: the `columns` that would read a record, or what it is and what to do."""
+"""Recognize forms of data by their keys: propose the `columns` that read a record, or say what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {
     "assistant text_output a anwser",
     "messages": "messages conversations conversation dialog dialogue chat",
 }
-"""What the columns of each kind are called, the likeliest first."""
+"""Usual names of each kind of column, most likely first."""
 
 _KNOWN = (
     ({"chosen", "rejected"}, "It is preference data; only answers to learn are read, such as `chosen`."),
@@ -25,14 +25,14 @@ _KNOWN = (
     ({"videos"}, "It is about videos; LLaVA-1.5 sees single images: take a frame of each."),
     ({"prefix", "suffix", "image"}, "Add to its data: columns: {image: image, question: prefix, answer: suffix}"),
 )
-"""Keys that tell a form, and what to do with it."""
+"""Keys that identify a form of data, and what to do with it."""
 
-MAX_KEYS = 12
-"""Keys of a record that a message names."""
+_MAX_KEYS = 12
+"""Maximum number of a record's keys in a message."""
 
 
 def propose_columns(keys: Iterable[str]) -> str:
-    """Return the `columns` setting that would read records with these keys; empty if it cannot be told."""
+    """Return the `columns` setting that reads records with these keys; empty if it cannot be inferred."""
     known = list(keys)
     image = _first(known, "image")
     prefix = f"image: {_yaml(image)}, " if image else ""
@@ -45,9 +45,9 @@ def propose_columns(keys: Iterable[str]) -> str:
 
 
 def describe_record(record: Mapping[str, Any]) -> str:
-    """Say which keys a record has, and how to have it read."""
+    """Describe the keys of a record, and how to read it."""
     keys = [printable(str(key)) for key in record]
-    shown = f"it has {listed(keys, MAX_KEYS)}" if keys else "it has no keys"
+    shown = f"it has {listed(keys, _MAX_KEYS)}" if keys else "it has no keys"
     return f"{shown}. {_advice(record)}"
 
 
@@ -61,7 +61,7 @@ def _advice(record: Mapping[str, Any]) -> str:
 
 
 def describe_object(content: Mapping[str, Any]) -> str:
-    """Say what to do with a JSON file that holds one object instead of a list."""
+    """Return what to do with a JSON file that holds an object instead of a list."""
     if {"images", "annotations"} <= content.keys():
         return "it is in COCO's form: write one record for each annotation, with its image's file_name"
     lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -80,13 +80,13 @@ def describe_object(content: Mapping[str, Any]) -> str:
 
 
 def _first(keys: list[str], kind: str) -> str | None:
-    """Return the key that is most likely of a kind, whatever its case."""
-    plain = {key.lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys)}
-    return next((plain[name] for name in _NAMES[kind].split() if name in plain), None)
+    """Return the most likely key of a kind, ignoring case."""
+    normalized = {key.lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys)}
+    return next((normalized[name] for name in _NAMES[kind].split() if name in normalized), None)
 
 
 def _yaml(key: str) -> str:
-    """Write a key so that YAML reads it as text."""
+    """Quote a key where YAML would not read it as text."""
     is_plain = key.replace("_", "").isalnum() and key.isascii() and not key.isdigit() and len(key) > 1
     is_word = key.lower() in ("null", "true", "false", "yes", "no", "on", "off")
     return key if is_plain and not is_word else "'" + printable(key).replace("'", "''") + "'"

@@ -1,6 +1,6 @@
-"""LLaVA's own data format, JSON or JSON Lines of `id`, `image` and `conversations`, and its near relatives.
+"""Load LLaVA's data format, JSON or JSON Lines with `id`, `image` and `conversations`, and its variants.
 
-These have `messages` of role and content for `conversations`, or `images`, a list of one, for `image`.
+Variants have `messages` of role and content instead of `conversations`, or `images`, a list of one, instead of `image`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from lora_llava.data.record import (
     own_values,
     with_answer_prompt,
 )
-from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_talk
+from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_dialog
 from lora_llava.data.sources.forms import describe_record
 from lora_llava.data.sources.tables import Entry, read_entries
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import printable
 
-# LLaVA-Med's published files spell it like the second.
-_TALKS = ("conversations", "conversatons", "messages")
-_KEYS = frozenset({"id", "image", "images", *_TALKS})
+# The second is the spelling in LLaVA-Med's published files.
+_CONVERSATIONS = ("conversations", "conversatons", "messages")
+_KEYS = frozenset({"id", "image", "images", *_CONVERSATIONS})
 
 
 def load_llava_json(
     data: DataSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
 ) -> list[Record]:
-    """Read the records of a `.json` or `.jsonl` file; `image_root` defaults to its directory.
+    """Load the records of a `.json` or `.jsonl` file; `image_root` defaults to its directory.
 
-    `extra`: keep the records' own keys too. Raises DataError naming file, record and field, where `bad` does not
-    take it.
+    `extra`: also keep other keys. Raises DataError naming file, record and field, unless `bad` collects it.
     """
     path = Path(data.path)
     root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.gray_window)
@@ -68,7 +67,7 @@ def load_llava_json(
 
 
 def _identity(entry: Any) -> str | None:
-    """Return the id of an entry as it is given; None if it has none that can be used."""
+    """Return the id of an entry as text; None if it has no usable one."""
     given = entry.get("id") if isinstance(entry, dict) else None
     if given is None or isinstance(given, bool) or not isinstance(given, str | int):
         return None
@@ -88,18 +87,18 @@ def _record(entry: Entry, number: int, place: str, images: ImageCells, data: Dat
     if given is not None:
         details.append(f"id {printable(check_text(str(given), f'{place}: id'), 80)}")
     where = f"{place} ({', '.join(details)})" if details else place
-    key = next((key for key in _TALKS if record.get(key) is not None), None)
+    key = next((key for key in _CONVERSATIONS if record.get(key) is not None), None)
     if key is None:
         raise DataError(f"{where}: conversations: is missing; {describe_record(record)}", "form")
-    talk = read_talk(record[key], f"{where}: {key}")
+    dialog = read_dialog(record[key], f"{where}: {key}")
     own = record.get("images") if record.get("image") is None else record["image"]
-    image = images.source(join_images(own, talk.images), where)
-    # LLaVA's own form says where the image stands; the others need not.
-    turns = place_image(talk.turns) if image is not None and key == "messages" else talk.turns
+    image = images.source(join_images(own, dialog.images), where)
+    # LLaVA's own form must have the placeholder; in the variants it is optional.
+    turns = place_image(dialog.turns) if image is not None and key == "messages" else dialog.turns
     check_placeholder(turns, image, f"{where}: {key}")
     group = None if data.group is None else check_group(record.get(data.group), f"{where}: {data.group}")
     identity = str(number) if given is None else str(given)
-    return Record(identity, image, _prompted(turns, data), where, number, group, talk.references)
+    return Record(identity, image, _prompted(turns, data), where, number, group, dialog.references)
 
 
 def _prompted(turns: list[Turn], data: DataSettings) -> tuple[Turn, ...]:

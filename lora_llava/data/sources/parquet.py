@@ -1,4 +1,4 @@
-"""Parquet files on their way into the cache of the `datasets` library, a page of a column in memory at a time."""
+"""Convert Parquet files for the cache of `datasets` with only one page per column in memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 _ROWS = 32
-"""Rows of a batch: of images of a MiB, 32 MiB."""
+"""Rows of a batch: 32 MiB for images of 1 MiB."""
 _BUFFER_BYTES = 2**20
 
 
 class PagedParquet(Parquet):  # type: ignore[misc]  # datasets has no types
-    """The library's builder reads a row group whole, which in many files is all of it, and decodes it all at once."""
+    """Reads small batches; the library's builder decodes a whole row group at once, in many files all rows."""
 
     def _generate_tables(
         self, files: Sequence[str], row_groups_list: Sequence[Sequence[int] | None]
@@ -26,5 +26,5 @@ class PagedParquet(Parquet):  # type: ignore[misc]  # datasets has no types
             with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
                 groups: Any = None if row_groups is None else list(row_groups)
                 batches = parquet.iter_batches(_ROWS, row_groups=groups, columns=self.config.columns, use_threads=False)
-                for place, batch in enumerate(batches):
-                    yield Key(number, place), self._cast_table(pa.Table.from_batches([batch]))
+                for index, batch in enumerate(batches):
+                    yield Key(number, index), self._cast_table(pa.Table.from_batches([batch]))

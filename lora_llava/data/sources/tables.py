@@ -1,4 +1,4 @@
-"""Records of a file, as they stand in it: JSON, JSON Lines, and tables of comma-separated values."""
+"""Read the raw entries of a file: JSON, JSON Lines, CSV and TSV."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _DELIMITERS = ",;\t|"
 
 
 class Entry(NamedTuple):
-    """One entry of a file: what is in it, or why it cannot be read."""
+    """One entry of a file: its content, or why it cannot be read."""
 
     value: Any
     line: int | None
-    """Its line, where a record is a line."""
+    """Its line number, if each record is a line."""
     error: DataError | None = None
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """Yield the entries of a .json or .jsonl file; DataError if it cannot be read as a whole."""
+    """Yield the entries of a .json or .jsonl file; DataError if the file as a whole cannot be read."""
     raw = _read(path)
     if path.suffix == ".jsonl":
         for number, line in enumerate(raw.split(b"\n"), start=1):
@@ -49,10 +49,10 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def read_rows(path: Path) -> Iterator[Entry]:
-    """Yield the rows of a .csv or .tsv file as mappings by the names of its first line; an empty cell is None.
+    """Yield the rows of a .csv or .tsv file as mappings by the names in its first line; an empty cell is None.
 
-    The delimiter is the one that splits the first line into the most names. Raises DataError if the file cannot be
-    read as a whole.
+    The delimiter is the one that splits the first line into the most names. Raises DataError if the file as a whole
+    cannot be read.
     """
     try:
         text = _read(path).decode("utf-8")
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[Entry]:
             f"{path.name}: not UTF-8 at byte {error.start + 1}; save it as UTF-8 (Excel: CSV UTF-8)"
         ) from None
     first = text.partition("\n")[0]
-    delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=lambda one: len(_header(first, one)))
+    delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=lambda mark: len(_header(first, mark)))
     csv.field_size_limit(MAX_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -81,8 +81,8 @@ def _header(line: str, delimiter: str) -> list[str]:
 def _check_names(names: list[str], path: Path) -> None:
     if not names:
         raise DataError(f"{path.name}: is empty, must begin with a line of column names")
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"{path.name}: column {printable(twice)!r} occurs twice in its first line; rename one")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{path.name}: column {printable(duplicate)!r} occurs twice in its first line; rename one")
 
 
 def _row(row: list[str], names: list[str], path: Path, line: int) -> Entry:
@@ -117,17 +117,17 @@ def _parse(raw: bytes, place: str, *, lines: bool) -> Any:
 
 
 class _NotJsonError(Exception):
-    """Something that Python reads and JSON does not have."""
+    """Python's parser accepts it, but it is not JSON."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping of an object's members; Python's own would keep the last of two with one key, unsaid."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    """Build the mapping of an object; unlike Python's parser, refuse duplicate keys instead of keeping the last."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _NotJsonError(f"key {twice!r:.80} occurs twice in one object; remove one")
-    return made
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _NotJsonError(f"key {duplicate!r:.80} occurs twice in one object; remove one")
+    return members
 
 
 def _no_number(word: str) -> None:

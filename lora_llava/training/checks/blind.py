@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from lora_llava.data.images.read import mean_colour, preprocess
+from lora_llava.data.images.read import mean_color, preprocess
 from lora_llava.data.packing import Row, Tree
 from lora_llava.data.rows import ImageTransform, PackedRows
 from lora_llava.data.sampling import spread
@@ -69,7 +69,7 @@ def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck 
         return None
     size, mean = transform.size, transform.mean
     nothing = preprocess(
-        mean_colour(size, mean), size=size, mean=mean, std=transform.std, aspect_ratio=transform.aspect_ratio
+        mean_color(size, mean), size=size, mean=mean, std=transform.std, aspect_ratio=transform.aspect_ratio
     )
 
     return ImageCheck(
