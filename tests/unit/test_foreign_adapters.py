@@ -131,7 +131,7 @@ def test_other_forms_are_refused(tiny_base: Path, tmp_path: Path, change: dict[s
         (lambda name, one: {name.replace("language_model", "audio_model"): one}, "belongs to no part"),
         (lambda name, one: {name: one.new_zeros(3, 3) if "lora_B" in name else one}, "does not fit"),
         (lambda name, one: {name: one / 0}, "NaN or infinity"),
-        (lambda name, one: {} if "linear_2.bias" in name else {name: one}, "the projector is not whole"),
+        (lambda name, one: {} if "linear_2.bias" in name else {name: one}, "the projector is incomplete"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tiny_base: Path, tmp_path: Path, change: Any, message: str) -> None:
@@ -163,9 +163,9 @@ def test_k10_an_adapter_of_others_is_asked_as_its_own_chat_template_says(tiny_ba
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
     cases = {
-        "none": (None, {"name": "vicuna_v1", "system": None}, "as LLaVA-1.5; name another with --template"),
-        "smol": (smol, {"name": "chatml", "system": "You are Smol"}, "as the chat template beside it is"),
-        "hf": (llava_hf, {"name": "vicuna_v1", "system": ""}, "as the chat template beside it is"),
+        "none": (None, {"name": "vicuna_v1", "system": None}, "as in LLaVA-1.5; name another with --template"),
+        "smol": (smol, {"name": "chatml", "system": "You are Smol"}, "from its chat template"),
+        "hf": (llava_hf, {"name": "vicuna_v1", "system": ""}, "from its chat template"),
         "odd": ("[{{ messages|length }}]", {"name": "vicuna_v1", "system": None}, "is none of the kit's; name one"),
     }
     for name, (jinja, template, reason) in cases.items():

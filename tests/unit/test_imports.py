@@ -281,11 +281,11 @@ def test_other_models_of_the_original_code_are_refused(
 
 def test_what_needs_no_import(tiny_base: Path, tmp_path: Path) -> None:
     artifact = make_artifact(tiny_base, tmp_path / "align", "align")
-    for source, message in ((artifact, "is an artifact already"), (tiny_base, "llava-hf layout already")):
+    for source, message in ((artifact, "is already an artifact"), (tiny_base, "already in the llava-hf layout")):
         with pytest.raises(ArtifactError, match=message):
             import_any(source, tmp_path / "out", ImportOptions())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match="nothing that can be brought in"):
+    with pytest.raises(ArtifactError, match="nothing that can be imported"):
         import_any(tmp_path / "empty", tmp_path / "out", ImportOptions())
     result = CliRunner().invoke(cli, ["import", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / 'nowhere'} does not exist\n")

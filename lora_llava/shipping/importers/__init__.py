@@ -1,4 +1,4 @@
-"""Models and adapters of other tools become the kit's own: an artifact, or a model in the llava-hf layout."""
+"""Import models and adapters of other tools, as an artifact or a model in the llava-hf layout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lora_llava.shipping.importers.options import ImportOptions
 
 
 def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
-    """Bring in what `source` is, by what it holds; returns lines that say what it was and what it became.
+    """Import `source`, which is recognized by its files; return lines that say what it was and what was written.
 
     An adapter (PEFT's, for llava-hf or for the original code) and a projector file become an artifact; an original
-    LLaVA-1.5 checkpoint becomes a model in the llava-hf layout. Raises ArtifactError or ModelError with the reason
-    for anything else.
+    LLaVA-1.5 checkpoint becomes a model in the llava-hf layout. Raises ArtifactError or ModelError for
+    anything else.
     """
     if not source.exists():
         raise ArtifactError(f"{source} does not exist")
@@ -25,18 +25,18 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
     if source.is_file():
         return import_projector(source, output, options)
     if (source / "manifest.json").is_file():
-        raise ArtifactError(f"{source} is an artifact already; nothing needs to be brought in")
+        raise ArtifactError(f"{source} is already an artifact; there is nothing to import")
     if (source / ADAPTER_CONFIG).is_file():
         return import_adapter(source, output, options)
     config = source / "config.json"
     weights = [*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")]
     if config.is_file() and weights:
         if read_json(config).get("architectures") == ["LlavaForConditionalGeneration"]:
-            raise ArtifactError(f"{source} is in the llava-hf layout already; use it as base.model_name_or_path")
+            raise ArtifactError(f"{source} is already in the llava-hf layout; use it as base.model_name_or_path")
         return import_checkpoint(source, output, options)
     if (source / MM_PROJECTOR).is_file():
         return import_projector(source / MM_PROJECTOR, output, options)
     raise ArtifactError(
-        f"{source}: nothing that can be brought in; it must hold adapter_config.json, {MM_PROJECTOR}, or config.json "
+        f"{source}: nothing that can be imported; it must hold adapter_config.json, {MM_PROJECTOR}, or config.json "
         "with weights"
     )

@@ -1,4 +1,4 @@
-"""Adapters of other tools become artifacts: PEFT's for llava-hf, the original's LoRA, and a projector alone."""
+"""Import adapters of other tools as artifacts: PEFT's for llava-hf, the original code's LoRA, a projector file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from lora_llava.formats.names import (
 from lora_llava.formats.peft_adapter import alpha_of, check_form, check_parts
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
-from lora_llava.shipping.importers.write import Base, Brought, LayerLora, open_base, write_artifact
+from lora_llava.shipping.importers.write import Base, ForeignAdapter, LayerLora, open_base, write_artifact
 
 _ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
-Rename = Callable[[str], str | None]
+_Rename = Callable[[str], str | None]
+"""Returns the canonical name of a tensor; None for one to skip."""
 
 
 @dataclass(slots=True)
 class _Parts:
-    """The tensors of an adapter, by canonical weight and part, with the names that its own settings use."""
+    """The tensors of an adapter by canonical weight and part; `modules`: the names that its own settings use."""
 
     lora: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
@@ -44,83 +45,87 @@ class _Parts:
 
 
 def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[str]:
-    """Make an artifact of a PEFT adapter for llava-hf (names of any version) or for the original code.
+    """Write an artifact from a PEFT adapter for llava-hf (names of any version) or for the original code.
 
-    Without a projector of its own it is taken to have been trained with the base's. Raises ArtifactError for what
-    is not LoRA, rsLoRA or DoRA, or does not fit the base.
+    An adapter without a projector gets the base's. Raises ArtifactError for an adapter that is not LoRA, rsLoRA or
+    DoRA, or does not fit the base.
     """
     form = _read_form(source)
     state = read_tensors(_weights_file(source))
+    # The original code's names say which layout the adapter is for; its settings do not.
     original = any(_ORIGINAL.match(name.removeprefix(PEFT_PREFIX)) for name in state)
     parts = _Parts()
     _sort(parts, state, from_original_name if original else canonical_name, source)
+    # The original code stores the projector next to the LoRA, not in it.
     if (source / NON_LORA).is_file():
         _sort(parts, read_tensors(source / NON_LORA), from_original_name, source / NON_LORA)
     base = open_base(options.base_model, source)
     layers = {name: _layer(name, parts, form, source) for name in parts.lora}
     template, reason = _template(source, base, original, options.template)
-    brought = Brought(
+    foreign = ForeignAdapter(
         layers=layers,
         replaced=parts.replaced,
         form=form,
         template=template,
         aspect_ratio=_original_ratio(source) if original else _processor_ratio(source),
     )
-    own = any(name.startswith(PROJECTOR_PREFIX) for name in brought.replaced)
-    write_artifact(output, brought, base, source)
+    has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in foreign.replaced)
+    write_artifact(output, foreign, base, source)
     kind = "the original's LoRA" if original else "a PEFT adapter"
-    where = "its own projector" if own else "the base's projector, as it has none"
+    projector = "its own projector" if has_projector else "the base's projector, as it has none"
     return [
-        f"{source}: {kind} on {len(layers)} layers with {where}; now an artifact: {output}",
-        *_notes(brought, base, reason),
+        f"{source}: {kind} on {len(layers)} layers with {projector}; written as an artifact: {output}",
+        *_notes(foreign, base, reason),
     ]
 
 
-def _template(source: Path, base: Base, original: bool, named: str | None) -> tuple[Template, str]:
-    """Return the template that an adapter was trained in, and how that is known."""
-    if named is not None:
-        return get_template(named), "as --template says"
-    for directory, where in () if original else ((source, "beside it"), (base.directory, "of its base")):
+def _template(source: Path, base: Base, original: bool, name: str | None) -> tuple[Template, str]:
+    """Return the template that an adapter was trained in, and the source of that answer."""
+    if name is not None:
+        return get_template(name), "from --template"
+    # The original code keeps its templates in code; its directories say nothing about them.
+    for directory, where in (
+        () if original else ((source, "its chat template"), (base.directory, "its base's chat template"))
+    ):
         own = read_own_template(directory)
-        found = (recognize(own) or recognize_question(own)) if own else None
-        if found is not None:
-            return found, f"as the chat template {where} is"
+        template = (recognize(own) or recognize_question(own)) if own else None
+        if template is not None:
+            return template, f"from {where}"
         if own is not None:
-            return get_template(
-                "vicuna_v1"
-            ), f"the chat template {where} is none of the kit's; name one with --template"
-    return get_template("vicuna_v1"), "as LLaVA-1.5; name another with --template"
+            return get_template("vicuna_v1"), f"{where} is none of the kit's; name one with --template"
+    return get_template("vicuna_v1"), "the default, as in LLaVA-1.5; name another with --template"
 
 
 def import_projector(source: Path, output: Path, options: ImportOptions) -> list[str]:
-    """Make an artifact of stage `align` of a projector alone, such as `mm_projector.bin`."""
+    """Write an artifact of stage `align` from a projector file, such as `mm_projector.bin`."""
     parts = _Parts()
     state = read_tensors(source)
     original = any("mm_projector" in name for name in state)
     _sort(parts, state, from_original_name if original else canonical_name, source)
     if parts.lora or not all(name.startswith(PROJECTOR_PREFIX) for name in parts.replaced):
-        raise ArtifactError(f"{source}: holds more than a projector; give the directory that it lies in")
+        raise ArtifactError(f"{source}: holds more than a projector; give the directory that it is in")
     base = open_base(options.base_model, source)
     template, reason = (
         get_template(options.template or "plain"),
-        "as --template says" if options.template else "captions",
+        "from --template" if options.template else "the default for captions",
     )
-    brought = Brought({}, parts.replaced, None, template, _original_ratio(source.parent))
-    write_artifact(output, brought, base, source)
-    return [f"{source}: a projector; now an artifact: {output}", *_notes(brought, base, reason)]
+    foreign = ForeignAdapter({}, parts.replaced, None, template, _original_ratio(source.parent))
+    write_artifact(output, foreign, base, source)
+    return [f"{source}: a projector; written as an artifact: {output}", *_notes(foreign, base, reason)]
 
 
-def _notes(brought: Brought, base: Base, reason: str) -> list[str]:
+def _notes(foreign: ForeignAdapter, base: Base, reason: str) -> list[str]:
     return [
         f"base: {base.identity.name}, weights {base.identity.weights_sha256[:12]}...",
-        f"asked in template {brought.template.name} ({reason}), images {brought.aspect_ratio}; change this in "
-        "manifest.json if it was trained otherwise",
+        f"template {foreign.template.name} ({reason}), images {foreign.aspect_ratio}; if it was trained with others, "
+        "correct manifest.json",
     ]
 
 
 def _read_form(source: Path) -> LoraConfig:
-    """Read adapter_config.json, and nothing that it points to."""
+    """Read adapter_config.json. Nothing that it refers to is loaded."""
     path = source / ADAPTER_CONFIG
+    # Before PEFT reads it: from_pretrained would build the settings class that the file names.
     kind = read_json(path).get("peft_type")
     if kind != "LORA":
         raise ArtifactError(f"{path}: peft_type {kind!r}; only LoRA, rsLoRA and DoRA are read")
@@ -136,11 +141,11 @@ def _weights_file(source: Path) -> Path:
     for name in (WEIGHTS, "adapter_model.bin"):
         if (source / name).is_file():
             return source / name
-    raise ArtifactError(f"{source}: neither {WEIGHTS} nor adapter_model.bin is there")
+    raise ArtifactError(f"{source}: it has neither {WEIGHTS} nor adapter_model.bin")
 
 
-def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: Rename, where: Path) -> None:
-    """Divide tensors into LoRA by layer, and whole weights; ArtifactError for names of neither."""
+def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: _Rename, where: Path) -> None:
+    """Divide tensors into LoRA by layer, and whole weights; ArtifactError for unknown names."""
     for stored, tensor in state.items():
         # The base's own copy of a module that the adapter replaces.
         if ".original_module." in stored:
@@ -164,15 +169,15 @@ def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: Rename, wher
 
 
 def _layer(name: str, parts: _Parts, form: LoraConfig, source: Path) -> LayerLora:
-    """Put the parts of one layer together, with its alpha."""
-    found = parts.lora[name]
-    check_parts(found, form, name, source)
+    """Return the LoRA of one layer; ArtifactError if a part is missing."""
+    tensors = parts.lora[name]
+    check_parts(tensors, form, name, source)
     alpha = alpha_of(form, parts.modules[name])
-    return LayerLora(found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector"), alpha)
+    return LayerLora(tensors["lora_A"], tensors["lora_B"], tensors.get("lora_magnitude_vector"), alpha)
 
 
 def _original_ratio(directory: Path) -> AspectRatio:
-    """Read how the original code made a square of an image; LLaVA-1.5's way if it does not say."""
+    """Read how the original code makes images square; as LLaVA-1.5 does if its config.json does not say."""
     path = directory / "config.json"
     if not path.is_file():
         return "pad"
@@ -181,7 +186,7 @@ def _original_ratio(directory: Path) -> AspectRatio:
 
 
 def _processor_ratio(directory: Path) -> AspectRatio:
-    """Read whether the adapter's processor pads; transformers' own does not."""
+    """Read whether the adapter's processor pads images; transformers' default does not."""
     for name in _PROCESSORS:
         if (directory / name).is_file():
             data = read_json(directory / name)

@@ -1,9 +1,10 @@
-"""An original LLaVA-1.5 checkpoint becomes a model in the llava-hf layout."""
+"""Import an original LLaVA-1.5 checkpoint as a model in the llava-hf layout."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ModelError
-from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_weights
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, read_tensor, write_weights
 from lora_llava.formats.llava_original import (
     check_original_config,
     from_original_config,
@@ -28,7 +29,7 @@ from lora_llava.formats.llava_original import (
     read_json,
     read_tensors,
 )
-from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name
+from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_name
 from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.assemble import pad_rows, save_config
 from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors
@@ -37,20 +38,20 @@ from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.system.files import staged
 
 _PAD = "<pad>"
-_TOWER = "vision_tower."
 
-Read = Callable[[], torch.Tensor]
+_Read = Callable[[], torch.Tensor]
+"""Reads one tensor."""
 
 
 def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> list[str]:
-    """Write an original LLaVA-1.5 checkpoint in the llava-hf layout, its weights bit by bit.
+    """Write an original LLaVA-1.5 checkpoint in the llava-hf layout, with bit-identical weights.
 
-    Missing rows of the vocabulary (`<image>`, `<pad>`, up to a multiple of 64) are the mean of the others. The
-    vision tower is cast to the language model's type, as llava-hf's was. Raises ModelError.
+    Missing vocabulary rows (`<image>`, `<pad>`, up to a multiple of 64) are the mean of the others. The vision tower is
+    cast to the language model's dtype, as in llava-hf's models. Raises ModelError.
     """
     data = read_json(source / "config.json")
     check_original_config(data, source / "config.json")
-    places = _places(source)
+    readers = _tensor_readers(source)
     tower = options.vision_tower or _tower_source(source, data)
     with hub_errors("vision tower", tower):
         vision_config = AutoConfig.from_pretrained(tower)
@@ -59,14 +60,14 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     with hub_errors("tokenizer", str(source)):
         tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     _add_tokens(config, tokenizer)
-    dtype = places[EMBEDDINGS]().dtype
-    _complete(places, config, dtype, None if any(name.startswith(_TOWER) for name in places) else tower)
+    dtype = readers[EMBEDDINGS]().dtype
+    _complete(readers, config, dtype, None if any(name.startswith(TOWER_PREFIX) for name in readers) else tower)
     names = sorted(expected_shapes(config))
-    if wrong := set(names) ^ places.keys():
-        raise ModelError(f"{source}: missing, or of no LLaVA-1.5: {', '.join(sorted(wrong)[:6])}")
+    if wrong := set(names) ^ readers.keys():
+        raise ModelError(f"{source}: missing, or not part of LLaVA-1.5: {', '.join(sorted(wrong)[:6])}")
     aspect_ratio = data.get("image_aspect_ratio") or "square"
     with staged(output) as staging:
-        write_weights(staging, ((name, places[name]()) for name in names))
+        write_weights(staging, ((name, readers[name]()) for name in names))
         WeightFiles(staging).check(config)
         save_processor(
             staging,
@@ -83,51 +84,43 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging / "generation_config.json")
         write_generation_config(staging, staging, read_usage(staging).prompt_template, tokenizer)
-    return [f"{source}: an original LLaVA-1.5; now in the llava-hf layout: {output}", f"vision tower: {tower}"]
+    return [f"{source}: an original LLaVA-1.5; written in the llava-hf layout: {output}", f"vision tower: {tower}"]
 
 
-def _places(source: Path) -> dict[str, Read]:
-    """Find every tensor of a checkpoint by its canonical name; pickled files are mapped, not loaded."""
-    places: dict[str, Read] = {}
+def _tensor_readers(source: Path) -> dict[str, _Read]:
+    """Return a reader for every tensor, by canonical name; pickled files are memory-mapped, not loaded."""
+    readers: dict[str, _Read] = {}
     safe = sorted(source.glob("*.safetensors"))
     for file in safe:
         with safe_open(file, framework="pt") as handle:
             stored = list(handle.keys())
         for name in stored:
             if canonical := from_original_name(name):
-                places[canonical_name(canonical)] = _reader(file, name)
-    # Beside safetensors they are the same weights once more.
+                readers[canonical_name(canonical)] = partial(read_tensor, file, name)
+    # Next to safetensors files, pickled ones hold the same weights again.
     for file in [] if safe else sorted(source.glob("pytorch_model*.bin")):
         for name, tensor in read_tensors(file).items():
             if canonical := from_original_name(name):
-                places[canonical_name(canonical)] = _held(tensor)
-    if EMBEDDINGS not in places:
-        raise ModelError(f"{source}: no model.embed_tokens.weight; this is not a whole checkpoint")
-    return places
+                readers[canonical_name(canonical)] = _held(tensor)
+    if EMBEDDINGS not in readers:
+        raise ModelError(f"{source}: no model.embed_tokens.weight; this is not a complete checkpoint")
+    return readers
 
 
-def _reader(file: Path, name: str) -> Read:
-    def read() -> torch.Tensor:
-        with safe_open(file, framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-        return tensor
-
-    return read
-
-
-def _held(tensor: torch.Tensor) -> Read:
+def _held(tensor: torch.Tensor) -> _Read:
     return lambda: tensor
 
 
 def _tower_source(source: Path, data: dict[str, Any]) -> str:
-    """Return where the vision tower is: inside the checkpoint, or what its configuration names."""
+    """Return the vision tower of a checkpoint: a directory inside it, or the name in its configuration."""
+    # Never a directory elsewhere on this machine: the name comes from a downloaded file.
     name = str(data["mm_vision_tower"])
     inside = (source / name).resolve()
     return str(inside) if inside.is_dir() and inside.is_relative_to(source.resolve()) else name
 
 
 def _add_tokens(config: LlavaConfig, tokenizer: Any) -> None:
-    """Give tokenizer and configuration the tokens that llava-hf has: `<image>`, then `<pad>`."""
+    """Add llava-hf's tokens to tokenizer and configuration: `<image>`, then `<pad>`."""
     rows = int(config.text_config.vocab_size)
     if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
@@ -141,32 +134,32 @@ def _add_tokens(config: LlavaConfig, tokenizer: Any) -> None:
     config.image_seq_length = num_image_tokens(config)
 
 
-def _complete(places: dict[str, Read], config: LlavaConfig, dtype: torch.dtype, tower: str | None) -> None:
-    """Add what the original leaves out: rows of the vocabulary, a named tower, the half of a linear projector."""
+def _complete(readers: dict[str, _Read], config: LlavaConfig, dtype: torch.dtype, tower: str | None) -> None:
+    """Add what the original leaves out: vocabulary rows, a named tower, the second layer of a linear projector."""
     size = int(config.text_config.vocab_size)
     if config.tie_word_embeddings:
-        places.pop(HEAD, None)
+        readers.pop(HEAD, None)
     for name in (EMBEDDINGS, HEAD):
-        if read := places.get(name):
-            places[name] = _padded(read, size)
+        if read := readers.get(name):
+            readers[name] = _padded(read, size)
     if is_linear(config):
-        bias = "multi_modal_projector.linear_1.bias" in places
+        bias = "multi_modal_projector.linear_1.bias" in readers
         width = int(config.text_config.hidden_size)
         for name, tensor in identity_layer(width, dtype, bias=bias).items():
-            places[name] = _held(tensor)
+            readers[name] = _held(tensor)
     if tower is not None:
         with hub_errors("vision tower", tower):
             model = CLIPVisionModel.from_pretrained(tower, dtype=dtype)
         for name, tensor in model.state_dict().items():
-            places[canonical_name(_TOWER + name)] = _held(tensor)
+            readers[canonical_name(TOWER_PREFIX + name)] = _held(tensor)
 
 
-def _padded(read: Read, size: int) -> Read:
+def _padded(read: _Read, size: int) -> _Read:
     return lambda: pad_rows(read(), size)
 
 
-def _chat_template(tokenizer: Any, named: str | None) -> str:
-    """Return the chat template to write: the one that is named, the checkpoint's own, or LLaVA-1.5's."""
-    if named is None and tokenizer.chat_template:
+def _chat_template(tokenizer: Any, name: str | None) -> str:
+    """Return the chat template to write: the named one, the checkpoint's own, or LLaVA-1.5's."""
+    if name is None and tokenizer.chat_template:
         return str(tokenizer.chat_template)
-    return chat_template(get_template(named or "vicuna_v1"), tokenizer.eos_token)
+    return chat_template(get_template(name or "vicuna_v1"), tokenizer.eos_token)

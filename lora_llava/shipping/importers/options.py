@@ -1,4 +1,4 @@
-"""What an import may be told."""
+"""Options of an import."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """Choices of the command line."""
+    """Options of the command line."""
 
     base_model: str | None = None
-    """What an adapter or a projector was trained on: directory or hub id of a LLaVA in the llava-hf layout."""
+    """The base of an adapter or a projector: directory or hub id of a LLaVA in the llava-hf layout."""
     vision_tower: str | None = None
-    """Where the vision tower of an original checkpoint is, if not where its config.json says."""
+    """Directory or hub id of an original checkpoint's vision tower; None: the one that its config.json names."""
     template: str | None = None
-    """Name of the template that an adapter was trained in, where nothing beside it or its base says so."""
+    """Name of the template of training, if neither the adapter's files nor its base's say."""

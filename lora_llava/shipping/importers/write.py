@@ -1,4 +1,4 @@
-"""What was brought in is written as an artifact on its base."""
+"""Write a foreign adapter as an artifact on its base."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ _BLOCK = re.compile(r"^model\.language_model\.layers\.\d+\..*\.(\w+)$")
 
 @dataclass(frozen=True, slots=True)
 class LayerLora:
-    """LoRA of one layer: `scale * B A`, the scale from `alpha` and the rank."""
+    """LoRA of one layer: `scale * B A`, with the scale from `alpha` and the rank."""
 
     a: torch.Tensor
+    """(rank, inputs)."""
     b: torch.Tensor
+    """(outputs, rank)."""
     magnitude: torch.Tensor | None
+    """DoRA's row norms, of `outputs` elements."""
     alpha: float
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
-    """An adapter of another tool, by canonical names."""
+class ForeignAdapter:
+    """An adapter of another tool, with canonical names."""
 
     layers: dict[str, LayerLora]
     replaced: dict[str, torch.Tensor]
@@ -56,7 +59,7 @@ class Brought:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What an adapter was trained on."""
+    """The base that an adapter was trained on."""
 
     directory: Path
     identity: BaseIdentity
@@ -64,11 +67,11 @@ class Base:
 
 
 def open_base(base_model: str | None, source: Path) -> Base:
-    """Find and hash the base that the user names; ArtifactError if none is named."""
+    """Locate and hash the base that the user names; ArtifactError if none is named."""
     if base_model is None:
         raise ArtifactError(
-            f"{source}: give what it was trained on with --base-model: a LLaVA in the llava-hf layout, directory or "
-            "hub id"
+            f"{source}: name the base that it was trained on with --base-model: directory or hub id of a LLaVA in the "
+            "llava-hf layout"
         )
     directory, revision = locate(base_model, None)
     config = read_config(directory)
@@ -77,39 +80,39 @@ def open_base(base_model: str | None, source: Path) -> Base:
     return Base(directory, BaseIdentity(name, revision, hash_weights(directory)), config)
 
 
-def write_artifact(output: Path, brought: Brought, base: Base, source: Path) -> None:
-    """Write an artifact; the projector is the adapter's, with LoRA on it folded in, or else the base's.
+def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Path) -> None:
+    """Write an artifact with the adapter's projector, its LoRA merged, or else with the base's.
 
-    Raises ArtifactError if something has no place in the base.
+    Raises ArtifactError for an adapter that does not fit the base.
     """
     shapes = expected_shapes(base.config)
-    if strange := sorted({*brought.layers, *brought.replaced} - shapes.keys()):
-        raise ArtifactError(f"{source}: the base has no {', '.join(strange[:6])}; it was trained on another")
-    for name, layer in brought.layers.items():
+    if unknown := sorted({*foreign.layers, *foreign.replaced} - shapes.keys()):
+        raise ArtifactError(f"{source}: the base has no {', '.join(unknown[:6])}; it was trained on another")
+    for name, layer in foreign.layers.items():
         b, a = tuple(layer.b.shape), tuple(layer.a.shape)
         if not lora_fits(a, b, shapes[name]):
             raise ArtifactError(f"{source}: LoRA {b} x {a} does not fit {name}, {shapes[name]}; another base?")
-    for name, tensor in brought.replaced.items():
+    for name, tensor in foreign.replaced.items():
         if tuple(tensor.shape) != shapes[name]:
             raise ArtifactError(f"{source}: {name} is {tuple(tensor.shape)}, {shapes[name]} in the base; another base?")
-    layers, replaced = _whole_projector(brought, base)
+    layers, replaced = _whole_projector(foreign, base)
     with staged(output) as staging:
         save_file(_named(layers, replaced), staging / WEIGHTS, metadata={"format": "pt"})
         location = base_location(base.identity, base.directory, output)
-        form = _form(brought.form, layers, replaced)
+        form = _form(foreign.form, layers, replaced)
         form.base_model_name_or_path = location["path"] or location["name"]
         form.revision = location["revision"]
         form.save_pretrained(staging)
         Adapter(staging).check(shapes)
-        images = _save_surroundings(staging, brought, base)
+        images = _save_surroundings(staging, foreign, base)
         manifest = Manifest(
             stage="instruct" if layers else "align",
             base=location,
             parent_sha256=None,
             adapter_sha256=file_sha256(staging / WEIGHTS),
-            # Not to be known; the base as it is stored is what its author names.
+            # Unknown: the files do not record it. The user named the unquantized base.
             quantization={"type": "none", "double_quant": False},
-            template={"name": brought.template.name, "system": _own_system(brought.template)},
+            template={"name": foreign.template.name, "system": _own_system(foreign.template)},
             images=images,
             data={"answer_prompt": None},
             seen={},
@@ -120,28 +123,29 @@ def write_artifact(output: Path, brought: Brought, base: Base, source: Path) -> 
 
 
 def _own_system(template: Template) -> str | None:
-    """Return the system text that a manifest states; None is the template's own."""
+    """Return the system prompt for the manifest; None stands for the template's default."""
     return None if template == get_template(template.name) else template.system
 
 
-def _whole_projector(brought: Brought, base: Base) -> tuple[dict[str, LayerLora], dict[str, torch.Tensor]]:
-    """Complete the projector, which an artifact holds as whole weights."""
+def _whole_projector(foreign: ForeignAdapter, base: Base) -> tuple[dict[str, LayerLora], dict[str, torch.Tensor]]:
+    """Return LoRA and replaced weights with a complete projector, which an artifact holds as whole weights."""
     files = WeightFiles(base.directory)
-    replaced = dict(brought.replaced)
+    replaced = dict(foreign.replaced)
     projector = [name for name in files if name.startswith(PROJECTOR_PREFIX)]
     if is_linear(base.config) and any(name in replaced for name in projector):
-        one = next(replaced[name] for name in projector if name in replaced)
+        # The original's linear projector has one layer; llava-hf's second one is then the identity.
+        known = next(replaced[name] for name in projector if name in replaced)
         bias = f"{PROJECTOR_PREFIX}linear_2.bias" in files
-        for name, tensor in identity_layer(int(base.config.text_config.hidden_size), one.dtype, bias=bias).items():
+        for name, tensor in identity_layer(int(base.config.text_config.hidden_size), known.dtype, bias=bias).items():
             replaced.setdefault(name, tensor)
-    own = [name for name in projector if name in replaced]
-    if own and (missing := sorted(set(projector) - set(own))):
-        raise ArtifactError(f"the projector is not whole: {', '.join(missing)} is missing")
-    layers = dict(brought.layers)
+    present = [name for name in projector if name in replaced]
+    if present and (missing := sorted(set(projector) - set(present))):
+        raise ArtifactError(f"the projector is incomplete: {', '.join(missing)} is missing")
+    layers = dict(foreign.layers)
     for name in projector:
         weight = replaced[name] if name in replaced else files.read(name)
         if name in layers:
-            weight = _merged(weight, layers.pop(name), brought.form)
+            weight = _merged(weight, layers.pop(name), foreign.form)
         replaced[name] = weight
     return layers, replaced
 
@@ -158,7 +162,7 @@ def _module(name: str) -> str:
 
 
 def _named(layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name tensors as PEFT does around the model in memory."""
+    """Return the tensors by the names that PEFT gives them around the model in memory."""
     state = {f"{PEFT_PREFIX}{memory_name(name)}": tensor.contiguous() for name, tensor in replaced.items()}
     for name, layer in layers.items():
         module = f"{PEFT_PREFIX}{_module(name)}"
@@ -170,11 +174,11 @@ def _named(layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> d
 
 
 def _form(form: LoraConfig | None, layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> LoraConfig:
-    """Describe the adapter to PEFT by the names it has now."""
+    """Return PEFT's settings for the adapter with its new names."""
     others = sorted({_module(name) for name in replaced if not name.startswith(PROJECTOR_PREFIX)})
-    kept = ["multi_modal_projector", *others]
+    saved = ["multi_modal_projector", *others]
     if form is None or not layers:
-        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=kept, inference_mode=True)
+        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved, inference_mode=True)
     modules = {_module(name): layer for name, layer in layers.items()}
     return LoraConfig(
         r=form.r,
@@ -182,17 +186,17 @@ def _form(form: LoraConfig | None, layers: dict[str, LayerLora], replaced: dict[
         lora_dropout=form.lora_dropout,
         use_rslora=form.use_rslora,
         use_dora=form.use_dora,
-        rank_pattern={name: one.a.shape[0] for name, one in modules.items() if one.a.shape[0] != form.r},
-        alpha_pattern={name: one.alpha for name, one in modules.items() if one.alpha != form.lora_alpha},
+        rank_pattern={name: lora.a.shape[0] for name, lora in modules.items() if lora.a.shape[0] != form.r},
+        alpha_pattern={name: lora.alpha for name, lora in modules.items() if lora.alpha != form.lora_alpha},
         target_modules=_targets(sorted(modules)),
-        modules_to_save=kept,
+        modules_to_save=saved,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
 
 
 def _targets(modules: list[str]) -> str:
-    """Write a pattern of just these modules: short where every block has the same ones."""
+    """Return a pattern that matches exactly these modules; a short one if every decoder layer has the same ones."""
     matches = [_BLOCK.match(name) for name in modules]
     if all(matches):
         blocks = {name.split(".")[3] for name in modules}
@@ -202,18 +206,18 @@ def _targets(modules: list[str]) -> str:
     return "|".join(re.escape(name) for name in modules)
 
 
-def _save_surroundings(staging: Path, brought: Brought, base: Base) -> dict[str, object]:
-    """Write tokenizer and processor, and return what the manifest says of images."""
+def _save_surroundings(staging: Path, foreign: ForeignAdapter, base: Base) -> dict[str, object]:
+    """Write tokenizer and processor; return the manifest's image settings."""
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(base.directory)
-    jinja = chat_template(brought.template, tokenizer.eos_token)
-    save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=brought.aspect_ratio, chat_template=jinja)
-    write_generation_config(staging, base.directory, brought.template, tokenizer)
+    jinja = chat_template(foreign.template, tokenizer.eos_token)
+    save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=foreign.aspect_ratio, chat_template=jinja)
+    write_generation_config(staging, base.directory, foreign.template, tokenizer)
     return {
         "size": int(base.config.vision_config.image_size),
         "mean": list(pixels["image_mean"]),
         "std": list(pixels["image_std"]),
-        "image_aspect_ratio": brought.aspect_ratio,
+        "image_aspect_ratio": foreign.aspect_ratio,
         "vision_feature_layer": base.config.vision_feature_layer,
         "vision_feature_select_strategy": base.config.vision_feature_select_strategy,
         "num_image_tokens": num_image_tokens(base.config),
