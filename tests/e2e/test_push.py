@@ -128,7 +128,9 @@ def test_a_merged_model_replaces_an_adapter(hub: LoopbackHub, artifact: Path, tm
     assert CliRunner().invoke(cli, ["merge", str(artifact), str(merged), "--max-shard-size", "100KB"]).exit_code == 0
     result = push(merged, "--run", str(artifact.parent))
     assert result.exit_code == 0, result.output
-    assert "removed, of an earlier push: adapter_config.json, adapter_model.safetensors, manifest.json" in result.stdout
+    assert (
+        "removed, from an earlier push: adapter_config.json, adapter_model.safetensors, manifest.json" in result.stdout
+    )
     files = hub.repos[REPO].files
     assert "recipe.yaml" not in files
     assert {"config.json", "model.safetensors.index.json", "merge_report.json"} <= files.keys()

@@ -32,9 +32,9 @@ def refused(result: Result, hub: LoopbackHub) -> str:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("/api/", 401, times=99), "the Hub does not know the token"),
+        (Fault("/api/", 401, times=99), "the Hub rejects the token"),
         (Fault("commit/main", 403), f"the token may not write to {REPO}"),
-        (Fault("GET /api/models", 404), f"there is no {REPO}"),
+        (Fault("GET /api/models", 404), f"{REPO} does not exist"),
         (Fault("commit/main", 409), "another operation"),
         (Fault("commit/main", 412), "somebody else committed"),
         (Fault("validate-yaml", 429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
@@ -45,7 +45,7 @@ def refused(result: Result, hub: LoopbackHub) -> str:
         (Fault("PUT /lfs", 403), "the store for large files refuses (403)"),
         (Fault("preupload", 500, times=99), "the Hub failed 4 times"),
         (Fault("PUT /lfs", cut="before", times=99), "the connection failed in every attempt"),
-        (Fault("commit/main", cut="before", times=99), "the connection to the Hub was cut"),
+        (Fault("commit/main", cut="before", times=99), "the connection to the Hub failed"),
         (Fault("repos/create", 418, message=f"no {TOKEN}, see http://x.y/?signature=canary"), "The Hub says: no ..."),
     ],
     ids=lambda one: f"{one.match}-{one.cut or one.status}" if isinstance(one, Fault) else "",
@@ -116,7 +116,7 @@ def test_a_failure_that_passes_is_survived(
             RuntimeError(f"PUT https://store/?signature=canary {TOKEN}"),
             "cannot upload the files of a/b",
         ),
-        (ConnectionResetError(TOKEN), "was cut or could not be made (ConnectionResetError), 4 times"),
+        (ConnectionResetError(TOKEN), "failed (ConnectionResetError), 4 times"),
         (OfflineModeIsEnabled(TOKEN), "HF_HUB_OFFLINE is set"),
     ],
     ids=lambda one: type(one).__name__,
@@ -150,7 +150,7 @@ def test_a_lost_answer_to_a_removal_is_survived(
     hub.faults.append(Fault("commit/main", cut="after"))
     result = push(copied)
     assert result.exit_code == 0, result.output
-    assert "removed, of an earlier push: added_tokens.json" in result.stdout
+    assert "removed, from an earlier push: added_tokens.json" in result.stdout
     assert hub.repos[REPO].files.keys() == ARTIFACT_FILES
     assert len(hub.repos[REPO].commits) == 3
 
@@ -172,7 +172,7 @@ def test_a_race_is_seen(hub: LoopbackHub, artifact: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 1
     assert "somebody else committed" in result.stderr
     assert repo.files.keys() == {".gitattributes", "other.txt"}
-    assert "left alone, not of the kit: other.txt" in push(artifact).stdout
+    assert "kept, not from lora-llava: other.txt" in push(artifact).stdout
     assert repo.files["other.txt"] == b"theirs"
 
 
@@ -183,13 +183,13 @@ def test_what_a_push_refuses_to_do(
     hub.add_repo(REPO, private=False)
     assert "exists and is public. Give --public" in refused(push(artifact), hub)
     assert "neither an artifact" in refused(push(tmp_path), hub)
-    assert "no name of a repository" in refused(push(artifact, repo="a/b/c"), hub)
-    assert "was not made by the run" in refused(push(artifact, "--run", str(tmp_path)), hub)
+    assert "is not a repository name" in refused(push(artifact, repo="a/b/c"), hub)
+    assert "was not written by the run" in refused(push(artifact, "--run", str(tmp_path)), hub)
     copied = shutil.copytree(artifact, tmp_path / "run" / "instruct")
     for text, message in (
-        (f"---\nlicense: mit\n---\nI am {TOKEN}\n", "README.md, line 4, holds an access token"),
-        ("---\nlicense: mit\n---\nsee ../../home/me/x\n", "README.md, line 4, holds a path of this machine"),
-        ("---\nlicense: mine\n---\n", "is no licence id of the Hub"),
+        (f"---\nlicense: mit\n---\nI am {TOKEN}\n", "README.md, line 4, contains an access token"),
+        ("---\nlicense: mit\n---\nsee ../../home/me/x\n", "README.md, line 4, contains a path of this machine"),
+        ("---\nlicense: mine\n---\n", "is not a license id of the Hub"),
         ("---\nlicense: [\n---\n", "cannot be read"),
     ):
         (copied / "README.md").write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import re
 
 import yaml
 
-from lora_llava.shipping.hub.licenses import LICENCES
+from lora_llava.shipping.hub.licenses import LICENSES
 
 
 def card_errors(text: str) -> list[str]:
@@ -17,7 +17,7 @@ def card_errors(text: str) -> list[str]:
     data = yaml.safe_load(match[1])
     texts = ("license", "license_name", "library_name", "pipeline_tag", "base_model_relation")
     errors = [f"{key} must be a string" for key in texts if not isinstance(data.get(key, ""), str)]
-    if data.get("license", "mit") not in LICENCES or (data.get("license") == "other" and "license_name" not in data):
+    if data.get("license", "mit") not in LICENSES or (data.get("license") == "other" and "license_name" not in data):
         errors.append("license must be one of the list; other needs license_name")
     if data.get("base_model_relation", "adapter") not in ("adapter", "merge", "quantized", "finetune"):
         errors.append("base_model_relation must be one of the list")

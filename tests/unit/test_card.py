@@ -21,7 +21,7 @@ from lora_llava.recipe.file import bundled_recipes, dump_portable, dump_resolved
 from lora_llava.shipping.hub.card import check_card, is_unedited, make_card
 from lora_llava.shipping.hub.content import collect
 from lora_llava.shipping.hub.facts import gather
-from lora_llava.shipping.hub.licenses import LICENCES
+from lora_llava.shipping.hub.licenses import LICENSES
 from lora_llava.shipping.hub.push import prepare
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.system.files import file_sha256
@@ -85,7 +85,7 @@ def test_the_card_of_a_run(tiny_base: Path, tmp_path: Path) -> None:
         "Peak memory: 2.8 GiB",
         "torch 2.",
         "| learning rate | 0.001 | 0.001 |",
-        "NF4, double quantised, computed in float32",
+        "NF4, double quantized, computed in float32",
         "--format vllm --base-model path/to/the/base",
         "--format gguf",
     ):
@@ -118,7 +118,7 @@ def test_the_card_of_a_merged_model(tiny_base: Path, tmp_path: Path) -> None:
     assert ModelCard(text).data.library_name == "transformers"
     assert "86.2 (84.6-87.6)" in text
     assert f"vllm serve {REPO}" in text
-    assert "Folded into the dequantized base" in text
+    assert "Merged into the dequantized base" in text
     # A model that is not of the kit's making has a card too, which claims nothing.
     (tmp_path / "merged" / "merge_report.json").unlink()
     config = tmp_path / "merged" / "config.json"
@@ -158,7 +158,7 @@ def test_the_results_of_another_run_are_not_taken(tiny_base: Path, tmp_path: Pat
     change(moved / MANIFEST, lambda data: data.update(adapter_sha256=file_sha256(weights)))
     facts = gather(moved, None)
     assert not (facts.summary or facts.accuracy or facts.pictures)
-    with pytest.raises(ArtifactError, match="was not made by the run"):
+    with pytest.raises(ArtifactError, match="was not written by the run"):
         gather(moved, tmp_path / "run")
 
 
@@ -182,27 +182,27 @@ def test_its_code_loads_the_model_and_asks_it(
     capsys.readouterr()
 
 
-def test_a_licence_must_be_one_that_the_hub_knows(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_license_must_be_one_that_the_hub_knows(tiny_base: Path, tmp_path: Path) -> None:
     made = make_run(tiny_base, tmp_path / "run")
     recipe = made / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8")
-    for licence, message in (("Apache 2", "is no licence id of the Hub"), ("other", "card.license_name")):
-        recipe.write_text(text.replace("license: apache-2.0", f"license: {licence}"), encoding="utf-8")
+    for license_id, message in (("Apache 2", "is not a license id of the Hub"), ("other", "card.license_name")):
+        recipe.write_text(text.replace("license: apache-2.0", f"license: {license_id}"), encoding="utf-8")
         with pytest.raises(ArtifactError, match=message):
             make_card(gather(made, None), REPO)
     recipe.write_text(text.replace("license: apache-2.0", "license: null"), encoding="utf-8")
     card = make_card(gather(made, None), REPO)
-    assert "No licence for these weights is stated" in card
+    assert "No license is stated for these weights" in card
     assert card_errors(card) == []
-    for licence in ("apache-2.0", "mit", "llama2", "cc-by-nc-4.0", "other"):
-        assert licence in LICENCES
+    for license_id in ("apache-2.0", "mit", "llama2", "cc-by-nc-4.0", "other"):
+        assert license_id in LICENSES
     check_card("no metadata at all", "README.md")
 
 
 @pytest.mark.parametrize("path", bundled_recipes().values(), ids=lambda path: path.stem)
-def test_every_recipe_says_its_licences(path: Path) -> None:
+def test_every_recipe_says_its_licenses(path: Path) -> None:
     card = load_recipe(path).card
-    assert card.license in LICENCES
+    assert card.license in LICENSES
     assert card.base_license
     assert card.data_license
     assert card.intended_use

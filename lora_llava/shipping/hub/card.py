@@ -1,4 +1,4 @@
-"""The model card: the Hub's metadata, and for people what was trained on what, how well, and how to use it."""
+"""Write the model card: the Hub's metadata, then what was trained on which data, the results, and how to use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.fields import data_name, is_local
 from lora_llava.shipping.hub import describe
 from lora_llava.shipping.hub.facts import Facts
-from lora_llava.shipping.hub.licenses import LICENCES, OTHER
+from lora_llava.shipping.hub.licenses import LICENSES, OTHER
 from lora_llava.shipping.hub.usage import gguf_commands, python_code, vllm_commands
 from lora_llava.system.text import counted
 
@@ -25,15 +25,15 @@ _TASK = "visual-question-answering"
 _MARK = "<!-- Made by lora-llava from the run; sha256 of the above: "
 _USE = "To answer questions about images like those it was trained on."
 _LIMITS = (
-    "Its answers can be wrong and sound sure. Of images unlike those of its training and test data nothing is known. "
-    "It has the habits and errors of its base and of its data."
+    "Its answers can be wrong and sound confident. It is untested on images unlike its training and test data. "
+    "It has the biases and errors of its base and of its data."
 )
 
 
 def make_card(facts: Facts, repo_id: str) -> str:
-    """Write the card of a model for the repository `repo_id`. Raises ArtifactError for a licence id of no licence."""
+    """Return the card of a model for the repository `repo_id`. Raises ArtifactError for an unknown license id."""
     name = repo_id.rpartition("/")[2]
-    card = describe.own_words(facts)
+    card = describe.card_settings(facts)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
     template = environment.from_string(
         resources.files("lora_llava.shipping.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
@@ -57,26 +57,26 @@ def make_card(facts: Facts, repo_id: str) -> str:
         settings=describe.settings_table(facts),
         data=describe.data_table(facts),
         machine=describe.machine(facts),
-        licence=describe.licence(facts),
+        license=describe.license_note(facts),
     )
     text = f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body}\n"
     return f"{text}{_MARK}{_digest(text)} -->\n"
 
 
 def is_unedited(text: str) -> bool:
-    """Tell a card that the kit wrote, and nobody changed since, from any other."""
+    """Tell whether the kit wrote the card and nobody edited it."""
     above, mark, rest = text.rpartition(_MARK)
     return bool(mark) and rest == f"{_digest(above)} -->\n"
 
 
 def check_card(text: str, where: str) -> None:
-    """Raise ArtifactError if a card written by hand has metadata that cannot be read, or a licence of no known id."""
+    """Raise ArtifactError if a hand-written card has unreadable metadata or an unknown license id."""
     try:
         data = ModelCard(text).data
     except (ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ArtifactError(f"{where}: its metadata, between the lines of ---, cannot be read: {reason}") from error
-    _check_licence(data.get("license"), where)
+        raise ArtifactError(f"{where}: its metadata, between the --- lines, cannot be read: {reason}") from error
+    _check_license(data.get("license"), where)
 
 
 def _digest(text: str) -> str:
@@ -84,15 +84,15 @@ def _digest(text: str) -> str:
 
 
 def _metadata(facts: Facts, name: str) -> ModelCardData:
-    """Make the metadata, by the names of the Hub's model card."""
-    card = describe.own_words(facts)
-    _check_licence(card.get("license"), "recipe.yaml, card.license")
+    """Return the metadata, with the keys of the Hub's model card."""
+    card = describe.card_settings(facts)
+    _check_license(card.get("license"), "recipe.yaml, card.license")
     if card.get("license") == OTHER and not card.get("license_name"):
-        raise ArtifactError("recipe.yaml: card.license is other; say which in card.license_name")
+        raise ArtifactError("recipe.yaml: card.license is other; name the license in card.license_name")
     form = describe.adapter_form(facts)
     tags = ["llava", *([form["type"]] if form else []), *(["qlora"] if form and describe.nf4(facts) else [])]
     results = _results(facts)
-    # What the Hub calls a model with an adapter folded in; its `merge` is of several models.
+    # The Hub's word for a model with a merged adapter; its `merge` means a merge of several models.
     relation = "adapter" if facts.is_adapter else "finetune"
     return ModelCardData(
         license=card.get("license"),
@@ -109,16 +109,16 @@ def _metadata(facts: Facts, name: str) -> ModelCardData:
     )
 
 
-def _check_licence(licence: object, where: str) -> None:
-    if licence is not None and licence not in LICENCES:
+def _check_license(license_id: object, where: str) -> None:
+    if license_id is not None and license_id not in LICENSES:
         raise ArtifactError(
-            f"{where}: {licence!r} is no licence id of the Hub; take one of "
+            f"{where}: {license_id!r} is not a license id of the Hub; use one of "
             f"huggingface.co/docs/hub/repositories-licenses, such as apache-2.0, mit or llama2, or {OTHER}"
         )
 
 
 def _results(facts: Facts) -> list[EvalResult]:
-    """Give the tuned model's accuracies, over all questions and by kind, with their intervals in the name."""
+    """Return the tuned model's accuracies, over all questions and by type, with their intervals in the name."""
     tuned = facts.accuracy.get(TUNED)
     if not tuned:
         return []
@@ -127,7 +127,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     local = not path or is_local(path)
     results = []
     metric: Metric = facts.accuracy.get("metric", "exact_match")
-    # yes/no is the other name of closed.
+    # yes/no is another name of closed.
     by_type = {kind: figures for kind, figures in tuned["by_type"].items() if kind != YES_NO}
     for kind, figures in {ALL: tuned, **by_type}.items():
         interval = f"95 % interval {100 * figures['low']:.1f} to {100 * figures['high']:.1f} %"
@@ -135,7 +135,7 @@ def _results(facts: Facts) -> list[EvalResult]:
             EvalResult(
                 task_type=_TASK,
                 task_name="Visual question answering",
-                # The Hub wants a type; a set of one's own has none.
+                # The Hub requires a dataset type; a local dataset has none.
                 dataset_type="custom" if local else path,
                 dataset_name=data_name(path) if path else "test questions",
                 dataset_config=source.get("name"),

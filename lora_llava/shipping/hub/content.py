@@ -1,4 +1,4 @@
-"""Which files go up, and in what form: a listed set, without the paths of this machine."""
+"""Choose the files to publish: a fixed list, without the paths of this machine."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _LEGAL = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _ARTIFACT = (ADAPTER_CONFIG, WEIGHTS, MANIFEST, RECIPE)
 _MODEL = ("config.json", INDEX, MERGE_REPORT)
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_PLACES = ("_name_or_path", "name_or_path")
-"""Keys in which transformers notes where a thing was loaded from."""
+_PATH_KEYS = ("_name_or_path", "name_or_path")
+"""Keys in which transformers records where a model was loaded from."""
 
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HOMES = r"(?<![\w-])/(?:home|Users)/[\w.-]+"
-"""Relative paths too: `../../home/somebody`."""
+"""Matches in relative paths too: `../../home/somebody`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepoFile:
-    """A file of the repository: its name there, and the file here or the bytes to send."""
+    """A file of the repository: its name there, and a local file or the bytes to upload."""
 
     name: str
     content: Path | bytes
@@ -49,20 +49,20 @@ class RepoFile:
 
     @property
     def changed(self) -> bool:
-        """Whether it goes up in another form than it has here."""
+        """Whether the published file differs from the local one."""
         return isinstance(self.content, bytes) and self.name != CARD
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """All that goes up but the card, and what stays here."""
+    """All files to publish except the card, and the names of those left out."""
 
     files: list[RepoFile]
     left_out: list[str]
 
 
 def collect(facts: Facts) -> Content:
-    """List the files of an artifact or a model that go up. Raises ArtifactError if one of them is missing."""
+    """List the files of an artifact or a model to publish. Raises ArtifactError if a required one is missing."""
     directory = facts.directory
     listed = [*(_ARTIFACT if facts.is_adapter else _MODEL), *_READERS, *_LEGAL]
     if not facts.is_adapter:
@@ -70,14 +70,17 @@ def collect(facts: Facts) -> Content:
     files = [RepoFile(name, _published(directory / name, facts)) for name in listed if (directory / name).is_file()]
     names = {file.name for file in files}
     if missing := {_TOKENIZER, "tokenizer_config.json"} - names:
-        raise ArtifactError(f"{directory}: {', '.join(sorted(missing))} is missing; the model is of no use without it")
+        raise ArtifactError(
+            f"{directory}: {', '.join(sorted(missing))} is missing; the model cannot be used without it"
+        )
     files += [RepoFile(name, path) for name, path in facts.pictures.items()]
-    left_out = [path.name + "/" * path.is_dir() for path in directory.iterdir() if path.name not in names | {CARD}]
+    others = [path for path in directory.iterdir() if path.name not in names | {CARD}]
+    left_out = [f"{path.name}/" if path.is_dir() else path.name for path in others]
     return Content(sorted(files, key=lambda file: file.name), sorted(left_out))
 
 
 def is_ours(name: str) -> bool:
-    """Tell a file that a push writes from one that somebody put into the repository by hand."""
+    """Tell whether a push writes files of this name; others in the repository were added by hand."""
     return name in (*_ARTIFACT, *_MODEL, *_READERS, *PICTURES) or _SHARD.fullmatch(name) is not None
 
 
@@ -87,12 +90,12 @@ def _shards(directory: Path) -> list[str]:
     index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     shards = sorted(set(index["weight_map"].values()))
     if missing := [name for name in shards if not _SHARD.fullmatch(name) or not (directory / name).is_file()]:
-        raise ArtifactError(f"{directory / INDEX} names {', '.join(missing)}, which is not there")
+        raise ArtifactError(f"{directory / INDEX} names {', '.join(missing)}, which is missing")
     return shards
 
 
 def _published(path: Path, facts: Facts) -> Path | bytes:
-    """Return a file as it is, or, if it tells of this machine, what goes up in its place."""
+    """Return the file to publish, or the bytes to publish instead if it contains paths of this machine."""
     if path.name == RECIPE:
         text = dump_portable(path)
         return path if text == path.read_text(encoding="utf-8") else text.encode()
@@ -102,18 +105,18 @@ def _published(path: Path, facts: Facts) -> Path | bytes:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} is damaged ({error})") from error
-    clean = _without_places(data, facts) if isinstance(data, dict) else data
+    clean = _without_paths(data, facts) if isinstance(data, dict) else data
     if path.name == MANIFEST and facts.manifest:
         clean = portable(facts.manifest)
     return path if clean == data else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _without_places(data: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    """Leave out where things were loaded from, and name the base of an adapter without its place."""
+def _without_paths(data: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """Drop the paths that models were loaded from, and name an adapter's local base without its path."""
     clean = {
-        key: _without_places(value, facts) if isinstance(value, dict) else value
+        key: _without_paths(value, facts) if isinstance(value, dict) else value
         for key, value in data.items()
-        if not (key in _PLACES and is_local(str(value)))
+        if not (key in _PATH_KEYS and is_local(str(value)))
     }
     if "base_model_name_or_path" in clean and facts.manifest and facts.base_id is None:
         clean["base_model_name_or_path"] = facts.manifest.base["name"]
@@ -121,12 +124,12 @@ def _without_places(data: dict[str, Any], facts: Facts) -> dict[str, Any]:
 
 
 def check_private(files: Iterable[RepoFile], token: str | None) -> None:
-    """Raise ArtifactError if a text among `files` holds an access token, or a path of somebody's home.
+    """Raise ArtifactError if a text among `files` contains an access token or a path of a home directory.
 
-    The last line of defence: what the kit writes has neither, but texts may have been edited.
+    The last line of defense: the kit writes neither, but the files may have been edited.
     """
     home = str(Path.home())
-    places = re.compile(rf"{_HOMES}|(?<![\w-]){re.escape(home)}(?![\w.-])" if len(home) > 1 else _HOMES)
+    paths = re.compile(rf"{_HOMES}|(?<![\w-]){re.escape(home)}(?![\w.-])" if len(home) > 1 else _HOMES)
     for file in files:
         if not file.name.endswith((".json", ".jinja", ".md", ".yaml")) or file.name == _TOKENIZER:
             continue
@@ -135,7 +138,7 @@ def check_private(files: Iterable[RepoFile], token: str | None) -> None:
             what = None
             if _SECRET.search(line) or (token and token in line):
                 what = "an access token"
-            elif places.search(line):
+            elif paths.search(line):
                 what = "a path of this machine"
             if what:
-                raise ArtifactError(f"{file.name}, line {number}, holds {what}; nothing was uploaded. Take it out.")
+                raise ArtifactError(f"{file.name}, line {number}, contains {what}; nothing was uploaded. Remove it.")

@@ -1,4 +1,4 @@
-"""The parts of the card: each says one thing of a model, from its facts, or nothing where nothing is known."""
+"""Write the parts of the card from what is known of a model; a part is empty if nothing is known."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FORMS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 _BASE_KEYS = ("language_model", "vision_tower")
 
 
-def own_words(facts: Facts) -> dict[str, Any]:
-    """Return what the recipe says for the card."""
+def card_settings(facts: Facts) -> dict[str, Any]:
+    """Return the `card` section of the recipe."""
     return facts.recipe.get("card") or {}
 
 
 def nf4(facts: Facts) -> bool:
-    """Tell whether the base was in 4 bits in training."""
+    """Tell whether the base was in NF4 in training."""
     return facts.manifest is not None and facts.manifest.quantization["type"] == "nf4"
 
 
@@ -43,31 +43,31 @@ def adapter_form(facts: Facts) -> dict[str, Any]:
 
 
 def opening(facts: Facts) -> str:
-    """Say in one paragraph what the model is."""
+    """Return one paragraph that says what the model is."""
     form = adapter_form(facts)
     trained = f"{_FORMS[form['type']]} and projector" if form else "the projector"
     if facts.manifest is None:
         return f"A LLaVA-1.5-style vision-language model in the layout of llava-hf, written by {_KIT}."
-    on = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else "a base of its own"
+    on = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else "a local base"
     what = f"{trained} for a LLaVA-1.5-style vision-language model" if facts.is_adapter else "A vision-language model"
-    how = "" if facts.is_adapter else f", with {trained} folded in"
+    how = "" if facts.is_adapter else f", with {trained} merged in"
     return f"{what[0].upper()}{what[1:]}, trained on {on} with {_KIT}{how}."
 
 
 def base_note(facts: Facts) -> str:
-    """Say what is to be known of a base that is not on the Hub, or that was altered by quantisation."""
+    """Return a note on a base that is not on the Hub, or that was changed by quantization."""
     if facts.manifest is None:
         return ""
     base = facts.manifest.base
     if facts.is_adapter and facts.base_id is None:
         return (
             f"**The base is not on the Hub:** it was a local directory{_parts(facts)}. Its weights have the sha256 "
-            f"`{base['weights_sha256']}` (of tensors by name, as the kit computes it); on any other base this adapter "
-            "is of no use."
+            f"`{base['weights_sha256']}` (of tensors by name, as the kit computes it); the adapter does not work on "
+            "any other base."
         )
     if not facts.is_adapter and nf4(facts):
         kind = (facts.merge or {}).get("base", "dequantized")
-        return f"Folded into the {kind} base: it was trained on the base in NF4."
+        return f"Merged into the {kind} base: it was trained on the base in NF4."
     return ""
 
 
@@ -78,7 +78,7 @@ def _parts(facts: Facts) -> str:
 
 
 def metric(facts: Facts) -> str:
-    """Say how answers were scored; before the metric was recorded it was that of VQA v2."""
+    """Return how answers were scored; old results do not record the metric, which was that of VQA v2."""
     name = facts.accuracy.get("metric")
     if name is None:
         return "accuracy in %: exact match after the normalization of VQA v2"
@@ -86,12 +86,12 @@ def metric(facts: Facts) -> str:
 
 
 def score_table(facts: Facts, *names: str) -> str:
-    """Lay the models' accuracies side by side, in Markdown; empty if the last was not asked."""
-    found = {name: facts.accuracy.get(name) for name in names}
-    if not found[names[-1]]:
+    """Return a Markdown table of the models' accuracies; empty if the last model was not evaluated."""
+    tables = {name: facts.accuracy.get(name) for name in names}
+    if not tables[names[-1]]:
         return ""
     shown = {TUNED_ON_BLIND: TUNED}
-    return accuracy_markdown({shown.get(name, name): _accuracies(table) for name, table in found.items() if table})
+    return accuracy_markdown({shown.get(name, name): _accuracies(table) for name, table in tables.items() if table})
 
 
 def _accuracies(table: Mapping[str, Any]) -> dict[str, Accuracy]:
@@ -100,25 +100,25 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, Accuracy]:
 
 
 def tested(facts: Facts) -> str:
-    """Say what the questions were."""
+    """Return the number of test questions and images, and their dataset."""
     count, images = facts.accuracy.get("questions", 0), facts.accuracy.get("images", 0)
     path = str(((facts.recipe.get("evaluation") or {}).get("data") or {}).get("path", ""))
     return f"{counted(count, 'question')} about {counted(images, 'image')}" + (f" of {data_link(path)}" if path else "")
 
 
 def data_link(path: str) -> str:
-    """Name a data set in Markdown."""
+    """Return the name of a dataset in Markdown, as a link if it is on the Hub."""
     return f"`{data_name(path)}`" if is_local(path) else f"[{path}](https://huggingface.co/datasets/{path})"
 
 
 def data_sets(facts: Facts) -> list[str]:
-    """Return the hub ids of the training data."""
+    """Return the hub ids of the training datasets."""
     paths = [str(stage["data"]["path"]) for stage in _stages(facts).values()]
     return list(dict.fromkeys(path for path in paths if not is_local(path)))
 
 
 def _stages(facts: Facts) -> dict[str, dict[str, Any]]:
-    """Return the settings of the stages that went into the model, in order."""
+    """Return the settings of the stages that trained the model, in order."""
     stages = facts.recipe.get("stages") or {}
     last = output.STAGES.index(facts.manifest.stage) if facts.manifest else len(output.STAGES)
     return {name: stages[name] for name in output.STAGES[: last + 1] if stages.get(name)}
@@ -132,7 +132,7 @@ def _seen(facts: Facts, stage: str) -> dict[str, Any]:
 
 
 def settings_table(facts: Facts) -> str:
-    """Lay out the stages and their settings, in Markdown; empty if no recipe is known."""
+    """Return a Markdown table of the stages' settings; empty without a recipe."""
     stages = _stages(facts)
     if not stages:
         return ""
@@ -149,35 +149,35 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
     return {
         "trained": "projector" if name == "align" else f"{_FORMS[facts.recipe['adapter']['type']]}, projector",
         "learning rate": f"{stage['learning_rate']:g}",
-        "of the projector": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
+        "projector learning rate": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
         "schedule": f"{stage['lr_scheduler_type']}, warmup {stage['warmup_ratio']:g}",
         "length": length,
-        "conversations in a step": _batch(seen.get("batch_size", stage["batch_size"])),
+        "conversations per step": _batch(seen.get("batch_size", stage["batch_size"])),
         "weight decay": f"{stage['weight_decay']:g}",
-        "tokens of a conversation, at most": f"{stage['max_length']:,}",
+        "max. tokens per conversation": f"{stage['max_length']:,}",
         "template": stage["template"],
-        "system text": stage["system"] or "",
+        "system prompt": stage["system"] or "",
         "images": aspect,
         **{
             label: f"{seen[key]:,}" if key in seen else ""
             for key, label in (("steps", "optimizer steps"), ("conversations", "conversations"))
         },
         "supervised tokens": f"{seen['supervised_tokens']:,}" if "supervised_tokens" in seen else "",
-        "loss at the end": f"{seen['train_loss']:.4g}" if "train_loss" in seen else "",
+        "final loss": f"{seen['train_loss']:.4g}" if "train_loss" in seen else "",
         "validation loss": _validation_loss(seen),
     }
 
 
 def _validation_loss(seen: Mapping[str, Any]) -> str:
-    """Give the validation loss of the kept weights and, where the best or the last step has another, both."""
+    """Return the validation loss of the saved weights, with those of the best and the last step if they differ."""
     if seen.get("eval_loss") is None:
         return ""
-    kept = f"{seen['eval_loss']:.4g}"
+    saved = f"{seen['eval_loss']:.4g}"
     best, last = seen.get("best_step"), seen.get("last_step")
     if best is None or last is None or best == last:
-        return kept
+        return saved
     figures = f"best {seen['best_eval_loss']:.4g} at step {best:,}, last {seen['last_eval_loss']:.4g} at step {last:,}"
-    return f"{kept} ({figures})"
+    return f"{saved} ({figures})"
 
 
 def _batch(size: int | str) -> str:
@@ -185,23 +185,23 @@ def _batch(size: int | str) -> str:
 
 
 def made_of(facts: Facts) -> str:
-    """Say what was trained, in which form and precision."""
+    """Return what was trained, in which form and precision."""
     if facts.manifest is None:
-        return "How it was trained is not recorded in its directory."
+        return "Its directory does not record how it was trained."
     quantization = facts.manifest.quantization
     form = adapter_form(facts)
     parts = ["The vision tower was frozen; the projector was trained in full"]
     if form:
         size = f" (r {form['r']}, alpha {form['lora_alpha']:g})" if "r" in form else ""
         parts.append(f"the language model was trained by {_FORMS[form['type']]}{size}")
-    double = ", double quantised" if quantization["double_quant"] else ""
+    double = ", double quantized" if quantization["double_quant"] else ""
     precision = f", computed in {quantization['compute_dtype']}" if "compute_dtype" in quantization else ""
-    parts.append(f"its base was in NF4{double}{precision}" if nf4(facts) else f"its base was not quantised{precision}")
+    parts.append(f"its base was in NF4{double}{precision}" if nf4(facts) else f"its base was not quantized{precision}")
     return "; ".join(parts) + "."
 
 
 def data_table(facts: Facts) -> str:
-    """Lay out the training data of each stage, in Markdown; empty if no recipe is known."""
+    """Return a Markdown table of each stage's training data; empty without a recipe."""
     rows = []
     for name, stage in _stages(facts).items():
         own = facts.manifest.data if facts.manifest and facts.manifest.stage == name else {}
@@ -213,12 +213,12 @@ def data_table(facts: Facts) -> str:
 
 
 def machine(facts: Facts) -> list[str]:
-    """Say what it was trained on, how long that took, and with which versions."""
+    """Return lines on hardware, training time, peak memory and library versions."""
     summary = facts.summary
     lines = []
     if hardware := summary.get("hardware"):
         lines.append(f"Hardware: {hardware}")
-    # Not the time of what came after: later stages, and the test of theirs.
+    # Without the time of what came later: further stages, and their evaluation.
     later = {*output.STAGES} - {*_stages(facts)} | ({output.EVALUATION} if not facts.accuracy else set())
     if seconds := {name: value for name, value in summary.get("seconds", {}).items() if name not in later}:
         phases = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
@@ -236,14 +236,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def licence(facts: Facts) -> str:
-    """Say what is known of licences."""
-    card = own_words(facts)
+def license_note(facts: Facts) -> str:
+    """Return what is known of the licenses of base, data and weights."""
+    card = card_settings(facts)
     lines = [
         f"Base: {card['base_license']}." if card.get("base_license") else "",
         f"Data: {str(card['data_license']).rstrip('.')}." if card.get("data_license") else "",
     ]
     own = card.get("license_name") or card.get("license")
-    lines.append(f"These weights: {own}." if own else "No licence for these weights is stated; ask their author.")
-    lines.append("Whoever uses them is bound by the licences of the base and of the data too.")
+    lines.append(f"These weights: {own}." if own else "No license is stated for these weights; ask their author.")
+    lines.append("The licenses of the base and of the data apply to them too.")
     return " ".join(line for line in lines if line)

@@ -1,4 +1,4 @@
-"""What is known of a model that is to be published: from its directory, and from that of its run."""
+"""Collect what is known of a model to publish, from its directory and from that of its run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lora_llava.recipe.file import read_recipe
 from lora_llava.run_directory import output
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
-"""Names in the repository of the loss curve and of the sample answers."""
+"""Names in the repository of the loss plot and of the sample answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A model to be published; what is not known is empty."""
+    """A model to publish; unknown fields are empty."""
 
     directory: Path
     manifest: Manifest | None
-    """That of the artifact, or of the artifact that was merged."""
+    """The manifest of the artifact, or of the artifact that was merged."""
     merge: dict[str, Any] | None
-    """The report of the merge, empty if there is none; None for an artifact."""
+    """The merge report, empty if there is none; None for an artifact."""
     recipe: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
@@ -36,22 +36,22 @@ class Facts:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it needs a base."""
+        """Whether the model is an adapter, which needs a base."""
         return self.manifest is not None and self.merge is None
 
     @property
     def base_id(self) -> str | None:
-        """The base's id on the Hub; None if the base is a directory, or is not known."""
+        """The base's hub id; None if the base is a directory or unknown."""
         base = self.manifest.base if self.manifest else {}
         return base["name"] if base.get("revision") else None
 
 
 def gather(source: Path, run: Path | None) -> Facts:
-    """Collect what is known of an artifact or model, with what its run left beside it.
+    """Collect what is known of an artifact or a model, including the results of its run.
 
-    `run` is the run's directory (None: for an artifact the one it lies in, if that is one). Raises ArtifactError if
-    `source` is neither artifact nor model, is damaged, or is not of the run that was named; RecipeError for a recipe
-    that this version does not read.
+    `run`: directory of the run; None: that of the artifact, if it is in one. Raises ArtifactError if `source` is
+    neither artifact nor model, is damaged, or is not of the named run; RecipeError for a recipe that this version
+    cannot read.
     """
     merge: dict[str, Any] | None = None
     manifest: Manifest | None
@@ -61,16 +61,16 @@ def gather(source: Path, run: Path | None) -> Facts:
         WeightFiles(source).check(read_config(source))
         manifest = merged_manifest(source)
         merge = _read_json(source / MERGE_REPORT)
-    found = _run_of(source, manifest, run)
-    recipes = [source / RECIPE, found / manifest.stage / RECIPE] if found and manifest else [source / RECIPE]
+    run = _run_of(source, manifest, run)
+    recipes = [source / RECIPE, run / manifest.stage / RECIPE] if run and manifest else [source / RECIPE]
     recipe = next((read_recipe(path).plain() for path in recipes if path.is_file()), {})
-    if found is None or manifest is None:
+    if run is None or manifest is None:
         return Facts(source, manifest, merge, recipe)
     stages = recipe.get("stages") or {}
     last = [stage for stage in output.STAGES if stages.get(stage)][-1:]
-    # The questions were put to the last stage of the run; an earlier one has no results of its own.
-    tested = found / output.EVALUATION if last == [manifest.stage] else None
-    pictures = {output.LOSS_PLOT: found / output.LOSS_PLOT}
+    # The run evaluated its last stage only; an earlier one has no results.
+    tested = run / output.EVALUATION if last == [manifest.stage] else None
+    pictures = {output.LOSS_PLOT: run / output.LOSS_PLOT}
     if tested:
         pictures[SAMPLES] = tested / SAMPLES
     return Facts(
@@ -78,30 +78,30 @@ def gather(source: Path, run: Path | None) -> Facts:
         manifest,
         merge,
         recipe,
-        summary=_read_json(found / output.SUMMARY),
+        summary=_read_json(run / output.SUMMARY),
         accuracy=_read_json(tested / ACCURACY) if tested else {},
         pictures={name: path for name, path in pictures.items() if path.is_file()},
     )
 
 
 def _run_of(source: Path, manifest: Manifest | None, run: Path | None) -> Path | None:
-    """Find the run that made an artifact; a run is known by the artifact it holds, not by a name."""
+    """Return the run that wrote an artifact. It is recognized by the artifact's hash, not by its name."""
     candidate = run or source.resolve().parent
     for stage in output.STAGES:
-        other = _read_json(candidate / stage / MANIFEST)
-        if manifest and other.get("adapter_sha256") == manifest.adapter_sha256:
+        recorded = _read_json(candidate / stage / MANIFEST)
+        if manifest and recorded.get("adapter_sha256") == manifest.adapter_sha256:
             return candidate
     if run is not None:
-        raise ArtifactError(f"{source} was not made by the run in {run}: no stage there has its weights")
+        raise ArtifactError(f"{source} was not written by the run in {run}: no stage there has its weights")
     return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file of the run; empty if there is none."""
+    """Read a JSON file of the run; empty if it is missing."""
     if not path.is_file():
         return {}
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); remove it to publish without what it says") from error
+        raise ArtifactError(f"{path} is damaged ({error}); remove it to publish without its information") from error
     return data

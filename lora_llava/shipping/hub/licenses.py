@@ -1,11 +1,11 @@
-"""The licences that the Hub knows by an id (huggingface.co/docs/hub/repositories-licenses)."""
+"""License ids of the Hub (huggingface.co/docs/hub/repositories-licenses)."""
 
 from __future__ import annotations
 
 OTHER = "other"
-"""For a licence of none of these ids; its name goes into `license_name`."""
+"""The id of every other license; its name goes into `license_name`."""
 
-LICENCES = frozenset(
+LICENSES = frozenset(
     """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5

@@ -1,4 +1,4 @@
-"""A push, from top to bottom: look, create, compare, commit, check."""
+"""Push to the Hub, top to bottom: prepare, create, compare, commit, verify."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _ATTRIBUTES = ".gitattributes"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that goes up, decided and checked before the first request."""
+    """Everything to upload, decided and checked before the first request."""
 
     repo_id: str
     files: list[RepoFile]
-    """The card among them."""
+    """Including the card."""
     left_out: list[str]
     card: str
     own_card: bool
@@ -36,21 +36,21 @@ class Prepared:
 
 
 def prepare(source: Path, repo_id: str, *, run: Path | None = None, samples: bool = True) -> Prepared:
-    """Decide what of `source`, an artifact or a model, goes up to `repo_id`; asks nothing of the network.
+    """Decide what of `source`, an artifact or a model, to upload to `repo_id`; makes no request.
 
-    `run`: directory of its run, for results and pictures. Raises ArtifactError or HubError for what cannot go up.
+    `run`: directory of its run, for results and images. Raises ArtifactError or HubError for what cannot be published.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no name of a repository: {error} Give it as NAMESPACE/NAME.") from error
+        raise HubError(f"{repo_id!r} is not a repository name: {error} Give it as NAMESPACE/NAME.") from error
     facts = gather(source, run)
     if not samples:
         facts.pictures.pop("samples.png", None)
     content = collect(facts)
     own = source / CARD
     if own.is_file():
-        card = read_card(own)
+        card = _read_card(own)
         check_card(card, str(own))
         content.files.append(RepoFile(CARD, own))
     else:
@@ -74,32 +74,32 @@ def publish(
 
 
 def push(prepared: Prepared, *, public: bool = False) -> list[str]:
-    """Create the repository if need be, and commit to it what is not there yet. Returns what to tell.
+    """Create the repository if it does not exist, and commit what it lacks. Returns the lines to show.
 
-    Private unless `public`. Nothing appears before all of it is there: it is one commit, on the state that was looked
-    at. Files of an earlier push that this one has no more are removed; others are left alone. Raises HubError.
+    Private unless `public`. All files appear at once, in one commit on the revision that was compared. Files of an
+    earlier push that this one lacks are removed; other files stay. Raises HubError.
     """
     refuse_offline()
     token = get_token()
     if token is None:
         raise HubError("there is no access token. Log in with: hf auth login, or set HF_TOKEN")
     api = HfApi(token=token, library_name="lora-llava")
-    wanted = prepared.repo_id
-    url = ask(f"create {wanted}", wanted, lambda: api.create_repo(wanted, private=not public, exist_ok=True), token)
+    name = prepared.repo_id
+    url = ask(f"create {name}", name, lambda: api.create_repo(name, private=not public, exist_ok=True), token)
     repo_id = url.repo_id
     info = ask(f"look at {repo_id}", repo_id, lambda: api.model_info(repo_id), token)
     if not info.private and not public:
-        raise HubError(f"{repo_id} exists and is public. Give --public to publish there, or another name")
+        raise HubError(f"{repo_id} exists and is public. Give --public to publish there, or use another name")
     files, lines = _with_card(prepared, api, info, token)
     names = {file.name for file in files}
     stale = sorted(name for name in _names(info) - names if is_ours(name))
     additions: list[CommitOperationAdd] = []
 
     def commit() -> str:
-        # Made anew for each attempt: the one before may have been done, and only its answer lost.
-        now = _names(api.model_info(repo_id))
+        # Computed again in each attempt: the previous one may have succeeded, and only its response been lost.
+        present = _names(api.model_info(repo_id))
         additions[:] = [CommitOperationAdd(file.name, file.content) for file in files]
-        deletions = [CommitOperationDelete(name) for name in stale if name in now]
+        deletions = [CommitOperationDelete(name) for name in stale if name in present]
         return api.create_commit(
             repo_id,
             [*additions, *deletions],
@@ -109,24 +109,26 @@ def push(prepared: Prepared, *, public: bool = False) -> list[str]:
 
     oid = ask(f"commit to {repo_id}", repo_id, commit, token)
     _check_remote(api, repo_id, oid, additions, token)
-    seen = "private" if info.private else "public"
+    visibility = "private" if info.private else "public"
     if oid == info.sha:
-        lines.insert(0, f"{url}: nothing to do, its {len(files)} files are there already ({seen}, commit {oid[:8]})")
+        lines.insert(
+            0, f"{url}: nothing to do, its {len(files)} files are there already ({visibility}, commit {oid[:8]})"
+        )
         return lines
-    lines.insert(0, f"{url}: {len(files)} files, {seen}, commit {oid[:8]}; their hashes there are those here")
+    lines.insert(0, f"{url}: {len(files)} files, {visibility}, commit {oid[:8]}; their hashes match the local files")
     if stale:
-        lines.append(f"removed, of an earlier push: {', '.join(stale)}")
-    if kept := sorted(_names(info) - names - set(stale) - {_ATTRIBUTES, CARD}):
-        lines.append(f"left alone, not of the kit: {', '.join(kept)}")
+        lines.append(f"removed, from an earlier push: {', '.join(stale)}")
+    if others := sorted(_names(info) - names - set(stale) - {_ATTRIBUTES, CARD}):
+        lines.append(f"kept, not from lora-llava: {', '.join(others)}")
     return lines
 
 
 def _names(info: ModelInfo) -> set[str]:
-    return {one.rfilename for one in info.siblings or []}
+    return {file.rfilename for file in info.siblings or []}
 
 
 def _with_card(prepared: Prepared, api: HfApi, info: ModelInfo, token: str) -> tuple[list[RepoFile], list[str]]:
-    """Leave the card out if the one on the Hub was written or edited there by hand; a README.md here wins."""
+    """Leave the card out if the one on the Hub was edited by hand; a local README.md replaces it."""
     if prepared.own_card or CARD not in _names(info):
         return prepared.files, []
     with tempfile.TemporaryDirectory() as directory:
@@ -139,25 +141,25 @@ def _with_card(prepared: Prepared, api: HfApi, info: ModelInfo, token: str) -> t
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     if is_unedited(text):
         return prepared.files, []
-    kept = f"kept: {CARD} on the Hub, which was edited there. To replace it put your own {CARD} beside the weights"
-    return [file for file in prepared.files if file.name != CARD], [kept]
+    note = f"kept: {CARD} on the Hub, which was edited there. To replace it, put your own {CARD} next to the weights"
+    return [file for file in prepared.files if file.name != CARD], [note]
 
 
 def _check_remote(api: HfApi, repo_id: str, revision: str, additions: list[CommitOperationAdd], token: str) -> None:
-    """Raise HubError unless each file is in the commit with the hash that it has here."""
+    """Raise HubError unless the commit holds each file with the hash of the local one."""
     tree = ask(
         f"read {repo_id} back",
         repo_id,
         lambda: {
-            one.path: one
-            for one in api.list_repo_tree(repo_id, recursive=True, revision=revision)
-            if isinstance(one, RemoteFile)
+            file.path: file
+            for file in api.list_repo_tree(repo_id, recursive=True, revision=revision)
+            if isinstance(file, RemoteFile)
         },
         token,
     )
-    wrong = [one.path_in_repo for one in additions if not _same(one, tree.get(one.path_in_repo))]
+    wrong = [added.path_in_repo for added in additions if not _same(added, tree.get(added.path_in_repo))]
     if wrong:
-        raise HubError(f"{repo_id}: {', '.join(wrong)} is not there as it is here; push again, and please report it")
+        raise HubError(f"{repo_id}: {', '.join(wrong)} differs from the local file; push again, and please report it")
 
 
 def _same(ours: CommitOperationAdd, theirs: RemoteFile | None) -> bool:
@@ -171,8 +173,8 @@ def _same(ours: CommitOperationAdd, theirs: RemoteFile | None) -> bool:
     return theirs.blob_id == blob.hexdigest()
 
 
-def read_card(path: Path) -> str:
-    """Read a card that was written by hand; ArtifactError if it is no text."""
+def _read_card(path: Path) -> str:
+    """Read a hand-written card; ArtifactError if it is not UTF-8 text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""How to load a published model: code and commands for the card."""
+"""Write the card's code and commands that load a published model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_llava.shipping.hub.describe import adapter_form, nf4
 from lora_llava.shipping.hub.facts import Facts
 
 _QUANTIZATION = """\
-# As it was trained: the language model in 4 bits, the rest as it is.
+# As in training: the language model in 4 bits, the other parts unquantized.
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -32,7 +32,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def python_code(facts: Facts, repo: str) -> str:
-    """Write the lines of Python that load the model and ask it about an image."""
+    """Return Python code that loads the model and asks it about an image."""
     names = ["AutoProcessor", *(["BitsAndBytesConfig"] if facts.is_adapter and nf4(facts) else [])]
     names.append("LlavaForConditionalGeneration")
     names += ["GenerationConfig"] if facts.is_adapter else []
@@ -47,7 +47,7 @@ def python_code(facts: Facts, repo: str) -> str:
         lines += _load_adapter(facts, repo)
     prompt = (facts.manifest.usage.answer_prompt if facts.manifest else None) or ""
     question = "What is in the image?" + (f"\n{prompt}" if prompt else "")
-    # The base's own generation settings do not know the end that training taught; a merged model's do.
+    # The base's generation settings lack the end-of-answer token of training; a merged model's have it.
     config = f'ends = GenerationConfig.from_pretrained("{repo}")\n' if facts.is_adapter else ""
     ends = "generation_config=ends, " if facts.is_adapter else ""
     return "\n".join(lines) + "\n" + _ASK.format(repo=repo, question=json.dumps(question), config=config, ends=ends)
@@ -65,13 +65,13 @@ def _load_adapter(facts: Facts, repo: str) -> list[str]:
         lines.append(_QUANTIZATION.format(double_quant=bool(quantization["double_quant"]), dtype=dtype).rstrip())
         base += ["quantization_config=quantization", f"dtype=torch.{dtype}"]
     base.append('device_map="auto"')
-    lines += ["base = LlavaForConditionalGeneration.from_pretrained(", *(f"    {one}," for one in base), ")"]
+    lines += ["base = LlavaForConditionalGeneration.from_pretrained(", *(f"    {argument}," for argument in base), ")"]
     lines.append(f'model = PeftModel.from_pretrained(base, "{repo}").eval()')
     return lines
 
 
 def vllm_commands(facts: Facts, repo: str) -> str:
-    """Write the commands that serve the model with vLLM."""
+    """Return the commands that serve the model with vLLM."""
     if not facts.is_adapter:
         return f"vllm serve {repo}"
     name, option = _local(facts, repo)
@@ -86,7 +86,7 @@ def vllm_commands(facts: Facts, repo: str) -> str:
 
 
 def gguf_commands(facts: Facts, repo: str) -> str:
-    """Write the commands that make files for llama.cpp and Ollama."""
+    """Return the commands that export the model for llama.cpp and Ollama."""
     name, option = _local(facts, repo)
     return f"{_download(repo)}\nlora-llava export {name} {name}-gguf --format gguf{option}"
 
