@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.work import IMAGE_ID, Shapes
-from lora_llava.modeling.base import dequantize, keep_unpacked
+from lora_llava.modeling.base import dequantize, disable_cpu_repacking
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.recipe.settings import AdapterSettings
@@ -87,4 +87,4 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
         )
         packed.weight = weight.to(device)
         model.set_submodule(f"{LANGUAGE_MODEL}.{name}", packed)
-    keep_unpacked(model)
+    disable_cpu_repacking(model)

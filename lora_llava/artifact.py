@@ -1,7 +1,7 @@
-"""What a stage leaves behind: one directory with everything it trained, and a manifest that says what it is.
+"""The artifact of a stage: a directory with everything the stage trained, and a manifest that describes it.
 
-`adapter_model.safetensors` holds LoRA and projector, in PEFT's own layout; plain `PeftModel.from_pretrained`
-loads it. The manifest identifies an artifact by what it holds, never by its name.
+`adapter_model.safetensors` holds LoRA and projector in PEFT's layout, so that `PeftModel.from_pretrained` loads it. The
+manifest identifies an artifact by its content, never by its name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lora_llava.system.text import dtype_name
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 MERGE_REPORT = "merge_report.json"
-"""In a merged model: how it was made, and under `artifact` the manifest of what it was made from."""
+"""In a merged model: how it was merged and, under `artifact`, the manifest of the merged artifact."""
 FORMAT = 1
 """Version of the manifest; a reader refuses a newer one."""
 
@@ -47,10 +47,10 @@ _KEYS = {
     "template": ("name", "system"),
     "images": ("image_aspect_ratio",),
 }
-"""What a reader needs of the manifest's mappings."""
+"""Keys that a reader needs in the manifest's mappings."""
 
 BASE_OPTION = "--base-model"
-"""The option of every command that takes an artifact, for a base that is not where its manifest says."""
+"""Every command that takes an artifact has this option, for a base that is not where the manifest says."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
@@ -65,7 +65,7 @@ class Manifest:
     base: dict[str, Any]
     """`name`, `revision`, `weights_sha256`, and `path` from the artifact's directory if the base is local."""
     parent_sha256: str | None
-    """Hash of the adapter this stage started from."""
+    """Hash of the adapter that the stage started from; None if it started from the base."""
     adapter_sha256: str
     quantization: dict[str, Any]
     template: dict[str, Any]
@@ -79,7 +79,7 @@ class Manifest:
 
     @property
     def usage(self) -> Usage:
-        """How the trained model wants to be asked."""
+        """How to prompt the trained model."""
         window = self.images.get("window")
         return Usage(
             self.template,
@@ -91,30 +91,30 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How a model is asked as it was trained: the template, what becomes of images, the text after each question."""
+    """How to prompt a model as in training: template, image transform, text after each question."""
 
     template: dict[str, Any] | None
-    """`name` and `system` of a template of the kit; None if none writes what the model was trained on."""
+    """`name` and `system` of a template of the kit; None if none of them matches the model's."""
     image_aspect_ratio: AspectRatio
     answer_prompt: str | None
     own: OwnTemplate | None = None
-    """The model's own chat template, where none of the kit writes the same."""
+    """The model's own chat template, if none of the kit's matches it."""
     window: tuple[float, float] | None = None
-    """Values of grey images with more than 8 bits that become black and white; None: the range of each image."""
+    """Values of gray images with more than 8 bits that become black and white; None: the range of each image."""
 
     @property
     def prompt_template(self) -> Template | OwnTemplate | None:
-        """The template to ask in; None if nothing says which."""
+        """The template to prompt with; None if it is unknown."""
         return self.own if self.template is None else get_template(**self.template)
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what a run computes."""
+    """Return the versions of the libraries that determine what a run computes."""
     return {name: version(name) for name in _LIBRARIES}
 
 
 def is_artifact(directory: Path) -> bool:
-    """Tell an artifact from a model; ArtifactError for a directory that is neither."""
+    """Tell whether a directory is an artifact or a whole model; ArtifactError if it is neither."""
     restore_around(directory)
     if (directory / MANIFEST).is_file():
         return True
@@ -122,38 +122,38 @@ def is_artifact(directory: Path) -> bool:
         return False
     raise ArtifactError(
         f"{directory} is neither an artifact (it has no {MANIFEST}) nor a model (no config.json). Give the directory "
-        "of a stage, such as runs/NAME/instruct, or of a merged model. Adapters and checkpoints of other tools are "
-        "brought in with: lora-llava import"
+        "of a stage, such as runs/NAME/instruct, or of a merged model. Convert adapters and checkpoints of other "
+        "tools with: lora-llava import"
     )
 
 
 def read_usage(directory: Path, template: str | None = None) -> Usage:
-    """Return how an artifact, a merged model or any LLaVA in the llava-hf layout is to be asked.
+    """Return how to prompt an artifact, a merged model or any LLaVA in the llava-hf layout.
 
-    Its manifest decides; where there is none, the chat template beside the model. `template` names one of the kit's
-    for a model that has neither, or has a wrong one; ArtifactError for an artifact, which knows its own.
+    From its manifest or, without one, from the chat template in its directory. `template` names one of the kit's for a
+    model that has neither, or a wrong one; ArtifactError for an artifact, whose manifest names its template.
     """
     manifest = read_manifest(directory) if is_artifact(directory) else merged_manifest(directory)
     if template is not None:
         if is_artifact(directory):
-            raise ArtifactError(f"{directory} is an artifact and says how it was trained; leave --template out")
+            raise ArtifactError(f"{directory} is an artifact, whose manifest names its template; leave --template out")
         get_template(template)
         known = manifest.usage if manifest else Usage(None, _aspect_ratio(directory), None)
         return replace(known, template={"name": template, "system": None}, own=None)
     if manifest is not None:
         return manifest.usage
     own = read_own_template(directory)
-    found = recognize(own) if own else None
-    if found is None:
+    known_template = recognize(own) if own else None
+    if known_template is None:
         return Usage(None, _aspect_ratio(directory), None, own)
-    return Usage({"name": found.name, "system": found.system}, _aspect_ratio(directory), None)
+    return Usage({"name": known_template.name, "system": known_template.system}, _aspect_ratio(directory), None)
 
 
 def template_to_ask(usage: Usage, directory: Path) -> Template | OwnTemplate:
-    """Return the template to ask a model in; ArtifactError if nothing beside it says which."""
+    """Return the template to prompt a model with; ArtifactError if its directory does not say which."""
     if (template := usage.prompt_template) is None:
         raise ArtifactError(
-            f"{directory} does not say how it is asked: it has neither a {MERGE_REPORT} nor a chat template "
+            f"{directory} does not name its template: it has neither a {MERGE_REPORT} nor a chat template "
             f"(chat_template.jinja, or chat_template in tokenizer_config.json). Name the template that it was trained "
             f"in: --template {' or '.join(TEMPLATES)}"
         )
@@ -161,14 +161,14 @@ def template_to_ask(usage: Usage, directory: Path) -> Template | OwnTemplate:
 
 
 def _aspect_ratio(directory: Path) -> AspectRatio:
-    """Read whether a model's own processor pads images to a square, as LLaVA-1.5 does; those of old do not say."""
+    """Read whether a model's processor pads images to a square, as LLaVA-1.5 does; old files do not say."""
     path = directory / "processor_config.json"
     images = read_json(path).get("image_processor") if path.is_file() else None
     return "pad" if not isinstance(images, dict) or images.get("do_pad") else "square"
 
 
 def merged_manifest(directory: Path) -> Manifest | None:
-    """Return the manifest of the artifact that a model was merged from; None if its making is not recorded."""
+    """Return the manifest of the artifact that a model was merged from; None without a merge report."""
     path = directory / MERGE_REPORT
     if not path.is_file():
         return None
@@ -186,11 +186,11 @@ def load_model(
     base: str | None = None,
     template: str | None = None,
 ) -> tuple[LoadedModel, Usage]:
-    """Load an artifact onto its base, or a whole model, ready to answer; with how to ask it.
+    """Load an artifact onto its base, or a whole model, for inference; also return how to prompt it.
 
     `device`: None takes the GPU if there is one; `dtype`: None takes bf16 on a GPU that has it, else fp32.
     `base` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these do, for a model
-    that does not say how it is asked, and if `base` is given for a model that needs none.
+    whose template is unknown, and if `base` is given for a whole model.
     """
     directory, device = Path(directory), device or pick_device()
     dtype = dtype or pick_dtype("auto", device)
@@ -199,7 +199,7 @@ def load_model(
     if is_artifact(directory):
         return load_artifact(directory, device=device, dtype=dtype, base=base)[0], usage
     if base is not None:
-        raise ArtifactError(f"{directory} is a whole model and has no base beside it; leave {BASE_OPTION} out")
+        raise ArtifactError(f"{directory} is a whole model and needs no base; leave {BASE_OPTION} out")
     identity = BaseIdentity(directory.resolve().name, None, "")
     loaded = load_base(directory, identity, nf4=False, double_quant=False, dtype=dtype, device=device)
     loaded.model.eval()
@@ -207,7 +207,7 @@ def load_model(
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest of an artifact; ArtifactError names what is wrong with it."""
+    """Read the manifest of an artifact and check the adapter against it; ArtifactError says what is wrong."""
     restore_around(directory)
     path = directory / MANIFEST
     if not path.is_file():
@@ -226,13 +226,15 @@ def read_manifest(directory: Path) -> Manifest:
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise ArtifactError(f"{directory}: {WEIGHTS} is missing")
-    if (found := file_sha256(weights)) != manifest.adapter_sha256:
-        raise ArtifactError(f"{weights} was altered: its sha256 is {found}, the manifest has {manifest.adapter_sha256}")
+    if (sha256 := file_sha256(weights)) != manifest.adapter_sha256:
+        raise ArtifactError(
+            f"{weights} was altered: its sha256 is {sha256}, the manifest has {manifest.adapter_sha256}"
+        )
     return manifest
 
 
 def portable(manifest: Manifest) -> dict[str, Any]:
-    """Give a manifest without the base's place, which means nothing elsewhere."""
+    """Return the manifest without the base's local path, for publishing."""
     return {**asdict(manifest), "base": {**manifest.base, "path": None}}
 
 
@@ -251,7 +253,7 @@ def save_artifact(
     recipe_yaml: str,
     place: Place = place_new,
 ) -> Manifest:
-    """Write an artifact; the directory appears by rename, or as `place` does it, when it is complete.
+    """Write an artifact; once complete, its directory is renamed into position, or moved there by `place`.
 
     `facts` are the manifest's fields other than `base`, `adapter_sha256` and `versions`.
     """
@@ -262,13 +264,13 @@ def save_artifact(
 def write_artifact(
     staging: Path, directory: Path, model: PeftModel, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str
 ) -> Manifest:
-    """Write the files of an artifact that will stand in `directory` to `staging`; see `save_artifact`."""
+    """Write the files of an artifact to `staging`, to be moved to `directory`; see `save_artifact`."""
     location = base_location(loaded.identity, loaded.directory, directory)
     for config in model.peft_config.values():
         config.base_model_name_or_path = location["path"] or location["name"]
         config.revision = location["revision"]
     model.save_pretrained(staging, save_embedding_layers=False)
-    # PEFT's generic card claims things that are not so (task, library tags); a card is made on publishing.
+    # PEFT's generic card states a wrong task and wrong tags; the kit writes its own when the model is published.
     (staging / "README.md").unlink(missing_ok=True)
     template = get_template(**facts["template"])
     save_processor(
@@ -291,8 +293,8 @@ def write_artifact(
 
 
 def base_location(identity: BaseIdentity, directory: Path, artifact: Path) -> dict[str, Any]:
-    """Describe the base so that it can be found again from the artifact: a hub id, or a relative path."""
-    # Both without links: a reader's `..` leads where the file system says, not where the name does.
+    """Return how to locate the base from the artifact: by a hub id, or by a relative path."""
+    # Resolve links in both: the file system follows `..` from the real directory, not from the name of a link.
     path = os.path.relpath(directory.resolve(), artifact.resolve()) if identity.revision is None else None
     return {**asdict(identity), "path": path}
 
@@ -300,10 +302,10 @@ def base_location(identity: BaseIdentity, directory: Path, artifact: Path) -> di
 def load_artifact(
     directory: Path, *, device: torch.device, dtype: torch.dtype, base: str | None = None
 ) -> tuple[LoadedModel, Manifest]:
-    """Load an artifact onto its base, quantised as it was trained, ready to answer.
+    """Load an artifact onto its base, quantized as in training, for inference.
 
-    `base` replaces the place where the manifest says the base is. Raises ArtifactError if the weights found
-    there are not those the artifact was trained on.
+    `base` replaces the base's location in the manifest. Raises ArtifactError if its weights are not those that the
+    artifact was trained on.
     """
     manifest = read_manifest(directory)
     base_directory = find_base(manifest, directory, base)
@@ -316,7 +318,7 @@ def load_artifact(
         dtype=dtype,
         device=device,
     )
-    # Where an answer ends is a matter of what was taught, not of the base alone.
+    # Training decides which tokens end an answer, not the base alone.
     if ends := stated_ends(directory):
         loaded.model.generation_config.eos_token_id = ends
     loaded.model = PeftModel.from_pretrained(loaded.model, str(directory), torch_device=str(device))
@@ -325,18 +327,20 @@ def load_artifact(
 
 
 def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Path:
-    """Return the directory of an artifact's base: `base` (directory or hub id), or where the manifest says it is.
+    """Return the directory of an artifact's base: `base` (directory or hub id), or the location in its manifest.
 
-    Raises ArtifactError if there is no such directory, and names the base that is needed.
+    Raises ArtifactError, which names the base that is needed, if there is no such directory.
     """
     name, revision, path = (manifest.base[key] for key in ("name", "revision", "path"))
     if base is None and path and not (artifact / path).is_dir():
         missing = shown_path((artifact / path).resolve())
-        raise ArtifactError(f"{artifact} was moved away from its base: no directory {missing}. {_needed(manifest)}")
+        raise ArtifactError(f"{artifact} was moved away from its base: {missing} does not exist. {_needed(manifest)}")
     if base is None and not path and revision is None:
-        raise ArtifactError(f"{artifact} was trained on a local directory and does not know where. {_needed(manifest)}")
+        raise ArtifactError(
+            f"{artifact} was trained on a local directory, and its manifest does not say which. {_needed(manifest)}"
+        )
     if base is not None and not Path(base).expanduser().is_dir() and not _HUB_ID.fullmatch(base):
-        raise ArtifactError(f"{BASE_OPTION} {base}: there is no such directory. {_needed(manifest)}")
+        raise ArtifactError(f"{BASE_OPTION} {base}: the directory does not exist. {_needed(manifest)}")
     return locate(base or (str(artifact / path) if path else name), revision)[0]
 
 
@@ -361,27 +365,27 @@ def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:
 
 
 def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path) -> None:
-    """Refuse a base other than the one the artifact was trained on."""
-    wanted = manifest.base["weights_sha256"]
-    if weights_sha256 != wanted:
+    """Raise ArtifactError for a base other than the one that the artifact was trained on."""
+    expected = manifest.base["weights_sha256"]
+    if weights_sha256 != expected:
         raise ArtifactError(
-            f"{artifact} was trained on another base: weights {wanted} ({manifest.base['name']}), but those at "
+            f"{artifact} was trained on another base: weights {expected} ({manifest.base['name']}), but those at "
             f"{found_at} are {weights_sha256}. Give the right one with {BASE_OPTION} DIR."
         )
 
 
-def check_adapter(artifact: Path, wanted: AdapterSettings) -> None:
-    """Refuse to go on training a LoRA of another form than the recipe states; see `recipe_start`, which is first."""
-    found = adapter_of(json.loads((artifact / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+def check_adapter(artifact: Path, adapter: AdapterSettings) -> None:
+    """Raise ArtifactError if the LoRA to continue from differs from the recipe's; `recipe.start` checks before."""
+    settings = adapter_of(json.loads((artifact / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     differing = [
-        f"adapter.{name}: {value}" for name, value in found.items() if value not in (None, getattr(wanted, name))
+        f"adapter.{name}: {value}" for name, value in settings.items() if value not in (None, getattr(adapter, name))
     ]
     if differing:
         raise ArtifactError(f"start_from: {artifact} has {', '.join(differing)}; set the recipe's to these")
 
 
 def load_projector(artifact: Path, model: Any) -> None:
-    """Copy the projector of an artifact into a bare base model."""
+    """Copy the projector of an artifact into a base model without an adapter."""
     state = {
         name.removeprefix(_PROJECTOR_KEY): tensor
         for name, tensor in load_file(artifact / WEIGHTS).items()

@@ -1,1 +1,1 @@
-"""How weights are named and stored: by llava-hf, by the original LLaVA, by PEFT."""
+"""File formats of others: llava-hf, the original LLaVA, PEFT's adapters, transformers' processors."""

@@ -1,4 +1,4 @@
-"""The layout of haotian-liu/LLaVA (v1.2.2): names of tensors, configuration, and pickled files.
+"""The layout of haotian-liu/LLaVA (v1.2.2): tensor names, configuration, and pickled files.
 
 Source: `llava/model/llava_arch.py`, `llava/model/language_model/llava_llama.py` and `llava/model/builder.py` there.
 """
@@ -47,17 +47,17 @@ _TEXT_KEYS = (
 
 
 def original_name(canonical: str, *, linear: bool) -> str:
-    """Spell a canonical name as the original code does; `linear`: the projector is one linear layer."""
+    """Return the original code's name of a tensor; `linear`: the projector is one linear layer."""
     if linear and canonical.startswith("multi_modal_projector.linear_1."):
         return canonical.replace("multi_modal_projector.linear_1.", "model.mm_projector.")
     for theirs, ours in _PREFIXES:
         if canonical.startswith(ours):
             return theirs + canonical.removeprefix(ours)
-    raise ModelError(f"{canonical!r} has no place in the original layout")
+    raise ModelError(f"{canonical!r} does not exist in the original layout")
 
 
 def from_original_name(name: str) -> str | None:
-    """Spell a name of the original code canonically, with or without PEFT's prefix; None for a computed buffer."""
+    """Return the canonical name of a tensor of the original code, with or without PEFT's prefix; None for a buffer."""
     name = _WRAPPING.sub("", name)
     if _COMPUTED.search(name):
         return None
@@ -70,12 +70,12 @@ def from_original_name(name: str) -> str | None:
 
 
 def is_linear(config: LlavaConfig) -> bool:
-    """Tell whether the projector is one linear layer (and an identity behind it)."""
+    """Tell whether the projector is one linear layer, followed by an identity."""
     return bool(config.projector_hidden_act == "linear")
 
 
 def identity_layer(width: int, dtype: torch.dtype, *, bias: bool) -> dict[str, torch.Tensor]:
-    """Return the second layer of a linear projector, by canonical names."""
+    """Return the second layer of a linear projector by canonical names: weight (width, width), bias (width,)."""
     state = {"multi_modal_projector.linear_2.weight": torch.eye(width, dtype=dtype)}
     if bias:
         state["multi_modal_projector.linear_2.bias"] = torch.zeros(width, dtype=dtype)
@@ -83,12 +83,12 @@ def identity_layer(width: int, dtype: torch.dtype, *, bias: bool) -> dict[str, t
 
 
 def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspect_ratio: str) -> dict[str, Any]:
-    """Write a configuration as the original code saves it. Raises ModelError for what it cannot express."""
+    """Return a configuration as the original code saves it. Raises ModelError for what that cannot express."""
     if not isinstance(config.vision_feature_layer, int):
         raise ModelError(f"vision_feature_layer {config.vision_feature_layer}: the original layout has one layer")
     text = config.text_config.to_dict()
     rope = text.get("rope_parameters") or {}
-    projector = {act: name for name, act in _PROJECTORS.items()}.get(config.projector_hidden_act)
+    projector = {activation: name for name, activation in _PROJECTORS.items()}.get(config.projector_hidden_act)
     if projector is None:
         raise ModelError(f"projector_hidden_act {config.projector_hidden_act!r}: not a projector of the original")
     return {
@@ -118,7 +118,7 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a mapping from a JSON file; ModelError if it is none."""
+    """Read a JSON object from a file; ModelError if the file holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -138,13 +138,13 @@ def check_original_config(data: dict[str, Any], where: Path) -> None:
     if data.get("mm_projector_type", "linear") not in _PROJECTORS:
         raise ModelError(f"{where}: mm_projector_type {data['mm_projector_type']!r}, known: {', '.join(_PROJECTORS)}")
     if data.get("mm_use_im_start_end"):
-        raise ModelError(f"{where}: mm_use_im_start_end puts tokens around the image, which LLaVA-1.5 does not")
+        raise ModelError(f"{where}: mm_use_im_start_end puts tokens around the image; LLaVA-1.5 has none")
     if data.get("mm_patch_merge_type", "flat") != "flat" or data.get("image_aspect_ratio") == "anyres":
         raise ModelError(f"{where}: image_aspect_ratio anyres is LLaVA-NeXT's; only LLaVA-1.5 is read")
 
 
 def from_original_config(data: dict[str, Any], vision_config: Any) -> LlavaConfig:
-    """Make the configuration of an original LLaVA-1.5; `image_token_index` and vocabulary are still to be set."""
+    """Return the configuration of an original LLaVA-1.5, without `image_token_index` and added vocabulary."""
     text = {key: data[key] for key in _TEXT_KEYS if data.get(key) is not None}
     text["rope_theta"] = data.get("rope_theta") or 10000.0
     if data.get("rope_scaling"):
@@ -160,16 +160,15 @@ def from_original_config(data: dict[str, Any], vision_config: Any) -> LlavaConfi
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors or pickled file of tensors.
+    """Read a safetensors or pickled file of named tensors; a pickled one is memory-mapped if possible.
 
-    Of a pickle only tensors are read (`weights_only`), mapped from the file: code in it is refused, not run.
-    Raises ModelError.
+    A pickle that holds anything but tensors is refused, and no code in it is run (`weights_only`). Raises ModelError.
     """
     try:
         if path.suffix == ".safetensors":
             state: dict[str, torch.Tensor] = load_file(path)
             return state
-        # torch warns of old pickles; whether they are read or refused is what the user needs to know.
+        # torch's warnings about old pickles do not help the user: the file is read or refused.
         with warnings.catch_warnings(action="ignore"):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
@@ -180,12 +179,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(data, dict) or not all(isinstance(one, torch.Tensor) for one in data.values()):
+    if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
         raise ModelError(f"{path}: not a file of named tensors")
     return data
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Tell torch's zip files, which can be mapped, from those before torch 1.6."""
+    """Tell whether a file is a zip of torch 1.6 or later, which can be memory-mapped."""
     with path.open("rb") as handle:
         return handle.read(2) == b"PK"

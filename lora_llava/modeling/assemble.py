@@ -1,4 +1,4 @@
-"""A fresh LLaVA from its parts: a Llama-family language model, a CLIP vision tower and a new projector."""
+"""Assemble a LLaVA from a Llama-family language model, a CLIP vision tower and a new projector."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lora_llava.recipe.settings import BaseModelSettings
 
 
 def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
-    """Write a LLaVA with a fresh projector to `directory`, in the llava-hf layout, with tokenizer and processor.
+    """Write a LLaVA with a new projector to `directory`, in the llava-hf layout, with tokenizer and processor.
 
-    Raises ModelError if a part cannot be had or is of another architecture.
+    Raises ModelError if a part cannot be loaded or has another architecture.
     """
     assert settings.language_model and settings.vision_tower
-    # Before any weight is read: transformers would load a tower of another architecture, and make up what is missing.
+    # Before any weight is read: transformers would load a tower of another architecture and initialize what is missing.
     config, tokenizer = part_configs(settings)
     tower_source = vision_tower_source(settings.vision_tower)
     with hub_errors("language model", settings.language_model):
@@ -61,9 +61,9 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
 
 
 def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype, ends: Sequence[int] = ()) -> None:
-    """Write config.json and generation_config.json of a model whose weights are of `dtype`.
+    """Write config.json and generation_config.json of a model with weights in `dtype`.
 
-    `ends` are the tokens that end an answer; without any, those of `config`.
+    `ends`: ids of the tokens that end an answer; empty: those of `config`.
     """
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = dtype
@@ -75,17 +75,17 @@ def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype, ends: 
 
 
 def _ends(language_model: Any, tokenizer: Any) -> list[int]:
-    """Return the end tokens of a language model: those it states, and its tokenizer's."""
+    """Return the ids of the tokens that end an answer: the language model's and its tokenizer's."""
     stated = language_model.generation_config.eos_token_id
     ends = stated if isinstance(stated, list) else [stated]
-    # A configuration that states none has 2 by default, in some vocabularies a word.
-    special = [one for one in ends if one in tokenizer.added_tokens_decoder]
+    # A configuration without one defaults to id 2, which is a word in some vocabularies.
+    special = [token for token in ends if token in tokenizer.added_tokens_decoder]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*special, *own]))
 
 
 def pad_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Add rows (vocabulary, width) up to `size`: the mean of those there are, which no output prefers."""
+    """Pad rows (vocabulary, width) to (`size`, width) with their mean, which makes no new token likely."""
     if rows.shape[0] >= size:
         return rows
     mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
@@ -93,13 +93,13 @@ def pad_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _language_model_state(language_model: nn.Module, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Rename the language model's weights to their place in LLaVA, the vocabulary padded with the mean row."""
+    """Return the language model's weights by their names in LLaVA, the vocabulary padded with the mean row."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in language_model.state_dict().items():
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = pad_rows(tensor, vocabulary)
-        place = name if name.startswith(LM_HEAD) else f"{LANGUAGE_MODEL}.{name.removeprefix('model.')}"
-        state[place] = tensor
+        key = name if name.startswith(LM_HEAD) else f"{LANGUAGE_MODEL}.{name.removeprefix('model.')}"
+        state[key] = tensor
     state.setdefault("lm_head.weight", state[f"{LANGUAGE_MODEL}.embed_tokens.weight"])
     return state
 
@@ -107,12 +107,10 @@ def _language_model_state(language_model: nn.Module, vocabulary: int) -> dict[st
 def _fresh_projector(
     shapes: nn.Module, config: LlavaConfig, seed: int, embeddings: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Initialise the projector as LLaVA-1.5 does (`nn.Linear`'s own initialisation).
+    """Initialize the projector as LLaVA-1.5 does, with `nn.Linear`'s default initialization.
 
-    With `embeddings` (vocabulary, hidden size) its last layer is then moved: see `_move_among`.
-
-    For `linear`, linear_2 is the identity and stays frozen: one trained linear map in a layout that every
-    reader of LLaVA knows.
+    With `embeddings` (vocabulary, hidden size), `_match_embedding_statistics` then rescales its last layer. For
+    `linear`, linear_2 is the identity and stays frozen: one trained linear map, in the layout of every LLaVA reader.
     """
     generator = torch.random.fork_rng(devices=[])
     with generator:
@@ -126,15 +124,17 @@ def _fresh_projector(
         if fresh["linear_2"].bias is not None:
             nn.init.zeros_(fresh["linear_2"].bias)
     if embeddings is not None:
-        _move_among(embeddings.float(), fresh, config, seed)
+        _match_embedding_statistics(embeddings.float(), fresh, config, seed)
     return {f"{name}.{key}": value for name, layer in fresh.items() for key, value in layer.state_dict().items()}
 
 
-def _move_among(embeddings: torch.Tensor, fresh: dict[str, nn.Linear], config: LlavaConfig, seed: int) -> None:
-    """Give the outputs of a fresh projector the mean and the spread of the language model's word embeddings.
+def _match_embedding_statistics(
+    embeddings: torch.Tensor, fresh: dict[str, nn.Linear], config: LlavaConfig, seed: int
+) -> None:
+    """Rescale a new projector so that its outputs have the mean and spread of the word embeddings.
 
-    What comes in is taken to have unit spread. Far from the words, a small language model reads an image token but
-    does not work on it: it learns to name what it sees and not to compare it with what it is asked.
+    Assumes inputs of unit variance. With image tokens far from the words, a small language model learns to name what
+    the image shows, but not to relate it to the question.
     """
     inputs = torch.randn(4096, fresh["linear_1"].in_features, generator=torch.Generator().manual_seed(seed))
     linear = config.projector_hidden_act == "linear"

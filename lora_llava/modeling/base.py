@@ -1,7 +1,7 @@
-"""The base model: found, or assembled from parts, then loaded in the precision a run asks for.
+"""Locate, hash and load the base model, in the precision of the run.
 
-Whatever a recipe names as its base becomes a directory in the llava-hf layout first; loading and quantising
-know that one form only, and so does plain `LlavaForConditionalGeneration.from_pretrained`.
+A base is always a directory in the llava-hf layout, which `LlavaForConditionalGeneration.from_pretrained` reads too;
+`assemble` writes one from parts.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """What an artifact remembers of the base it was trained on."""
+    """What an artifact records of the base it was trained on."""
 
     name: str
-    """Hub id, or the name of the directory; for reading, never compared."""
+    """Hub id, or the name of the directory; for users to read, never compared."""
     revision: str | None
     weights_sha256: str
-    """Hash of every weight, by name; the same however the weights are sharded."""
+    """Hash of all weights by name; it does not depend on how they are sharded."""
 
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model and what is needed to feed it."""
+    """A model, with its tokenizer and the statistics of its pixel values."""
 
     model: Any
     """`LlavaForConditionalGeneration`, or a `PeftModel` around one."""
@@ -55,12 +55,12 @@ class LoadedModel:
 
     @property
     def image_size(self) -> int:
-        """Side of the square that the vision tower sees, in pixels."""
+        """Side of the vision tower's square input, in pixels."""
         return int(self.config.vision_config.image_size)
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholder tokens that stand for one image."""
+        """Number of image tokens for one image."""
         return num_image_tokens(self.config)
 
     @property
@@ -72,7 +72,7 @@ class LoadedModel:
 def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     """Return the local directory of a base and the commit it came from (None for a directory).
 
-    Raises ModelError if it is neither a directory nor to be had from the hub.
+    Raises ModelError if it is neither a directory nor available from the hub.
     """
     directory = Path(name).expanduser()
     if directory.is_dir():
@@ -85,25 +85,25 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def hash_weights(directory: Path) -> str:
-    """Hash all tensors of a directory's safetensors files: names, types, shapes and bytes, in name order."""
+    """Hash all tensors of a directory's safetensors files: names, dtypes, shapes and bytes, in name order."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{directory}: no .safetensors file. Pickled weights are not read; convert them first.")
-    places: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            places.update(dict.fromkeys(handle.keys(), file))
+            files_by_name.update(dict.fromkeys(handle.keys(), file))
     digest = hashlib.sha256()
     total = sum(file.stat().st_size for file in files) // 2**20
     with counting("hashing the weights, MiB", total) as advance:
-        _hash_tensors(places, digest, advance)
+        _hash_tensors(files_by_name, digest, advance)
     return digest.hexdigest()
 
 
-def _hash_tensors(places: dict[str, Path], digest: hashlib._Hash, advance: Advance) -> None:
+def _hash_tensors(files_by_name: dict[str, Path], digest: hashlib._Hash, advance: Advance) -> None:
     hashed = 0
-    for name in sorted(places):
-        with safe_open(places[name], framework="pt") as handle:
+    for name in sorted(files_by_name):
+        with safe_open(files_by_name[name], framework="pt") as handle:
             tensor = handle.get_tensor(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
@@ -113,10 +113,10 @@ def _hash_tensors(places: dict[str, Path], digest: hashlib._Hash, advance: Advan
 
 
 def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 for the language model's linear layers alone.
+    """Return the settings that quantize only the language model's linear layers to NF4.
 
-    The skip list needs full names: bitsandbytes matches them from the start or as a suffix, and a name that
-    matches nothing is ignored without a word. `check_stage` counts the outcome.
+    The skip list needs full names: bitsandbytes matches them as a prefix or a suffix, and silently ignores a name that
+    matches nothing. `check_stage` counts the quantized layers.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -137,7 +137,7 @@ def load_base(
     device: torch.device,
     keep_dequantized: bool = False,
 ) -> LoadedModel:
-    """Load a LLaVA directory onto `device`, quantised if `nf4`, everything else in `dtype`."""
+    """Load a LLaVA directory onto `device`, in `dtype`; with `nf4`, the language model's linear layers in NF4."""
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -146,16 +146,16 @@ def load_base(
             directory,
             dtype=dtype,
             quantization_config=quantization_config(double_quant, dtype) if nf4 else None,
-            # Contract: the packed forward hands over a bool mask, which eager attention would silently *add*.
+            # SDPA first; training switches to tree or flex attention later.
             attn_implementation="sdpa",
             device_map={"": device},
         )
     if nf4:
-        keep_unpacked(model)
+        disable_cpu_repacking(model)
         if keep_dequantized:
             dequantize(model)
     drop_unused_layers(model)
-    # What is trained is so in fp32; in a narrower type a trained projector would be rounded on its way in.
+    # Keep trainable weights in fp32: loading a trained projector in bf16 would round it.
     model.get_submodule(PROJECTOR).float()
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
@@ -171,11 +171,11 @@ def load_base(
     )
 
 
-def keep_unpacked(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX512-BF16.
 
-    It would do so in place at the first evaluation, for good: training on, gradients would end at the first packed
-    layer without a word, and the logits would be off by 0.3 %.
+    It would repack them in place and for good at the first evaluation: in further training, gradients would silently
+    stop at the first repacked layer, and logits would be off by 0.3 %.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -183,25 +183,25 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def dequantize(model: nn.Module) -> None:
-    """Put the values of the 4-bit weights in their place, in the precision they would be computed in.
+    """Replace each 4-bit layer by a linear layer with its dequantized weights, in the dtype that it computes in.
 
-    What a quantised layer computes, it computes from just these values; this saves making them in every pass.
+    The results are the same; this saves dequantizing the weights in every pass.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, Linear4bit):
             continue
         weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype)
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        plain.bias = module.bias
-        model.set_submodule(name, plain)
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.bias
+        model.set_submodule(name, linear)
 
 
 def drop_unused_layers(model: Any) -> None:
-    """Remove the vision tower's layers behind the one whose output is projected: of CLIP's the last."""
+    """Remove the vision tower's layers after the one whose output is projected: in CLIP the last one."""
     layers = model.get_submodule(VISION_TOWER).encoder.layers
-    wanted = used_layers(model.config)
-    if wanted == len(layers):
+    used = used_layers(model.config)
+    if used == len(layers):
         return
-    del layers[wanted:]
-    model.config.vision_feature_layer = wanted
+    del layers[used:]
+    model.config.vision_feature_layer = used

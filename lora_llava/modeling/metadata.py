@@ -1,4 +1,4 @@
-"""What a base is, without its weights: configuration and tokenizer. PyTorch is not needed for either."""
+"""Read the configuration and tokenizer of a base, without its weights and without PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.settings import BaseModelSettings
 
 VOCABULARY_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this, as llava-hf does (32,000 + `<image>` + `<pad>` -> 32,064)."""
+"""The vocabulary is padded to a multiple of this, as in llava-hf's models (32,000 + `<image>` + `<pad>` -> 32,064)."""
 
 _PROJECTOR_ACTIVATION = {"mlp2x_gelu": "gelu", "linear": "linear"}
 _PACKAGED = "package:"
@@ -27,9 +27,9 @@ _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
-    """Return the configuration and tokenizer of a base, found or to be assembled; no weight is read.
+    """Return the configuration and tokenizer of a base, existing or to be assembled; no weight is read.
 
-    For local files no network is touched. Raises ModelError.
+    Local files need no network. Raises ModelError.
     """
     name = settings.model_name_or_path
     if name is None:
@@ -44,7 +44,7 @@ def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
 
 
 def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
-    """Return the configuration and tokenizer of a LLaVA directory; ModelError if it holds something else."""
+    """Return the configuration and tokenizer of a LLaVA directory; ModelError if it is none."""
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -52,7 +52,7 @@ def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
 
 
 def read_config(directory: Path) -> LlavaConfig:
-    """Read the configuration of a LLaVA directory; ModelError if it holds something else."""
+    """Read the configuration of a LLaVA directory; ModelError if it is none."""
     with hub_errors("base", str(directory)):
         data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if data.get("model_type") != "llava":
@@ -69,7 +69,7 @@ def read_config(directory: Path) -> LlavaConfig:
 
 @contextmanager
 def hub_errors(what: str, name: str) -> Iterator[None]:
-    """Turn the many errors of a missing file, hub or network into one ModelError that names `name`."""
+    """Turn any error of a missing file, the hub or the network into a ModelError that names `name`."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -95,12 +95,12 @@ def vision_tower_source(name: str) -> str:
         return name
     directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
     if not directory.is_dir():
-        raise ModelError(f"base.vision_tower: the package holds no tower {name!r}; it holds package:vision_tower")
+        raise ModelError(f"base.vision_tower: the package has no tower {name!r}, only package:vision_tower")
     return str(directory)
 
 
 def assembled_config(settings: BaseModelSettings, text_config: Any, vision_config: Any, tokenizer: Any) -> LlavaConfig:
-    """Make the configuration of the whole from those of its parts; adds `<image>` to `tokenizer`."""
+    """Return the configuration of a LLaVA with these parts; adds `<image>` to `tokenizer`."""
     if text_config.model_type != "llama":
         raise ModelError(
             f"base.language_model {settings.language_model!r} is a {text_config.model_type!r} model; needed: one of "
@@ -111,7 +111,7 @@ def assembled_config(settings: BaseModelSettings, text_config: Any, vision_confi
     text_config = copy.deepcopy(text_config)
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
-    # Where the parts lay on this machine is nobody's business.
+    # Keep local paths of the parts out of the published configuration.
     text_config._name_or_path = vision_config._name_or_path = ""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
     if tokenizer.pad_token is None:

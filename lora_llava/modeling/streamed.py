@@ -1,4 +1,4 @@
-"""A model larger than the memory: each block of the language model is read for its own pass and then let go."""
+"""Run a model larger than memory: each decoder layer is read before its forward pass and freed after it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 ReadParameter = Callable[[str, torch.Tensor], torch.Tensor]
-"""Gives the values of a parameter by its name in the model, and the parameter (for its shape)."""
+"""Reads the values of a parameter, given its name in the model and the parameter itself (for its shape)."""
 
 
 def empty_llava(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """Build a LLaVA whose parameters have shapes but no memory; buffers are computed as usual."""
+    """Build a LLaVA with parameters on the meta device; buffers are computed as usual."""
     config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
         model = LlavaForConditionalGeneration(config)
@@ -24,10 +24,10 @@ def empty_llava(config: LlavaConfig) -> LlavaForConditionalGeneration:
 
 
 def stream_weights(model: Any, read: ReadParameter) -> None:
-    """Fill `model` (a LLaVA, or PEFT around one, made empty) with what `read` gives, in fp32.
+    """Make `model` (an empty LLaVA, or PEFT around one) compute with the weights that `read` returns, in fp32.
 
-    Everything but the language model's blocks is filled now and stays; a block is filled before its forward
-    pass and emptied after it. For inference only.
+    A decoder layer is filled before its forward pass and emptied after it; everything else is filled now and stays.
+    For inference only.
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, LlamaDecoderLayer)}
     for name, block in blocks.items():
@@ -40,7 +40,7 @@ def stream_weights(model: Any, read: ReadParameter) -> None:
 
 
 def _fill(name: str, module: nn.Module, read: ReadParameter) -> None:
-    """Fill a module's own parameters."""
+    """Fill the parameters of a module, without those of its children."""
     for key, parameter in module._parameters.items():
         if parameter is not None:
             values = read(f"{name}.{key}", parameter).float().reshape(parameter.shape)

@@ -210,7 +210,7 @@ def test_k24_a_moved_artifact_names_the_base_that_it_needs(
 
 def test_k24_a_wrong_base_and_a_typo_are_named(artifact: Path, tiny_base: Path, tmp_path: Path) -> None:
     result = run("chat", moved(artifact, tmp_path), QUESTION, "--base-model", "typo")
-    assert "--base-model typo: there is no such directory" in result.stderr
+    assert "--base-model typo: the directory does not exist" in result.stderr
     assert hash_weights(tiny_base) in result.stderr
     other = save_tiny_base(tmp_path / "other", seed=9)
     result = run("chat", artifact, QUESTION, "--base-model", other)
@@ -224,7 +224,7 @@ def test_k24_a_published_artifact_does_not_look_for_its_base_on_the_hub(artifact
     manifest["base"]["path"] = None
     (here / "manifest.json").write_text(json.dumps(manifest))
     result = run("chat", here, QUESTION)
-    assert "was trained on a local directory and does not know where" in result.stderr
+    assert "was trained on a local directory, and its manifest does not say which" in result.stderr
     assert "--base-model DIR" in result.stderr
 
 
@@ -286,7 +286,7 @@ def test_k10_a_model_that_says_nothing_is_refused_with_the_way_to_name_its_templ
     say(base, chain_of(get_template("chatml"), tokenizer, IM_END_ID))
     result = run("chat", base, "--image", picture, QUESTION)
     assert result.exit_code == 1
-    assert "does not say how it is asked" in result.stderr
+    assert "does not name its template" in result.stderr
     assert "--template plain or vicuna_v1 or chatml" in result.stderr
     named = run("chat", base, "--image", picture, QUESTION, "--template", "chatml")
     assert named.stdout == words() + "\n"

@@ -158,7 +158,7 @@ def test_eval_and_chat_take_a_merged_model(artifact: Path, merged: Path, tmp_pat
     assert chats[0].exit_code == chats[1].exit_code == 0
     assert chats[0].stdout == chats[1].stdout
     refused = run("eval", merged, *options, "--base", tmp_path, "--output", tmp_path / "d")
-    assert "has no base beside it" in refused.stderr
+    assert "needs no base" in refused.stderr
     nothing = run("chat", tmp_path, "--image", tmp_path / "0.png", "color?")
     assert "neither an artifact" in nothing.stderr
 
@@ -167,7 +167,7 @@ def test_how_a_model_wants_to_be_asked(artifact: Path, merged: Path, tiny_base: 
     assert read_usage(merged) == read_usage(artifact) == Usage({"name": "vicuna_v1", "system": None}, "pad", None)
     # Neither a manifest nor a chat template: nothing is guessed.
     assert read_usage(tiny_base) == Usage(None, "square", None)
-    with pytest.raises(ArtifactError, match=r"does not say how it is asked.*--template"):
+    with pytest.raises(ArtifactError, match=r"does not name its template.*--template"):
         template_to_ask(read_usage(tiny_base), tiny_base)
     assert template_to_ask(read_usage(tiny_base, "chatml"), tiny_base) == get_template("chatml")
 

@@ -208,14 +208,14 @@ def test_one_tensor_at_a_time(tiny_base: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_feature_layer": [-2, -1]}, "of several layers"),
+        ({"vision_feature_layer": [-2, -1]}, "one layer, not of several"),
         ({"vision_feature_layer": 0}, "needs at least one"),
-        ({"vision_feature_select_strategy": "full"}, "leaves the class token out"),
+        ({"vision_feature_select_strategy": "full"}, "drops the class token"),
         ({"projector_hidden_act": "linear"}, "only mm_projector_type mlp2x_gelu"),
-        ({"vision_config.hidden_act": "relu"}, "llama.cpp has none such"),
-        ({"text_config.hidden_act": "relu"}, "knows silu alone"),
+        ({"vision_config.hidden_act": "relu"}, "unsupported by llama.cpp"),
+        ({"text_config.hidden_act": "relu"}, "supports only silu"),
         ({"text_config.rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "linear and llama3"),
-        ({"text_config.vocab_size": 280}, "the embeddings 280 rows"),
+        ({"text_config.vocab_size": 280}, "the embeddings have 280 rows"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

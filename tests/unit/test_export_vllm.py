@@ -171,7 +171,7 @@ def test_ranks_and_scales_that_differ_become_one(tiny_base: Path, tmp_path: Path
 def test_what_vllm_refuses_is_refused_here(tiny_base: Path, tmp_path: Path) -> None:
     dora = make_artifact(tiny_base, tmp_path / "dora", kind="dora")
     align = make_artifact(tiny_base, tmp_path / "align", "align")
-    for source, match in ((dora, "DoRA, which vLLM"), (align, "no LoRA"), (tiny_base, "serves it as it is")):
+    for source, match in ((dora, "DoRA, which vLLM"), (align, "no LoRA"), (tiny_base, "vLLM serves it directly")):
         with pytest.raises(ArtifactError, match=match):
             export(source, tmp_path / "out")
     for setting, value in (("init_lora_weights", "pissa"), ("lora_bias", True)):
