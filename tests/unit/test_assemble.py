@@ -226,7 +226,7 @@ def test_other_architectures_are_refused(parts: tuple[Path, Path], tmp_path: Pat
 
 def test_an_unknown_packaged_tower_is_refused() -> None:
     assert vision_tower_source("openai/clip-vit-large-patch14-336") == "openai/clip-vit-large-patch14-336"
-    with pytest.raises(ModelError, match="package holds no tower 'package:nonsense'"):
+    with pytest.raises(ModelError, match="package has no tower 'package:nonsense'"):
         vision_tower_source("package:nonsense")
 
 

@@ -130,7 +130,7 @@ def test_the_card_of_a_merged_model(tiny_base: Path, tmp_path: Path) -> None:
     assert b"openai/clip" in sent
     bare = make_card(gather(tmp_path / "merged", None), REPO)
     assert card_errors(bare) == []
-    assert "is not recorded" in bare
+    assert "does not record how it was trained" in bare
 
 
 def test_an_earlier_stage_has_no_results_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
