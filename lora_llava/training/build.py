@@ -22,7 +22,7 @@ from lora_llava.training.checks.non_finite import NonFiniteGuard
 from lora_llava.training.checks.samples import SampleAnswers
 from lora_llava.training.checks.trained_weights import TrainedWeights
 from lora_llava.training.feature_cache import use_features
-from lora_llava.training.log import TrainLog
+from lora_llava.training.log import TrainingLog
 from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import TrackedRun, run_name
 from lora_llava.training.trainer import PackedTrainer
@@ -57,7 +57,7 @@ def make_trainer(
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         checks=_make_checks(stage, loaded, data, guard, validation),
-        callbacks=[TrainLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
+        callbacks=[TrainingLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
     )
 
 
@@ -107,7 +107,7 @@ def _training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.
         logging_nan_inf_filter=False,
         eval_strategy="no" if interval is None else "steps",
         eval_steps=interval,
-        # With `save_steps: auto`, `Saver` decides when to save before the last step.
+        # With `save_steps: auto`, `CheckpointSaver` decides when to save before the last step.
         save_strategy="steps",
         save_steps=len(data.plan.steps) if settings.save_steps == "auto" else settings.save_steps,
         seed=recipe.seed,

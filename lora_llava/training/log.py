@@ -1,4 +1,4 @@
-"""What a person sees of a stage while it trains, and `train_log.jsonl`."""
+"""Write `train_log.jsonl`, and show the progress of a stage on the console."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MAX_SHOWN = 200
 """Characters of a question or an answer that the log shows on the screen."""
 
 
-class TrainLog(TrainerCallback):  # type: ignore[misc]
-    """Writes one JSON line for each log of the Trainer, and shows it: a bar on a terminal, lines elsewhere."""
+class TrainingLog(TrainerCallback):  # type: ignore[misc]
+    """Writes one JSON line for each log of the Trainer and prints it, with a progress bar on a terminal."""
 
     def __init__(self, stage: str, path: Path, counts: Sequence[StepCounts], console: Console) -> None:
         self.stage = stage
@@ -34,7 +34,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.supervised = [0, *accumulate(step.supervised_tokens for step in counts)]
         self.started = self.last_time = 0.0
         self.seconds_before = 0.0
-        """Time spent on the stage's steps by earlier sessions."""
+        """Seconds that earlier sessions spent on the steps of the stage."""
         self.last_step = 0
         self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
         self.bar = Bar(stage, len(counts), console, quiet_seconds=math.inf)
@@ -49,7 +49,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         self.bar.start(state.global_step, self.computed[state.global_step])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar; ask for a line of the log at the last step, and before each validation."""
+        """Advance the bar; request a log line at the last step and before each validation."""
         self.bar.update(state.global_step, self.computed[state.global_step], self.computed[-1])
         if state.global_step >= state.max_steps or control.should_evaluate:
             control.should_log = True
@@ -57,13 +57,13 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the display down."""
+        """Remove the display."""
         self.bar.stop()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the time left go on between the steps."""
+        """Redraw the bar between steps, so that its remaining time counts down."""
         self.bar.redraw()
 
     def on_log(
@@ -74,7 +74,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write and show one log of the Trainer; its closing summary is left out."""
+        """Write and print one log of the Trainer, except its closing summary."""
         logs = dict(logs or {})
         if "train_runtime" in logs:
             return
@@ -88,11 +88,11 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
     @property
     def seconds(self) -> float:
-        """Time since the first step, over all sessions."""
+        """Seconds since the first step, over all sessions."""
         return time.monotonic() - self.started
 
     def flushed(self) -> int:
-        """Bring what was logged to the disk, and return the size of the log in bytes."""
+        """Flush the log to the disk, and return its size in bytes."""
         path = log_path(self.path.parent)
         if not path.exists():
             return 0
@@ -125,7 +125,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
             return
         figures = log_figures(row)
         self.bar.figures = figures
-        # Above the bar a line that fits stays; where there is no terminal, all of it.
+        # Above the bar, drop what does not fit on one line; without a terminal, print everything.
         head, left = f"{self.stage} {step}/{total}:", self.bar.seconds_left
         ending = f"{duration(left)} left" if left is not None else ""
         if self.console.is_terminal:
@@ -136,7 +136,7 @@ class TrainLog(TrainerCallback):  # type: ignore[misc]
 
 
 def log_figures(row: dict[str, Any]) -> list[str]:
-    """Write the figures of a line of the log, the most important first."""
+    """Format the figures of a log line, the most important first."""
     norms = [f"{key.removeprefix('grad_norm_')} {one:.2g}" for key, one in row.items() if key.startswith("grad_norm_")]
     figures = [
         f"loss {row['loss']:.4f}",
@@ -149,7 +149,7 @@ def log_figures(row: dict[str, Any]) -> list[str]:
 
 
 def fitting(figures: Sequence[str], width: int) -> list[str]:
-    """Take the first figures that fit `width` columns, one at least."""
+    """Return the first figures that fit in `width` columns, at least one."""
     shown = list(figures[:1])
     for figure in figures[1:]:
         if sum(len(one) + 2 for one in shown) + len(figure) > width:
@@ -159,7 +159,7 @@ def fitting(figures: Sequence[str], width: int) -> list[str]:
 
 
 def sample_line(sample: Mapping[str, str]) -> Text:
-    """Write a sample answer as one line, whatever the texts hold."""
+    """Format a sample answer as one printable line."""
     texts = {key: printable(text.strip(), MAX_SHOWN) for key, text in sample.items()}
     answer = texts["prediction"] or "(nothing)"
     return Text.assemble("  ", texts["question"], (" -> ", "dim"), answer, (f" (true: {texts['answer']})", "dim"))

@@ -1,4 +1,4 @@
-"""Trackers (wandb, mlflow, ...): each stage is a run of its own, named after the recipe, with the recipe's settings."""
+"""Trackers (wandb, mlflow, ...): each stage is a separate run, named after the recipe, with the recipe's settings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PROJECT_VARIABLES = {
     "swanlab": "SWANLAB_PROJECT",
     "clearml": "CLEARML_PROJECT",
 }
-"""Where transformers reads a tracker's project from; what the user has set there holds."""
+"""Variables from which transformers reads a tracker's project; a value that the user has set wins."""
 _STAY_OPEN = ("wandb", "swanlab")
-"""Trackers whose run transformers leaves open, so that the next stage would write into it."""
+"""Trackers whose run transformers leaves open; the next stage would write into it."""
 _BATCH = 100
-"""Parameters that mlflow takes at a time."""
+"""Maximum number of parameters in one call to mlflow."""
 
 
 def run_name(recipe: Recipe, stage: StageName) -> str:
@@ -34,22 +34,22 @@ def run_name(recipe: Recipe, stage: StageName) -> str:
 
 
 def tracked_settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
-    """Return the settings that a stage is trained with, by key; of a local path only its last part."""
+    """Return the settings of a stage by key; local paths are cut to their last part."""
     other = "stages.instruct." if stage == "align" else "stages.align."
-    found = {}
+    settings = {}
     for setting in settings_of(Recipe):
         value = value_at(recipe, setting.key)
         if value is None or setting.key.startswith((other, "card.", "evaluation.")):
             continue
         local = setting.may_be_path and is_local(str(value))
-        found[f"recipe/{setting.key}"] = Path(str(value)).name if local else value
-    return found
+        settings[f"recipe/{setting.key}"] = Path(str(value)).name if local else value
+    return settings
 
 
 class TrackedRun(TrainerCallback):  # type: ignore[misc]
-    """Names the project of a stage's run, adds the recipe to its configuration, and ends it with the stage.
+    """Names the project of a stage's run, adds the recipe to its configuration, and ends the run with the stage.
 
-    Made before the Trainer, whose tracker callbacks read the environment as soon as they are.
+    Create it before the Trainer, whose tracker callbacks read the environment when they are created.
     """
 
     def __init__(self, recipe: Recipe, stage: StageName, *, validates: bool) -> None:
@@ -67,12 +67,12 @@ class TrackedRun(TrainerCallback):  # type: ignore[misc]
         self.variables = {name: value for name, value in variables.items() if name not in os.environ}
         os.environ.update(self.variables)
         self.not_ours = {name for name in _STAY_OPEN if _open_run(name) is not None}
-        """Trackers with a run that was open before: who opened it ends it."""
+        """Trackers with a run that was open before; whoever opened it ends it."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the recipe's own settings to those of the Trainer, which its trackers have sent by now."""
+        """Add the recipe's settings to the Trainer's, which its callbacks have sent by now."""
         for name in ("wandb", "trackio", "swanlab"):
             config = getattr(sys.modules.get(name), "config", None) if name in self.trackers else None
             if config is not None:
@@ -84,7 +84,7 @@ class TrackedRun(TrainerCallback):  # type: ignore[misc]
                 mlflow.log_params(dict(values[start : start + _BATCH]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Validate at the last step while the run is open: after the training it would be in no run, or a new one."""
+        """Request a validation at the last step, while the run is open; later it would be in no run, or a new one."""
         if self.validates and state.global_step >= state.max_steps:
             control.should_evaluate = True
 
@@ -100,7 +100,7 @@ class TrackedRun(TrainerCallback):  # type: ignore[misc]
 
 
 def _open_run(tracker: str) -> Any:
-    """Return the run that a tracker has open; None if there is none, or it is not loaded."""
+    """Return the open run of a tracker; None if there is none, or the tracker is not imported."""
     module = sys.modules.get(tracker)
     if module is None:
         return None

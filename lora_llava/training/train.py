@@ -39,7 +39,7 @@ from lora_llava.system.progress import phase
 from lora_llava.system.text import counted
 from lora_llava.training.build import make_trainer
 from lora_llava.training.checkpoints.differences import Resume, run_facts
-from lora_llava.training.checkpoints.files import DamagedCheckpointError, verified
+from lora_llava.training.checkpoints.files import DamagedCheckpointError, read_verified
 from lora_llava.training.checkpoints.kept import KeptStep, choose_kept
 from lora_llava.training.checkpoints.resume import (
     check_unchanged,
@@ -47,7 +47,7 @@ from lora_llava.training.checkpoints.resume import (
     prepare_log,
     stored_memory_plan,
 )
-from lora_llava.training.checkpoints.saver import Saver
+from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact, seen_until
 from lora_llava.training.checkpoints.state import load_weights
 from lora_llava.training.checks.first_row import check_first_row
@@ -94,7 +94,7 @@ def train_stage(
     loaded, parameters = _build_model(stage, plan, machine, dtype)
     console.print(parameter_table_view(parameters, f"Parameters, stage {stage.name}"))
     trainer = make_trainer(stage, loaded, data, plan.optim, dtype, console)
-    saver = Saver(StageArtifact(stage, loaded, data), plan, facts, started, checkpoint, exact=exact)
+    saver = CheckpointSaver(StageArtifact(stage, loaded, data), plan, facts, started, checkpoint, exact=exact)
 
     with out_of_memory_named(shapes, machine, plan):
         # 5. Check before the first step: the longest row fits, and packing does not change the logits.
@@ -185,7 +185,7 @@ def _check_rows(
     check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 
 
-def _finish(trainer: PackedTrainer, saver: Saver, num_steps: int, console: Console) -> KeptStep:
+def _finish(trainer: PackedTrainer, saver: CheckpointSaver, num_steps: int, console: Console) -> KeptStep:
     """Choose the weights to keep, prove that the base is untouched, and save the artifact of the stage."""
     kept = _keep_weights(trainer, saver, console)
     closing = [*trainer.before_save(), str(saver), saver.stopped_early(kept.last_step, num_steps), str(kept)]
@@ -194,7 +194,7 @@ def _finish(trainer: PackedTrainer, saver: Saver, num_steps: int, console: Conso
     return kept
 
 
-def _keep_weights(trainer: PackedTrainer, saver: Saver, console: Console) -> KeptStep:
+def _keep_weights(trainer: PackedTrainer, saver: CheckpointSaver, console: Console) -> KeptStep:
     """Choose the weights that a finished stage keeps, and load them if they are not those of its last step.
 
     Raises TrainingError if training changed no weight.
@@ -211,7 +211,7 @@ def _keep_weights(trainer: PackedTrainer, saver: Saver, console: Console) -> Kep
     if kept.step == state.global_step:
         return kept
     try:
-        load_weights(verified(saver.parent / f"step-{kept.step}").directory, trainer.model)
+        load_weights(read_verified(saver.parent / f"step-{kept.step}").directory, trainer.model)
     except DamagedCheckpointError as error:
         text = f"the checkpoint of the best step, {kept.step:,}, cannot be used ({error}); the last weights are kept"
         console.print(f"{saver.stage.name}: {text}", style="bold yellow", markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.recipe.schedule import rate_factor
-from lora_llava.training.checkpoints.saver import ResumableTrainer, Saver
+from lora_llava.training.checkpoints.saver import CheckpointSaver, ResumableTrainer
 from lora_llava.training.checkpoints.signals import end_with_parent
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.non_finite import forked_rng
@@ -25,14 +25,14 @@ from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART
 from lora_llava.training.validation import HeldOutLoss, without
 
 
-def only(rows: list[Batch]) -> Batch:
-    """Return the row of a batch of one; the Trainer counts supervised tokens only if there are `labels`."""
+def _unwrap_single(rows: list[Batch]) -> Batch:
+    """Return the only row of a batch; the Trainer counts supervised tokens only if there are `labels`."""
     [row] = rows
     return {**row, "labels": row["shift_labels"]}
 
 
 class PackedTrainer(ResumableTrainer):
-    """Trains on the rows of a plan, in its order; one epoch of the Trainer is the whole stage."""
+    """Trains on the rows of a plan, in order; one epoch of the Trainer is the whole stage."""
 
     eval_dataset: PackedRows | None
     optimizer: torch.optim.Optimizer | None
@@ -62,12 +62,12 @@ class PackedTrainer(ResumableTrainer):
         callbacks = [*(callbacks or []), self.checks_state]
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
-        # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, and leave
-        # the division by it to us.
+        # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, which divides
+        # by it.
         self.model_accepts_loss_kwargs = True
 
-    def train_and_save(self, saver: Saver) -> None:
-        """Train as `ResumableTrainer` does, after each check has seen the model."""
+    def train_and_save(self, saver: CheckpointSaver) -> None:
+        """Run the checks that come before training, then train as `ResumableTrainer` does."""
         for check in self.checks:
             check.before_training(self.model)
         self.last_checkpoint = saver.last_whole
@@ -90,19 +90,19 @@ class PackedTrainer(ResumableTrainer):
         super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """Hand out the rows in the plan's order; each is a micro-batch already."""
+        """Load the rows in the plan's order; each row is a micro-batch."""
         return self._rows_loader(self.train_dataset)
 
     def _rows_loader(self, rows: PackedRows) -> DataLoader[Batch]:
         workers = self.args.dataloader_num_workers
-        # A batch of one row and not none: on resuming the Trainer passes over rows by their numbers, unread.
+        # batch_size=1, not None: with it the Trainer skips rows by index when it resumes, without reading them.
         return DataLoader(
             cast("Dataset[Batch]", rows),
             batch_size=1,
-            collate_fn=only,
+            collate_fn=_unwrap_single,
             num_workers=workers,
             worker_init_fn=end_with_parent,
-            # The loader seeds its workers, which draw nothing; the model's own draws must not depend on that.
+            # The loader draws a seed for its workers; with its own generator that leaves the model's RNG alone.
             generator=torch.Generator(),
             pin_memory=self.args.device.type == "cuda",
             prefetch_factor=2 if workers else None,
@@ -112,19 +112,19 @@ class PackedTrainer(ResumableTrainer):
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Add a row's gradients to the step's; an empty row, which only fills up a step, adds nothing.
+        """Accumulate the gradients of a row; an empty row, which pads a step, adds nothing.
 
-        Returns the whole step's loss with its last row and 0 before: what is left out is not to be in the log either.
+        Returns the loss of the whole step with its last row and 0 before, so that a skipped step is not logged.
         """
         if inputs["input_ids"].numel() == 0:
             loss = torch.zeros((), device=self.args.device)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
-        return self._judged() if self.accelerator.sync_gradients else torch.zeros_like(loss)
+        return self._checked_loss() if self.accelerator.sync_gradients else torch.zeros_like(loss)
 
-    def _judged(self) -> torch.Tensor:
-        """Return the loss of a step that is complete; 0, with no gradient left, if a check skips it."""
+    def _checked_loss(self) -> torch.Tensor:
+        """Return the loss of a complete step; 0, with its gradients cleared, if a check skips it."""
         losses = torch.stack(self.losses)
         self.losses.clear()
         assert self.optimizer is not None
@@ -152,7 +152,7 @@ class PackedTrainer(ResumableTrainer):
         if num_items_in_batch is None:
             raise TrainingError("the number of supervised tokens of the step is unknown")
         loss = packed_loss(model, inputs, num_items_in_batch)
-        # Data parallelism averages the ranks' gradients; the step's token count is over all ranks already.
+        # Data parallelism averages gradients over the ranks, but the token count is already the sum over all ranks.
         world_size: int = self.args.world_size
         return loss * world_size
 
@@ -164,7 +164,7 @@ class PackedTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer with a learning rate of its own for the projector."""
+        """Create the optimizer, with a separate learning rate for the projector."""
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(list(self._parameter_groups()), **kwargs)
@@ -172,19 +172,19 @@ class PackedTrainer(ResumableTrainer):
         return optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
-        """Yield LoRA, then the projector; with weight decay each is cut where a bias, which does not decay, begins."""
+        """Yield the groups of LoRA, then of the projector; weight decay splits each at parameters that do not decay."""
         trained = [(name, one) for name, one in self.model.named_parameters() if one.requires_grad]
         rates = {LORA_PART: self.args.learning_rate, PROJECTOR_PART: self.mm_projector_lr or self.args.learning_rate}
         decay = self.args.weight_decay
         decayed = set(self.get_decay_parameter_names(self.model)) if decay else set()
-        # Cut, not sorted: the order is that of the optimizer's state in every checkpoint.
+        # Split without sorting: every checkpoint stores the optimizer's state in this order.
         ordered = sorted(trained, key=lambda pair: list(rates).index(part_of(pair[0])))
         for (part, decays), members in groupby(ordered, key=lambda pair: (part_of(pair[0]), pair[0] in decayed)):
             parameters = [one for _, one in members]
             yield {"params": parameters, "lr": rates[part], "weight_decay": decay if decays else 0.0, "name": part}
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Build the schedule of `rate_factor`, in which the rate of no step is 0."""
+        """Create the schedule of `rate_factor`; no step has a rate of 0."""
         if self.lr_scheduler is None:
             kind, warmup = self.args.lr_scheduler_type.value, self.args.get_warmup_steps(num_training_steps)
 
@@ -211,9 +211,9 @@ class PackedTrainer(ResumableTrainer):
         assert rows is not None
         was_training = self.model.training
         self.model.eval()
-        # What is trained is in fp32, the rest in bf16: without autocast the two do not multiply.
+        # Trained weights are fp32, the others bf16: without autocast they cannot be multiplied.
         autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
-        # A data loader draws a number for its workers, whether it has any or not.
+        # A data loader draws from the RNG even without workers.
         with forked_rng(self.args.device), torch.no_grad(), autocast:
             loss = self.held_out.mean(rows, self._rows_loader(rows))
             metrics: dict[str, Any] = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
@@ -243,7 +243,7 @@ class PackedTrainer(ResumableTrainer):
 
 
 class _ChecksState(TrainerCallback):  # type: ignore[misc]
-    """Keeps the state of the checks in the Trainer's state, with which it is saved and loaded."""
+    """Copies the state of the checks into the Trainer's state, which checkpoints save and load."""
 
     KEY = "lora_llava_guards"
 
@@ -253,18 +253,18 @@ class _ChecksState(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the checks from the state; or let them begin."""
+        """Restore the checks from a checkpoint, or reset them."""
         saved = state.stateful_callbacks.get(self.KEY)
         for check in self.checks:
             check.restore(saved.get(check.key, {}) if saved else None)
         self._keep(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take note of the step, which may be saved now."""
+        """Update the state before the step is saved."""
         self._keep(state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take note of what was logged; after it the step may be saved, too."""
+        """Update the state after a log line; the step may be saved next."""
         self._keep(state)
 
     def _keep(self, state: TrainerState) -> None:

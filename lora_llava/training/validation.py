@@ -1,4 +1,4 @@
-"""The loss on records held out of training; a record whose loss is NaN or infinite is left out of it, by name."""
+"""Compute the validation loss; a record whose loss is NaN or infinite is excluded and reported."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ RowLoss = Callable[[Batch], float]
 
 
 class HeldOutLoss:
-    """Computes mean losses over rows, and remembers the records whose loss is not finite."""
+    """Computes mean losses over rows, and collects the records whose loss is not finite."""
 
     def __init__(self, row_loss: RowLoss) -> None:
         self.row_loss = row_loss
         self.unusable: dict[int, str] = {}
-        """What is wrong with records, by their index."""
+        """The reason that a record is unusable, by its index."""
 
     def mean(self, rows: PackedRows, batches: Iterable[Batch] | None = None) -> float | None:
         """Return the mean loss over the supervised tokens of `rows`; None if no record has a finite one.
 
-        `batches`: the rows as tensors, in their order, if something else reads them.
+        `batches`: the rows as tensors, in the same order, if a data loader reads them.
         """
         total, count = 0.0, 0
         for row, batch in zip(rows.rows, batches or iterate_rows(rows), strict=True):
@@ -36,7 +36,7 @@ class HeldOutLoss:
         return total / count if count else None
 
     def _finite_part(self, rows: PackedRows, row: Row) -> tuple[float, int]:
-        """Compute the conversations of a row one by one, and note those that are not finite."""
+        """Sum the losses of a row's conversations one by one, and collect those that are not finite."""
         total, count = 0.0, 0
         for index in conversations([row]):
             alone = PackedRows([((index,),)], rows.records, rows.encoded, rows.read_image)[0]
@@ -50,13 +50,13 @@ class HeldOutLoss:
 
 
 def has_finite_image(batch: Batch) -> bool:
-    """Tell whether the images of a row, if it has any, hold neither NaN nor infinity."""
+    """Return whether the images of a row, if any, are finite."""
     pixels = batch.get("pixel_values")
     return pixels is None or bool(torch.isfinite(pixels).all())
 
 
 def without(rows: PackedRows, indices: Iterable[int]) -> PackedRows:
-    """Return `rows` without some records; rows that hold nothing else go."""
+    """Return `rows` without the records at `indices`; rows that become empty are dropped."""
     gone = set(indices)
     trees = [[tuple(index for index in tree if index not in gone) for tree in row] for row in rows.rows]
     kept = [tuple(tree for tree in row if tree) for row in trees]
@@ -64,6 +64,6 @@ def without(rows: PackedRows, indices: Iterable[int]) -> PackedRows:
 
 
 def iterate_rows(rows: PackedRows) -> Iterator[Batch]:
-    """Read rows one after another, in this process."""
+    """Yield the rows one after another, read in this process."""
     for index in range(len(rows)):
         yield rows[index]

@@ -10,7 +10,7 @@ import lora_llava.training.checkpoints.saver as resumable
 from lora_llava.artifact import read_manifest
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.system.files import file_sha256
-from lora_llava.training.checkpoints.files import verified
+from lora_llava.training.checkpoints.files import read_verified
 from tests.helpers.resuming import Stopped, at_step, log_of, stop, train, write_project
 
 EACH_STEP = (
@@ -54,11 +54,11 @@ def test_k31_weights_without_time_to_save_are_held_and_are_the_same(recipe: Path
     summary, _ = train(recipe, tmp_path / "run", *EACH_STEP, best_share=-1.0)
     assert_same_best(tmp_path / "run", saved)
     best = tmp_path / f"run/checkpoints/instruct/step-{best_step(saved)}"
-    assert not verified(best).resumable
+    assert not read_verified(best).resumable
     assert not list(best.glob("optimizer*"))
     # The first better validation, steps 4 and 8, and the last: no more, however often the loss was the lowest.
     assert summary["instruct"]["checkpoints_saved"] <= 4
-    assert verified(tmp_path / "run/checkpoints/instruct/step-10").resumable
+    assert read_verified(tmp_path / "run/checkpoints/instruct/step-10").resumable
 
 
 @pytest.mark.parametrize("step", [3, 6, 10])
@@ -75,9 +75,9 @@ def test_k31_a_kill_between_holding_and_writing_changes_nothing(
 
 def test_k31_a_run_continues_from_a_checkpoint_with_an_optimizer(recipe: Path, saved: Path, tmp_path: Path) -> None:
     # Killed when the held weights are on the disk and the checkpoint of their time is not.
-    original, calls = resumable.Saver._write_held, []
+    original, calls = resumable.CheckpointSaver._write_held, []
 
-    def write_and_stop(self: resumable.Saver, trainer: resumable.ResumableTrainer, step: int) -> None:
+    def write_and_stop(self: resumable.CheckpointSaver, trainer: resumable.ResumableTrainer, step: int) -> None:
         held = self.held
         original(self, trainer, step)
         if held is not None and self.held is None and held.progress.step != step and not calls:
@@ -85,7 +85,7 @@ def test_k31_a_run_continues_from_a_checkpoint_with_an_optimizer(recipe: Path, s
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable.Saver, "_write_held", write_and_stop)
+        patch.setattr(resumable.CheckpointSaver, "_write_held", write_and_stop)
         with pytest.raises(Stopped):
             train(recipe, tmp_path / "run", *EACH_STEP, best_share=-1.0)
     assert calls

@@ -29,7 +29,7 @@ STEPS = [(run_module, "prepare_base")] + [
     (train_module, name)
     for name in (
         "read_records", "plan_memory", "plan_records", "run_facts", "load_base", "build_stage",
-        "make_trainer", "check_first_row", "StageArtifact", "Saver",
+        "make_trainer", "check_first_row", "StageArtifact", "CheckpointSaver",
     )
 ] + [
     (PackedTrainer, "training_step"), (PackedTrainer, "create_optimizer"), (resumable, "write_checkpoint"),

@@ -27,7 +27,7 @@ from lora_llava.run_directory.lock import LOCK
 from lora_llava.system.files import file_sha256
 from lora_llava.training import run as run_module
 from lora_llava.training.checkpoints import saver as resumable
-from lora_llava.training.checkpoints.files import DamagedCheckpointError, verified
+from lora_llava.training.checkpoints.files import DamagedCheckpointError, read_verified
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.resuming import (
     SETTINGS,
@@ -103,7 +103,7 @@ def test_finished_stages_are_kept_and_times_add_up(
     assert summary["align"] == before["align"]
     seconds = [row["seconds"] for row in output.read_log(broken_off) if "seconds" in row and row["stage"] == "instruct"]
     assert seconds == sorted(seconds)
-    spent = verified(broken_off / "checkpoints" / "instruct" / "step-10").progress
+    spent = read_verified(broken_off / "checkpoints" / "instruct" / "step-10").progress
     assert summary["seconds"]["instruct"] >= round(spent.seconds, 1) >= summary["instruct"]["saving_seconds"] > 0
     assert summary["instruct"]["checkpoints_saved"] == spent.num_saved == 6
     assert summary["instruct"]["steps"] == 10
@@ -162,9 +162,9 @@ def test_a_changed_byte_in_any_file_of_a_checkpoint_is_named(broken_off: Path) -
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         with pytest.raises(DamagedCheckpointError, match=name):
-            verified(checkpoint)
+            read_verified(checkpoint)
         path.write_bytes(content)
-    verified(checkpoint)
+    read_verified(checkpoint)
 
 
 @pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")

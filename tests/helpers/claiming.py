@@ -21,7 +21,7 @@ from lora_llava.run_directory.claim import claimed, place
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.written import STATE, current
 from lora_llava.system.files import staged
-from lora_llava.training.checkpoints.files import Progress, rotate, write_checkpoint
+from lora_llava.training.checkpoints.files import Progress, prune, write_checkpoint
 
 Moment = Callable[[str], None]
 
@@ -72,7 +72,7 @@ def save(root: Path, step: int, seed: str) -> None:
         place(root, staging, target, hashes, first=True)
 
     write_checkpoint(parent, progress, {}, {}, lambda staging, _: fill(staging, seed), placed)
-    rotate(parent, step, 2)
+    prune(parent, step, 2)
 
 
 def fill(directory: Path, seed: str) -> None:

@@ -86,13 +86,13 @@ def guard_of(trainer: PackedTrainer) -> NonFiniteGuard:
 def states_of_steps(trainer: PackedTrainer) -> list[State]:
     """Copies of the weights before each optimizer step; filled while the trainer trains."""
     states: list[State] = []
-    judged = trainer._judged
+    checked = trainer._checked_loss
 
     def watched() -> torch.Tensor:
         states.append(state_of(trainer.model))
-        return judged()
+        return checked()
 
-    trainer._judged = watched  # type: ignore[method-assign]
+    trainer._checked_loss = watched  # type: ignore[method-assign]
     return states
 
 

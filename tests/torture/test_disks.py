@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_llava.errors import TrainingError
-from lora_llava.training.checkpoints.files import latest
+from lora_llava.training.checkpoints.files import find_latest
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.disk import Disk, full, read_only
 from tests.helpers.resuming import at_step, outcome, train
@@ -72,7 +72,7 @@ def test_a_disk_that_cannot_be_written(
     assert "MiB are free there" in str(error.value)
     assert f"then resume with: lora-llava finetune {directory / 'recipe.yaml'} --resume" in str(error.value)
     remount("rw,size=64m")
-    found = latest(directory / "checkpoints" / stage, lambda line: pytest.fail(line))
+    found = find_latest(directory / "checkpoints" / stage, lambda line: pytest.fail(line))
     assert found is not None and found.progress.step == saved
     train(straight.recipe, directory, *FEW, resume="exact")
     assert outcome(directory) == straight.outcome

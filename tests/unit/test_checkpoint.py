@@ -19,9 +19,9 @@ from lora_llava.training.checkpoints.files import (
     MANIFEST,
     DamagedCheckpointError,
     Progress,
-    latest,
-    rotate,
-    verified,
+    find_latest,
+    prune,
+    read_verified,
     write_checkpoint,
 )
 from tests.helpers.disk import WRITES, Disk, full, read_only
@@ -57,11 +57,11 @@ def quiet(_: str) -> None:
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     directory = write(tmp_path / "instruct", 7, 0.1 + 0.2)
-    checkpoint = verified(directory)
+    checkpoint = read_verified(directory)
     assert checkpoint.progress == progress(7, 0.1 + 0.2)
     assert (checkpoint.memory_plan, checkpoint.facts) == ({"optim": "adamw_torch"}, {"device": "cpu"})
     assert {path.name for path in directory.iterdir()} == {*FILES, MANIFEST}
-    assert latest(tmp_path / "instruct", quiet) == checkpoint
+    assert find_latest(tmp_path / "instruct", quiet) == checkpoint
 
 
 @pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
@@ -72,9 +72,9 @@ def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path, name: str) -> None:
     for place in [*range(0, len(content), 7), len(content) - 1]:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(DamagedCheckpointError, match=name):
-            verified(path.parent)
+            read_verified(path.parent)
     path.write_bytes(content)
-    verified(path.parent)
+    read_verified(path.parent)
 
 
 @pytest.mark.fault("checkpoints: a resume from one with a missing file, a truncated file, or a flipped byte")
@@ -83,10 +83,10 @@ def test_missing_and_cut_files_are_noticed(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "instruct", 7) / name
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DamagedCheckpointError, match=name):
-        verified(path.parent)
+        read_verified(path.parent)
     path.unlink()
     with pytest.raises(DamagedCheckpointError, match=f"{name} is missing"):
-        verified(path.parent)
+        read_verified(path.parent)
 
 
 def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
         (tmp_path / mine).mkdir()
         (tmp_path / mine / "notes.txt").write_text("mine", encoding="utf-8")
     said: list[str] = []
-    found = latest(tmp_path, said.append)
+    found = find_latest(tmp_path, said.append)
     assert found is not None and found.progress.step == 9
     assert len(said) == 2
     assert "step-11 is damaged (checkpoint.json is missing" in said[0]
@@ -107,13 +107,13 @@ def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
     # Nothing is cleared away for how its name ends.
     assert (tmp_path / "step-12.partial/notes.txt").read_text(encoding="utf-8") == "mine"
     assert (tmp_path / "step-3.removed/notes.txt").read_text(encoding="utf-8") == "mine"
-    assert latest(tmp_path / "none", quiet) is None
+    assert find_latest(tmp_path / "none", quiet) is None
 
 
 def test_a_name_that_is_not_the_step_is_noticed(tmp_path: Path) -> None:
     write(tmp_path, 2).rename(tmp_path / "step-20")
     with pytest.raises(TrainingError, match=r"no whole checkpoint is left: .*checkpoint.json was altered.* remove"):
-        latest(tmp_path, quiet)
+        find_latest(tmp_path, quiet)
 
 
 @pytest.mark.fault("checkpoints: a rotation that deletes the best one, or the only good one")
@@ -133,7 +133,7 @@ def test_rotation_keeps_the_best_and_the_last(
 ) -> None:
     for step, loss in enumerate(losses, start=1):
         write(tmp_path, step, loss)
-        rotate(tmp_path, step, limit)
+        prune(tmp_path, step, limit)
     assert steps(tmp_path) == kept
 
 
@@ -145,10 +145,10 @@ def test_rotation_takes_nothing_damaged_for_good(tmp_path: Path) -> None:
     (tmp_path / "step-2" / MANIFEST).unlink()
     (tmp_path / "step-3" / FILES[0]).unlink()
     write(tmp_path, 2)
-    rotate(tmp_path, 2, 2)
+    prune(tmp_path, 2, 2)
     assert steps(tmp_path) == [1, 2]
-    assert verified(tmp_path / "step-1").progress.step == 1
-    assert verified(tmp_path / "step-2").progress.step == 2
+    assert read_verified(tmp_path / "step-1").progress.step == 1
+    assert read_verified(tmp_path / "step-2").progress.step == 2
 
 
 def calls_of_a_save(directory: Path) -> list[tuple[str, str]]:
@@ -169,7 +169,7 @@ def save_twice(directory: Path) -> None:
 def save(directory: Path) -> None:
     with writing_named("the checkpoint of step 3", directory):
         write(directory, 3)
-        rotate(directory, 3, 2)
+        prune(directory, 3, 2)
 
 
 @pytest.mark.fault("checkpoints: a full disk during a save")
@@ -189,7 +189,7 @@ def test_an_error_at_any_point_of_a_save_leaves_the_checkpoint_before(
                 save(directory)
             except TrainingError as error:
                 refusals.append(str(error))
-        found = latest(directory, lambda line: pytest.fail(line))
+        found = find_latest(directory, lambda line: pytest.fail(line))
         assert found is not None and found.progress.step in (2, 3)
         save(directory)
         assert steps(directory) == [2, 3]

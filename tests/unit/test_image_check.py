@@ -12,7 +12,7 @@ import torch
 
 from lora_llava.data.packing import Row
 from lora_llava.data.rows import ImageTransform, PackedRows
-from lora_llava.training.checks.blind import MOST_CONVERSATIONS, MOST_IMAGES, BlindCheck, make_image_check, sample_rows
+from lora_llava.training.checks.blind import MAX_CONVERSATIONS, MAX_IMAGES, BlindCheck, make_image_check, sample_rows
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.steps import Pictures, made_rows, made_trainer, record
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
@@ -114,12 +114,12 @@ def test_the_sample_is_bounded_and_spread() -> None:
     whole: list[Row] = [tuple((8 * tree + 4 * row, 8 * tree + 4 * row + 1) for tree in range(100)) for row in (0, 1)]
     sample = sample_rows(rows_of(whole))
     trees = [tree for row in sample for tree in row]
-    assert len(trees) == MOST_IMAGES
-    assert sum(map(len, trees)) == MOST_CONVERSATIONS
+    assert len(trees) == MAX_IMAGES
+    assert sum(map(len, trees)) == MAX_CONVERSATIONS
     assert [len(row) for row in sample] == [16, 16]
     assert all(set(row) <= set(before) for row, before in zip(sample, whole, strict=True))
     wide: list[Row] = [(tuple(range(200)),)]
-    assert sample_rows(rows_of(wide)) == [(tuple(range(MOST_CONVERSATIONS)),)]
+    assert sample_rows(rows_of(wide)) == [(tuple(range(MAX_CONVERSATIONS)),)]
 
 
 def test_texts_alone_leave_nothing_to_check() -> None:

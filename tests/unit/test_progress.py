@@ -16,7 +16,7 @@ from lora_llava.modeling.structure import PartRow
 from lora_llava.planning.tables import parameter_table_view
 from lora_llava.system.progress import Bar, counting, duration, hide, phase, show_on
 from lora_llava.system.table import Column, FittingTable
-from lora_llava.training.log import TrainLog
+from lora_llava.training.log import TrainingLog
 
 WIDTHS = (60, 80, 100, 120, 160)
 FIGURES = ["loss 12.3456", "lr 2.00e-04", "123.4 questions/s", "1234 supervised tokens/s", "gradients: a 1, b 2"]
@@ -86,7 +86,7 @@ def test_durations() -> None:
 
 
 def train_log(console: Console, path: Path, steps: int = 40) -> Any:
-    log: Any = TrainLog("instruct", path, [StepCounts(8, 40, 500)] * steps, console)
+    log: Any = TrainingLog("instruct", path, [StepCounts(8, 40, 500)] * steps, console)
     state = SimpleNamespace(global_step=0, max_steps=steps, is_local_process_zero=True)
     control = SimpleNamespace(should_log=False, should_evaluate=False)
     log.on_train_begin(None, state, control)

@@ -17,7 +17,7 @@ from rich.text import Text
 from lora_llava.cli import cli
 from lora_llava.system.console import PlainConsole
 from lora_llava.system.text import printable, printable_lines
-from lora_llava.training.log import TrainLog, sample_line
+from lora_llava.training.log import TrainingLog, sample_line
 from tests.helpers.faulty import encoded, entry, scene, sound_data, write_recipe
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31m[red]x[/red] :smile:\u202e\x9b2J"
@@ -68,7 +68,7 @@ def test_k29_a_sample_answer_is_one_line() -> None:
 
 def test_k29_samples_and_warnings_of_the_log_are_shown_raw_on_any_console(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200, highlight=False)
-    log = TrainLog("instruct", tmp_path / "log.jsonl", [], console)
+    log = TrainingLog("instruct", tmp_path / "log.jsonl", [], console)
     sample = {"question": "[red]Q[/red]", "prediction": "x\ny", "answer": "\x1b[2J"}
     log._show({"step": 0, "warning": f"file {HOSTILE}", "eval_loss": 1.0, "samples": [sample]})
     output = console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Checkpoints on the disk: each is whole or absent, and is verified before it is used.
+"""Checkpoint directories: each is complete or absent, and is verified before it is used.
 
-`checkpoints/STAGE/step-N` is an artifact (see `lora_llava.artifact`) with the state of the training beside it. Its
-manifest, `checkpoint.json`, is written last and holds size and SHA-256 of every file; the directory gets its name when
-everything has reached the disk. The newest is the newest whose files are all what the manifest says.
+`checkpoints/STAGE/step-N` is an artifact (see `lora_llava.artifact`) together with the state of the training. Its
+manifest, `checkpoint.json`, is written last and holds the size and SHA-256 of every file; the directory is renamed to
+its final name once everything is on the disk.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 
 Place = Callable[[Path, Path, Mapping[str, str]], None]
-"""Gives a whole directory, the first path, the name of the second; with the SHA-256 of its files."""
+"""Moves a complete directory from the first path to the second; also takes the SHA-256 of its files."""
 
 
 class DamagedCheckpointError(TrainingError):
-    """A checkpoint lacks a file, or one is not what the manifest says."""
+    """A checkpoint lacks a file, or a file differs from the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a stage stands, apart from what the Trainer, the optimizer and the generators know themselves."""
+    """Progress of a stage that the trainer, the optimizer and the RNGs do not save themselves."""
 
     stage: StageName
     step: int
     eval_loss: float | None
-    """Validation loss at this very step, if it was measured."""
+    """Validation loss at this step, if it was measured."""
     loss_sum: float
-    """Of the steps since the last line of the log."""
+    """Sum of the losses of the steps since the last line of the log."""
     loss_total: float
-    """Of the steps before."""
+    """Sum of the losses of the steps before."""
     last_logged_step: int
     log_bytes: int
-    """Size of the run's log; what came later is cut away."""
+    """Size of the run's log; resuming truncates the log to it."""
     log_seconds: float
-    """Time since the first step, as the log has it; like the next two, over all sessions."""
+    """Seconds since the first step, as logged; like the next two, over all sessions."""
     seconds: float
     """Time spent on the stage."""
     saving_seconds: float
@@ -62,14 +62,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found, and the facts on which the run that wrote it depends."""
+    """A checkpoint that was read, and the facts that the run which wrote it depends on."""
 
     directory: Path
     progress: Progress
     memory_plan: dict[str, Any]
     facts: dict[str, Any]
     resumable: bool = True
-    """Whether it holds the state of the training, too; without it, it is the weights of the best validation."""
+    """Whether it includes the state of the training; otherwise it only holds the weights of the best validation."""
 
 
 def write_checkpoint(
@@ -84,8 +84,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint below `parent` and return its directory.
 
-    `write` is called with the directory to write to and with the one that it will be; `place` gives it its name. The
-    files of a damaged checkpoint of the same step give way. `resumable`: whether it holds the state of the training.
+    `write` gets the directory to write to and the final directory; `place` moves the one to the other. A damaged
+    checkpoint of the same step is replaced. `resumable`: whether it includes the state of the training.
     """
     directory = parent / f"step-{progress.step}"
     files: dict[str, dict[str, Any]] = {}
@@ -108,8 +108,8 @@ def write_checkpoint(
     return directory
 
 
-def verified(directory: Path) -> Checkpoint:
-    """Read a checkpoint, having checked every file of it; DamagedCheckpointError names the first that was altered."""
+def read_verified(directory: Path) -> Checkpoint:
+    """Verify every file of a checkpoint and read it; DamagedCheckpointError names the first file that differs."""
     checkpoint, files = _read(directory)
     found = {path.name for path in directory.iterdir()} - {MANIFEST}
     for name, facts in files.items():
@@ -123,10 +123,10 @@ def verified(directory: Path) -> Checkpoint:
     return checkpoint
 
 
-def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
-    """Find the newest whole checkpoint below `parent` to resume from; None if none was ever written.
+def find_latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
+    """Find the newest undamaged checkpoint below `parent` to resume from; None if none was ever written.
 
-    Says, by `say`, which ones are damaged. Raises TrainingError if all are.
+    Reports damaged ones through `say`. Raises TrainingError if all are damaged.
     """
     if not parent.is_dir():
         return None
@@ -134,7 +134,7 @@ def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
     damaged = []
     for directory in reversed(_directories(parent)):
         try:
-            checkpoint = verified(directory)
+            checkpoint = read_verified(directory)
         except DamagedCheckpointError as error:
             damaged.append(f"{shown_path(directory)} is damaged ({error})")
             continue
@@ -151,11 +151,11 @@ def latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None:
     return None
 
 
-def rotate(parent: Path, step: int, limit: int) -> None:
+def prune(parent: Path, step: int, limit: int) -> None:
     """Remove old checkpoints, down to `limit`, after the one of `step` was written.
 
-    That one and the best by validation loss stay. Those of later steps are damaged ones, which were passed over. The
-    weights of the best alone do not count: were the last one damaged, nothing could be resumed from them.
+    That one and the best by validation loss stay. Checkpoints of later steps are damaged ones that resuming skipped.
+    The best one does not count toward the limit if it only holds weights, since nothing could be resumed from it.
     """
     for directory in _directories(parent):
         if _step(directory) > step:
@@ -164,7 +164,7 @@ def rotate(parent: Path, step: int, limit: int) -> None:
     measured = {one.directory: one.progress.eval_loss for one in readable if one.progress.eval_loss is not None}
     best = sorted(measured, key=lambda one: measured[one])[:1]
     resumable = [one.directory for one in readable if one.resumable]
-    # In the order in which they are worth keeping.
+    # The most valuable first.
     kept = [parent / f"step-{step}", *(one for one in best if one in resumable), *reversed(resumable)]
     for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]) - set(best):
         remove_checkpoint(directory)
@@ -173,8 +173,8 @@ def rotate(parent: Path, step: int, limit: int) -> None:
 def remove_checkpoint(directory: Path) -> None:
     """Remove the files of a checkpoint, and its directory if it holds nothing else.
 
-    They are those of its manifest, which goes first, so that it is never seen in part. If that cannot be read, those
-    of its neighbors have the same names.
+    The manifest lists the files and is removed first, so that no partial checkpoint looks complete. If it cannot be
+    read, the manifest of a neighbor gives the names, which are the same.
     """
     names: set[str] = set()
     for one in (directory, *_directories(directory.parent)):
@@ -195,7 +195,7 @@ def best_loss(parent: Path, until: int) -> float | None:
 
 
 def _readable(parent: Path) -> Iterator[Checkpoint]:
-    """Yield the checkpoints whose manifest can be read, by the step."""
+    """Yield the checkpoints with a readable manifest, ordered by step."""
     for directory in _directories(parent):
         try:
             yield _read(directory)[0]
@@ -211,7 +211,7 @@ def _sha256(path: Path) -> str:
 
 
 def _directories(parent: Path) -> list[Path]:
-    """List what is named as a checkpoint, by the step."""
+    """List the directories named like checkpoints, ordered by step."""
     found = parent.iterdir() if parent.is_dir() else ()
     return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
@@ -223,13 +223,13 @@ def _step(directory: Path) -> int:
 
 
 def _signed(content: dict[str, Any]) -> str:
-    """Write a manifest with its own hash as the last entry."""
+    """Serialize a manifest with its own SHA-256 as the last entry."""
     digest = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
 
 
 def _read(directory: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
-    """Read the manifest, which must be what was written to the byte, and the files that it lists."""
+    """Read the manifest, which must match its own SHA-256, and the files that it lists."""
     path = directory / MANIFEST
     if not path.is_file():
         raise DamagedCheckpointError(f"{MANIFEST} is missing: it was not written to its end")

@@ -31,7 +31,7 @@ from lora_llava.training.checkpoints.differences import (
     shared_sections,
     stored_recipe,
 )
-from lora_llava.training.checkpoints.files import Checkpoint, latest
+from lora_llava.training.checkpoints.files import Checkpoint, find_latest
 from lora_llava.training.stage import Stage
 
 
@@ -46,7 +46,7 @@ def find_checkpoint(stage: Stage, resume: Resume, console: Console) -> Checkpoin
     def warn(line: str) -> None:
         console.print(f"{stage.name}: {line}", style="bold yellow", markup=False, soft_wrap=True)
 
-    checkpoint = latest(stage.checkpoints, warn)
+    checkpoint = find_latest(stage.checkpoints, warn)
     start = f"resuming after step {checkpoint.progress.step:,}" if checkpoint else "no checkpoint yet, from the start"
     console.print(f"{stage.name}: {start}")
     return checkpoint

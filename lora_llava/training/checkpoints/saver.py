@@ -1,4 +1,8 @@
-"""A Trainer that saves whole checkpoints and goes on from one as if nothing had happened."""
+"""Save verified checkpoints, and resume from one exactly.
+
+`ResumableTrainer` replaces four private methods of `transformers.Trainer` that save and load (5.23 tested), so that a
+checkpoint has our format, and sets three private attributes: the running loss, which `trainer_state.json` lacks.
+"""
 
 from __future__ import annotations
 
@@ -20,35 +24,35 @@ from lora_llava.run_directory.output import resume_command, writing_named
 from lora_llava.run_directory.written import is_pending
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints import state as training_state
-from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, latest, rotate, write_checkpoint
+from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, find_latest, prune, write_checkpoint
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.signals import Interruption
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact
-from lora_llava.training.log import TrainLog
+from lora_llava.training.log import TrainingLog
 
-LEAST_INTERVAL = 300.0
-"""With `save_steps: auto`, seconds from one checkpoint to the next, at the least."""
-MOST_SHARE = 0.02
-"""And the share of the time that saving may take."""
+MIN_SAVE_INTERVAL_SECONDS = 300.0
+"""With `save_steps: auto`, minimum time from one checkpoint to the next."""
+MAX_SAVING_SHARE = 0.02
+"""With `save_steps: auto`, maximum share of the time that saving may take."""
 MAX_BEST_SHARE = 0.05
-"""Share of the stage's time that saving may take before better weights are held in memory instead."""
+"""Share of the stage's time that saving may take before the best weights are held in memory instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldWeights:
-    """Trained weights of a better validation, on the host, until the next checkpoint is written."""
+    """Trained weights of the best validation, held on the host until the next checkpoint is written."""
 
     progress: Progress
     weights: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, model: nn.Module, progress: Progress) -> HeldWeights:
-        """Copy what is trained of `model`."""
+        """Copy the trained weights of `model`."""
         return cls(progress, {name: one.detach().to("cpu", copy=True) for name, one in _trained(model)})
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Give `model` these weights within the block, and its own, bit by bit, after it."""
+        """Load these weights into `model` inside the `with` block; its own are restored, bit by bit, when it ends."""
         now = HeldWeights.of(model, self.progress)
         _set_trained(model, self.weights)
         try:
@@ -67,8 +71,8 @@ def _set_trained(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-class Saver(TrainerCallback):  # type: ignore[misc]
-    """Decides when to save, and saves; knows how long the stage has taken over all sessions."""
+class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
+    """Decides when to save, and saves; tracks the time that the stage took over all sessions."""
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.started = started
         self.resumed = resumed
         self.exact = exact
-        """Whether optimizer and scheduler go on with the settings of the checkpoint, which are the recipe's."""
+        """Whether the recipe's settings are those of the checkpoint, so that optimizer and scheduler restore them."""
         self.stage = artifact.stage
         self.settings = self.stage.settings
         self.parent = self.stage.checkpoints
@@ -100,7 +104,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.last_loss: tuple[int, float] | None = None
         self.trainer: ResumableTrainer | None = None
         self.held: HeldWeights | None = None
-        """Better weights than those on the disk, for whose checkpoint there was no time yet."""
+        """Weights better than the best checkpoint, not saved yet because saving already took its share of the time."""
         self.interruption = Interruption()
 
     @property
@@ -110,25 +114,25 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the stage, over all sessions; what was lost with a kill is not counted."""
+        """Seconds spent on the stage over all sessions, without steps that were lost when a session was killed."""
         return self.seconds_before + time.monotonic() - self.started
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the interval."""
+        """Start the clock of `save_steps: auto`."""
         self.last_saved = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint when one is due, and for the end when a signal came."""
+        """Request a checkpoint when one is due, and the end of the training after a signal."""
         if self.settings.save_steps == "auto":
             waited = time.monotonic() - self.last_saved
-            if waited >= max(LEAST_INTERVAL, self.last_duration / MOST_SHARE):
+            if waited >= max(MIN_SAVE_INTERVAL_SECONDS, self.last_duration / MAX_SAVING_SHARE):
                 control.should_save = True
         self._stop_if_asked(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint where the validation loss is the lowest so far, or hold its weights if time is short."""
+        """Save the weights, or hold them, if the validation loss is the lowest so far; stop early without progress."""
         loss = kwargs["metrics"].get("eval_loss")
         if loss is not None:
             self.last_loss = (state.global_step, float(loss))
@@ -144,12 +148,12 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         if is_first or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds:
             control.should_save = True
             return
-        # A kill loses them with the steps since the last checkpoint, from which a resumed run comes here again.
+        # A kill loses them together with the steps since the last checkpoint; a resumed run repeats those.
         progress = self._progress(self.trainer, self.trainer.state.global_step, loss)
         self.best, self.held = loss, HeldWeights.of(self.trainer.model, progress)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop if a signal came while the checkpoint was written: nothing more is to be saved."""
+        """Stop if a signal came while the checkpoint was written; nothing is left to save."""
         if self.interruption.received is not None:
             control.should_training_stop = True
 
@@ -158,7 +162,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def save(self, trainer: ResumableTrainer) -> None:
-        """Write the checkpoint of this step, and remove those that are no longer kept."""
+        """Write the checkpoint of this step, and prune older ones."""
         clock = time.monotonic()
         trainer.store_flos()
         step = trainer.state.global_step
@@ -172,7 +176,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             self._write_held(trainer, step)
             progress = self._progress(trainer, step, loss)
             write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write, self._place)
-            rotate(self.parent, step, self.settings.save_total_limit)
+            prune(self.parent, step, self.settings.save_total_limit)
         if loss is not None:
             self.best = loss if self.best is None else min(self.best, loss)
         self.num_saved += 1
@@ -181,7 +185,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self.saving_seconds += self.last_duration
 
     def _write_held(self, trainer: ResumableTrainer, step: int) -> None:
-        """Write held weights, without optimizer, unless those of `step`, which come next, are at least as good."""
+        """Write held weights, without the optimizer, unless the weights of `step`, saved next, are at least as good."""
         held, self.held = self.held, None
         if held is None or held.progress.step == step:
             return
@@ -215,18 +219,18 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         )
 
     def last_whole(self) -> str | None:
-        """Name the newest whole checkpoint of the stage, in the run's directory; None if there is none."""
-        # Until it has one, those of an earlier run are still there.
+        """Name the newest undamaged checkpoint of the stage, relative to the run's directory; None if there is none."""
+        # Until this run has written a checkpoint, the directory holds those of an earlier run.
         if is_pending(self.run_directory):
             return None
         try:
-            found = latest(self.parent, lambda _: None)
+            found = find_latest(self.parent, lambda _: None)
         except TrainingError:
             return None
         return None if found is None else found.directory.relative_to(self.run_directory).as_posix()
 
     def stopped_early(self, step: int, num_steps: int) -> str | None:
-        """Say so if the stage ended before its last step; None if it did not."""
+        """Return a line for the console if the stage stopped early."""
         if step >= num_steps:
             return None
         patience = counted(self.settings.early_stopping_patience or 0, "validation")
@@ -234,22 +238,22 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
     @property
     def keeps_optimizer(self) -> bool:
-        """Whether the optimizer is of the kind that it was."""
+        """Whether the optimizer is of the same kind as in the checkpoint."""
         key = f"{self.stage.key}.optim"
         return self.resumed is not None and self.resumed.facts.get(key) == self.facts[key]
 
     def cost(self) -> dict[str, float]:
-        """Return what saving has cost, for the summary."""
+        """Return the number of checkpoints and the time they took, for the summary."""
         return {"checkpoints_saved": self.num_saved, "saving_seconds": round(self.saving_seconds, 2)}
 
     def __str__(self) -> str:
-        """Say in a line what saving has cost."""
+        """Return the number of checkpoints and the time they took, for the console."""
         share = self.saving_seconds / max(self.seconds, 1e-9)
         saved = counted(self.num_saved, "checkpoint")
         return f"{saved} saved in {self.saving_seconds:.1f} s, {share:.1%} of the stage's time"
 
     def stop_if_asked(self, step: int) -> None:
-        """Raise RunInterruptedError if a signal came, now that the step is saved."""
+        """Raise RunInterruptedError if a signal came; the step is saved by now."""
         if (received := self.interruption.received) is not None:
             raise RunInterruptedError(
                 f"stopped by {received.name} after step {step:,} of stage {self.stage.name}, which is saved. Go on "
@@ -259,21 +263,21 @@ class Saver(TrainerCallback):  # type: ignore[misc]
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """`Trainer` with checkpoints of the kit's own: `train(resume_from_checkpoint=...)` takes the directory of one."""
+    """`Trainer` with our checkpoints: `train(resume_from_checkpoint=...)` takes the directory of one."""
 
-    saver: Saver | None = None
+    saver: CheckpointSaver | None = None
 
-    def train_and_save(self, saver: Saver) -> None:
-        """Train to the end, from the saver's checkpoint if it has one, and save as it decides.
+    def train_and_save(self, saver: CheckpointSaver) -> None:
+        """Train to the end, from the saver's checkpoint if it has one.
 
-        Raises RunInterruptedError after SIGINT or SIGTERM, when the step is done and saved.
+        Raises RunInterruptedError after SIGINT or SIGTERM, once the step is complete and saved.
         """
         self.saver = saver
         saver.trainer = self
         resumed = saver.resumed
         self.log_file.seconds_before = resumed.progress.log_seconds if resumed else 0.0
         self.add_callback(saver)
-        self.add_callback(_LossSum(self))
+        self.add_callback(_RunningLossRestorer(self))
         if resumed is not None and self._stopped_early(resumed.directory):
             return
         with saver.interruption:
@@ -281,7 +285,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         saver.stop_if_asked(self.state.global_step)
 
     def _stopped_early(self, checkpoint: Path) -> bool:
-        """Tell whether a checkpoint is the end of a stage that stopped early; then take up its weights and state."""
+        """If `checkpoint` is the end of a stage that stopped early, load its weights and state, and return True."""
         state = TrainerState.load_from_json(str(checkpoint / training_state.TRAINER))
         assert self.saver is not None
         if not has_lost_patience(state.log_history, self.saver.settings.early_stopping_patience):
@@ -295,13 +299,13 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """Give the checks back their part of the training's state."""
 
     @property
-    def log_file(self) -> TrainLog:
-        """What writes the log of the run."""
-        [log] = [one for one in self.callback_handler.callbacks if isinstance(one, TrainLog)]
+    def log_file(self) -> TrainingLog:
+        """The callback that writes the run's log."""
+        [log] = [one for one in self.callback_handler.callbacks if isinstance(one, TrainingLog)]
         return log
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log; `train_loss` is the mean over all steps, where the Trainer divides by those of this session alone."""
+        """Log; correct `train_loss` to the mean over all steps: the Trainer divides by those of this session."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -326,8 +330,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             training_state.load_random_state(Path(checkpoint))
 
 
-class _LossSum(TrainerCallback):  # type: ignore[misc]
-    """Gives the Trainer back the losses since the last line of the log, which it keeps apart from its state."""
+class _RunningLossRestorer(TrainerCallback):  # type: ignore[misc]
+    """Restores the Trainer's running loss, which trainer_state.json does not save."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
@@ -335,12 +339,12 @@ class _LossSum(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set them, now that the Trainer has set them to nothing."""
+        """Restore the running loss after the Trainer has reset it."""
         trainer = self.trainer
         if trainer.saver is not None and trainer.saver.resumed is not None:
             progress = trainer.saver.resumed.progress
             trainer._tr_loss += progress.loss_sum
             trainer._total_loss_scalar = progress.loss_total
             trainer._globalstep_last_logged = progress.last_logged_step
-            # The intervals of the recipe, not those of the checkpoint.
+            # Use the intervals of the recipe, not those of the checkpoint.
             state.compute_steps(args, state.max_steps)

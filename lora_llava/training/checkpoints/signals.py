@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the first is noted, so that the step ends and is saved; a second stops at once."""
+"""Handle SIGINT and SIGTERM: the first lets the step finish and saves it; the second stops at once."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Context in which SIGINT and SIGTERM are noted; what they did before is restored at its end."""
+    """Record SIGINT and SIGTERM inside the `with` block; the previous handlers are restored when it ends."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """The first signal, if there was one."""
+        """The first signal received, if any."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python lets no other thread set handlers.
+        # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # What is ignored stays so, as for a command behind nohup.
+                # Keep ignoring what was ignored, as under nohup.
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self._before[number] = handler
                     signal.signal(number, self._note)
@@ -46,12 +46,12 @@ class Interruption:
             return
         self.received = signal.Signals(number)
         line = f"\n{self.received.name}: the step is finished and saved before the run stops; once more stops at once\n"
-        # Not print: the signal may come in the middle of one.
+        # os.write, not print: the signal may interrupt a print.
         os.write(2, line.encode())
 
 
 def end_with_parent(_: int) -> None:
-    """Let a worker process end by its parent's word alone: a terminal, or a scheduler, sends its signals to all."""
+    """Make a data-loader worker obey only its parent's signals: Ctrl-C reaches the whole process group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -59,7 +59,7 @@ def end_with_parent(_: int) -> None:
 
 
 def _wait_for_parent() -> None:
-    # Not ignored: the parent ends its workers by this signal, and waits for them.
+    # Do not ignore SIGTERM: the parent ends its workers with it, and waits for them.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

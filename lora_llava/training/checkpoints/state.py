@@ -1,6 +1,6 @@
-"""The state of a training as safetensors and JSON: optimizer, scheduler, random numbers, the Trainer's own.
+"""Save and load the state of a training as safetensors and JSON: optimizer, scheduler, RNGs, TrainerState.
 
-Nothing here is pickled. What comes back is bit by bit what was saved: floats keep all their digits in JSON.
+Nothing is pickled. The round trip is exact to the bit: JSON keeps all digits of a float.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ OPTIMIZER, OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
 RANDOM, RANDOM_TENSORS = "random.json", "random.safetensors"
 TRAINER = "trainer_state.json"
-"""As `transformers` names it: `Trainer.train` reads it from there."""
+"""Named as in `transformers`: `Trainer.train` reads it."""
 
 _TENSOR = "$tensor"
-"""Key that stands for a tensor of the file beside."""
+"""Key of a reference to a tensor in the safetensors file."""
 
 
 def save_state(directory: Path, optimizer: Any, scheduler: Any, trainer: TrainerState) -> None:
-    """Write all that a training needs to go on, apart from the weights."""
+    """Write everything that a resumed training needs, except the weights."""
     save_optimizer(directory, optimizer)
     _write(directory / SCHEDULER, scheduler.state_dict())
     save_random_state(directory)
@@ -38,7 +38,7 @@ def save_state(directory: Path, optimizer: Any, scheduler: Any, trainer: Trainer
 
 
 def save_optimizer(directory: Path, optimizer: Any) -> None:
-    """Write the state of an optimizer, whatever it keeps for a parameter."""
+    """Write the state of an optimizer, of any kind."""
     tensors: dict[str, torch.Tensor] = {}
     content = _without_tensors(optimizer.state_dict(), "", tensors)
     save_file(tensors, directory / OPTIMIZER_TENSORS)
@@ -46,9 +46,9 @@ def save_optimizer(directory: Path, optimizer: Any) -> None:
 
 
 def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
-    """Give an optimizer its state back: what it keeps for each parameter and, with `settings`, its rates and betas.
+    """Restore an optimizer: its state of each parameter and, with `settings`, its learning rates and betas.
 
-    Raises TrainingError if the state is that of other parameters.
+    Raises TrainingError if the number of parameters differs.
     """
     tensors = load_file(directory / OPTIMIZER_TENSORS)
     content = _with_tensors(_read(directory / OPTIMIZER), tensors)
@@ -56,8 +56,8 @@ def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
     groups = content["param_groups"]
     sizes, fresh_sizes = ([len(group["params"]) for group in one] for one in (groups, fresh))
     if sum(sizes) != sum(fresh_sizes):
-        raise TrainingError(f"{directory / OPTIMIZER} is of another number of parameters than are trained now")
-    # Parameters have one order; with weight decay it is cut into more groups than without.
+        raise TrainingError(f"{directory / OPTIMIZER} holds another number of parameters than are trained now")
+    # The order of the parameters is fixed; weight decay splits it into more groups.
     settings = settings and sizes == fresh_sizes
     for group, other in zip(groups, fresh, strict=settings):
         # JSON has no tuples.
@@ -68,7 +68,7 @@ def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
 
 
 def _page(optimizer: Any) -> None:
-    """Move the state of a paged optimizer of bitsandbytes to pages again, as it does with large ones at its start."""
+    """Move the state of a paged bitsandbytes optimizer to paged memory, as the optimizer does with large states."""
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, state in optimizer.state.items():
@@ -79,7 +79,7 @@ def _page(optimizer: Any) -> None:
 
 
 def load_scheduler(directory: Path, scheduler: Any, step: int, *, settings: bool) -> None:
-    """Give a scheduler its state back; without `settings`, set a fresh one to `step` of its own schedule."""
+    """Restore a scheduler; without `settings`, advance a fresh one to `step` of the current schedule."""
     saved = _read(directory / SCHEDULER)
     if settings and len(saved["base_lrs"]) == len(scheduler.base_lrs):
         scheduler.load_state_dict(saved)
@@ -92,7 +92,7 @@ def load_scheduler(directory: Path, scheduler: Any, step: int, *, settings: bool
 
 
 def save_random_state(directory: Path) -> None:
-    """Write the state of the generators of Python, numpy and torch."""
+    """Write the RNG states of Python, numpy and torch."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -103,7 +103,7 @@ def save_random_state(directory: Path) -> None:
 
 
 def load_random_state(directory: Path) -> None:
-    """Set the generators to a saved state."""
+    """Restore the RNG states of Python, numpy and torch."""
     tensors = load_file(directory / RANDOM_TENSORS)
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available() and "cuda" in tensors:
@@ -116,19 +116,19 @@ def load_random_state(directory: Path) -> None:
 
 
 def load_weights(directory: Path, model: PeftModel) -> None:
-    """Give a model the weights of the artifact in `directory`. Raises TrainingError if they are of another form."""
+    """Load the weights of the artifact in `directory` into `model`; TrainingError if names or shapes differ."""
     state = load_file(directory / WEIGHTS)
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
-        raise TrainingError(f"{directory / WEIGHTS} holds other weights than are trained now; start a new run")
+        raise TrainingError(f"{directory / WEIGHTS} does not match the weights that are trained now; start a new run")
     set_peft_model_state_dict(model, state)
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a value as JSON takes it, having moved the tensors in it to `tensors`."""
+    """Return `value` ready for JSON, with its tensors moved to `tensors`."""
     if isinstance(value, torch.Tensor):
-        # A copy: tensors may share their memory, and safetensors refuses that.
+        # Copy: safetensors refuses tensors that share memory.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: name}
     if isinstance(value, dict):

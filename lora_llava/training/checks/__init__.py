@@ -1,1 +1,1 @@
-"""Checks around and during training; each stops or warns in plain words."""
+"""Checks before, during and after training: each stops the run or warns. `check.py` has their interface."""

@@ -1,7 +1,6 @@
-"""Does the model look? Its loss on a few validation conversations, with their images and with the mean colour instead.
+"""Measure how much the images lower the validation loss: compare with the mean color in place of each image.
 
-A model can answer from the question alone, and its loss falls all the same. What the images are worth to it is what it
-loses without them.
+A model can learn to answer from the question alone, and its loss still falls. The loss without images shows it.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from lora_llava.data.sampling import spread
 from lora_llava.training.checks.check import Check, MeanLoss, ValidationPass
 from lora_llava.training.validation import without
 
-MOST_CONVERSATIONS, MOST_IMAGES = 64, 32
-"""Bounds of the sample, which is computed twice at each validation, or once if it is all of it."""
+MAX_CONVERSATIONS, MAX_IMAGES = 64, 32
+"""Maximum size of the sample, which each validation computes twice, or once if it is all of the validation data."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCheck:
-    """The same conversations twice: with their images, and blind."""
+    """The same conversations twice: with their images, and with the mean color instead."""
 
     true: PackedRows
     blind: PackedRows
     is_whole: bool
-    """Whether they are all of the validation."""
+    """Whether they are all of the validation data."""
 
     def measure(self, mean_loss: MeanLoss, whole: float) -> dict[str, float]:
-        """Return `eval_loss_blind`, and as `image_gain` what it is above the loss with the images, a token.
+        """Return `eval_loss_blind`, and `image_gain`: how far it is above the loss with images. Both per token.
 
         `whole`: the loss over all validation rows.
         """
@@ -59,10 +58,10 @@ class BlindCheck(Check):
 
 
 def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck | None:
-    """Choose a sample of validation rows; None if they hold no image.
+    """Choose a sample of the validation rows; None if no record has an image.
 
-    The mean colour comes as pixels, which the model takes where it is fed cached features too. It is not quite 0 after
-    normalisation, since a pixel is a whole number; it is what padding shows, and what evaluation calls blind.
+    The mean color is passed as pixels, which the model also accepts next to cached features. It is not exactly 0 after
+    normalization, since a pixel is an integer; padding and the blind evaluation use the same color.
     """
     sample = sample_rows(rows)
     if not sample:
@@ -87,9 +86,9 @@ def sample_rows(rows: PackedRows) -> list[Row]:
         for tree in row
         if rows.records[tree[0]].image is not None
     ]
-    sample = spread(places, MOST_IMAGES)
+    sample = spread(places, MAX_IMAGES)
     chosen: dict[int, list[Tree]] = {}
-    left = MOST_CONVERSATIONS
+    left = MAX_CONVERSATIONS
     for index, (number, tree) in enumerate(sample):
         # Each tree that is still to come gets one conversation at least.
         part = tree[: max(1, left // (len(sample) - index))]
@@ -99,5 +98,5 @@ def sample_rows(rows: PackedRows) -> list[Row]:
 
 
 def count_conversations(rows: Sequence[Row]) -> int:
-    """Count the conversations of rows."""
+    """Count the conversations in rows."""
     return sum(len(tree) for row in rows for tree in row)

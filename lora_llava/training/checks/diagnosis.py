@@ -1,7 +1,7 @@
-"""Name what is wrong with a stage from its losses: diverged, over-fitting, not looking at images, collapsed answers.
+"""Diagnose a stage from its losses: divergence, over-fitting, ignored images, collapsed answers.
 
-Pure functions of figures that are logged anyway. Each asks for all that sets its cause apart from the others; where the
-same figures have another cause, the message names it.
+Pure functions of logged figures. Each requires all evidence that separates its cause from the others; where the same
+figures have another cause, the message names it.
 """
 
 from __future__ import annotations
@@ -12,56 +12,56 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MIN_WINDOW, WINDOW_QUESTIONS = 5, 64
-"""Steps in a window, over which losses are averaged: five, or as many as hold so many questions,"""
+"""Steps in a window of averaged losses: five, or as many as hold this many questions,"""
 MAX_WINDOW = 64
-"""but no more than this."""
+"""up to this maximum."""
 SPIKE_FACTOR, SPIKE_MARGIN, SPIKE_QUESTIONS = 4.0, 1.0, 8
-"""A loss is out of line above so many times the best mean, and so much; it is that of a step, or of the last steps that
-hold so many questions together: one hard question is no divergence."""
+"""A loss is a spike above this factor of the best mean plus this margin; it is averaged over the last steps that hold
+this many questions: one hard question is no divergence."""
 DRIFT_FACTOR, DRIFT_MARGIN = 2.0, 0.5
-"""The mean of a window is out of line above so many times the best mean, and so much."""
+"""The mean of a window has drifted above this factor of the best mean plus this margin."""
 RISE, CLEAR_RISE = 1.05, 1.15
-"""A validation loss has risen at so many times the best, twice in a row, or once at the higher factor."""
+"""A validation loss has risen above this factor of the best twice in a row, or once above the higher factor."""
 FALL = 0.9
-"""A training loss has fallen at this share of the first."""
+"""A training loss has fallen below this fraction of the first."""
 MIN_GAIN = 0.01
-"""Share of its loss that a model which looks owes to the images."""
+"""Minimum effect of the images on a model that looks at them, as a fraction of its loss with images."""
 ALIKE_IN_A_ROW = 3
-"""Validations without a gain after which a model is said not to look before its stage ends."""
+"""Validations in a row without a gain before the warning, if the stage has not ended."""
 MIN_SAMPLES = 3
-"""Sample answers that tell whether a model always says the same."""
+"""Minimum number of sample answers that show whether a model always says the same."""
 
 
 @dataclass
 class LossTrend:
-    """Follows the loss of each step and tells when it leaves its course."""
+    """Follows the loss of each step and detects divergence."""
 
     window: int = MIN_WINDOW
     spike: int = 1
-    """Last steps whose mean tells a jump."""
+    """Number of last steps whose mean shows a spike."""
     recent: list[float] = field(default_factory=list)
-    """Losses of the last steps, a window at most."""
+    """Losses of the last steps, at most a window."""
     best: float = math.inf
     """Lowest mean of a window, or of all steps while there are fewer."""
 
     @classmethod
     def over(cls, questions: Sequence[int]) -> LossTrend:
-        """Choose the steps of a mean by the questions of each step."""
+        """Choose the window from the number of questions in each step."""
         mean = max(1.0, sum(questions) / len(questions)) if questions else WINDOW_QUESTIONS
         window, spike = math.ceil(WINDOW_QUESTIONS / mean), math.ceil(SPIKE_QUESTIONS / mean)
         return cls(min(MAX_WINDOW, max(MIN_WINDOW, window)), spike)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs; for JSON."""
+        """Return what a resumed run needs, ready for JSON."""
         return {"recent": list(self.recent), "best": self.best if self.recent else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`; from none, begin."""
+        """Continue from a `state`; an empty one starts over."""
         self.recent = list(state.get("recent", ()))
         self.best = state["best"] if self.recent else math.inf
 
     def diverged(self, loss: float) -> float | None:
-        """Take note of a step's loss; return the best mean if the losses have left it for a much higher one."""
+        """Record the loss of a step; return the best mean if the losses have risen far above it."""
         has_reference = len(self.recent) >= self.spike
         self.recent = [*self.recent, loss][-self.window :]
         mean, jump = (sum(losses) / len(losses) for losses in (self.recent, self.recent[-self.spike :]))
@@ -71,7 +71,7 @@ class LossTrend:
             or (is_whole and mean > DRIFT_FACTOR * self.best + DRIFT_MARGIN)
         ):
             return self.best
-        # A mean of few steps is no reference yet: it may be low by chance.
+        # The mean of few steps may be low by chance; do not use it as a reference yet.
         is_few = len(self.recent) < max(MIN_WINDOW, 2 * self.spike)
         self.best = mean if is_few else min(self.best, mean)
         return None
@@ -86,24 +86,24 @@ class Validation:
     blind: float | None
     """Loss with the mean color in place of each image."""
     gain: float | None
-    """What it is above the loss with the images, on the same records."""
+    """How far `blind` is above the loss with images on the same records."""
     train_loss: float | None
-    """Mean over the steps since the validation before."""
+    """Mean over the steps since the previous validation."""
     has_learned: bool = True
     """Whether the training loss is clearly lower than at the beginning."""
     samples: tuple[tuple[str, str], ...] = ()
-    """True answers, and those of the model."""
+    """Pairs of true answer and prediction."""
 
     @property
     def is_alike(self) -> bool:
-        """Whether the images change nothing, for better or worse."""
+        """Whether the loss is the same with and without images."""
         if self.gain is None or self.blind is None:
             return False
         return abs(self.gain) < MIN_GAIN * (self.blind - self.gain)
 
     @property
     def repeated(self) -> str | None:
-        """The one answer to all sample questions, if it is right for half of them at most."""
+        """The answer given to all sample questions, if it is right for at most half of them."""
         truths, answers = [truth.strip().lower() for truth, _ in self.samples], {text for _, text in self.samples}
         if len(self.samples) < MIN_SAMPLES or len(answers) > 1:
             return None
@@ -112,7 +112,7 @@ class Validation:
 
 
 def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
-    """Read the validations of a stage from its log; rows of losses come before the validation of their step."""
+    """Read the validations of a stage from its log; a step's training loss comes before its validation."""
     found: list[Validation] = []
     before: list[tuple[int, float]] = []
     losses: list[float] = []
@@ -133,16 +133,16 @@ def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
 
 
 def best_of(validations: Sequence[Validation]) -> Validation:
-    """Return the validation of the lowest loss, the first of equals."""
+    """Return the validation with the lowest loss, the first if equal."""
     return min(validations, key=lambda one: one.loss)
 
 
 def diagnose(
     validations: Sequence[Validation], max_steps: int, *, keeps_best: bool, known: Collection[str] = ()
 ) -> dict[str, str]:
-    """Name what is wrong at the last of the `validations`, by the kind of the warning; `known`: what was named before.
+    """Return warnings about the last of the `validations`, by kind; `known`: kinds that were reported before.
 
-    A stage that over-fits, or has diverged, may not look either; but its cause, and its cure, are the former.
+    A stage that over-fits or has diverged may ignore images too, but that is then a consequence, not the cause.
     """
     found = {
         "over-fitting": over_fitting(validations, keeps_best=keeps_best),
@@ -155,7 +155,7 @@ def diagnose(
 
 
 def over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str | None:
-    """Say so if the validation loss has risen from its best while the training loss went on falling."""
+    """Return a warning if the validation loss has risen from its best while the training loss kept falling."""
     best, last = best_of(validations), validations[-1]
     risen = [one.loss > RISE * best.loss for one in validations[-2:]]
     has_risen = last.loss > CLEAR_RISE * best.loss or (len(risen) == 2 and all(risen))
@@ -170,9 +170,9 @@ def over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str 
 
 
 def not_looking(validations: Sequence[Validation], max_steps: int) -> str | None:
-    """Say so if images change nothing though the model learns: at a stage's end, or three times in its second half.
+    """Return a warning if images do not lower the loss: at the end of a stage, or three times in its second half.
 
-    A model that has not learned anything yet does not look either; that is another cause.
+    A model that has not learned anything yet ignores images too; that has another cause.
     """
     last = validations[-1]
     if not last.is_alike or not last.has_learned:
@@ -191,13 +191,13 @@ def not_looking(validations: Sequence[Validation], max_steps: int) -> str | None
 
 
 def has_fallen(losses: Sequence[float]) -> bool:
-    """Tell whether the last fifth of the losses is clearly below the first fifth."""
+    """Return whether the last fifth of the losses is clearly below the first fifth."""
     count = max(1, len(losses) // 5)
     return len(losses) > 1 and sum(losses[-count:]) < FALL * sum(losses[:count])
 
 
 def collapsed(validations: Sequence[Validation], max_steps: int) -> str | None:
-    """Say so if a model gives one answer to different questions, at the end of a stage or twice in its second half."""
+    """Return a warning if all sample answers are the same: at the end of a stage, or twice in its second half."""
     late = [one.repeated for one in validations if 2 * one.step >= max_steps][-2:]
     if not late or late[-1] is None or (validations[-1].step < max_steps and late != [late[-1]] * 2):
         return None

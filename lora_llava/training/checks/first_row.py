@@ -1,7 +1,7 @@
-"""A check before the first step: a packed row computes what its conversations compute alone, on this machine too.
+"""Check before the first step that a packed row gives the same logits as its conversations one by one.
 
-The tests prove it for the versions they ran with. A new transformers, another attention kernel or a driver can
-break it without a word, and the loss would still fall.
+The tests prove it for the versions they ran with. A new transformers, another attention kernel or a driver can break it
+silently, and the loss would still fall.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lora_llava.system.text import listed
 from lora_llava.training.checks.non_finite import non_finite_tensors
 from lora_llava.training.validation import has_finite_image
 
-MOST_CONVERSATIONS = 3
-"""Conversations that are compared: enough for one to have neighbours on both sides."""
+MAX_CONVERSATIONS = 3
+"""Conversations to compare: enough for one to have neighbors on both sides."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Relative difference of the logits at the supervised places, by precision."""
+"""Allowed relative difference of the logits at the supervised positions, by dtype."""
 
 
 def check_first_row(
     model: Any, rows: PackedRows, dtype: torch.dtype, device: torch.device, may_skip: bool = False
 ) -> float | None:
-    """Compare the logits of the first row with several conversations against theirs one by one.
+    """Compare the logits of the first row that has several conversations with theirs one by one.
 
-    Of trees the widest comes first. Alone, conversations go through the model's own forward pass, without our mask,
-    positions and choice of rows. Returns the relative difference, None if each row holds one conversation; raises
-    TrainingError if it is above the tolerance of `dtype`, or a weight or an image of them is not finite. With
-    `may_skip` such an image is left to the step that will be left out.
+    One by one, conversations go through the model's standard forward pass, without our mask, position ids and last
+    layer. Returns the relative difference; None if every row holds one conversation. Raises TrainingError if it exceeds
+    the tolerance of `dtype`, or if a weight or an image is not finite; with `may_skip` such an image is left to the
+    non-finite guard, which skips its step.
     """
     trees = _first_trees(rows)
     if not trees:
@@ -50,7 +50,7 @@ def check_first_row(
         alone = torch.cat([_logits_alone(model, rows, index, device) for tree in trees for index in tree])
     model.train(was_training)
     difference = float((packed - alone).norm() / alone.norm())
-    # Not "greater": a NaN must not pass.
+    # `not <=` instead of `>`: NaN must fail.
     if not difference <= TOLERANCE[dtype]:
         if _finds_non_finite_image(model, rows, trees, may_skip):
             return None
@@ -64,9 +64,9 @@ def check_first_row(
 
 
 def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: bool) -> bool:
-    """Raise TrainingError if a weight or an image holds NaN or infinity, which looks like wrong packing.
+    """Raise TrainingError if a weight or an image is not finite, which would look like wrong packing.
 
-    With `may_skip` returns whether an image does.
+    With `may_skip`, return True for an image instead.
     """
     if broken := non_finite_tensors(model):
         raise TrainingError(
@@ -85,10 +85,10 @@ def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: 
 
 
 def _first_trees(rows: PackedRows) -> Row:
-    """Choose trees of one row that hold a few conversations, the widest first; nothing if no row holds several."""
+    """Choose trees of one row that hold a few conversations, the widest first; empty if no row holds several."""
     row = next((row for row in rows.rows if sum(map(len, row)) > 1), ())
     chosen: list[Tree] = []
-    left = MOST_CONVERSATIONS
+    left = MAX_CONVERSATIONS
     for tree in sorted(row, key=len, reverse=True):
         if left:
             chosen.append(tree[:left])
@@ -97,12 +97,13 @@ def _first_trees(rows: PackedRows) -> Row:
 
 
 def _logits_alone(model: Any, rows: PackedRows, index: int, device: torch.device) -> torch.Tensor:
-    """Return the logits (S, vocabulary) of one conversation, at the places before its supervised tokens."""
+    """Return the logits (S, vocabulary) of one conversation at the positions that predict its supervised tokens."""
     conversation, record = rows.encoded[index], rows.records[index]
     pixels = {} if record.image is None else {"pixel_values": rows.read_image(record)[None].to(device)}
     ids = torch.tensor([conversation.input_ids], device=device)
     with with_sdpa(llava_in(model)):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
-    places = [place - 1 for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX and place > 0]
-    at_targets: torch.Tensor = logits[places]
+    labels = enumerate(conversation.labels)
+    positions = [position - 1 for position, label in labels if label != IGNORE_INDEX and position > 0]
+    at_targets: torch.Tensor = logits[positions]
     return at_targets

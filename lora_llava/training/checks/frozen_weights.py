@@ -15,7 +15,7 @@ from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check
 
 CHUNK = 2**20
-"""Words of 32 bits that are summed at one time; with their products they take 20 MiB."""
+"""32-bit words summed at a time; with their products they take 20 MiB."""
 
 
 class FrozenWeights(Check):
@@ -89,21 +89,21 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def chunk_sums(data: torch.Tensor) -> list[int]:
-    """Sum up bytes, chunk by chunk, without moving them off their device.
+    """Hash bytes chunk by chunk on their device.
 
-    Words of 32 bits, times random factors of 64, are added modulo 2^64 (multilinear hashing, Carter and Wegman 1979),
-    so that the order in which a GPU adds does not matter. A change passes unseen with a chance of at most 2^-32. It is
-    no protection against an attacker, who could compute the factors.
+    32-bit words times random 64-bit factors are added modulo 2^64 (multilinear hashing, Carter and Wegman 1979), so the
+    order in which a GPU adds does not matter. A change goes undetected with probability at most 2^-32. This does not
+    protect against an attacker, who could compute the factors.
     """
     sums = [_sum(chunk) for chunk in data.split(4 * CHUNK)]
-    # One wait for the device for each tensor.
+    # Synchronizes with the device once per tensor.
     return torch.stack(sums).tolist() if sums else []
 
 
 def _sum(data: torch.Tensor) -> torch.Tensor:
     missing = -data.numel() % 4
     if missing or data.storage_offset() % 4:
-        # Words begin at multiples of four bytes.
+        # A view as int32 must start at a multiple of four bytes.
         data = torch.cat([data, data.new_zeros(missing)])
     words = data.view(torch.int32).long()
     return (words * _factors(data.device)[: words.numel()]).sum()

@@ -1,4 +1,4 @@
-"""Before the first step on CUDA, two real ones on the longest row: what does not fit or work shows at once."""
+"""Memory probe: two forward and backward passes over the longest row, before the first step on CUDA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_llava.planning.speed import Machine
 from lora_llava.system.device import peak_memory_bytes
 
 STEPS = 2
-"""The second runs with the gradients of the first in place, as all later ones do."""
+"""The second pass runs with gradients allocated, as all later ones do."""
 
 
 def try_longest_row(
@@ -32,10 +32,10 @@ def try_longest_row(
     *,
     attn_implementation: str = "auto",
 ) -> int:
-    """Pass the longest row forwards and backwards, twice; return its tokens. The weights stay as they are.
+    """Run two forward and backward passes over the longest row; return its length in tokens. Weights do not change.
 
-    FlexAttention that fails here is replaced by SDPA if the recipe leaves the choice open. Raises TrainingError
-    otherwise; torch.OutOfMemoryError is left to `out_of_memory_named`.
+    If FlexAttention fails and the recipe says `auto`, SDPA replaces it; otherwise raises TrainingError.
+    torch.OutOfMemoryError is left to `out_of_memory_named`.
     """
     lengths = [sum(tree_length(tree, items) for tree in row) for row in rows.rows]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -52,7 +52,7 @@ def try_longest_row(
                 f"attn_implementation: flex_attention does not work with this model ({type(error).__name__}: {error}); "
                 "set auto or sdpa"
             ) from error
-        console.print(f"flex_attention does not work with this model ({type(error).__name__}); sdpa takes its place")
+        console.print(f"flex_attention does not work with this model ({type(error).__name__}); using sdpa instead")
         set_attention(llava, TREES)
         _pass_twice(model, rows[longest], dtype)
     return lengths[longest]
@@ -74,7 +74,7 @@ def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) ->
 
 
 def trial_line(tokens: int, chosen: MemoryPlan) -> str:
-    """Say what the trial took, beside what was planned."""
+    """Report the peak memory of the probe next to the planned memory."""
     return (
         f"two passes over the longest row, {tokens:,} tokens: {peak_memory_bytes() / GIB:.1f} GiB, "
         f"planned {chosen.bytes_needed / GIB:.1f} GiB with the optimizer"
@@ -83,7 +83,7 @@ def trial_line(tokens: int, chosen: MemoryPlan) -> str:
 
 @contextmanager
 def out_of_memory_named(shapes: StageShapes, machine: Machine, chosen: MemoryPlan) -> Iterator[None]:
-    """Turn running out of memory into a TrainingError that names what to do."""
+    """Turn an out-of-memory error into a TrainingError that says what to change."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Figures of a stage that a person reads beside its loss, and plain words when one of them is out of line."""
+"""Log figures of a stage next to its loss, and warn when one of them is unusual."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.diagnosis import LossTrend, diagnose, read_validations
 
-REMEMBERED, FEWEST = 50, 10
-"""Steps whose gradient norms a new one is compared with, at most and at least."""
-FAR = 10.0
-"""A gradient norm so many times its median is out of line; so is the projector's norm at so many times its first."""
+HISTORY, MIN_HISTORY = 50, 10
+"""Maximum and minimum number of recent steps that a gradient norm is compared with."""
+ALARM_FACTOR = 10.0
+"""Warn if a gradient norm exceeds its running median, or the projector norm its initial value, by this factor."""
 ZERO_STEPS = 5
-"""Steps in a row without a gradient after which something is wrong; one step may hold texts alone."""
-LEAST_SUPERVISED = 1e-3
-"""Share of supervised tokens below which nearly all that is computed teaches nothing."""
-STARTED_AT_ZERO = 1e-3
-"""Below this norm a projector counts as one that starts at zero: no later norm can be compared with it."""
+"""Warn after this many steps in a row without a gradient; a single step may hold only text."""
+MIN_SUPERVISED_SHARE = 1e-3
+"""Warn if fewer of the computed tokens are supervised."""
+ZERO_NORM = 1e-3
+"""Initial norm below which a projector counts as zero, so that later norms cannot be compared with it."""
 NO_GRADIENT = {
     "projector": "no record with an image was in them, or the images' tokens have no part in the answers",
     "lora": "no supervised token was in them, or the base does not use the layers that LoRA adapts",
 }
-"""What else gives a gradient of 0, by group."""
+"""Other causes of a zero gradient, by group."""
 
 
 class StageMonitor(Check):
@@ -62,7 +62,7 @@ class StageMonitor(Check):
         self.pending: list[str] = []
 
     def state(self) -> dict[str, Any]:
-        """What a run that is resumed needs to log what the uninterrupted one would; for JSON."""
+        """Return what a resumed run needs to log the same figures as an uninterrupted one."""
         return {
             "last_logged": self.last_logged,
             "norms": {name: list(values) for name, values in self.norms.items()},
@@ -80,7 +80,7 @@ class StageMonitor(Check):
         self.warned, self.pending = list(state["warned"]), list(state["pending"])
 
     def on_step(self, step: CompletedStep) -> str | None:
-        """Take note of a step that is about to be applied; return a warning if the loss diverged with it."""
+        """Record a step that is about to be applied; return a warning if the training diverged."""
         self.see_step(step.number, step.norms)
         if (before := self.see_loss(step.number, step.loss)) is None:
             return None
@@ -95,7 +95,7 @@ class StageMonitor(Check):
         return self.figures(step, model, row, self.skipped)
 
     def on_validation(self, validation: ValidationPass) -> None:
-        """Warn of records whose loss is not finite, and of what the losses tell of the stage."""
+        """Warn of records whose loss is not finite, and of what the losses reveal."""
         if validation.unusable:
             records = validation.rows.records
             named = [f"{records[index].where} ({reason})" for index, reason in validation.unusable.items()]
@@ -114,7 +114,7 @@ class StageMonitor(Check):
         validation.metrics |= self.take_warnings()
 
     def see_loss(self, step: int, loss: float) -> float | None:
-        """Take note of the loss of a step; return the loss it had before if it diverged now, for the first time."""
+        """Record the loss of a step; return the loss before it if it has just diverged, for the first time."""
         before = self.trend.diverged(loss)
         if before is None or "diverged" in self.warned:
             return None
@@ -122,12 +122,12 @@ class StageMonitor(Check):
         return before
 
     def see_step(self, step: int, norms: Mapping[str, float]) -> None:
-        """Take note of the gradient norms of a step that was taken."""
+        """Record the gradient norms of a step."""
         for name, norm in norms.items():
             before = self.norms.setdefault(name, [])
-            usual = median(before) if len(before) >= FEWEST else 0.0
-            # Late in a stage norms are small, and one that clipping makes harmless is no news.
-            if usual and norm > FAR * max(usual, self.max_grad_norm):
+            usual = median(before) if len(before) >= MIN_HISTORY else 0.0
+            # Late in a stage norms are small; a norm below the clipping threshold is harmless.
+            if usual and norm > ALARM_FACTOR * max(usual, self.max_grad_norm):
                 self.warn(
                     f"large gradient, {name}",
                     f"step {step}: the gradient norm of {name}, {norm:.3g}, is {norm / usual:.0f} times its median of "
@@ -136,7 +136,7 @@ class StageMonitor(Check):
                     "loss rises after it, lower learning_rate",
                 )
             before.append(norm)
-            del before[:-REMEMBERED]
+            del before[:-HISTORY]
             if len(before) >= ZERO_STEPS and not any(before[-ZERO_STEPS:]):
                 self.warn(
                     f"no gradient, {name}",
@@ -147,8 +147,8 @@ class StageMonitor(Check):
     def figures(self, step: int, model: nn.Module, logs: Mapping[str, Any], skipped: Sequence[int]) -> dict[str, Any]:
         """Return the Trainer's `logs` of the steps up to `step`, with figures and warnings added.
 
-        Its loss is a mean over all steps, those among `skipped` as 0: it is put right, and goes if there were no
-        others.
+        The Trainer's loss is a mean over all steps and counts `skipped` ones as 0: correct it, or remove it if every
+        step was skipped.
         """
         row = dict(logs)
         steps = step - self.last_logged
@@ -170,7 +170,7 @@ class StageMonitor(Check):
             return {}
         supervised, computed = (sums[step] - sums[self.last_logged] for sums in (self.supervised, self.computed))
         share = supervised / max(computed, 1)
-        if share < LEAST_SUPERVISED:
+        if share < MIN_SUPERVISED_SHARE:
             self.warn(
                 "share",
                 f"of the tokens computed since step {self.last_logged} only {share:.2%} are supervised: answers are "
@@ -183,9 +183,9 @@ class StageMonitor(Check):
         if norms is None:
             return {}
         now, first, difference = norms
-        if first < STARTED_AT_ZERO:
+        if first < ZERO_NORM:
             return {"projector_norm": now}
-        if now > FAR * first or now < first / FAR:
+        if now > ALARM_FACTOR * first or now < first / ALARM_FACTOR:
             self.warn(
                 "projector",
                 f"the projector's norm went from {first:.3g} to {now:.3g}. Its learning rate is too high, or, if the "
@@ -195,23 +195,23 @@ class StageMonitor(Check):
         return {"projector_norm": now, "projector_change": difference / first}
 
     def warn(self, kind: str, text: str) -> None:
-        """Give a warning with the next line of the log, unless one of its kind was given in this stage."""
+        """Add a warning to the next log line, unless the stage has had one of this kind."""
         if kind not in self.warned:
             self.warned.append(kind)
             self.pending.append(text)
 
     def take_warnings(self) -> dict[str, str]:
-        """Return the warnings that are to be given, as part of a line of the log."""
+        """Return and clear the pending warnings, as part of a log line."""
         texts, self.pending = self.pending, []
         return {"warning": "; ".join(texts)} if texts else {}
 
 
 @torch.no_grad()
 def projector_norms(model: nn.Module) -> tuple[float, float, float] | None:
-    """Return the norms of the trained projector, of the one it started from, and of their difference.
+    """Return the norms of the trained projector, of the initial one, and of their difference.
 
-    PEFT keeps the latter beside its copy: where the stage began, or, if the LoRA of `start_from` goes on, the
-    projector of the base. None for a model without a projector that is trained.
+    PEFT stores the initial projector as `original_module`: that of the stage's start, or, if the LoRA of `start_from`
+    is trained further, that of the base. None if no projector is trained.
     """
     weights = dict(llava_in(model).get_submodule(PROJECTOR).named_parameters())
     copies = {name: one for name, one in weights.items() if name.startswith("modules_to_save.default.")}

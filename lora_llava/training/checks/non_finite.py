@@ -1,8 +1,7 @@
-"""A loss or a gradient that is not finite never reaches the weights: the run stops, or goes on without the step.
+"""Keep non-finite losses and gradients away from the weights: stop the run, or skip the step.
 
-One NaN that gets into the weights or into Adam's averages soon makes all of them NaN. So losses and gradients of a step
-are looked at when its last backward pass is done, before anything is clipped: clipping by a norm of NaN or infinity
-ruins every gradient.
+One NaN in the weights or in Adam's moments soon spreads to all of them. So losses and gradients are checked after the
+last backward pass of a step and before clipping: clipping by a norm of NaN or infinity ruins every gradient.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ class NonFiniteGuard(Check):
         self.skipped: list[int] = []
         """Steps that were skipped, counted from 1; other checks read this very list."""
         self.fix = ""
-        """What to do about the last step that was not finite."""
+        """Advice about the last step that was not finite."""
 
     @classmethod
     def by_settings(
         cls, rows: PackedRows, stage: StageName, settings: StageSettings, dtype: torch.dtype
     ) -> NonFiniteGuard:
-        """Do as `on_non_finite` and `max_non_finite_steps` say."""
+        """Create the guard from `on_non_finite` and `max_non_finite_steps`."""
         return cls(rows, stage=stage, most_skipped=skip_limit(settings), bf16=dtype == torch.bfloat16)
 
     def state(self) -> list[int]:
@@ -69,7 +68,7 @@ class NonFiniteGuard(Check):
         Raises TrainingError, with the weights unchanged, if the step may not be skipped.
         """
         norms = [gradient_norm(parameters, step.total.device) for parameters in step.groups.values()]
-        # The step's only wait for the device.
+        # The only synchronization with the device in a step.
         values: list[float] = torch.stack([step.total, *norms]).tolist()
         step.loss, step.norms = values[0], dict(zip(step.groups, values[1:], strict=True))
         if all(map(math.isfinite, values)):
@@ -100,7 +99,7 @@ class NonFiniteGuard(Check):
         return f"{self.fix} Or set on_non_finite: skip to leave out a few such steps. {checkpoint}"
 
     def restart_advice(self) -> str:
-        """Say what to do about weights that are not finite."""
+        """Return the advice about weights that are not finite."""
         return (
             "A frozen weight came so from the base, or from a fault of memory; a trained one from start_from, or from "
             "a step before. Replace the file it came from, or resume from an earlier checkpoint with a lower "
@@ -108,7 +107,7 @@ class NonFiniteGuard(Check):
         )
 
     def _describe(self, step: CompletedStep) -> str:
-        """Name the step, what is not finite in it, the records, and the gradient norms."""
+        """Describe a non-finite step: what is not finite, the records, the gradient norms."""
         losses: list[float] = step.losses.tolist()
         trained = [parameter for parameters in step.groups.values() for parameter in parameters]
         rows = self.rows.rows[(step.number - 1) * len(losses) : step.number * len(losses)]
@@ -135,7 +134,7 @@ class NonFiniteGuard(Check):
         return listed([self.rows.records[index].where for index in indices], separator="; ")
 
     def _is_finite_alone(self, model: nn.Module, trained: list[nn.Parameter], index: int) -> bool:
-        """Pass one conversation forwards and backwards, leaving gradients and random numbers as they are."""
+        """Run one conversation forward and backward; gradients and RNG state do not change."""
         device = trained[0].device
         alone = PackedRows([((index,),)], self.rows.records, self.rows.encoded, self.rows.read_image)
         batch = {name: tensor.to(device) for name, tensor in alone[0].items()}
@@ -148,18 +147,18 @@ class NonFiniteGuard(Check):
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
-    """Compute the norm of all gradients together; of none it is 0."""
+    """Compute the total norm of the gradients; 0 if there is none."""
     return get_total_norm([one.grad for one in parameters if one.grad is not None]).to(device)
 
 
 def non_finite_tensors(model: nn.Module) -> list[str]:
-    """Name the weights, buffers and scales of 4-bit weights that hold NaN or infinity."""
+    """List the weights, buffers and 4-bit scales that hold NaN or infinity."""
     trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
     return [name for name, one in (*trained, *frozen_tensors(model)) if not is_finite(one)]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether no element is NaN or infinite; whole numbers, such as 4-bit weights, never are."""
+    """Return whether no element is NaN or infinite; integers, such as 4-bit weights, are always finite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 

@@ -1,4 +1,4 @@
-"""Checksums of the trained weights at a stage's start: a stage that changes none of them is an error, not a result."""
+"""Checksum trained weights at the start of a stage: a stage that changes none of them has failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check
 from lora_llava.training.checks.frozen_weights import checksum
 
-NOTHING = 1e-12
+NEGLIGIBLE = 1e-12
 PROJECTOR_PART, LORA_PART = "projector", "lora"
 
 
@@ -49,18 +49,18 @@ class TrainedWeights(Check):
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that a trained parameter belongs to."""
+    """Return the part that a trained parameter belongs to, LoRA or projector."""
     return PROJECTOR_PART if ".multi_modal_projector." in name else LORA_PART
 
 
 def part_checksums(model: nn.Module) -> dict[str, str]:
-    """Return a checksum of all trained parameters of each part, to the bit; below `NOTHING` a value counts as 0."""
+    """Return a checksum of the trained parameters of each part; tensors below `NEGLIGIBLE` everywhere count as 0."""
     digests: dict[str, hashlib._Hash] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # LoRA's B starts at 0, from where any change, however small, is one of its bits.
-            is_nothing = float(parameter.detach().abs().max()) < NOTHING
-            tensor = torch.zeros_like(parameter) if is_nothing else parameter
+            # LoRA's B starts at 0, so any change, however small, would change its bits.
+            is_negligible = float(parameter.detach().abs().max()) < NEGLIGIBLE
+            tensor = torch.zeros_like(parameter) if is_negligible else parameter
             digests.setdefault(part_of(name), hashlib.sha256()).update(checksum(tensor).encode())
     return {part: digest.hexdigest() for part, digest in digests.items()}
 
@@ -70,8 +70,8 @@ def check_changed(
 ) -> str | None:
     """Compare the trained parameters with their checksums at the `start` of the stage.
 
-    Returns a line that names a part that did not change while another did. Raises TrainingError if none changed; no
-    `start`, as in the checkpoints of older versions, proves nothing.
+    Returns a line if one part did not change while another did. Raises TrainingError if none changed. An empty `start`,
+    as in checkpoints of older versions, passes.
     """
     unchanged = [part for part, digest in part_checksums(model).items() if start.get(part) == digest]
     if not unchanged:
