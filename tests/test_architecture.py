@@ -21,7 +21,7 @@ PACKAGE = Path(lora_llava.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 SOURCES = [*MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
-MAX_LINES, MAX_FUNCTION_LINES, MAX_MODULES, MAX_ENTRIES = 400, 50, 12, 17
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES, MAX_ENTRIES = 400, 50, 7, 12, 17
 
 # From the bottom up: a module imports its own package and the packages below it, nothing above.
 # `data` and `modeling` do not know each other. The package's own `__init__` offers names of all, lazily.
@@ -151,6 +151,15 @@ def test_the_readme_lists_every_entry() -> None:
     assert sorted(inner) == sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__")
     assert [name for name in outer if not (ROOT / name).exists()] == []
     assert {"CHANGELOG.md", "CONTRIBUTING.md", "AGENTS.md", "docs", "recipes", "tests"} <= set(outer)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_functions_have_few_parameters(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+            assert len(names) <= MAX_PARAMETERS, f"{node.name}: {names}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

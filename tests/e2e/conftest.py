@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +40,17 @@ def artifact(home: Path) -> Path:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that were waited, in no time."""
+    """Seconds that the test's own thread waited, in no time; other threads sleep as always."""
     waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
+    sleep = time.sleep
+
+    def wait(seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():
+            waited.append(seconds)
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", wait)
     return waited
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from lora_llava.artifact import load_artifact, read_manifest
 from lora_llava.cli import cli
 from lora_llava.errors import TrainingError
+from lora_llava.evaluation.run import Candidate
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.run_directory import output
 from lora_llava.run_directory.lock import LOCK
@@ -257,8 +258,8 @@ def test_an_evaluation_that_was_not_done_is_done(
     done: list[Path] = []
     locks: list[str] = []
 
-    def evaluate(artifact: Path, *_: Any, **__: Any) -> dict[str, Any]:
-        done.append(artifact)
+    def evaluate(candidate: Candidate, *_: Any, **__: Any) -> dict[str, Any]:
+        done.append(candidate.directory)
         locks.append((tmp_path / "run" / LOCK).read_text(encoding="utf-8"))
         return {"questions": 1}
 

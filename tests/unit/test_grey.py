@@ -171,5 +171,5 @@ def test_k14_a_window_is_low_and_high_and_one_for_training_and_evaluation() -> N
     assert recipe([0, 4095], [0, 4095]).stages.instruct is not None
     with pytest.raises(ValueError, match=r"window .*: the first value, shown as black, must be the lower one"):
         recipe([4095, 0], [4095, 0])
-    with pytest.raises(ValueError, match=r"evaluation\.data\.window None is not that of the last stage, \[0"):
+    with pytest.raises(ValueError, match=r"evaluation\.data\.window None differs from the last stage.s \[0"):
         recipe([0, 4095], None)
