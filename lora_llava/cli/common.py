@@ -184,8 +184,7 @@ def look_ahead(
     from lora_llava.planning.preflight.setup import Setup
 
     _quiet_environment()
-    for notice in check_setup(Setup.of(recipe, start, Path(file), here=here), data=data):
-        console.print(f"Note: {notice}", soft_wrap=True, markup=False)
+    check_setup(Setup.of(recipe, start, Path(file), here=here), console, data=data)
 
 
 def refuse_model(path: Path, base_model: str | None) -> None:

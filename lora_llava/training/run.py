@@ -60,16 +60,12 @@ def finetune(
     fail.
     """
     file = None if isinstance(recipe, Recipe) else Path(recipe)
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise RecipeError("overrides apply to a recipe file, and this recipe is already loaded")
-        loaded = recipe
-    else:
-        loaded = load_recipe(Path(recipe), overrides)
+    if file is None and overrides:
+        raise RecipeError("overrides apply to a recipe file, and this recipe is already loaded")
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     start: Start = "overwrite" if overwrite else "new" if resume == "no" else "resume"
     with shown_on(console) as shown:
-        for notice in check_setup(Setup.of(loaded, start, file)):
-            shown.print(f"Note: {notice}", soft_wrap=True, markup=False)
+        check_setup(Setup.of(loaded, start, file), shown)
         return finetune_and_evaluate(loaded, shown, overwrite=overwrite, memory=memory, resume=resume)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from lora_llava.planning.preflight import data, directory, disk, environment, settings, shipping, start_from
-from lora_llava.planning.preflight.findings import Finding, Findings, Notice
+from lora_llava.planning.preflight.findings import Finding, Findings
 from lora_llava.planning.preflight.model import base, text_side
 from lora_llava.planning.preflight.setup import Setup
 from lora_llava.system.progress import phase
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     settings.settings_are_used,
@@ -49,15 +53,16 @@ def preflight(setup: Setup) -> Findings:
     return findings
 
 
-def check_setup(setup: Setup, *, data: bool = True) -> list[Notice]:
-    """Run the preflight; with `data`, open all images too. Returns notices; PreflightError lists every problem."""
+def check_setup(setup: Setup, console: Console, *, data: bool = True) -> None:
+    """Run the preflight and print its notices; then, with `data`, open all images. Raises PreflightError."""
     environment.refuse_several_processes()
     findings = preflight(setup)
     findings.refuse()
+    for notice in findings.notices:
+        console.print(f"Note: {notice}", soft_wrap=True, markup=False)
     if data:
         phase("Opening all images")
         look_at_data(setup).refuse()
-    return findings.notices
 
 
 def look_at_data(setup: Setup) -> Findings:
