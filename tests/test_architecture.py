@@ -143,6 +143,12 @@ def test_folders_are_narrow(folder: Path) -> None:
         assert len(modules) + len(packages) <= MAX_ENTRIES
 
 
+def test_unit_tests_mirror_the_packages() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests/unit").glob("*/__init__.py")}
+    assert folders <= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert len(folders) > 10
+
+
 def test_the_readme_lists_every_entry() -> None:
     [tree] = re.findall(r"```\nlora_llava/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     lines = tree.splitlines()

@@ -16,7 +16,7 @@ from lora_llava.cli import cli
 from lora_llava.formats.processor import save_processor
 from tests.helpers.runs import write_data, write_recipe
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_STD, save_tiny_base, tiny_config, tiny_tokenizer
-from tests.unit.test_assemble import save_language_model, save_vision_tower
+from tests.unit.modeling.test_assemble import save_language_model, save_vision_tower
 
 Changes = Callable[[LlavaConfig], None]
 

@@ -32,7 +32,7 @@ from tests.helpers.tiny import (
     tiny_llava,
     tiny_tokenizer,
 )
-from tests.unit.test_gguf_tokenizer import TEXTS, VICUNA
+from tests.unit.shipping.test_gguf_tokenizer import TEXTS, VICUNA
 
 pytestmark = pytest.mark.node
 

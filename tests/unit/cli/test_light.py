@@ -29,7 +29,7 @@ from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.runs import write_data, write_recipe
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 
-VICUNA = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding" / "tokenizer"
+VICUNA = Path(__file__).parents[2] / "fixtures" / "llava_v15_encoding" / "tokenizer"
 MEMORY, SECONDS = 250e6, 5.0
 """Bytes at the peak, and seconds of CPU time; without other work on two cores 1.7 were measured."""
 

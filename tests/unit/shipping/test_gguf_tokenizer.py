@@ -18,7 +18,7 @@ from lora_llava.shipping.export.gguf.ollama import modelfile
 from lora_llava.shipping.export.gguf.tokenizer import has_space_prefix, tokenizer_fields
 from tests.helpers.tiny import tiny_tokenizer
 
-VICUNA = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding" / "tokenizer"
+VICUNA = Path(__file__).parents[2] / "fixtures" / "llava_v15_encoding" / "tokenizer"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 TEXTS = (
     "What is the capital of France?", "a  chat   between\n\n\ttwo", "12345 don't 3.14", "日本語 and Ωμέγα 🙂",

@@ -18,7 +18,7 @@ from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, make_artifact, save, train
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import IMAGE_SIZE, tiny_config
-from tests.unit.test_export_gguf import IDS
+from tests.unit.shipping.test_export_gguf import IDS
 
 
 def export(source: Path, output: Path, layout: str = "gguf-lora", **options: Any) -> list[str]:

@@ -18,7 +18,7 @@ from lora_llava.modeling.structure import FLEX, TREES
 from lora_llava.planning.memory_plan import StageShapes, plan_memory
 from lora_llava.planning.speed import Machine
 from tests.parity.test_packed import branches, build_model, row_of
-from tests.unit.test_memory_plan import GIB, llava_7b, recipe
+from tests.unit.planning.test_memory_plan import GIB, llava_7b, recipe
 
 CONVERSATIONS = [*branches(4)]
 ITEMS = [PlanItem(len(one.input_ids), one.prefix_length, 0) for one in CONVERSATIONS]

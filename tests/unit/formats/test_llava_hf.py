@@ -18,9 +18,9 @@ from lora_llava.recipe.settings import BaseModelSettings
 from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.tiny import tiny_config
-from tests.unit.test_assemble import save_language_model, save_vision_tower
+from tests.unit.modeling.test_assemble import save_language_model, save_vision_tower
 
-KEYS_7B = Path(__file__).parent.parent / "fixtures" / "llava_hf_layout" / "keys_7b.txt"
+KEYS_7B = Path(__file__).parents[2] / "fixtures" / "llava_hf_layout" / "keys_7b.txt"
 BYTES_7B = 14_126_854_144
 
 

@@ -12,7 +12,7 @@ import lora_llava
 from lora_llava.cli import cli
 from lora_llava.recipe.file import bundled_recipes, load_recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
 NAMES = {"quickstart", "easy_vqa", "llava_v15_7b", "llava_v15_13b", "medical_vqa", "continue"}
 

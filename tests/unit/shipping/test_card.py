@@ -28,8 +28,8 @@ from lora_llava.system.files import file_sha256
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.card_rules import card_errors
 
-PICTURES = Path(__file__).parents[2] / "docs" / "results" / "quickstart"
-SUMMARY = Path(__file__).parents[1] / "fixtures" / "quickstart_run" / "summary.json"
+PICTURES = Path(__file__).parents[3] / "docs" / "results" / "quickstart"
+SUMMARY = Path(__file__).parents[2] / "fixtures" / "quickstart_run" / "summary.json"
 """Of one run of the quickstart; the figures below are its."""
 REPO = "someone/shapes"
 
