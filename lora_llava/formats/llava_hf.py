@@ -17,8 +17,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
+from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
 
-INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of llava-hf's shards. A merge holds one shard in memory."""
 
@@ -45,15 +45,12 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 
 
 class WeightFiles:
-    """The tensors of a directory's safetensors files by canonical name, read on demand."""
+    """The tensors that transformers loads from a directory, by canonical name, read on demand."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._locations: dict[str, tuple[Path, str]] = {}
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{directory}: no .safetensors file. Pickled weights are not read; convert them first.")
-        for file in files:
+        for file in weight_files(directory):
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     if not name.endswith(BUFFERS):
@@ -100,8 +97,8 @@ class WeightFiles:
 
 
 def each_tensor(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of a directory's safetensors files by its stored name, one in memory at a time."""
-    for file in sorted(directory.glob("*.safetensors")):
+    """Yield every tensor that transformers loads from a directory by its stored name, one in memory at a time."""
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for name in names:
@@ -153,8 +150,8 @@ def write_weights(
 def _name_shards(directory: Path, shards: list[dict[str, int]]) -> list[str]:
     """Rename the parts as transformers expects, now that their number is known."""
     if len(shards) == 1:
-        (directory / "0.part").rename(directory / "model.safetensors")
-        return ["model.safetensors"]
+        (directory / "0.part").rename(directory / SINGLE)
+        return [SINGLE]
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(zip(files, shards, strict=True)):

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaFo
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.errors import ModelError
+from lora_llava.formats.weight_files import weight_files
 from lora_llava.modeling.metadata import hub_errors, read_config
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, num_image_tokens, used_layers
 from lora_llava.recipe.fields import is_local
@@ -85,10 +86,8 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def hash_weights(directory: Path) -> str:
-    """Hash all tensors of a directory's safetensors files: names, dtypes, shapes and bytes, in name order."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{directory}: no .safetensors file. Pickled weights are not read; convert them first.")
+    """Hash all tensors that transformers loads from a directory: names, dtypes, shapes and bytes, in name order."""
+    files = weight_files(directory)
     files_by_name: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
@@ -148,6 +147,7 @@ def load_base(
             quantization_config=quantization_config(double_quant, dtype) if nf4 else None,
             # SDPA first; training switches to tree or flex attention later.
             attn_implementation="sdpa",
+            use_safetensors=True,
             device_map={"": device},
         )
     if nf4:

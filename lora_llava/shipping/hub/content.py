@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_llava.artifact import MANIFEST, MERGE_REPORT, RECIPE, portable
 from lora_llava.errors import ArtifactError
-from lora_llava.formats.llava_hf import INDEX
 from lora_llava.formats.names import ADAPTER_CONFIG, WEIGHTS
+from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.file import dump_portable
 from lora_llava.shipping.hub.facts import PICTURES, Facts
@@ -25,7 +25,7 @@ _READERS = (
 )  # fmt: skip
 _LEGAL = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _ARTIFACT = (ADAPTER_CONFIG, WEIGHTS, MANIFEST, RECIPE)
-_MODEL = ("config.json", INDEX, MERGE_REPORT)
+_MODEL = ("config.json", MERGE_REPORT)
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PATH_KEYS = ("_name_or_path", "name_or_path")
 """Keys in which transformers records where a model was loaded from."""
@@ -81,17 +81,15 @@ def collect(facts: Facts) -> Content:
 
 def is_ours(name: str) -> bool:
     """Tell whether a push writes files of this name; others in the repository were added by hand."""
-    return name in (*_ARTIFACT, *_MODEL, *_READERS, *PICTURES) or _SHARD.fullmatch(name) is not None
+    return name in (*_ARTIFACT, *_MODEL, INDEX, *_READERS, *PICTURES) or _SHARD.fullmatch(name) is not None
 
 
 def _shards(directory: Path) -> list[str]:
-    if not (directory / INDEX).is_file():
-        return ["model.safetensors"]
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    shards = sorted(set(index["weight_map"].values()))
-    if missing := [name for name in shards if not _SHARD.fullmatch(name) or not (directory / name).is_file()]:
-        raise ArtifactError(f"{directory / INDEX} names {', '.join(missing)}, which is missing")
-    return shards
+    """Return the names of the weight files that transformers loads, with their index if there is one."""
+    names = [path.name for path in weight_files(directory)]
+    if odd := [name for name in names if not _SHARD.fullmatch(name)]:
+        raise ArtifactError(f"{directory / INDEX} names {', '.join(odd)}, which is not a name of a shard")
+    return names if names == [SINGLE] else [INDEX, *names]
 
 
 def _published(path: Path, facts: Facts) -> Path | bytes:

@@ -19,6 +19,7 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
         raise ArtifactError(f"{source} does not exist")
     from lora_llava.formats.llava_original import MM_PROJECTOR, read_json
     from lora_llava.formats.names import ADAPTER_CONFIG
+    from lora_llava.formats.weight_files import has_safetensors, pickled_files
     from lora_llava.shipping.importers.adapter import import_adapter, import_projector
     from lora_llava.shipping.importers.checkpoint import import_checkpoint
 
@@ -29,8 +30,7 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
     if (source / ADAPTER_CONFIG).is_file():
         return import_adapter(source, output, options)
     config = source / "config.json"
-    weights = [*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")]
-    if config.is_file() and weights:
+    if config.is_file() and (has_safetensors(source) or pickled_files(source)):
         if read_json(config).get("architectures") == ["LlavaForConditionalGeneration"]:
             raise ArtifactError(f"{source} is already in the llava-hf layout; use it as base.model_name_or_path")
         return import_checkpoint(source, output, options)

@@ -31,6 +31,7 @@ from lora_llava.formats.llava_original import (
 )
 from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_name
 from lora_llava.formats.processor import save_processor
+from lora_llava.formats.weight_files import has_safetensors, pickled_files, weight_files
 from lora_llava.modeling.assemble import pad_rows, save_config
 from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors
 from lora_llava.modeling.structure import num_image_tokens
@@ -90,15 +91,15 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
 def _tensor_readers(source: Path) -> dict[str, _Read]:
     """Return a reader for every tensor, by canonical name; pickled files are memory-mapped, not loaded."""
     readers: dict[str, _Read] = {}
-    safe = sorted(source.glob("*.safetensors"))
-    for file in safe:
+    pickled = [] if has_safetensors(source) else pickled_files(source)
+    for file in [] if pickled else weight_files(source):
         with safe_open(file, framework="pt") as handle:
             stored = list(handle.keys())
         for name in stored:
             if canonical := from_original_name(name):
                 readers[canonical_name(canonical)] = partial(read_tensor, file, name)
     # Next to safetensors files, pickled ones hold the same weights again.
-    for file in [] if safe else sorted(source.glob("pytorch_model*.bin")):
+    for file in pickled:
         for name, tensor in read_tensors(file).items():
             if canonical := from_original_name(name):
                 readers[canonical_name(canonical)] = _held(tensor)

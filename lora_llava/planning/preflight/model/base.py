@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
+from lora_llava.formats.weight_files import INDEX, has_safetensors, pickled_files
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model import weights
 from lora_llava.planning.preflight.model.files import ModelFiles
@@ -195,10 +196,11 @@ def _features(whole: dict[str, Any], vision: dict[str, Any], fix: str) -> Iterat
 def _weights(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the weights, judging by their headers."""
     assert model.directory is not None
-    if key != LLAVA and not any(model.directory.glob("*.safetensors*")) and any(model.directory.glob("pytorch_model*")):
+    fetched = has_safetensors(model.directory)
+    if key != LLAVA and not fetched and not (model.directory / INDEX).is_file() and pickled_files(model.directory):
         return
     files = weights.read_weights(model.directory)
-    if not files.tensors and model.from_hub and not any(model.directory.glob("*.safetensors")):
+    if not files.tensors and model.from_hub and not fetched:
         yield from _not_fetched(model)
         return
     if files.problem is not None:

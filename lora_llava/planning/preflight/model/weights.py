@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
+from lora_llava.formats.weight_files import NoWeightsError, weight_files
 from lora_llava.planning.preflight.model.shapes import Shape
 from lora_llava.system.text import listed
 
-_INDEX = "*.safetensors.index.json"
-_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 _LENGTH = 8
 """Bytes at the start of a safetensors file that hold the length of its header."""
 _MAX_HEADER = 100_000_000
@@ -33,7 +32,7 @@ class Tensor:
 
 @dataclass(slots=True)
 class Weights:
-    """The safetensors files of a directory."""
+    """The weights that transformers loads from a directory."""
 
     tensors: dict[str, Tensor]
     """By the names in the files."""
@@ -43,14 +42,11 @@ class Weights:
 
 
 def read_weights(directory: Path) -> Weights:
-    """Read the headers of all safetensors files; a missing, empty or truncated file is the result's `problem`."""
-    files = sorted(directory.glob("*.safetensors"))
-    indexed = sorted(_indexed(directory))
-    if missing := [name for name in indexed if not (directory / name).exists()]:
-        what = f"{directory}: {listed(missing, _NAMED)} of its index {'is' if len(missing) == 1 else 'are'} missing"
-        return Weights({}, 0, (what, "Download the model again."))
-    if not files:
-        return Weights({}, 0, _no_weights(directory))
+    """Read the headers of the files that are loaded; a missing, empty or truncated one is the result's `problem`."""
+    try:
+        files = weight_files(directory)
+    except NoWeightsError as error:
+        return Weights({}, 0, (error.what, error.fix))
     weights = Weights({}, sum(file.stat().st_size for file in files))
     for file in files:
         try:
@@ -124,23 +120,3 @@ def misfits(tensors: dict[str, Tensor], expected: dict[str, Shape], *, prefix: s
 def shown(wrong: Iterable[str]) -> str:
     """Join the first few problems, and count the rest."""
     return listed(list(wrong), _NAMED, separator="; ")
-
-
-def _indexed(directory: Path) -> Iterator[str]:
-    """Yield the names of the files in the index of a directory."""
-    for path in directory.glob(_INDEX):
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            yield from {str(name) for name in weight_map.values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            yield path.name + " (damaged)"
-
-
-def _no_weights(directory: Path) -> tuple[str, str]:
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
-    if not pickled:
-        return f"{directory} holds no weights (.safetensors)", "Download the whole model."
-    return (
-        f"{directory} holds only pickled weights ({listed(pickled, _NAMED)}); they can run code and are not read",
-        "Convert them to safetensors first: load the model with transformers, then save_pretrained(...).",
-    )
