@@ -40,9 +40,10 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
             gguf_file=settings.gguf_file,
             dtype=torch.float32 if settings.gguf_file else "auto",
             quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,
+            trust_remote_code=False,
         )
     with hub_errors("vision tower", settings.vision_tower):
-        tower = CLIPVisionModel.from_pretrained(tower_source)
+        tower = CLIPVisionModel.from_pretrained(tower_source, trust_remote_code=False)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower_source)
     state = _language_model_state(language_model, int(config.text_config.vocab_size))
     dtype = state[f"{LANGUAGE_MODEL}.embed_tokens.weight"].dtype

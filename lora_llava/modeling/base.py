@@ -139,7 +139,7 @@ def load_base(
     """Load a LLaVA directory onto `device`, in `dtype`; with `nf4`, the language model's linear layers in NF4."""
     config = read_config(directory)
     with hub_errors("base", str(directory)):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(directory)
         model = LlavaForConditionalGeneration.from_pretrained(
             directory,
@@ -149,6 +149,7 @@ def load_base(
             attn_implementation="sdpa",
             use_safetensors=True,
             device_map={"": device},
+            trust_remote_code=False,
         )
     if nf4:
         disable_cpu_repacking(model)

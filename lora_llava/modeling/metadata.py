@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -14,15 +15,22 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
-from lora_llava.errors import ModelError
+from lora_llava.errors import LoraLlavaError, ModelError
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.settings import BaseModelSettings
+from lora_llava.system.text import first_line
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in llava-hf's models (32,000 + `<image>` + `<pad>` -> 32,064)."""
 
 _PROJECTOR_ACTIVATION = {"mlp2x_gelu": "gelu", "linear": "linear"}
 _PACKAGED = "package:"
+_CUSTOM_CODE = re.compile("custom code|trust_remote_code")
+"""In transformers' refusals of a model that brings code."""
+_NO_CODE = (
+    "it needs custom code (auto_map), and the kit runs no code that comes with a model. Name a model that "
+    "transformers knows by itself."
+)
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -47,7 +55,7 @@ def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
     """Return the configuration and tokenizer of a LLaVA directory; ModelError if it is none."""
     config = read_config(directory)
     with hub_errors("base", str(directory)):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     return config, tokenizer
 
 
@@ -69,24 +77,46 @@ def read_config(directory: Path) -> LlavaConfig:
 
 @contextmanager
 def hub_errors(what: str, name: str) -> Iterator[None]:
-    """Turn any error of a missing file, the hub or the network into a ModelError that names `name`."""
+    """Turn any error of the files of `name`, a library that reads them, the hub or the network into a ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{what} {name!r} cannot be loaded: {reason}. Check the name, or the network.") from error
+    except (LoraLlavaError, MemoryError):
+        raise
+    except Exception as error:  # what libraries raise for damaged files has no common base
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ModelError(f"{what} {name!r} cannot be loaded: {_explain(error, name)}") from error
+
+
+def _explain(error: Exception, name: str) -> str:
+    """Return why a model cannot be loaded, and what to do."""
+    if _CUSTOM_CODE.search(str(error)):
+        return _NO_CODE
+    reason = first_line(error)
+    if Path(name).expanduser().is_dir():
+        return f"{reason}. One of its files is damaged or of another model; download it again."
+    return f"{reason}. Check the name, or the network."
 
 
 def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     """Return the configuration and tokenizer that `assemble` would write, without reading any weight."""
     assert settings.language_model and settings.vision_tower
     with hub_errors("language model", settings.language_model):
-        tokenizer = AutoTokenizer.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
-        text_config = AutoConfig.from_pretrained(settings.language_model, gguf_file=settings.gguf_file)
+        name, file = settings.language_model, settings.gguf_file
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file, trust_remote_code=False)
+        text_config = read_any_config(name, gguf_file=file)
     with hub_errors("vision tower", settings.vision_tower):
-        vision_config = AutoConfig.from_pretrained(vision_tower_source(settings.vision_tower))
+        vision_config = read_any_config(vision_tower_source(settings.vision_tower))
     vision_config = getattr(vision_config, "vision_config", vision_config)
     return assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
+
+
+def read_any_config(name: str, gguf_file: str | None = None) -> Any:
+    """Return the configuration of a model of any architecture; ModelError if it asks for code that comes with it."""
+    config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, trust_remote_code=False)
+    if getattr(config, "auto_map", None):
+        raise ModelError(f"{name}: {_NO_CODE}")
+    return config
 
 
 def vision_tower_source(name: str) -> str:

@@ -41,6 +41,12 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Return what an error of a library says, as one printable line without a final period; its type if nothing."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0].strip().rstrip("."), most) if lines else type(error).__name__
+
+
 def listed(names: Sequence[str], most: int = _MAX_LISTED, separator: str = ", ") -> str:
     """Join the first `most` names and add how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""

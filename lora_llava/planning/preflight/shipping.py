@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_llava.errors import PreflightError
-from lora_llava.planning.preflight.findings import Finding, Findings, Notice
+from lora_llava.planning.preflight.findings import Finding, Findings, Notice, Problem
 from lora_llava.planning.preflight.model.base import model_problems, unreadable
 from lora_llava.planning.preflight.model.files import find_model
 from lora_llava.planning.preflight.model.shapes import LlavaShape
-from lora_llava.planning.preflight.model.text_side import read_json
+from lora_llava.planning.preflight.model.text_side import custom_readers, read_json, reader_problems
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import AdapterSettings
 
@@ -54,15 +54,18 @@ def refuse_base(name: str) -> None:
     """Raise PreflightError if the files of a local model show that it cannot be a base."""
     if not Path(name).expanduser().is_dir():
         return
+    model = find_model(name, None, ())
     findings = Findings()
-    findings.add(model_problems(LLAVA, find_model(name, None, ())))
+    findings.add(model_problems(LLAVA, model))
+    if not findings.problems:
+        findings.add(Problem(LLAVA, *problem) for problem in reader_problems(model))
     if findings.problems:
         raise PreflightError([f"{problem.what}. {problem.fix}" for problem in findings.problems])
 
 
 def refuse_source(path: Path) -> None:
     """Raise PreflightError if the config.json of another tool's checkpoint shows that it cannot be read."""
-    problems = list(unreadable(read_json(path / "config.json") or {}))
+    problems = [*unreadable(read_json(path / "config.json") or {}), *custom_readers(path)]
     if problems:
         raise PreflightError([f"{path}: {what}. {fix}" for what, fix in problems])
 

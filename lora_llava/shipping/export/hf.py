@@ -49,7 +49,7 @@ def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> No
             if path.is_file() and path.name not in _REPLACED:
                 shutil.copyfile(path, staging / path.name)
     template = read_usage(source, options.template).prompt_template
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     write_generation_config(staging, source, template, tokenizer)
     if isinstance(template, Template):
         (staging / TEMPLATE_FILE).write_text(chat_template(template, tokenizer.eos_token), encoding="utf-8")

@@ -171,7 +171,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
     with staged(output) as staging:
         if adapter.layers:
             _write_lora(staging, adapter, manifest)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             write_generation_config(staging, opened.base, get_template(**manifest.template), tokenizer)
             torch.save({f"{PEFT_PREFIX}{name}": tensor for name, tensor in named.items()}, staging / NON_LORA)
         else:

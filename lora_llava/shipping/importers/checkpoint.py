@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionModel, LlavaConfig
+from transformers import AutoTokenizer, CLIPVisionModel, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.artifact import MERGE_REPORT, read_usage
@@ -33,7 +33,7 @@ from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_n
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.weight_files import has_safetensors, pickled_files, weight_files
 from lora_llava.modeling.assemble import pad_rows, save_config
-from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors
+from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors, read_any_config
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.system.files import staged
@@ -55,11 +55,11 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     readers = _tensor_readers(source)
     tower = options.vision_tower or _tower_source(source, data)
     with hub_errors("vision tower", tower):
-        vision_config = AutoConfig.from_pretrained(tower)
+        vision_config = read_any_config(tower)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower)
     config = from_original_config(data, getattr(vision_config, "vision_config", vision_config))
     with hub_errors("tokenizer", str(source)):
-        tokenizer = AutoTokenizer.from_pretrained(source, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     _add_tokens(config, tokenizer)
     dtype = readers[EMBEDDINGS]().dtype
     _complete(readers, config, dtype, None if any(name.startswith(TOWER_PREFIX) for name in readers) else tower)
@@ -150,7 +150,7 @@ def _complete(readers: dict[str, _Read], config: LlavaConfig, dtype: torch.dtype
             readers[name] = _held(tensor)
     if tower is not None:
         with hub_errors("vision tower", tower):
-            model = CLIPVisionModel.from_pretrained(tower, dtype=dtype)
+            model = CLIPVisionModel.from_pretrained(tower, dtype=dtype, trust_remote_code=False)
         for name, tensor in model.state_dict().items():
             readers[canonical_name(TOWER_PREFIX + name)] = _held(tensor)
 

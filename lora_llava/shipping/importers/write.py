@@ -208,7 +208,7 @@ def _targets(modules: list[str]) -> str:
 
 def _save_surroundings(staging: Path, foreign: ForeignAdapter, base: Base) -> dict[str, object]:
     """Write tokenizer and processor; return the manifest's image settings."""
-    tokenizer = AutoTokenizer.from_pretrained(base.directory)
+    tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(base.directory)
     jinja = chat_template(foreign.template, tokenizer.eos_token)
     save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=foreign.aspect_ratio, chat_template=jinja)

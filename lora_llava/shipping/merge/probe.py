@@ -107,7 +107,7 @@ def _stored(name: str, config: LlavaConfig) -> str:
 
 def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_directory: Path) -> Sequences:
     """Let `model` answer the probe questions greedily, in the template of training."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, trust_remote_code=False)
     template = get_template(**manifest.template)
     loaded = LoadedModel(model, tokenizer, tokenizer_directory, BaseIdentity("", None, ""), (), (), config)
     texts = () if template.caption_only else _TEXT_QUESTIONS

@@ -198,7 +198,7 @@ def save_surroundings(directory: Path, source: Source) -> None:
     """Write tokenizer, processor and generation settings, so that prompts and images are processed as in training."""
     images = source.manifest.images
     template = get_template(**source.manifest.template)
-    tokenizer = AutoTokenizer.from_pretrained(source.base)
+    tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(source.base)
     save_processor(
         directory,

@@ -17,6 +17,11 @@ from lora_llava.recipe.stages import InstructSettings
 from lora_llava.system.text import listed
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_READERS = {
+    "tokenizer_config.json": "tokenizer",
+    "preprocessor_config.json": "image processor",
+    "processor_config.json": "processor",
+}
 _WITHOUT_DEFAULTS = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
 """Tokenizer classes that have no end token unless their files name one."""
 _MAX_LENGTH = InstructSettings.model_fields["max_length"].default
@@ -29,6 +34,8 @@ def tokenizer_can_be_read(setup: Setup) -> Iterator[Finding]:
             yield from (Problem(key, *problem) for problem in _tokenizer_problems(model))
         if key != LANGUAGE_MODEL:
             yield from (Problem(key, *problem) for problem in _processor_problems(model))
+        if model.directory is not None:
+            yield from (Problem(key, f"{model.name}: {what}", fix) for what, fix in custom_readers(model.directory))
 
 
 def image_token_is_known(setup: Setup) -> Iterator[Finding]:
@@ -157,9 +164,24 @@ def _tokenizer_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
         path = model.directory / name
         if path.is_file() and read_json(path) is None:
             yield f"{path} cannot be read as JSON", "Download the file again."
-    if "auto_map" in (read_json(model.directory / "tokenizer_config.json") or {}):
-        what = f"{model.name}: its tokenizer needs custom code (auto_map in tokenizer_config.json), which is not run"
-        yield what, "Name a model whose tokenizer transformers knows by itself."
+
+
+def custom_readers(directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield which files of a model ask for code that comes with it, to read texts or images."""
+    for name, what in _READERS.items():
+        if "auto_map" in (read_json(directory / name) or {}):
+            yield (
+                f"its {what} needs custom code (auto_map in {name}), which is not run",
+                f"Name a model whose {what} transformers knows by itself.",
+            )
+
+
+def reader_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the tokenizer and image processor of a model, judging by their files."""
+    assert model.directory is not None
+    yield from _tokenizer_problems(model)
+    yield from _processor_problems(model)
+    yield from ((f"{model.name}: {what}", fix) for what, fix in custom_readers(model.directory))
 
 
 def _processor_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:

@@ -82,7 +82,7 @@ def _write(model: Path, staging: Path, name: str, outtype: OutType, template: An
 
 def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
     """Write the Modelfile; return the lines to show of what it does not hold."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
     text = modelfile([TEXT_FILE, FILE], template, tokenizer.eos_token, stops)

@@ -58,7 +58,7 @@ def tokenizer_fields(directory: Path, vocabulary: int, template: AnyTemplate) ->
     `vocabulary`: rows of the embeddings; rows without a token get a name and are marked unused. Raises ModelError for
     a tokenizer that llama.cpp does not implement.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
