@@ -24,6 +24,12 @@ KINDS: dict[str, Kind] = {
         "The file or data set is missing or damaged, so nothing in it was checked.",
         "Correct the path, or repair the file where the message says.",
     ),
+    "key": Kind(
+        "error",
+        "Keys that no record has",
+        "A setting names a key or column that the records do not have.",
+        "Correct the name, or take it out of the setting.",
+    ),
     "record": Kind(
         "error",
         "Records of the wrong form",

@@ -92,7 +92,11 @@ def _plans(report: Report) -> list[tuple[str, dict[str, Any], list[str]]]:
     return [
         (
             stage,
-            {key.replace("_", " "): value for key, value in plan.items() if not isinstance(value, str)},
+            {
+                key.replace("_", " "): f"{value:.0%}" if isinstance(value, float) else value
+                for key, value in plan.items()
+                if not isinstance(value, str)
+            },
             [value for value in plan.values() if isinstance(value, str)],
         )
         for stage, plan in report.conversations.plans.items()

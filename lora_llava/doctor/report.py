@@ -102,9 +102,8 @@ def make_report(survey: Survey, conversations: Conversations, seconds: float) ->
 def _bad_records(survey: Survey) -> Iterator[Finding]:
     for source in survey.sources:
         if source.error is not None:
-            yield Finding(
-                "data_file", source.name, source.data_name, 0, None, _without_paths(str(source.error), source)
-            )
+            kind = "key" if source.error.kind == "key" else "data_file"
+            yield Finding(kind, source.name, source.data_name, 0, None, _without_paths(str(source.error), source))
         assert all(bad.kind in EXCLUDABLE for bad in source.bad.found)
         yield from _of_source(source)
 

@@ -152,4 +152,4 @@ def check_keys(questions: Sequence[Question], by: Sequence[str]) -> None:
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             have = f"they have {listed(known)}" if known else "they have no other keys"
-            raise DataError(f"evaluation.by: no record has the key or column {key!r}; {hint}{have}")
+            raise DataError(f"evaluation.by: no record has the key or column {key!r}; {hint}{have}", "key")

@@ -89,6 +89,7 @@ def test_what_is_excluded_is_no_error_any_more(faulty: tuple[Path, list[tuple[st
 def test_the_page_shows_pictures_and_runs_nothing(faulty: tuple[Path, list[tuple[str, str, str]], Result]) -> None:
     recipe, _, _ = faulty
     page = (recipe.parent / "run" / "check" / "check.html").read_text(encoding="utf-8")
+    assert re.search(r"share saved by packing</td><td[^>]*>\d+%<", page)
     assert "<script" not in page.lower()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "default-src 'none'" in page
@@ -209,6 +210,7 @@ def test_k38_a_key_that_no_test_record_has_is_found(tiny_base: Path, tmp_path: P
     assert check(str(recipe), "evaluation.by=[patient]").exit_code == 0
     assert check(str(recipe), "evaluation.by=[patiet]").exit_code == 1
     [found] = report_in(tmp_path / "run" / "check")["findings"]
+    assert found["title"] == "Keys that no record has"
     assert "did you mean 'patient'?" in found["records"][0]["problem"]
 
 
