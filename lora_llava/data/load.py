@@ -72,16 +72,16 @@ def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRec
             bad.add_record(record, error)
     problems = _image_problems(usable)
     for record in usable:
-        if record.image is not None and (problem := problems.get(record.image.key)) is not None:
+        if record.image is not None and (problem := problems.get(record.image.identity)) is not None:
             bad.add_record(record, problem)
-    return [record for record in usable if record.image is None or record.image.key not in problems]
+    return [record for record in usable if record.image is None or record.image.identity not in problems]
 
 
 def _image_problems(records: Iterable[Record]) -> dict[str, DataError]:
-    """Open every image once; return the errors by image key."""
-    sources = {record.image.key: record.image for record in records if record.image is not None}
+    """Open every image once; return the errors by the identity of the image."""
+    sources = {record.image.identity: record.image for record in records if record.image is not None}
     found = in_processes(_image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
-    return {key: error for key, error in zip(sources, found, strict=True) if error is not None}
+    return {image: error for image, error in zip(sources, found, strict=True) if error is not None}
 
 
 def _image_problem(source: ImageSource) -> DataError | None:
@@ -148,13 +148,13 @@ def merge_turns(records: Iterable[Record], most: int) -> list[Record]:
     open_at: dict[str, int] = {}
     for record in records:
         questions = len(record.turns) // 2
-        index = None if record.image is None else open_at.get(record.image.key)
+        index = None if record.image is None else open_at.get(record.image.identity)
         if index is not None and counts[index] + questions <= most:
             merged[index].append(record)
             counts[index] += questions
             continue
         if record.image is not None:
-            open_at[record.image.key] = len(merged)
+            open_at[record.image.identity] = len(merged)
         merged.append([record])
         counts.append(questions)
     return [_joined(group) for group in merged]
@@ -207,7 +207,7 @@ def _units(records: Sequence[Record]) -> list[list[int]]:
 
     firsts = []
     for index, record in enumerate(records):
-        keys = [] if record.image is None else [f"image/{record.image.key}"]
+        keys = [] if record.image is None else [f"image/{record.image.identity}"]
         keys += [] if record.group is None else [f"group/{record.group}"]
         first, *others = keys or [f"text/{index}"]
         firsts.append(first)

@@ -28,7 +28,7 @@ class ImageSource:
     """One image: a file, or embedded bytes."""
 
     key: str
-    """Identifies the image: its path under the image root, or the sha256 of its bytes."""
+    """Names the image within one source: its path under the image root, or the sha256 of its bytes."""
     path: Path | None
     data: bytes | StoredBytes | None
     """The bytes of an embedded image, or where they are stored."""
@@ -38,6 +38,11 @@ class ImageSource:
     """The file name of an embedded image in its dataset."""
     window: tuple[float, float] | None = None
     """Values that become black and white in a grayscale image of more than 8 bits; None: the range that it uses."""
+
+    @property
+    def identity(self) -> str:
+        """Identifies the image over all sources: its path without links, or the sha256 of its bytes."""
+        return self.key if self.path is None else str(self.path)
 
     def embedded(self) -> bytes:
         """Return the bytes of an embedded image; OSError if they can no longer be read."""

@@ -89,7 +89,7 @@ class EncodedRecords(Sequence[Encoded]):
         """Conversations that `max_length` truncates."""
         group_of: dict[str, int] = {}
         for record, size in zip(records, self._sizes() if sizes is None else sizes, strict=True):
-            group = -1 if record.image is None else group_of.setdefault(record.image.key, len(group_of))
+            group = -1 if record.image is None else group_of.setdefault(record.image.identity, len(group_of))
             self.items.append(PlanItem(size.length, size.prefix_length, group))
             self.num_supervised.append(size.num_supervised)
             self.num_cut += size.is_cut
@@ -202,7 +202,7 @@ def _repeated(records: Sequence[Record]) -> str:
 
     Such records count twice in training, and they make the validation loss meaningless if one of them is held out.
     """
-    distinct = {(record.image.key if record.image else None, record.turns) for record in records}
+    distinct = {(record.image.identity if record.image else None, record.turns) for record in records}
     count = len(records) - len(distinct)
     return f"{count:,} of {counted(len(records), 'record')} repeat another: same image, same text" if count else ""
 
@@ -215,7 +215,7 @@ def cache_offer(stage: StageSettings, data: StageData) -> str | None:
     """Suggest caching image features if the vision tower would encode many images repeatedly; None otherwise."""
     records = data.encoded.records
     trees = [tree for step in data.plan.steps for row in step for tree in row]
-    seen = [image.key for tree in trees if (image := records[tree[0]].image) is not None]
+    seen = [image.identity for tree in trees if (image := records[tree[0]].image) is not None]
     if stage.cache_image_features != "off" or len(seen) < _MIN_ENCODINGS * len(set(seen)) or not seen:
         return None
     return (

@@ -10,7 +10,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.images.grayscale import MIN_LEVELS
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import MAX_BLANK_RANGE, near_pairs
-from lora_llava.doctor.survey import Side, Source, Survey, image_id
+from lora_llava.doctor.survey import Side, Source, Survey
 from lora_llava.system.text import counted, printable
 
 SHORT_ANSWER = 5
@@ -91,7 +91,7 @@ def _duplicate_images(survey: Survey, source: Source) -> Iterator[Finding]:
     first: dict[bytes, ImageSource] = {}
     for record, image in _images(source.records):
         other = first.setdefault(survey.facts(image).sha256, image)
-        if image_id(other) != image_id(image):
+        if other.identity != image.identity:
             problem = f"{record.where}: image {printable(image.key, 80)} has the bytes of {printable(other.key, 80)}"
             yield finding_at("duplicate_image", source, record, problem, image, other)
 
@@ -187,6 +187,6 @@ def _images(records: list[Record]) -> Iterator[tuple[Record, ImageSource]]:
     """Yield each image once, with the first record that shows it."""
     seen = set()
     for record in records:
-        if record.image is not None and (name := image_id(record.image)) not in seen:
+        if record.image is not None and (name := record.image.identity) not in seen:
             seen.add(name)
             yield record, record.image

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_llava.data.stage import Size
-from lora_llava.doctor.survey import Side, Survey, image_id
+from lora_llava.doctor.survey import Side, Survey
 from lora_llava.system.text import printable
 
 _MAX_ANSWERS = 12
@@ -20,7 +20,7 @@ Histogram = list[dict[str, Any]]
 
 def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> dict[str, Any]:
     """Return the counts of one side of the data; those of tokens need `sizes`."""
-    images = {image_id(record.image): survey.facts(record.image) for record in side.records if record.image}
+    images = {record.image.identity: survey.facts(record.image) for record in side.records if record.image}
     answers = Counter(printable(turn.text.strip(), 40) for record in side.records for turn in record.turns[1::2])
     figures: dict[str, Any] = {
         "records": len(side.records),

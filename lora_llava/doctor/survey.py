@@ -63,18 +63,13 @@ class Survey:
     sources: list[Source]
     sides: list[Side]
     images: dict[str, ImageFacts]
-    """By `image_id`."""
+    """By the identity of the image."""
     unanswered: list[tuple[Source, Record]]
     """Records of the evaluation whose last question has no answer."""
 
     def facts(self, image: ImageSource) -> ImageFacts:
         """Return the properties of an image."""
-        return self.images[image_id(image)]
-
-
-def image_id(image: ImageSource) -> str:
-    """Return an id that is unique over all sources; `key` is unique only within an image root."""
-    return image.key if image.path is None else str(image.path)
+        return self.images[image.identity]
 
 
 def survey(recipe: Recipe, workers: int | None = None) -> Survey:
@@ -96,7 +91,7 @@ def survey(recipe: Recipe, workers: int | None = None) -> Survey:
 
 def open_images(records: Iterable[Record], workers: int | None) -> dict[str, ImageFacts]:
     """Open every image once, however often it occurs."""
-    found = {image_id(record.image): record.image for record in records if record.image is not None}
+    found = {record.image.identity: record.image for record in records if record.image is not None}
     looked_at = in_processes(
         look_at_image,
         list(found.values()),
@@ -148,7 +143,7 @@ def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:
     """Set aside records whose image cannot be decoded."""
     usable = []
     for record in source.records:
-        error = None if record.image is None else images[image_id(record.image)].error
+        error = None if record.image is None else images[record.image.identity].error
         if error is None:
             usable.append(record)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,6 +180,7 @@ def _figures(accuracy: Accuracy) -> dict[str, Any]:
 def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     """Yield the lines of `predictions.jsonl`: question, references, other keys of the record, each model's answer."""
     known = {name: answers.by_index() for name, answers in outcome.answers.items()}
+    shared = _shared_labels(outcome.questions)
     for index, question in enumerate(outcome.questions):
         row: dict[str, Any] = {
             "id": question.record.id,
@@ -186,6 +188,8 @@ def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
             "question": question.record.question,
             "answer": question.answer,
         }
+        if row["image"] in shared and question.record.image:
+            row["image_key"] = question.record.image.key
         if question.of > 1:
             row["turn"] = question.number
         if len(question.references) > 1:
@@ -196,6 +200,12 @@ def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
             if index in answers:
                 row[name] = _prediction(outcome, name, index, *answers[index])
         yield row
+
+
+def _shared_labels(questions: Sequence[Question]) -> set[str]:
+    """Return the labels that several images have, such as file names inside a table."""
+    images = {image.identity: image.label for one in questions if (image := one.record.image) is not None}
+    return {label for label, count in Counter(images.values()).items() if count > 1}
 
 
 def _prediction(outcome: Outcome, name: str, index: int, text: str, score: float) -> dict[str, Any]:

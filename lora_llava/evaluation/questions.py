@@ -38,8 +38,8 @@ class Question:
 
     @property
     def image(self) -> str | None:
-        """Key of the image; None without one."""
-        return None if self.record.image is None else self.record.image.key
+        """Identity of the image; None without one."""
+        return None if self.record.image is None else self.record.image.identity
 
     @property
     def own(self) -> dict[str, Scalar]:

@@ -145,7 +145,7 @@ def last_question(
     if record.image is None:
         return Prompt(encoded.input_ids, 0, None, None)
     source = None if blind else record.image
-    key = _BLIND if blind else record.image.key
+    key = _BLIND if blind else record.image.identity
     return Prompt(encoded.input_ids, encoded.prefix_length, partial(pixels, source), key)
 
 

@@ -36,19 +36,27 @@ NUMPY = {torch.float32: "float32", torch.bfloat16: "uint16"}
 """How features are stored; numpy has no bfloat16, so its bits are kept."""
 
 
+_Key = tuple[str, tuple[float, float] | None]
+"""What the pixels of an image depend on: its identity and its window."""
+
+
+def _key(image: ImageSource) -> _Key:
+    return image.identity, image.window
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
     """Features (T, hidden size) by image; takes the place of an `ImageTransform`."""
 
     values: torch.Tensor
     """(N, T, hidden size)"""
-    places: Mapping[str, int]
-    """Row of each image, by its key."""
+    rows: Mapping[_Key, int]
+    """Row of each image."""
 
     def __call__(self, record: Record) -> torch.Tensor:
         """Return the features of the image of `record`."""
         assert record.image is not None
-        return self.values[self.places[record.image.key]]
+        return self.values[self.rows[_key(record.image)]]
 
 
 class FeatureTower(nn.Module):
@@ -75,13 +83,13 @@ def use_features(
     """
     llava = llava_in(model)
     tower, layer = llava.get_submodule(VISION_TOWER), int(llava.config.vision_feature_layer)
-    images = {one.image.key: one for one in records if one.image is not None}
+    images = {_key(one.image): one for one in records if one.image is not None}
     if directory is None:
         values = _computed(tower, layer, list(images.values()), transform, None)
     else:
         values = _kept(tower, layer, list(images.values()), transform, directory)
     llava.set_submodule(VISION_TOWER, FeatureTower(tower, layer))
-    return ImageFeatures(values, {key: place for place, key in enumerate(images)})
+    return ImageFeatures(values, {key: row for row, key in enumerate(images)})
 
 
 def _kept(

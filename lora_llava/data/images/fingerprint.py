@@ -18,20 +18,20 @@ def picture_facts(records: Iterable[Record]) -> dict[str, Any]:
 
     Embedded images are left out: the keys of the records are hashes of their content.
     """
-    files: dict[str, Path] = {
-        record.image.key: record.image.path
+    # With the path: files below different image roots may have the same name.
+    files = {
+        (record.image.key, record.image.path)
         for record in records
         if record.image is not None and record.image.path is not None and record.image.data is None
     }
-    names = sorted(files)
-    stats = {name: _stat(files[name]) for name in names}
-    total = sum(size for size, _ in stats.values())
+    stats = {path: _stat(path) for _, path in files}
+    total = sum(stats[path][0] for _, path in files)
     return {
-        "files": len(names),
+        "files": len(files),
         "bytes": total,
-        "sizes": _digest(f"{name}\0{stats[name][0]}" for name in names),
-        "times": _digest(f"{name}\0{stats[name][1]}" for name in names),
-        "content": _digest(f"{name}\0{_hash(files[name])}" for name in names) if total <= _MAX_HASHED_BYTES else None,
+        "sizes": _digest(f"{name}\0{stats[path][0]}" for name, path in files),
+        "times": _digest(f"{name}\0{stats[path][1]}" for name, path in files),
+        "content": _digest(f"{name}\0{_hash(path)}" for name, path in files) if total <= _MAX_HASHED_BYTES else None,
     }
 
 
@@ -62,7 +62,8 @@ def _hash(path: Path) -> str:
 
 
 def _digest(lines: Iterable[str]) -> str:
+    """Hash lines in sorted order, so that it matters neither where files are nor in which order they are used."""
     digest = hashlib.sha256()
-    for line in lines:
+    for line in sorted(lines):
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()

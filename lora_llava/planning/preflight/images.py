@@ -49,7 +49,7 @@ def read_images(recipe: Recipe) -> Images:
         except DataError as error:
             images.problems.append(Problem(key, str(error), ""))
             continue
-        shown = {_identity(record.image): record.image for record in records if record.image is not None}
+        shown = {record.image.identity: record.image for record in records if record.image is not None}
         images.by_key[key] = {name: image for name, image in shown.items() if name not in known}
         known |= shown.keys()
     return images
@@ -106,10 +106,6 @@ def _read(data: DataSettings, key: str) -> list[Record]:
         last = record.turns[-1].role if key.startswith("evaluation") else "assistant"
         check_turns(record.turns, last, record.where)
     return records
-
-
-def _identity(image: ImageSource) -> str:
-    return image.key if image.path is None else str(image.path)
 
 
 def _fits(images: list[ImageSource]) -> bool:
