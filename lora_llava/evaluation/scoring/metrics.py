@@ -56,7 +56,7 @@ class Accuracy:
     def of_scores(cls, scores: Sequence[float]) -> Accuracy:
         """Return the mean score; with partial credit, its interval is a conservative one."""
         total = sum(scores)
-        return cls.of(int(total) if float(total).is_integer() else min(total, len(scores)), len(scores))
+        return cls.of(int(total) if float(total).is_integer() else total, len(scores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     if not gaps:
         raise ValueError("a difference needs at least one question")
     total, count = sum(gaps), len(gaps) + 2
-    spread = math.sqrt(max(0.0, sum(gap * gap for gap in gaps) + 1 - total * total / count)) / count
+    spread = math.sqrt(sum(gap * gap for gap in gaps) + 1 - total * total / count) / count
     low, high = total / count - _Z * spread, total / count + _Z * spread
     return Difference(total / len(gaps), max(-1.0, low), min(1.0, high), len(gaps))
 

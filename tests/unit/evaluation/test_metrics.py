@@ -9,9 +9,11 @@ from lora_llava.evaluation.scoring.exact_match import exact_match
 from lora_llava.evaluation.scoring.metrics import (
     Accuracy,
     accuracy_by_type,
+    accuracy_by_value,
     answer_groups,
     answer_type,
     difference,
+    is_void,
     majority_answers,
     pick_metric,
     score_answer,
@@ -92,6 +94,7 @@ def test_exact_match_is_strict_about_words() -> None:
         ("two", "number"),
         ("none", "other"),
         ("-3", "number"),
+        ("+3", "number"),
         ("<5", "other"),
         ("1/2", "other"),
         ("12", "number"),
@@ -180,6 +183,35 @@ def test_vqa_v2_is_the_official_rule() -> None:
     assert normalize_answer("x" + "." * 40) == "x" + "." * 8
 
 
+def test_k32_partial_credit_is_summed() -> None:
+    table = accuracy_by_type([0.5, 0.25], ["left", "right"])
+    assert (table["all"].correct, table["all"].total, table["all"].share) == (0.75, 2, 0.375)
+    whole = accuracy_by_type([0.5, 0.5], ["left", "right"])["all"]
+    assert isinstance(whole.correct, int)
+    assert (whole.correct, whole.total) == (1, 2)
+
+
+def test_k32_accuracy_by_value_lists_the_most_frequent_first_then_by_name() -> None:
+    table = accuracy_by_value([1, 0, 1, 0, 0, 1, 1], ["z", "b", "a", "b", "z", "z", "a"])
+    assert [(value, one.correct, one.total) for value, one in table.items()] == [("z", 2, 3), ("a", 2, 2), ("b", 0, 2)]
+    with pytest.raises(ValueError, match="zip"):
+        accuracy_by_value([1, 0], ["a"])
+
+
+def test_k32_each_metric_has_a_score_of_its_own() -> None:
+    scores = {
+        metric: (score_answer(metric, "left lung clear", ["left lung"]), score_answer(metric, "-3", ["3"]))
+        for metric in ("exact_match", "vqa_v2", "token_f1")
+    }
+    # Of the five words two are shared twice; VQA v2 takes the sign away, token F1 counts it as a word.
+    assert scores == {"exact_match": (0, 0), "vqa_v2": (0, 1), "token_f1": (0.8, pytest.approx(2 / 3))}
+
+
+def test_k32_a_void_reference_is_one_that_the_metric_normalizes_to_nothing() -> None:
+    assert [is_void("vqa_v2", text) for text in ("the", "?", "a lung")] == [True, True, False]
+    assert [is_void("exact_match", text) for text in ("the", "?", "a lung")] == [False, True, False]
+
+
 def test_several_references_score_by_the_best() -> None:
     for metric in ("exact_match", "vqa_v2", "token_f1"):
         assert score_answer(metric, "a lung", ["heart", "the lung"]) == 1
@@ -197,10 +229,13 @@ def test_auto_takes_the_metric_that_fits_the_references() -> None:
     assert pick_metric("auto", ["yes", "the left lung is clear of any mass"]) == "exact_match"
     assert pick_metric("auto", ["the left lung is clear of any mass"]) == "token_f1"
     assert pick_metric("vqa_v2", ["the left lung is clear of any mass"]) == "vqa_v2"
+    assert pick_metric("auto", ["the left lung is clear"]) == "exact_match"
+    assert pick_metric("auto", ["the left lung is quite clear"]) == "token_f1"
 
 
 def test_the_majority_answer_is_that_of_the_type() -> None:
     assert majority_answers(["yes", "Yes.", "no", "2", "red", "two"]) == ["yes", "yes", "yes", "2", "red", "2"]
+    assert majority_answers(["no", "yes", "Yes.", "red"]) == ["yes", "yes", "yes", "red"]
 
 
 def test_a_difference_is_of_pairs() -> None:
@@ -213,8 +248,14 @@ def test_a_difference_is_of_pairs() -> None:
     assert (better.low, better.high) == pytest.approx((29 / 42 - half, 29 / 42 + half))
     assert better.is_clear
     assert not difference([1, 1, 0], [0, 0, 1]).is_clear
+    # One question gives bounds of (1 +- 1.96 * sqrt(5 / 3)) / 3, of which a difference can only reach 1.
+    low = (1 - 1.96 * (5 / 3) ** 0.5) / 3
+    assert (difference([1], [0]).low, difference([1], [0]).high) == (pytest.approx(low), 1)
+    assert (difference([0], [1]).low, difference([0], [1]).high) == (-1, pytest.approx(-low))
     with pytest.raises(ValueError, match="at least one"):
         difference([], [])
+    with pytest.raises(ValueError, match="zip"):
+        difference([1, 0], [1])
 
 
 def test_metrics_need_no_torch() -> None:
