@@ -29,7 +29,6 @@ from lora_llava.data.packing import (
     tree_length,
 )
 from lora_llava.data.record import Record
-from lora_llava.errors import DataError
 from lora_llava.recipe.schedule import StageLength, eval_interval, stage_length, validation_line
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import world_size
@@ -250,8 +249,6 @@ def read_records(
 
     skipped: list[BadRecord] = []
     train, validation = load_split(stage.data, seed, skipped, check)
-    if not train:
-        raise DataError(f"{stage.data.path}: no record to train on")
     return StageRecords(template, EncodedRecords(train, **settings), EncodedRecords(validation, **settings), skipped)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from PIL import Image
 import lora_llava.training.feature_cache as feature_cache
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.rows import ImageTransform, PackedRows
-from lora_llava.data.stage import cache_offer
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.packed import llava_in, packed_loss
@@ -122,19 +120,3 @@ def test_without_room_nothing_is_left_behind(
     with pytest.raises(TrainingError, match="No space left on device"):
         use_features(model(), records, TRANSFORM, tmp_path / "features")
     assert list((tmp_path / "features").iterdir()) == []
-
-
-def test_keeping_features_is_offered_where_images_come_often(records: list[Record]) -> None:
-    # Records 0 and 1 are of one image, 2 of another, 3 has none.
-    once, often = [[((0, 1), (2,))], [((3,),)]], [[((0,), (2,))], [((1,), (3,))], [((2,),)]]
-    off = SimpleNamespace(cache_image_features="off")
-
-    def offer(steps: Any, settings: Any = off) -> str | None:
-        encoded, plan = SimpleNamespace(records=records), SimpleNamespace(steps=steps)
-        data: Any = SimpleNamespace(encoded=encoded, plan=plan)
-        return cache_offer(settings, data)
-
-    assert offer(once) is None
-    assert offer([[((3,),)]]) is None
-    assert "each image is encoded 2.0 times; cache_image_features: memory" in str(offer(often))
-    assert offer(often, SimpleNamespace(cache_image_features="disk")) is None
