@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from lora_llava.planning.preflight.model.hub import offline
+from lora_llava.system.hub.network import offline
 from tests.helpers.tiny import save_tiny_base
 
 

@@ -51,8 +51,8 @@ class KitGroup(click.Group):
             raise
         except click.exceptions.Exit:
             raise
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("\nstopped", err=True)
+        except (KeyboardInterrupt, click.Abort) as error:
+            click.echo(f"\n{text.printable_lines(str(error)) or 'stopped'}", err=True)
             ctx.exit(INTERRUPTED)
         except RunInterruptedError as error:
             click.echo(text.printable_lines(str(error)), err=True)

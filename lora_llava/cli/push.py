@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -14,9 +14,22 @@ from lora_llava.system.text import printable_lines
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_llava.shipping.hub.push import Prepared
+    from lora_llava.shipping.hub.prepare import Prepared
 
 _PATH = click.Path(path_type=Path)
+
+
+class _Options(TypedDict):
+    """Options of `push` that say where to push."""
+
+    revision: str | None
+    create_pr: bool
+
+
+def _note_former(_: click.Context, __: click.Parameter, given: bool) -> None:
+    """Say that the former option `--no-samples` has become the default."""
+    if given:
+        click.echo("note: --no-samples is the default now, and is not needed; --samples uploads samples.png", err=True)
 
 
 @click.command()
@@ -24,21 +37,32 @@ _PATH = click.Path(path_type=Path)
 @click.argument("repo_id")
 @click.option("--private/--public", "private", default=True, show_default=True, help="Visibility of a new repository.")
 @click.option("--run", type=_PATH, help="Directory of the run, for results and plots [that of the artifact].")
-@click.option(
-    "--samples/--no-samples", default=True, show_default=True, help="Upload samples.png, which shows test images."
-)
+@click.option("--samples", is_flag=True, help="Upload samples.png too, which shows test images [no].")
+@click.option("--no-samples", is_flag=True, hidden=True, expose_value=False, is_eager=True, callback=_note_former)
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to; created if missing [the main one].")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Show the files and the card; upload nothing.")
-def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bool, dry_run: bool) -> None:
+def push(
+    model: Path,
+    repo_id: str,
+    private: bool,
+    run: Path | None,
+    samples: bool,
+    dry_run: bool,
+    **options: Unpack[_Options],
+) -> None:
     """Publish on the Hugging Face Hub.
 
     Uploads an artifact or a model to REPO_ID (NAMESPACE/NAME) in one commit, with a model card generated from the run
-    unless there is a README.md next to the weights. Pushing again uploads only what changed.
+    unless there is a README.md next to the weights. Pushing again uploads only what changed. Images of your data stay
+    here unless you give --samples.
     """
     # Import before quiet_libraries, so that long uploads keep their progress bars on a terminal.
     import huggingface_hub.hf_api  # noqa: F401 - brings tqdm
 
     quiet_libraries()
-    from lora_llava.shipping.hub.push import prepare
+    from lora_llava.shipping.hub.prepare import prepare
+    from lora_llava.shipping.hub.push import Target, full_name
     from lora_llava.shipping.hub.push import push as push_prepared
 
     console = make_console()
@@ -46,7 +70,7 @@ def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bo
         from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # their way to export
 
         enable_progress_bars()
-    prepared = prepare(model, repo_id, run=run, samples=samples)
+    prepared = prepare(model, repo_id if dry_run else full_name(repo_id), run=run, samples=samples)
     _show_files(prepared, console)
     if dry_run:
         origin = "your README.md" if prepared.own_card else "generated"
@@ -54,12 +78,12 @@ def push(model: Path, repo_id: str, private: bool, run: Path | None, samples: bo
         # Not escaped in a pipe, so that a file holds the card itself.
         click.echo(printable_lines(prepared.card) if sys.stdout.isatty() else prepared.card)
         return
-    for line in push_prepared(prepared, public=not private):
+    for line in push_prepared(prepared, Target(public=not private, **options)):
         console.print(line, soft_wrap=True, markup=False)
 
 
 def _show_files(prepared: Prepared, console: Console) -> None:
-    """Print which files are uploaded and which are not."""
+    """Print which files are uploaded and which are not, and which of them show data."""
     from rich.table import Table
 
     table = Table(title=f"To {prepared.repo_id}", title_justify="left")
@@ -67,9 +91,18 @@ def _show_files(prepared: Prepared, console: Console) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("")
     for file in prepared.files:
-        table.add_row(file.name, f"{file.size:,}", "local paths removed" if file.changed else "")
+        notes = ["local paths removed"] if file.changed else []
+        notes += ["shows images and texts of the test data"] if file.shows_data else []
+        table.add_row(file.name, f"{file.size:,}", ", ".join(notes))
     console.print(table)
     lines = [f"not uploaded: {', '.join(prepared.left_out)}"] if prepared.left_out else []
+    if prepared.withheld:
+        names = ", ".join(prepared.withheld)
+        lines.append(
+            f"not uploaded, because it shows images and texts of the test data: {names} (--samples uploads it)"
+        )
+    if "/" not in prepared.repo_id:
+        lines.append(f"the card will say NAMESPACE/{prepared.repo_id}, with the namespace of your token")
     if prepared.needs_local_base:
         lines.append("the base model is a local directory, which others need too; or merge first and push the result")
     for line in lines:

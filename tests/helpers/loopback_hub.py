@@ -114,6 +114,9 @@ class LoopbackHub:
         self.add_repo(name, private=body.get("visibility") == "private")
         raise Answer(200, {"url": f"{self.url}/{name}"})
 
+    def whoami(self, **_: Any) -> None:
+        raise Answer(200, {"type": "user", "name": NAMESPACE, "orgs": []})
+
     def validate_yaml(self, body: Any, **_: Any) -> None:
         errors = [{"message": one} for one in card_errors(body["content"])]
         raise Answer(400 if errors else 200, {"errors": errors, "warnings": []})
@@ -197,6 +200,7 @@ class LoopbackHub:
 
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"POST /api/repos/create", LoopbackHub.create),
+    (r"GET /api/whoami-v2", LoopbackHub.whoami),
     (r"POST /api/validate-yaml", LoopbackHub.validate_yaml),
     (rf"POST /api/models/{_REPO}/preupload/main", LoopbackHub.preupload),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", LoopbackHub.batch),

@@ -39,7 +39,8 @@ def hub_data_is_available(setup: Setup) -> Iterator[Finding]:
         for setting, name in ((f"{key}.path", data.path), (f"{key}.validation.path", held_out)):
             if name is None or data.columns is None or is_local(name) or Path(name).expanduser().exists():
                 continue
-            from lora_llava.planning.preflight.model.hub import is_cached_data, offline
+            from lora_llava.planning.preflight.model.hub import is_cached_data
+            from lora_llava.system.hub.network import offline
 
             if offline() and not is_cached_data(name):
                 hint = nearest(Path(name).name, setup.near)

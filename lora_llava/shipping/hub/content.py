@@ -15,7 +15,7 @@ from lora_llava.formats.names import ADAPTER_CONFIG, WEIGHTS
 from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.file import dump_portable
-from lora_llava.shipping.hub.facts import PICTURES, Facts
+from lora_llava.shipping.hub.facts import DATA_PICTURES, PICTURES, Facts
 
 CARD = "README.md"
 _TOKENIZER = "tokenizer.json"
@@ -51,6 +51,11 @@ class RepoFile:
     def changed(self) -> bool:
         """Whether the published file differs from the local one."""
         return isinstance(self.content, bytes) and self.name != CARD
+
+    @property
+    def shows_data(self) -> bool:
+        """Whether images or texts of the data can be seen in it."""
+        return self.name in DATA_PICTURES
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from lora_llava.run_directory import output
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
 """Names in the repository of the loss plot and of the sample answers."""
+DATA_PICTURES = (SAMPLES,)
+"""Those that show data: test images with questions and answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from lora_llava.shipping.hub.card import check_card, is_unedited, make_card
 from lora_llava.shipping.hub.content import collect
 from lora_llava.shipping.hub.facts import gather
 from lora_llava.shipping.hub.licenses import LICENSES
-from lora_llava.shipping.hub.push import prepare
+from lora_llava.shipping.hub.prepare import prepare
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.system.files import file_sha256
 from tests.helpers.artifacts import make_artifact
@@ -209,13 +209,17 @@ def test_every_recipe_says_its_licenses(path: Path) -> None:
     assert ("NOT FOR CLINICAL USE" in card.intended_use) is (path.stem == "medical_vqa")
 
 
-def test_pictures_of_test_data_stay_here_if_asked(tiny_base: Path, tmp_path: Path) -> None:
+def test_k72_images_of_the_data_stay_here_unless_asked_for(tiny_base: Path, tmp_path: Path) -> None:
     made = make_run(tiny_base, tmp_path / "run")
-    names = {file.name for file in prepare(made, REPO).files}
-    without = prepare(made, REPO, samples=False)
-    assert names - {file.name for file in without.files} == {"samples.png"}
-    assert "samples.png" not in without.card
-    assert "loss.png" in without.card
+    usual, asked = prepare(made, REPO), prepare(made, REPO, samples=True)
+    assert {file.name for file in asked.files} - {file.name for file in usual.files} == {"samples.png"}
+    assert "samples.png" not in usual.card
+    assert "loss.png" in usual.card
+    assert "samples.png" in asked.card
+    assert (usual.withheld, asked.withheld) == (["samples.png"], [])
+    # The list says which files show data: those alone.
+    assert [file.name for file in asked.files if file.shows_data] == ["samples.png"]
+    assert [file.name for file in usual.files if file.shows_data] == []
 
 
 def test_an_edited_card_is_known(tiny_base: Path, tmp_path: Path) -> None:

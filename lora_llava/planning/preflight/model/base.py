@@ -218,7 +218,7 @@ def _weights(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
 
 
 def _not_fetched(model: ModelFiles) -> Iterator[tuple[str, str]]:
-    from lora_llava.planning.preflight.model.hub import offline
+    from lora_llava.system.hub.network import offline
 
     if offline():
         what = f"the weights of {model.name} are not in the Hub's cache, and the Hub cannot be reached"

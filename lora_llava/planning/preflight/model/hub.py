@@ -1,19 +1,13 @@
-"""Find models on the Hub: in its cache or by download; detect that the Hub cannot be reached."""
+"""Find models on the Hub: in its cache or by download."""
 
 from __future__ import annotations
 
 import os
-import socket
-import threading
-from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
-TIMEOUT = 2.0
-"""Seconds in which the Hub must accept a connection; otherwise this machine counts as offline."""
+from lora_llava.system.hub.network import offline
+
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-_OFFLINE = "HF_HUB_OFFLINE"
-_TRUE = ("1", "on", "yes", "true")
 
 
 def find_on_hub(name: str, revision: str | None, file: str) -> tuple[Path | None, tuple[str, str]]:
@@ -64,43 +58,3 @@ def is_cached_data(name: str) -> bool:
     tables = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
     paths = (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}", tables / name.replace("/", "___"))
     return any(path.is_dir() for path in paths)
-
-
-@cache
-def offline() -> bool:
-    """Tell whether the Hub is switched off or cannot be reached; if so, switch its libraries to offline mode."""
-    if os.environ.get(_OFFLINE, "").lower() in _TRUE:
-        return True
-    answers: list[bool] = []
-    # In a thread, since a name lookup has no timeout.
-    trying = threading.Thread(target=lambda: answers.append(_can_connect()), daemon=True)
-    trying.start()
-    trying.join(TIMEOUT)
-    if answers == [True]:
-        return False
-    _switch_off()
-    return True
-
-
-def _can_connect() -> bool:
-    from huggingface_hub import constants
-
-    endpoint = urlsplit(constants.ENDPOINT)
-    names = (f"{endpoint.scheme}_proxy", f"{endpoint.scheme}_proxy".upper(), "ALL_PROXY")
-    proxy = next((value for name in names if (value := os.environ.get(name))), None)
-    address = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        with socket.create_connection((str(address.hostname), port), timeout=TIMEOUT):
-            return True
-    except OSError:
-        return False
-
-
-def _switch_off() -> None:
-    """Switch the Hub's libraries to offline mode, imported or not: at import they read the variables."""
-    from huggingface_hub import constants
-
-    os.environ[_OFFLINE] = "1"
-    os.environ["HF_DATASETS_OFFLINE"] = "1"
-    constants.HF_HUB_OFFLINE = True

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: reached within bounds, its failures in words, and models downloaded from it."""
