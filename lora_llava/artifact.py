@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_json, read_own_template, recognize
+from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_own_template, recognize
 from lora_llava.conversation.endings import stated_ends, write_generation_config
 from lora_llava.conversation.templates import TEMPLATES, Template, get_template
 from lora_llava.errors import ArtifactError
@@ -31,7 +31,7 @@ from lora_llava.recipe.stages import AspectRatio, StageName
 from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory.claim import restore_around
 from lora_llava.system.device import pick_device, pick_dtype
-from lora_llava.system.files import Place, file_sha256, json_text, place_new, shown_path, staged
+from lora_llava.system.files import Place, file_sha256, json_text, place_new, read_json, shown_path, staged
 from lora_llava.system.text import dtype_name
 
 MANIFEST = "manifest.json"
@@ -162,8 +162,7 @@ def template_to_ask(usage: Usage, directory: Path) -> Template | OwnTemplate:
 
 def _aspect_ratio(directory: Path) -> AspectRatio:
     """Read whether a model's processor pads images to a square, as LLaVA-1.5 does; old files do not say."""
-    path = directory / "processor_config.json"
-    images = read_json(path).get("image_processor") if path.is_file() else None
+    images = read_json(directory / "processor_config.json").get("image_processor")
     return "pad" if not isinstance(images, dict) or images.get("do_pad") else "square"
 
 
@@ -279,7 +278,7 @@ def write_artifact(
         loaded.config,
         {"image_mean": loaded.image_mean, "image_std": loaded.image_std},
         aspect_ratio=facts["images"]["image_aspect_ratio"],
-        chat_template=chat_template(template, loaded.tokenizer.eos_token),
+        jinja=chat_template(template, loaded.tokenizer.eos_token),
     )
     write_generation_config(staging, loaded.directory, template, loaded.tokenizer)
     dtype = dtype_name(model.get_input_embeddings().weight.dtype)

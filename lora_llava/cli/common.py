@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
 from lora_llava.system import quiet, text
-from lora_llava.system.progress import hide, show_on
+from lora_llava.system.progress import shown_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,10 +150,7 @@ def make_console(*, stderr: bool = False) -> Console:
     """Create the console of a command and show its progress there."""
     from lora_llava.system.console import open_console
 
-    console = open_console(stderr=stderr)
-    context = click.get_current_context()
-    context.call_on_close(partial(hide, show_on(console)))
-    return console
+    return click.get_current_context().with_resource(shown_on(open_console(stderr=stderr)))
 
 
 def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:

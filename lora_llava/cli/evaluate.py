@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -15,27 +15,23 @@ from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
     from lora_llava.recipe.settings import EvaluationSettings
-    from lora_llava.recipe.stages import DataSettings
 
 _EVALUATION = Path("evaluation")
 _PATH = click.Path(path_type=Path)
 
 
-class _Options(TypedDict):
-    """Options of `eval` that become its settings."""
+_DATA = ("path", "image_root", "split", "columns", "answer_prompt", "max_records")
+"""Options that are settings of the data."""
 
-    path: str
-    image_root: str | None
-    columns: str | None
-    split: str
-    answer_prompt: str | None
-    max_records: int | None
-    max_new_tokens: int
-    max_rows: int
-    metric: MetricSetting
-    by: tuple[str, ...]
-    base_questions: int
-    blind: int | None
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Parse `key=column,key=column`. Raises click.UsageError for anything else."""
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(key.strip() and value.strip() for key, _, value in pairs):
+        raise click.UsageError(f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN")
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 @click.command("eval")
@@ -47,7 +43,11 @@ class _Options(TypedDict):
     help="LLaVA JSON or JSONL; or, with --columns, flat JSON, CSV, parquet, a directory or a Hub id.",
 )
 @click.option("--image-root", help="Directory of the images [that of the data file].")
-@click.option("--columns", help="For example image=image,question=question,answer=answer.")
+@click.option(
+    "--columns",
+    callback=lambda _, __, text: parse_columns(text),
+    help="For example image=image,question=question,answer=answer.",
+)
 @click.option("--split", default="test", show_default=True, help="Split of a Hugging Face dataset.")
 @click.option("--answer-prompt", help="Text appended to each question [as in training].")
 @click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Evaluate only the first N records.")
@@ -56,6 +56,7 @@ class _Options(TypedDict):
 )
 @click.option(
     "--max-rows",
+    "batch_size",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
@@ -77,7 +78,13 @@ class _Options(TypedDict):
     show_default=True,
     help="Number of questions to ask the base; 0: all.",
 )
-@click.option("--blind", type=click.IntRange(min=1), metavar="N", help="Ask N questions again without their images.")
+@click.option(
+    "--blind",
+    "blind_questions",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ask N questions again without their images.",
+)
 @click.option("--start", type=_PATH, help="Another artifact on the same base to compare with.")
 @click.option("--output", type=_PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
 @base_option
@@ -89,7 +96,7 @@ def evaluate(
     no_base: bool,
     base_model: str | None,
     template: str | None,
-    **options: Unpack[_Options],
+    **options: Any,
 ) -> None:
     """Compare a model with its base on a dataset.
 
@@ -101,64 +108,28 @@ def evaluate(
     settings = _evaluation_settings(options)
     refuse_model(artifact, base_model)
     quiet_libraries()
-    from lora_llava.artifact import read_usage, template_to_ask
-    from lora_llava.evaluation.questions import load_questions
-    from lora_llava.evaluation.run import Candidate, as_trained, evaluate_artifact
+    from lora_llava.evaluation.run import Candidate, evaluate_candidate
 
-    usage = read_usage(artifact, template)
-    template_to_ask(usage, artifact)
-    settings = as_trained(settings, usage)
     console = make_console()
     candidate = Candidate(artifact, base_model, template, compare_base=not no_base, start=start)
-    questions = load_questions(settings.data, settings.by)
-    evaluate_artifact(candidate, questions, settings, directory=output, console=console)
+    evaluate_candidate(candidate, settings, output, console)
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
 
 
-def _evaluation_settings(options: _Options) -> EvaluationSettings:
+def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     """Turn the options into settings. Raises click.UsageError if they do not fit together."""
-    from lora_llava.recipe.settings import EvaluationSettings
-
-    fields = {
-        "path": options["path"],
-        "image_root": options["image_root"],
-        "split": options["split"],
-        "answer_prompt": options["answer_prompt"],
-        "max_records": options["max_records"],
-        "columns": parse_columns(options["columns"]),
-    }
-    return EvaluationSettings(
-        data=_data_settings(fields),
-        max_new_tokens=options["max_new_tokens"],
-        batch_size=options["max_rows"],
-        metric=options["metric"],
-        by=list(options["by"]),
-        base_questions=options["base_questions"] or None,
-        blind_questions=options["blind"],
-    )
-
-
-def parse_columns(text: str | None) -> dict[str, str] | None:
-    """Parse `key=column,key=column`. Raises click.UsageError for anything else."""
-    if text is None:
-        return None
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(key.strip() and value.strip() for key, _, value in pairs):
-        raise click.UsageError(f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN")
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _data_settings(fields: Mapping[str, Any]) -> DataSettings:
-    """Turn the options about the data into settings. Raises click.UsageError if they do not fit together."""
     from pydantic import ValidationError
 
-    from lora_llava.recipe.stages import DataSettings
+    from lora_llava.recipe.settings import EvaluationSettings
 
+    data = {key: options[key] for key in _DATA}
+    others = {key: value for key, value in options.items() if key not in _DATA}
+    lists = {"by": list(options["by"]), "base_questions": options["base_questions"] or None}
     try:
-        return DataSettings.model_validate(fields)
+        return EvaluationSettings.model_validate({**others, **lists, "data": data})
     except ValidationError as error:
         problems = [
-            ".".join(["--data", *map(str, details["loc"])]) + ": " + details["msg"].removeprefix("Value error, ")
+            f"--{'.'.join(map(str, details['loc']))}: {details['msg'].removeprefix('Value error, ')}"
             for details in error.errors()
         ]
         raise click.UsageError("\n".join(problems)) from error

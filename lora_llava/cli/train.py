@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,25 +18,17 @@ if TYPE_CHECKING:
     from lora_llava.training.checkpoints.differences import Resume
 
 
-class _Options(TypedDict):
-    """Options of `finetune`."""
-
-    dry_run: bool
-    overwrite: bool
-    resume: bool
-    resume_anyway: bool
-    memory: int | None
-    skip_image_check: bool
-
-
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Show the plan, parameters and memory; train and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in output_dir.")
-@click.option("--resume", is_flag=True, help="Resume the run in output_dir exactly.")
+@click.option("--resume", "resume", flag_value="exact", help="Resume the run in output_dir exactly.")
 @click.option(
-    "--resume-anyway", is_flag=True, help="Resume although settings or data changed; lists the guarantees lost."
+    "--resume-anyway",
+    "resume",
+    flag_value="anyway",
+    help="Resume although settings or data changed; lists the guarantees lost.",
 )
 @click.option(
     "--memory",
@@ -45,24 +37,30 @@ class _Options(TypedDict):
     help="Plan for a GPU with this much memory, such as 12GiB [free memory].",
 )
 @click.option("--skip-image-check", is_flag=True, help="Do not open every image before training.")
-def finetune(recipe: str, overrides: tuple[str, ...], **options: Unpack[_Options]) -> None:
+def finetune(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    overwrite: bool,
+    resume: Resume | None,
+    memory: int | None,
+    skip_image_check: bool,
+) -> None:
     """Train the stages of a recipe.
 
     RECIPE is a YAML file. KEY=VALUE overrides a setting, such as stages.instruct.max_steps=20. If the recipe has an
     evaluation, the result is then compared with its base model.
     """
-    dry_run, memory = options["dry_run"], options["memory"]
-    resume: Resume = "anyway" if options["resume_anyway"] else "exact" if options["resume"] else "no"
-    if options["overwrite"] and resume != "no":
+    if overwrite and resume:
         raise click.UsageError("--overwrite starts over and --resume continues: give only one of them")
     settings = open_recipe(recipe, overrides)
     console = make_console()
     console.print(f"Recipe {settings.name}: {', then '.join(settings.stage_names)}.")
     if dry_run:
         leave_torch_out(settings)
-    start: Start = "overwrite" if options["overwrite"] else "new" if resume == "no" else "resume"
+    start: Start = "overwrite" if overwrite else "resume" if resume else "new"
     here = not dry_run or memory is None
-    look_ahead(settings, recipe, console, start=start, here=here, data=not options["skip_image_check"])
+    look_ahead(settings, recipe, console, start=start, here=here, data=not skip_image_check)
     if not dry_run:
         phase("Loading PyTorch and transformers")
     quiet_libraries()
@@ -77,7 +75,7 @@ def finetune(recipe: str, overrides: tuple[str, ...], **options: Unpack[_Options
         return
     from lora_llava.training.run import finetune_and_evaluate, print_outcome
 
-    finetune_and_evaluate(settings, console, overwrite=options["overwrite"], memory=memory, resume=resume)
+    finetune_and_evaluate(settings, console, overwrite=overwrite, memory=memory, resume=resume or "no")
     print_outcome(settings, console)
 
 

@@ -9,9 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, Turn, check_turns
+from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Encoded, ImageTokens, Turn, check_turns
 from lora_llava.conversation.templates import TEMPLATES, Template
 from lora_llava.errors import DataError, ModelError
+from lora_llava.system.files import read_json
 
 _JINJA = """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else SYSTEM -%}
@@ -109,39 +110,11 @@ def read_own_template(directory: Path) -> OwnTemplate | None:
     return OwnTemplate(jinja, tuple(sorted(tokens.items()))) if isinstance(jinja, str) and jinja.strip() else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a model; empty if it is missing or not a mapping. Raises ModelError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is damaged ({error}); download it again") from error
-    return data if isinstance(data, dict) else {}
+def recognize(own: OwnTemplate, *, first_question: bool = False) -> Template | None:
+    """Return the template in `TEMPLATES` that is equivalent to a model's own; None if none is.
 
-
-def recognize(own: OwnTemplate) -> Template | None:
-    """Return the template in `TEMPLATES` that is equivalent to a model's own; None if none is."""
-    eos_token = dict(own.tokens).get("eos_token", "")
-    try:
-        opened, closed = _bare(own, _TEXT_ONLY), _bare(own, _ANSWERED)
-        for known in TEMPLATES.values():
-            template = _with_system_of(known, opened, eos_token)
-            ours = OwnTemplate(chat_template(template, eos_token))
-            # After the last answer, many templates already write the separator before the next turn.
-            if closed.removesuffix(template.separator) == _bare(ours, _ANSWERED) and all(
-                _bare(own, turns) == _bare(ours, turns) for turns in (_TEXT_ONLY, _WITH_IMAGE, _TWO_TURNS)
-            ):
-                return template
-    except ModelError:
-        return None
-    return None
-
-
-def recognize_question(own: OwnTemplate) -> Template | None:
-    """Return the template in `TEMPLATES` that renders a first question as a model's own does; None if none does.
-
-    Later turns may differ: llava-hf's template ends an answer with a space, `vicuna_v1` with the end token.
+    `first_question`: only the first question must be rendered alike. Later turns may differ: llava-hf's template ends
+    an answer with a space, `vicuna_v1` with the end token.
     """
     eos_token = dict(own.tokens).get("eos_token", "")
     try:
@@ -149,13 +122,20 @@ def recognize_question(own: OwnTemplate) -> Template | None:
         for known in TEMPLATES.values():
             template = _with_system_of(known, opened, eos_token)
             ours = OwnTemplate(chat_template(template, eos_token))
-            if not known.caption_only and all(
-                _bare(own, turns) == _bare(ours, turns) for turns in (_TEXT_ONLY, _WITH_IMAGE)
-            ):
+            if any(_bare(own, turns) != _bare(ours, turns) for turns in (_TEXT_ONLY, _WITH_IMAGE)):
+                continue
+            if not known.caption_only if first_question else _continues_alike(own, ours, template.separator):
                 return template
     except ModelError:
         return None
     return None
+
+
+def _continues_alike(own: OwnTemplate, ours: OwnTemplate, separator: str) -> bool:
+    """Tell whether two templates render an answer and a second question alike."""
+    # After the last answer, many templates already write the separator before the next turn.
+    same_end = _bare(own, _ANSWERED).removesuffix(separator) == _bare(ours, _ANSWERED)
+    return same_end and _bare(own, _TWO_TURNS) == _bare(ours, _TWO_TURNS)
 
 
 def _with_system_of(known: Template, opened: str, eos_token: str) -> Template:
@@ -209,13 +189,7 @@ def _quoted(text: str) -> str:
 
 
 def encode_own(
-    turns: Sequence[Turn],
-    own: OwnTemplate,
-    tokenizer: Any,
-    *,
-    image_token_id: int,
-    num_image_tokens: int,
-    where: str,
+    turns: Sequence[Turn], own: OwnTemplate, tokenizer: Any, image_tokens: ImageTokens, *, where: str
 ) -> Encoded:
     """Encode turns that end with the user's in a model's own template, as its processor in transformers does.
 
@@ -231,10 +205,10 @@ def encode_own(
     ids: list[int] = []
     image_end = 0
     for token in tokenizer([text], add_special_tokens=not has_bos)["input_ids"][0]:
-        ids += [token] * (num_image_tokens if token == image_token_id else 1)
-        image_end = len(ids) if token == image_token_id and not image_end else image_end
+        ids += [token] * (image_tokens.count if token == image_tokens.id else 1)
+        image_end = len(ids) if token == image_tokens.id and not image_end else image_end
     images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if ids.count(image_token_id) != images * num_image_tokens:
+    if ids.count(image_tokens.id) != images * image_tokens.count:
         raise ModelError(
             f"{where}: the model's own chat template does not support images; give another with --template"
         )

@@ -39,6 +39,14 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """How `input_ids` represent an image: the token `id`, `count` times."""
+
+    id: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """A conversation as ids; `labels` is as long as `input_ids`, with IGNORE_INDEX at unsupervised tokens."""
 
@@ -59,9 +67,8 @@ def encode(
     turns: Sequence[Turn],
     template: Template,
     tokenizer: Tokenizer,
+    image_tokens: ImageTokens,
     *,
-    image_token_id: int,
-    num_image_tokens: int,
     max_length: int,
     where: str,
 ) -> Encoded:
@@ -70,18 +77,14 @@ def encode(
     Raises DataError, which begins with `where` (file and record), for turns out of order, an empty answer, a misplaced
     image, a cut through the image, or no supervised token; ModelError if the tokenizer lacks the template's tokens.
     """
-    check_turns(turns, "assistant", where)
-    _check_template(turns, template, where)
-    ids, labels, image_start = _encode(turns, template, tokenizer, image_token_id, num_image_tokens, where)
-    image_end = 0 if image_start is None else image_start + num_image_tokens
+    whole, image_end = _encode(turns, "assistant", template, tokenizer, image_tokens, where)
     if image_end > max_length:
         raise DataError(
             f"{where}: max_length {max_length} would cut through the image, which ends at token {image_end}; "
             "raise max_length"
         )
-    total = len(ids)
-    del ids[max_length:], labels[max_length:]
-    encoded = Encoded(ids, labels, _prefix_length(turns, image_end), total > max_length)
+    total = len(whole.input_ids)
+    encoded = Encoded(whole.input_ids[:max_length], whole.labels[:max_length], whole.prefix_length, total > max_length)
     if encoded.num_supervised == 0:
         raise DataError(
             f"{where}: nothing to train on: of its {total} tokens, all answers lie beyond max_length {max_length}; "
@@ -92,28 +95,15 @@ def encode(
 
 
 def encode_prompt(
-    turns: Sequence[Turn],
-    template: Template,
-    tokenizer: Tokenizer,
-    *,
-    image_token_id: int,
-    num_image_tokens: int,
-    where: str,
+    turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, image_tokens: ImageTokens, *, where: str
 ) -> Encoded:
     """Encode turns that end with the user's, up to the start of the answer; nothing is cut off or supervised.
 
     Raises DataError, which begins with `where`, as `encode` does; ModelError if the tokenizer lacks the template's
     tokens.
     """
-    check_turns(turns, "user", where)
-    _check_template(turns, template, where)
-    ids, _, image_start = _encode(turns, template, tokenizer, image_token_id, num_image_tokens, where)
-    image_end = 0 if image_start is None else image_start + num_image_tokens
-    return Encoded(ids, [IGNORE_INDEX] * len(ids), _prefix_length(turns, image_end))
-
-
-def _prefix_length(turns: Sequence[Turn], image_end: int) -> int:
-    return image_end if IMAGE_PLACEHOLDER in turns[0].text else 0
+    whole, _ = _encode(turns, "user", template, tokenizer, image_tokens, where)
+    return Encoded(whole.input_ids, [IGNORE_INDEX] * len(whole.input_ids), whole.prefix_length)
 
 
 def check_turns(turns: Sequence[Turn], last: str, where: str) -> None:
@@ -159,14 +149,11 @@ class _Text(NamedTuple):
 
 
 def _encode(
-    turns: Sequence[Turn],
-    template: Template,
-    tokenizer: Tokenizer,
-    image_token_id: int,
-    num_image_tokens: int,
-    where: str,
-) -> tuple[list[int], list[int], int | None]:
-    """Return ids, labels and the index of the first image token (None without an image)."""
+    turns: Sequence[Turn], last: str, template: Template, tokenizer: Tokenizer, image_tokens: ImageTokens, where: str
+) -> tuple[Encoded, int]:
+    """Encode turns that end with role `last`, whole; also return where the image ends, 0 without an image."""
+    check_turns(turns, last, where)
+    _check_template(turns, template, where)
     try:
         pieces = template_pieces(tokenizer, template)
     except ModelError as error:
@@ -178,7 +165,7 @@ def _encode(
     encoded = _encode_texts(texts, tokenizer)
     ids = list(pieces.bos)
     labels = [IGNORE_INDEX] * len(ids)
-    image_start: int | None = None
+    image_end = 0
     for index, (turn, text_ids) in enumerate(zip(turns, encoded, strict=True)):
         if turn.role == "assistant":
             ids += text_ids
@@ -188,14 +175,15 @@ def _encode(
             continue
         if IMAGE_PLACEHOLDER in turn.text:
             ids += pieces.again_image if index else pieces.opening_image
-            image_start = len(ids)
-            ids += [image_token_id] * num_image_tokens
+            ids += [image_tokens.id] * image_tokens.count
+            image_end = len(ids)
         else:
             ids += pieces.again if index else pieces.opening
         ids += text_ids
         ids += pieces.assistant
         labels += [IGNORE_INDEX] * (len(ids) - len(labels))
-    return ids, labels, image_start
+    # Conversations share an image only in their first turn.
+    return Encoded(ids, labels, image_end if IMAGE_PLACEHOLDER in turns[0].text else 0), image_end
 
 
 def _user_text(text: str, template: Template, pieces: Pieces) -> _Text:

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_llava.conversation.chat_template import OwnTemplate, own_end, read_json
+from lora_llava.conversation.chat_template import OwnTemplate, own_end
 from lora_llava.conversation.templates import Template, template_pieces, tokenize
+from lora_llava.system.files import read_json
 
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -79,20 +79,12 @@ def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRec
 
 def _image_problems(records: Iterable[Record]) -> dict[str, DataError]:
     """Open every image once; return the errors by the identity of the image."""
-    sources = {record.image.identity: record.image for record in records if record.image is not None}
-    found = in_processes(_image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
-    return {image: error for image, error in zip(sources, found, strict=True) if error is not None}
-
-
-def _image_problem(source: ImageSource) -> DataError | None:
     # Imported here: reading records does not need the image libraries.
-    from lora_llava.data.images.read import open_image
+    from lora_llava.data.images.read import image_problem
 
-    try:
-        open_image(source)
-    except DataError as error:
-        return error
-    return None
+    sources = {record.image.identity: record.image for record in records if record.image is not None}
+    found = in_processes(image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
+    return {image: error for image, error in zip(sources, found, strict=True) if error is not None}
 
 
 def image_kills_its_reader(source: ImageSource) -> DataError:

@@ -230,10 +230,14 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def with_answer_prompt(text: str, answer_prompt: str | None) -> str:
-    """Append the answer prompt to a question as a new line; an image moves to the front, as in encoding."""
+def with_answer_prompt(turns: Sequence[Turn], answer_prompt: str | None) -> tuple[Turn, ...]:
+    """Append the answer prompt to every question as a new line; an image moves to the front, as in encoding."""
     if not answer_prompt:
-        return text
+        return tuple(turns)
+    return tuple(Turn("user", _with_line(turn.text, answer_prompt)) if turn.role == "user" else turn for turn in turns)
+
+
+def _with_line(text: str, answer_prompt: str) -> str:
     if IMAGE_PLACEHOLDER in text:
         words = text.replace(IMAGE_PLACEHOLDER, "").strip()
         images = f"{IMAGE_PLACEHOLDER}\n" * text.count(IMAGE_PLACEHOLDER)

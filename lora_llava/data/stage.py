@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, overload
 
-from lora_llava.conversation.encode import Encoded, Turn, encode
+from lora_llava.conversation.encode import Encoded, ImageTokens, Turn, encode
 from lora_llava.conversation.templates import Template, Tokenizer, get_template
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.load import load_split
@@ -29,7 +29,7 @@ from lora_llava.data.packing import (
     tree_length,
 )
 from lora_llava.data.record import Record
-from lora_llava.recipe.schedule import StageLength, eval_interval, stage_length, validation_line
+from lora_llava.recipe.schedule import StageLength, eval_interval, stage_length, steps_line, validation_line
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import world_size
 from lora_llava.system.progress import counting
@@ -65,20 +65,14 @@ class EncodedRecords(Sequence[Encoded]):
         records: Sequence[Record],
         template: Template,
         tokenizer: Tokenizer,
+        image_tokens: ImageTokens,
         *,
-        image_token_id: int,
-        num_image_tokens: int,
         max_length: int,
         sizes: Iterable[Size] | None = None,
     ) -> None:
         self.records = records
         self._encode: _Encode = partial(
-            encode,
-            template=template,
-            tokenizer=tokenizer,
-            image_token_id=image_token_id,
-            num_image_tokens=num_image_tokens,
-            max_length=max_length,
+            encode, template=template, tokenizer=tokenizer, image_tokens=image_tokens, max_length=max_length
         )
         self.items: list[PlanItem] = []
         """Each conversation as the planner sees it; conversations about one image have the same group."""
@@ -186,7 +180,7 @@ class StageData:
         held_out = f" and {len(self.validation):,} for validation" if self.validation else ""
         parts = [
             f"{counted(len(self.encoded), 'conversation')}{held_out}",
-            self.length.steps_line(),
+            steps_line(self.length.num_steps, self.length.num_warmup_steps),
             f"{counted(plan.rows_per_step, 'micro-batch', 'micro-batches')} a step",
             f"{plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by packing",
             f"{counted(cut, 'conversation')} cut short by max_length" if cut else "",
@@ -231,16 +225,13 @@ def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list
     return [line for line in lines if line]
 
 
-def read_records(
-    stage: StageSettings, tokenizer: Any, seed: int, *, image_token_id: int, num_image_tokens: int
-) -> StageRecords:
+def read_records(stage: StageSettings, tokenizer: Any, image_tokens: ImageTokens, seed: int) -> StageRecords:
     """Read, split and encode the data of a stage; DataError names the first unusable record."""
     template = get_template(stage.template, stage.system)
     settings: dict[str, Any] = {
         "template": template,
         "tokenizer": tokenizer,
-        "image_token_id": image_token_id,
-        "num_image_tokens": num_image_tokens,
+        "image_tokens": image_tokens,
         "max_length": stage.max_length,
     }
 

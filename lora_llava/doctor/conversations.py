@@ -19,7 +19,7 @@ from lora_llava.doctor.survey import Side, Survey
 from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError, RecipeError, TrainingError
 from lora_llava.modeling.metadata import describe_base
-from lora_llava.modeling.structure import num_image_tokens
+from lora_llava.modeling.structure import image_tokens
 from lora_llava.planning.dry_run import compute_dtype, this_machine
 from lora_llava.planning.memory_plan import plan_memory, stage_shapes
 from lora_llava.recipe.settings import Recipe
@@ -66,8 +66,7 @@ def _encode_side(
         encode,
         template=get_template(stage.template, stage.system),
         tokenizer=conversations.tokenizer,
-        image_token_id=conversations.image_token_id,
-        num_image_tokens=num_image_tokens(config),
+        image_tokens=image_tokens(config),
         max_length=_NO_BOUND if side.role == "evaluation" else stage.max_length,
     )
     conversations.encoders[side.name] = encoder

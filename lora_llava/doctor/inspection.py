@@ -19,7 +19,7 @@ from lora_llava.data.stage import EncodedRecords
 from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError
 from lora_llava.modeling.metadata import describe_base
-from lora_llava.modeling.structure import num_image_tokens
+from lora_llava.modeling.structure import image_tokens
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName
 from lora_llava.system.text import counted, printable_lines
@@ -51,8 +51,7 @@ def inspect_record(recipe: Recipe, stage: str | None, index: int) -> Group:
         [record],
         get_template(settings.template, settings.system),
         tokenizer,
-        image_token_id=int(config.image_token_id),
-        num_image_tokens=num_image_tokens(config),
+        image_tokens(config),
         max_length=settings.max_length,
     )
     return Group(

@@ -8,11 +8,12 @@ from typing import Literal
 
 from lora_llava.conversation.encode import check_turns
 from lora_llava.data.bad_records import BadRecords
-from lora_llava.data.load import held_out_source, image_kills_its_reader, read_source, split_records
+from lora_llava.data.load import image_kills_its_reader, read_source, split_records
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
 from lora_llava.errors import DataError
 from lora_llava.evaluation.questions import answered_part, check_keys, make_questions, without_blank_answer
+from lora_llava.planning.preflight.data import sources as data_sources
 from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings, StageName
@@ -103,15 +104,8 @@ def open_images(records: Iterable[Record], workers: int | None) -> dict[str, Ima
 
 
 def _sources(recipe: Recipe) -> Iterator[Source]:
-    for stage in recipe.stage_names:
-        data = recipe.stage(stage).data
-        yield Source(stage, f"stages.{stage}.data", data, BadRecords(data, None))
-        if (held_out := held_out_source(data)) is not None:
-            bad = BadRecords(held_out, None)
-            yield Source(f"{stage}.validation", f"stages.{stage}.data.validation", held_out, bad)
-    if recipe.evaluation is not None:
-        data = recipe.evaluation.data
-        yield Source("evaluation", "evaluation.data", data, BadRecords(data, None))
+    for key, data in data_sources(recipe):
+        yield Source(key.removeprefix("stages.").replace(".data", ""), key, data, BadRecords(data, None))
 
 
 def _read(source: Source, by: Sequence[str] = ()) -> None:

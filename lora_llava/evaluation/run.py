@@ -60,22 +60,30 @@ def evaluate(
     the current directory. Writes predictions, accuracies and samples to `output`, which must be empty or absent.
     Returns the accuracies; see docs/evaluation.md. Raises LoraLlavaError's subclasses.
     """
-    directory, output = Path(model), Path(output)
-    refuse_results_in(output)
     if not isinstance(settings, EvaluationSettings):
         try:
             settings = EvaluationSettings.model_validate(settings)
         except ValidationError as error:
             raise RecipeError("\n".join(problems_in(error, "evaluation"))) from error
-    refuse_model(directory, base)
-    settings = as_trained(settings, read_usage(directory))
-    questions = load_questions(settings.data, settings.by)
-    candidate = Candidate(directory, base, compare_base=compare_base)
+    candidate = Candidate(Path(model), base, compare_base=compare_base)
     with shown_on(console) as shown:
-        return evaluate_artifact(candidate, questions, settings, directory=output, console=shown)
+        return evaluate_candidate(candidate, settings, Path(output), shown)
 
 
-def as_trained(settings: EvaluationSettings, usage: Usage) -> EvaluationSettings:
+def evaluate_candidate(
+    candidate: Candidate, settings: EvaluationSettings, output: Path, console: Console
+) -> dict[str, Any]:
+    """Check the model and `output`, read the questions, ask them, and return what `compare` does; see `evaluate`."""
+    refuse_results_in(output)
+    refuse_model(candidate.directory, candidate.base)
+    usage = read_usage(candidate.directory, candidate.template)
+    template_to_ask(usage, candidate.directory)
+    settings = _as_trained(settings, usage)
+    questions = load_questions(settings.data, settings.by)
+    return evaluate_artifact(candidate, questions, settings, directory=output, console=console)
+
+
+def _as_trained(settings: EvaluationSettings, usage: Usage) -> EvaluationSettings:
     """Fill in what the data section leaves open from the model's training: text after questions, range of grays."""
     trained = {"answer_prompt": usage.answer_prompt, "window": usage.window and list(usage.window)}
     missing = {key: value for key, value in trained.items() if getattr(settings.data, key) is None}

@@ -17,7 +17,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
+from lora_llava.formats.shapes import misfits
 from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
+from lora_llava.system.text import listed
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of llava-hf's shards. A merge holds one shard in memory."""
@@ -84,16 +86,8 @@ class WeightFiles:
         shapes = {name: self.shape(name) for name in self}
         if config.tie_word_embeddings:
             shapes.pop(HEAD, None)
-        wrong = [f"{name} is missing" for name in sorted(expected.keys() - shapes.keys())]
-        wrong += [f"{name} does not belong to it" for name in sorted(shapes.keys() - expected.keys())]
-        wrong += [
-            f"{name} is {shapes[name]}, must be {expected[name]}"
-            for name in sorted(expected.keys() & shapes.keys())
-            if shapes[name] != expected[name]
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 6} more)" if len(wrong) > 6 else ""
-            raise ModelError(f"{self.directory}: not the weights of its config.json: {'; '.join(wrong[:6])}{more}")
+        if wrong := list(misfits(shapes, expected)):
+            raise ModelError(f"{self.directory}: not the weights of its config.json: {listed(wrong, 6, '; ')}")
 
 
 def each_tensor(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,7 +5,6 @@ Source: `llava/model/llava_arch.py`, `llava/model/language_model/llava_llama.py`
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -115,17 +114,6 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
         "image_aspect_ratio": aspect_ratio,
         "image_grid_pinpoints": None,
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; ModelError if the file holds anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: not a mapping")
-    return data
 
 
 def check_original_config(data: dict[str, Any], where: Path) -> None:

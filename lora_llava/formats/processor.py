@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaConfig, LlavaProcessor
+from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from lora_llava.conversation.chat_template import chat_template
+from lora_llava.conversation.endings import write_generation_config
+from lora_llava.conversation.templates import Template
 from lora_llava.recipe.stages import AspectRatio
 
 
@@ -33,12 +37,12 @@ def save_processor(
     pixels: Mapping[str, Any],
     *,
     aspect_ratio: AspectRatio = "square",
-    chat_template: str | None = None,
+    jinja: str | None = None,
 ) -> None:
     """Write tokenizer and processor files next to a model or an adapter, so that `AutoProcessor` loads them.
 
     With `pad` the processor pads images to a square as `preprocess` does; llava-hf's own processor crops.
-    `chat_template` (Jinja) replaces the tokenizer's.
+    `jinja`: a chat template that replaces the tokenizer's.
     """
     settings = clip_image_settings(int(config.vision_config.image_size), pixels)
     pad = aspect_ratio == "pad"
@@ -48,6 +52,22 @@ def save_processor(
         tokenizer=tokenizer,
         patch_size=int(config.vision_config.patch_size),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=chat_template or tokenizer.chat_template,
+        chat_template=jinja or tokenizer.chat_template,
         num_additional_image_tokens=1,
     ).save_pretrained(directory)
+
+
+def save_surroundings(
+    directory: Path, base: Path, config: LlavaConfig, template: Template, aspect_ratio: AspectRatio
+) -> dict[str, Any]:
+    """Write tokenizer, processor and generation settings of `base` to `directory`, for prompts as in training.
+
+    Returns the base's settings of pixel values, such as `image_mean` and `image_std`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    pixels: dict[str, Any]
+    pixels, _ = ImageProcessingMixin.get_image_processor_dict(base)
+    jinja = chat_template(template, tokenizer.eos_token)
+    save_processor(directory, tokenizer, config, pixels, aspect_ratio=aspect_ratio, jinja=jinja)
+    write_generation_config(directory, base, template, tokenizer)
+    return pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from lora_llava.conversation.templates import Template
 from lora_llava.data.images.read import mean_color, open_image, preprocess
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.generation.decoding import Progress, Prompt, greedy_decode
+from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.stages import AspectRatio
 
 _BLIND = "the mean color"
@@ -33,40 +34,8 @@ class PromptFormat:
     """Whether to replace every image by its mean color: what is still correct then was guessed from the question."""
 
 
-class GenerationModel(Protocol):
-    """The part of `LoadedModel` that generation needs."""
-
-    @property
-    def model(self) -> Any:
-        """`LlavaForConditionalGeneration`, or a `PeftModel` around one."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Fast tokenizer."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the vision tower's square input, in pixels."""
-
-    @property
-    def image_mean(self) -> tuple[float, ...]:
-        """Mean of each channel."""
-
-    @property
-    def image_std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel."""
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Placeholder tokens per image."""
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of `<image>`."""
-
-
 def generate_answers(
-    loaded: GenerationModel,
+    loaded: LoadedModel,
     records: Sequence[Record],
     form: PromptFormat,
     *,
@@ -105,7 +74,7 @@ def generate_answers(
     return [answer_text(loaded.tokenizer, answer, ends) for answer in answers]
 
 
-def end_token_ids(loaded: GenerationModel, template: Template | OwnTemplate) -> frozenset[int]:
+def end_token_ids(loaded: LoadedModel, template: Template | OwnTemplate) -> frozenset[int]:
     """Return the tokens that end an answer: those of generation_config.json, and that of the template."""
     own = getattr(loaded.model, "generation_config", None)
     named = getattr(own, "eos_token_id", None)
@@ -113,17 +82,14 @@ def end_token_ids(loaded: GenerationModel, template: Template | OwnTemplate) -> 
     return frozenset(endings.end_token_ids(template, loaded.tokenizer, ends))
 
 
-def encode_turns(
-    loaded: GenerationModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str
-) -> Encoded:
+def encode_turns(loaded: LoadedModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str) -> Encoded:
     """Encode turns that end with the user's, with a template of the kit or the model's own."""
-    sizes: dict[str, Any] = {"image_token_id": loaded.image_token_id, "num_image_tokens": loaded.num_image_tokens}
     if isinstance(template, OwnTemplate):
-        return encode_own(turns, template, loaded.tokenizer, where=where, **sizes)
-    return encode_prompt(turns, template, loaded.tokenizer, where=where, **sizes)
+        return encode_own(turns, template, loaded.tokenizer, loaded.image_tokens, where=where)
+    return encode_prompt(turns, template, loaded.tokenizer, loaded.image_tokens, where=where)
 
 
-def image_tensor(loaded: GenerationModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
+def image_tensor(loaded: LoadedModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
     """Open and preprocess an image to (3, size, size); None stands for the mean color. Raises DataError."""
     image = mean_color(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
     tensor: torch.Tensor = preprocess(
@@ -133,7 +99,7 @@ def image_tensor(loaded: GenerationModel, source: ImageSource | None, aspect_rat
 
 
 def last_question(
-    loaded: GenerationModel,
+    loaded: LoadedModel,
     record: Record,
     template: Template | OwnTemplate,
     pixels: Callable[[ImageSource | None], torch.Tensor],

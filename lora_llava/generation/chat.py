@@ -33,7 +33,7 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.turns: tuple[Turn, ...] = ()
         self._ends = end_token_ids(loaded, self.template)
-        self._conversation = CachedConversation(loaded.model, loaded.image_token_id)
+        self._conversation = CachedConversation(loaded.model, loaded.image_tokens.id)
 
         @lru_cache(maxsize=1)
         def pixels(source: ImageSource | None) -> torch.Tensor:

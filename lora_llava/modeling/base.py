@@ -20,10 +20,12 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
+from lora_llava.conversation.encode import ImageTokens
 from lora_llava.errors import ModelError
+from lora_llava.formats.shapes import used_layers
 from lora_llava.formats.weight_files import weight_files
 from lora_llava.modeling.metadata import hub_errors, read_config
-from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, num_image_tokens, used_layers
+from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens
 from lora_llava.recipe.fields import is_local
 from lora_llava.system.progress import Advance, counting
 
@@ -60,14 +62,9 @@ class LoadedModel:
         return int(self.config.vision_config.image_size)
 
     @property
-    def num_image_tokens(self) -> int:
-        """Number of image tokens for one image."""
-        return num_image_tokens(self.config)
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of `<image>`."""
-        return int(self.config.image_token_id)
+    def image_tokens(self) -> ImageTokens:
+        """How `input_ids` represent an image."""
+        return image_tokens(self.config)
 
 
 def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
@@ -201,7 +198,7 @@ def dequantize(model: nn.Module) -> None:
 def drop_unused_layers(model: Any) -> None:
     """Remove the vision tower's layers after the one whose output is projected: in CLIP the last one."""
     layers = model.get_submodule(VISION_TOWER).encoder.layers
-    used = used_layers(model.config)
+    used = used_layers(int(model.config.vision_feature_layer), int(model.config.vision_config.num_hidden_layers))
     if used == len(layers):
         return
     del layers[used:]

@@ -29,7 +29,15 @@ from lora_llava.planning.memory import (
     in_4_bits,
     largest_row,
 )
-from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory, stage_shapes, usable_bytes
+from lora_llava.planning.memory_plan import (
+    GIB,
+    MemoryPlan,
+    StageShapes,
+    plan_line,
+    plan_memory,
+    stage_shapes,
+    usable_bytes,
+)
 from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import mebibytes, parameter_table_view, short_part
 from lora_llava.recipe.settings import Recipe
@@ -53,7 +61,7 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
         settings = recipe.stage(stage)
         console.print()
         console.print(_settings_view(stage, settings))
-        records = read_records(settings, tokenizer, recipe.seed, **image_tokens(config))
+        records = read_records(settings, tokenizer, image_tokens(config), recipe.seed)
         _print_stage(recipe, stage, config, records, memory, console)
 
 
@@ -105,7 +113,7 @@ def _print_memory(shapes: StageShapes, machine: Machine, plan: MemoryPlan, data:
         config, plan.recompute, tokens, supervised, dtype, shapes.lora_rank, machine.attention
     )
     activations = held_bytes(activations, plan.recompute, machine.device)
-    console.print(f"On this machine: {plan}")
+    console.print(f"On this machine: {plan_line(plan, shapes)}")
     console.print(_memory_view(expected_memory(plan.optim, parameters), activations, tokens))
 
 

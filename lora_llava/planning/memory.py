@@ -8,6 +8,7 @@ from transformers import LlavaConfig
 
 from lora_llava.data.packing import Row, conversations, tree_length
 from lora_llava.data.stage import StageData
+from lora_llava.formats.shapes import attention_widths
 from lora_llava.modeling.structure import (
     FLEX,
     FP32,
@@ -17,7 +18,6 @@ from lora_llava.modeling.structure import (
     Attention,
     ElementType,
     PartRow,
-    attention_widths,
     linear_weights,
 )
 from lora_llava.recipe.settings import QuantizationSettings
@@ -175,5 +175,5 @@ def _last_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int:
 def _layer_products(config: LlavaConfig) -> int:
     """Elements per token that selective checkpointing keeps: outputs of the seven linear layers and of attention."""
     text = config.text_config
-    queries, keys = attention_widths(config)
+    queries, keys = attention_widths(text)
     return 2 * queries + 2 * keys + 2 * int(text.hidden_size) + 2 * int(text.intermediate_size)

@@ -16,6 +16,7 @@ from transformers import LlavaConfig
 from lora_llava.data.packing import Sharing, no_sharing
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
+from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.structure import ElementType, PartRow, stage_parameters
 from lora_llava.planning.memory import Recompute, activation_bytes, expected_memory, held_bytes, in_4_bits
 from lora_llava.planning.speed import Machine, relative_cost
@@ -51,16 +52,6 @@ class MemoryPlan:
     cost: float
     """Relative time per token of the conversations; see `planning.speed`."""
 
-    def __str__(self) -> str:
-        """Summarize the plan in one line."""
-        weights = ", 4-bit weights dequantized once" if self.keep_dequantized else ""
-        checkpointing = "no" if self.recompute.policy is False else str(self.recompute)
-        return (
-            f"{self.tokens_per_micro_batch:,} tokens per micro-batch, {checkpointing} gradient "
-            f"checkpointing, {self.optim}{weights}; needs {self.bytes_needed / GIB:.1f} of "
-            f"{self.bytes_usable / GIB:.1f} GiB"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class StageShapes:
@@ -81,7 +72,7 @@ class StageShapes:
     @property
     def parameters(self) -> list[PartRow]:
         """Count the parameters of each part, before quantization."""
-        return stage_parameters(self.config, self.stage, self.adapter, self.dtype)
+        return stage_parameters(LlavaShape.of(self.config.to_dict()), self.stage, self.adapter, self.dtype)
 
     @property
     def lora_rank(self) -> int:
@@ -137,7 +128,7 @@ def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
     return best
 
 
-def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str) -> str:
+def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> str:
     """Name each planned setting with its value and origin: the recipe, or `source` where the recipe says `auto`."""
     settings = shapes.settings
     values = {
@@ -163,7 +154,7 @@ def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> s
     except TrainingError as error:
         return str(error)
     size = (usable + (CUDA_OVERHEAD if machine.device == "cuda" else 0)) / USABLE_SHARE
-    return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan}"
+    return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan_line(plan, shapes)}"
 
 
 def _preference(plan: MemoryPlan) -> tuple[float, int]:
@@ -236,6 +227,7 @@ def _too_small(smallest: MemoryPlan, shapes: StageShapes) -> str:
     stage = shapes.stage
     return (
         f"stage {stage}: not enough memory: at least {smallest.bytes_needed / GIB:.1f} GiB are needed, "
-        f"{smallest.bytes_usable / GIB:.1f} GiB can be used ({smallest}). Lower adapter.r or stages.{stage}.max_length "
-        f"(the longest conversation has {shapes.longest:,} tokens), or leave the memory settings at auto"
+        f"{smallest.bytes_usable / GIB:.1f} GiB can be used ({plan_line(smallest, shapes)}). Lower adapter.r or "
+        f"stages.{stage}.max_length (the longest conversation has {shapes.longest:,} tokens), or leave the memory "
+        "settings at auto"
     )

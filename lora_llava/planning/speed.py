@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
-from lora_llava.modeling.structure import Attention, attention_widths, linear_weights
+from lora_llava.formats.shapes import attention_widths
+from lora_llava.modeling.structure import Attention, linear_weights
 from lora_llava.planning.memory import Recompute
 
 DEQUANTIZING = {"cuda": 176, "cpu": 60}
@@ -51,7 +52,7 @@ def relative_cost(
 
     # Attention: a token attends within its own tree, of which the longest conversation is a bound.
     attended = min(tokens, longest)
-    query_width, _ = attention_widths(config)
+    query_width, _ = attention_widths(config.text_config)
     forward = 2 * attended * query_width * layers / linear_weights(config) / ATTENTION_RATE[machine.device]
     recomputed = 1.0 if recompute.policy is True else 0.0
     return linear + forward * (1 + ATTENTION_BACKWARD + recomputed)

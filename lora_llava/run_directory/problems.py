@@ -20,12 +20,12 @@ _RECONNECT = "Connect the disk that it leads to, or remove the link."
 class DirectoryProblem(NamedTuple):
     """Why a run cannot use its directory."""
 
-    where: str
-    """Recipe key."""
     what: str
     """What is wrong: a sentence without its period."""
     fix: str
     """What to do: a sentence."""
+    where: str = _KEY
+    """Recipe key."""
 
 
 def problems_of_output_dir(
@@ -49,9 +49,9 @@ def problems_of_output_dir(
     if overwrite:
         problems += [
             DirectoryProblem(
-                key,
                 f"{shown_path(path)} is in output_dir, where --overwrite would replace it",
                 "Give another directory with output_dir=PATH, or move it elsewhere and correct the setting.",
+                key,
             )
             for key, path in inputs.items()
         ]
@@ -65,41 +65,33 @@ def problems_of_output_dir(
 def _unusable(root: Path) -> DirectoryProblem | None:
     """Return why a directory cannot be created or written; None if it can."""
     if root.is_symlink() and not root.exists():
-        return DirectoryProblem(
-            _KEY, f"{shown_path(root)} is a link to {root.readlink()}, which does not exist", _RECONNECT
-        )
+        return DirectoryProblem(f"{shown_path(root)} is a link to {root.readlink()}, which does not exist", _RECONNECT)
     # Path.exists() raises below a directory without permission.
     nearest = next(path for path in (root, *root.parents) if os.path.exists(path))  # noqa: PTH110
     if not nearest.is_dir():
         return DirectoryProblem(
-            _KEY,
             f"{shown_path(root)} cannot be created: {shown_path(nearest)} is a file",
             "Give another output_dir=PATH.",
         )
     if any(nearest.resolve().is_relative_to(mount) for mount in _KERNELS):
         return DirectoryProblem(
-            _KEY,
             f"{shown_path(root)} cannot be created: {shown_path(nearest)} is a view of the kernel and "
             "holds no user files",
             "Give another output_dir=PATH.",
         )
     if artifact := next((path for path in (root, *root.parents) if _is_artifact(path)), None):
         return DirectoryProblem(
-            _KEY,
             f"{shown_path(root)} is in the artifact or checkpoint {shown_path(artifact)}, which a run must not change",
             "Give the run's own directory, or another, with output_dir=PATH.",
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         return DirectoryProblem(
-            _KEY,
             f"{shown_path(root)} cannot be written: no permission to write to {shown_path(nearest)}",
             "Change its permissions, or give another output_dir=PATH.",
         )
     state = root / STATE
     if os.path.lexists(state) and not is_kits(state):
-        return DirectoryProblem(
-            _KEY, f"{shown_path(root)} holds {STATE}, which the kit did not make", "Move it elsewhere."
-        )
+        return DirectoryProblem(f"{shown_path(root)} holds {STATE}, which the kit did not make", "Move it elsewhere.")
     return None
 
 
@@ -112,15 +104,14 @@ def _broken_links(root: Path) -> Iterator[DirectoryProblem]:
         path = root / name
         if path.is_symlink() and not path.exists():
             yield DirectoryProblem(
-                _KEY, f"{shown_path(path)} is a link to {path.readlink()}, which does not exist", _RECONNECT
+                f"{shown_path(path)} is a link to {path.readlink()}, which does not exist", _RECONNECT
             )
         elif path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            yield DirectoryProblem(_KEY, f"{shown_path(path)} cannot be written", "Change its permissions.")
+            yield DirectoryProblem(f"{shown_path(path)} cannot be written", "Change its permissions.")
 
 
 def _nothing_to_resume(root: Path) -> DirectoryProblem:
     return DirectoryProblem(
-        _KEY,
         f"--resume: there is nothing to resume in output_dir {shown_path(root)}: no run in it reached its first "
         "checkpoint",
         "Leave --resume out to start one, or give the right directory with output_dir=PATH.",
@@ -133,7 +124,6 @@ def _resume_problems(root: Path) -> Iterator[DirectoryProblem]:
             yield _nothing_to_resume(root)
         else:
             yield DirectoryProblem(
-                _KEY,
                 f"--resume: {shown_path(root)} holds checkpoints but no {RECIPE}, which says what they were "
                 "trained with",
                 "Put the file back, or start a new run in another directory with output_dir=PATH.",
@@ -141,9 +131,7 @@ def _resume_problems(root: Path) -> Iterator[DirectoryProblem]:
     for name in FILES:
         path = root / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            yield DirectoryProblem(
-                _KEY, f"{shown_path(path)} is a link or a directory, not a file", "Put the file back."
-            )
+            yield DirectoryProblem(f"{shown_path(path)} is a link or a directory, not a file", "Put the file back.")
 
 
 def files_of_runs(root: Path) -> dict[str, list[str]]:
@@ -179,14 +167,12 @@ def _occupied(
         what = f"{shown} holds a run already ({names})"
         if inputs:
             inside = listed([f"{key} {shown_path(path)}" for key, path in inputs.items()])
-            yield DirectoryProblem(
-                _KEY, f"{what}, from which this one reads {inside}", f"{another[0].upper()}{another[1:]}."
-            )
+            yield DirectoryProblem(f"{what}, from which this one reads {inside}", f"{another[0].upper()}{another[1:]}.")
         else:
-            yield DirectoryProblem(_KEY, what, f"--resume continues it, --overwrite replaces it; or {another}.")
+            yield DirectoryProblem(what, f"--resume continues it, --overwrite replaces it; or {another}.")
     elif (root / RECIPE).is_file():
         what = f"{shown} holds a run already ({names}), of a version that did not list its files"
-        yield DirectoryProblem(_KEY, what, f"--resume continues it; to start a new run, move it away or {another}.")
+        yield DirectoryProblem(what, f"--resume continues it; to start a new run, move it away or {another}.")
     else:
         yield _not_ours(root, list(existing))
 
@@ -197,7 +183,6 @@ def _overwrite_problems(
     if written is None:
         if existing and (root / RECIPE).is_file():
             yield DirectoryProblem(
-                _KEY,
                 f"{shown_path(root)} holds {_shown_names(root, existing)}, and no list of what a run wrote there, so "
                 "--overwrite cannot tell its files from yours",
                 f"Move it away: mv {shown_path(root)} {shown_path(root)}.old; or give another output_dir=PATH.",
@@ -208,7 +193,6 @@ def _overwrite_problems(
     changed = [name for paths in existing.values() for name in paths if _is_changed(written, name)]
     for name in changed:
         yield DirectoryProblem(
-            _KEY,
             f"{shown_path(root / name)} was changed since the run wrote it; --overwrite replaces only what a run wrote",
             "Move it elsewhere, or give another output_dir=PATH.",
         )
@@ -224,7 +208,6 @@ def _is_changed(written: Written, name: str) -> bool:
 
 def _not_ours(root: Path, names: list[str]) -> DirectoryProblem:
     return DirectoryProblem(
-        _KEY,
         f"{shown_path(root)} holds {_shown_names(root, names)}, which no run of the kit wrote",
         "Give another directory with output_dir=PATH, or move that elsewhere.",
     )

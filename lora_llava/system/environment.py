@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 import torch
 
 from lora_llava.system.device import pick_device, pick_dtype
@@ -38,8 +39,7 @@ def describe_environment() -> dict[str, str]:
     rows["precision: auto"] = dtype_name(pick_dtype("auto", device))
     rows["CPU cores"] = str(os.cpu_count())
     rows["torch threads"] = str(torch.get_num_threads())
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        rows["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    rows["memory"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     return rows
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lora_llava.errors import ArtifactError, RecipeError
+from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError, RecipeError
 
 STAGING = ".lora-llava-"
 """Prefix of the names of staging directories."""
@@ -243,6 +243,28 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "download it again") -> dict[str, Any]:
+    """Read a JSON file that holds a mapping; {} if there is no such file.
+
+    Raises `error`, which names the file and ends with `fix`, if the file is damaged or holds anything else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is damaged ({cause}); {fix}") from cause
+    if not isinstance(data, dict):
+        raise error(f"{path} is damaged (it holds no mapping); {fix}")
+    return data
+
+
+def find_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file that holds a mapping; None if it is missing or damaged, which is reported elsewhere."""
+    try:
+        return read_json(path) if path.is_file() else None
+    except (OSError, ModelError):
+        return None
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:

@@ -1,6 +1,6 @@
 """Progress: one line that fits any terminal, or separate lines where there is none.
 
-Code reports progress with `phase` and `counting`; a command chooses the console with `show_on`. Without it, nothing is
+Code reports progress with `phase` and `counting`; a command chooses the console with `shown_on`. Without it, nothing is
 printed.
 """
 
@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,27 +30,17 @@ _QUIET_SECONDS = 5.0
 _console: ContextVar[Console | None] = ContextVar("console", default=None)
 
 
-def show_on(console: Console) -> Token[Console | None]:
-    """Show progress on `console` from now on; pass the result to `hide`."""
-    return _console.set(console)
-
-
-def hide(token: Token[Console | None]) -> None:
-    """Undo a `show_on`."""
-    _console.reset(token)
-
-
 @contextmanager
 def shown_on(console: Console | None = None) -> Iterator[Console]:
     """Show phases and counts inside the `with` block: on `console`, else where they are shown already, else stdout."""
     from lora_llava.system.console import open_console
 
     console = console or _console.get() or open_console()
-    token = show_on(console)
+    token = _console.set(console)
     try:
         yield console
     finally:
-        hide(token)
+        _console.reset(token)
 
 
 def phase(text: str) -> None:

@@ -116,7 +116,7 @@ def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageSha
     """
     phase(f"{stage.name}: reading the data")
     config, tokenizer = describe_directory(stage.base_directory)
-    records = read_records(stage.settings, tokenizer, stage.seed, **image_tokens(config))
+    records = read_records(stage.settings, tokenizer, image_tokens(config), stage.seed)
     output.note_skipped(stage.run_directory, stage.name, records.skipped)
     shapes = stage_shapes(stage.name, stage.settings, stage.quantization, stage.adapter, config, dtype, records)
     return records, shapes

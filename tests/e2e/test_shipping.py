@@ -16,7 +16,7 @@ from lora_llava.artifact import Usage, load_model, read_usage, template_to_ask
 from lora_llava.cli import cli
 from lora_llava.cli.common import file_size
 from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.encode import Turn, encode, encode_prompt
+from lora_llava.conversation.encode import ImageTokens, Turn, encode, encode_prompt
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.images.read import preprocess
 from lora_llava.errors import ArtifactError
@@ -103,7 +103,7 @@ def test_its_chat_template_writes_what_was_trained(tiny_base: Path, tmp_path: Pa
     first = [{"type": "image"}, {"type": "text", "text": "What is it?"}] if image else "What is it?"
     messages = [{"role": "user", "content": first}]
     turns = [Turn("user", "<image>\nWhat is it?" if image else "What is it?")]
-    counts = {"image_token_id": 4, "num_image_tokens": 1, "where": "test"}
+    counts = {"image_tokens": ImageTokens(4, 1), "where": "test"}
     for answer, question in ((None, None), ("a red thing", "Is it red?"), ("yes", "no?")):
         if answer is not None and question is not None:
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
@@ -134,8 +134,7 @@ def test_the_processor_writes_the_prompt_of_training(merged: Path) -> None:
         [Turn("user", "<image>\ncolor?")],
         get_template(**usage.template),
         loaded.tokenizer,
-        image_token_id=loaded.image_token_id,
-        num_image_tokens=loaded.num_image_tokens,
+        image_tokens=loaded.image_tokens,
         where="test",
     )
     assert made["input_ids"][0].tolist() == ours.input_ids

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Turn, encode, encode_prompt
+from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, ImageTokens, Turn, encode, encode_prompt
 from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.data.record import check_text
 from lora_llava.errors import DataError
@@ -20,7 +20,7 @@ PIECES = st.sampled_from(
     [*TOKENIZER.all_special_tokens, "\n", "\n\n", " ", "  ", "USER: ", " ASSISTANT:", "\u00e9", "\U0001f600"]
 )
 TEXTS = st.lists(NASTY_TEXT | PIECES, max_size=6).map("".join)
-OPTIONS: dict[str, Any] = {"image_token_id": IMAGE_ID, "num_image_tokens": 4, "where": "train.json, record 1"}
+OPTIONS: dict[str, Any] = {"image_tokens": ImageTokens(IMAGE_ID, 4), "where": "train.json, record 1"}
 
 
 def readable(text: str) -> bool:

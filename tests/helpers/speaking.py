@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from lora_llava.artifact import save_artifact
-from lora_llava.conversation.encode import Turn, encode_prompt
+from lora_llava.conversation.encode import ImageTokens, Turn, encode_prompt
 from lora_llava.conversation.templates import Template
 from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.base import BaseIdentity, hash_weights, load_base
@@ -27,7 +27,7 @@ def prompt_of(template: Template, tokenizer: Any, *, with_image: bool = True) ->
     """Encode the question as a user asks it."""
     turns = [Turn("user", f"<image>\n{QUESTION}" if with_image else QUESTION)]
     image = tokenizer.convert_tokens_to_ids("<image>")
-    sizes: dict[str, Any] = {"image_token_id": image, "num_image_tokens": NUM_IMAGE_TOKENS, "where": "a question"}
+    sizes: dict[str, Any] = {"image_tokens": ImageTokens(image, NUM_IMAGE_TOKENS), "where": "a question"}
     return encode_prompt(turns, template, tokenizer, **sizes).input_ids
 
 

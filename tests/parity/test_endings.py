@@ -18,7 +18,7 @@ from tokenizers import models
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, LlavaForConditionalGeneration
 
 from lora_llava.artifact import load_model
-from lora_llava.conversation.encode import Turn, encode
+from lora_llava.conversation.encode import ImageTokens, Turn, encode
 from lora_llava.conversation.endings import end_token_ids, stated_ends, taught_ends
 from lora_llava.conversation.templates import TEMPLATES, get_template
 from lora_llava.data.record import ImageSource
@@ -156,7 +156,7 @@ def test_k9_a_model_merged_before_is_exported_with_all_its_ends(tmp_path: Path) 
 def test_k9_the_taught_end_is_the_last_supervised_token(name: str, kind: str, answer: str) -> None:
     tokenizer, template = TOKENIZERS[kind](), get_template(name)
     turns = [Turn("user", "<image>\n?"), Turn("assistant", answer)]
-    sizes: dict[str, Any] = {"image_token_id": 6, "num_image_tokens": 1, "max_length": 999, "where": "a record"}
+    sizes: dict[str, Any] = {"image_tokens": ImageTokens(6, 1), "max_length": 999, "where": "a record"}
     assert encode(turns, template, tokenizer, **sizes).labels[-1] in taught_ends(template, tokenizer)
 
 
@@ -175,7 +175,7 @@ def test_k9_an_end_that_joins_the_answer_is_one_too() -> None:
 def test_k9_an_end_of_several_tokens_is_refused_before_training() -> None:
     template = replace(get_template("plain"), name="odd", end="###")
     turns = [Turn("user", "<image>"), Turn("assistant", "x")]
-    sizes: dict[str, Any] = {"image_token_id": 6, "num_image_tokens": 1, "max_length": 99, "where": "a.json, record 1"}
+    sizes: dict[str, Any] = {"image_tokens": ImageTokens(6, 1), "max_length": 99, "where": "a.json, record 1"}
     with pytest.raises(ModelError, match=r"record 1: template odd ends an answer with '###', .* makes 3 tokens of"):
         encode(turns, template, tiny_tokenizer(), **sizes)
     lacking = AutoTokenizer.from_pretrained(SENTENCEPIECE)

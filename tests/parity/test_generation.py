@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import lora_llava.generation.answers as generation
-from lora_llava.conversation.encode import Turn, encode_prompt
+from lora_llava.conversation.encode import ImageTokens, Turn, encode_prompt
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.images.read import mean_color, open_image, preprocess
 from lora_llava.data.record import ImageSource, Record
@@ -39,8 +39,7 @@ class Loaded:
     image_size: int = IMAGE_SIZE
     image_mean: tuple[float, ...] = MEAN
     image_std: tuple[float, ...] = STD
-    num_image_tokens: int = NUM_IMAGE_TOKENS
-    image_token_id: int = IMAGE_ID
+    image_tokens: ImageTokens = ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS)  # noqa: RUF009 - immutable
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +77,7 @@ def answer_alone(loaded: Loaded, record: Record, *, blind: bool) -> str:
         record.turns[:-1],
         get_template("vicuna_v1"),
         loaded.tokenizer,
-        image_token_id=IMAGE_ID,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS),
         where="",
     )
     ids = torch.tensor([prompt.input_ids])

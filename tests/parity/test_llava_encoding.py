@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from lora_llava.conversation.encode import IGNORE_INDEX, Turn, encode, encode_prompt
+from lora_llava.conversation.encode import IGNORE_INDEX, ImageTokens, Turn, encode, encode_prompt
 from lora_llava.conversation.templates import get_template
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llava_v15_encoding"
@@ -17,7 +17,7 @@ CASES = [json.loads(line) for line in (FIXTURES / "conversations.jsonl").read_te
 IMAGE_ID = 32000
 NUM_IMAGE_TOKENS = 576
 ROLES = {"human": "user", "gpt": "assistant"}
-OPTIONS: dict[str, Any] = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS, "where": "a.json"}
+OPTIONS: dict[str, Any] = {"image_tokens": ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS), "where": "a.json"}
 
 
 @pytest.fixture(scope="module")

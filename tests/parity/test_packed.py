@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lora_llava.modeling.attention as attention_module
 import lora_llava.modeling.packed as packed_module
-from lora_llava.conversation.encode import Encoded, Turn, encode
+from lora_llava.conversation.encode import Encoded, ImageTokens, Turn, encode
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.rows import Batch, build_row
 from lora_llava.modeling.attention import additive_mask, set_attention, with_sdpa
@@ -54,8 +54,7 @@ def conversation(*texts: str, template: str = "vicuna_v1") -> Encoded:
         [Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts)],
         get_template(template),
         tiny_tokenizer(),
-        image_token_id=IMAGE_ID,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_tokens=ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS),
         max_length=400,
         where="test",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.data.record import Record
+from lora_llava.system.files import file_sha256
 
 _MAX_HASHED_BYTES = 128 * 2**20
 """Hash the content of image files up to this total size; above it, compare sizes and modification times."""
@@ -55,8 +56,7 @@ def _stat(path: Path) -> tuple[int, int]:
 
 def _hash(path: Path) -> str:
     try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return ""
 

@@ -8,21 +8,21 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, open_image, read_image
+from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, image_problem, read_image
 from lora_llava.data.record import ImageSource
+from lora_llava.errors import DataError
 
 _TAIL = 16
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 """Last bytes of a complete file; some complete files have trailing data after them."""
 
 
-def check_header(source: ImageSource) -> None:
-    """Raise DataError as `open_image` does for a file that is no image or is truncated.
+def header_problem(source: ImageSource) -> DataError | None:
+    """Return the error of `open_image` for a file that is no image or is truncated; None for any other.
 
     Damage in the middle is not detected. A file with an unusual header or end is decoded completely to decide.
     """
-    if not _looks_complete(source):
-        open_image(source)
+    return None if _looks_complete(source) else image_problem(source)
 
 
 def _looks_complete(source: ImageSource) -> bool:

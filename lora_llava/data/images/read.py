@@ -40,6 +40,15 @@ def open_image(source: ImageSource) -> Image.Image:
     return decode_image(read_image(source), source.name, window=source.window)
 
 
+def image_problem(source: ImageSource) -> DataError | None:
+    """Return the error of `open_image`; None if the image can be opened."""
+    try:
+        open_image(source)
+    except DataError as error:
+        return error
+    return None
+
+
 def read_image(source: ImageSource) -> bytes:
     """Read the bytes of an image; DataError naming it if it is missing, empty or too large."""
     name = source.name

@@ -89,10 +89,7 @@ def _record(
     image = images.source(cell, where)
     turns = turns if image is None else place_image(turns)
     check_placeholder(turns, image, where)
-    prompted = tuple(
-        Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
-        for turn in turns
-    )
+    prompted = with_answer_prompt(turns, data.answer_prompt)
     group = None if data.group is None else check_group(row.get(data.group), f"{where}: {data.group}")
     return Record(str(number), image, prompted, where, number, group, references)
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_llava.conversation.encode import Turn
 from lora_llava.data.bad_records import BadRecords, Exclusions
 from lora_llava.data.record import (
     ImageRoot,
@@ -98,11 +97,6 @@ def _record(entry: Entry, number: int, place: str, images: ImageCells, data: Dat
     check_placeholder(turns, image, f"{where}: {key}")
     group = None if data.group is None else check_group(record.get(data.group), f"{where}: {data.group}")
     identity = str(number) if given is None else str(given)
-    return Record(identity, image, _prompted(turns, data), where, number, group, dialog.references)
-
-
-def _prompted(turns: list[Turn], data: DataSettings) -> tuple[Turn, ...]:
-    return tuple(
-        Turn("user", with_answer_prompt(turn.text, data.answer_prompt)) if turn.role == "user" else turn
-        for turn in turns
+    return Record(
+        identity, image, with_answer_prompt(turns, data.answer_prompt), where, number, group, dialog.references
     )

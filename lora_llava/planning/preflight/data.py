@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_llava.data.load import held_out_source
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.setup import Setup
@@ -35,48 +36,42 @@ def data_files_are_there(setup: Setup) -> Iterator[Finding]:
 def hub_data_is_available(setup: Setup) -> Iterator[Finding]:
     """Data sets of the Hub are cached, or the Hub can be reached."""
     for key, data in sources(setup.recipe):
-        held_out = data.validation.path if data.validation else None
-        for setting, name in ((f"{key}.path", data.path), (f"{key}.validation.path", held_out)):
-            if name is None or data.columns is None or is_local(name) or Path(name).expanduser().exists():
-                continue
-            from lora_llava.planning.preflight.model.hub import is_cached_data
-            from lora_llava.system.hub.network import offline
+        name = data.path
+        if data.columns is None or is_local(name) or Path(name).expanduser().exists():
+            continue
+        from lora_llava.planning.preflight.model.hub import is_cached_data
+        from lora_llava.system.hub.network import offline
 
-            if offline() and not is_cached_data(name):
-                hint = nearest(Path(name).name, setup.near)
-                what = f"{name} is not here, is not in the Hub's cache, and the Hub cannot be reached"
-                fix = "Check the name; or connect, or give the path of a copy."
-                yield Problem(setting, what, f"Did you mean {hint}? {fix}" if hint else fix)
+        if offline() and not is_cached_data(name):
+            hint = nearest(Path(name).name, setup.near)
+            what = f"{name} is not here, is not in the Hub's cache, and the Hub cannot be reached"
+            fix = "Check the name; or connect, or give the path of a copy."
+            yield Problem(f"{key}.path", what, f"Did you mean {hint}? {fix}" if hint else fix)
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
-    """Yield the key and settings of every data source of a recipe, apart from validation data."""
-    for stage in recipe.stage_names:
-        yield f"stages.{stage}.data", recipe.stage(stage).data
+    """Yield the key and settings of every data source of a recipe; validation from another path is one of them."""
+    data_by_key = {f"stages.{stage}.data": recipe.stage(stage).data for stage in recipe.stage_names}
     if recipe.evaluation is not None:
-        yield "evaluation.data", recipe.evaluation.data
+        data_by_key["evaluation.data"] = recipe.evaluation.data
+    for key, data in data_by_key.items():
+        yield key, data
+        if (held_out := held_out_source(data)) is not None:
+            yield f"{key}.validation", held_out
 
 
 def _data_paths(recipe: Recipe) -> Iterator[_DataPath]:
     for key, data in sources(recipe):
-        yield from _path(f"{key}.path", data.path, data)
-        if data.image_root is not None:
+        path = Path(data.path).expanduser()
+        if data.columns is None:
+            yield _DataPath(f"{key}.path", path, is_directory=False)
+        elif path.exists() or is_local(data.path):
+            yield _DataPath(f"{key}.path", path, is_directory=None)
+        # Validation has the image root of its stage.
+        if data.image_root is not None and not key.endswith(".validation"):
             yield _DataPath(f"{key}.image_root", Path(data.image_root), is_directory=True)
         if data.exclude is not None:
             yield _DataPath(f"{key}.exclude", Path(data.exclude), is_directory=False)
-        if data.validation is not None and data.validation.path is not None:
-            yield from _path(f"{key}.validation.path", data.validation.path, data)
-            if data.validation.exclude is not None:
-                yield _DataPath(f"{key}.validation.exclude", Path(data.validation.exclude), is_directory=False)
-
-
-def _path(key: str, name: str, data: DataSettings) -> Iterator[_DataPath]:
-    """Yield a local data path; nothing for a hub id."""
-    path = Path(name).expanduser()
-    if data.columns is None:
-        yield _DataPath(key, path, is_directory=False)
-    elif path.exists() or is_local(name):
-        yield _DataPath(key, path, is_directory=None)
 
 
 def _unreadable(data_path: _DataPath) -> tuple[str, str] | None:

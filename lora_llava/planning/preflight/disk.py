@@ -1,4 +1,4 @@
-"""Check that the disk has room for the assembled base, checkpoints, artifacts and cached features."""
+"""Check the run's directory: free, or as --overwrite and --resume need it; and that its disk has room for the run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 
+from lora_llava.errors import ModelError
+from lora_llava.formats.shapes import LlavaShape
+from lora_llava.modeling.structure import FP32, stage_parameters
 from lora_llava.planning.preflight.findings import Finding, Problem
-from lora_llava.planning.preflight.model.shapes import LlavaShape, linear_layers
 from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, Setup
-from lora_llava.recipe.settings import AdapterSettings
-from lora_llava.recipe.stages import StageName
+from lora_llava.run_directory.problems import problems_of_output_dir
 
 _WEIGHT, _ADAM, _ADAM_8BIT = 4, 8, 2
 """Bytes per trainable weight in fp32, and of its two AdamW moments in fp32 and in 8 bits."""
 _DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _GIB = 2**30
+
+
+def output_dir_can_be_used(setup: Setup) -> Iterator[Finding]:
+    """The run can use `output_dir`, and none of its inputs would be overwritten there."""
+    recipe, start = setup.recipe, setup.start
+    problems = problems_of_output_dir(
+        recipe.resolved_output_dir, recipe.plain(), overwrite=start == "overwrite", resume=start == "resume"
+    )
+    yield from (Problem(problem.where, problem.what, problem.fix) for problem in problems)
 
 
 def room_is_there(setup: Setup) -> Iterator[Finding]:
@@ -26,7 +36,11 @@ def room_is_there(setup: Setup) -> Iterator[Finding]:
     parts = {"the assembled base": 0 if LLAVA in setup.models else _base_bytes(setup, shape)}
     for stage in setup.recipe.stage_names:
         settings = setup.recipe.stage(stage)
-        trained = trained_weights(shape, stage, setup.recipe.adapter)
+        try:
+            trained = sum(part.trainable for part in stage_parameters(shape, stage, setup.recipe.adapter, FP32))
+        except ModelError:
+            # Another check reports a layer that does not exist.
+            return
         state = _WEIGHT + (_ADAM_8BIT if settings.optim.endswith("8bit") else _ADAM)
         # Plus one: the newest is written before the oldest is removed.
         parts[f"checkpoints of {stage}"] = trained * state * (settings.save_total_limit + 1)
@@ -46,20 +60,6 @@ def room_for_features(setup: Setup, images: Mapping[str, int]) -> Iterator[Findi
         if setup.recipe.stage(stage).cache_image_features == "disk":
             parts[f"features of {stage}"] = size * (images.get(key, 0) + images.get(f"{key}.validation", 0))
     yield from _missing_room(setup, parts, "or set cache_image_features: off")
-
-
-def trained_weights(shape: LlavaShape, stage: StageName, adapter: AdapterSettings) -> int:
-    """Count the trainable weights of a stage: the projector, and in `instruct` the LoRA."""
-    count = sum(math.prod(size) for _, size in shape.projector())
-    if stage == "instruct":
-        targets = adapter.target_modules
-        layers = [
-            size
-            for name, size in linear_layers(shape.text).items()
-            if targets == "all-linear" or name.split(".")[1] in targets
-        ]
-        count += int(shape.text["num_hidden_layers"]) * sum(adapter.r * sum(size) for size in layers)
-    return count
 
 
 def _base_bytes(setup: Setup, shape: LlavaShape) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
-from lora_llava.planning.preflight.cuda import capabilities
 from lora_llava.planning.preflight.findings import Finding, Findings, Problem
 from lora_llava.planning.preflight.setup import Setup
+from lora_llava.system.device import has_driver
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables in which launchers and schedulers state the number of processes."""
@@ -31,6 +35,8 @@ TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb": (("wandb",), "wandb"),
 }
 """The trackers of transformers: the modules that each needs, and the pip packages that have them."""
+_CUDA_MAJOR, _CUDA_MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 _OTHER_MODULES = {"tensorboard": "tensorboardX", "neptune": "neptune_scale"}
 
 
@@ -82,7 +88,7 @@ def device_can_compute(setup: Setup) -> Iterator[Finding]:
     """The device supports the precision and the attention of the recipe."""
     recipe = setup.recipe
     needs_bf16, needs_flex = recipe.precision == "bf16", recipe.attn_implementation == "flex_attention"
-    cards = capabilities() if setup.here and (needs_bf16 or needs_flex) else None
+    cards = _capabilities() if setup.here and (needs_bf16 or needs_flex) else None
     if cards is None:
         return
     device = f"a card of compute capability {cards[0][0]}.{cards[0][1]}" if cards else "no CUDA device, only a CPU"
@@ -104,3 +110,48 @@ def is_installed(module: str) -> bool:
         return bool(module) and find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+@cache
+def _capabilities() -> list[tuple[int, int]] | None:
+    """Return the compute capability of each visible device; [] on a CPU; None where only torch can tell (ROCm).
+
+    Asks the driver: importing torch would take seconds.
+    """
+    if not has_driver():
+        return []
+    built = _torch_built_for()
+    if built != "cuda":
+        return [] if built == "cpu" else None
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    return [
+        (_attribute(driver, number, _CUDA_MAJOR), _attribute(driver, number, _CUDA_MINOR))
+        for number in range(count.value)
+    ]
+
+
+def _attribute(driver: ctypes.CDLL, device: int, attribute: int) -> int:
+    value = ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    return value.value
+
+
+def _torch_built_for() -> str | None:
+    """Return what the installed torch was built for, `cuda` or `cpu`; None if its files do not tell."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    values = dict(re.findall(r"^(cuda|hip|xpu)\b[^=\n]*=\s*(.+)$", text, re.MULTILINE))
+    if values.get("cuda", "None").strip() != "None":
+        return "cuda"
+    return "cpu" if all(value.strip() == "None" for value in values.values()) else None

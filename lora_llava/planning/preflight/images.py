@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lora_llava.conversation.encode import check_turns
 from lora_llava.data.bad_records import BadRecords
-from lora_llava.data.images.headers import check_header
-from lora_llava.data.images.read import open_image
-from lora_llava.data.load import held_out_source, image_kills_its_reader, read_source
+from lora_llava.data.images.headers import header_problem
+from lora_llava.data.images.read import image_problem
+from lora_llava.data.load import image_kills_its_reader, read_source
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
@@ -43,7 +43,7 @@ def read_images(recipe: Recipe) -> Images:
     """
     images = Images()
     known: set[str] = set()
-    for key, data in _all_sources(recipe):
+    for key, data in _local_sources(recipe):
         try:
             records = _read(data, key)
         except DataError as error:
@@ -58,7 +58,7 @@ def read_images(recipe: Recipe) -> Images:
 def images_can_be_opened(images: Images) -> Iterator[Finding]:
     """Open every image in parallel; of many that fail, the first few are named."""
     everything = [image for found in images.by_key.values() for image in found.values()]
-    work = open_fully if _fits(everything) else open_header
+    work = image_problem if _fits(everything) else header_problem
     errors = iter(in_processes(work, everything, on_crash=image_kills_its_reader, label="images"))
     for key, found in images.by_key.items():
         wrong = [error for _, error in zip(found, errors, strict=False) if error is not None]
@@ -72,30 +72,11 @@ def images_can_be_opened(images: Images) -> Iterator[Finding]:
             yield Problem(key, what, "lora-llava check lists them all, and on_bad_record: skip leaves them out.")
 
 
-def open_fully(source: ImageSource) -> DataError | None:
-    """Decode an image; returns what is wrong with it."""
-    try:
-        open_image(source)
-    except DataError as error:
-        return error
-    return None
-
-
-def open_header(source: ImageSource) -> DataError | None:
-    """Look at an image's header and end; returns what is wrong with it."""
-    try:
-        check_header(source)
-    except DataError as error:
-        return error
-    return None
-
-
-def _all_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
+def _local_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
     for key, data in sources(recipe):
-        for place, one in ((key, data), (f"{key}.validation", held_out_source(data))):
-            is_here = one is not None and (one.columns is None or Path(one.path).expanduser().exists())
-            if one is not None and is_here and one.on_bad_record == "error":
-                yield place, one
+        is_here = data.columns is None or Path(data.path).expanduser().exists()
+        if is_here and data.on_bad_record == "error":
+            yield key, data
 
 
 def _read(data: DataSettings, key: str) -> list[Record]:

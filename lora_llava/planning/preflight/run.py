@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from lora_llava.planning.preflight import data, directory, disk, environment, settings, shipping, start_from
+from lora_llava.planning.preflight import data, disk, environment, settings, shipping, start_from
 from lora_llava.planning.preflight.findings import Finding, Findings
 from lora_llava.planning.preflight.model import base, text_side
 from lora_llava.planning.preflight.setup import Setup
@@ -25,7 +25,7 @@ CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     start_from.start_from_fits,
     data.data_files_are_there,
     data.hub_data_is_available,
-    directory.output_dir_can_be_used,
+    disk.output_dir_can_be_used,
     disk.room_is_there,
     environment.trackers_are_installed,
     environment.libraries_are_installed,

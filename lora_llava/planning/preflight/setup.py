@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lora_llava.formats.shapes import LlavaShape, vision_config
 from lora_llava.planning.preflight.model.files import ModelFiles, find_model
-from lora_llava.planning.preflight.model.shapes import LlavaShape, vision_config
 from lora_llava.recipe.settings import Recipe
 
 Start = Literal["new", "overwrite", "resume"]

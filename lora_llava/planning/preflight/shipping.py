@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_llava.errors import PreflightError
+from lora_llava.formats.shapes import LlavaShape, hidden_state_index
 from lora_llava.planning.preflight.findings import Finding, Findings, Notice, Problem
 from lora_llava.planning.preflight.model.base import model_problems, unreadable
 from lora_llava.planning.preflight.model.files import find_model
-from lora_llava.planning.preflight.model.shapes import LlavaShape
-from lora_llava.planning.preflight.model.text_side import custom_readers, read_json, reader_problems
+from lora_llava.planning.preflight.model.text_side import custom_readers, reader_problems
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.system.files import find_json
 
 _ROPES = ("default", "linear", "llama3")
 _MAX_VLLM_RANK = 512
@@ -24,7 +25,7 @@ def exports_that_fail(setup: Setup) -> Iterator[Finding]:
     shape = setup.shape
     if shape is None:
         return
-    if reasons := list(_no_gguf(shape)):
+    if reasons := list(no_gguf(shape)):
         yield Notice("export", f"The result cannot be exported with --format gguf: {'; '.join(reasons)}.")
     if shape.whole["projector_hidden_act"] not in ("gelu", "linear"):
         activation = shape.whole["projector_hidden_act"]
@@ -41,7 +42,7 @@ def refuse_model(path: Path, base: str | None) -> None:
 
     `base` overrides the artifact's own path of its base. If `path` is not a directory, the command reports that.
     """
-    manifest = read_json(path / "manifest.json")
+    manifest = find_json(path / "manifest.json")
     if manifest is not None:
         name = base or _base_of(path, manifest)
     else:
@@ -65,7 +66,7 @@ def refuse_base(name: str) -> None:
 
 def refuse_source(path: Path) -> None:
     """Raise PreflightError if the config.json of another tool's checkpoint shows that it cannot be read."""
-    problems = [*unreadable(read_json(path / "config.json") or {}), *custom_readers(path)]
+    problems = [*unreadable(find_json(path / "config.json") or {}), *custom_readers(path)]
     if problems:
         raise PreflightError([f"{path}: {what}. {fix}" for what, fix in problems])
 
@@ -77,22 +78,24 @@ def _base_of(path: Path, manifest: dict[str, object]) -> str | None:
     return str(path / str(base["path"])) if base.get("path") else str(base.get("name"))
 
 
-def _no_gguf(shape: LlavaShape) -> Iterator[str]:
-    """Yield what llama.cpp computes differently, or does not support."""
+def no_gguf(shape: LlavaShape) -> Iterator[str]:
+    """Yield what of a model llama.cpp computes differently, or does not support."""
     layer, layers = shape.whole["vision_feature_layer"], int(shape.vision["num_hidden_layers"])
-    if (layer if layer >= 0 else layers + 1 + layer) == 0:
-        yield "llama.cpp needs at least one layer of the vision tower"
+    if not isinstance(layer, int):
+        yield f"vision_feature_layer {layer}: GGUF holds the features of one layer, not of several"
+    elif not 1 <= hidden_state_index(layer, layers) <= layers:
+        yield f"vision_feature_layer {layer}: llama.cpp needs at least one layer of the vision tower"
     if shape.whole["vision_feature_select_strategy"] != "default":
-        yield "llama.cpp always leaves the class token out (vision_feature_select_strategy: default)"
+        yield "llama.cpp always drops the class token (vision_feature_select_strategy: default)"
     if shape.whole["projector_hidden_act"] != "gelu":
         yield "llama.cpp's projector needs GELU (mm_projector_type: mlp2x_gelu)"
     if shape.vision["hidden_act"] not in ("quick_gelu", "gelu"):
         yield f"llama.cpp supports no vision tower with {shape.vision['hidden_act']}"
-    if shape.text["hidden_act"] != "silu":
-        yield f"llama.cpp's Llama supports only silu, not {shape.text['hidden_act']}"
-    rope = shape.text.get("rope_parameters") or shape.text.get("rope_scaling") or {}
+    if shape.text.hidden_act != "silu":
+        yield f"llama.cpp's Llama supports only silu, not {shape.text.hidden_act}"
+    rope = getattr(shape.text, "rope_parameters", None) or getattr(shape.text, "rope_scaling", None) or {}
     if (kind := rope.get("rope_type", rope.get("type", "default"))) not in _ROPES:
-        yield f"rope_type {kind} is not supported"
+        yield f"rope_type {kind}: GGUF is written for {', '.join(_ROPES)} only"
 
 
 def _no_vllm_adapter(adapter: AdapterSettings) -> str | None:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS, canonical_name, split_lora
+from lora_llava.formats.shapes import LlavaShape, Shape
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
-from lora_llava.planning.preflight.model.shapes import LlavaShape, Shape
-from lora_llava.planning.preflight.model.text_side import read_json
 from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
 from lora_llava.planning.preflight.setup import Setup
-from lora_llava.system.files import file_sha256
+from lora_llava.system.files import file_sha256, find_json
 
 _KEY = "start_from"
 _MANIFEST = "manifest.json"
@@ -61,7 +60,7 @@ def _not_an_artifact(path: Path) -> tuple[str, str] | None:
 
 def _damage(path: Path) -> Iterator[tuple[str, str]]:
     """Yield what is damaged; the first is enough."""
-    manifest, config = read_json(path / _MANIFEST), read_json(path / ADAPTER_CONFIG)
+    manifest, config = find_json(path / _MANIFEST), find_json(path / ADAPTER_CONFIG)
     if manifest is None or any(key not in manifest for key in _NEEDED):
         yield f"{path / _MANIFEST} is damaged", _AGAIN
         return

@@ -1,52 +1,31 @@
 """Export an artifact or a model to the layouts of other tools.
 
-FORMATS lists one function for each layout; it imports torch and the rest when it is called.
+FORMATS names the module and the function of each layout; the module, with torch, is imported when it is called.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from lora_llava.errors import RecipeError
 from lora_llava.shipping.export.options import Exporter, ExportOptions, ExportReport
 
 
-def _hf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    from lora_llava.shipping.export.hf import export_hf
+def _lazy(module: str, function: str) -> Exporter:
+    def exporter(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+        run: Exporter = getattr(import_module(f"{__name__}.{module}"), function)
+        return run(source, output, options)
 
-    return export_hf(source, output, options)
-
-
-def _llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    from lora_llava.shipping.export.llava import export_llava
-
-    return export_llava(source, output, options)
-
-
-def _gguf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    from lora_llava.shipping.export.gguf.model import export_gguf
-
-    return export_gguf(source, output, options)
-
-
-def _gguf_lora(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    from lora_llava.shipping.export.gguf.lora import export_gguf_lora
-
-    return export_gguf_lora(source, output, options)
-
-
-def _vllm(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-    from lora_llava.shipping.export.vllm import export_vllm
-
-    return export_vllm(source, output, options)
+    return exporter
 
 
 FORMATS: dict[str, Exporter] = {
-    "hf": _hf,
-    "llava": _llava,
-    "gguf": _gguf,
-    "gguf-lora": _gguf_lora,
-    "vllm": _vllm,
+    "hf": _lazy("hf", "export_hf"),
+    "llava": _lazy("llava", "export_llava"),
+    "gguf": _lazy("gguf.model", "export_gguf"),
+    "gguf-lora": _lazy("gguf.lora", "export_gguf_lora"),
+    "vllm": _lazy("vllm", "export_vllm"),
 }
 """Exporters by the layout's name on the command line."""
 

@@ -35,9 +35,9 @@ from lora_llava.shipping.merge.probe import (
 from lora_llava.shipping.merge.run import (
     Source,
     choose_base,
+    copy_surroundings,
     open_source,
     reason_for,
-    save_surroundings,
     write_config,
 )
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
@@ -129,7 +129,7 @@ def _write_base(directory: Path, source: Source, kind: BaseKind, served: list[st
         source.files, base_reader(source.files, source.manifest, kind), source.adapter, None, only=merged
     )
     write_weights(directory, ((name, read(name)) for name in sorted(expected_shapes(source.config))))
-    save_surroundings(directory, source)
+    copy_surroundings(directory, source)
 
 
 def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: Form) -> None:

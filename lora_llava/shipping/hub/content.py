@@ -16,6 +16,7 @@ from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.file import dump_portable
 from lora_llava.shipping.hub.facts import DATA_PICTURES, PICTURES, Facts
+from lora_llava.system.files import read_json
 
 CARD = "README.md"
 _TOKENIZER = "tokenizer.json"
@@ -104,11 +105,8 @@ def _published(path: Path, facts: Facts) -> Path | bytes:
         return path if text == path.read_text(encoding="utf-8") else text.encode()
     if path.suffix != ".json" or path.name in (_TOKENIZER, INDEX):
         return path
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error})") from error
-    clean = _without_paths(data, facts) if isinstance(data, dict) else data
+    data = read_json(path, ArtifactError, "take it from its source again")
+    clean = _without_paths(data, facts)
     if path.name == MANIFEST and facts.manifest:
         clean = portable(facts.manifest)
     return path if clean == data else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()

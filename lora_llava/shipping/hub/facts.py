@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.modeling.metadata import read_config
 from lora_llava.recipe.file import read_recipe
 from lora_llava.run_directory import output
+from lora_llava.system.files import read_json
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
 """Names in the repository of the loss plot and of the sample answers."""
 DATA_PICTURES = (SAMPLES,)
 """Those that show data: test images with questions and answers."""
+_read_json = partial(read_json, error=ArtifactError, fix="remove it to publish without its information")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +98,3 @@ def _run_of(source: Path, manifest: Manifest | None, run: Path | None) -> Path |
     if run is not None:
         raise ArtifactError(f"{source} was not written by the run in {run}: no stage there has its weights")
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the run; empty if it is missing."""
-    if not path.is_file():
-        return {}
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); remove it to publish without its information") from error
-    return data

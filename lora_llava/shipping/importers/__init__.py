@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_llava.errors import ArtifactError
 from lora_llava.shipping.importers.options import ImportOptions
+from lora_llava.system.files import read_json
 
 
 def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
@@ -17,7 +18,7 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
     """
     if not source.exists():
         raise ArtifactError(f"{source} does not exist")
-    from lora_llava.formats.llava_original import MM_PROJECTOR, read_json
+    from lora_llava.formats.llava_original import MM_PROJECTOR
     from lora_llava.formats.names import ADAPTER_CONFIG
     from lora_llava.formats.weight_files import has_safetensors, pickled_files
     from lora_llava.shipping.importers.adapter import import_adapter, import_projector

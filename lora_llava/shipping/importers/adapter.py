@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from lora_llava.conversation.chat_template import read_own_template, recognize, recognize_question
+from lora_llava.conversation.chat_template import read_own_template, recognize
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_json, read_tensors
+from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_tensors
 from lora_llava.formats.names import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
@@ -27,6 +27,7 @@ from lora_llava.formats.peft_adapter import alpha_of, check_form, check_parts
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.importers.write import Base, ForeignAdapter, LayerLora, open_base, write_artifact
+from lora_llava.system.files import read_json
 
 _ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -88,7 +89,7 @@ def _template(source: Path, base: Base, original: bool, name: str | None) -> tup
         () if original else ((source, "its chat template"), (base.directory, "its base's chat template"))
     ):
         own = read_own_template(directory)
-        template = (recognize(own) or recognize_question(own)) if own else None
+        template = (recognize(own) or recognize(own, first_question=True)) if own else None
         if template is not None:
             return template, f"from {where}"
         if own is not None:
@@ -178,18 +179,13 @@ def _layer(name: str, parts: _Parts, form: LoraConfig, source: Path) -> LayerLor
 
 def _original_ratio(directory: Path) -> AspectRatio:
     """Read how the original code makes images square; as LLaVA-1.5 does if its config.json does not say."""
-    path = directory / "config.json"
-    if not path.is_file():
-        return "pad"
-    data = read_json(path)
-    return "pad" if data.get("image_aspect_ratio", "pad") == "pad" else "square"
+    return "pad" if read_json(directory / "config.json").get("image_aspect_ratio", "pad") == "pad" else "square"
 
 
 def _processor_ratio(directory: Path) -> AspectRatio:
     """Read whether the adapter's processor pads images; transformers' default does not."""
     for name in _PROCESSORS:
-        if (directory / name).is_file():
-            data = read_json(directory / name)
-            if data.get("image_processor", data).get("do_pad"):
-                return "pad"
+        data = read_json(directory / name)
+        if data.get("image_processor", data).get("do_pad"):
+            return "pad"
     return "square"

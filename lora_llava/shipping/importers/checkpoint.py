@@ -26,7 +26,6 @@ from lora_llava.formats.llava_original import (
     from_original_name,
     identity_layer,
     is_linear,
-    read_json,
     read_tensors,
 )
 from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_name
@@ -36,7 +35,7 @@ from lora_llava.modeling.assemble import pad_rows, save_config
 from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors, read_any_config
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.shipping.importers.options import ImportOptions
-from lora_llava.system.files import staged
+from lora_llava.system.files import read_json, staged
 
 _PAD = "<pad>"
 
@@ -76,7 +75,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
             config,
             pixels,
             aspect_ratio="pad" if aspect_ratio == "pad" else "square",
-            chat_template=_chat_template(tokenizer, options.template),
+            jinja=_chat_template(tokenizer, options.template),
         )
         for name in ("tokenizer.model", MERGE_REPORT):
             if (source / name).is_file():

@@ -10,19 +10,16 @@ import torch
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlavaConfig
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import LlavaConfig
 
 from lora_llava.artifact import MANIFEST, Manifest, base_location, library_versions
-from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
 from lora_llava.formats.llava_original import identity_layer, is_linear
 from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter, lora_fits, lora_scaling, merge_lora
-from lora_llava.formats.processor import save_processor
+from lora_llava.formats.processor import save_surroundings
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.structure import num_image_tokens
@@ -208,11 +205,7 @@ def _targets(modules: list[str]) -> str:
 
 def _save_surroundings(staging: Path, foreign: ForeignAdapter, base: Base) -> dict[str, object]:
     """Write tokenizer and processor; return the manifest's image settings."""
-    tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
-    pixels, _ = ImageProcessingMixin.get_image_processor_dict(base.directory)
-    jinja = chat_template(foreign.template, tokenizer.eos_token)
-    save_processor(staging, tokenizer, base.config, pixels, aspect_ratio=foreign.aspect_ratio, chat_template=jinja)
-    write_generation_config(staging, base.directory, foreign.template, tokenizer)
+    pixels = save_surroundings(staging, base.directory, base.config, foreign.template, foreign.aspect_ratio)
     return {
         "size": int(base.config.vision_config.image_size),
         "mean": list(pixels["image_mean"]),

@@ -114,14 +114,7 @@ def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_dir
     prompts = []
     for image, text in [*enumerate(_IMAGE_QUESTIONS), *((None, text) for text in texts)]:
         content = text if image is None else f"{IMAGE_PLACEHOLDER}\n{text}"
-        encoded = encode_prompt(
-            [Turn("user", content)],
-            template,
-            tokenizer,
-            image_token_id=loaded.image_token_id,
-            num_image_tokens=loaded.num_image_tokens,
-            where="probe",
-        )
+        encoded = encode_prompt([Turn("user", content)], template, tokenizer, loaded.image_tokens, where="probe")
         pixels = None if image is None else _noise_image(image, loaded.image_size)
         # No shared prefixes, on purpose: in one batch each answer token is a single pass over the streamed weights.
         prompts.append(Prompt(encoded.input_ids, 0, pixels, image))
@@ -130,7 +123,7 @@ def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_dir
         model,
         prompts,
         # A poorly trained model may answer with an image token, which would then need pixels.
-        eos_token_ids=ends | {loaded.image_token_id},
+        eos_token_ids=ends | {loaded.image_tokens.id},
         pad_token_id=min(ends, default=0),
         max_new_tokens=ANSWER_TOKENS,
     )

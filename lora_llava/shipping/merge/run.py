@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlavaConfig
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import LlavaConfig
 
 from lora_llava.artifact import (
     MERGE_REPORT,
@@ -22,14 +20,12 @@ from lora_llava.artifact import (
     portable,
     read_manifest,
 )
-from lora_llava.conversation.chat_template import chat_template
-from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.formats.names import EMBEDDINGS
 from lora_llava.formats.peft_adapter import Adapter
-from lora_llava.formats.processor import save_processor
+from lora_llava.formats.processor import save_surroundings
 from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import (
@@ -43,7 +39,7 @@ from lora_llava.shipping.merge.probe import (
     probe_report,
 )
 from lora_llava.shipping.merge.stream import BaseKind, Read, base_reader, merged_reader
-from lora_llava.system.files import staged
+from lora_llava.system.files import read_json, staged
 from lora_llava.system.progress import Advance, counting, phase
 from lora_llava.system.text import counted, dtype_name
 
@@ -134,7 +130,7 @@ def merge_artifact(
         names = sorted(expected_shapes(source.config))
         with counting("merging", len(names)) as advance:
             shards = write_weights(staging, _each(names, merged, advance), max_shard_bytes)
-        save_surroundings(staging, source)
+        copy_surroundings(staging, source)
         written = WeightFiles(staging)
         report = {
             "base": kind,
@@ -194,28 +190,17 @@ def verify(
     return result
 
 
-def save_surroundings(directory: Path, source: Source) -> None:
+def copy_surroundings(directory: Path, source: Source) -> None:
     """Write tokenizer, processor and generation settings, so that prompts and images are processed as in training."""
-    images = source.manifest.images
     template = get_template(**source.manifest.template)
-    tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
-    pixels, _ = ImageProcessingMixin.get_image_processor_dict(source.base)
-    save_processor(
-        directory,
-        tokenizer,
-        source.config,
-        pixels,
-        aspect_ratio=images["image_aspect_ratio"],
-        chat_template=chat_template(template, tokenizer.eos_token),
-    )
-    write_generation_config(directory, source.base, template, tokenizer)
+    save_surroundings(directory, source.base, source.config, template, source.manifest.images["image_aspect_ratio"])
     if (source.base / "tokenizer.model").is_file():
         shutil.copyfile(source.base / "tokenizer.model", directory / "tokenizer.model")
 
 
 def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:
     """Write the base's config.json with the dtype of the written weights."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     for name in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(name, None)
     config["dtype"] = dtype_name(dtype)

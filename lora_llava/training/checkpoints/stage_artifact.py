@@ -81,7 +81,7 @@ def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
         "window": stage.settings.data.window,
         "vision_feature_layer": loaded.config.vision_feature_layer,
         "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
-        "num_image_tokens": loaded.num_image_tokens,
+        "num_image_tokens": loaded.image_tokens.count,
     }
 
 

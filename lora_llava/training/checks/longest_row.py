@@ -15,7 +15,7 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.structure import BF16, FLEX, TREES, ElementType
-from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller
+from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller, plan_line
 from lora_llava.planning.speed import Machine
 from lora_llava.system.device import peak_memory_bytes
 
@@ -90,6 +90,6 @@ def out_of_memory_named(shapes: StageShapes, machine: Machine, chosen: MemoryPla
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise TrainingError(
-            f"stage {shapes.stage}: out of memory on this {machine.device}, with {chosen}. Nothing else may run "
-            f"beside it; otherwise {next_smaller(shapes, machine, chosen)}"
+            f"stage {shapes.stage}: out of memory on this {machine.device}, with {plan_line(chosen, shapes)}. Nothing "
+            f"else may run next to it; otherwise {next_smaller(shapes, machine, chosen)}"
         ) from error

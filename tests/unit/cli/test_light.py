@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerFast
 from lora_llava.cli import cli
 from lora_llava.data.stage import read_records
 from lora_llava.formats.llava_hf import meta_model
+from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.stages import build_stage, parameter_table
@@ -76,8 +77,8 @@ def test_k26_parameters_by_formula_are_those_of_a_built_model(name: str, adapter
     for ours, theirs in ((FP32, torch.float32), (BF16, torch.bfloat16)):
         config = tiny_config(layers=3)
         CHANGES[name](config)
-        expected = stage_parameters(config, stage, settings, ours)
-        assert expected == stage_parameters(config, stage, settings, theirs)
+        expected = stage_parameters(LlavaShape.of(config.to_dict()), stage, settings, ours)
+        assert expected == stage_parameters(LlavaShape.of(config.to_dict()), stage, settings, theirs)
         assert expected == built(config, stage, settings, theirs)
 
 
@@ -256,5 +257,5 @@ def test_k62_a_micro_batch_too_small_names_both_lengths(
     assert "stages.instruct.tokens_per_micro_batch: is 20, but train.json, record" in said
     settings = load_recipe(project / recipe)
     config, tokenizer = describe_base(settings.base)
-    longest = read_records(settings.stage("instruct"), tokenizer, settings.seed, **image_tokens(config)).longest
+    longest = read_records(settings.stage("instruct"), tokenizer, image_tokens(config), settings.seed).longest
     assert f"{longest.where} has {longest.length} tokens" in said

@@ -19,7 +19,7 @@ from lora_llava.conversation.chat_template import (
     recognize,
     template_difference,
 )
-from lora_llava.conversation.encode import Turn, encode_prompt
+from lora_llava.conversation.encode import ImageTokens, Turn, encode_prompt
 from lora_llava.conversation.templates import TEMPLATES, get_template
 from lora_llava.errors import DataError, ModelError
 from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS, tiny_tokenizer
@@ -142,16 +142,14 @@ def test_k10_a_prompt_in_the_models_own_template_is_that_of_transformers(jinja: 
         text.replace("<image>", "<image>" * NUM_IMAGE_TOKENS), add_special_tokens=not text.startswith("<s>")
     ).input_ids
     own = OwnTemplate(jinja, TOKENS)
-    found = encode_own(
-        ASK, own, tokenizer, image_token_id=IMAGE_ID, num_image_tokens=NUM_IMAGE_TOKENS, where="a question"
-    )
+    found = encode_own(ASK, own, tokenizer, image_tokens=ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS), where="a question")
     assert found.input_ids == expected
     assert found.input_ids[: found.prefix_length][-NUM_IMAGE_TOKENS:] == [IMAGE_ID] * NUM_IMAGE_TOKENS
     assert found.input_ids[found.prefix_length] != IMAGE_ID
 
 
 def test_k10_text_never_becomes_a_special_token_of_a_foreign_template() -> None:
-    sizes = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS, "where": "a.json, record 3"}
+    sizes = {"image_tokens": ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS), "where": "a.json, record 3"}
     with pytest.raises(DataError, match=r"record 3: the text contains the special token </s>"):
         encode_own((Turn("user", "a</s>b"),), OwnTemplate(LLAMA3, TOKENS), tiny_tokenizer(), **sizes)
     with pytest.raises(ModelError, match="does not support images; give another with --template"):
@@ -159,7 +157,7 @@ def test_k10_text_never_becomes_a_special_token_of_a_foreign_template() -> None:
 
 
 def test_k10_a_recognized_template_encodes_as_in_training() -> None:
-    sizes = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS, "where": "a question"}
+    sizes = {"image_tokens": ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS), "where": "a question"}
     tokenizer = tiny_tokenizer()
     for name in TEMPLATES:
         own = OwnTemplate(chat_template(get_template(name), "</s>"), TOKENS)

@@ -9,14 +9,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_llava.conversation.encode import IGNORE_INDEX, Encoded, Turn, encode, encode_prompt
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded, ImageTokens, Turn, encode, encode_prompt
 from lora_llava.conversation.templates import TEMPLATES, get_template
 from lora_llava.errors import DataError, ModelError, RecipeError
 from tests.helpers.tiny import BOS_ID, EOS_ID, IM_END_ID, IMAGE_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 WHERE = "train.json, record 3 (id x)"
-OPTIONS: dict[str, Any] = {"image_token_id": IMAGE_ID, "num_image_tokens": 4, "where": WHERE}
+OPTIONS: dict[str, Any] = {"image_tokens": ImageTokens(IMAGE_ID, 4), "where": WHERE}
 
 
 def run(turns: list[Turn], name: str = "vicuna_v1", max_length: int = 999, tokenizer: Any = TOKENIZER) -> Encoded:

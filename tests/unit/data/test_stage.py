@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_llava.conversation.encode import Turn, encode
+from lora_llava.conversation.encode import ImageTokens, Turn, encode
 from lora_llava.conversation.templates import get_template
 from lora_llava.data import stage as stage_module
 from lora_llava.data.bad_records import BadRecord
@@ -33,7 +33,7 @@ from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings, InstructSettings
 from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS, tiny_tokenizer
 
-OPTIONS = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS, "max_length": 170}
+OPTIONS = {"image_tokens": ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS), "max_length": 170}
 
 
 def record(image: str | None, question: str, answer: str = "yes") -> Record:
@@ -253,11 +253,11 @@ def write_texts(directory: Path, answers: Sequence[str], question: str = "Is it 
 def test_k32_records_are_read_with_the_settings_of_their_stage(tmp_path: Path) -> None:
     path = write_texts(tmp_path, [f"yes {number} " + "no " * 40 for number in range(6)])
     data = {"path": str(path), "validation": {"share": 0.4}}
-    sizes = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS}
+    image_tokens = ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS)
 
     def read(seed: int = 0, **changes: Any) -> StageRecords:
         stage = InstructSettings.model_validate({"data": data, "template": "chatml", "max_length": 90, **changes})
-        return read_records(stage, tiny_tokenizer(), seed, **sizes)
+        return read_records(stage, tiny_tokenizer(), image_tokens, seed)
 
     records = read()
     assert records.template == get_template("chatml")
@@ -277,11 +277,11 @@ def test_k32_a_record_that_cannot_be_encoded_is_skipped_or_stops_the_reading(tmp
     rows = json.loads(path.read_text(encoding="utf-8"))
     rows[0]["conversations"][0]["value"] = "Is it?"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    sizes = {"image_token_id": IMAGE_ID, "num_image_tokens": NUM_IMAGE_TOKENS}
+    image_tokens = ImageTokens(IMAGE_ID, NUM_IMAGE_TOKENS)
 
     def read(handling: str) -> StageRecords:
         stage = {"data": {"path": str(path), "on_bad_record": handling}, "template": "chatml", "max_length": 100}
-        return read_records(InstructSettings.model_validate(stage), tiny_tokenizer(), 0, **sizes)
+        return read_records(InstructSettings.model_validate(stage), tiny_tokenizer(), image_tokens, 0)
 
     with pytest.raises(DataError, match=r"train\.json, record 2 \(id r1\): nothing to train on"):
         read("error")

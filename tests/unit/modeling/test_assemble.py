@@ -146,7 +146,7 @@ def test_the_kit_loads_it(made: Path) -> None:
         device=torch.device("cpu"),
     )
     assert (loaded.image_mean, loaded.image_std, loaded.image_size) == (IMAGE_MEAN, IMAGE_STD, IMAGE_SIZE)
-    assert loaded.num_image_tokens == NUM_IMAGE_TOKENS
+    assert loaded.image_tokens.count == NUM_IMAGE_TOKENS
     assert loaded.config.image_seq_length == NUM_IMAGE_TOKENS
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from lora_llava.cli import cli
+from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.stages import build_stage, parameter_table
@@ -108,7 +109,7 @@ def test_planned_parameters_are_those_of_the_built_model(
 ) -> None:
     recipe: Recipe = load_recipe(write_recipe(quantization={"type": "none"}))
     [name] = [name for name in recipe.stage_names if name == stage]
-    ours = stage_parameters(read_config(tiny_base), name, recipe.adapter, torch.float32)
+    ours = stage_parameters(LlavaShape.of(read_config(tiny_base).to_dict()), name, recipe.adapter, torch.float32)
     model = tiny_llava()
     drop_unused_layers(model)
     theirs = parameter_table(build_stage(model, name, recipe.adapter))
@@ -117,7 +118,7 @@ def test_planned_parameters_are_those_of_the_built_model(
 
 def test_quantised_weights_take_half_a_byte_and_their_scales(write_recipe: WriteRecipe, tiny_base: Path) -> None:
     config, recipe = read_config(tiny_base), load_recipe(write_recipe())
-    plain = stage_parameters(config, "instruct", recipe.adapter, torch.float32)
+    plain = stage_parameters(LlavaShape.of(config.to_dict()), "instruct", recipe.adapter, torch.float32)
     nf4 = in_4_bits(plain, config, recipe.quantization, torch.float32)
     before, after = ({row.part: row for row in table} for table in (plain, nf4))
     quantized = after[LANGUAGE_MODEL].quantized
@@ -132,7 +133,7 @@ def test_trained_parameters_take_gradients_and_optimizer_state(
     write_recipe: WriteRecipe, tiny_base: Path, optim: str, state: int
 ) -> None:
     recipe = load_recipe(write_recipe())
-    table = stage_parameters(read_config(tiny_base), "align", recipe.adapter, torch.float32)
+    table = stage_parameters(LlavaShape.of(read_config(tiny_base).to_dict()), "align", recipe.adapter, torch.float32)
     for row, memory in zip(table, expected_memory(optim, table), strict=True):
         assert memory.gradients == 4 * row.trainable
         assert memory.optimizer == state * row.trainable

@@ -18,6 +18,7 @@ from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
 from lora_llava.data.packing import PlanItem, sharing
 from lora_llava.data.rows import build_row
 from lora_llava.errors import TrainingError
+from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import BaseIdentity, load_base
 from lora_llava.modeling.metadata import read_config
@@ -64,7 +65,9 @@ def llava_7b(layers: int = 32) -> LlavaConfig:
 
 @cache
 def table_of(rank: int, stage: StageName) -> list[PartRow]:
-    return stage_parameters(llava_7b(), stage, recipe(adapter={"r": rank}).adapter, torch.bfloat16)
+    return stage_parameters(
+        LlavaShape.of(llava_7b().to_dict()), stage, recipe(adapter={"r": rank}).adapter, torch.bfloat16
+    )
 
 
 def shapes_of(settings: Recipe, dtype: torch.dtype, longest: int, stage: StageName = "instruct") -> StageShapes:
@@ -90,7 +93,7 @@ def plan(
 def test_parameters_and_optimizer_take_what_their_tensors_take(tiny_base: Path, dequantized: bool) -> None:
     settings = recipe(adapter={"r": 4, "lora_alpha": 8.0})
     config = read_config(tiny_base)
-    table = stage_parameters(config, "instruct", settings.adapter, torch.float32)
+    table = stage_parameters(LlavaShape.of(config.to_dict()), "instruct", settings.adapter, torch.float32)
     if not dequantized:
         table = in_4_bits(table, config, settings.quantization, torch.float32)
     loaded = load_base(

@@ -14,8 +14,8 @@ from transformers import LlavaConfig
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.templates import get_template
 from lora_llava.formats.llava_hf import expected_shapes
+from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.structure import num_image_tokens
-from lora_llava.planning.preflight.model.shapes import LlavaShape
 from tests.helpers.broken import COMMANDS, INSTRUCT, Project, command
 from tests.helpers.tiny import tiny_config
 

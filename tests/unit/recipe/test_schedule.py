@@ -19,6 +19,7 @@ from lora_llava.recipe.schedule import (
     logging_interval,
     rate_factor,
     stage_length,
+    steps_line,
     validation_line,
 )
 from lora_llava.recipe.stages import AlignSettings, DataSettings, InstructSettings
@@ -124,21 +125,21 @@ def test_k5_auto_batch_is_llavas_own_where_it_can_be() -> None:
 
 def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
     auto = stage_length("instruct", settings(), 200)
-    assert auto.steps_line() == "50 optimizer steps, 2 of them warmup"
+    assert steps_line(auto.num_steps, auto.num_warmup_steps) == "50 optimizer steps, 2 of them warmup"
     assert auto.batch_line("instruct", settings()) == (
         "batch_size: 4 (auto: 200 records; LLaVA's 128 would give 2 steps)"
     )
     assert auto.proposal("instruct", settings()) is None
     llava = settings(batch_size=128)
     few = stage_length("instruct", llava, 200)
-    assert few.steps_line() == "2 optimizer steps, 1 of them warmup"
+    assert steps_line(few.num_steps, few.num_warmup_steps) == "2 optimizer steps, 1 of them warmup"
     assert few.batch_line("instruct", llava) is None
     assert few.proposal("instruct", llava) == (
         "2 optimizer steps can change the model only a little; with stages.instruct.batch_size=8 "
         "stages.instruct.num_train_epochs=3: 75 steps"
     )
     one = stage_length("instruct", settings(), 1)
-    assert one.steps_line() == "1 optimizer step, none of them warmup"
+    assert steps_line(one.num_steps, one.num_warmup_steps) == "1 optimizer step, none of them warmup"
     assert one.batch_line("instruct", settings()) == "batch_size: 1 (auto: 1 record; LLaVA's 128 would give 1 step)"
 
 

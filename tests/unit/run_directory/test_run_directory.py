@@ -354,4 +354,4 @@ def test_k2_a_run_does_not_write_into_an_artifact_or_a_checkpoint(
         for file in ("manifest.json", "adapter_config.json", "recipe.yaml"):
             (tmp_path / name / file).write_text("{}", encoding="utf-8")
     [problem] = problems_of_output_dir(tmp_path / inside, recipe.plain(), resume=resume)
-    assert "is in the artifact or checkpoint" in problem[1]
+    assert "is in the artifact or checkpoint" in problem.what

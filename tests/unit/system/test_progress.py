@@ -14,7 +14,7 @@ from rich.console import Console
 from lora_llava.data.stage import StepCounts
 from lora_llava.modeling.structure import PartRow
 from lora_llava.planning.tables import parameter_table_view
-from lora_llava.system.progress import Bar, counting, duration, hide, phase, show_on
+from lora_llava.system.progress import Bar, counting, duration, phase, shown_on
 from lora_llava.system.table import Column, FittingTable
 from lora_llava.training.log import TrainingLog
 
@@ -162,27 +162,20 @@ def test_phases_and_counts_are_silent_until_a_command_shows_them() -> None:
     phase("unseen")
     with counting("unseen", 3) as advance:
         advance(3)
-    token = show_on(console)
-    try:
+    with shown_on(console):
         phase("Loading PyTorch")
         with counting("items", 3) as advance:
             advance(3)
-    finally:
-        hide(token)
     phase("unseen")
     assert text_of(console).splitlines() == ["Loading PyTorch ..."]
 
 
 def test_k61_long_work_off_a_terminal_says_each_tenth_with_the_time_left(clock: SimpleNamespace) -> None:
     console = Console(file=io.StringIO(), width=80)
-    token = show_on(console)
-    try:
-        with counting("writing text.gguf", 100) as advance:
-            for _ in range(100):
-                clock.seconds += 2.0
-                advance(1)
-    finally:
-        hide(token)
+    with shown_on(console), counting("writing text.gguf", 100) as advance:
+        for _ in range(100):
+            clock.seconds += 2.0
+            advance(1)
     lines = text_of(console).splitlines()
     assert lines[0] == "writing text.gguf: 10/100, 3:00 left"
     assert lines[-1] == "writing text.gguf: 100/100"

@@ -6,11 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from lora_llava.formats.weight_files import INDEX, has_safetensors, pickled_files
-from lora_llava.planning.preflight.findings import Finding, Problem
-from lora_llava.planning.preflight.model import weights
-from lora_llava.planning.preflight.model.files import ModelFiles
-from lora_llava.planning.preflight.model.shapes import (
+from lora_llava.formats.shapes import (
     LINEAR_LAYERS,
     LlavaShape,
     Shape,
@@ -19,6 +15,10 @@ from lora_llava.planning.preflight.model.shapes import (
     tower_tensors,
     vision_config,
 )
+from lora_llava.formats.weight_files import INDEX, has_safetensors, pickled_files
+from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.planning.preflight.model import weights
+from lora_llava.planning.preflight.model.files import ModelFiles
 from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
 
 _LLAMA = "the kit trains language models of the Llama architecture: Llama, Vicuna, TinyLlama, SmolLM2"
@@ -210,7 +210,7 @@ def _weights(key: str, model: ModelFiles) -> Iterator[tuple[str, str]]:
         yield f"{model.name}: it is quantized already: its weights are of type {dtype}", _UNQUANTIZED
         return
     expected, prefix = _expected(key, model.config)
-    if wrong := weights.misfits(files.tensors, expected, prefix=prefix, extra=key != LLAVA):
+    if wrong := weights.wrong_tensors(files.tensors, expected, prefix=prefix, extra=key != LLAVA):
         yield (
             f"{model.directory} does not hold the weights of its config.json: {weights.shown(wrong)}",
             ("Download the whole model again."),
@@ -233,6 +233,6 @@ def _expected(key: str, config: dict[str, Any]) -> tuple[dict[str, Shape], str]:
         return dict(tower_tensors(vision_config(config))), "vision_tower."
     text = text_config(config)
     tensors = dict(text_tensors(text))
-    if text["tie_word_embeddings"]:
+    if text.tie_word_embeddings:
         tensors = {name: shape for name, shape in tensors.items() if not name.endswith("lm_head.weight")}
     return tensors, "language_model."

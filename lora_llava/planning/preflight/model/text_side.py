@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.templates import get_template
@@ -14,6 +12,7 @@ from lora_llava.planning.preflight.findings import Finding, Notice, Problem
 from lora_llava.planning.preflight.model.files import ModelFiles
 from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
 from lora_llava.recipe.stages import InstructSettings
+from lora_llava.system.files import find_json
 from lora_llava.system.text import listed
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -52,8 +51,8 @@ def image_token_is_known(setup: Setup) -> Iterator[Finding]:
         ids = f"{in_tokenizer} in its tokenizer, but {in_config} in its config.json"
         what = f"{model.name}: the id of {IMAGE_PLACEHOLDER} is {ids}"
         yield Problem(LLAVA, what, "Take tokenizer and config.json of one model.")
-    elif not isinstance(in_config, int) or not 0 <= in_config < setup.shape.text["vocab_size"]:
-        vocabulary = f"its vocabulary of {setup.shape.text['vocab_size']:,}"
+    elif not isinstance(in_config, int) or not 0 <= in_config < setup.shape.text.vocab_size:
+        vocabulary = f"its vocabulary of {setup.shape.text.vocab_size:,}"
         what = f"{model.name}: image_token_index {in_config} is outside {vocabulary}"
         yield Problem(LLAVA, what, "Download the model again.")
 
@@ -101,7 +100,7 @@ def lengths_fit(setup: Setup) -> Iterator[Finding]:
     shape = setup.shape
     if shape is None:
         return
-    images, context = shape.num_image_tokens, int(shape.text["max_position_embeddings"])
+    images, context = shape.num_image_tokens, int(shape.text.max_position_embeddings)
     for stage in setup.recipe.stage_names:
         length, key = setup.recipe.stage(stage).max_length, f"stages.{stage}.max_length"
         if length <= images:
@@ -129,15 +128,15 @@ def known_tokens(model: ModelFiles) -> dict[str, int | None] | None:
 
 def _tokens_in(model: ModelFiles) -> dict[str, int | None] | None:
     assert model.directory is not None
-    file = read_json(model.directory / "tokenizer.json")
+    file = find_json(model.directory / "tokenizer.json")
     if file is None:
         return None
     inner = file.get("model")
     vocabulary = inner.get("vocab") if isinstance(inner, dict) else None
     tokens: dict[str, int | None] = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     tokens |= {str(token.get("content")): token.get("id") for token in file.get("added_tokens") or ()}
-    tokens |= read_json(model.directory / "added_tokens.json") or {}
-    config = read_json(model.directory / "tokenizer_config.json") or {}
+    tokens |= find_json(model.directory / "added_tokens.json") or {}
+    config = find_json(model.directory / "tokenizer_config.json") or {}
     for index, token in (config.get("added_tokens_decoder") or {}).items():
         tokens.setdefault(str(token.get("content")), int(index))
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -147,29 +146,20 @@ def _tokens_in(model: ModelFiles) -> dict[str, int | None] | None:
     return tokens
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON mapping; None if the file is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return data if isinstance(data, dict) else None
-
-
 def _tokenizer_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
     assert model.directory is not None
     if not any((model.directory / name).is_file() for name in _TOKENIZERS):
         yield f"{model.directory} holds no tokenizer ({', '.join(_TOKENIZERS)})", "Download the whole model."
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = model.directory / name
-        if path.is_file() and read_json(path) is None:
+        if path.is_file() and find_json(path) is None:
             yield f"{path} cannot be read as JSON", "Download the file again."
 
 
 def custom_readers(directory: Path) -> Iterator[tuple[str, str]]:
     """Yield which files of a model ask for code that comes with it, to read texts or images."""
     for name, what in _READERS.items():
-        if "auto_map" in (read_json(directory / name) or {}):
+        if "auto_map" in (find_json(directory / name) or {}):
             yield (
                 f"its {what} needs custom code (auto_map in {name}), which is not run",
                 f"Name a model whose {what} transformers knows by itself.",
@@ -186,9 +176,9 @@ def reader_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
 
 def _processor_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
     assert model.directory is not None
-    processor = read_json(model.directory / "preprocessor_config.json")
+    processor = find_json(model.directory / "preprocessor_config.json")
     if processor is None:
-        processor = (read_json(model.directory / "processor_config.json") or {}).get("image_processor")
+        processor = (find_json(model.directory / "processor_config.json") or {}).get("image_processor")
     for name in ("image_mean", "image_std"):
         values = processor.get(name) if isinstance(processor, dict) else None
         if not isinstance(values, list) or len(values) != 3:
@@ -199,8 +189,8 @@ def _processor_problems(model: ModelFiles) -> Iterator[tuple[str, str]]:
 
 def _has_end(model: ModelFiles) -> bool:
     assert model.directory is not None
-    config = read_json(model.directory / "tokenizer_config.json") or {}
-    special = read_json(model.directory / "special_tokens_map.json") or {}
+    config = find_json(model.directory / "tokenizer_config.json") or {}
+    special = find_json(model.directory / "special_tokens_map.json") or {}
     return bool(
         config.get("eos_token")
         or special.get("eos_token")

@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
+from lora_llava.formats.shapes import Shape, misfits
 from lora_llava.formats.weight_files import NoWeightsError, weight_files
-from lora_llava.planning.preflight.model.shapes import Shape
 from lora_llava.system.text import listed
 
 _LENGTH = 8
@@ -90,7 +90,7 @@ def odd_type(tensors: dict[str, Tensor]) -> str | None:
     return next((dtype for dtype in dtypes if dtype not in _UNQUANTIZED_TYPES), None)
 
 
-def misfits(tensors: dict[str, Tensor], expected: dict[str, Shape], *, prefix: str, extra: bool) -> list[str]:
+def wrong_tensors(tensors: dict[str, Tensor], expected: dict[str, Shape], *, prefix: str, extra: bool) -> list[str]:
     """List the tensors that are missing, of another shape or, unless `extra` is allowed, unexpected.
 
     `expected` has canonical names; `prefix` is what the names in the file lack.
@@ -104,17 +104,9 @@ def misfits(tensors: dict[str, Tensor], expected: dict[str, Shape], *, prefix: s
             actual[canonical_name(prefix + name)] = tensor.shape
         except ModelError:
             wrong += [] if extra else [f"{name} does not belong to it"]
-    wrong += [f"{name} is missing" for name in expected if name not in actual]
     # A head that is tied to the embeddings may be stored as well.
-    wrong += (
-        [] if extra else [f"{name} does not belong to it" for name in actual if name not in expected and name != HEAD]
-    )
-    wrong += [
-        f"{name} is {actual[name]}, must be {shape}"
-        for name, shape in expected.items()
-        if name in actual and actual[name] != shape
-    ]
-    return wrong
+    actual = {name: shape for name, shape in actual.items() if name in expected or not (extra or name == HEAD)}
+    return [*wrong, *misfits(actual, expected)]
 
 
 def shown(wrong: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from lora_llava.shipping.export.gguf.file import (
     string,
     write_gguf,
 )
-from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_vision, write_mmproj
+from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
 from lora_llava.shipping.export.gguf.model import out_type
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, rotated_heads
 from lora_llava.shipping.export.gguf.tokenizer import MEDIA_MARKER
@@ -55,7 +55,7 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
     with staged(output) as staging:
         opened = open_source(source, options.base_model)
         _check_form(opened)
-        check_vision(opened.config)
+        check_gguf_support(opened.config)
         fields, tensors = _lora_file(opened, output.name, outtype)
         write_gguf(staging / LORA_FILE, ARCHITECTURE, fields, tensors)
         check_gguf(staging / LORA_FILE, ARCHITECTURE, fields, tensors)

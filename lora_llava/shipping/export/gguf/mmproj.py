@@ -17,6 +17,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import PROJECTOR_PREFIX, TOWER_PREFIX
+from lora_llava.formats.shapes import LlavaShape, hidden_state_index
+from lora_llava.planning.preflight.shipping import no_gguf
 from lora_llava.shipping.export.gguf.file import (
     F32,
     Fields,
@@ -69,40 +71,22 @@ _ACTIVATIONS = {"quick_gelu": False, "gelu": True}
 """Values of `use_gelu` by the tower's activation; with neither use_gelu nor use_silu llama.cpp uses quick_gelu."""
 
 
-def used_blocks(config: LlavaConfig) -> int:
-    """Count the tower's blocks up to the one whose output is projected. ModelError if llama.cpp cannot use that one."""
-    layer, total = config.vision_feature_layer, int(config.vision_config.num_hidden_layers)
-    if not isinstance(layer, int):
-        raise ModelError(f"vision_feature_layer {layer}: GGUF holds the features of one layer, not of several")
-    # Hidden state 0 is the embeddings, before the first block.
-    used = layer if layer >= 0 else total + 1 + layer
-    if not 1 <= used <= total:
-        raise ModelError(f"vision_feature_layer {layer}: of a tower of {total} blocks llama.cpp needs at least one")
-    return used
+def check_gguf_support(config: LlavaConfig) -> None:
+    """Raise ModelError for a model that llama.cpp does not compute as transformers does."""
+    if reasons := list(no_gguf(LlavaShape.of(config.to_dict()))):
+        raise ModelError("; ".join(reasons))
 
 
-def check_vision(config: LlavaConfig) -> None:
-    """Raise ModelError for a tower or projector that llama.cpp does not compute as transformers does."""
-    used_blocks(config)
-    if config.vision_feature_select_strategy != "default":
-        raise ModelError(
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}: llama.cpp always drops "
-            "the class token (default)"
-        )
-    if config.projector_hidden_act != "gelu":
-        raise ModelError(
-            f"projector_hidden_act {config.projector_hidden_act!r}: llama.cpp's projector has a GELU in it; only "
-            "mm_projector_type mlp2x_gelu can be exported"
-        )
-    if config.vision_config.hidden_act not in _ACTIVATIONS:
-        raise ModelError(f"the vision tower's hidden_act {config.vision_config.hidden_act!r}: unsupported by llama.cpp")
+def _used_blocks(config: LlavaConfig) -> int:
+    """Count the tower's blocks up to the one whose output is projected."""
+    return hidden_state_index(int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers))
 
 
 def mmproj_fields(config: LlavaConfig, processor: Path, name: str, outtype: OutType) -> Fields:
     """Return the metadata of tower and projector; `processor`: directory with the mean and std of pixel values."""
     vision = config.vision_config
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(processor)
-    used = used_blocks(config)
+    used = _used_blocks(config)
     return {
         **general_fields(name, "mmproj", outtype),
         Keys.Clip.HAS_VISION_ENCODER: boolean(True),
@@ -131,7 +115,7 @@ def mmproj_tensors(config: LlavaConfig, read: Read, outtype: OutType) -> list[Te
     # For a projector without biases: llama.cpp requires them.
     zeros = torch.zeros(int(config.text_config.hidden_size))
     tensors = []
-    for canonical, name in _gguf_names(used_blocks(config)):
+    for canonical, name in _gguf_names(_used_blocks(config)):
         if canonical not in shapes:
             tensors.append(Tensor(name, tuple(zeros.shape), F32, lambda: zeros))
             continue
@@ -159,9 +143,8 @@ def write_mmproj(path: Path, config: LlavaConfig, read: Read, processor: Path, n
     """Write tower and projector to `path`, read them back and compare; return the number of tensors.
 
     Stored in f16, or in f32 for `f32`, and never quantized: they are a small part of a model, and every answer depends
-    on them. Raises ModelError for what llama.cpp cannot compute.
+    on them.
     """
-    check_vision(config)
     outtype = "f32" if outtype == "f32" else "f16"
     fields = mmproj_fields(config, processor, name, outtype)
     tensors = mmproj_tensors(config, read, outtype)

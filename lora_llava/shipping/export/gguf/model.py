@@ -15,7 +15,7 @@ from lora_llava.errors import RecipeError
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, check_gguf, general_fields, write_gguf
-from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_vision, write_mmproj
+from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
 from lora_llava.shipping.export.gguf.ollama import modelfile
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, text_fields, text_tensors
 from lora_llava.shipping.export.gguf.tokenizer import AnyTemplate, tokenizer_fields
@@ -59,7 +59,7 @@ def out_type(options: ExportOptions, default: OutType) -> OutType:
 def _write(model: Path, staging: Path, name: str, outtype: OutType, template: AnyTemplate) -> list[str]:
     """Write the files of a model directory into `staging`; return the lines to show."""
     config = read_config(model)
-    check_vision(config)
+    check_gguf_support(config)
     files = WeightFiles(model)
     files.check(config)
     fields = {

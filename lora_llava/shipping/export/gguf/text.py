@@ -45,10 +45,8 @@ def rotated_heads(canonical: str, config: LlavaConfig) -> int:
 
 
 def text_fields(config: LlavaConfig) -> Fields:
-    """Return the metadata of the language model's shape. Raises ModelError for what llama.cpp does not compute."""
+    """Return the metadata of the language model's shape."""
     text = config.text_config
-    if text.hidden_act != "silu":
-        raise ModelError(f"hidden_act {text.hidden_act!r}: llama.cpp's llama supports only silu")
     rope = _rope(text)
     numbers = {
         Keys.LLM.VOCAB_SIZE: text.vocab_size,
@@ -76,10 +74,7 @@ def _head_width(text: Any) -> int:
 
 
 def _rope(text: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, **(text.rope_parameters or {})}
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ModelError(f"rope_type {rope['rope_type']!r}: GGUF is written for default, linear and llama3 only")
-    return rope
+    return {"rope_type": "default", "rope_theta": 10000.0, **(text.rope_parameters or {})}
 
 
 def _frequency_factors(text: Any) -> torch.Tensor:

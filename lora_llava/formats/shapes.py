@@ -1,14 +1,15 @@
-"""The shape of a LLaVA as its config.json tells it, with the defaults of transformers, and so of every tensor in it."""
+"""The shape of a LLaVA and of each of its tensors, from its config.json and the defaults of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from lora_llava.formats.names import EMBEDDINGS, HEAD, LAYERS_PREFIX, PROJECTOR_PREFIX
 
-TEXT_DEFAULTS: dict[str, Any] = {
+_TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -22,7 +23,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """`LlamaConfig` of transformers; llava-hf's config.json leaves most of it out."""
-VISION_DEFAULTS: dict[str, Any] = {
+_VISION_DEFAULTS: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -42,8 +43,8 @@ _LLAVA_VISION = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""What `LlavaConfig` takes where there is no `vision_config` at all."""
-LLAVA_DEFAULTS: dict[str, Any] = {
+"""Sizes that `LlavaConfig` assumes without any `vision_config`."""
+_LLAVA_DEFAULTS: dict[str, Any] = {
     "image_token_index": 32000,
     "projector_hidden_act": "gelu",
     "vision_feature_select_strategy": "default",
@@ -60,17 +61,18 @@ LINEAR_LAYERS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True, slots=True)
 class LlavaShape:
-    """Configurations of a LLaVA and its parts, every default filled in."""
+    """Configurations of a LLaVA and its parts, with every default filled in."""
 
     whole: dict[str, Any]
-    text: dict[str, Any]
+    text: SimpleNamespace
+    """With attributes named as those of `LlamaConfig`."""
     vision: dict[str, Any]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LlavaShape:
         """Read the config.json of a LLaVA."""
         vision = config.get("vision_config")
-        whole = {**LLAVA_DEFAULTS, **config}
+        whole = {**_LLAVA_DEFAULTS, **config}
         if "image_token_id" in config:
             whole["image_token_index"] = config["image_token_id"]
         return cls(
@@ -80,11 +82,11 @@ class LlavaShape:
     @property
     def tied(self) -> bool:
         """Whether the head is the embeddings; it is then not stored."""
-        return bool(self.whole["tie_word_embeddings"] or self.text["tie_word_embeddings"])
+        return bool(self.whole["tie_word_embeddings"] or self.text.tie_word_embeddings)
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens that stand for one image."""
+        """Tokens that represent one image."""
         patches = (int(self.vision["image_size"]) // int(self.vision["patch_size"])) ** 2
         return patches + (1 if self.whole["vision_feature_select_strategy"] == "full" else 0)
 
@@ -100,49 +102,79 @@ class LlavaShape:
         """Yield canonical name and shape of the projector's tensors."""
         layers = self.whole["vision_feature_layer"]
         seen = int(self.vision["hidden_size"]) * (len(layers) if isinstance(layers, list) else 1)
-        width = int(self.text["hidden_size"])
+        width = int(self.text.hidden_size)
         for name, inputs in (("linear_1", seen), ("linear_2", width)):
             yield f"{PROJECTOR_PREFIX}{name}.weight", (width, inputs)
             if self.whole["multimodal_projector_bias"]:
                 yield f"{PROJECTOR_PREFIX}{name}.bias", (width,)
 
 
-def text_config(data: Mapping[str, Any] | None) -> dict[str, Any]:
+def hidden_state_index(layer: int, num_layers: int) -> int:
+    """Return the index, from the front, of the hidden state that `vision_feature_layer` names in a tower.
+
+    Hidden state 0 is that of the embeddings. An index from the front stays valid when later layers are dropped.
+    """
+    return layer if layer >= 0 else num_layers + 1 + layer
+
+
+def used_layers(layer: int, num_layers: int) -> int:
+    """Count the vision tower's layers up to the one whose output is projected; the layers after it are dropped."""
+    # transformers reads 0 as "no hidden states".
+    return hidden_state_index(layer, num_layers) or num_layers
+
+
+def misfits(actual: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Iterator[str]:
+    """Yield which tensors are missing, unexpected, or of another shape; both by canonical name."""
+    yield from (f"{name} is missing" for name in expected if name not in actual)
+    yield from (f"{name} does not belong to it" for name in actual if name not in expected)
+    for name, shape in expected.items():
+        if actual.get(name, shape) != shape:
+            yield f"{name} is {actual[name]}, must be {shape}"
+
+
+def text_config(data: Mapping[str, Any] | None) -> SimpleNamespace:
     """Fill in the defaults of a language model's configuration."""
-    config = {**TEXT_DEFAULTS, **(data or {})}
+    config = {**_TEXT_DEFAULTS, **(data or {})}
     config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return config
+    return SimpleNamespace(**config)
 
 
 def vision_config(data: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Fill in the defaults of a vision tower's configuration; of a whole CLIP its tower is taken."""
+    """Fill in the defaults of a vision tower's configuration; of a whole CLIP, use that of its tower."""
     data = data or {}
-    return {**VISION_DEFAULTS, **(data.get("vision_config") or data)}
+    return {**_VISION_DEFAULTS, **(data.get("vision_config") or data)}
 
 
-def linear_layers(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of a decoder layer: name inside it -> (outputs, inputs)."""
-    width, wide = int(text["hidden_size"]), int(text["intermediate_size"])
-    queries = int(text["num_attention_heads"]) * int(text["head_dim"])
-    keys = int(text["num_key_value_heads"]) * int(text["head_dim"])
+def attention_widths(text: Any) -> tuple[int, int]:
+    """Return the widths of a decoder layer's queries and of its keys (or values), summed over heads.
+
+    `text`: a `LlamaConfig`, or the `text` of a `LlavaShape`.
+    """
+    return int(text.num_attention_heads) * int(text.head_dim), int(text.num_key_value_heads) * int(text.head_dim)
+
+
+def linear_layers(text: Any) -> dict[str, tuple[int, int]]:
+    """Map each linear layer of a decoder layer, by its name in it, to (outputs, inputs); `text` as above."""
+    width, wide = int(text.hidden_size), int(text.intermediate_size)
+    queries, keys = attention_widths(text)
     attention: list[tuple[int, int]] = [(queries, width), (keys, width), (keys, width), (width, queries)]
     return dict(zip(LINEAR_LAYERS, [*attention, (wide, width), (wide, width), (width, wide)], strict=True))
 
 
-def text_tensors(text: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+def text_tensors(text: SimpleNamespace) -> Iterator[tuple[str, Shape]]:
     """Yield canonical name and shape of the tensors of a Llama, its head included."""
-    width, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
+    width, vocabulary = int(text.hidden_size), int(text.vocab_size)
     yield EMBEDDINGS, (vocabulary, width)
     yield HEAD, (vocabulary, width)
     yield "language_model.model.norm.weight", (width,)
-    for number in range(int(text["num_hidden_layers"])):
+    for number in range(int(text.num_hidden_layers)):
         layer = f"{LAYERS_PREFIX}{number}."
         yield f"{layer}input_layernorm.weight", (width,)
         yield f"{layer}post_attention_layernorm.weight", (width,)
         for name, shape in linear_layers(text).items():
             yield f"{layer}{name}.weight", shape
-            if text["mlp_bias" if name.startswith("mlp") else "attention_bias"]:
+            if text.mlp_bias if name.startswith("mlp") else text.attention_bias:
                 yield f"{layer}{name}.bias", shape[:1]
 
 
