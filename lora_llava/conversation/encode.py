@@ -132,7 +132,8 @@ def check_turns(turns: Sequence[Turn], last: str, where: str) -> None:
         )
 
 
-def _check_template(turns: Sequence[Turn], template: Template, where: str) -> None:
+def check_template(turns: Sequence[Turn], template: Template, where: str) -> None:
+    """Raise DataError for turns that the template cannot express."""
     images = sum(IMAGE_PLACEHOLDER in turn.text for turn in turns)
     if template.caption_only and (images == 0 or len(turns) > 2):
         raise DataError(
@@ -153,7 +154,7 @@ def _encode(
 ) -> tuple[Encoded, int]:
     """Encode turns that end with role `last`, whole; also return where the image ends, 0 without an image."""
     check_turns(turns, last, where)
-    _check_template(turns, template, where)
+    check_template(turns, template, where)
     try:
         pieces = template_pieces(tokenizer, template)
     except ModelError as error:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_llava.conversation.encode import check_turns
+from lora_llava.conversation.encode import check_template, check_turns
+from lora_llava.conversation.templates import Template, get_template
 from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import image_problem
@@ -45,7 +46,7 @@ def read_images(recipe: Recipe) -> Images:
     known: set[str] = set()
     for key, data in _local_sources(recipe):
         try:
-            records = _read(data, key)
+            records = _read(data, key, _template(recipe, key))
         except DataError as error:
             images.problems.append(Problem(key, str(error), ""))
             continue
@@ -79,13 +80,21 @@ def _local_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
             yield key, data
 
 
-def _read(data: DataSettings, key: str) -> list[Record]:
+def _template(recipe: Recipe, key: str) -> Template:
+    """Return the template that encodes the data of a key; the evaluation asks in that of the last stage."""
+    stages = recipe.stage_names
+    stage = next((name for name in stages if key.startswith(f"stages.{name}.")), stages[-1])
+    return get_template(recipe.stage(stage).template)
+
+
+def _read(data: DataSettings, key: str, template: Template) -> list[Record]:
     records = read_source(data, BadRecords.by_settings(data))
     if not records:
         raise DataError(f"{data.path}: holds no records; correct path or split")
     for record in records:
         last = record.turns[-1].role if key.startswith("evaluation") else "assistant"
         check_turns(record.turns, last, record.where)
+        check_template(record.turns, template, record.where)
     return records
 
 

@@ -54,6 +54,19 @@ def test_k16_a_dry_run_refuses_a_key_that_no_record_has(project: Project) -> Non
     assert "evaluation.by: no record has the key or column 'patience'" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["finetune", "dry run"])
+def test_k16_questions_that_the_last_template_cannot_ask_are_refused(project: Project, name: str) -> None:
+    record = {"id": "t", "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]}
+    (project.directory / "test.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert command("dry run", project, EVALUATION).exit_code == 0
+    result = command(name, project, EVALUATION, "stages.instruct=null")
+    assert result.exit_code == 2, result.output
+    assert (
+        "evaluation.data: test.json, record 1 (id t): template plain takes one image and its caption" in result.stderr
+    )
+    assert not (project.directory / "run").exists()
+
+
 def test_k16_check_says_the_same_of_an_image(project: Project) -> None:
     bad_images(project)
     result = command("check", project, EVALUATION)
