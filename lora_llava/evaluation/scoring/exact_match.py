@@ -267,7 +267,7 @@ def _plain_digit(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf"):
         return ""
     if unicodedata.decomposition(character).startswith("<fraction>"):
-        return " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/") + " "
+        return f" {unicodedata.normalize('NFKC', character)} "
     return str(unicodedata.decimal(character)) if character.isdecimal() else character
 
 
@@ -331,10 +331,8 @@ def _with_commas(tokens: list[str]) -> list[str]:
         following = tokens[index + 1 : index + 3]
         is_number = following[:1] != [] and following[0][0].isdigit() and following[1:] != ["/"]
         before = kept[-1] if kept else ""
-        if word == "and" and is_number and (before == "," or before[:1].isdigit()):
-            kept += [","] if before != "," else []
-        else:
-            kept.append(word)
+        joins_numbers = word == "and" and is_number and before[:1].isdigit()
+        kept.append("," if joins_numbers else word)
     return kept
 
 

@@ -23,6 +23,8 @@ DIFFERENT = [
     ("A+", "A-"), ("A-", "A"), ("ER+", "ER-"), ("-ve", "+ve"), ("none", "0"), ("no", "not"), ("normal", "no"),
     ("vitamin A", "vitamin"), ("hepatitis a", "hepatitis"), ("right lung base", "right lung"),
     ("1 and 1/2", "1, 1/2"), ("1 and 2", "12"), ("[1, 2)", "1, 2"), ("1e3", "1e4"), ("3x4", "3 4"), ("5 um", "5 mm"),
+    ("x/-y", "x/y"), ("x-/y", "x/y"), ("the smear -ve", "the smear ve"), ("1, -2", "1 -2"), ("1, -2 mg", "1 -2 mg"),
+    ("1, 2 mg", "1 2 mg"), ("plus size", "+size"), ("vitamin a deficiency", "vitamin deficiency"), ("a b c", "b c"),
 ]  # fmt: skip
 SAME = [
     ("Yes.", "yes"), ("The left lung", "left lung"), ("x-ray", "X ray"), ("left_lung", "left lung"),
@@ -36,6 +38,9 @@ SAME = [
     ("cm\u00b2", "cm^2"), ("", "  "), ("?", " ?"),
     ("3 x 4 cm", "3x4 cm"), ("3x4", "3 \u00d7 4"), ("5 \u00b5m", "5 um"), ("5\u03bcm", "5 um"), ("[1, 2]", "1, 2"),
     ("1 and 2", "1, 2"), ("1, 2, and 3", "1,2,3"), ("1e3", "1000"), ("2.5E-3", "0.0025"), ("1e+3", "1,000"),
+    ("2.50", "2.5"), (": 5", "5"), ("x - y", "x y"), ("- left", "left"), ("left, right", "left right"),
+    ('the "left" lung', "the left lung"), ("minus 3.5", "-3.5"), ("pneu\u00admonia", "pneumonia"),
+    ("1.5 and 2", "1.5, 2"), ("the 1.5", "1.5"), ("a CT scan", "CT scan"), ("vitamin A .", "vitamin A"),
 ]  # fmt: skip
 OPTIONS = [
     "A", "a", "A.", "(A)", "A)", "[A]", " a ", "**A**", "'A'", "Answer: A", "The answer is A.", "Option A",
@@ -47,6 +52,7 @@ OPTIONS = [
     "A\u3001\u80ba\u708e", "A.\nBecause of B. x", "A. Pneumonia\nBecause of B. x", "A. Hepatitis A and B", "A: x",
     "A, vitamin D", "A) pneumonia", "**A.** Pneumonia", "**A**. Pneumonia", "**Answer:** A", "*A.* Pneumonia",
     "__A)__ Pneumonia", "The answer is **A**", "**Answer: A.** Pneumonia", "***A.*** Pneumonia is **likely**",
+    "$A$.", "A. Pneumonia, so A) it is.", "A. Pneumonia\nA. It is pneumonia.",
 ]  # fmt: skip
 NO_OPTION_A = [
     "", "the", "The answer", "B", "B. Pneumonia", "A, B", "A and B", "A/B", "A. B", "A-", "A+", "a cat", "A pneumonia",
@@ -99,6 +105,17 @@ def test_k12_a_lower_case_word_behind_a_full_stop_is_no_option(answer: str, lett
 def test_k12_other_letters_are_options_too(answer: str) -> None:
     assert exact_match(answer, "B")
     assert not exact_match(answer, "A")
+
+
+def test_k12_the_next_letter_is_another_option_beyond_the_usual_five_too() -> None:
+    assert exact_match("F. Pneumonia", "F")
+    assert not exact_match("F. Pneumonia G. Edema", "F")
+
+
+def test_k32_tokens_keep_a_last_article_and_an_and_after_a_word() -> None:
+    assert answer_tokens("by the .") == ("by", "the")
+    assert answer_tokens("cats and 2 dogs") == ("cats", "and", "2", "dogs")
+    assert answer_tokens("1 and 2 dogs") == ("1", ",", "2", "dogs")
 
 
 def test_k12_saying_nothing_is_right_about_nothing() -> None:
@@ -154,6 +171,14 @@ def test_a_sentence_can_hold_the_answer() -> None:
     assert holds_answer("No, red.", "red")
     assert holds_answer("It is not red but blue or red.", "red")
     assert not holds_answer("A circle is shown.", "A")
+    assert holds_answer("It is **B**.", "B")
+    assert not holds_answer("Not red", "red")
+    assert not holds_answer("No, not red.", "red")
+    # A sign counts next to the number, not further away.
+    assert not holds_answer("-3", "3")
+    assert not holds_answer("3 % of them", "3")
+    assert holds_answer("For x > y 3 are left.", "3")
+    assert holds_answer("3 are > 2", "3")
 
 
 @pytest.mark.parametrize(

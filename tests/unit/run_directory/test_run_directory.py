@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ import pytest
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
-from lora_llava.run_directory.claim import claimed, restore, restore_around
+from lora_llava.run_directory.claim import _MANIFESTS, claimed, restore, restore_around
 from lora_llava.run_directory.lock import locked
 from lora_llava.run_directory.problems import problems_of_output_dir
-from lora_llava.run_directory.written import EXCHANGE, STATE
+from lora_llava.run_directory.written import EXCHANGE, NEW, STATE
 from lora_llava.system.files import STAGING
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run, stop_at
 from tests.helpers.disk import Disk, full, read_only
@@ -38,7 +39,8 @@ def recipe(tmp_path: Path) -> Recipe:
 def calls_until_the_first_checkpoint(recipe: Recipe, *, overwrite: bool) -> tuple[list[int], int]:
     """List the calls to the disk at which to fail, and count those until the first checkpoint is whole.
 
-    Before the exchange of the runs every fourth, which are of each kind; then every one.
+    Before the exchange of the runs every fourth, which are of each kind; then the first and the last of each series of
+    calls of one kind.
     """
     counting = Disk(recipe.resolved_output_dir)
     counts: list[int] = []
@@ -54,7 +56,16 @@ def calls_until_the_first_checkpoint(recipe: Recipe, *, overwrite: bool) -> tupl
             run(recipe, "counted", moment, overwrite=overwrite)
     count = counts[0]
     begins = next(number for number, call in enumerate(counting.calls) if EXCHANGE in call[1])
-    return [*range(0, begins, 4), *range(begins, count)], count
+    series = [list(calls) for _, calls in groupby(range(begins, count), lambda number: kind(*counting.calls[number]))]
+    ends = [number for calls in series for number in dict.fromkeys((calls[0], calls[-1]))]
+    return [*range(0, begins, 4), *ends], count
+
+
+def kind(name: str, path: str) -> tuple[object, ...]:
+    """Tell what a call of the exchange does: files leave and come in turn, manifests first or last."""
+    if name not in ("rename", "unlink"):
+        return (name,)
+    return name, STAGING in path or f"/{STATE}/{NEW}/" in path, Path(path).name in _MANIFESTS
 
 
 def files(root: Path) -> dict[str, str]:
@@ -157,7 +168,7 @@ def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
         (root / "instruct/notes.txt").write_text("mine", encoding="utf-8")
         shutil.copytree(root, kept, dirs_exist_ok=True)
     calls, count = calls_until_the_first_checkpoint(recipe, overwrite=overwrite)
-    ended_new = 0
+    ended_new: list[bool] = []
     for first in calls:
         shutil.rmtree(root, ignore_errors=True)
         if overwrite:
@@ -177,7 +188,7 @@ def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
             restore(root)
         after = files(root)
         if any(name.startswith("checkpoints/instruct/step-1/") for name in after) and after != before:
-            ended_new += 1
+            ended_new.append(True)
             names = {
                 "config.json",
                 "recipe.yaml",
@@ -189,8 +200,12 @@ def test_k1_k4_a_kill_at_any_call_leaves_the_earlier_run_or_the_new_one_whole(
             assert names <= {Path(name).name for name in after}
             assert problems_of_output_dir(recipe.resolved_output_dir, recipe.plain(), resume=True) == []
         else:
+            ended_new.append(False)
             assert after == before, first
-    assert ended_new < count // 3
+    # One call decides: before it the earlier run stays, after it the new one has come.
+    assert ended_new == sorted(ended_new)
+    assert set(ended_new) == {False, True}
+    assert calls[ended_new.index(True)] > count // 2
     run(recipe, "last", overwrite=(root / "recipe.yaml").exists())
     assert json.loads((root / "summary.json").read_text(encoding="utf-8"))["seed"] == "last"
 
