@@ -6,9 +6,7 @@ manifest identifies an artifact by its content, never by its name.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +14,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_own_template, recognize
 from lora_llava.conversation.endings import stated_ends, write_generation_config
 from lora_llava.conversation.templates import TEMPLATES, Template, get_template
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.llava_hf import expected_shapes, open_weights
+from lora_llava.formats.manifest import is_hub_id, manifest_problem
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
@@ -31,8 +31,17 @@ from lora_llava.recipe.stages import AspectRatio, StageName
 from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory.claim import restore_around
 from lora_llava.system.device import pick_device, pick_dtype
-from lora_llava.system.files import Place, file_sha256, json_text, place_new, read_json, shown_path, staged
-from lora_llava.system.text import dtype_name
+from lora_llava.system.files import (
+    Place,
+    file_sha256,
+    json_text,
+    place_new,
+    read_json,
+    refuse_irregular,
+    shown_path,
+    staged,
+)
+from lora_llava.system.text import dtype_name, first_line
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -41,17 +50,8 @@ MERGE_REPORT = "merge_report.json"
 FORMAT = 1
 """Version of the manifest; a reader refuses a newer one."""
 
-_KEYS = {
-    "base": ("name", "revision", "weights_sha256", "path"),
-    "quantization": ("type", "double_quant"),
-    "template": ("name", "system"),
-    "images": ("image_aspect_ratio",),
-}
-"""Keys that a reader needs in the manifest's mappings."""
-
 BASE_OPTION = "--base-model"
 """Every command that takes an artifact has this option, for a base that is not where the manifest says."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
 _PROJECTOR_KEY = f"{PEFT_PREFIX}{PROJECTOR}."
@@ -171,10 +171,8 @@ def merged_manifest(directory: Path) -> Manifest | None:
     path = directory / MERGE_REPORT
     if not path.is_file():
         return None
-    try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8"))["artifact"])
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); merge the artifact again") from error
+    fix = "merge the artifact again"
+    return _manifest_from(read_json(path, ArtifactError, fix).get("artifact"), path, fix)
 
 
 def load_model(
@@ -214,14 +212,11 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not an artifact: it has no {MANIFEST}. Give the directory of a stage, such as "
             "runs/NAME/instruct."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] > FORMAT:
-            raise ArtifactError(f"{path}: format {data['format']} is newer than this program's {FORMAT}; update it")
-        manifest = Manifest(**data)
-        _check_keys(manifest)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); take the artifact from its source again") from error
+    refuse_irregular(directory, ArtifactError)
+    data = read_json(path, ArtifactError, "take it from its source again")
+    if isinstance(version := data.get("format"), int) and version > FORMAT:
+        raise ArtifactError(f"{path}: format {version} is newer than this program's {FORMAT}; update it")
+    manifest = _manifest_from(data, path, "take the artifact from its source again")
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise ArtifactError(f"{directory}: {WEIGHTS} is missing")
@@ -237,11 +232,15 @@ def portable(manifest: Manifest) -> dict[str, Any]:
     return {**asdict(manifest), "base": {**manifest.base, "path": None}}
 
 
-def _check_keys(manifest: Manifest) -> None:
-    for field, keys in _KEYS.items():
-        value = getattr(manifest, field)
-        if not isinstance(value, dict) or any(key not in value for key in keys):
-            raise KeyError(f"{field} must hold {', '.join(keys)}")
+def _manifest_from(data: object, path: Path, fix: str) -> Manifest:
+    """Return the manifest in the content of a JSON file; ArtifactError if it is none."""
+    problem = manifest_problem(data) if isinstance(data, dict) else "it is not a mapping"
+    if problem is None:
+        try:
+            return Manifest(**data)  # type: ignore[arg-type]  # keys and values were checked
+        except TypeError as error:
+            problem = first_line(error)
+    raise ArtifactError(f"{path} is damaged ({problem}); {fix}")
 
 
 def save_artifact(
@@ -317,6 +316,8 @@ def load_artifact(
         dtype=dtype,
         device=device,
     )
+    # PEFT would act on the settings of an adapter before it compares them with its weights.
+    Adapter(directory).check(expected_shapes(loaded.config))
     # Training decides which tokens end an answer, not the base alone.
     if ends := stated_ends(directory):
         loaded.model.generation_config.eos_token_id = ends
@@ -338,7 +339,7 @@ def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Pa
         raise ArtifactError(
             f"{artifact} was trained on a local directory, and its manifest does not say which. {_needed(manifest)}"
         )
-    if base is not None and not Path(base).expanduser().is_dir() and not _HUB_ID.fullmatch(base):
+    if base is not None and not Path(base).expanduser().is_dir() and not is_hub_id(base):
         raise ArtifactError(f"{BASE_OPTION} {base}: the directory does not exist. {_needed(manifest)}")
     return locate(base or (str(artifact / path) if path else name), revision)[0]
 
@@ -357,6 +358,7 @@ def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:
     """
     manifest = read_manifest(directory)
     check_base(manifest, loaded.identity.weights_sha256, str(loaded.directory), directory)
+    Adapter(directory).check(expected_shapes(loaded.config))
     device = next(loaded.model.parameters()).device
     loaded.model.load_adapter(str(directory), adapter_name=name, torch_device=str(device))
     loaded.model.eval()
@@ -375,7 +377,7 @@ def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact:
 
 def check_adapter(artifact: Path, adapter: AdapterSettings) -> None:
     """Raise ArtifactError if the LoRA to continue from differs from the recipe's; `recipe.start` checks before."""
-    settings = adapter_of(json.loads((artifact / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    settings = adapter_of(read_json(artifact / ADAPTER_CONFIG, ArtifactError, "take it from its source again"))
     differing = [
         f"adapter.{name}: {value}" for name, value in settings.items() if value not in (None, getattr(adapter, name))
     ]
@@ -385,11 +387,9 @@ def check_adapter(artifact: Path, adapter: AdapterSettings) -> None:
 
 def load_projector(artifact: Path, model: Any) -> None:
     """Copy the projector of an artifact into a base model without an adapter."""
-    state = {
-        name.removeprefix(_PROJECTOR_KEY): tensor
-        for name, tensor in load_file(artifact / WEIGHTS).items()
-        if name.startswith(_PROJECTOR_KEY)
-    }
+    with open_weights(artifact / WEIGHTS) as handle:
+        names = [name for name in handle.keys() if name.startswith(_PROJECTOR_KEY)]  # noqa: SIM118 - not a dict
+        state = {name.removeprefix(_PROJECTOR_KEY): handle.get_tensor(name) for name in names}
     projector = model.get_submodule(PROJECTOR)
     if set(state) != set(projector.state_dict()):
         raise ArtifactError(f"{artifact}: its projector has {sorted(state)}, needed {sorted(projector.state_dict())}")

@@ -13,6 +13,7 @@ from lora_llava.conversation.encode import IGNORE_INDEX, IMAGE_PLACEHOLDER, Enco
 from lora_llava.conversation.templates import TEMPLATES, Template
 from lora_llava.errors import DataError, ModelError
 from lora_llava.system.files import read_json
+from lora_llava.system.text import first_line
 
 _JINJA = """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else SYSTEM -%}
@@ -100,7 +101,12 @@ def read_own_template(directory: Path) -> OwnTemplate | None:
         if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value
     }
     file = directory / TEMPLATE_FILE
-    jinja: Any = file.read_text(encoding="utf-8") if file.is_file() else None
+    jinja: Any = None
+    if file.is_file():
+        try:
+            jinja = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file} is damaged ({first_line(error)}); download it again") from error
     for name in ("chat_template.json", "processor_config.json"):
         jinja = jinja or read_json(directory / name).get("chat_template")
     jinja = jinja or tokenizer.get("chat_template")

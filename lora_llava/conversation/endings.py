@@ -13,9 +13,11 @@ from typing import Any
 
 from lora_llava.conversation.chat_template import OwnTemplate, own_end
 from lora_llava.conversation.templates import Template, template_pieces, tokenize
+from lora_llava.errors import ModelError
 from lora_llava.system.files import read_json
 
 _GENERATION_CONFIG = "generation_config.json"
+_MAX_TOKENS = 2**31
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -52,13 +54,17 @@ def stated_ends(directory: Path) -> list[int]:
     """Read the end tokens of a model or an artifact from generation_config.json, or else from config.json."""
     config = _generation_settings(directory)
     ends = config.get("eos_token_id")
-    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int and 0 <= end < _MAX_TOKENS for end in ends):
+        raise ModelError(f"{directory}: eos_token_id is {ends!r:.80}, must be ids of tokens; download its files again")
+    return list(ends)
 
 
 def _generation_settings(directory: Path) -> dict[str, Any]:
     """Read the settings of `generate`: generation_config.json, completed from config.json."""
     config = read_json(directory / "config.json")
-    text = config.get("text_config") or {}
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
     defaults = {key: config.get(key, text.get(key)) for key in _TOKENS}
     settings = read_json(directory / _GENERATION_CONFIG)
     return {key: value for key, value in defaults.items() if value is not None} | settings

@@ -105,6 +105,8 @@ def write_bad_records(path: Path, records: Iterable[BadRecord]) -> None:
 
 
 def _read_exclusions(path: Path) -> Iterable[tuple[int, str | None]]:
+    if path.exists() and not path.is_file():
+        raise DataError(f"exclude: {path} is not a regular file; correct exclude")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

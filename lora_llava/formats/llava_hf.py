@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -19,7 +21,7 @@ from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
 from lora_llava.formats.shapes import misfits
 from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
-from lora_llava.system.text import listed
+from lora_llava.system.text import first_line, listed
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of llava-hf's shards. A merge holds one shard in memory."""
@@ -39,9 +41,21 @@ def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file to read its tensors. Raises ModelError, which names the file, if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or first_line(error)}; download it again") from error
+    except SafetensorError as error:
+        raise ModelError(f"{file} is damaged or cut off ({first_line(error)}); download it again") from error
+
+
 def read_tensor(file: Path, name: str) -> torch.Tensor:
     """Read one tensor of a safetensors file. The file is opened for it alone, so that nothing else stays in memory."""
-    with safe_open(file, framework="pt") as handle:
+    with open_weights(file) as handle:
         tensor: torch.Tensor = handle.get_tensor(name)
     return tensor
 
@@ -53,7 +67,7 @@ class WeightFiles:
         self.directory = directory
         self._locations: dict[str, tuple[Path, str]] = {}
         for file in weight_files(directory):
-            with safe_open(file, framework="pt") as handle:
+            with open_weights(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     if not name.endswith(BUFFERS):
                         self._locations[canonical_name(name)] = (file, name)
@@ -71,13 +85,13 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
         file, stored = self._locations[name]
-        with safe_open(file, framework="pt") as handle:
+        with open_weights(file) as handle:
             return tuple(handle.get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor without reading it."""
         file, stored = self._locations[name]
-        with safe_open(file, framework="pt") as handle:
+        with open_weights(file) as handle:
             return _DTYPES[handle.get_slice(stored).get_dtype()]
 
     def check(self, config: LlavaConfig) -> None:
@@ -93,7 +107,7 @@ class WeightFiles:
 def each_tensor(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor that transformers loads from a directory by its stored name, one in memory at a time."""
     for file in weight_files(directory):
-        with safe_open(file, framework="pt") as handle:
+        with open_weights(file) as handle:
             names = list(handle.keys())
         for name in names:
             yield name, read_tensor(file, name)

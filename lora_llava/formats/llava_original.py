@@ -8,16 +8,16 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlavaConfig
 
 from lora_llava.errors import ModelError
-from lora_llava.system.text import dtype_name
+from lora_llava.formats.llava_hf import open_weights
+from lora_llava.system.text import dtype_name, printable
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 TOWER_DIRECTORY = "vision_tower"
@@ -118,7 +118,7 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
 
 def check_original_config(data: dict[str, Any], where: Path) -> None:
     """Raise ModelError unless this is the configuration of a LLaVA-1.5 of the original code."""
-    if "mm_vision_tower" not in data or data.get("architectures", [ARCHITECTURE])[0] != ARCHITECTURE:
+    if not isinstance(data.get("mm_vision_tower"), str) or data.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
         raise ModelError(
             f"{where}: not an original LLaVA-1.5 ({data.get('architectures')}, model_type {data.get('model_type')!r}); "
             f"needed: {ARCHITECTURE} with mm_vision_tower"
@@ -152,24 +152,47 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     A pickle that holds anything but tensors is refused, and no code in it is run (`weights_only`). Raises ModelError.
     """
+    if path.suffix == ".safetensors":
+        with open_weights(path) as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+    if not path.is_file():
+        raise ModelError(f"{path} is not a regular file; give a file of tensors")
     try:
-        if path.suffix == ".safetensors":
-            state: dict[str, torch.Tensor] = load_file(path)
-            return state
+        _refuse_compressed(path)
         # torch's warnings about old pickles do not help the user: the file is read or refused.
         with warnings.catch_warnings(action="ignore"):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
+        # torch advises to load it without this protection, which nobody should.
+        if "Unsupported" not in str(error):
+            raise ModelError(f"{path} is damaged: it is no file of tensors; download it again") from error
         raise ModelError(
             f"{path}: holds more than tensors, and was refused; nothing in it was run. Take the file from a source "
-            f"you trust, as safetensors. ({reason[:120]})"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            "you trust, as safetensors"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:  # the unpickler of a damaged file raises anything
+        if isinstance(error, MemoryError):
+            raise
+        raise ModelError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged; download it again, as safetensors"
+        ) from error
     if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
-        raise ModelError(f"{path}: not a file of named tensors")
+        raise ModelError(f"{path}: not a file of named tensors; give one that holds a model or an adapter")
     return data
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise ModelError for a zip with compressed members: torch writes none, and they could fill the memory."""
+    if _can_be_mapped(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [member.filename for member in archive.infolist() if member.file_size > member.compress_size]
+        if names:
+            raise ModelError(
+                f"{path}: {printable(names[0], 60)} in it is compressed, which torch.save never does; take the file "
+                "from a source you trust, as safetensors"
+            )
 
 
 def _can_be_mapped(path: Path) -> bool:

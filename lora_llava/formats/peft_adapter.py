@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: which forms are read, how they scale and merge, and the adapter file of an artifact."""
+"""PEFT's LoRA adapters: how they scale and merge, and the adapter file of an artifact."""
 
 from __future__ import annotations
 
@@ -9,40 +9,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.formats.llava_hf import read_tensor
+from lora_llava.formats.adapter_config import read_adapter_config
+from lora_llava.formats.llava_hf import open_weights, read_tensor
 from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, canonical_name, split_lora
-
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations of LoRA that subtract it from the base's weights first: the adapter fits only the changed base."""
-
-_OTHER_FORMS = (
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
-    "trainable_token_indices", "lora_bias", "arrow_config", "fan_in_fan_out", "megatron_config", "kasa_config",
-    "velora_config", "monteclora_config",
-)  # fmt: skip
-"""PEFT's settings that make LoRA, DoRA apart, anything but `W + scale * B A`."""
-
-
-def check_form(config: LoraConfig, where: Path) -> None:
-    """Raise ArtifactError for an adapter that is not LoRA, rsLoRA or DoRA on an unchanged base."""
-    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
-        raise ArtifactError(f"{where}: a {config.peft_type} adapter; only LoRA, rsLoRA and DoRA are read")
-    unsupported = [name for name in _OTHER_FORMS if getattr(config, name, None)]
-    initialization = str(config.init_lora_weights).lower()
-    if initialization.startswith(_CHANGES_THE_BASE):
-        raise ArtifactError(
-            f"{where}: init_lora_weights is {initialization!r}, which changes the base that the adapter is made for. "
-            "Convert it to plain LoRA first: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
-    if config.bias != "none":
-        unsupported.append(f"bias={config.bias!r}")
-    if unsupported:
-        raise ArtifactError(
-            f"{where}: adapters with {', '.join(unsupported)} cannot be read; only LoRA, rsLoRA and DoRA"
-        )
 
 
 def check_parts(parts: Collection[str], config: LoraConfig, weight: str, where: Path) -> None:
@@ -90,7 +61,14 @@ class LoraKeys:
     a: str
     b: str
     magnitude: str | None
+    rank: int
+    """Of the settings."""
     scaling: float
+
+
+def _module(name: str) -> str:
+    """Return the layer of a tensor of LoRA's, as the settings name it."""
+    return name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".lora_A")
 
 
 class Adapter:
@@ -101,9 +79,8 @@ class Adapter:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / WEIGHTS
-        self.config: LoraConfig = LoraConfig.from_pretrained(str(directory))
-        check_form(self.config, directory)
-        with safe_open(self.path, framework="pt") as handle:
+        self.config = read_adapter_config(directory)
+        with open_weights(self.path) as handle:
             names = list(handle.keys())
         self.layers: dict[str, LoraKeys] = {}
         self.replaced: dict[str, str] = {}
@@ -126,14 +103,19 @@ class Adapter:
         for weight, keys in parts.items():
             check_parts(keys, self.config, weight, self.path)
             self.layers[weight] = LoraKeys(
-                keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), self._scaling(keys["lora_A"])
+                keys["lora_A"],
+                keys["lora_B"],
+                keys.get("lora_magnitude_vector"),
+                self._rank(keys["lora_A"]),
+                self._scaling(keys["lora_A"]),
             )
 
     def _scaling(self, name: str) -> float:
-        module = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".lora_A")
+        return lora_scaling(self.config, alpha_of(self.config, _module(name)), self._rank(name))
+
+    def _rank(self, name: str) -> int:
         ranks = self.config.rank_pattern
-        rank = ranks.get(get_pattern_key(ranks.keys(), module), self.config.r)
-        return lora_scaling(self.config, alpha_of(self.config, module), rank)
+        return int(ranks.get(get_pattern_key(ranks.keys(), _module(name)), self.config.r))
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its name in the file, in fp32; ArtifactError if it holds NaN or infinity."""
@@ -161,9 +143,14 @@ class Adapter:
             )
         if unknown := [name for name in self if name not in shapes]:
             raise ArtifactError(f"{self.path}: the base has no {', '.join(sorted(unknown)[:6])}")
-        with safe_open(self.path, framework="pt") as handle:
+        with open_weights(self.path) as handle:
             for name, keys in self.layers.items():
                 a, b = (tuple(handle.get_slice(key).get_shape()) for key in (keys.a, keys.b))
+                if a[:1] != (keys.rank,):
+                    raise ArtifactError(
+                        f"{self.path}: LoRA of {name} has the rank {a[0] if a else 'none'}, the adapter's settings "
+                        f"have {keys.rank}; take the adapter from its source again"
+                    )
                 if not lora_fits(a, b, shapes[name]):
                     raise ArtifactError(f"{self.path}: LoRA {b} x {a} does not fit {name}, {shapes[name]}")
             for name, key in self.replaced.items():

@@ -7,12 +7,12 @@ Source: `_get_resolved_checkpoint_files` in transformers' `modeling_utils.py`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.names import ADAPTER_CONFIG
+from lora_llava.system.files import read_json
 from lora_llava.system.text import listed
 
 SINGLE = "model.safetensors"
@@ -101,7 +101,6 @@ def _no_weights(directory: Path) -> NoWeightsError:
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON mapping; empty if the file is not one, which its own reader reports."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except ModelError:
         return {}
-    return data if isinstance(data, dict) else {}

@@ -15,18 +15,19 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.conversation.encode import ImageTokens
 from lora_llava.errors import ModelError
+from lora_llava.formats.llava_hf import open_weights
 from lora_llava.formats.shapes import used_layers
 from lora_llava.formats.weight_files import weight_files
-from lora_llava.modeling.metadata import hub_errors, read_config
+from lora_llava.modeling.metadata import hub_errors, image_statistics, read_config
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens
 from lora_llava.recipe.fields import is_local
+from lora_llava.system.files import refuse_irregular
 from lora_llava.system.progress import Advance, counting
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -87,7 +88,7 @@ def hash_weights(directory: Path) -> str:
     files = weight_files(directory)
     files_by_name: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        with open_weights(file) as handle:
             files_by_name.update(dict.fromkeys(handle.keys(), file))
     digest = hashlib.sha256()
     total = sum(file.stat().st_size for file in files) // 2**20
@@ -99,7 +100,7 @@ def hash_weights(directory: Path) -> str:
 def _hash_tensors(files_by_name: dict[str, Path], digest: hashlib._Hash, advance: Advance) -> None:
     hashed = 0
     for name in sorted(files_by_name):
-        with safe_open(files_by_name[name], framework="pt") as handle:
+        with open_weights(files_by_name[name]) as handle:
             tensor = handle.get_tensor(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
@@ -136,8 +137,9 @@ def load_base(
     """Load a LLaVA directory onto `device`, in `dtype`; with `nf4`, the language model's linear layers in NF4."""
     config = read_config(directory)
     with hub_errors("base", str(directory)):
+        refuse_irregular(directory, ModelError)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        pixels, _ = ImageProcessingMixin.get_image_processor_dict(directory)
+        mean, std = image_statistics(ImageProcessingMixin.get_image_processor_dict(directory)[0], directory)
         model = LlavaForConditionalGeneration.from_pretrained(
             directory,
             dtype=dtype,
@@ -163,8 +165,8 @@ def load_base(
         tokenizer=tokenizer,
         directory=directory,
         identity=identity,
-        image_mean=tuple(pixels["image_mean"]),
-        image_std=tuple(pixels["image_std"]),
+        image_mean=mean,
+        image_std=std,
         config=config,
     )
 

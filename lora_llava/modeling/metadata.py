@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.errors import LoraLlavaError, ModelError
+from lora_llava.formats.sizes import check_sizes
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.settings import BaseModelSettings
-from lora_llava.system.text import first_line
+from lora_llava.system.files import read_json, refuse_irregular
+from lora_llava.system.text import first_line, listed
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in llava-hf's models (32,000 + `<image>` + `<pad>` -> 32,064)."""
@@ -55,21 +56,23 @@ def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
     """Return the configuration and tokenizer of a LLaVA directory; ModelError if it is none."""
     config = read_config(directory)
     with hub_errors("base", str(directory)):
+        refuse_irregular(directory, ModelError)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     return config, tokenizer
 
 
 def read_config(directory: Path) -> LlavaConfig:
     """Read the configuration of a LLaVA directory; ModelError if it is none."""
-    with hub_errors("base", str(directory)):
-        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    data = read_json(directory / "config.json")
     if data.get("model_type") != "llava":
         raise ModelError(
             f"{directory}: model_type is {data.get('model_type')!r}, needed 'llava'. Name a converted LLaVA-1.5 "
             "(such as llava-hf/llava-1.5-7b-hf) in base.model_name_or_path, or the parts in base.language_model "
             "and base.vision_tower."
         )
-    config = LlavaConfig.from_dict(data)
+    refuse_wrong_sizes(data, directory / "config.json")
+    with hub_errors("base", str(directory)):
+        config = LlavaConfig.from_dict(data)
     if config.text_config.model_type != "llama":
         raise ModelError(f"{directory}: the language model is {config.text_config.model_type!r}, needed 'llama'")
     return config
@@ -113,10 +116,38 @@ def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
 
 def read_any_config(name: str, gguf_file: str | None = None) -> Any:
     """Return the configuration of a model of any architecture; ModelError if it asks for code that comes with it."""
+    refuse_irregular(Path(name), ModelError)
     config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, trust_remote_code=False)
+    refuse_wrong_sizes(config.to_dict(), Path(name))
     if getattr(config, "auto_map", None):
         raise ModelError(f"{name}: {_NO_CODE}")
     return config
+
+
+def image_statistics(processor: Mapping[str, Any], where: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of pixel values, of three channels each; ModelError if there are none."""
+    if isinstance(processor.get("image_processor"), Mapping):
+        processor = processor["image_processor"]
+    mean, std = (processor.get(name) for name in ("image_mean", "image_std"))
+    if not (_is_three(mean) and _is_three(std)):
+        raise ModelError(f"{where}: image_mean and image_std must be 3 numbers each; download its files again")
+    return tuple(mean), tuple(std)
+
+
+def _is_three(values: Any) -> TypeGuard[Sequence[float]]:
+    return isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_number, values))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def refuse_wrong_sizes(config: Mapping[str, Any], where: Path) -> None:
+    """Raise ModelError for a configuration whose sizes are no integers, or absurd."""
+    if wrong := list(check_sizes(config)):
+        raise ModelError(
+            f"{where}: {listed(wrong, 3)}: needed is an integer, above 0 and of no absurd size. Download it again."
+        )
 
 
 def vision_tower_source(name: str) -> str:

@@ -142,11 +142,13 @@ def bundled_recipes() -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"recipe {path} is not a regular file")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise RecipeError(f"recipe {path} has {size:,} bytes; a recipe has at most {MAX_BYTES:,}")
         raw = path.read_bytes()
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
-    if len(raw) > MAX_BYTES:
-        raise RecipeError(f"recipe {path} has {len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError, RecipeError
+from lora_llava.system.text import first_line
 
 STAGING = ".lora-llava-"
 """Prefix of the names of staging directories."""
@@ -28,6 +29,9 @@ _CLAIM = "claim.json"
 _MADE_BY = "lora-llava"
 _NEW_SECONDS = 60
 """Age in seconds up to which an empty staging directory may still get its claim."""
+
+MAX_JSON_BYTES = 40 * 2**20
+"""Largest JSON file of a model; the largest tokenizers take 17 MB."""
 
 Place = Callable[[Path, Path], None]
 """Moves a complete directory, the first path, to the second."""
@@ -248,22 +252,41 @@ def file_sha256(path: Path) -> str:
 def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "download it again") -> dict[str, Any]:
     """Read a JSON file that holds a mapping; {} if there is no such file.
 
-    Raises `error`, which names the file and ends with `fix`, if the file is damaged or holds anything else.
+    Anybody may have written it. Raises `error`, which names the file and ends with `fix`, if it is damaged, too large,
+    or holds anything else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path} is damaged ({cause}); {fix}") from cause
+        if not path.is_file():
+            return {}
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise error(f"{path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read; {fix}")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}; {fix}") from cause
+    except RecursionError as cause:
+        raise error(f"{path} is damaged (nested too deeply); {fix}") from cause
+    # Not JSON, not UTF-8, or a number of thousands of digits.
+    except ValueError as cause:
+        raise error(f"{path} is damaged (not valid JSON: {first_line(cause)}); {fix}") from cause
     if not isinstance(data, dict):
-        raise error(f"{path} is damaged (it holds no mapping); {fix}")
+        what = "null" if data is None else f"a {type(data).__name__}"
+        raise error(f"{path} is damaged (it contains {what}, not a mapping); {fix}")
     return data
+
+
+def refuse_irregular(directory: Path, kind: type[LoraLlavaError]) -> None:
+    """Raise an error of `kind` if a directory holds a pipe or a device, which a library would read without end."""
+    if directory.is_dir():
+        for path in sorted(directory.iterdir()):
+            if path.exists() and not path.is_dir() and not path.is_file():
+                raise kind(f"{path} is not a regular file; remove it, or take the directory from its source again")
 
 
 def find_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON file that holds a mapping; None if it is missing or damaged, which is reported elsewhere."""
     try:
         return read_json(path) if path.is_file() else None
-    except (OSError, ModelError):
+    except ModelError:
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ _MAX_LISTED = 8
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # Zero-width joiner and non-joiner: Cf, but part of many scripts and of emoji.
 _HARMLESS = {"\u200c", "\u200d"}
+_MARKDOWN = {ord(character): f"\\{character}" for character in "\\`[]<>|"}
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\x1b": "\\e"}
 
 
@@ -39,6 +41,21 @@ def printable(text: str, most: int | None = None) -> str:
 def printable_lines(text: str) -> str:
     """Return `printable(text)`, but keep line feeds."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def python_literal(text: str) -> str:
+    """Return `text` as a string literal of Python, whatever it contains; for a shell there is `shlex.quote`."""
+    return json.dumps(text)
+
+
+def markdown(text: str) -> str:
+    """Return `text` as one line of Markdown that shows it literally, without the effect of a link, HTML or table."""
+    return printable(" ".join(text.split())).translate(_MARKDOWN)
+
+
+def code_span(text: str) -> str:
+    """Return `text` as code in a line of Markdown; a backtick in it, which would end the code, becomes a quote."""
+    return f"`{printable(' '.join(text.split())).replace('`', chr(39))}`"
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,12 +28,16 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import VISION_TOWER
 from lora_llava.system.device import free_memory_bytes
 from lora_llava.system.files import staged_file
+from lora_llava.system.progress import phase
 from lora_llava.system.text import counted
 
 BATCH = 16
 """Images that pass through the tower at one time."""
 MOST_OF_MEMORY = 0.5
 """Share of the free memory that features may take."""
+_CHECKSUM_BYTES = 32
+"""A file of features ends with their SHA-256."""
+_CHUNK = 2**24
 NUMPY = {torch.float32: "float32", torch.bfloat16: "uint16"}
 """How features are stored; numpy has no bfloat16, so its bits are kept."""
 
@@ -98,17 +104,50 @@ def _kept(
     """Open the features of just these images, by this tower, or compute them into a file."""
     name = hashlib.sha256(json.dumps(_facts(tower, layer, records, transform)).encode()).hexdigest()[:32]
     path = directory / f"{name}.features"
-    if not path.exists():
+    shape, dtype = _shape(tower, layer, records, transform), _dtype(tower)
+    if not _is_whole(path, _num_bytes(shape, dtype)):
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with staged_file(path) as temporary:
-                _computed(tower, layer, records, transform, temporary)
+                _write(tower, layer, records, transform, temporary)
         except OSError as error:
             raise TrainingError(
                 f"cache_image_features: the features could not be written to {directory}: {error.strerror}; make room "
                 "or set cache_image_features: off"
             ) from error
-    return _open(path, _shape(tower, layer, records, transform), _dtype(tower), "r")
+    return _open(path, shape, dtype, "r")
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    """Tell whether a file holds `size` bytes of features and their checksum; say so if it is damaged."""
+    if not path.exists():
+        return False
+    if path.is_file() and path.stat().st_size == size + _CHECKSUM_BYTES:
+        with path.open("rb") as handle:
+            checksum = _checksum(handle, size)
+            if handle.read(_CHECKSUM_BYTES) == checksum:
+                return True
+    phase(f"The cached features in {path.name} are damaged or of an earlier version; computing them again")
+    return False
+
+
+def _checksum(handle: BinaryIO, size: int) -> bytes:
+    """Return the SHA-256 of the next `size` bytes of a file."""
+    digest = hashlib.sha256()
+    while size and (chunk := handle.read(min(size, _CHUNK))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.digest()
+
+
+def _write(tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform, path: Path) -> None:
+    """Compute features into a file that ends with their checksum."""
+    _computed(tower, layer, records, transform, path)
+    with path.open("r+b") as handle:
+        size = path.stat().st_size - _CHECKSUM_BYTES
+        checksum = _checksum(handle, size)
+        handle.seek(size)
+        handle.write(checksum)
 
 
 def _facts(tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform) -> dict[str, Any]:
@@ -154,15 +193,19 @@ def _computed(
     """Compute features into memory, or into a file at `path`."""
     shape, dtype = _shape(tower, layer, records, transform), _dtype(tower)
     _check_room(shape, dtype, path)
-    values = torch.empty(shape, dtype=dtype) if path is None else _open(path, shape, dtype, "w+")
+    values = torch.empty(shape, dtype=dtype) if path is None else _open(path, shape, dtype, "r+")
     for start in range(0, len(records), BATCH):
         part = records[start : start + BATCH]
         values[start : start + len(part)] = _features(tower, layer, part, transform)
     return values
 
 
+def _num_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
 def _check_room(shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None) -> None:
-    needed = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    needed = _num_bytes(shape, dtype)
     if path is None:
         free, where = int(MOST_OF_MEMORY * free_memory_bytes("cpu")), "half of the free memory is"
     else:
@@ -178,5 +221,9 @@ def _open(path: Path, shape: tuple[int, int, int], dtype: torch.dtype, mode: Any
     if mode == "r":
         # Copy on write: torch does not know of arrays that cannot be written.
         mode = "c"
+    else:
+        # Without its blocks, a file on a full disk would end the process at a write to memory (SIGBUS).
+        with path.open("wb") as handle:
+            os.posix_fallocate(handle.fileno(), 0, _num_bytes(shape, dtype) + _CHECKSUM_BYTES)
     array = np.memmap(path, dtype=NUMPY[dtype], mode=mode, shape=shape)
     return torch.from_numpy(array).view(dtype)

@@ -14,6 +14,8 @@ from transformers import set_seed
 
 from lora_llava.artifact import check_adapter, check_base, load_projector, read_manifest
 from lora_llava.data.stage import StageData, StageRecords, cache_offer, length_lines, plan_records, read_records
+from lora_llava.formats.llava_hf import expected_shapes
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import LoadedModel, load_base
 from lora_llava.modeling.metadata import describe_directory
@@ -165,6 +167,7 @@ def _add_trained_parts(stage: Stage, loaded: LoadedModel) -> Any:
         check_base(manifest, stage.base.weights_sha256, str(loaded.directory), stage.parent)
         if manifest.stage == "instruct" and stage.name == "instruct":
             check_adapter(stage.parent, stage.adapter)
+            Adapter(stage.parent).check(expected_shapes(loaded.config))
             loaded.model = PeftModel.from_pretrained(loaded.model, str(stage.parent), is_trainable=True)
             freeze_unsaved(loaded.model)
             return loaded.model

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,19 @@ from click.testing import CliRunner
 from transformers import CLIPVisionModel
 
 import lora_llava
-from lora_llava.artifact import load_model
+from lora_llava.artifact import load_model, read_manifest
 from lora_llava.cli import cli
-from lora_llava.errors import ModelError
+from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.modeling.metadata import part_configs
 from lora_llava.recipe.settings import BaseModelSettings
+from lora_llava.shipping.hub.card import make_card
+from lora_llava.shipping.hub.content import RepoFile, check_private, collect
+from lora_llava.shipping.hub.facts import Facts
+from lora_llava.shipping.hub.usage import python_code, vllm_commands
+from lora_llava.system.text import markdown
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.broken import Project, command
+from tests.helpers.card_rules import card_errors
 
 PACKAGE = Path(lora_llava.__file__).parent
 NO_OPTION = {"PeftModel", "LoraConfig"}
@@ -121,3 +129,105 @@ def test_k46_parts_with_code_are_refused_by_python_too(tiny_base: Path, tmp_path
     with_code(model, "tokenizer_config.json")
     load_model(model, template="vicuna_v1")
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "README.md", "tokenizer_config.json", "recipe.yaml"])
+def test_k44_a_link_out_of_the_directory_is_not_followed(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "artifact")
+    private = tmp_path / "private.txt"
+    original = artifact / name
+    private.write_bytes(original.read_bytes() if original.is_file() else b"mine alone")
+    original.unlink(missing_ok=True)
+    original.symlink_to(private)
+    facts = Facts(artifact, read_manifest(artifact), None)
+    with pytest.raises(ArtifactError, match=rf"{name} is a link to .*private\.txt, outside of its directory; nothing"):
+        collect(facts)
+
+
+def test_k44_a_picture_of_the_run_is_not_read_through_a_link(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "run" / "instruct")
+    (tmp_path / "private.png").write_bytes(b"mine alone")
+    (tmp_path / "run" / "loss.png").symlink_to(tmp_path / "private.png")
+    facts = Facts(artifact, read_manifest(artifact), None, pictures={"loss.png": tmp_path / "run" / "loss.png"})
+    with pytest.raises(ArtifactError, match=r"loss\.png is a link to .*private\.png"):
+        collect(facts)
+
+
+def test_k44_links_inside_of_a_directory_and_of_the_cache_are_followed(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_artifact(tiny_base, tmp_path / "made")
+    (made / "LICENSE.txt").write_text("MIT", encoding="utf-8")
+    (made / "LICENSE").symlink_to("LICENSE.txt")
+    assert "LICENSE" in {file.name for file in collect(Facts(made, read_manifest(made), None)).files}
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(made.iterdir())):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    names = {file.name for file in collect(Facts(snapshot, read_manifest(snapshot), None)).files}
+    assert names >= {"adapter_model.safetensors", "LICENSE"}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "README.md"])
+@pytest.mark.parametrize("secret", ["hf_" + "a" * 34, "/home/somebody/data"])
+def test_k44_texts_of_the_license_are_scanned_for_secrets(tmp_path: Path, name: str, secret: str) -> None:
+    (tmp_path / name).write_bytes(b"Licensed to \xff\n" + f"text, {secret}\n".encode())
+    with pytest.raises(ArtifactError, match=rf"{name}, line 2, contains .*nothing was uploaded"):
+        check_private([RepoFile(name, tmp_path / name)], None)
+
+
+HOSTILE = 'main"); print("x") #'
+HOSTILE_MARKDOWN = "</code><script>alert(1)</script> [x](javascript:1) ![y](http://z) | `a`\n# heading"
+
+
+@pytest.fixture
+def published(tiny_base: Path, tmp_path: Path) -> Facts:
+    """What is known of an artifact in NF4 on a base of the Hub."""
+    artifact = make_artifact(tiny_base, tmp_path / "artifact", nf4=True)
+    facts = Facts(artifact, read_manifest(artifact), None)
+    assert facts.manifest is not None
+    base = {**facts.manifest.base, "name": "someone/base", "revision": "a" * 40, "path": None}
+    return replace(facts, manifest=replace(facts.manifest, base=base))
+
+
+def test_k47_a_value_of_the_manifest_is_never_code(published: Facts) -> None:
+    manifest = published.manifest
+    assert manifest is not None
+    expected = calls_in(python_code(published, "u/m"))
+    for value in (HOSTILE, "'''\"\"\"\\", "a\nimport os", "```\n", "{repo}", "\u2028$(id)", "\\"):
+        for key in ("name", "revision", "answer_prompt", "compute_dtype", "double_quant"):
+            hostile = replace(
+                manifest,
+                base={**manifest.base, **({key: value} if key in manifest.base else {})},
+                data={**manifest.data, key: value},
+                quantization={**manifest.quantization, **({key: value} if "d" in key else {})},
+            )
+            code = python_code(replace(published, manifest=hostile), "u/m")
+            assert calls_in(code) == expected
+            assert "\n```" not in code
+
+
+def calls_in(code: str) -> list[str]:
+    """Return the functions that Python code calls."""
+    return sorted(ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+
+
+def test_k47_the_name_of_a_repository_is_one_word_of_a_command(published: Facts) -> None:
+    merged = replace(published, merge={}, recipe={"adapter": {"type": "lora"}})
+    assert shlex.split(vllm_commands(merged, "u/$(id); rm -rf x")) == ["vllm", "serve", "u/$(id); rm -rf x"]
+
+
+def test_k47_values_in_the_card_are_shown_literally(published: Facts) -> None:
+    assert published.manifest is not None
+    hostile = replace(
+        published,
+        manifest=replace(published.manifest, versions={"torch": HOSTILE_MARKDOWN}),
+        summary={"hardware": HOSTILE_MARKDOWN},
+    )
+    card = make_card(hostile, "someone/model")
+    assert card_errors(card) == []
+    assert card.count(markdown(HOSTILE_MARKDOWN)) == 2
+    body = card.replace(markdown(HOSTILE_MARKDOWN), "")
+    assert "<script>" not in body
+    assert "](javascript" not in body
+    assert "# heading" not in body

@@ -53,6 +53,8 @@ def read_image(source: ImageSource) -> bytes:
     """Read the bytes of an image; DataError naming it if it is missing, empty or too large."""
     name = source.name
     try:
+        if source.path is not None and source.path.exists() and not source.path.is_file():
+            raise DataError(f"{name}: not a regular file; give an image file", _BAD)
         if source.path is not None and (size := source.path.stat().st_size) > MAX_BYTES:
             raise DataError(f"{name}: {size:,} bytes, at most {MAX_BYTES:,} are read; make it smaller", _BAD)
         data = source.embedded() if source.path is None else source.path.read_bytes()

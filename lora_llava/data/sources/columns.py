@@ -21,6 +21,7 @@ from lora_llava.data.record import (
 )
 from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_dialog, read_question
+from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.forms import propose_columns
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
 from lora_llava.errors import DataError
@@ -140,6 +141,10 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
             f"{path.name}: a {path.suffix or 'nameless'} file is not read. Save it as CSV (UTF-8), for instance: "
             f'python -c "{line}"'
         )
+    if path.is_dir():
+        check_directory(path)
+    elif path.exists() and not path.is_file():
+        raise DataError(f"{path} is not a regular file; give a file or a directory")
     # Imported here: slow, and not needed for JSON and CSV.
     import datasets
 
@@ -150,7 +155,11 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
         else:
             revision = None if path.is_dir() else data.revision
             builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
+            if path.is_dir():
+                check_files(builder.config.data_files, path)
         table = _prepared(builder, data.split)
+    except DataError:
+        raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
         raise _unreadable(data.path, error) from None
     return table, Path(datasets.config.HF_CACHE_HOME)

@@ -95,6 +95,8 @@ def _row(row: list[str], names: list[str], path: Path, line: int) -> Entry:
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise DataError(f"data file {path} is not a regular file; correct path")
     try:
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:

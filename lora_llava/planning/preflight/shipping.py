@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_llava.errors import PreflightError
+from lora_llava.errors import ModelError, PreflightError
 from lora_llava.formats.shapes import LlavaShape, hidden_state_index
 from lora_llava.planning.preflight.findings import Finding, Findings, Notice, Problem
 from lora_llava.planning.preflight.model.base import model_problems, unreadable
@@ -13,7 +13,7 @@ from lora_llava.planning.preflight.model.files import find_model
 from lora_llava.planning.preflight.model.text_side import custom_readers, reader_problems
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import AdapterSettings
-from lora_llava.system.files import find_json
+from lora_llava.system.files import find_json, refuse_irregular
 
 _ROPES = ("default", "linear", "llama3")
 _MAX_VLLM_RANK = 512
@@ -42,6 +42,7 @@ def refuse_model(path: Path, base: str | None) -> None:
 
     `base` overrides the artifact's own path of its base. If `path` is not a directory, the command reports that.
     """
+    refuse_irregular(path, ModelError)
     manifest = find_json(path / "manifest.json")
     if manifest is not None:
         name = base or _base_of(path, manifest)
@@ -55,6 +56,7 @@ def refuse_base(name: str) -> None:
     """Raise PreflightError if the files of a local model show that it cannot be a base."""
     if not Path(name).expanduser().is_dir():
         return
+    refuse_irregular(Path(name).expanduser(), ModelError)
     model = find_model(name, None, ())
     findings = Findings()
     findings.add(model_problems(LLAVA, model))
@@ -66,6 +68,7 @@ def refuse_base(name: str) -> None:
 
 def refuse_source(path: Path) -> None:
     """Raise PreflightError if the config.json of another tool's checkpoint shows that it cannot be read."""
+    refuse_irregular(path, ModelError)
     problems = [*unreadable(find_json(path / "config.json") or {}), *custom_readers(path)]
     if problems:
         raise PreflightError([f"{path}: {what}. {fix}" for what, fix in problems])

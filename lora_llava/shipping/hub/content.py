@@ -73,16 +73,32 @@ def collect(facts: Facts) -> Content:
     listed = [*(_ARTIFACT if facts.is_adapter else _MODEL), *_READERS, *_LEGAL]
     if not facts.is_adapter:
         listed += _shards(directory)
-    files = [RepoFile(name, _published(directory / name, facts)) for name in listed if (directory / name).is_file()]
+    present = [name for name in listed if (directory / name).is_file()]
+    files = [RepoFile(name, _published(within_its_directory(directory / name), facts)) for name in present]
+    if (directory / CARD).is_file():
+        within_its_directory(directory / CARD)
     names = {file.name for file in files}
     if missing := {_TOKENIZER, "tokenizer_config.json"} - names:
         raise ArtifactError(
             f"{directory}: {', '.join(sorted(missing))} is missing; the model cannot be used without it"
         )
-    files += [RepoFile(name, path) for name, path in facts.pictures.items()]
+    files += [RepoFile(name, within_its_directory(path)) for name, path in facts.pictures.items()]
     others = [path for path in directory.iterdir() if path.name not in names | {CARD}]
     left_out = [f"{path.name}/" if path.is_dir() else path.name for path in others]
     return Content(sorted(files, key=lambda file: file.name), sorted(left_out))
+
+
+def within_its_directory(path: Path) -> Path:
+    """Return a file to publish; ArtifactError if it is a link to a file that lies outside of its directory."""
+    real, directory = path.resolve(), path.parent.resolve()
+    # A snapshot in the Hub's cache consists of links to the blobs of its repository.
+    blobs = directory.parents[1] / "blobs" if directory.parent.name == "snapshots" else directory
+    if not real.is_relative_to(directory) and not real.is_relative_to(blobs):
+        raise ArtifactError(
+            f"{path} is a link to {real}, outside of its directory; nothing was uploaded. Put a copy of the file there "
+            "to publish it, or remove the link"
+        )
+    return path
 
 
 def is_ours(name: str) -> bool:
@@ -132,9 +148,10 @@ def check_private(files: Iterable[RepoFile], token: str | None) -> None:
     home = str(Path.home())
     paths = re.compile(rf"{_HOMES}|(?<![\w-]){re.escape(home)}(?![\w.-])" if len(home) > 1 else _HOMES)
     for file in files:
-        if not file.name.endswith((".json", ".jinja", ".md", ".yaml")) or file.name == _TOKENIZER:
+        if file.name in (_TOKENIZER, "tokenizer.model") or file.name.endswith((".safetensors", ".png")):
             continue
-        text = file.content.decode() if isinstance(file.content, bytes) else file.content.read_text(encoding="utf-8")
+        data = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        text = data.decode("utf-8", errors="replace")
         for number, line in enumerate(text.splitlines(), 1):
             what = None
             if _SECRET.search(line) or (token and token in line):

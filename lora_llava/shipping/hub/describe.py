@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from lora_llava.evaluation.outcome import TUNED, TUNED_ON_BLIND
 from lora_llava.evaluation.report import accuracy_markdown
 from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Accuracy
+from lora_llava.formats.adapter_config import read_adapter_config
 from lora_llava.formats.names import ADAPTER_CONFIG
 from lora_llava.recipe.fields import data_name, is_local
 from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory import output
 from lora_llava.shipping.hub.facts import Facts
 from lora_llava.system.table import markdown_table
-from lora_llava.system.text import counted
+from lora_llava.system.text import code_span, counted, markdown
 
 _KIT = "[lora-llava](https://github.com/lora-llava/lora-llava)"
 _FORMS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
@@ -38,7 +39,7 @@ def adapter_form(facts: Facts) -> dict[str, Any]:
         return {}
     path = facts.directory / ADAPTER_CONFIG
     if facts.is_adapter and path.is_file():
-        return adapter_of(json.loads(path.read_text(encoding="utf-8")))
+        return adapter_of(read_adapter_config(facts.directory).to_dict())
     return facts.recipe.get("adapter") or {"type": "lora"}
 
 
@@ -48,7 +49,7 @@ def opening(facts: Facts) -> str:
     trained = f"{_FORMS[form['type']]} and projector" if form else "the projector"
     if facts.manifest is None:
         return f"A LLaVA-1.5-style vision-language model in the layout of llava-hf, written by {_KIT}."
-    on = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else "a local base"
+    on = _hub_link(facts.base_id) if facts.base_id else "a local base"
     what = f"{trained} for a LLaVA-1.5-style vision-language model" if facts.is_adapter else "A vision-language model"
     how = "" if facts.is_adapter else f", with {trained} merged in"
     return f"{what[0].upper()}{what[1:]}, trained on {on} with {_KIT}{how}."
@@ -62,19 +63,19 @@ def base_note(facts: Facts) -> str:
     if facts.is_adapter and facts.base_id is None:
         return (
             f"**The base is not on the Hub:** it was a local directory{_parts(facts)}. Its weights have the sha256 "
-            f"`{base['weights_sha256']}` (of tensors by name, as the kit computes it); the adapter does not work on "
-            "any other base."
+            f"{code_span(base['weights_sha256'])} (of tensors by name, as the kit computes it); the adapter "
+            "does not work on any other base."
         )
     if not facts.is_adapter and nf4(facts):
         kind = (facts.merge or {}).get("base", "dequantized")
-        return f"Merged into the {kind} base: it was trained on the base in NF4."
+        return f"Merged into the {markdown(str(kind))} base: it was trained on the base in NF4."
     return ""
 
 
 def _parts(facts: Facts) -> str:
     base = facts.recipe.get("base") or {}
     parts = [str(base[key]) for key in _BASE_KEYS if base.get(key) and not is_local(str(base[key]))]
-    return f", assembled from {' and '.join(f'`{part}`' for part in parts)}" if parts else ""
+    return f", assembled from {' and '.join(map(code_span, parts))}" if parts else ""
 
 
 def metric(facts: Facts) -> str:
@@ -95,7 +96,7 @@ def score_table(facts: Facts, *names: str) -> str:
 
 
 def _accuracies(table: Mapping[str, Any]) -> dict[str, Accuracy]:
-    rows = {ALL: table, **table["by_type"]}
+    rows = {ALL: table, **{markdown(name): row for name, row in table["by_type"].items()}}
     return {name: Accuracy(row["correct"], row["questions"], row["low"], row["high"]) for name, row in rows.items()}
 
 
@@ -108,7 +109,11 @@ def tested(facts: Facts) -> str:
 
 def data_link(path: str) -> str:
     """Return the name of a dataset in Markdown, as a link if it is on the Hub."""
-    return f"`{data_name(path)}`" if is_local(path) else f"[{path}](https://huggingface.co/datasets/{path})"
+    return code_span(data_name(path)) if is_local(path) else _hub_link(path, "datasets/")
+
+
+def _hub_link(name: str, kind: str = "") -> str:
+    return f"[{markdown(name)}](https://huggingface.co/{kind}{quote(name)})"
 
 
 def data_sets(facts: Facts) -> list[str]:
@@ -156,7 +161,7 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "weight decay": f"{stage['weight_decay']:g}",
         "max. tokens per conversation": f"{stage['max_length']:,}",
         "template": stage["template"],
-        "system prompt": stage["system"] or "",
+        "system prompt": markdown(stage["system"] or ""),
         "images": aspect,
         **{
             label: f"{seen[key]:,}" if key in seen else ""
@@ -207,7 +212,7 @@ def data_table(facts: Facts) -> str:
         own = facts.manifest.data if facts.manifest and facts.manifest.stage == name else {}
         count = f"{own['records']:,}" if "records" in own else ""
         path = str(stage["data"]["path"])
-        split = "" if is_local(path) else str(stage["data"].get("split") or "")
+        split = "" if is_local(path) else markdown(str(stage["data"].get("split") or ""))
         rows.append([name, data_link(path), split, count])
     return markdown_table(["stage", "data", "split", "conversations"], rows) if rows else ""
 
@@ -217,16 +222,17 @@ def machine(facts: Facts) -> list[str]:
     summary = facts.summary
     lines = []
     if hardware := summary.get("hardware"):
-        lines.append(f"Hardware: {hardware}")
+        lines.append(f"Hardware: {markdown(str(hardware))}")
     # Without the time of what came later: further stages, and their evaluation.
     later = {*output.STAGES} - {*_stages(facts)} | ({output.EVALUATION} if not facts.accuracy else set())
     if seconds := {name: value for name, value in summary.get("seconds", {}).items() if name not in later}:
-        phases = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+        phases = ", ".join(f"{markdown(name)} {_duration(value)}" for name, value in seconds.items())
         lines.append(f"Time: {_duration(sum(seconds.values()))} ({phases})")
     if peak := summary.get("peak_memory_bytes"):
         lines.append(f"Peak memory: {peak / 2**30:.1f} GiB")
     if facts.manifest and facts.manifest.versions:
-        lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in facts.manifest.versions.items()))
+        versions = (markdown(f"{name} {value}") for name, value in facts.manifest.versions.items())
+        lines.append(f"Versions: {', '.join(versions)}")
     return lines
 
 

@@ -14,7 +14,7 @@ from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.modeling.metadata import read_config
 from lora_llava.recipe.file import read_recipe
 from lora_llava.run_directory import output
-from lora_llava.system.files import read_json
+from lora_llava.system.files import read_json, refuse_irregular
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
 """Names in the repository of the loss plot and of the sample answers."""
@@ -59,6 +59,7 @@ def gather(source: Path, run: Path | None) -> Facts:
     """
     merge: dict[str, Any] | None = None
     manifest: Manifest | None
+    refuse_irregular(source, ArtifactError)
     if is_artifact(source):
         manifest = read_manifest(source)
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 
-from lora_llava.shipping.export.options import max_lora_rank
+from lora_llava.shipping.export.options import VLLM_RANKS, max_lora_rank
 from lora_llava.shipping.hub.describe import adapter_form, nf4
 from lora_llava.shipping.hub.facts import Facts
+from lora_llava.system.text import python_literal
 
+_DTYPES = ("float32", "float16", "bfloat16")
 _QUANTIZATION = """\
 # As in training: the language model in 4 bits, the other parts unquantized.
 quantization = BitsAndBytesConfig(
@@ -19,7 +21,7 @@ quantization = BitsAndBytesConfig(
 )
 """
 _ASK = """\
-processor = AutoProcessor.from_pretrained("{repo}")
+processor = AutoProcessor.from_pretrained({repo})
 {config}
 question = {question}
 content = [{{"type": "image", "image": Image.open("image.png")}}, {{"type": "text", "text": question}}]
@@ -39,44 +41,47 @@ def python_code(facts: Facts, repo: str) -> str:
     imports = ["import torch"] if facts.is_adapter and nf4(facts) else []
     imports += ["from peft import PeftModel"] if facts.is_adapter else []
     lines = [*imports, "from PIL import Image", f"from transformers import {', '.join(sorted(names))}", ""]
+    literal = python_literal(repo)
     if not facts.is_adapter:
         lines.append(
-            f'model = LlavaForConditionalGeneration.from_pretrained("{repo}", dtype="auto", device_map="auto")'
+            f'model = LlavaForConditionalGeneration.from_pretrained({literal}, dtype="auto", device_map="auto")'
         )
     else:
         lines += _load_adapter(facts, repo)
     prompt = (facts.manifest.usage.answer_prompt if facts.manifest else None) or ""
     question = "What is in the image?" + (f"\n{prompt}" if prompt else "")
     # The base's generation settings lack the end-of-answer token of training; a merged model's have it.
-    config = f'ends = GenerationConfig.from_pretrained("{repo}")\n' if facts.is_adapter else ""
+    config = f"ends = GenerationConfig.from_pretrained({literal})\n" if facts.is_adapter else ""
     ends = "generation_config=ends, " if facts.is_adapter else ""
-    return "\n".join(lines) + "\n" + _ASK.format(repo=repo, question=json.dumps(question), config=config, ends=ends)
+    asked = _ASK.format(repo=literal, question=python_literal(question), config=config, ends=ends)
+    return "\n".join(lines) + "\n" + asked
 
 
 def _load_adapter(facts: Facts, repo: str) -> list[str]:
     assert facts.manifest is not None
     lines = []
-    base = [f'"{facts.base_id}"' if facts.base_id else '"path/to/the/base"']
+    base = [python_literal(facts.base_id or "path/to/the/base")]
     if facts.base_id:
-        base.append(f'revision="{facts.manifest.base["revision"]}"')
+        base.append(f"revision={python_literal(facts.manifest.base['revision'])}")
     if nf4(facts):
         quantization = facts.manifest.quantization
         dtype = quantization.get("compute_dtype", "bfloat16")
+        dtype = dtype if dtype in _DTYPES else "bfloat16"
         lines.append(_QUANTIZATION.format(double_quant=bool(quantization["double_quant"]), dtype=dtype).rstrip())
         base += ["quantization_config=quantization", f"dtype=torch.{dtype}"]
     base.append('device_map="auto"')
     lines += ["base = LlavaForConditionalGeneration.from_pretrained(", *(f"    {argument}," for argument in base), ")"]
-    lines.append(f'model = PeftModel.from_pretrained(base, "{repo}").eval()')
+    lines.append(f"model = PeftModel.from_pretrained(base, {python_literal(repo)}).eval()")
     return lines
 
 
 def vllm_commands(facts: Facts, repo: str) -> str:
     """Return the commands that serve the model with vLLM."""
     if not facts.is_adapter:
-        return f"vllm serve {repo}"
+        return f"vllm serve {shlex.quote(repo)}"
     name, option = _local(facts, repo)
     form = adapter_form(facts)
-    if not form or form["type"] == "dora":
+    if not form or form["type"] == "dora" or form["r"] > VLLM_RANKS[-1]:
         return f"{_download(repo)}\nlora-llava merge {name} {name}-merged{option}\nvllm serve {name}-merged"
     return (
         f"{_download(repo)}\nlora-llava export {name} {name}-vllm --format vllm{option}\n"
@@ -92,8 +97,10 @@ def gguf_commands(facts: Facts, repo: str) -> str:
 
 
 def _local(facts: Facts, repo: str) -> tuple[str, str]:
-    return repo.rpartition("/")[2], " --base-model path/to/the/base" if facts.is_adapter and not facts.base_id else ""
+    return shlex.quote(
+        repo.rpartition("/")[2]
+    ), " --base-model path/to/the/base" if facts.is_adapter and not facts.base_id else ""
 
 
 def _download(repo: str) -> str:
-    return f"hf download {repo} --local-dir {repo.rpartition('/')[2]}"
+    return f"hf download {shlex.quote(repo)} --local-dir {shlex.quote(repo.rpartition('/')[2])}"

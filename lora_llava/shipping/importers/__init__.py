@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_llava.errors import ArtifactError
+from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.shipping.importers.options import ImportOptions
-from lora_llava.system.files import read_json
+from lora_llava.system.files import read_json, refuse_irregular
 
 
 def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
@@ -18,6 +18,7 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
     """
     if not source.exists():
         raise ArtifactError(f"{source} does not exist")
+    refuse_irregular(source, ModelError)
     from lora_llava.formats.llava_original import MM_PROJECTOR
     from lora_llava.formats.names import ADAPTER_CONFIG
     from lora_llava.formats.weight_files import has_safetensors, pickled_files

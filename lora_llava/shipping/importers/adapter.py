@@ -13,9 +13,9 @@ from peft import LoraConfig
 from lora_llava.conversation.chat_template import read_own_template, recognize
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
+from lora_llava.formats.adapter_config import read_adapter_config
 from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_tensors
 from lora_llava.formats.names import (
-    ADAPTER_CONFIG,
     PEFT_PREFIX,
     PROJECTOR_PREFIX,
     WEIGHTS,
@@ -23,7 +23,7 @@ from lora_llava.formats.names import (
     split_lora,
     unwrap_peft,
 )
-from lora_llava.formats.peft_adapter import alpha_of, check_form, check_parts
+from lora_llava.formats.peft_adapter import alpha_of, check_parts
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.importers.write import Base, ForeignAdapter, LayerLora, open_base, write_artifact
@@ -51,7 +51,7 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
     An adapter without a projector gets the base's. Raises ArtifactError for an adapter that is not LoRA, rsLoRA or
     DoRA, or does not fit the base.
     """
-    form = _read_form(source)
+    form = read_adapter_config(source)
     state = read_tensors(_weights_file(source))
     # The original code's names say which layout the adapter is for; its settings do not.
     original = any(_ORIGINAL.match(name.removeprefix(PEFT_PREFIX)) for name in state)
@@ -123,21 +123,6 @@ def _notes(foreign: ForeignAdapter, base: Base, reason: str) -> list[str]:
     ]
 
 
-def _read_form(source: Path) -> LoraConfig:
-    """Read adapter_config.json. Nothing that it refers to is loaded."""
-    path = source / ADAPTER_CONFIG
-    # Before PEFT reads it: from_pretrained would build the settings class that the file names.
-    kind = read_json(path).get("peft_type")
-    if kind != "LORA":
-        raise ArtifactError(f"{path}: peft_type {kind!r}; only LoRA, rsLoRA and DoRA are read")
-    try:
-        form = LoraConfig.from_pretrained(str(source))
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    check_form(form, source)
-    return form
-
-
 def _weights_file(source: Path) -> Path:
     for name in (WEIGHTS, "adapter_model.bin"):
         if (source / name).is_file():
@@ -186,6 +171,7 @@ def _processor_ratio(directory: Path) -> AspectRatio:
     """Read whether the adapter's processor pads images; transformers' default does not."""
     for name in _PROCESSORS:
         data = read_json(directory / name)
-        if data.get("image_processor", data).get("do_pad"):
+        images = data.get("image_processor", data)
+        if isinstance(images, dict) and images.get("do_pad"):
             return "pad"
     return "square"

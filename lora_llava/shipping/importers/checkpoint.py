@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPVisionModel, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -19,7 +18,7 @@ from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ModelError
-from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, read_tensor, write_weights
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, open_weights, read_tensor, write_weights
 from lora_llava.formats.llava_original import (
     check_original_config,
     from_original_config,
@@ -32,7 +31,7 @@ from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_n
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.weight_files import has_safetensors, pickled_files, weight_files
 from lora_llava.modeling.assemble import pad_rows, save_config
-from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors, read_any_config
+from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors, read_any_config, refuse_wrong_sizes
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.system.files import read_json, staged
@@ -56,7 +55,9 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     with hub_errors("vision tower", tower):
         vision_config = read_any_config(tower)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower)
-    config = from_original_config(data, getattr(vision_config, "vision_config", vision_config))
+    refuse_wrong_sizes(data, source / "config.json")
+    with hub_errors("configuration", str(source)):
+        config = from_original_config(data, getattr(vision_config, "vision_config", vision_config))
     with hub_errors("tokenizer", str(source)):
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     _add_tokens(config, tokenizer)
@@ -92,7 +93,7 @@ def _tensor_readers(source: Path) -> dict[str, _Read]:
     readers: dict[str, _Read] = {}
     pickled = [] if has_safetensors(source) else pickled_files(source)
     for file in [] if pickled else weight_files(source):
-        with safe_open(file, framework="pt") as handle:
+        with open_weights(file) as handle:
             stored = list(handle.keys())
         for name in stored:
             if canonical := from_original_name(name):
@@ -155,7 +156,13 @@ def _complete(readers: dict[str, _Read], config: LlavaConfig, dtype: torch.dtype
 
 
 def _padded(read: _Read, size: int) -> _Read:
-    return lambda: pad_rows(read(), size)
+    def padded() -> torch.Tensor:
+        rows = read()
+        if rows.dim() != 2:
+            raise ModelError(f"the embeddings or the head have the shape {tuple(rows.shape)}; download the files again")
+        return pad_rows(rows, size)
+
+    return padded
 
 
 def _chat_template(tokenizer: Any, name: str | None) -> str:

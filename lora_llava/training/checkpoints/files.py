@@ -19,7 +19,7 @@ from typing import Any
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.stages import StageName
 from lora_llava.run_directory.claim import move_into
-from lora_llava.system.files import clear_stale, file_sha256, shown_path, staged
+from lora_llava.system.files import clear_stale, file_sha256, refuse_irregular, shown_path, staged
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
@@ -110,11 +110,12 @@ def write_checkpoint(
 
 def read_verified(directory: Path) -> Checkpoint:
     """Verify every file of a checkpoint and read it; DamagedCheckpointError names the first file that differs."""
+    refuse_irregular(directory, DamagedCheckpointError)
     checkpoint, files = _read(directory)
     found = {path.name for path in directory.iterdir()} - {MANIFEST}
     for name, facts in files.items():
         path = directory / name
-        if name not in found:
+        if name not in found or not path.is_file():
             raise DamagedCheckpointError(f"{name} is missing")
         if (size := path.stat().st_size) != facts["bytes"]:
             raise DamagedCheckpointError(f"{name} has {size:,} bytes, not {facts['bytes']:,}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,39 @@ def test_without_room_nothing_is_left_behind(
     with pytest.raises(TrainingError, match="No space left on device"):
         use_features(model(), records, TRANSFORM, tmp_path / "features")
     assert list((tmp_path / "features").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "zeroed by a power cut": lambda data: bytes(len(data)),
+        "cut off": lambda data: data[:-40],
+        "empty": lambda data: data[:0],
+        "one bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
+        "without a checksum": lambda data: data[:-32],
+        "longer": lambda data: data + b"x",
+    }.values(),
+)
+def test_k65_damaged_features_are_computed_again(records: list[Record], tmp_path: Path, damage: Any) -> None:
+    first = use_features(model(), records, TRANSFORM, tmp_path / "cache")
+    [path] = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    made = model()
+    counts = passes(made)
+    again = use_features(made, records, TRANSFORM, tmp_path / "cache")
+    assert sum(counts) >= 2
+    assert torch.equal(again.values, first.values)
+    assert path.read_bytes() == whole
+
+
+def test_k65_a_full_disk_is_an_error_and_not_a_signal(
+    records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TrainingError, match=r"could not be written to .*No space left on device; make room"):
+        use_features(model(), records, TRANSFORM, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

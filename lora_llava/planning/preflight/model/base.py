@@ -15,6 +15,7 @@ from lora_llava.formats.shapes import (
     tower_tensors,
     vision_config,
 )
+from lora_llava.formats.sizes import TEXT_SIZES, VISION_SIZES, wrong_sizes
 from lora_llava.formats.weight_files import INDEX, has_safetensors, pickled_files
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model import weights
@@ -32,11 +33,6 @@ _A_LLAVA = (
     "Name a converted LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf; or the parts in base.language_model and "
     "base.vision_tower."
 )
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_TEXT_SIZES = (*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-_MAX_LAYERS, _MAX_SIZE = 1_000, 100_000_000
-"""Larger sizes in a config are mistakes; counting tensors by them would take all memory."""
-_VISION_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels")
 
 
 def base_can_be_used(setup: Setup) -> Iterator[Finding]:
@@ -143,7 +139,7 @@ def _language_model(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (kind := config.get("model_type", "llama")) != "llama":
         yield f"the language model is {kind!r}, needed 'llama': {_LLAMA}", "Name one of these."
         return
-    yield from _sizes(config, _TEXT_SIZES, "language model")
+    yield from _sizes(config, TEXT_SIZES, "language model")
 
 
 def _tower(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -152,17 +148,12 @@ def _tower(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if kind not in ("clip_vision_model", *(["clip"] if inner is None else [])) or config.get("model_type") == "siglip":
         yield f"the vision tower is {kind!r}, needed 'clip_vision_model': {_TOWERS}", "Name one of these."
         return
-    yield from _sizes(vision_config(config), _VISION_SIZES, "vision tower")
+    yield from _sizes(vision_config(config), VISION_SIZES, "vision tower")
 
 
 def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterator[tuple[str, str]]:
     """Yield the sizes in a config that are invalid or do not fit each other."""
-    wrong = [
-        f"{name} {config[name]!r}"
-        for name in names
-        if config.get(name) is not None and not _is_size(name, config[name])
-    ]
-    if wrong:
+    if wrong := wrong_sizes(config, names):
         yield (
             f"the {part}'s {', '.join(wrong)} in config.json: needed is an integer, above 0 and of no absurd size",
             "Download the model again.",
@@ -172,11 +163,6 @@ def _sizes(config: dict[str, Any], names: tuple[str, ...], part: str) -> Iterato
             f"the vision tower's patch_size {config['patch_size']} is above its image_size {config['image_size']}",
             "Download the model again.",
         )
-
-
-def _is_size(name: str, value: object) -> bool:
-    largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def _features(whole: dict[str, Any], vision: dict[str, Any], fix: str) -> Iterator[tuple[str, str]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lora_llava.errors import ModelError
 from lora_llava.recipe.fields import is_local
+from lora_llava.system.files import read_json
 
 _PACKAGED = "package:"
 _MIN_SIMILARITY = 0.6
@@ -64,22 +65,13 @@ def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file:
 def read_config(name: str, directory: Path) -> ModelFiles:
     """Read config.json in a model's directory."""
     path = directory / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         fix = "Give the directory that holds config.json and the weights."
         return ModelFiles(name, directory, problem=(f"{directory} holds no config.json, so it is not a model", fix))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
-        return ModelFiles(
-            name,
-            directory,
-            problem=(f"{path} cannot be read: {reason}", "Download the model again, or repair the file."),
-        )
-    if not isinstance(data, dict):
-        what = f"{path} contains a {type(data).__name__}, expected a mapping"
-        return ModelFiles(name, directory, problem=(what, "Download the model again."))
-    return ModelFiles(name, directory, data)
+    try:
+        return ModelFiles(name, directory, read_json(path))
+    except ModelError as error:
+        return ModelFiles(name, directory, problem=(str(error).rpartition(";")[0], "Download the model again."))
 
 
 def nearest(name: str, directories: Sequence[Path]) -> str | None:

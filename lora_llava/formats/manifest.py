@@ -1,0 +1,126 @@
+"""What the values of a manifest must be before they become paths, ids, code or settings. Without torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_Check = Callable[[Any], bool]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+_HUB_ID = re.compile(rf"(?:{_HUB_NAME.pattern}/)?{_HUB_NAME.pattern}", re.ASCII)
+_REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
+_MAX_ID, _MAX_TEXT = 96, 100_000
+"""Characters of a Hub id, by the Hub's rule, and of any text."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name is NAME or NAMESPACE/NAME by the Hub's rule (`validate_repo_id` of huggingface_hub)."""
+    return (
+        len(name) <= _MAX_ID
+        and _HUB_ID.fullmatch(name) is not None
+        and not any(part in name for part in ("--", ".."))
+        and not name.endswith(".git")
+    )
+
+
+def is_revision(name: str) -> bool:
+    """Tell whether a text can be a commit, branch or tag of a repository."""
+    return len(name) <= _MAX_TEXT and _REVISION.fullmatch(name) is not None and ".." not in name
+
+
+def manifest_problem(data: Mapping[str, Any]) -> str | None:
+    """Return the first value of a manifest.json that is missing or cannot be used, with what it must be."""
+    for key, (is_valid, words) in _VALUES.items():
+        section, _, name = key.partition(".")
+        holder = data if not name else data[section]
+        if (name or section) not in holder:
+            if key in _OPTIONAL:
+                continue
+            return f"{key} is missing"
+        if not is_valid(holder[name or section]):
+            return f"{key} is {holder[name or section]!r:.80}, must be {words}"
+    base = data["base"]
+    if base["revision"] is not None and not is_hub_id(base["name"]):
+        return f"base.name is {base['name']!r:.80}, which is not an id of the Hub (NAMESPACE/NAME)"
+    if (text := _bad_text(data)) is not None:
+        return f"it holds {text!r:.80}, which is no text"
+    return None
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_TEXT and "\0" not in value and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a text can be written: a lone surrogate of JSON cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8") == text
+
+
+def _or_null(check: _Check) -> _Check:
+    return lambda value: value is None or check(value)
+
+
+def _one_of(*values: str) -> _Check:
+    return lambda value: isinstance(value, str) and value in values
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _window(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number, value)) and value[0] < value[1]
+
+
+def _mapping(check: _Check) -> _Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values())) and all(map(_text, value))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _bad_text(data: Mapping[str, Any]) -> str | None:
+    """Return a text anywhere in the manifest, or a key, that could not be written to a file or used as a name."""
+    left: list[Any] = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, str) and not _text(value):
+            return value
+        if isinstance(value, dict | list):
+            left += [*value, *value.values()] if isinstance(value, dict) else value
+    return None
+
+
+_A_TEXT, _TEXT_OR_NULL = "text", "text or null"
+_VALUES: dict[str, tuple[_Check, str]] = {
+    "format": (lambda value: type(value) is int, "an integer"),
+    "stage": (_one_of("align", "instruct"), "align or instruct"),
+    "base": (_is_mapping, "a mapping"),
+    "base.name": (_text, _A_TEXT),
+    "base.revision": (_or_null(lambda value: _text(value) and is_revision(value)), "a revision of the Hub or null"),
+    "base.weights_sha256": (_text, _A_TEXT),
+    "base.path": (_or_null(_text), _TEXT_OR_NULL),
+    "parent_sha256": (_or_null(_text), _TEXT_OR_NULL),
+    "adapter_sha256": (_text, _A_TEXT),
+    "quantization": (_is_mapping, "a mapping"),
+    "quantization.type": (_one_of("nf4", "none"), "nf4 or none"),
+    "quantization.double_quant": (lambda value: isinstance(value, bool), "true or false"),
+    "quantization.compute_dtype": (_one_of("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
+    "template": (_is_mapping, "a mapping"),
+    "template.name": (_text, _A_TEXT),
+    "template.system": (_or_null(_text), _TEXT_OR_NULL),
+    "images": (_is_mapping, "a mapping"),
+    "images.image_aspect_ratio": (_one_of("pad", "square"), "pad or square"),
+    "images.window": (_or_null(_window), "two numbers, the lower one first, or null"),
+    "data": (_is_mapping, "a mapping"),
+    "data.answer_prompt": (_or_null(_text), _TEXT_OR_NULL),
+    "seen": (_is_mapping, "a mapping"),
+    "metrics": (_mapping(lambda value: value is None or _number(value)), "a mapping of numbers"),
+    "versions": (_mapping(_text), "a mapping of texts"),
+}
+"""By dotted key: what its value must be, and in words. Sections come before their values."""
+_OPTIONAL = {"quantization.compute_dtype", "images.window", "data.answer_prompt"}
