@@ -147,6 +147,10 @@ def from_original_config(data: dict[str, Any], vision_config: Any) -> LlavaConfi
     )
 
 
+_MORE_THAN_TENSORS = re.compile("global|unsupported|not allowed|blocklist", re.IGNORECASE)
+"""In torch's refusals of a pickle that calls or builds what no tensor needs."""
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors or pickled file of named tensors; a pickled one is memory-mapped if possible.
 
@@ -164,7 +168,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
         # torch advises to load it without this protection, which nobody should.
-        if "Unsupported" not in str(error):
+        if not _MORE_THAN_TENSORS.search(str(error)):
             raise ModelError(f"{path} is damaged: it is no file of tensors; download it again") from error
         raise ModelError(
             f"{path}: holds more than tensors, and was refused; nothing in it was run. Take the file from a source "
