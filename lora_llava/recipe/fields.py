@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
@@ -91,17 +92,22 @@ class Setting:
         return self.names in (Names.PATH, Names.PATH_OR_ID)
 
 
-def settings_of(model: type[Settings], prefix: str = "", outer: OnResume | None = None) -> Iterator[Setting]:
-    """Yield all settings below `model`, in the order of the recipe. A section's note overrides those of its settings.
+@cache
+def settings_of(model: type[Settings]) -> tuple[Setting, ...]:
+    """Return all settings below `model`, in the order of the recipe. A section's note overrides those of its settings.
 
     Raises TypeError for a setting without an `OnResume`, and for a text without a `Names`.
     """
+    return tuple(_settings_below(model, "", None))
+
+
+def _settings_below(model: type[Settings], prefix: str, outer: OnResume | None) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         on_resume = outer or next((note for note in field.metadata if isinstance(note, OnResume)), None)
         section = section_in(field.annotation)
         if section is not None:
-            yield from settings_of(section, f"{key}.", on_resume)
+            yield from _settings_below(section, f"{key}.", on_resume)
         elif on_resume is None:
             raise TypeError(f"{model.__name__}.{name} does not say what changing it on resume means: add an OnResume")
         else:

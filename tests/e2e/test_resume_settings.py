@@ -73,8 +73,8 @@ def named(error: str, key: str) -> bool:
     )
 
 
-def others(project: Path, directory: Path) -> dict[str, str]:
-    found = other_values(project, *SETTINGS, f"output_dir={directory}")
+def others(project: Path) -> dict[str, str]:
+    found = other_values(project, *SETTINGS)
     # Another directory holds no run; the name of the format's version has one value.
     return {key: override for key, override in found.items() if key not in ("output_dir", "version")}
 
@@ -82,7 +82,7 @@ def others(project: Path, directory: Path) -> dict[str, str]:
 def test_k36_every_setting_changed_alone_on_an_unfinished_run(project: Path, broken_off: Path, checked: None) -> None:
     kept = (broken_off / "recipe.yaml").read_bytes()
     seen, wrong = set(), {}
-    for key, override in others(project, broken_off).items():
+    for key, override in others(project).items():
         (broken_off / "recipe.yaml").write_bytes(kept)
         error = refusal(project, broken_off, override)
         note = NOTES[key]
@@ -102,7 +102,7 @@ def test_k36_every_setting_changed_alone_on_a_finished_run(
 ) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     kept, wrong = (run / "recipe.yaml").read_bytes(), {}
-    for key, override in others(project, run).items():
+    for key, override in others(project).items():
         error = refusal(project, run, override)
         note = NOTES[key]
         if error is None and note not in USED_IF_FINISHED | {OnResume.SAME_CONTENT}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,8 +19,13 @@ GENERAL: tuple[Any, ...] = (False, True, 3, 2, 0.5, 0.25, "other", ["other"], "o
 def other_values(path: Path, *overrides: str) -> dict[str, str]:
     """Return, by key, an override of every setting of a recipe that gives it another value and can be loaded.
 
-    Settings of sections that the recipe does not have are left out.
+    Settings of sections that the recipe does not have are left out. Looked for once for the same recipe.
     """
+    return dict(_other_values(path, overrides))
+
+
+@cache
+def _other_values(path: Path, overrides: tuple[str, ...]) -> dict[str, str]:
     recipe = read_recipe(path, overrides)
     found = {}
     for setting in settings_of(Recipe):
@@ -28,13 +34,14 @@ def other_values(path: Path, *overrides: str) -> dict[str, str]:
             continue
         now = value_at(recipe, setting.key)
         values = (one for one in (*_literals(setting.field.annotation), *GENERAL) if one != now)
-        found[setting.key] = next(_loading(path, overrides, setting, values), "")
+        found[setting.key] = next(_loading(path, overrides, setting, now, values), "")
     return {key: override for key, override in found.items() if override}
 
 
-def _loading(path: Path, overrides: tuple[str, ...], setting: Setting, values: Iterator[Any]) -> Iterator[str]:
+def _loading(
+    path: Path, overrides: tuple[str, ...], setting: Setting, before: Any, values: Iterator[Any]
+) -> Iterator[str]:
     """Yield the overrides that make a recipe that loads, in which the value has changed."""
-    before = value_at(read_recipe(path, overrides), setting.key)
     for value in values:
         override = f"{setting.key}={json.dumps(value)}"
         try:
