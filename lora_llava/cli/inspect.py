@@ -11,7 +11,7 @@ from lora_llava.cli.common import leave_torch_out, make_console, open_recipe, qu
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Index of the training record.")
-@click.option("--stage", type=click.Choice(["align", "instruct"]), help="Stage [the last of the recipe].")
+@click.option("--stage", metavar="NAME", help="Stage, such as instruct [the last of the recipe].")
 def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | None) -> None:
     """Show one training record as the model sees it.
 

@@ -73,9 +73,9 @@ def finetune(
             load_questions(settings.evaluation.data, settings.evaluation.by)
         print_dry_run(settings, console, memory)
         return
-    from lora_llava.training.run import finetune_and_evaluate, print_outcome
+    from lora_llava.training.run import print_outcome, run_recipe
 
-    finetune_and_evaluate(settings, console, overwrite=overwrite, memory=memory, resume=resume or "no")
+    run_recipe(settings, console, overwrite=overwrite, memory=memory, resume=resume or "no")
     print_outcome(settings, console)
 
 

@@ -221,7 +221,7 @@ def length_lines(name: StageName, stage: StageSettings, data: StageData) -> list
     """Report the chosen batch size, a proposal if there are few steps, and when validation runs."""
     interval = data.eval_interval(stage)
     validation = None if interval is None else validation_line(stage, data.length.num_steps, interval)
-    lines = (data.length.batch_line(name, stage), data.length.proposal(name, stage), validation)
+    lines = (data.length.batch_line(stage), data.length.proposal(name, stage), validation)
     return [line for line in lines if line]
 
 
@@ -243,11 +243,9 @@ def read_records(stage: StageSettings, tokenizer: Any, image_tokens: ImageTokens
     return StageRecords(template, EncodedRecords(train, **settings), EncodedRecords(validation, **settings), skipped)
 
 
-def plan_records(
-    records: StageRecords, name: StageName, stage: StageSettings, tokens_per_micro_batch: int, seed: int
-) -> StageData:
+def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_batch: int, seed: int) -> StageData:
     """Plan every step of a stage, and its validation rows."""
-    length = stage_length(name, stage, len(records.train))
+    length = stage_length(stage, len(records.train))
     settings = RowSettings(tokens_per_micro_batch, stage.branches_per_tree, stage.packing, ranks=world_size())
     plan = make_plan(records.train.items, settings, batch_size=length.batch_size, num_steps=length.num_steps, seed=seed)
     return StageData(

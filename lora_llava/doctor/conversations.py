@@ -133,7 +133,7 @@ def _plan(survey: Survey, stage: StageName, conversations: Conversations, config
         facts["problem"] = str(error)
         given = settings.tokens_per_micro_batch
         tokens = max(longest, settings.max_length) if given == "auto" else given
-    data = plan_records(records, stage, settings, tokens, recipe.seed)
+    data = plan_records(records, settings, tokens, recipe.seed)
     if lines := length_lines(stage, settings, data):
         facts["steps"] = "; ".join(lines)
     return facts | _plan_facts(data, tokens, longest)

@@ -62,6 +62,8 @@ class QuestionSet:
     """Records without any answer."""
     open_ended: int = 0
     """Records whose last question has no answer; the earlier ones are asked."""
+    skipped: Sequence[BadRecord] = ()
+    """Unusable records, left out because of `on_bad_record: skip`."""
 
     def passed_over(self) -> list[str]:
         """Return what is not asked, one line per cause."""
@@ -77,11 +79,12 @@ class QuestionSet:
         return lines
 
 
-def load_questions(data: DataSettings, by: Sequence[str] = (), skipped: list[BadRecord] | None = None) -> QuestionSet:
+def load_questions(data: DataSettings, by: Sequence[str] = ()) -> QuestionSet:
     """Read the questions of an evaluation.
 
     Raises DataError for an unusable record, if no record has an answer, or if no record has a key of `by`.
     """
+    skipped: list[BadRecord] = []
     records = load_records(data, skipped, _check, extra=True)
     for record in records:
         _check(record)
@@ -92,7 +95,7 @@ def load_questions(data: DataSettings, by: Sequence[str] = (), skipped: list[Bad
             "add the answers, or ask single questions with lora-llava chat"
         )
     check_keys(question_set.questions, by)
-    return question_set
+    return replace(question_set, skipped=skipped)
 
 
 def make_questions(records: Sequence[Record]) -> QuestionSet:

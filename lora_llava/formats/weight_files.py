@@ -8,11 +8,10 @@ Source: `_get_resolved_checkpoint_files` in transformers' `modeling_utils.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.names import ADAPTER_CONFIG
-from lora_llava.system.files import read_json
+from lora_llava.system.files import find_json
 from lora_llava.system.text import listed
 
 SINGLE = "model.safetensors"
@@ -41,7 +40,7 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / ADAPTER_CONFIG).is_file():
         what = f"{directory} holds {ADAPTER_CONFIG}, so transformers would load an adapter onto its weights"
         raise NoWeightsError(what, "Move the adapter's files to another directory.")
-    if (other := _read_json(directory / "config.json").get(_OTHER_WEIGHTS)) is not None:
+    if (other := (find_json(directory / "config.json") or {}).get(_OTHER_WEIGHTS)) is not None:
         what = f"{directory}: config.json names other weights ({_OTHER_WEIGHTS}: {other!r:.80}), which are not read"
         raise NoWeightsError(what, f"Rename that file to {SINGLE}, and remove the key.")
     # Also next to a single file: the directory is then a mixture of two models.
@@ -69,7 +68,7 @@ def has_safetensors(directory: Path) -> bool:
 
 def _shards(index: Path) -> list[str]:
     """Return the names of the files in an index, sorted."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = (find_json(index) or {}).get("weight_map")
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not names:
         raise NoWeightsError(f"{index} is damaged: it names no files", "Download the model again.")
@@ -96,11 +95,3 @@ def _no_weights(directory: Path) -> NoWeightsError:
             "Convert them to safetensors first: load the model with transformers, then save_pretrained(...).",
         )
     return NoWeightsError(f"{directory} holds no weights (.safetensors)", "Download the whole model.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping; empty if the file is not one, which its own reader reports."""
-    try:
-        return read_json(path)
-    except ModelError:
-        return {}

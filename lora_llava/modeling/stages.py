@@ -16,16 +16,16 @@ from lora_llava.errors import ModelError
 from lora_llava.formats.names import unwrap_peft
 from lora_llava.modeling.structure import LANGUAGE_MODEL, PARTS, PROJECTOR, PartRow, adapted_names, part_of
 from lora_llava.recipe.settings import AdapterSettings
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import StageName, trains_lora
 from lora_llava.system.text import dtype_name
 
 
 def build_stage(model: Any, stage: StageName, adapter: AdapterSettings) -> PeftModel:
     """Wrap a loaded base for one stage: trainable parameters in fp32, everything else frozen.
 
-    `align` trains only the projector; `instruct` trains the projector and LoRA on the language model.
+    Every stage trains the projector; one that `trains_lora` also trains LoRA on the language model.
     """
-    if stage == "align":
+    if not trains_lora(stage):
         # PEFT's way to say "no target": the adapter holds only the projector.
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["multi_modal_projector"])
     else:
@@ -141,7 +141,7 @@ def check_stage(model: PeftModel, stage: StageName, *, nf4: bool) -> list[PartRo
     table = parameter_table(model)
     # By part: where the adapter is, and that only the language model is quantized.
     for row in table:
-        adapted = row.part == LANGUAGE_MODEL and stage == "instruct"
+        adapted = row.part == LANGUAGE_MODEL and trains_lora(stage)
         if bool(row.adapter) != adapted:
             problems.append(f"{row.part} has {row.adapter:,} adapter parameters")
         if row.part != LANGUAGE_MODEL and row.quantized:
@@ -162,7 +162,7 @@ def _wrongly_trained(model: PeftModel, stage: StageName) -> list[str]:
         if part == PROJECTOR:
             must_train = ".original_module." not in name and not (identity and ".linear_2." in name)
         else:
-            must_train = stage == "instruct" and part == LANGUAGE_MODEL and ".lora_" in name
+            must_train = trains_lora(stage) and part == LANGUAGE_MODEL and ".lora_" in name
         if parameter.requires_grad != must_train:
             is_not, must_be = ("frozen", "trained") if must_train else ("trained", "frozen")
             problems.append(f"{is_not} although it must be {must_be}: {name}")

@@ -11,7 +11,7 @@ from lora_llava.errors import ModelError, TrainingError
 from lora_llava.formats.names import memory_name
 from lora_llava.formats.shapes import LlavaShape, linear_layers, used_layers
 from lora_llava.recipe.settings import AdapterSettings
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import StageName, trains_lora
 from lora_llava.system.text import dtype_name
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def stage_parameters(
     that the language model lacks.
     """
     sizes = _part_sizes(shape)
-    name, lora = dtype_name(dtype), _lora_parameters(shape, adapter) if stage == "instruct" else 0
+    name, lora = dtype_name(dtype), _lora_parameters(shape, adapter) if trains_lora(stage) else 0
     rows = []
     for part, size in sizes.items():
         if part == PROJECTOR:

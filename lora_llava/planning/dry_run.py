@@ -94,7 +94,7 @@ def _print_stage(
     shapes = stage_shapes(stage, settings, recipe.quantization, recipe.adapter, config, dtype, records)
     machine = this_machine(recipe.attn_implementation, memory)
     plan = plan_memory(shapes, machine)
-    data = plan_records(records, stage, settings, plan.tokens_per_micro_batch, recipe.seed)
+    data = plan_records(records, settings, plan.tokens_per_micro_batch, recipe.seed)
     console.print("\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=not console.is_terminal)
     if offer := cache_offer(settings, data):
         console.print(offer)

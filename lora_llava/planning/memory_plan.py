@@ -77,7 +77,7 @@ class StageShapes:
     @property
     def lora_rank(self) -> int:
         """Rank of the stage's LoRA; 0 if it trains none."""
-        return self.adapter.r if self.stage == "instruct" else 0
+        return self.adapter.r if self.settings.trains_lora else 0
 
 
 def stage_shapes(

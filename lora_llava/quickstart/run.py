@@ -14,7 +14,7 @@ from lora_llava.quickstart.assets import prepare_assets
 from lora_llava.recipe.file import bundled_recipes, load_recipe
 from lora_llava.run_directory.output import write_summary
 from lora_llava.system.files import shown_path, write_text
-from lora_llava.training.run import finetune_and_evaluate, print_outcome
+from lora_llava.training.run import print_outcome, run_recipe
 
 RECIPE = "quickstart"
 FULL_RECIPE = "easy_vqa"
@@ -33,7 +33,7 @@ def run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
         place_recipe(bundled_recipes()[name], directory, console)
     seconds = round(time.monotonic() - clock, 1)
     recipe = load_recipe(directory / f"{RECIPE}.yaml")
-    summary = finetune_and_evaluate(recipe, console, overwrite=True)
+    summary = run_recipe(recipe, console, overwrite=True)
     summary["seconds"] = {"prepare": seconds, **summary["seconds"]}
     write_summary(recipe.resolved_output_dir, summary)
     print_outcome(recipe, console)

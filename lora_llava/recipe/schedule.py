@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lora_llava.recipe.stages import LLAVA_BATCH_SIZE, StageName, StageSettings
+from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.text import counted
 
 MIN_AUTO_STEPS = 30
@@ -87,11 +87,11 @@ class StageLength:
     num_warmup_steps: int
     num_records: int
 
-    def batch_line(self, stage: StageName, settings: StageSettings) -> str | None:
+    def batch_line(self, settings: StageSettings) -> str | None:
         """Return a line with the batch size that `auto` chose, and why; None if the recipe sets one."""
         if settings.batch_size != "auto":
             return None
-        records, largest = counted(self.num_records, "record"), LLAVA_BATCH_SIZE[stage]
+        records, largest = counted(self.num_records, "record"), settings.llava_batch_size
         if self.batch_size == largest:
             return f"batch_size: {self.batch_size} (auto: {records}; LLaVA's own)"
         steps = count_steps(self.num_records, largest, settings.num_train_epochs)
@@ -117,12 +117,12 @@ class StageLength:
         )
 
 
-def stage_length(stage: StageName, settings: StageSettings, num_records: int) -> StageLength:
+def stage_length(settings: StageSettings, num_records: int) -> StageLength:
     """Compute batch size and steps of a stage that trains on `num_records` conversations."""
     batch = settings.batch_size
     if batch == "auto":
         # Ignore max_steps, so that a short test has the same batch size as the whole run.
-        batch = _largest_batch(num_records, settings.num_train_epochs, MIN_AUTO_STEPS, LLAVA_BATCH_SIZE[stage])
+        batch = _largest_batch(num_records, settings.num_train_epochs, MIN_AUTO_STEPS, settings.llava_batch_size)
     steps = count_steps(num_records, batch, settings.num_train_epochs, settings.max_steps)
     return StageLength(batch, steps, count_warmup_steps(steps, settings), num_records)
 

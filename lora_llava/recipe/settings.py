@@ -12,7 +12,15 @@ from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
 from lora_llava.recipe.choices import MetricSetting
 from lora_llava.recipe.fields import Count, Form, Names, OfNewModel, OnResume, Positive, Settings
-from lora_llava.recipe.stages import AlignSettings, AspectRatio, DataSettings, InstructSettings, StageName
+from lora_llava.recipe.stages import (
+    STAGES,
+    AlignSettings,
+    AspectRatio,
+    DataSettings,
+    InstructSettings,
+    StageName,
+    StageSettings,
+)
 
 _TRACKERS = Form("none or a list of trackers, such as [tensorboard]")
 _LAYERS = Form("'all-linear' or a list of layers, such as [q_proj, v_proj]")
@@ -211,12 +219,11 @@ class Recipe(Settings):
     @property
     def stage_names(self) -> list[StageName]:
         """Names of the stages to run, in order."""
-        names: list[StageName] = ["align", "instruct"]
-        return [name for name in names if getattr(self.stages, name) is not None]
+        return [name for name in STAGES if getattr(self.stages, name) is not None]
 
-    def stage(self, name: StageName) -> AlignSettings | InstructSettings:
+    def stage(self, name: StageName) -> StageSettings:
         """Return the settings of one stage. Raises KeyError if the recipe does not have it."""
-        settings = self.stages.align if name == "align" else self.stages.instruct
+        settings: StageSettings | None = getattr(self.stages, name)
         if settings is None:
             raise KeyError(name)
         return settings

@@ -5,7 +5,7 @@ Names follow Hugging Face, PEFT and LLaVA.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -22,8 +22,6 @@ _MAX_STEPS = 1_000_000
 """Maximum optimizer steps of a stage, for the same reason; stage 2 of LLaVA-1.5 takes 5,200."""
 _MIN_RATE = 1e-9
 """Minimum learning rate: an fp32 weight of 0.01, typical of a projector, does not change by less than 5e-10."""
-LLAVA_BATCH_SIZE: dict[StageName, int] = {"align": 256, "instruct": 128}
-"""Conversations per optimizer step in LLaVA-1.5; the maximum for `batch_size: auto`."""
 
 GradientCheckpointing = bool | Literal["selective"]
 """What the backward pass recomputes: nothing (false), cheap ops (`selective`), or whole layers (true)."""
@@ -137,8 +135,12 @@ class DataSettings(Settings):
 
 
 class StageSettings(Settings):
-    """Settings that both stages have."""
+    """Settings that all stages have."""
 
+    trains_lora: ClassVar[bool]
+    """Whether the stage trains a LoRA on the language model; every stage trains the projector."""
+    llava_batch_size: ClassVar[int]
+    """Conversations per optimizer step in LLaVA-1.5; the maximum for `batch_size: auto`."""
     data: DataSettings
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM]
     """Chat format of questions and answers."""
@@ -242,6 +244,8 @@ class StageSettings(Settings):
 class AlignSettings(StageSettings):
     """Stage 1: train the projector on captions."""
 
+    trains_lora = False
+    llava_batch_size = 256
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM] = "plain"
     """Chat format of the captions; `plain`: the image, then the caption."""
     learning_rate: Annotated[Positive, OnResume.LATER] = 1e-3
@@ -251,9 +255,20 @@ class AlignSettings(StageSettings):
 class InstructSettings(StageSettings):
     """Stage 2: train a LoRA and the projector on conversations."""
 
+    trains_lora = True
+    llava_batch_size = 128
     template: Annotated[Literal["vicuna_v1", "chatml"], OnResume.FORM] = "vicuna_v1"
     """Chat format of the conversations."""
     learning_rate: Annotated[Positive, OnResume.LATER] = 2e-4
     """Peak learning rate of the LoRA."""
     mm_projector_lr: Annotated[Positive | None, OnResume.LATER] = 2e-5
     """Peak learning rate of the projector; null: `learning_rate`."""
+
+
+STAGES: dict[StageName, type[StageSettings]] = {"align": AlignSettings, "instruct": InstructSettings}
+"""The stages in the order in which a run trains them."""
+
+
+def trains_lora(stage: str) -> bool:
+    """Tell whether a stage, by its name in a recipe or a manifest, trains a LoRA."""
+    return any(name == stage and settings.trains_lora for name, settings in STAGES.items())

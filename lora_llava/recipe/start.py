@@ -16,7 +16,7 @@ from typing import Any, get_args
 from lora_llava.errors import RecipeError
 from lora_llava.recipe.errors import shown
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe
-from lora_llava.recipe.stages import StageSettings
+from lora_llava.recipe.stages import StageSettings, trains_lora
 from lora_llava.system.files import find_json
 
 _LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -48,7 +48,7 @@ def _read_start(directory: Path) -> Start | None:
     config = find_json(directory / "adapter_config.json")
     if manifest is None or config is None:
         return None
-    return Start(directory, manifest, adapter_of(config) if manifest.get("stage") == "instruct" else {})
+    return Start(directory, manifest, adapter_of(config) if trains_lora(str(manifest.get("stage"))) else {})
 
 
 def adapter_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def continued(recipe: Recipe) -> Recipe:
     if start is None:
         return recipe
     first = recipe.stage_names[0]
-    if start.adapter and first == "align":
+    if start.adapter and not trains_lora(first):
         raise RecipeError(
-            f"start_from: {start.directory} has a LoRA, which stage align cannot use: it trains only the projector. "
-            "Remove stages.align (stages.align=null), or start from an artifact of stage align"
+            f"start_from: {start.directory} has a LoRA, which stage {first} cannot use: it trains only the projector. "
+            f"Remove stages.{first} (stages.{first}=null), or start from an artifact of stage {first}"
         )
     if start.stage != first:
         return recipe

@@ -14,7 +14,7 @@ from typing import Any
 from lora_llava.recipe.errors import shown
 from lora_llava.recipe.fields import RECORD_FILES, Settings, is_local
 from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import DataSettings, StageSettings
+from lora_llava.recipe.stages import DataSettings, StageSettings, trains_lora
 
 _PROJECTOR_TYPES = {"gelu": "mlp2x_gelu", "linear": "linear"}
 
@@ -46,9 +46,9 @@ def unused_settings(recipe: Recipe) -> Iterator[Unused]:
         yield from _changed(recipe.quantization, "quantization", ["double_quant"], "quantization.type is none")
         names = ["keep_dequantized"]
         yield from _changed(recipe.quantization, "quantization", names, "quantization.type is none", refused=False)
-    if recipe.stages.instruct is None:
+    if not any(trains_lora(stage) for stage in recipe.stage_names):
         names = list(type(recipe.adapter).model_fields)
-        because = "only stage instruct trains a LoRA, and the recipe does not have it"
+        because = "no stage of the recipe trains a LoRA"
         yield from _changed(recipe.adapter, "adapter", names, because, refused=False)
     stages = {f"stages.{name}": recipe.stage(name) for name in recipe.stage_names}
     if all(stage.image_aspect_ratio is not None for stage in stages.values()):

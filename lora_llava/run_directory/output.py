@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,7 +17,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.file import dump_resolved, read_recipe
 from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import STAGES
 from lora_llava.run_directory.written import NEW, STATE, current, is_pending, note_all
 from lora_llava.system.files import json_text, read_json, shown_path, staged_file
 
@@ -32,7 +32,6 @@ CHECKPOINTS = "checkpoints"
 """Holds one directory per stage."""
 FEATURES = "features"
 """Cached image features, named by what they depend on, so that a later run can use them too."""
-STAGES: tuple[StageName, ...] = get_args(StageName)
 
 FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED)
 DIRECTORIES = (BASE, EVALUATION, *STAGES, *(f"{CHECKPOINTS}/{stage}" for stage in STAGES))

@@ -11,12 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from lora_llava.artifact import read_manifest
-from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import SAMPLES
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.evaluation.identity import differing_facts, evaluation_facts
-from lora_llava.evaluation.questions import load_questions
+from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.evaluation.run import Candidate, evaluate_artifact
 from lora_llava.planning.preflight.run import check_setup
 from lora_llava.planning.preflight.setup import Setup, Start
@@ -66,54 +65,7 @@ def finetune(
     start: Start = "overwrite" if overwrite else "new" if resume == "no" else "resume"
     with shown_on(console) as shown:
         check_setup(Setup.of(loaded, start, file), shown)
-        return finetune_and_evaluate(loaded, shown, overwrite=overwrite, memory=memory, resume=resume)
-
-
-def finetune_and_evaluate(
-    recipe: Recipe,
-    console: Console,
-    *,
-    overwrite: bool = False,
-    memory: int | None = None,
-    resume: Resume = "no",
-) -> dict[str, Any]:
-    """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
-
-    `resume`: continue the run in `output_dir` without repeating what is done. Returns the run's summary, which is also
-    in `summary.json`: counts and metrics of each stage, `evaluation` (see `evaluation.compare`), seconds by phase, and
-    peak memory in bytes. Raises LoraLlavaError's subclasses; TrainingError if another run is using the directory.
-    """
-    settings = recipe.evaluation
-    # Read the test data before training, so that a mistake in it shows at once and not hours later.
-    skipped: list[BadRecord] = []
-    questions = load_questions(settings.data, settings.by, skipped) if settings else None
-    directory = recipe.resolved_output_dir
-    with locked(directory):
-        summary = run_recipe(recipe, console, overwrite=overwrite, memory=memory, resume=resume)
-        artifact = directory / recipe.stage_names[-1]
-        if settings is None or questions is None:
-            if output.EVALUATION in summary:
-                console.print("evaluation: the recipe no longer has one; the earlier result is kept unchanged")
-            return summary
-        facts = evaluation_facts(recipe, questions, artifact)
-        if output.EVALUATION in summary:
-            changed = differing_facts(summary.get(_EVALUATION_OF, {}), facts)
-            if not changed:
-                return summary
-            console.print(f"evaluation: made again, because of a change in {listed(changed)}", markup=False)
-        output.note_skipped(directory, output.EVALUATION, skipped)
-        clock = time.monotonic()
-        results = directory / output.EVALUATION
-        with staged(results, partial(place, directory)) as staging:
-            candidate = Candidate(artifact, precision=recipe.precision, start=recipe.start_from)
-            summary["evaluation"] = evaluate_artifact(
-                candidate, questions, settings, directory=staging, console=console
-            )
-        summary[_EVALUATION_OF] = facts
-        summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
-        summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
-        output.write_summary(directory, summary)
-        return summary
+        return run_recipe(loaded, shown, overwrite=overwrite, memory=memory, resume=resume)
 
 
 def run_recipe(
@@ -124,16 +76,51 @@ def run_recipe(
     memory: int | None = None,
     resume: Resume = "no",
 ) -> dict[str, Any]:
-    """Train every stage of `recipe`, each from the artifact of the one before.
+    """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
 
-    `memory`: bytes of the card to plan for; None: what is free. `resume`: continue the run in `output_dir` from its
-    latest complete checkpoint. Returns the run's summary, which is also written to `summary.json`. Raises
-    LoraLlavaError's subclasses.
+    `memory`: bytes of the card to plan for; None: what is free. `resume`: continue the run in `output_dir` without
+    repeating what is done. Returns the run's summary, which is also in `summary.json`: counts and metrics of each
+    stage, `evaluation` (see `evaluation.compare`), seconds by phase, and peak memory in bytes. Raises LoraLlavaError's
+    subclasses; TrainingError if another run is using the directory.
     """
-    if recipe.start_from is not None:
-        _check_start(recipe.start_from)
-    with claimed(recipe.resolved_output_dir, recipe.plain(), overwrite=overwrite, resume=resume != "no"):
-        return _train_stages(recipe, console, memory, resume)
+    asked = recipe.evaluation
+    # Read the test data before training, so that a mistake in it shows at once and not hours later.
+    questions = load_questions(asked.data, asked.by) if asked else None
+    directory = recipe.resolved_output_dir
+    with locked(directory):
+        if recipe.start_from is not None:
+            _check_start(recipe.start_from)
+        with claimed(directory, recipe.plain(), overwrite=overwrite, resume=resume != "no"):
+            summary = _train_stages(recipe, console, memory, resume)
+        if questions is not None:
+            _evaluate(recipe, questions, summary, console)
+        elif output.EVALUATION in summary:
+            console.print("evaluation: the recipe no longer has one; the earlier result is kept unchanged")
+        return summary
+
+
+def _evaluate(recipe: Recipe, questions: QuestionSet, summary: dict[str, Any], console: Console) -> None:
+    """Evaluate the last artifact, unless that was done with the same inputs; add the results to `summary`."""
+    assert recipe.evaluation is not None
+    directory = recipe.resolved_output_dir
+    artifact = directory / recipe.stage_names[-1]
+    facts = evaluation_facts(recipe, questions, artifact)
+    if output.EVALUATION in summary:
+        changed = differing_facts(summary.get(_EVALUATION_OF, {}), facts)
+        if not changed:
+            return
+        console.print(f"evaluation: made again, because of a change in {listed(changed)}", markup=False)
+    output.note_skipped(directory, output.EVALUATION, questions.skipped)
+    clock = time.monotonic()
+    with staged(directory / output.EVALUATION, partial(place, directory)) as staging:
+        candidate = Candidate(artifact, precision=recipe.precision, start=recipe.start_from)
+        summary["evaluation"] = evaluate_artifact(
+            candidate, questions, recipe.evaluation, directory=staging, console=console
+        )
+    summary[_EVALUATION_OF] = facts
+    summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
+    summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
+    output.write_summary(directory, summary)
 
 
 def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: Resume) -> dict[str, Any]:

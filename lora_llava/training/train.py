@@ -35,6 +35,7 @@ from lora_llava.planning.memory_plan import (
 )
 from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import parameter_table_view
+from lora_llava.recipe.stages import trains_lora
 from lora_llava.run_directory import output
 from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.system.progress import phase
@@ -82,7 +83,7 @@ def train_stage(
     checkpoint = find_checkpoint(stage, resume, console)
     stored = stored_memory_plan(checkpoint, stage, memory)
     plan = stored or plan_memory(shapes, machine)
-    data = plan_records(records, stage.name, stage.settings, plan.tokens_per_micro_batch, stage.seed)
+    data = plan_records(records, stage.settings, plan.tokens_per_micro_batch, stage.seed)
     source = "auto, from the checkpoint" if stored else f"auto, from {machine.usable / GIB:.1f} GiB"
     decisions = [plan_line(plan, shapes, source), f"attn_implementation: {attention} ({why})"]
     _print_lines(stage, [*_data_lines(stage, data), *decisions], console)
@@ -161,11 +162,11 @@ def _build_model(
 
 
 def _add_trained_parts(stage: Stage, loaded: LoadedModel) -> Any:
-    """Add what the stage trains, starting from the parent's projector, and from its LoRA if both are `instruct`."""
+    """Add what the stage trains, starting from the parent's projector, and from its LoRA if both stages train one."""
     if stage.parent is not None:
         manifest = read_manifest(stage.parent)
         check_base(manifest, stage.base.weights_sha256, str(loaded.directory), stage.parent)
-        if manifest.stage == "instruct" and stage.name == "instruct":
+        if trains_lora(manifest.stage) and stage.settings.trains_lora:
             check_adapter(stage.parent, stage.adapter)
             Adapter(stage.parent).check(expected_shapes(loaded.config))
             loaded.model = PeftModel.from_pretrained(loaded.model, str(stage.parent), is_trainable=True)

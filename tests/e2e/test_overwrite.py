@@ -19,7 +19,7 @@ from lora_llava.recipe.file import load_recipe
 from lora_llava.training.checkpoints import files as checkpoint
 from lora_llava.training.checkpoints import saver as resumable
 from lora_llava.training.checkpoints import state
-from lora_llava.training.run import finetune_and_evaluate
+from lora_llava.training.run import run_recipe
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.claiming import Stopped, contents
 from tests.helpers.runs import write_data, write_recipe
@@ -58,7 +58,7 @@ def finetune(project: Path, root: Path, *overrides: str, overwrite: bool = False
     recipe = load_recipe(project, [*FEW, f"output_dir={root}", *overrides])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "plot_loss", lambda *_: None)
-        finetune_and_evaluate(recipe, Console(file=io.StringIO()), overwrite=overwrite)
+        run_recipe(recipe, Console(file=io.StringIO()), overwrite=overwrite)
 
 
 @pytest.mark.parametrize(("where", "name"), STEPS, ids=[name for _, name in STEPS])

@@ -18,7 +18,7 @@ from lora_llava.errors import RecipeError
 from lora_llava.recipe.fields import Settings, section_in, settings_of
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import Recipe
-from lora_llava.training.run import finetune_and_evaluate
+from lora_llava.training.run import run_recipe
 from tests.helpers.resuming import train
 from tests.helpers.settings import other_values
 
@@ -81,7 +81,7 @@ def reads(project: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         overrides = (*EVERYTHING, f"output_dir={tmp_path_factory.mktemp('reads') / 'run'}")
         recipe = load_recipe(project, overrides)
         found.watch(patch)
-        finetune_and_evaluate(recipe, Console(quiet=True))
+        run_recipe(recipe, Console(quiet=True))
     return found.keys
 
 

@@ -19,7 +19,7 @@ from lora_llava.run_directory import output
 from lora_llava.system.files import file_sha256
 from lora_llava.training.checkpoints import saver as resumable
 from lora_llava.training.checkpoints.differences import Resume
-from lora_llava.training.run import finetune_and_evaluate
+from lora_llava.training.run import run_recipe
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.runs import write_data, write_recipe
 
@@ -61,7 +61,7 @@ def train(
         # The picture takes as long as the training.
         patch.setattr(run_module, "plot_loss", lambda *_: None)
         patch.setattr(resumable, "MAX_BEST_SHARE", best_share)
-        summary = finetune_and_evaluate(loaded, Console(file=shown, width=200), resume=resume)
+        summary = run_recipe(loaded, Console(file=shown, width=200), resume=resume)
     return summary, shown.getvalue()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_llava.conversation.encode import Turn
-from lora_llava.data.bad_records import BadRecords, Exclusions
+from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.record import (
     ImageRoot,
     Record,
@@ -23,7 +23,7 @@ from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_dialog, read_question
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.forms import propose_columns
-from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_rows
+from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_records, read_rows
 from lora_llava.errors import DataError
 from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import ColumnSettings, DataSettings
@@ -49,33 +49,21 @@ def load_columns(
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
     images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.gray_window))
-    excluded = Exclusions(data.exclude)
     place = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
-    records = []
-    number = 0
-    for row in rows:
-        if number == data.max_records:
-            break
-        number += 1
-        if excluded.holds(number, None):
-            continue
-        try:
-            line = "" if row.line is None else f" (line {row.line})"
-            record = _record(row, number, f"{place}, record {number}{line}", data, columns, images)
-            records.append(replace(record, extra=own_values(row.value, used)) if extra else record)
-        except DataError as error:
-            bad.add(number, None, error)
-    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
+
+    def read(row: Entry, number: int) -> Record:
+        line = "" if row.line is None else f" (line {row.line})"
+        record = _record(row.value, number, f"{place}, record {number}{line}", data, columns, images)
+        return replace(record, extra=own_values(row.value, used)) if extra else record
+
+    records = read_records(rows, read, data, bad)
     images.root.check()
     return records
 
 
 def _record(
-    entry: Entry, number: int, where: str, data: DataSettings, columns: ColumnSettings, images: ImageCells
+    row: Any, number: int, where: str, data: DataSettings, columns: ColumnSettings, images: ImageCells
 ) -> Record:
-    if entry.error is not None:
-        raise entry.error
-    row: Mapping[str, Any] = entry.value
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be an object with the keys that columns names")
     references: tuple[str, ...] = ()

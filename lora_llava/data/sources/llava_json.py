@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.bad_records import BadRecords, Exclusions
+from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.record import (
     ImageRoot,
     Record,
@@ -21,7 +21,7 @@ from lora_llava.data.record import (
 )
 from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_dialog
 from lora_llava.data.sources.forms import describe_record
-from lora_llava.data.sources.tables import Entry, read_entries
+from lora_llava.data.sources.tables import Entry, read_entries, read_records
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import printable
@@ -41,26 +41,12 @@ def load_llava_json(
     path = Path(data.path)
     root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.gray_window)
     images = ImageCells(root)
-    excluded = Exclusions(data.exclude)
-    records: list[Record] = []
-    number = 0
-    for entry in read_entries(path):
-        if number == data.max_records:
-            break
-        number += 1
-        identity = None
-        try:
-            if entry.error is not None:
-                raise entry.error
-            identity = _identity(entry.value)
-            if not excluded.holds(number, identity):
-                record = _record(entry, number, f"{path.name}, record {number}", images, data)
-                records.append(replace(record, extra=own_values(entry.value, _KEYS)) if extra else record)
-        except DataError as error:
-            if excluded.holds(number, identity):
-                continue
-            bad.add(number, identity, error)
-    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
+
+    def read(entry: Entry, number: int) -> Record:
+        record = _record(entry, number, f"{path.name}, record {number}", images, data)
+        return replace(record, extra=own_values(entry.value, _KEYS)) if extra else record
+
+    records = read_records(read_entries(path), read, data, bad, _identity)
     root.check()
     return records
 

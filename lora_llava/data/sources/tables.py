@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_llava.data.record import MAX_CHARACTERS
+from lora_llava.data.bad_records import BadRecords, Exclusions
+from lora_llava.data.record import MAX_CHARACTERS, Record
 from lora_llava.data.sources.cells import kind_of
 from lora_llava.data.sources.forms import describe_object
 from lora_llava.errors import DataError
+from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, printable
 
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -27,6 +29,37 @@ class Entry(NamedTuple):
     line: int | None
     """Its line number, if each record is a line."""
     error: DataError | None = None
+
+
+def read_records(
+    entries: Iterable[Entry],
+    read: Callable[[Entry, int], Record],
+    data: DataSettings,
+    bad: BadRecords,
+    identity: Callable[[Any], str | None] = lambda _: None,
+) -> list[Record]:
+    """Read the first `data.max_records` entries, except those in `data.exclude` and those that `bad` collects.
+
+    `read` gets an entry and its number, counted from 1; `identity` returns the id in an entry's value.
+    """
+    excluded = Exclusions(data.exclude)
+    records: list[Record] = []
+    number = 0
+    for entry in entries:
+        if number == data.max_records:
+            break
+        number += 1
+        known = None if entry.error is not None else identity(entry.value)
+        if excluded.holds(number, known):
+            continue
+        try:
+            if entry.error is not None:
+                raise entry.error
+            records.append(read(entry, number))
+        except DataError as error:
+            bad.add(number, known, error)
+    excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
+    return records
 
 
 def read_entries(path: Path) -> Iterator[Entry]:

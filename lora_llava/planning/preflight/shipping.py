@@ -13,6 +13,7 @@ from lora_llava.planning.preflight.model.files import find_model
 from lora_llava.planning.preflight.model.text_side import custom_readers, reader_problems
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.stages import trains_lora
 from lora_llava.system.files import find_json, refuse_irregular
 
 _ROPES = ("default", "linear", "llama3")
@@ -31,7 +32,8 @@ def exports_that_fail(setup: Setup) -> Iterator[Finding]:
         activation = shape.whole["projector_hidden_act"]
         reason = f"projector_hidden_act is {activation}, and LLaVA's own code supports gelu and linear"
         yield Notice("export", f"The result cannot be exported with --format llava: {reason}.")
-    if "instruct" in setup.recipe.stage_names and (refused := _no_vllm_adapter(setup.recipe.adapter)):
+    trained = any(trains_lora(stage) for stage in setup.recipe.stage_names)
+    if trained and (refused := _no_vllm_adapter(setup.recipe.adapter)):
         yield Notice(
             "export", f"vLLM cannot serve the adapter: {refused}. It serves the model merged with lora-llava merge."
         )

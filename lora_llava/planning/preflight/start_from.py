@@ -12,6 +12,7 @@ from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
 from lora_llava.planning.preflight.setup import Setup
+from lora_llava.recipe.stages import STAGES
 from lora_llava.system.files import file_sha256, find_json
 
 _KEY = "start_from"
@@ -47,7 +48,7 @@ def _not_an_artifact(path: Path) -> tuple[str, str] | None:
         return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."
     if (path / _MANIFEST).is_file():
         return None
-    below = [name for name in ("instruct", "align") if (path / name / _MANIFEST).is_file()]
+    below = [name for name in reversed(STAGES) if (path / name / _MANIFEST).is_file()]
     if below:
         return f"{path} is the directory of a run, the artifact of a stage is needed", f"Name {path / below[0]}."
     hint = (

@@ -12,6 +12,7 @@ from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Accuracy
 from lora_llava.formats.adapter_config import read_adapter_config
 from lora_llava.formats.names import ADAPTER_CONFIG
 from lora_llava.recipe.fields import data_name, is_local
+from lora_llava.recipe.stages import STAGES, trains_lora
 from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory import output
 from lora_llava.shipping.hub.facts import Facts
@@ -35,7 +36,7 @@ def nf4(facts: Facts) -> bool:
 
 def adapter_form(facts: Facts) -> dict[str, Any]:
     """Return `type`, `r`, `lora_alpha` of the LoRA; empty without one."""
-    if facts.manifest is None or facts.manifest.stage != "instruct":
+    if facts.manifest is None or not trains_lora(facts.manifest.stage):
         return {}
     path = facts.directory / ADAPTER_CONFIG
     if facts.is_adapter and path.is_file():
@@ -125,8 +126,8 @@ def data_sets(facts: Facts) -> list[str]:
 def _stages(facts: Facts) -> dict[str, dict[str, Any]]:
     """Return the settings of the stages that trained the model, in order."""
     stages = facts.recipe.get("stages") or {}
-    last = output.STAGES.index(facts.manifest.stage) if facts.manifest else len(output.STAGES)
-    return {name: stages[name] for name in output.STAGES[: last + 1] if stages.get(name)}
+    last = list(STAGES).index(facts.manifest.stage) if facts.manifest else len(STAGES)
+    return {name: stages[name] for name in list(STAGES)[: last + 1] if stages.get(name)}
 
 
 def _seen(facts: Facts, stage: str) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
     length = counted(stage["max_steps"], "step") if stage["max_steps"] > 0 else epochs
     aspect = stage["image_aspect_ratio"] or facts.recipe["images"]["image_aspect_ratio"]
     return {
-        "trained": "projector" if name == "align" else f"{_FORMS[facts.recipe['adapter']['type']]}, projector",
+        "trained": f"{_FORMS[facts.recipe['adapter']['type']]}, projector" if trains_lora(name) else "projector",
         "learning rate": f"{stage['learning_rate']:g}",
         "projector learning rate": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
         "schedule": f"{stage['lr_scheduler_type']}, warmup {stage['warmup_ratio']:g}",
@@ -224,7 +225,7 @@ def machine(facts: Facts) -> list[str]:
     if hardware := summary.get("hardware"):
         lines.append(f"Hardware: {markdown(str(hardware))}")
     # Without the time of what came later: further stages, and their evaluation.
-    later = {*output.STAGES} - {*_stages(facts)} | ({output.EVALUATION} if not facts.accuracy else set())
+    later = {*STAGES} - {*_stages(facts)} | ({output.EVALUATION} if not facts.accuracy else set())
     if seconds := {name: value for name, value in summary.get("seconds", {}).items() if name not in later}:
         phases = ", ".join(f"{markdown(name)} {_duration(value)}" for name, value in seconds.items())
         lines.append(f"Time: {_duration(sum(seconds.values()))} ({phases})")

@@ -13,6 +13,7 @@ from lora_llava.evaluation.compare import ACCURACY, SAMPLES
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.modeling.metadata import read_config
 from lora_llava.recipe.file import read_recipe
+from lora_llava.recipe.stages import STAGES
 from lora_llava.run_directory import output
 from lora_llava.system.files import read_json, refuse_irregular
 
@@ -72,7 +73,7 @@ def gather(source: Path, run: Path | None) -> Facts:
     if run is None or manifest is None:
         return Facts(source, manifest, merge, recipe)
     stages = recipe.get("stages") or {}
-    last = [stage for stage in output.STAGES if stages.get(stage)][-1:]
+    last = [stage for stage in STAGES if stages.get(stage)][-1:]
     # The run evaluated its last stage only; an earlier one has no results.
     tested = run / output.EVALUATION if last == [manifest.stage] else None
     pictures = {output.LOSS_PLOT: run / output.LOSS_PLOT}
@@ -92,7 +93,7 @@ def gather(source: Path, run: Path | None) -> Facts:
 def _run_of(source: Path, manifest: Manifest | None, run: Path | None) -> Path | None:
     """Return the run that wrote an artifact. It is recognized by the artifact's hash, not by its name."""
     candidate = run or source.resolve().parent
-    for stage in output.STAGES:
+    for stage in STAGES:
         recorded = _read_json(candidate / stage / MANIFEST)
         if manifest and recorded.get("adapter_sha256") == manifest.adapter_sha256:
             return candidate

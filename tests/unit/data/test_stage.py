@@ -136,7 +136,7 @@ def test_k32_sharing_follows_packing_and_branches(
 
 def test_k32_a_planned_stage_counts_and_says_what_it_holds(by_hand: StageRecords) -> None:
     stage = settings(batch_size=6, branches_per_tree=4)
-    data = plan_records(by_hand, "instruct", stage, 64, seed=3)
+    data = plan_records(by_hand, stage, 64, seed=3)
     # One of the seven questions is the second of its conversation. One prefix is computed instead of four.
     assert data.counts == [StepCounts(questions=7, supervised_tokens=21, computed_tokens=52)]
     assert [sorted(index for tree in row for index in tree) for row in data.plan.steps[0]] == [[0, 1, 2, 3, 4, 5]]
@@ -152,7 +152,7 @@ def test_k32_a_plan_follows_row_length_branches_packing_seed_and_processes(
     by_hand: StageRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(tokens: int = 64, seed: int = 3, **changes: Any) -> StageData:
-        return plan_records(by_hand, "instruct", settings(**{"batch_size": 6, **changes}), tokens, seed)
+        return plan_records(by_hand, settings(**{"batch_size": 6, **changes}), tokens, seed)
 
     # Rows of 17 tokens hold one conversation; one held-out conversation has 17 tokens, and both need 19.
     assert (plan(17).plan.rows_per_step, plan(17).plan.num_computed_tokens) == (6, 82)
@@ -172,7 +172,7 @@ def test_k32_what_was_left_out_and_what_repeats_is_said() -> None:
     train = sized(same, [Size(1205, 4, 1, False)] * 3 + [Size(1204, 0, 1, False), Size(1205, 4, 1, False)])
     bad = BadRecord("train.json", 3, None, "form", "no answer")
     records = StageRecords(get_template("vicuna_v1"), train, sized([], []), [bad, bad])
-    data = plan_records(records, "instruct", settings(batch_size=2, num_train_epochs=2.0, branches_per_tree=1), 1300, 0)
+    data = plan_records(records, settings(batch_size=2, num_train_epochs=2.0, branches_per_tree=1), 1300, 0)
     assert data.skipped == [bad, bad]
     assert data.validation_rows == []
     # Five conversations an epoch in steps of two: two micro-batches a step, each of one conversation.
@@ -190,7 +190,7 @@ def test_k32_what_was_left_out_and_what_repeats_is_said() -> None:
 def test_k32_validations_follow_steps_and_conversations(eval_steps: Any, interval: int) -> None:
     stage = settings(batch_size=2, eval_steps=eval_steps)
     records = StageRecords(get_template("vicuna_v1"), texts(200), texts(4))
-    data = plan_records(records, "instruct", stage, 64, 0)
+    data = plan_records(records, stage, 64, 0)
     assert data.eval_interval(stage) == interval
     assert (
         plan_records(
@@ -203,7 +203,7 @@ def test_k32_validations_follow_steps_and_conversations(eval_steps: Any, interva
 def test_k32_lines_of_a_short_stage_and_of_a_long_one() -> None:
     short = StageRecords(get_template("vicuna_v1"), texts(5), texts(2))
     stage = settings()
-    assert length_lines("instruct", stage, plan_records(short, "instruct", stage, 64, 0)) == [
+    assert length_lines("instruct", stage, plan_records(short, stage, 64, 0)) == [
         "batch_size: 1 (auto: 5 records; LLaVA's 128 would give 1 step)",
         "5 optimizer steps can change the model only a little; with stages.instruct.batch_size=1 "
         "stages.instruct.num_train_epochs=10: 50 steps",
@@ -211,10 +211,10 @@ def test_k32_lines_of_a_short_stage_and_of_a_long_one() -> None:
     ]
     long = StageRecords(get_template("vicuna_v1"), texts(100), texts(0))
     stage = settings(batch_size=4)
-    assert length_lines("instruct", stage, plan_records(long, "instruct", stage, 64, 0)) == []
+    assert length_lines("instruct", stage, plan_records(long, stage, 64, 0)) == []
     held_out = StageRecords(get_template("vicuna_v1"), texts(100), texts(4))
     stage = settings(batch_size=4, eval_steps=10)
-    assert length_lines("instruct", stage, plan_records(held_out, "instruct", stage, 64, 0)) == [
+    assert length_lines("instruct", stage, plan_records(held_out, stage, 64, 0)) == [
         "validation every 10 steps, 3 times; keep: best"
     ]
 

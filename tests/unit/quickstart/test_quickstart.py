@@ -33,7 +33,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         directory.mkdir(exist_ok=True)
 
     monkeypatch.setattr(quickstart, "prepare_assets", prepare)
-    monkeypatch.setattr(quickstart, "finetune_and_evaluate", finetune)
+    monkeypatch.setattr(quickstart, "run_recipe", finetune)
     return recipes
 
 

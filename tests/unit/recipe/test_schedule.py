@@ -104,50 +104,46 @@ SIZES = {1: (1, 1), 2: (1, 2), 5: (1, 5), 10: (1, 10), 50: (1, 50), 200: (4, 50)
 
 @pytest.mark.parametrize(("records", "expected"), SIZES.items())
 def test_k5_auto_batch_by_number_of_records(records: int, expected: tuple[int, int]) -> None:
-    length = stage_length("instruct", settings(), records)
+    length = stage_length(settings(), records)
     assert (length.batch_size, length.num_steps) == expected
     assert length.num_steps >= MIN_AUTO_STEPS or length.batch_size == 1
-    larger = stage_length("instruct", settings(batch_size=2 * length.batch_size), records)
+    larger = stage_length(settings(batch_size=2 * length.batch_size), records)
     assert larger.num_steps < MIN_AUTO_STEPS or length.batch_size == 128
 
 
 def test_k5_auto_batch_is_llavas_own_where_it_can_be() -> None:
     align = AlignSettings(data=DataSettings(path="captions.json"))
-    assert stage_length("align", align, 558_000).batch_size == 256
-    assert stage_length("align", align, 558_000).batch_line("align", align) == (
-        "batch_size: 256 (auto: 558,000 records; LLaVA's own)"
-    )
+    assert stage_length(align, 558_000).batch_size == 256
+    assert stage_length(align, 558_000).batch_line(align) == ("batch_size: 256 (auto: 558,000 records; LLaVA's own)")
     # More epochs are more steps; max_steps is a shorter run of the same batch.
-    assert stage_length("instruct", settings(num_train_epochs=3.0), 2_000).batch_size == 128
-    assert stage_length("instruct", settings(max_steps=3), 200).batch_size == 4
-    assert stage_length("instruct", settings(batch_size=7), 200).batch_size == 7
+    assert stage_length(settings(num_train_epochs=3.0), 2_000).batch_size == 128
+    assert stage_length(settings(max_steps=3), 200).batch_size == 4
+    assert stage_length(settings(batch_size=7), 200).batch_size == 7
 
 
 def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
-    auto = stage_length("instruct", settings(), 200)
+    auto = stage_length(settings(), 200)
     assert steps_line(auto.num_steps, auto.num_warmup_steps) == "50 optimizer steps, 2 of them warmup"
-    assert auto.batch_line("instruct", settings()) == (
-        "batch_size: 4 (auto: 200 records; LLaVA's 128 would give 2 steps)"
-    )
+    assert auto.batch_line(settings()) == ("batch_size: 4 (auto: 200 records; LLaVA's 128 would give 2 steps)")
     assert auto.proposal("instruct", settings()) is None
     llava = settings(batch_size=128)
-    few = stage_length("instruct", llava, 200)
+    few = stage_length(llava, 200)
     assert steps_line(few.num_steps, few.num_warmup_steps) == "2 optimizer steps, 1 of them warmup"
-    assert few.batch_line("instruct", llava) is None
+    assert few.batch_line(llava) is None
     assert few.proposal("instruct", llava) == (
         "2 optimizer steps can change the model only a little; with stages.instruct.batch_size=8 "
         "stages.instruct.num_train_epochs=3: 75 steps"
     )
-    one = stage_length("instruct", settings(), 1)
+    one = stage_length(settings(), 1)
     assert steps_line(one.num_steps, one.num_warmup_steps) == "1 optimizer step, none of them warmup"
-    assert one.batch_line("instruct", settings()) == "batch_size: 1 (auto: 1 record; LLaVA's 128 would give 1 step)"
+    assert one.batch_line(settings()) == "batch_size: 1 (auto: 1 record; LLaVA's 128 would give 1 step)"
 
 
 @pytest.mark.parametrize("records", [1, 2, 5, 10, 19, 48, 200, 2_000])
 @pytest.mark.parametrize("batch", [1, 16, 128])
 def test_k5_a_proposal_has_the_steps_it_says(records: int, batch: int) -> None:
     before = settings(batch_size=batch)
-    length = stage_length("instruct", before, records)
+    length = stage_length(before, records)
     text = length.proposal("instruct", before)
     assert (text is None) == (length.num_steps >= 20)
     if text is not None:
@@ -157,7 +153,7 @@ def test_k5_a_proposal_has_the_steps_it_says(records: int, batch: int) -> None:
             .split(" stages.instruct.num_train_epochs=")
         )
         after = settings(batch_size=int(batch_text), num_train_epochs=float(epochs_text))
-        steps = stage_length("instruct", after, records).num_steps
+        steps = stage_length(after, records).num_steps
         assert f": {steps:,} step" in text
         assert steps > length.num_steps
         assert steps >= PROPOSED_STEPS or after.num_train_epochs == 10

@@ -21,6 +21,7 @@ from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model import weights
 from lora_llava.planning.preflight.model.files import ModelFiles
 from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
+from lora_llava.recipe.stages import trains_lora
 
 _LLAMA = "the kit trains language models of the Llama architecture: Llama, Vicuna, TinyLlama, SmolLM2"
 _TOWERS = "the kit reads CLIP vision towers, such as openai/clip-vit-large-patch14-336"
@@ -51,7 +52,7 @@ def features_can_be_read(setup: Setup) -> Iterator[Finding]:
 def adapter_has_its_layers(setup: Setup) -> Iterator[Finding]:
     """Every layer in adapter.target_modules is a linear layer of the language model."""
     targets = setup.recipe.adapter.target_modules
-    if isinstance(targets, str) or "instruct" not in setup.recipe.stage_names:
+    if isinstance(targets, str) or not any(trains_lora(stage) for stage in setup.recipe.stage_names):
         return
     layers = [name.partition(".")[2] for name in LINEAR_LAYERS]
     for name in targets:
