@@ -83,8 +83,8 @@ def _image_problems(records: Iterable[Record]) -> dict[str, DataError]:
     from lora_llava.data.images.read import image_problem
 
     sources = {record.image.identity: record.image for record in records if record.image is not None}
-    found = in_processes(image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
-    return {image: error for image, error in zip(sources, found, strict=True) if error is not None}
+    errors = in_processes(image_problem, list(sources.values()), on_crash=image_kills_its_reader, label="images")
+    return {image: error for image, error in zip(sources, errors, strict=True) if error is not None}
 
 
 def image_kills_its_reader(source: ImageSource) -> DataError:

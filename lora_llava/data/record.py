@@ -131,26 +131,26 @@ class ImageRoot:
         )
 
     def _locate(self, name: str, where: str) -> ImageSource:
-        place = f"{where}: {self.field_name}: {name[:200]!r}"
+        location = f"{where}: {self.field_name}: {name[:200]!r}"
         if not name.strip() or "\0" in name:
-            raise DataError(f"{place} is not a path; give one relative to image_root", "image_path")
+            raise DataError(f"{location} is not a path; give one relative to image_root", "image_path")
         if _SCHEME.match(name):
             if "//" in name or name[:5].lower() == "file:":
                 advice = "is a URL; images are not downloaded: fetch them into image_root first"
             else:
                 advice = "is a URL or names a drive; copy the image into image_root and give its path"
-            raise DataError(f"{place} {advice}", "image_path")
+            raise DataError(f"{location} {advice}", "image_path")
         path = self._below(name)
         if path is None:
             raise DataError(
-                f"{place} must be relative to image_root, or below it, without '..'; shorten it or set image_root",
+                f"{location} must be relative to image_root, or below it, without '..'; shorten it or set image_root",
                 "image_path",
             )
         directory, base = os.path.split(path)
         real_directory = self._real_directory(directory)
         if real_directory is None:
             raise DataError(
-                f"{place} leads out of image_root through a link; copy the images, or set image_root", "image_path"
+                f"{location} leads out of image_root through a link; copy the images, or set image_root", "image_path"
             )
         real = os.path.join(real_directory, base)  # noqa: PTH118 - strings: once for every image
         try:
@@ -161,12 +161,14 @@ class ImageRoot:
         except FileNotFoundError:
             self._missing[name] = where
         except OSError as error:
-            raise DataError(f"{place} cannot be looked up: {error.strerror}; correct it", "image_path") from None
+            raise DataError(f"{location} cannot be looked up: {error.strerror}; correct it", "image_path") from None
         else:
             if not self._inside(real):
-                raise DataError(f"{place} is a link out of image_root; copy the image, or set image_root", "image_path")
+                raise DataError(
+                    f"{location} is a link out of image_root; copy the image, or set image_root", "image_path"
+                )
             if not stat.S_ISREG(mode):
-                raise DataError(f"{place} is not a file; correct it", "image_path")
+                raise DataError(f"{location} is not a file; correct it", "image_path")
         key = Path(os.path.relpath(real, self._real_root)).as_posix()
         return ImageSource(key, Path(real), None, where, window=self.window)
 
@@ -193,25 +195,25 @@ class ImageRoot:
         return real == self._real_root or real.startswith(self._real_root.rstrip(os.sep) + os.sep)
 
 
-def check_text(text: str, place: str) -> str:
+def check_text(text: str, location: str) -> str:
     """Return `text`; DataError if it is too long, or not valid Unicode (half of a surrogate pair)."""
     if len(text) > MAX_CHARACTERS:
-        raise DataError(f"{place}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; shorten it")
+        raise DataError(f"{location}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; shorten it")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: character {error.start + 1} is half of a surrogate pair; write the text anew as UTF-8"
+            f"{location}: character {error.start + 1} is half of a surrogate pair; write the text anew as UTF-8"
         ) from None
     return text
 
 
-def check_group(value: object, place: str) -> str:
+def check_group(value: object, location: str) -> str:
     """Return the value of the `group` key as text; DataError unless it is a string or an integer."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         got = "missing" if value is None else f"{value!r:.80}"
-        raise DataError(f"{place} is {got}, must be a string or an integer, since data.group names it")
-    return check_text(str(value), place)
+        raise DataError(f"{location} is {got}, must be a string or an integer, since data.group names it")
+    return check_text(str(value), location)
 
 
 def own_values(entry: Mapping[str, object], used: Container[str]) -> tuple[tuple[str, Scalar], ...]:
@@ -245,15 +247,15 @@ def _with_line(text: str, answer_prompt: str) -> str:
     return f"{text}\n{answer_prompt}"
 
 
-def check_placeholder(turns: Sequence[Turn], image: ImageSource | None, place: str) -> None:
+def check_placeholder(turns: Sequence[Turn], image: ImageSource | None, location: str) -> None:
     """Raise DataError if there is an image but no placeholder in a user turn, or a placeholder but no image."""
     shown = any(turn.role == "user" and IMAGE_PLACEHOLDER in turn.text for turn in turns)
     if shown and image is None:
         raise DataError(
-            f"{place}: {IMAGE_PLACEHOLDER} in the text, but the record has no image; add it or remove the tag"
+            f"{location}: {IMAGE_PLACEHOLDER} in the text, but the record has no image; add it or remove the tag"
         )
     if image is not None and not shown:
         raise DataError(
-            f"{place}: the record has an image, but no {IMAGE_PLACEHOLDER} in a human turn; "
+            f"{location}: the record has an image, but no {IMAGE_PLACEHOLDER} in a human turn; "
             f"put {IMAGE_PLACEHOLDER} and a line feed before the first question"
         )

@@ -13,7 +13,7 @@ from lora_llava.doctor.images import MAX_BLANK_RANGE, near_pairs
 from lora_llava.doctor.survey import Side, Source, Survey
 from lora_llava.system.text import counted, printable
 
-SHORT_ANSWER = 5
+_SHORT_ANSWER = 5
 """Words. Longer answers never contradict each other: both may be true."""
 
 
@@ -133,7 +133,7 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
             )
             continue
         ours, theirs = _answer(record), _answer(other)
-        if ours != theirs and max(len(ours.split()), len(theirs.split())) <= SHORT_ANSWER:
+        if ours != theirs and max(len(ours.split()), len(theirs.split())) <= _SHORT_ANSWER:
             asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip(), 80)
             answers = f"'{printable(ours, 80)}', and '{printable(theirs, 80)}' in record {other.number}"
             problem = f"{record.where}: '{asked}' is answered {answers}"

@@ -70,12 +70,12 @@ def _encode_side(
         max_length=_NO_BOUND if side.role == "evaluation" else stage.max_length,
     )
     conversations.encoders[side.name] = encoder
-    found = in_processes(
+    results = in_processes(
         partial(_size, encoder), side.records, on_crash=_died, workers=workers, label=f"conversations, {side.name}"
     )
     special = set(conversations.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
     usable = []
-    for record, (size, error) in zip(side.records, found, strict=True):
+    for record, (size, error) in zip(side.records, results, strict=True):
         if error is not None:
             side.source.bad.add_record(record, error)
             continue

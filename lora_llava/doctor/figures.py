@@ -14,7 +14,7 @@ _MAX_ANSWERS = 12
 _BINS = 12
 _ROUND = (1, 2, 5)
 
-Histogram = list[dict[str, Any]]
+_Histogram = list[dict[str, Any]]
 """Bars in order, each with `label` and `count`."""
 
 
@@ -28,19 +28,19 @@ def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> di
         "records_without_image": sum(record.image is None for record in side.records),
         "questions": sum(len(record.turns) // 2 for record in side.records),
         "different_answers": len(answers),
-        "turns": histogram([len(record.turns) // 2 for record in side.records]),
+        "turns": _histogram([len(record.turns) // 2 for record in side.records]),
         "answers": [{"label": text, "count": count} for text, count in answers.most_common(_MAX_ANSWERS)],
-        "image_width": histogram([facts.width for facts in images.values()]),
-        "image_height": histogram([facts.height for facts in images.values()]),
+        "image_width": _histogram([facts.width for facts in images.values()]),
+        "image_height": _histogram([facts.height for facts in images.values()]),
     }
     if sizes is not None:
-        figures["tokens"] = histogram([size.length for size in sizes])
-        figures["supervised_tokens"] = histogram([size.num_supervised for size in sizes])
+        figures["tokens"] = _histogram([size.length for size in sizes])
+        figures["supervised_tokens"] = _histogram([size.num_supervised for size in sizes])
         figures["total_tokens"] = sum(size.length for size in sizes)
     return figures
 
 
-def histogram(values: Sequence[int]) -> Histogram:
+def _histogram(values: Sequence[int]) -> _Histogram:
     """Return a histogram of at most `_BINS` bins of equal, round width."""
     if not values:
         return []

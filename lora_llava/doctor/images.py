@@ -16,9 +16,9 @@ from lora_llava.data.images.read import DEEP_GRAY, FORMATS, decode_image, read_i
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
-MAX_DIFFERING_BITS = 8
+_MAX_DIFFERING_BITS = 8
 """Bits, of 64, in which the hashes of near duplicates may differ."""
-MAX_COLOR_DIFFERENCE = 10
+_MAX_COLOR_DIFFERENCE = 10
 """Largest difference of near duplicates, of 255, in any of 8 x 8 cells."""
 
 MAX_BLANK_RANGE = 2
@@ -62,14 +62,14 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         image.width,
         image.height,
         _is_transparent(data),
-        difference_hash(image),
+        _difference_hash(image),
         image.resize((_CELLS, _CELLS), Image.Resampling.BOX).tobytes(),
         _contrast(image),
         _levels_left(data, image),
     )
 
 
-def difference_hash(image: Image.Image) -> int:
+def _difference_hash(image: Image.Image) -> int:
     """Return the difference hash (dHash) of an image: 64 bits that scaling and recompressing hardly change."""
     gray = np.asarray(image.convert("L").resize((_CELLS + 1, _CELLS), Image.Resampling.BOX))
     return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
@@ -127,7 +127,7 @@ def near_pairs(asked: list[ImageFacts], known: list[ImageFacts]) -> list[tuple[i
     for start in range(0, len(asked), _BLOCK):
         block = asked[start : start + _BLOCK]
         ours = np.array([facts.dhash for facts in block], dtype=np.uint64)
-        near = np.bitwise_count(ours[:, None] ^ hashes[None, :]) <= MAX_DIFFERING_BITS
+        near = np.bitwise_count(ours[:, None] ^ hashes[None, :]) <= _MAX_DIFFERING_BITS
         for offset, facts in enumerate(block):
             candidates = np.flatnonzero(near[offset])
             if not len(candidates):
@@ -135,7 +135,7 @@ def near_pairs(asked: list[ImageFacts], known: list[ImageFacts]) -> list[tuple[i
             own = np.frombuffer(facts.colors, np.uint8).astype(np.int16)
             distance = np.abs(colors[candidates] - own).max(axis=1)
             for candidate in candidates[np.argsort(distance, kind="stable")]:
-                if np.abs(colors[candidate] - own).max() > MAX_COLOR_DIFFERENCE:
+                if np.abs(colors[candidate] - own).max() > _MAX_COLOR_DIFFERENCE:
                     break
                 if known[candidate].sha256 != facts.sha256:
                     pairs.append((start + offset, int(candidate)))

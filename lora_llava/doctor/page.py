@@ -22,7 +22,7 @@ from lora_llava.doctor.report import Report
 from lora_llava.doctor.survey import Side
 from lora_llava.errors import DataError
 
-NUM_SAMPLES = 10
+_NUM_SAMPLES = 10
 """Records shown as the model gets them."""
 
 _NUM_SHOWN = 6
@@ -121,7 +121,7 @@ def _sampled(sides: list[Side]) -> Iterator[tuple[Side, Record]]:
     """Yield NUM_SAMPLES records in all, evenly spaced within each side."""
     filled = [side for side in sides if side.records]
     for number, side in enumerate(filled):
-        share = NUM_SAMPLES // len(filled) + (number < NUM_SAMPLES % len(filled))
+        share = _NUM_SAMPLES // len(filled) + (number < _NUM_SAMPLES % len(filled))
         for record in spread(side.records, share):
             yield side, record
 

@@ -23,13 +23,13 @@ from lora_llava.errors import DataError
 from lora_llava.run_directory.written import note_all, read_written
 from lora_llava.system.files import json_text, shown_path, staged_file
 
-REPORT, PAGE, LISTS = "check.json", "check.html", "bad_records"
-FORMAT = 1
+REPORT, PAGE, _LISTS = "check.json", "check.html", "bad_records"
+_FORMAT = 1
 """Version of `check.json`."""
-MIN_SHARE_ALIKE, MIN_ALIKE = 0.9, 5
+_MIN_SHARE_ALIKE, _MIN_ALIKE = 0.9, 5
 """At least this share of a source's records, and this many, become one finding if they fail in the same way."""
 _LOCATION = re.compile(r"^.*?, record \d+(?: \([^)]*\))?: ")
-MAX_LISTED = 1000
+_MAX_LISTED = 1000
 """Findings of one kind listed in `check.json`; counts and lists of bad records are complete."""
 
 
@@ -54,7 +54,7 @@ class Report:
     def lists(self) -> dict[str, tuple[str, int]]:
         """Lists of bad records: by the recipe key that would name it, the file and its number of records."""
         return {
-            f"{source.key}.exclude": (f"{LISTS}/{source.name}.jsonl", len(source.bad.found))
+            f"{source.key}.exclude": (f"{_LISTS}/{source.name}.jsonl", len(source.bad.found))
             for source in self.survey.sources
             if source.bad.found and source.records
         }
@@ -62,7 +62,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return the content of `check.json`."""
         return {
-            "format": FORMAT,
+            "format": _FORMAT,
             "recipe": self.survey.recipe.name,
             "version": __version__,
             "seconds": round(self.seconds, 1),
@@ -85,11 +85,11 @@ class Report:
 
 def make_report(survey: Survey, conversations: Conversations, seconds: float) -> Report:
     """Combine the two halves of a check."""
-    found = [*_bad_records(survey), *compare_sides(survey), *conversations.findings]
+    all_findings = [*_bad_records(survey), *compare_sides(survey), *conversations.findings]
     for source, record in survey.unanswered:
-        found.append(finding_at("no_answer", source, record, record.where, record.image))
-    found += reference_findings(survey, conversations.tokenizer)
-    findings = {kind: [finding for finding in found if finding.kind == kind] for kind in KINDS}
+        all_findings.append(finding_at("no_answer", source, record, record.where, record.image))
+    all_findings += reference_findings(survey, conversations.tokenizer)
+    findings = {kind: [finding for finding in all_findings if finding.kind == kind] for kind in KINDS}
     return Report(
         survey,
         conversations,
@@ -113,7 +113,7 @@ def _of_source(source: Source) -> Iterator[Finding]:
     bad = sorted(source.bad.found, key=lambda record: record.record)
     reasons = Counter(map(_reason, bad))
     [(reason, count)] = reasons.most_common(1) or [("", 0)]
-    if count >= MIN_ALIKE and count >= MIN_SHARE_ALIKE * (len(bad) + len(source.records)):
+    if count >= _MIN_ALIKE and count >= _MIN_SHARE_ALIKE * (len(bad) + len(source.records)):
         alike = [record for record in bad if _reason(record) == reason]
         first = alike[0]
         share = "Every record" if not source.records and len(alike) == len(bad) else f"Nearly every record ({count:,})"
@@ -150,7 +150,7 @@ def _kind_as_json(kind: str, findings: list[Finding]) -> dict[str, Any]:
         "count": sum(finding.count for finding in findings),
         "records": [
             {key: getattr(finding, key) for key in ("source", "data", "record", "id", "problem")}
-            for finding in findings[:MAX_LISTED]
+            for finding in findings[:_MAX_LISTED]
         ],
     }
 
@@ -161,12 +161,12 @@ def write_report(report: Report, page: str, directory: Path) -> None:
     Files of an earlier check are replaced. Raises DataError before anything is written if a file in the way was not
     written by a check, or was changed since.
     """
-    lists = directory / LISTS
+    lists = directory / _LISTS
     in_use = {os.path.realpath(source.data.exclude) for source in report.survey.sources if source.data.exclude}
-    _refuse_foreign(directory, [f"{LISTS}/{source.name}.jsonl" for source in report.survey.sources], in_use)
+    _refuse_foreign(directory, [f"{_LISTS}/{source.name}.jsonl" for source in report.survey.sources], in_use)
     lists.mkdir(parents=True, exist_ok=True)
     for source in report.survey.sources:
-        name = f"{LISTS}/{source.name}.jsonl"
+        name = f"{_LISTS}/{source.name}.jsonl"
         if not source.bad.found or not source.records:
             (directory / name).unlink(missing_ok=True)
             continue

@@ -79,7 +79,7 @@ def survey(recipe: Recipe, workers: int | None = None) -> Survey:
     by = recipe.evaluation.by if recipe.evaluation else []
     for source in sources:
         _read(source, by if source.name == "evaluation" else ())
-    images = open_images((record for source in sources for record in source.records), workers)
+    images = _open_images((record for source in sources for record in source.records), workers)
     unanswered: list[tuple[Source, Record]] = []
     for source in sources:
         _put_aside(source, images)
@@ -90,17 +90,17 @@ def survey(recipe: Recipe, workers: int | None = None) -> Survey:
     return Survey(recipe, sources, list(_sides(recipe, sources)), images, unanswered)
 
 
-def open_images(records: Iterable[Record], workers: int | None) -> dict[str, ImageFacts]:
+def _open_images(records: Iterable[Record], workers: int | None) -> dict[str, ImageFacts]:
     """Open every image once, however often it occurs."""
-    found = {record.image.identity: record.image for record in records if record.image is not None}
+    images = {record.image.identity: record.image for record in records if record.image is not None}
     looked_at = in_processes(
         look_at_image,
-        list(found.values()),
+        list(images.values()),
         on_crash=lambda source: ImageFacts(image_kills_its_reader(source)),
         workers=workers,
         label="images",
     )
-    return dict(zip(found, looked_at, strict=True))
+    return dict(zip(images, looked_at, strict=True))
 
 
 def _sources(recipe: Recipe) -> Iterator[Source]:

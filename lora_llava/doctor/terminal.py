@@ -20,7 +20,7 @@ _NUM_NAMED = 3
 
 def print_report(report: Report, directory: str, console: Console) -> None:
     """Print the findings and what to do about them; `directory` holds the report."""
-    console.print(sides_view(report))
+    console.print(_sides_view(report))
     for stage, plan in report.conversations.plans.items():
         problem = f"; {plan['problem']}" if "problem" in plan else ""
         if "optimizer_steps" in plan:
@@ -35,7 +35,7 @@ def print_report(report: Report, directory: str, console: Console) -> None:
         else:
             console.print(f"{stage}: {plan['problem']}", markup=False, soft_wrap=not console.is_terminal)
     if report.findings:
-        console.print(findings_view(report))
+        console.print(_findings_view(report))
     for key, (file, count) in report.lists.items():
         console.print(
             f"{counted(count, 'bad record')} can be left out with {key}={Path(directory) / file}",
@@ -46,7 +46,7 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     console.print(line, soft_wrap=True, markup=False)
 
 
-def sides_view(report: Report) -> FittingTable:
+def _sides_view(report: Report) -> FittingTable:
     """Return a table of the amount of data."""
     keys = {"records": 0, "images": 0, "questions": 2, "different_answers": 3, "total_tokens": 1}
     headings = ("records", "images", "questions", "different\nanswers", "tokens")
@@ -57,7 +57,7 @@ def sides_view(report: Report) -> FittingTable:
     return table
 
 
-def findings_view(report: Report) -> Group:
+def _findings_view(report: Report) -> Group:
     """Return the kinds of findings, each with its first records."""
     return Group(*(part for kind in report.findings for part in _kind_view(report, kind)))
 

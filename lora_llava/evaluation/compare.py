@@ -39,9 +39,9 @@ from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted
 
 ACCURACY = "accuracy.json"
-PREDICTIONS = "predictions.jsonl"
+_PREDICTIONS = "predictions.jsonl"
 SAMPLES = "samples.png"
-NUM_SAMPLES = 12
+_NUM_SAMPLES = 12
 """Images on the contact sheet."""
 
 
@@ -109,7 +109,7 @@ def compare(
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
     result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
-    write_predictions(directory / PREDICTIONS, prediction_rows(outcome))
+    write_predictions(directory / _PREDICTIONS, prediction_rows(outcome))
     (directory / ACCURACY).write_text(json_text(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _write_samples(directory / SAMPLES, outcome)
     _show(outcome, settings.by, console)
@@ -163,7 +163,7 @@ def _write_samples(path: Path, outcome: Outcome) -> None:
     among = outcome.answers[BASE].indices if BASE in outcome.answers else None
     known = {name: outcome.answers[name].by_index() for name in (BASE, START, TUNED) if name in outcome.answers}
     items = []
-    for index in varied_samples(outcome.questions, NUM_SAMPLES, among):
+    for index in varied_samples(outcome.questions, _NUM_SAMPLES, among):
         question = outcome.questions[index]
         assert question.record.image is not None
         answers = [

@@ -16,7 +16,7 @@ from lora_llava.recipe.fields import settings_of, value_at
 from lora_llava.recipe.settings import Recipe
 from lora_llava.system.files import file_sha256
 
-IMAGES = "evaluation.data (images)"
+_IMAGES = "evaluation.data (images)"
 
 
 def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> 
         **{key: value_at(recipe, key) for key in settings},
         "evaluation.data (sha256 of the records)": fingerprint(records),
         "evaluation.data (sha256 of answers and own keys)": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
-        IMAGES: picture_facts(records),
+        _IMAGES: picture_facts(records),
         "precision": recipe.precision,
         "artifact": file_sha256(artifact / WEIGHTS),
         "start_from": file_sha256(recipe.start_from / WEIGHTS) if recipe.start_from else None,
@@ -44,6 +44,6 @@ def differing_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return [
         key
         for key, value in now.items()
-        if (key == IMAGES and not (before.get(key) and same_pictures(before[key], value)))
-        or (key != IMAGES and before.get(key) != value)
+        if (key == _IMAGES and not (before.get(key) and same_pictures(before[key], value)))
+        or (key != _IMAGES and before.get(key) != value)
     ]

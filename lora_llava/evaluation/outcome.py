@@ -26,7 +26,7 @@ from lora_llava.recipe.choices import Metric
 
 BASE, START, TUNED, BLIND = "base", "start", "tuned", "blind"
 TUNED_ON_BLIND = "tuned_on_blind_questions"
-TUNED_ON_BASE = "tuned_on_base_questions"
+_TUNED_ON_BASE = "tuned_on_base_questions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
         result["points_gained"] = _points(outcome.over(BASE).mean)
         result["base_holds_reference"] = round(outcome.share_holding(BASE), 5)
         if len(outcome.answers[BASE].indices) < len(outcome.questions):
-            result[TUNED_ON_BASE] = _by_type(outcome.table(TUNED, on=BASE))
+            result[_TUNED_ON_BASE] = _by_type(outcome.table(TUNED, on=BASE))
     if BLIND in outcome.answers:
         result[BLIND] = _by_type(outcome.table(BLIND))
         result[TUNED_ON_BLIND] = _by_type(outcome.table(TUNED, on=BLIND))

@@ -15,7 +15,7 @@ from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed
 
-NO_VALUE = "(none)"
+_NO_VALUE = "(none)"
 """Value of questions whose record lacks the key."""
 
 
@@ -49,7 +49,7 @@ class Question:
     def value(self, key: str) -> str:
         """Return the value of another key of the record, as text."""
         value = self.own.get(key)
-        return NO_VALUE if value is None or value == "" else value if isinstance(value, str) else json.dumps(value)
+        return _NO_VALUE if value is None or value == "" else value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True, slots=True)

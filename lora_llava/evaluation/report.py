@@ -72,7 +72,7 @@ def _rows(
     return rows
 
 
-def value_rows(results: Mapping[str, Mapping[str, Accuracy]], key: str) -> list[list[str]]:
+def _value_rows(results: Mapping[str, Mapping[str, Accuracy]], key: str) -> list[list[str]]:
     """Return accuracies by the values of a key of the data, as `accuracy_rows` does; most frequent values first."""
     values = list(dict.fromkeys(value for table in reversed([*results.values()]) for value in table))
     shown = values[:_MAX_VALUES]
@@ -101,17 +101,17 @@ def accuracy_table(
     results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match", width: int = _WIDTH
 ) -> FittingTable:
     """Return accuracies in percent with 95 % Wilson intervals, for a terminal of at least 60 columns."""
-    return _table(accuracy_rows(results), f"{score_title(metric)} (95 % interval)", width)
+    return _table(accuracy_rows(results), f"{_score_title(metric)} (95 % interval)", width)
 
 
 def value_table(
     results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric, width: int = _WIDTH
 ) -> FittingTable:
     """Return the accuracies by the values of a key of the data."""
-    return _table(value_rows(results, key), f"{score_title(metric)} by {printable(key)} (95 % interval)", width)
+    return _table(_value_rows(results, key), f"{_score_title(metric)} by {printable(key)} (95 % interval)", width)
 
 
-def score_title(metric: Metric) -> str:
+def _score_title(metric: Metric) -> str:
     """Return the title of a table of scores."""
     return "Token F1 in %" if metric == "token_f1" else f"Accuracy in %, {METRIC_NAMES[metric]}"
 

@@ -19,7 +19,7 @@ from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import open_weights
 from lora_llava.system.text import dtype_name, printable
 
-ARCHITECTURE = "LlavaLlamaForCausalLM"
+_ARCHITECTURE = "LlavaLlamaForCausalLM"
 TOWER_DIRECTORY = "vision_tower"
 MM_PROJECTOR = "mm_projector.bin"
 NON_LORA = "non_lora_trainables.bin"
@@ -91,7 +91,7 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
     if projector is None:
         raise ModelError(f"projector_hidden_act {config.projector_hidden_act!r}: not a projector of the original")
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [_ARCHITECTURE],
         "model_type": "llava_llama",
         **{key: text[key] for key in _TEXT_KEYS if text.get(key) is not None},
         "rope_theta": rope.get("rope_theta", 10000.0),
@@ -118,10 +118,12 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
 
 def check_original_config(data: dict[str, Any], where: Path) -> None:
     """Raise ModelError unless this is the configuration of a LLaVA-1.5 of the original code."""
-    if not isinstance(data.get("mm_vision_tower"), str) or data.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
+    if not isinstance(data.get("mm_vision_tower"), str) or data.get("architectures", [_ARCHITECTURE]) != [
+        _ARCHITECTURE
+    ]:
         raise ModelError(
             f"{where}: not an original LLaVA-1.5 ({data.get('architectures')}, model_type {data.get('model_type')!r}); "
-            f"needed: {ARCHITECTURE} with mm_vision_tower"
+            f"needed: {_ARCHITECTURE} with mm_vision_tower"
         )
     if data.get("mm_projector_type", "linear") not in _PROJECTORS:
         raise ModelError(f"{where}: mm_projector_type {data['mm_projector_type']!r}, known: {', '.join(_PROJECTORS)}")

@@ -82,7 +82,7 @@ def end_token_ids(loaded: LoadedModel, template: Template | OwnTemplate) -> froz
     return frozenset(endings.end_token_ids(template, loaded.tokenizer, ends))
 
 
-def encode_turns(loaded: LoadedModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str) -> Encoded:
+def _encode_turns(loaded: LoadedModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str) -> Encoded:
     """Encode turns that end with the user's, with a template of the kit or the model's own."""
     if isinstance(template, OwnTemplate):
         return encode_own(turns, template, loaded.tokenizer, loaded.image_tokens, where=where)
@@ -107,7 +107,7 @@ def last_question(
 ) -> Prompt:
     """Encode the turns of a record up to its last question."""
     turns = record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns
-    encoded = encode_turns(loaded, turns, template, record.where)
+    encoded = _encode_turns(loaded, turns, template, record.where)
     if record.image is None:
         return Prompt(encoded.input_ids, 0, None, None)
     source = None if blind else record.image

@@ -25,9 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention
 
-BLOCK = 128
+_BLOCK = 128
 """Block size of FlexAttention's mask; rows are padded to a multiple of it."""
-NO_TREE = -1
+_NO_TREE = -1
 """Tree number of padding tokens; no other token sees them."""
 
 
@@ -55,7 +55,7 @@ def block_mask(segments: torch.Tensor) -> BlockMask:
         length,
         length,
         device=segments.device,
-        BLOCK_SIZE=BLOCK,
+        BLOCK_SIZE=_BLOCK,
     )
 
 
@@ -91,13 +91,13 @@ def masked_inputs(batch: Mapping[str, torch.Tensor], attention: Attention, dtype
             "last_queries": Queries(targets, additive_mask(segments, dtype, targets)),
         }
     if attention == FLEX:
-        padding = (0, -segments.shape[1] % BLOCK)
+        padding = (0, -segments.shape[1] % _BLOCK)
         # Padding with id 0 adds no image: the image token's id is the last of the vocabulary.
         ids, positions = F.pad(ids, padding), F.pad(positions, padding)
         return {
             "input_ids": ids,
             "position_ids": positions,
-            "attention_mask": block_mask(F.pad(segments, padding, value=NO_TREE)),
+            "attention_mask": block_mask(F.pad(segments, padding, value=_NO_TREE)),
         }
     return {"input_ids": ids, "position_ids": positions, "attention_mask": additive_mask(segments, dtype)}
 
@@ -115,7 +115,7 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The queries that the last layer needs; see `packed.only_at`."""
+    """The queries that the last layer needs; see `modeling.packed`."""
 
     positions: torch.Tensor
     """(R,)"""

@@ -111,7 +111,7 @@ def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     with hub_errors("vision tower", settings.vision_tower):
         vision_config = read_any_config(vision_tower_source(settings.vision_tower))
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    return assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
+    return _assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
 
 
 def read_any_config(name: str, gguf_file: str | None = None) -> Any:
@@ -160,7 +160,7 @@ def vision_tower_source(name: str) -> str:
     return str(directory)
 
 
-def assembled_config(settings: BaseModelSettings, text_config: Any, vision_config: Any, tokenizer: Any) -> LlavaConfig:
+def _assembled_config(settings: BaseModelSettings, text_config: Any, vision_config: Any, tokenizer: Any) -> LlavaConfig:
     """Return the configuration of a LLaVA with these parts; adds `<image>` to `tokenizer`."""
     if text_config.model_type != "llama":
         raise ModelError(

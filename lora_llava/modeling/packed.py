@@ -21,7 +21,7 @@ from lora_llava.modeling.attention import attention_of, masked_inputs
 from lora_llava.modeling.structure import HEAD_CHUNK, LANGUAGE_MODEL
 
 
-def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Compute the last hidden states (S, hidden size) at the row's `target_positions` (S,); see `data.rows.build_row`.
 
     Calls the model as a whole, so that a wrapper (data parallelism) sees the call.
@@ -29,7 +29,7 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
     llava = llava_in(model)
     inputs = masked_inputs(batch, attention_of(llava), llava.get_input_embeddings().weight.dtype)
     last_layer = llava.get_submodule(LANGUAGE_MODEL).layers[-1]
-    with _without_head(llava), only_at(last_layer, batch["unique_target_positions"]):
+    with _without_head(llava), _only_at(last_layer, batch["unique_target_positions"]):
         outputs = model(
             **inputs,
             pixel_values=batch.get("pixel_values"),
@@ -42,7 +42,7 @@ def packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch
 
 def packed_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Compute the logits (S, vocabulary) at the row's `target_positions` (S,)."""
-    return _head_logits(llava_in(model).lm_head, packed_hidden_states(model, batch))
+    return _head_logits(llava_in(model).lm_head, _packed_hidden_states(model, batch))
 
 
 def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: torch.Tensor | int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: t
     Contract: `num_supervised` counts the supervised tokens of the whole optimizer step, over all its rows and ranks,
     so the sum over the rows is the mean over the step, however the step is cut into rows.
     """
-    hidden_states = packed_hidden_states(model, batch)
+    hidden_states = _packed_hidden_states(model, batch)
     return _sum_of_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"]) / num_supervised
 
 
@@ -95,7 +95,7 @@ def llava_in(model: Any) -> Any:
 
 
 @contextmanager
-def only_at(layer: Any, positions: torch.Tensor) -> Iterator[None]:
+def _only_at(layer: Any, positions: torch.Tensor) -> Iterator[None]:
     """Inside the `with` block, run decoder `layer` only at unique `positions` (R,); its other outputs are undefined.
 
     Forward hooks gather the rows (1, R, width) that go into a module and scatter its outputs back to (1, T, width), so

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.names import unwrap_peft
-from lora_llava.modeling.structure import LANGUAGE_MODEL, PARTS, PROJECTOR, PartRow, adapted_names, part_of
+from lora_llava.modeling.structure import LANGUAGE_MODEL, PARTS, PROJECTOR, PartParameters, adapted_names, part_of
 from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import StageName, trains_lora
 from lora_llava.system.text import dtype_name
@@ -101,7 +101,7 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         yield part_of(unwrap_peft(name)), name, parameter
 
 
-def parameter_table(model: nn.Module) -> list[PartRow]:
+def parameter_table(model: nn.Module) -> list[PartParameters]:
     """Count the parameters of each part of a built model; the projector's frozen original adds only to its bytes."""
     sums: dict[str, dict[str, int]] = {part: defaultdict(int) for part in PARTS}
     dtypes: dict[str, set[str]] = {part: set() for part in PARTS}
@@ -117,7 +117,7 @@ def parameter_table(model: nn.Module) -> list[PartRow]:
         row["quantized"] += _elements(parameter) if is_quantized(parameter) else 0
         dtypes[part].add("nf4" if is_quantized(parameter) else dtype_name(parameter.dtype))
     return [
-        PartRow(
+        PartParameters(
             part=part,
             total=row["total"],
             trainable=row["trainable"],
@@ -130,7 +130,7 @@ def parameter_table(model: nn.Module) -> list[PartRow]:
     ]
 
 
-def check_stage(model: PeftModel, stage: StageName, *, nf4: bool) -> list[PartRow]:
+def check_stage(model: PeftModel, stage: StageName, *, nf4: bool) -> list[PartParameters]:
     """Check the built model against its stage and return its parameters per part.
 
     Selecting modules by name fails silently, so the outcome is counted: LoRA is in the language model only; LoRA and

@@ -57,7 +57,7 @@ FP32, BF16 = Precision("float32", 4), Precision("bfloat16", 2)
 
 
 @dataclass(frozen=True, slots=True)
-class PartRow:
+class PartParameters:
     """Parameter counts of one part of a model, and its memory in bytes."""
 
     part: str
@@ -116,7 +116,7 @@ def adapted_names(target_modules: str | list[str], linears: set[str]) -> set[str
 
 def stage_parameters(
     shape: LlavaShape, stage: StageName, adapter: AdapterSettings, dtype: ElementType
-) -> list[PartRow]:
+) -> list[PartParameters]:
     """Compute the parameters of each part of a stage's model; `stages.parameter_table` counts those of a built one.
 
     Frozen parameters are in `dtype`, trainable ones in fp32, none is quantized. Raises ModelError for a LoRA target
@@ -128,12 +128,12 @@ def stage_parameters(
     for part, size in sizes.items():
         if part == PROJECTOR:
             # PEFT keeps the original projector, frozen, next to the trained copy; both in fp32.
-            rows.append(PartRow(part, size, _trained_projector(shape), 0, 0, "float32", 2 * 4 * size))
+            rows.append(PartParameters(part, size, _trained_projector(shape), 0, 0, "float32", 2 * 4 * size))
         elif part == LANGUAGE_MODEL:
             dtypes = ", ".join(sorted({name, "float32"} if lora else {name}))
-            rows.append(PartRow(part, size, lora, 0, lora, dtypes, size * dtype.itemsize + 4 * lora))
+            rows.append(PartParameters(part, size, lora, 0, lora, dtypes, size * dtype.itemsize + 4 * lora))
         else:
-            rows.append(PartRow(part, size, 0, 0, 0, name if size else "", size * dtype.itemsize))
+            rows.append(PartParameters(part, size, 0, 0, 0, name if size else "", size * dtype.itemsize))
     return rows
 
 

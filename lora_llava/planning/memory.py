@@ -17,21 +17,21 @@ from lora_llava.modeling.structure import (
     TREES,
     Attention,
     ElementType,
-    PartRow,
+    PartParameters,
     linear_weights,
 )
 from lora_llava.recipe.settings import QuantizationSettings
 from lora_llava.recipe.stages import GradientCheckpointing
 from lora_llava.system.text import counted
 
-NF4_BYTES = {True: 0.516, False: 0.5625}
+_NF4_BYTES = {True: 0.516, False: 0.5625}
 """Bytes per weight in NF4, with and without double quantization: 4 bits, plus a scale per 64 weights (fp32; or 8 bits,
 with an fp32 scale per 256 of them)."""
 CPU_HEAP = 1.7
 """On a CPU with activation checkpointing, bytes held per live byte: layers allocate and free blocks of many sizes, and
 glibc's heap keeps the gaps. Measured: 628 MiB held of 370 planned at 1,536 tokens. An M_MMAP_THRESHOLD of 64 KiB would
 avoid it, but costs 25 % more CPU time (median of 3 interleaved runs of 6 Llama layers), mostly in page faults."""
-MASKED_SHARE = 0.25
+_MASKED_SHARE = 0.25
 """Share of a row's tokens that need a row in SDPA's mask if all of them are one tree: an estimate."""
 
 
@@ -68,11 +68,11 @@ class PartMemory:
 
 
 def in_4_bits(
-    parameters: list[PartRow], config: LlavaConfig, quantization: QuantizationSettings, dtype: ElementType
-) -> list[PartRow]:
+    parameters: list[PartParameters], config: LlavaConfig, quantization: QuantizationSettings, dtype: ElementType
+) -> list[PartParameters]:
     """Return `parameters` with the language model's linear layers in NF4 instead of `dtype`."""
     count = linear_weights(config)
-    saved = round(count * (dtype.itemsize - NF4_BYTES[quantization.double_quant]))
+    saved = round(count * (dtype.itemsize - _NF4_BYTES[quantization.double_quant]))
     return [
         replace(part, quantized=count, bytes=part.bytes - saved, dtypes=f"{part.dtypes}, nf4")
         if part.part == LANGUAGE_MODEL
@@ -81,7 +81,7 @@ def in_4_bits(
     ]
 
 
-def expected_memory(optim: str, parameters: list[PartRow]) -> list[PartMemory]:
+def expected_memory(optim: str, parameters: list[PartParameters]) -> list[PartMemory]:
     """Estimate weights, gradients and AdamW's two moments of each part; trainable parameters are fp32."""
     moments = 2 if "8bit" in optim else 8
     return [PartMemory(part.part, part.bytes, 4 * part.trainable, moments * part.trainable) for part in parameters]
@@ -140,7 +140,7 @@ def activation_bytes(
 
     # SDPA's masks cover the branches after the first, in the model's precision; FlexAttention's is boolean and exists
     # while its blocks are built.
-    mask = tokens * tokens * (1 if attention == FLEX else MASKED_SHARE * dtype.itemsize)
+    mask = tokens * tokens * (1 if attention == FLEX else _MASKED_SHARE * dtype.itemsize)
 
     # Logits of one chunk in the model's precision, then in fp32, and their gradient.
     logits = min(supervised, HEAD_CHUNK) * int(text.vocab_size) * (dtype.itemsize + 8)
@@ -164,7 +164,7 @@ def _whole_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int
 
 
 def _last_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int:
-    """Bytes per token that the last layer keeps: its keys, values and attention; see `packed.only_at`.
+    """Bytes per token that the last layer keeps: its keys, values and attention; see `modeling.packed`.
 
     Measured as for `_whole_layer`.
     """

@@ -17,7 +17,7 @@ from lora_llava.data.packing import Sharing, no_sharing
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.formats.shapes import LlavaShape
-from lora_llava.modeling.structure import ElementType, PartRow, stage_parameters
+from lora_llava.modeling.structure import ElementType, PartParameters, stage_parameters
 from lora_llava.planning.memory import Recompute, activation_bytes, expected_memory, held_bytes, in_4_bits
 from lora_llava.planning.speed import Machine, relative_cost
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings
@@ -25,17 +25,17 @@ from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import free_memory_bytes
 
 GIB = 1024**3
-MAX_TOKENS = {"cuda": 8192, "cpu": 2048}
+_MAX_TOKENS = {"cuda": 8192, "cpu": 2048}
 """Largest micro-batch that `auto` considers, in tokens: beyond it the matmuls are saturated."""
-TOKEN_STEP = 64
+_TOKEN_STEP = 64
 """`auto` considers micro-batches that differ by this many tokens."""
-CUDA_OVERHEAD = 1.0 * GIB
+_CUDA_OVERHEAD = 1.0 * GIB
 """CUDA context, cuBLAS workspace, and one dequantized weight matrix."""
-USABLE_SHARE = 0.92
+_USABLE_SHARE = 0.92
 """Share of the memory to plan with; the rest is left to fragmentation."""
-RETRY_SHARE = 0.85
+_RETRY_SHARE = 0.85
 """After running out of memory, the next plan may use this share of the failed plan's memory."""
-MIN_8BIT_GAIN = 0.10
+_MIN_8BIT_GAIN = 0.10
 """8-bit Adam is chosen over fp32 Adam that fits only if it saves this share of the time."""
 
 
@@ -70,7 +70,7 @@ class StageShapes:
     """Maps a row length to the fraction of unpacked tokens that packing still computes."""
 
     @property
-    def parameters(self) -> list[PartRow]:
+    def parameters(self) -> list[PartParameters]:
         """Count the parameters of each part, before quantization."""
         return stage_parameters(LlavaShape.of(self.config.to_dict()), self.stage, self.adapter, self.dtype)
 
@@ -107,8 +107,8 @@ def stage_shapes(
 def usable_bytes(device: str, memory: int | None = None) -> int:
     """Return the bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda`, `cpu`)."""
     if memory is not None:
-        return int(USABLE_SHARE * memory - (CUDA_OVERHEAD if device == "cuda" else 0))
-    return int(USABLE_SHARE * free_memory_bytes(device))
+        return int(_USABLE_SHARE * memory - (_CUDA_OVERHEAD if device == "cuda" else 0))
+    return int(_USABLE_SHARE * free_memory_bytes(device))
 
 
 def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
@@ -124,7 +124,7 @@ def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
     full_precision = [plan for plan in fitting if "8bit" not in plan.optim]
     if full_precision and "8bit" in best.optim:
         fp32 = min(full_precision, key=_preference)
-        return fp32 if fp32.cost <= (1 + MIN_8BIT_GAIN) * best.cost else best
+        return fp32 if fp32.cost <= (1 + _MIN_8BIT_GAIN) * best.cost else best
     return best
 
 
@@ -148,12 +148,12 @@ def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> st
 
 def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> str:
     """Say what to do after `failed` ran out of memory: the option that asks for a clearly smaller plan."""
-    usable = int(RETRY_SHARE * min(failed.bytes_needed, machine.usable))
+    usable = int(_RETRY_SHARE * min(failed.bytes_needed, machine.usable))
     try:
         plan = plan_memory(shapes, replace(machine, usable=usable))
     except TrainingError as error:
         return str(error)
-    size = (usable + (CUDA_OVERHEAD if machine.device == "cuda" else 0)) / USABLE_SHARE
+    size = (usable + (_CUDA_OVERHEAD if machine.device == "cuda" else 0)) / _USABLE_SHARE
     return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan_line(plan, shapes)}"
 
 
@@ -187,7 +187,7 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
                 shapes.sharing(tokens)
                 * relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
             )
-            for tokens in _micro_batch_sizes(settings, shapes.longest, MAX_TOKENS[machine.device])
+            for tokens in _micro_batch_sizes(settings, shapes.longest, _MAX_TOKENS[machine.device])
         ]
         fitting = [plan for plan in plans if plan.bytes_needed <= plan.bytes_usable]
         yield min(fitting, key=_preference) if fitting else min(plans, key=lambda plan: plan.bytes_needed)
@@ -220,7 +220,7 @@ def _recomputes(shapes: StageShapes) -> list[Recompute]:
 def _micro_batch_sizes(settings: StageSettings, longest: int, largest: int) -> list[int]:
     """List the micro-batches to consider, in tokens; each holds the longest conversation."""
     tokens = settings.tokens_per_micro_batch
-    return [*range(largest, longest, -TOKEN_STEP), longest] if tokens == "auto" else [tokens]
+    return [*range(largest, longest, -_TOKEN_STEP), longest] if tokens == "auto" else [tokens]
 
 
 def _too_small(smallest: MemoryPlan, shapes: StageShapes) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_llava.modeling.structure import PartRow
+from lora_llava.modeling.structure import PartParameters
 from lora_llava.system.table import Column, FittingTable
 
 
-def parameter_table_view(parts: Sequence[PartRow], title: str) -> FittingTable:
+def parameter_table_view(parts: Sequence[PartParameters], title: str) -> FittingTable:
     """Lay out the parameters of each part of a model."""
     columns = [
         Column("part", is_number=False),

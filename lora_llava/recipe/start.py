@@ -28,7 +28,7 @@ _OTHER_LAYERS = "other layers, listed in its adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class _Start:
     """The manifest and LoRA settings of the artifact in `start_from`."""
 
     directory: Path
@@ -42,13 +42,13 @@ class Start:
         return str(self.manifest.get("stage"))
 
 
-def _read_start(directory: Path) -> Start | None:
+def _read_start(directory: Path) -> _Start | None:
     """Read the manifest and LoRA settings of an artifact; None if missing or damaged, which loading reports."""
     manifest = find_json(directory / "manifest.json")
     config = find_json(directory / "adapter_config.json")
     if manifest is None or config is None:
         return None
-    return Start(directory, manifest, adapter_of(config) if trains_lora(str(manifest.get("stage"))) else {})
+    return _Start(directory, manifest, adapter_of(config) if trains_lora(str(manifest.get("stage"))) else {})
 
 
 def adapter_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,12 +120,12 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _adapter(settings: AdapterSettings, start: Start) -> AdapterSettings:
+def _adapter(settings: AdapterSettings, start: _Start) -> AdapterSettings:
     taken = {key: value for key, value in start.adapter.items() if value is not None}
     return AdapterSettings.model_validate({**settings.model_dump(), **taken, "lora_alpha": float(taken["lora_alpha"])})
 
 
-def _refuse_other_adapter(recipe: Recipe, start: Start) -> None:
+def _refuse_other_adapter(recipe: Recipe, start: _Start) -> None:
     """Raise RecipeError for all given `adapter` settings that differ from the artifact's."""
     wrong = [
         f"adapter.{name}: is {shown(getattr(recipe.adapter, name))}, but the LoRA in start_from ({start.directory}) "

@@ -33,12 +33,12 @@ from lora_llava.system.text import counted
 
 BATCH = 16
 """Images that pass through the tower at one time."""
-MOST_OF_MEMORY = 0.5
+_MAX_MEMORY_SHARE = 0.5
 """Share of the free memory that features may take."""
 _CHECKSUM_BYTES = 32
 """A file of features ends with their SHA-256."""
 _CHUNK = 2**24
-NUMPY = {torch.float32: "float32", torch.bfloat16: "uint16"}
+_NUMPY = {torch.float32: "float32", torch.bfloat16: "uint16"}
 """How features are stored; numpy has no bfloat16, so its bits are kept."""
 
 
@@ -52,7 +52,7 @@ def _key(image: ImageSource) -> _Key:
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """Features (T, hidden size) by image; takes the place of an `ImageTransform`."""
+    """Features (T, hidden size) by image; replaces an `ImageTransform`."""
 
     values: torch.Tensor
     """(N, T, hidden size)"""
@@ -207,7 +207,7 @@ def _num_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 def _check_room(shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None) -> None:
     needed = _num_bytes(shape, dtype)
     if path is None:
-        free, where = int(MOST_OF_MEMORY * free_memory_bytes("cpu")), "half of the free memory is"
+        free, where = int(_MAX_MEMORY_SHARE * free_memory_bytes("cpu")), "half of the free memory is"
     else:
         free, where = shutil.disk_usage(path.parent).free, f"in {path.parent} are"
     if needed > free:
@@ -225,5 +225,5 @@ def _open(path: Path, shape: tuple[int, int, int], dtype: torch.dtype, mode: Any
         # Without its blocks, a file on a full disk would end the process at a write to memory (SIGBUS).
         with path.open("wb") as handle:
             os.posix_fallocate(handle.fileno(), 0, _num_bytes(shape, dtype) + _CHECKSUM_BYTES)
-    array = np.memmap(path, dtype=NUMPY[dtype], mode=mode, shape=shape)
+    array = np.memmap(path, dtype=_NUMPY[dtype], mode=mode, shape=shape)
     return torch.from_numpy(array).view(dtype)

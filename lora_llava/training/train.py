@@ -22,7 +22,7 @@ from lora_llava.modeling.metadata import describe_directory
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage, check_stage, freeze_unsaved
-from lora_llava.modeling.structure import PartRow, image_tokens
+from lora_llava.modeling.structure import PartParameters, image_tokens
 from lora_llava.planning.attention import pick_attention
 from lora_llava.planning.memory_plan import (
     GIB,
@@ -140,7 +140,7 @@ def _print_lines(stage: Stage, lines: Sequence[str | None], console: Console) ->
 
 def _build_model(
     stage: Stage, plan: MemoryPlan, machine: Machine, dtype: torch.dtype
-) -> tuple[LoadedModel, list[PartRow]]:
+) -> tuple[LoadedModel, list[PartParameters]]:
     """Load the base as the recipe and the memory plan say, and make it the model of the stage."""
     phase(f"{stage.name}: loading the base{', in 4 bits' if stage.nf4 else ''}")
     loaded = load_base(

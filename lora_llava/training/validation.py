@@ -28,7 +28,7 @@ class HeldOutLoss:
         `batches`: the rows as tensors, in the same order, if a data loader reads them.
         """
         total, count = 0.0, 0
-        for row, batch in zip(rows.rows, batches or iterate_rows(rows), strict=True):
+        for row, batch in zip(rows.rows, batches or _iterate_rows(rows), strict=True):
             loss, tokens = self.row_loss(batch), batch["shift_labels"].numel()
             if not math.isfinite(loss):
                 loss, tokens = self._finite_part(rows, row)
@@ -63,7 +63,7 @@ def without(rows: PackedRows, indices: Iterable[int]) -> PackedRows:
     return PackedRows([row for row in kept if row], rows.records, rows.encoded, rows.read_image)
 
 
-def iterate_rows(rows: PackedRows) -> Iterator[Batch]:
+def _iterate_rows(rows: PackedRows) -> Iterator[Batch]:
     """Yield the rows one after another, read in this process."""
     for index in range(len(rows)):
         yield rows[index]

@@ -17,10 +17,10 @@ Window = tuple[float, float]
 MIN_LEVELS = 32
 """Minimum gray levels of a picture; with fewer, as in a mask, the lowest and highest become black and white."""
 
-MIN_WHITE = 128
+_MIN_WHITE = 128
 """Minimum highest value (of 255) of a widened 8-bit picture; below it, the image may be a dark one of more bits."""
 
-MAX_STRAYS = 8
+_MAX_STRAYS = 8
 """Maximum number of levels at the ends of the range that are treated as padding or markers."""
 
 LEVELS_PER_STRAY = 8
@@ -33,7 +33,7 @@ def to_eight_bits(values: npt.NDArray[Any], window: Window | None = None) -> npt
     With a window, its bounds become 0 and 255, and values outside are clipped. Without one:
 
     - An 8-bit image that was stored unchanged, shifted by 8 bits, or multiplied by 257 becomes the original again, if
-      it has at least MIN_LEVELS levels, the highest MIN_WHITE or more.
+      it has at least MIN_LEVELS levels, the highest `_MIN_WHITE` or more.
     - Otherwise the lowest and highest values become 0 and 255. Values at either end that are farther from the rest
       than the rest spans, such as the padding of a scan, are left out of this range.
     """
@@ -67,7 +67,7 @@ def _widened_by(levels: npt.NDArray[Any]) -> int | None:
         return None
     # A 16-bit image with unused low bits also has multiples of 256: the brightest value tells them apart.
     factor = 1 if levels[-1] <= 255 else next((by for by in (257, 256) if not np.any(levels % by)), None)
-    return factor if factor is not None and levels[-1] >= MIN_WHITE * factor else None
+    return factor if factor is not None and levels[-1] >= _MIN_WHITE * factor else None
 
 
 def _range(levels: npt.NDArray[Any]) -> Window:
@@ -76,7 +76,7 @@ def _range(levels: npt.NDArray[Any]) -> Window:
     if len(used) == 1:
         return (0.0, 65535.0) if 0 <= used[0] <= 65535 else (used[0] - 1, used[0] + 1)
     low, high = used[0], used[-1]
-    most = min(MAX_STRAYS, len(used) // (LEVELS_PER_STRAY + 1))
+    most = min(_MAX_STRAYS, len(used) // (LEVELS_PER_STRAY + 1))
     # Both ends together: with a marker at each end, neither is far from everything else.
     for below in range(most + 1):
         for above in range(most + 1 - below):

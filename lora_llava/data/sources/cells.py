@@ -23,7 +23,7 @@ ROLES: dict[str, Literal["user", "assistant"]] = {
 }
 """Roles as LLaVA names them, and as OpenAI and Hugging Face do."""
 
-ONE_IMAGE = "LLaVA-1.5 takes one image per conversation: write a record for each, or combine them into one picture"
+_ONE_IMAGE = "LLaVA-1.5 takes one image per conversation: write a record for each, or combine them into one picture"
 _SYSTEM = "; take the system messages out, and give their text as `system` of the stage"
 
 
@@ -45,30 +45,30 @@ class Dialog(NamedTuple):
     """All acceptable last answers, if the data lists several."""
 
 
-def read_question(value: Any, place: str) -> str:
+def read_question(value: Any, location: str) -> str:
     """Return the text of a question; DataError if it is not text."""
     if isinstance(value, str):
-        return check_text(value, place)
-    raise DataError(f"{place}: is {kind_of(value)}, must be text; convert it, or remove the record")
+        return check_text(value, location)
+    raise DataError(f"{location}: is {kind_of(value)}, must be text; convert it, or remove the record")
 
 
-def read_answer(value: Any, place: str) -> Answer:
+def read_answer(value: Any, location: str) -> Answer:
     """Return an answer: text, or a number or boolean as text; of a list the most frequent one, or the first.
 
     Raises DataError for anything else.
     """
     if isinstance(value, list):
         values = [item["answer"] if isinstance(item, dict) and "answer" in item else item for item in value]
-        texts = [_as_text(item, f"{place}[{index}]") for index, item in enumerate(values)]
+        texts = [_as_text(item, f"{location}[{index}]") for index, item in enumerate(values)]
         if not (filled := [text for text in texts if text.strip()]):
-            raise DataError(f"{place}: is an empty list; write an answer, or remove the record")
+            raise DataError(f"{location}: is an empty list; write an answer, or remove the record")
         return Answer(Counter(filled).most_common(1)[0][0], tuple(filled) if len(filled) > 1 else ())
-    return Answer(_as_text(value, place))
+    return Answer(_as_text(value, location))
 
 
-def _as_text(value: Any, place: str) -> str:
+def _as_text(value: Any, location: str) -> str:
     if isinstance(value, str):
-        return check_text(value, place)
+        return check_text(value, location)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -76,30 +76,32 @@ def _as_text(value: Any, place: str) -> str:
     if isinstance(value, float) and value == value:
         # Many tools turn integers into floats in a column with missing values: 3.0 was 3.
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
-    raise DataError(f"{place}: is {kind_of(value)}, must be text; convert it, or remove the record")
+    raise DataError(f"{location}: is {kind_of(value)}, must be text; convert it, or remove the record")
 
 
-def read_dialog(value: Any, place: str) -> Dialog:
+def read_dialog(value: Any, location: str) -> Dialog:
     """Read a list of turns with from and value, or role and content, whose content may be a list of parts.
 
     Raises DataError naming the turn.
     """
     if not isinstance(value, list) or not value:
         kind = "missing" if value is None else "empty" if value == [] else kind_of(value)
-        raise DataError(f"{place}: is {kind}, must be a list of turns with from and value, or role and content")
+        raise DataError(f"{location}: is {kind}, must be a list of turns with from and value, or role and content")
     dialog = Dialog([], [])
     references: tuple[str, ...] = ()
     for index, turn in enumerate(value):
         if not isinstance(turn, dict):
-            raise DataError(f"{place}[{index}]: is {kind_of(turn)}, must be an object with from and value")
+            raise DataError(f"{location}[{index}]: is {kind_of(turn)}, must be an object with from and value")
         is_llava = turn.get("from") is not None or turn.get("role") is None
         role_key, text_key = ("from", "value") if is_llava else ("role", "content")
         speaker = turn.get(role_key)
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             hint = _SYSTEM if speaker == "system" else ""
-            raise DataError(f"{place}[{index}].{role_key}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}")
-        content, where = turn.get(text_key), f"{place}[{index}].{text_key}"
+            raise DataError(
+                f"{location}[{index}].{role_key}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}"
+            )
+        content, where = turn.get(text_key), f"{location}[{index}].{text_key}"
         if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
             dialog.turns.append(Turn(role, _join_parts(content, where, dialog.images)))
         elif role == "user":
@@ -110,19 +112,19 @@ def read_dialog(value: Any, place: str) -> Dialog:
     return dialog._replace(references=references)
 
 
-def _join_parts(parts: list[Any], place: str, images: list[Any]) -> str:
+def _join_parts(parts: list[Any], location: str, images: list[Any]) -> str:
     """Join content parts as lines of text; their images are added to `images`."""
     lines = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            lines.append(read_question(part.get("text"), place))
+            lines.append(read_question(part.get("text"), location))
         elif kind in ("image", "image_url"):
             lines.append(IMAGE_PLACEHOLDER)
             if (image := _part_image(part)) is not None:
                 images.append(image)
         else:
-            raise DataError(f"{place}: has a part of type {kind!r:.80}, must be text, image or image_url")
+            raise DataError(f"{location}: has a part of type {kind!r:.80}, must be text, image or image_url")
     return "\n".join(lines)
 
 
@@ -156,10 +158,10 @@ class ImageCells:
 
     def source(self, cell: Any, where: str) -> ImageSource | None:
         """Return the image of a cell, None if it is empty; DataError naming the field if it is not an image."""
-        place = f"{where}: {self.root.field_name}"
+        location = f"{where}: {self.root.field_name}"
         if isinstance(cell, list):
             if len(cell) > 1:
-                raise DataError(f"{place}: holds {counted(len(cell), 'image')}. {ONE_IMAGE}")
+                raise DataError(f"{location}: holds {counted(len(cell), 'image')}. {_ONE_IMAGE}")
             cell = cell[0] if cell else None
         if isinstance(cell, dict) and {"bytes", "path", "url"} & cell.keys():
             return self._of_mapping(cell, where)
@@ -168,10 +170,10 @@ class ImageCells:
         if isinstance(cell, bytes | StoredBytes):
             return self.embedded(cell, where)
         if not isinstance(cell, str):
-            raise DataError(f"{place}: is {kind_of(cell)}, must be a path relative to image_root")
-        check_text(cell[:4096], place)
+            raise DataError(f"{location}: is {kind_of(cell)}, must be a path relative to image_root")
+        check_text(cell[:4096], location)
         if cell[:5].lower() == "data:":
-            return self.embedded(_decoded(cell, place), where)
+            return self.embedded(_decoded(cell, location), where)
         return self.root.source(cell, where)
 
     def _of_mapping(self, cell: Mapping[str, Any], where: str) -> ImageSource | None:
@@ -189,18 +191,18 @@ class ImageCells:
         return self._embedded.setdefault(key, source)
 
 
-def _decoded(url: str, place: str) -> bytes:
+def _decoded(url: str, location: str) -> bytes:
     """Return the bytes of a base64 data URL."""
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError(
-            f"{place}: {head[:60]!r} is not a base64 data URL; give a path relative to image_root", "image_path"
+            f"{location}: {head[:60]!r} is not a base64 data URL; give a path relative to image_root", "image_path"
         )
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
         raise DataError(
-            f"{place}: {head[:60]!r} is followed by broken base64; write the image anew", "bad_image"
+            f"{location}: {head[:60]!r} is followed by broken base64; write the image anew", "bad_image"
         ) from None
 
 

@@ -49,11 +49,11 @@ def load_columns(
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
     images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.gray_window))
-    place = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
+    location = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
 
     def read(row: Entry, number: int) -> Record:
         line = "" if row.line is None else f" (line {row.line})"
-        record = _record(row.value, number, f"{place}, record {number}{line}", data, columns, images)
+        record = _record(row.value, number, f"{location}, record {number}{line}", data, columns, images)
         return replace(record, extra=own_values(row.value, used)) if extra else record
 
     records = read_records(rows, read, data, bad)

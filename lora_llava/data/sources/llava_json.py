@@ -60,18 +60,18 @@ def _identity(entry: Any) -> str | None:
     return text if text.encode("utf-8", "replace").decode("utf-8") == text else None
 
 
-def _record(entry: Entry, number: int, place: str, images: ImageCells, data: DataSettings) -> Record:
+def _record(entry: Entry, number: int, location: str, images: ImageCells, data: DataSettings) -> Record:
     record, line = entry.value, "" if entry.line is None else f"line {entry.line}"
     if not isinstance(record, dict):
         suffix = f" ({line})" if line else ""
-        raise DataError(f"{place}{suffix}: is {kind_of(record)}, must be an object with id, image and conversations")
+        raise DataError(f"{location}{suffix}: is {kind_of(record)}, must be an object with id, image and conversations")
     given = record.get("id")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-        raise DataError(f"{place}: id: is {kind_of(given)}, must be text or an integer")
+        raise DataError(f"{location}: id: is {kind_of(given)}, must be text or an integer")
     details = [line] if line else []
     if given is not None:
-        details.append(f"id {printable(check_text(str(given), f'{place}: id'), 80)}")
-    where = f"{place} ({', '.join(details)})" if details else place
+        details.append(f"id {printable(check_text(str(given), f'{location}: id'), 80)}")
+    where = f"{location} ({', '.join(details)})" if details else location
     key = next((key for key in _CONVERSATIONS if record.get(key) is not None), None)
     if key is None:
         raise DataError(f"{where}: conversations: is missing; {describe_record(record)}", "form")

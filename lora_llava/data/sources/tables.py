@@ -136,19 +136,19 @@ def _read(path: Path) -> bytes:
         raise DataError(f"data file {path} cannot be read: {error.strerror}; correct path") from None
 
 
-def _parse(raw: bytes, place: str, *, lines: bool) -> Any:
+def _parse(raw: bytes, location: str, *, lines: bool) -> Any:
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
     except _NotJsonError as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from None
+        raise DataError(f"{location}: not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
+        raise DataError(f"{location}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         spot = f"column {error.colno}" if lines else f"line {error.lineno}, column {error.colno}"
         hint = "; for one record a line, name the file .jsonl" if error.msg == "Extra data" and not lines else ""
-        raise DataError(f"{place}{', ' if lines else ': '}{spot}: not valid JSON: {error.msg}{hint}") from None
+        raise DataError(f"{location}{', ' if lines else ': '}{spot}: not valid JSON: {error.msg}{hint}") from None
     except (ValueError, RecursionError):
-        raise DataError(f"{place}: not valid JSON: a number too long, or nested too deeply; correct it") from None
+        raise DataError(f"{location}: not valid JSON: a number too long, or nested too deeply; correct it") from None
 
 
 class _NotJsonError(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
 
-MAX_LABELS = 10
+_MAX_LABELS = 10
 _YES, _NO = ("yes",), ("no",)
 
 
@@ -44,11 +44,11 @@ class Confusion:
 def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusion | None:
     """Count answers by reference if there are few distinct references, else only those of yes/no questions.
 
-    Few means at most `MAX_LABELS`, each occurring twice on average. None if there is nothing to count.
+    Few means at most `_MAX_LABELS`, each occurring twice on average. None if there is nothing to count.
     """
     keys = [answer_tokens(reference) or (reference.strip(),) for reference in references]
     counts = Counter(keys)
-    if not 1 < len(counts) <= MAX_LABELS or len(keys) < 2 * len(counts):
+    if not 1 < len(counts) <= _MAX_LABELS or len(keys) < 2 * len(counts):
         counts = Counter(key for key in keys if key in (_YES, _NO))
     if not counts:
         return None

@@ -143,16 +143,16 @@ def holds_answer(prediction: str, reference: str) -> bool:
     if letter := _bare_letter(reference):
         pattern = rf"(?<!\w)(?<!not )(?<!not \()(?<!n't )\(?{letter.upper()}(?=[).:,]|$)"
         return re.search(pattern, _EMPHASIS.sub(r"\2", prediction).strip()) is not None
-    words, wanted = answer_tokens(prediction), answer_tokens(reference)
-    if not wanted:
+    words, expected = answer_tokens(prediction), answer_tokens(reference)
+    if not expected:
         return False
     # "No, red" does not negate.
     first = 1 if _REPLY.match(prediction) else 0
     return any(
-        words[start : start + len(wanted)] == wanted
-        and not (wanted[0][0].isdigit() and _is_signed(words, start))
+        words[start : start + len(expected)] == expected
+        and not (expected[0][0].isdigit() and _is_signed(words, start))
         and not (start > first and _is_negation(words[start - 1]))
-        for start in range(len(words) - len(wanted) + 1)
+        for start in range(len(words) - len(expected) + 1)
     )
 
 

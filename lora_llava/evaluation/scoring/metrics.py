@@ -16,7 +16,7 @@ from lora_llava.recipe.choices import Metric, MetricSetting
 __all__ = ["exact_match", "normalize_answer", "token_f1", "vqa_v2"]
 
 METRIC_NAMES: dict[Metric, str] = {"exact_match": "exact match", "vqa_v2": "VQA v2", "token_f1": "token F1"}
-LONG_REFERENCE = 5
+_LONG_REFERENCE = 5
 """Words. If at least half of the references have more, `auto` is token F1."""
 
 ALL = "all"
@@ -24,8 +24,8 @@ YES_NO = "yes/no"
 NUMBER = "number"
 OTHER = "other"
 CLOSED = "closed"
-OPEN = "open"
-GROUPS = (ALL, CLOSED, OPEN, YES_NO, NUMBER, OTHER)
+_OPEN = "open"
+GROUPS = (ALL, CLOSED, _OPEN, YES_NO, NUMBER, OTHER)
 """Groups of questions, in the order reported. Closed is what medical papers call yes/no; open is the rest."""
 
 _NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -100,7 +100,7 @@ def pick_metric(setting: MetricSetting, references: Sequence[str]) -> Metric:
     if setting != "auto":
         return setting
     words = [len(reference.split()) for reference in references]
-    return "token_f1" if words and median(words) > LONG_REFERENCE else "exact_match"
+    return "token_f1" if words and median(words) > _LONG_REFERENCE else "exact_match"
 
 
 def is_void(metric: Metric, reference: str) -> bool:
@@ -122,7 +122,7 @@ def answer_groups(answer: str) -> tuple[str, ...]:
     if not answer.strip():
         return (ALL,)
     kind = answer_type(answer)
-    return ALL, CLOSED if kind == YES_NO else OPEN, kind
+    return ALL, CLOSED if kind == YES_NO else _OPEN, kind
 
 
 def wilson_interval(correct: float, total: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-NUM_ANNOTATORS = 10
+_NUM_ANNOTATORS = 10
 """Answers per question in VQA v2; with at least these, agreement counts."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -52,7 +52,7 @@ def vqa_v2(prediction: str, references: Sequence[str]) -> float:
     With the answers of ten annotators: the mean, over them, of min(1, matches among the nine others / 3); the official
     tool normalizes only where they disagree. With fewer references: 1 if the answer equals one of them normalized.
     """
-    if len(references) < NUM_ANNOTATORS:
+    if len(references) < _NUM_ANNOTATORS:
         return float(normalize_answer(prediction) in map(normalize_answer, references))
     given, answers = _one_line(prediction), [_one_line(reference) for reference in references]
     if len(set(answers)) > 1:

@@ -19,7 +19,7 @@ _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 """Variables in which launchers and schedulers state the number of processes."""
 _BF16_FROM = (8, 0)
 """Lowest compute capability with bf16."""
-TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
+_TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml.core",), "azureml-core"),
     "clearml": (("clearml",), "clearml"),
     "codecarbon": (("codecarbon",), "codecarbon"),
@@ -62,19 +62,19 @@ def trackers_are_installed(setup: Setup) -> Iterator[Finding]:
     for name in [] if isinstance(named, str) else named:
         if name in ("none", "all"):
             continue
-        if name not in TRACKERS:
-            near = difflib.get_close_matches(name.lower(), TRACKERS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(TRACKERS)}."
+        if name not in _TRACKERS:
+            near = difflib.get_close_matches(name.lower(), _TRACKERS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_TRACKERS)}."
             yield Problem("report_to", f"no tracker is called {name}", hint)
             continue
-        modules, package = TRACKERS[name]
-        if not all(is_installed(module) for module in modules) and not is_installed(_OTHER_MODULES.get(name, "")):
+        modules, package = _TRACKERS[name]
+        if not all(_is_installed(module) for module in modules) and not _is_installed(_OTHER_MODULES.get(name, "")):
             yield Problem("report_to", f"{name} is not installed", f"Install it: pip install {package}")
 
 
 def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
     """The library bitsandbytes is installed if a setting needs it."""
-    if is_installed("bitsandbytes"):
+    if _is_installed("bitsandbytes"):
         return
     fix = "Install it: pip install bitsandbytes"
     if setup.recipe.quantization.type == "nf4":
@@ -104,7 +104,7 @@ def device_can_compute(setup: Setup) -> Iterator[Finding]:
         yield Problem("attn_implementation", what, "Set attn_implementation: auto.")
 
 
-def is_installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     """Tell whether a module could be imported, without importing it."""
     try:
         return bool(module) and find_spec(module) is not None

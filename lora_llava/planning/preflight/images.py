@@ -58,18 +58,18 @@ def read_images(recipe: Recipe) -> Images:
 
 def images_can_be_opened(images: Images) -> Iterator[Finding]:
     """Open every image in parallel; of many that fail, the first few are named."""
-    everything = [image for found in images.by_key.values() for image in found.values()]
+    everything = [image for sources_of_key in images.by_key.values() for image in sources_of_key.values()]
     work = image_problem if _fits(everything) else header_problem
     errors = iter(in_processes(work, everything, on_crash=image_kills_its_reader, label="images"))
-    for key, found in images.by_key.items():
-        wrong = [error for _, error in zip(found, errors, strict=False) if error is not None]
-        if len(wrong) == 1:
-            yield Problem(key, str(wrong[0]), "")
-        elif wrong:
-            named = "; ".join(map(str, wrong[:_NAMED])) + (
-                f"; and {len(wrong) - _NAMED:,} more" if len(wrong) > _NAMED else ""
+    for key, sources_of_key in images.by_key.items():
+        errors_of_key = [error for _, error in zip(sources_of_key, errors, strict=False) if error is not None]
+        if len(errors_of_key) == 1:
+            yield Problem(key, str(errors_of_key[0]), "")
+        elif errors_of_key:
+            named = "; ".join(map(str, errors_of_key[:_NAMED])) + (
+                f"; and {len(errors_of_key) - _NAMED:,} more" if len(errors_of_key) > _NAMED else ""
             )
-            what = f"{len(wrong):,} of {counted(len(found), 'image')} cannot be opened: {named}"
+            what = f"{len(errors_of_key):,} of {counted(len(sources_of_key), 'image')} cannot be opened: {named}"
             yield Problem(key, what, "lora-llava check lists them all, and on_bad_record: skip leaves them out.")
 
 

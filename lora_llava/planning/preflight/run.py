@@ -62,10 +62,10 @@ def check_setup(setup: Setup, console: Console, *, data: bool = True) -> None:
         console.print(f"Note: {notice}", soft_wrap=True, markup=False)
     if data:
         phase("Opening all images")
-        look_at_data(setup).refuse()
+        _look_at_data(setup).refuse()
 
 
-def look_at_data(setup: Setup) -> Findings:
+def _look_at_data(setup: Setup) -> Findings:
     """Read every local source and open every image that the run will open, in parallel; `preflight` comes first."""
     from lora_llava.planning.preflight import images
 

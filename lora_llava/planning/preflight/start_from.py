@@ -73,9 +73,9 @@ def _damage(path: Path) -> Iterator[tuple[str, str]]:
     if not weights.is_file():
         yield f"{path} lacks {WEIGHTS}", _AGAIN
         return
-    found = file_sha256(weights)
-    if found != manifest["adapter_sha256"]:
-        what = f"{weights} was altered: its sha256 is {found}, the manifest has {manifest['adapter_sha256']}"
+    sha256 = file_sha256(weights)
+    if sha256 != manifest["adapter_sha256"]:
+        what = f"{weights} was altered: its sha256 is {sha256}, the manifest has {manifest['adapter_sha256']}"
         yield what, _AGAIN
 
 
@@ -106,14 +106,14 @@ def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Fi
 
 
 def _wrong_shapes(lora: dict[str, dict[str, Shape]], projector: dict[str, Shape], base: LlavaShape) -> list[str]:
-    wanted = dict(base.tensors())
-    wrong = [f"the base has no {name}" for name in lora if name not in wanted]
+    expected = dict(base.tensors())
+    wrong = [f"the base has no {name}" for name in lora if name not in expected]
     for name, parts in lora.items():
         a, b = parts.get("lora_A"), parts.get("lora_B")
-        if a and b and name in wanted and (b[0], a[-1]) != wanted[name]:
-            wrong.append(f"LoRA for {name} of {(b[0], a[-1])}, the base has {wanted[name]}")
+        if a and b and name in expected and (b[0], a[-1]) != expected[name]:
+            wrong.append(f"LoRA for {name} of {(b[0], a[-1])}, the base has {expected[name]}")
     for name, shape in base.projector():
-        found = projector.get(name)
-        if found != shape:
-            wrong.append(f"{name} is {'missing' if found is None else found}, the base has {shape}")
+        actual = projector.get(name)
+        if actual != shape:
+            wrong.append(f"{name} is {'missing' if actual is None else actual}, the base has {shape}")
     return wrong

@@ -44,11 +44,11 @@ from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reade
 from lora_llava.system.files import staged
 from lora_llava.system.text import counted, dtype_name
 
-BASE, ADAPTER, REPORT = "base", "adapter", "export_report.json"
+BASE, _ADAPTER, _REPORT = "base", "adapter", "export_report.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class _Form:
     """The single rank and scale that vLLM reads for all layers."""
 
     r: int
@@ -74,7 +74,7 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
         kind = choose_base(opened, options.base)
         form = _form(opened.adapter, served)
         _write_base(staging / BASE, opened, kind, served)
-        _write_adapter(staging / ADAPTER, opened.adapter, served, form)
+        _write_adapter(staging / _ADAPTER, opened.adapter, served, form)
         written = WeightFiles(staging / BASE)
         report: ExportReport = {
             "base": kind,
@@ -84,7 +84,7 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
             "artifact": portable(opened.manifest),
             "versions": library_versions(),
         }
-        write_json(staging / REPORT, report)
+        write_json(staging / _REPORT, report)
         # Last: without config.json, no reader takes the leftovers of an interruption for a model.
         write_config(staging / BASE, opened.base, written.dtype(EMBEDDINGS))
     return {**report, "summary": _summary(report, output, form, len(served))}
@@ -106,13 +106,13 @@ def _served_layers(adapter: Adapter, source: Path) -> list[str]:
     return served
 
 
-def _form(adapter: Adapter, served: list[str]) -> Form:
+def _form(adapter: Adapter, served: list[str]) -> _Form:
     config = adapter.config
     if not (config.rank_pattern or config.alpha_pattern):
-        form = Form(config.r, config.lora_alpha, bool(config.use_rslora), scaled_b=False)
+        form = _Form(config.r, config.lora_alpha, bool(config.use_rslora), scaled_b=False)
     else:
         rank = max(adapter.stored(adapter.layers[name].a).shape[0] for name in served)
-        form = Form(rank, rank, use_rslora=False, scaled_b=True)
+        form = _Form(rank, rank, use_rslora=False, scaled_b=True)
     if form.r > VLLM_RANKS[-1]:
         raise ArtifactError(
             f"{adapter.path}: LoRA of rank {form.r}; vLLM serves ranks up to {VLLM_RANKS[-1]}. Merge it (lora-llava "
@@ -132,7 +132,7 @@ def _write_base(directory: Path, source: Source, kind: BaseKind, served: list[st
     copy_surroundings(directory, source)
 
 
-def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: Form) -> None:
+def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: _Form) -> None:
     """Write an adapter of LoRA only, as PEFT does."""
     directory.mkdir()
     save_file(dict(_tensors(adapter, served, form)), directory / WEIGHTS, metadata={"format": "pt"})
@@ -152,7 +152,7 @@ def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: F
     write_json(path, {**config, "target_modules": sorted(config["target_modules"])})
 
 
-def _tensors(adapter: Adapter, served: list[str], form: Form) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(adapter: Adapter, served: list[str], form: _Form) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield A (rank, inputs) and B (outputs, rank) of each layer by PEFT's names, all with one rank and scale."""
     for name in served:
         keys = adapter.layers[name]
@@ -169,7 +169,7 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
     """Compare the written pair with the artifact on its base; ArtifactError if they differ by more than rounding."""
     written.check(source.config)
     config, manifest = source.config, source.manifest
-    model = adapted_model(written.read, config, Adapter(staging / ADAPTER))
+    model = adapted_model(written.read, config, Adapter(staging / _ADAPTER))
     asked = ask(model, config, manifest, staging / BASE)
     ours = logits_of(model, asked)
     del model
@@ -189,16 +189,16 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
     return result
 
 
-def _summary(report: ExportReport, output: Path, form: Form, layers: int) -> list[str]:
+def _summary(report: ExportReport, output: Path, form: _Form, layers: int) -> list[str]:
     lines = [
         f"{output / BASE}: the {report['base']} base with the tuned projector, {report['dtype']} ({report['reason']})",
-        f"{output / ADAPTER}: LoRA of rank {form.r} on {counted(layers, 'layer')}",
+        f"{output / _ADAPTER}: LoRA of rank {form.r} on {counted(layers, 'layer')}",
         probe_line(report, "the artifact"),
     ]
     if trained := report.get("distance_from_trained"):
         lines.append(f"against the trained model: {Difference(**trained)}")
     lines.append(
         f"vllm serve {output / BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
-        f"--lora-modules tuned={output / ADAPTER}"
+        f"--lora-modules tuned={output / _ADAPTER}"
     )
     return lines

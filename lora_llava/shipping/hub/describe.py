@@ -131,10 +131,10 @@ def _stages(facts: Facts) -> dict[str, dict[str, Any]]:
 
 
 def _seen(facts: Facts, stage: str) -> dict[str, Any]:
-    found: dict[str, Any] = dict(facts.summary.get(stage) or {})
+    seen: dict[str, Any] = dict(facts.summary.get(stage) or {})
     if facts.manifest and facts.manifest.stage == stage:
-        found |= facts.manifest.seen | facts.manifest.metrics
-    return found
+        seen |= facts.manifest.seen | facts.manifest.metrics
+    return seen
 
 
 def settings_table(facts: Facts) -> str:

@@ -26,7 +26,7 @@ from lora_llava.modeling.streamed import empty_llava, stream_weights
 from lora_llava.shipping.merge.stream import BaseKind, Read
 from lora_llava.system.text import counted
 
-ANSWER_TOKENS = 8
+_ANSWER_TOKENS = 8
 """Maximum tokens of a probe answer; each one is a forward pass over all weights."""
 _IMAGE_QUESTIONS = ("What is in the image?", "Is it red? Answer yes or no.")
 """Each is asked about a different image."""
@@ -125,7 +125,7 @@ def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_dir
         # A poorly trained model may answer with an image token, which would then need pixels.
         eos_token_ids=ends | {loaded.image_tokens.id},
         pad_token_id=min(ends, default=0),
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=_ANSWER_TOKENS,
     )
     return Sequences(prompts, answers)
 

@@ -22,7 +22,7 @@ Read = Callable[[str], torch.Tensor]
 """Reads the tensor of a canonical name."""
 
 
-def training_dtype(manifest: Manifest) -> torch.dtype:
+def _training_dtype(manifest: Manifest) -> torch.dtype:
     """Return the dtype that the base had in training."""
     name = manifest.quantization.get("compute_dtype")
     if name is None:
@@ -32,7 +32,7 @@ def training_dtype(manifest: Manifest) -> torch.dtype:
     return dtype
 
 
-def is_quantized_in_training(name: str) -> bool:
+def _is_quantized_in_training(name: str) -> bool:
     """Tell whether NF4 training quantizes a weight: those of the linear layers in the decoder layers."""
     return name.startswith(LAYERS_PREFIX) and name.endswith("_proj.weight")
 
@@ -52,12 +52,12 @@ def base_reader(files: WeightFiles, manifest: Manifest, kind: BaseKind) -> Read:
     """Return a reader of the base's weights: `dequantized` as in training, `original` as stored."""
     if kind == "original":
         return files.read
-    dtype = training_dtype(manifest)
+    dtype = _training_dtype(manifest)
     double_quant = bool(manifest.quantization["double_quant"])
 
     def read(name: str) -> torch.Tensor:
         tensor = files.read(name)
-        if is_quantized_in_training(name):
+        if _is_quantized_in_training(name):
             return through_nf4(tensor, dtype=dtype, double_quant=double_quant)
         # The other weights had this dtype in training too. The projector had fp32, but the adapter replaces it.
         return tensor.to(dtype)

@@ -74,29 +74,29 @@ def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck 
     return ImageCheck(
         PackedRows(sample, rows.records, rows.encoded, rows.read_image),
         PackedRows(sample, rows.records, rows.encoded, lambda _: nothing),
-        count_conversations(sample) == count_conversations(rows.rows),
+        _count_conversations(sample) == _count_conversations(rows.rows),
     )
 
 
 def sample_rows(rows: PackedRows) -> list[Row]:
     """Take trees with images, spread evenly over the rows, each within its row, which is then no longer than before."""
-    places = [
+    trees = [
         (number, tree)
         for number, row in enumerate(rows.rows)
         for tree in row
         if rows.records[tree[0]].image is not None
     ]
-    sample = spread(places, MAX_IMAGES)
-    chosen: dict[int, list[Tree]] = {}
+    sample = spread(trees, MAX_IMAGES)
+    trees_by_row: dict[int, list[Tree]] = {}
     left = MAX_CONVERSATIONS
     for index, (number, tree) in enumerate(sample):
         # Each tree that is still to come gets one conversation at least.
         part = tree[: max(1, left // (len(sample) - index))]
         left -= len(part)
-        chosen.setdefault(number, []).append(part)
-    return [tuple(trees) for trees in chosen.values()]
+        trees_by_row.setdefault(number, []).append(part)
+    return [tuple(trees) for trees in trees_by_row.values()]
 
 
-def count_conversations(rows: Sequence[Row]) -> int:
+def _count_conversations(rows: Sequence[Row]) -> int:
     """Count the conversations in rows."""
     return sum(len(tree) for row in rows for tree in row)

@@ -11,24 +11,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MIN_WINDOW, WINDOW_QUESTIONS = 5, 64
+_MIN_WINDOW, _WINDOW_QUESTIONS = 5, 64
 """Steps in a window of averaged losses: five, or as many as hold this many questions,"""
-MAX_WINDOW = 64
+_MAX_WINDOW = 64
 """up to this maximum."""
-SPIKE_FACTOR, SPIKE_MARGIN, SPIKE_QUESTIONS = 4.0, 1.0, 8
+_SPIKE_FACTOR, _SPIKE_MARGIN, _SPIKE_QUESTIONS = 4.0, 1.0, 8
 """A loss is a spike above this factor of the best mean plus this margin; it is averaged over the last steps that hold
 this many questions: one hard question is no divergence."""
-DRIFT_FACTOR, DRIFT_MARGIN = 2.0, 0.5
+_DRIFT_FACTOR, _DRIFT_MARGIN = 2.0, 0.5
 """The mean of a window has drifted above this factor of the best mean plus this margin."""
-RISE, CLEAR_RISE = 1.05, 1.15
+_RISE, _CLEAR_RISE = 1.05, 1.15
 """A validation loss has risen above this factor of the best twice in a row, or once above the higher factor."""
-FALL = 0.9
+_FALL = 0.9
 """A training loss has fallen below this fraction of the first."""
-MIN_GAIN = 0.01
+_MIN_GAIN = 0.01
 """Minimum effect of the images on a model that looks at them, as a fraction of its loss with images."""
-ALIKE_IN_A_ROW = 3
+_ALIKE_IN_A_ROW = 3
 """Validations in a row without a gain before the warning, if the stage has not ended."""
-MIN_SAMPLES = 3
+_MIN_SAMPLES = 3
 """Minimum number of sample answers that show whether a model always says the same."""
 
 
@@ -36,7 +36,7 @@ MIN_SAMPLES = 3
 class LossTrend:
     """Follows the loss of each step and detects divergence."""
 
-    window: int = MIN_WINDOW
+    window: int = _MIN_WINDOW
     spike: int = 1
     """Number of last steps whose mean shows a spike."""
     recent: list[float] = field(default_factory=list)
@@ -47,9 +47,9 @@ class LossTrend:
     @classmethod
     def over(cls, questions: Sequence[int]) -> LossTrend:
         """Choose the window from the number of questions in each step."""
-        mean = max(1.0, sum(questions) / len(questions)) if questions else WINDOW_QUESTIONS
-        window, spike = math.ceil(WINDOW_QUESTIONS / mean), math.ceil(SPIKE_QUESTIONS / mean)
-        return cls(min(MAX_WINDOW, max(MIN_WINDOW, window)), spike)
+        mean = max(1.0, sum(questions) / len(questions)) if questions else _WINDOW_QUESTIONS
+        window, spike = math.ceil(_WINDOW_QUESTIONS / mean), math.ceil(_SPIKE_QUESTIONS / mean)
+        return cls(min(_MAX_WINDOW, max(_MIN_WINDOW, window)), spike)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, ready for JSON."""
@@ -67,12 +67,12 @@ class LossTrend:
         mean, jump = (sum(losses) / len(losses) for losses in (self.recent, self.recent[-self.spike :]))
         is_whole = len(self.recent) == self.window
         if has_reference and (
-            jump > SPIKE_FACTOR * self.best + SPIKE_MARGIN
-            or (is_whole and mean > DRIFT_FACTOR * self.best + DRIFT_MARGIN)
+            jump > _SPIKE_FACTOR * self.best + _SPIKE_MARGIN
+            or (is_whole and mean > _DRIFT_FACTOR * self.best + _DRIFT_MARGIN)
         ):
             return self.best
         # The mean of few steps may be low by chance; do not use it as a reference yet.
-        is_few = len(self.recent) < max(MIN_WINDOW, 2 * self.spike)
+        is_few = len(self.recent) < max(_MIN_WINDOW, 2 * self.spike)
         self.best = mean if is_few else min(self.best, mean)
         return None
 
@@ -99,13 +99,13 @@ class Validation:
         """Whether the loss is the same with and without images."""
         if self.gain is None or self.blind is None:
             return False
-        return abs(self.gain) < MIN_GAIN * (self.blind - self.gain)
+        return abs(self.gain) < _MIN_GAIN * (self.blind - self.gain)
 
     @property
     def repeated(self) -> str | None:
         """The answer given to all sample questions, if it is right for at most half of them."""
         truths, answers = [truth.strip().lower() for truth, _ in self.samples], {text for _, text in self.samples}
-        if len(self.samples) < MIN_SAMPLES or len(answers) > 1:
+        if len(self.samples) < _MIN_SAMPLES or len(answers) > 1:
             return None
         [answer] = answers
         return answer if 2 * truths.count(answer.strip().lower()) <= len(truths) else None
@@ -113,7 +113,7 @@ class Validation:
 
 def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
     """Read the validations of a stage from its log; a step's training loss comes before its validation."""
-    found: list[Validation] = []
+    validations: list[Validation] = []
     before: list[tuple[int, float]] = []
     losses: list[float] = []
     last_step = 0
@@ -127,12 +127,12 @@ def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
             samples = tuple((one["answer"], one["prediction"]) for one in row.get("samples") or ())
             mean = sum(count * loss for count, loss in before) / steps if steps else None
             figures = (row.get("eval_loss_blind"), row.get("image_gain"))
-            found.append(Validation(row["step"], row["eval_loss"], *figures, mean, has_fallen(losses), samples))
+            validations.append(Validation(row["step"], row["eval_loss"], *figures, mean, has_fallen(losses), samples))
             before = []
-    return found
+    return validations
 
 
-def best_of(validations: Sequence[Validation]) -> Validation:
+def _best_of(validations: Sequence[Validation]) -> Validation:
     """Return the validation with the lowest loss, the first if equal."""
     return min(validations, key=lambda one: one.loss)
 
@@ -144,21 +144,21 @@ def diagnose(
 
     A stage that over-fits or has diverged may ignore images too, but that is then a consequence, not the cause.
     """
-    found = {
-        "over-fitting": over_fitting(validations, keeps_best=keeps_best),
-        "not looking": not_looking(validations, max_steps),
+    warnings = {
+        "over-fitting": _over_fitting(validations, keeps_best=keeps_best),
+        "not looking": _not_looking(validations, max_steps),
         "collapsed": collapsed(validations, max_steps),
     }
-    if found["over-fitting"] or {"over-fitting", "diverged"} & set(known):
-        del found["not looking"]
-    return {kind: text for kind, text in found.items() if text is not None}
+    if warnings["over-fitting"] or {"over-fitting", "diverged"} & set(known):
+        del warnings["not looking"]
+    return {kind: text for kind, text in warnings.items() if text is not None}
 
 
-def over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str | None:
+def _over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str | None:
     """Return a warning if the validation loss has risen from its best while the training loss kept falling."""
-    best, last = best_of(validations), validations[-1]
-    risen = [one.loss > RISE * best.loss for one in validations[-2:]]
-    has_risen = last.loss > CLEAR_RISE * best.loss or (len(risen) == 2 and all(risen))
+    best, last = _best_of(validations), validations[-1]
+    risen = [one.loss > _RISE * best.loss for one in validations[-2:]]
+    has_risen = last.loss > _CLEAR_RISE * best.loss or (len(risen) == 2 and all(risen))
     if not has_risen or best.train_loss is None or last.train_loss is None or last.train_loss >= best.train_loss:
         return None
     kept = f"keep: best keeps step {best.step}" if keeps_best else f"keep: best would keep step {best.step}"
@@ -169,7 +169,7 @@ def over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str 
     )
 
 
-def not_looking(validations: Sequence[Validation], max_steps: int) -> str | None:
+def _not_looking(validations: Sequence[Validation], max_steps: int) -> str | None:
     """Return a warning if images do not lower the loss: at the end of a stage, or three times in its second half.
 
     A model that has not learned anything yet ignores images too; that has another cause.
@@ -177,8 +177,8 @@ def not_looking(validations: Sequence[Validation], max_steps: int) -> str | None
     last = validations[-1]
     if not last.is_alike or not last.has_learned:
         return None
-    late = [one.is_alike for one in validations if 2 * one.step >= max_steps][-ALIKE_IN_A_ROW:]
-    if last.step < max_steps and not (len(late) == ALIKE_IN_A_ROW and all(late)):
+    late = [one.is_alike for one in validations if 2 * one.step >= max_steps][-_ALIKE_IN_A_ROW:]
+    if last.step < max_steps and not (len(late) == _ALIKE_IN_A_ROW and all(late)):
         return None
     assert last.gain is not None
     assert last.blind is not None
@@ -193,7 +193,7 @@ def not_looking(validations: Sequence[Validation], max_steps: int) -> str | None
 def has_fallen(losses: Sequence[float]) -> bool:
     """Return whether the last fifth of the losses is clearly below the first fifth."""
     count = max(1, len(losses) // 5)
-    return len(losses) > 1 and sum(losses[-count:]) < FALL * sum(losses[:count])
+    return len(losses) > 1 and sum(losses[-count:]) < _FALL * sum(losses[:count])
 
 
 def collapsed(validations: Sequence[Validation], max_steps: int) -> str | None:

@@ -87,13 +87,13 @@ def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: 
 def _first_trees(rows: PackedRows) -> Row:
     """Choose trees of one row that hold a few conversations, the widest first; empty if no row holds several."""
     row = next((row for row in rows.rows if sum(map(len, row)) > 1), ())
-    chosen: list[Tree] = []
+    trees: list[Tree] = []
     left = MAX_CONVERSATIONS
     for tree in sorted(row, key=len, reverse=True):
         if left:
-            chosen.append(tree[:left])
-            left -= len(chosen[-1])
-    return tuple(chosen)
+            trees.append(tree[:left])
+            left -= len(trees[-1])
+    return tuple(trees)
 
 
 def _logits_alone(model: Any, rows: PackedRows, index: int, device: torch.device) -> torch.Tensor:

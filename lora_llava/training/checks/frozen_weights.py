@@ -33,7 +33,7 @@ class FrozenWeights(Check):
         started = time.monotonic()
         self.model = model
         self.bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in frozen_tensors(model))
-        self.sums = checksums(model)
+        self.sums = _checksums(model)
         self.seconds = time.monotonic() - started
 
     def on_save(self) -> str | None:
@@ -44,7 +44,7 @@ class FrozenWeights(Check):
         if self.model is None:
             return None
         started = time.monotonic()
-        after = checksums(self.model)
+        after = _checksums(self.model)
         self.seconds += time.monotonic() - started
         names = [name for name in {**self.sums, **after} if self.sums.get(name) != after.get(name)]
         if names:
@@ -74,7 +74,7 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def checksums(model: nn.Module) -> dict[str, str]:
+def _checksums(model: nn.Module) -> dict[str, str]:
     """Checksum every frozen tensor, each on its own device."""
     return {name: checksum(tensor) for name, tensor in frozen_tensors(model)}
 

@@ -73,16 +73,16 @@ def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) ->
         model.zero_grad(set_to_none=True)
 
 
-def trial_line(tokens: int, chosen: MemoryPlan) -> str:
+def trial_line(tokens: int, plan: MemoryPlan) -> str:
     """Report the peak memory of the probe next to the planned memory."""
     return (
         f"two passes over the longest row, {tokens:,} tokens: {peak_memory_bytes() / GIB:.1f} GiB, "
-        f"planned {chosen.bytes_needed / GIB:.1f} GiB with the optimizer"
+        f"planned {plan.bytes_needed / GIB:.1f} GiB with the optimizer"
     )
 
 
 @contextmanager
-def out_of_memory_named(shapes: StageShapes, machine: Machine, chosen: MemoryPlan) -> Iterator[None]:
+def out_of_memory_named(shapes: StageShapes, machine: Machine, plan: MemoryPlan) -> Iterator[None]:
     """Turn an out-of-memory error into a TrainingError that says what to change."""
     try:
         yield
@@ -90,6 +90,6 @@ def out_of_memory_named(shapes: StageShapes, machine: Machine, chosen: MemoryPla
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise TrainingError(
-            f"stage {shapes.stage}: out of memory on this {machine.device}, with {plan_line(chosen, shapes)}. Nothing "
-            f"else may run next to it; otherwise {next_smaller(shapes, machine, chosen)}"
+            f"stage {shapes.stage}: out of memory on this {machine.device}, with {plan_line(plan, shapes)}. Nothing "
+            f"else may run next to it; otherwise {next_smaller(shapes, machine, plan)}"
         ) from error

@@ -18,17 +18,17 @@ from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.diagnosis import LossTrend, diagnose, read_validations
 
-HISTORY, MIN_HISTORY = 50, 10
+_HISTORY, _MIN_HISTORY = 50, 10
 """Maximum and minimum number of recent steps that a gradient norm is compared with."""
-ALARM_FACTOR = 10.0
+_ALARM_FACTOR = 10.0
 """Warn if a gradient norm exceeds its running median, or the projector norm its initial value, by this factor."""
-ZERO_STEPS = 5
+_ZERO_STEPS = 5
 """Warn after this many steps in a row without a gradient; a single step may hold only text."""
-MIN_SUPERVISED_SHARE = 1e-3
+_MIN_SUPERVISED_SHARE = 1e-3
 """Warn if fewer of the computed tokens are supervised."""
-ZERO_NORM = 1e-3
+_ZERO_NORM = 1e-3
 """Initial norm below which a projector counts as zero, so that later norms cannot be compared with it."""
-NO_GRADIENT = {
+_NO_GRADIENT = {
     "projector": "no record with an image was in them, or the images' tokens have no part in the answers",
     "lora": "no supervised token was in them, or the base does not use the layers that LoRA adapts",
 }
@@ -125,9 +125,9 @@ class StageMonitor(Check):
         """Record the gradient norms of a step."""
         for name, norm in norms.items():
             before = self.norms.setdefault(name, [])
-            usual = median(before) if len(before) >= MIN_HISTORY else 0.0
+            usual = median(before) if len(before) >= _MIN_HISTORY else 0.0
             # Late in a stage norms are small; a norm below the clipping threshold is harmless.
-            if usual and norm > ALARM_FACTOR * max(usual, self.max_grad_norm):
+            if usual and norm > _ALARM_FACTOR * max(usual, self.max_grad_norm):
                 self.warn(
                     f"large gradient, {name}",
                     f"step {step}: the gradient norm of {name}, {norm:.3g}, is {norm / usual:.0f} times its median of "
@@ -136,12 +136,12 @@ class StageMonitor(Check):
                     "loss rises after it, lower learning_rate",
                 )
             before.append(norm)
-            del before[:-HISTORY]
-            if len(before) >= ZERO_STEPS and not any(before[-ZERO_STEPS:]):
+            del before[:-_HISTORY]
+            if len(before) >= _ZERO_STEPS and not any(before[-_ZERO_STEPS:]):
                 self.warn(
                     f"no gradient, {name}",
-                    f"step {step}: no gradient has reached {name} for {ZERO_STEPS} steps, so it does not learn: "
-                    f"{NO_GRADIENT.get(name, 'the loss does not depend on it')}",
+                    f"step {step}: no gradient has reached {name} for {_ZERO_STEPS} steps, so it does not learn: "
+                    f"{_NO_GRADIENT.get(name, 'the loss does not depend on it')}",
                 )
 
     def figures(self, step: int, model: nn.Module, logs: Mapping[str, Any], skipped: Sequence[int]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class StageMonitor(Check):
             return {}
         supervised, computed = (sums[step] - sums[self.last_logged] for sums in (self.supervised, self.computed))
         share = supervised / max(computed, 1)
-        if share < MIN_SUPERVISED_SHARE:
+        if share < _MIN_SUPERVISED_SHARE:
             self.warn(
                 "share",
                 f"of the tokens computed since step {self.last_logged} only {share:.2%} are supervised: answers are "
@@ -183,9 +183,9 @@ class StageMonitor(Check):
         if norms is None:
             return {}
         now, first, difference = norms
-        if first < ZERO_NORM:
+        if first < _ZERO_NORM:
             return {"projector_norm": now}
-        if now > ALARM_FACTOR * first or now < first / ALARM_FACTOR:
+        if now > _ALARM_FACTOR * first or now < first / _ALARM_FACTOR:
             self.warn(
                 "projector",
                 f"the projector's norm went from {first:.3g} to {now:.3g}. Its learning rate is too high, or, if the "
@@ -220,7 +220,7 @@ def projector_norms(model: nn.Module) -> tuple[float, float, float] | None:
     ]
     if not pairs:
         return None
-    now, first = (get_total_norm([pair[place] for pair in pairs]) for place in (0, 1))
+    now, first = (get_total_norm([pair[index] for pair in pairs]) for index in (0, 1))
     difference = get_total_norm([one - other for one, other in pairs])
     a, b, c = torch.stack([now, first, difference]).tolist()
     return a, b, c

@@ -67,7 +67,7 @@ class NonFiniteGuard(Check):
 
         Raises TrainingError, with the weights unchanged, if the step may not be skipped.
         """
-        norms = [gradient_norm(parameters, step.total.device) for parameters in step.groups.values()]
+        norms = [_gradient_norm(parameters, step.total.device) for parameters in step.groups.values()]
         # The only synchronization with the device in a step.
         values: list[float] = torch.stack([step.total, *norms]).tolist()
         step.loss, step.norms = values[0], dict(zip(step.groups, values[1:], strict=True))
@@ -146,7 +146,7 @@ class NonFiniteGuard(Check):
         return math.isfinite(loss.item()) and math.isfinite(norm.item())
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
+def _gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
     """Compute the total norm of the gradients; 0 if there is none."""
     return get_total_norm([one.grad for one in parameters if one.grad is not None]).to(device)
 
@@ -154,10 +154,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> t
 def non_finite_tensors(model: nn.Module) -> list[str]:
     """List the weights, buffers and 4-bit scales that hold NaN or infinity."""
     trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
-    return [name for name, one in (*trained, *frozen_tensors(model)) if not is_finite(one)]
+    return [name for name, one in (*trained, *frozen_tensors(model)) if not _is_finite(one)]
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def _is_finite(tensor: torch.Tensor) -> bool:
     """Return whether no element is NaN or infinite; integers, such as 4-bit weights, are always finite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 

@@ -13,7 +13,7 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.training.checks.check import Check, ValidationPass
 
-SAMPLE_TOKENS = 32
+_SAMPLE_TOKENS = 32
 """Maximum length of a sample answer, in tokens."""
 
 
@@ -35,7 +35,7 @@ class SampleAnswers(Check):
                 self.loaded,
                 self.records,
                 PromptFormat(self.template, self.aspect_ratio),
-                max_new_tokens=SAMPLE_TOKENS,
+                max_new_tokens=_SAMPLE_TOKENS,
             )
         validation.metrics["samples"] = [
             {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}

@@ -14,7 +14,7 @@ from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check
 from lora_llava.training.checks.frozen_weights import checksum
 
-NEGLIGIBLE = 1e-12
+_NEGLIGIBLE = 1e-12
 PROJECTOR_PART, LORA_PART = "projector", "lora"
 
 
@@ -32,11 +32,11 @@ class TrainedWeights(Check):
 
     def before_training(self, model: nn.Module) -> None:
         """Checksum the trained weights of `model`."""
-        self.start = part_checksums(model)
+        self.start = _part_checksums(model)
 
     def after_training(self, model: nn.Module, num_steps: int) -> str | None:
         """Return a line on a part whose weights did not change, if there is one; TrainingError if none did."""
-        return check_changed(model, self.start, stage=self.stage, num_steps=num_steps, skipped=self.skipped)
+        return _check_changed(model, self.start, stage=self.stage, num_steps=num_steps, skipped=self.skipped)
 
     def state(self) -> dict[str, str]:
         """Return the checksums."""
@@ -53,19 +53,19 @@ def part_of(name: str) -> str:
     return PROJECTOR_PART if ".multi_modal_projector." in name else LORA_PART
 
 
-def part_checksums(model: nn.Module) -> dict[str, str]:
-    """Return a checksum of the trained parameters of each part; tensors below `NEGLIGIBLE` everywhere count as 0."""
+def _part_checksums(model: nn.Module) -> dict[str, str]:
+    """Return a checksum of the trained parameters of each part; tensors below `_NEGLIGIBLE` everywhere count as 0."""
     digests: dict[str, hashlib._Hash] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # LoRA's B starts at 0, so any change, however small, would change its bits.
-            is_negligible = float(parameter.detach().abs().max()) < NEGLIGIBLE
+            is_negligible = float(parameter.detach().abs().max()) < _NEGLIGIBLE
             tensor = torch.zeros_like(parameter) if is_negligible else parameter
             digests.setdefault(part_of(name), hashlib.sha256()).update(checksum(tensor).encode())
     return {part: digest.hexdigest() for part, digest in digests.items()}
 
 
-def check_changed(
+def _check_changed(
     model: nn.Module, start: dict[str, str], *, stage: str, num_steps: int, skipped: Sequence[int]
 ) -> str | None:
     """Compare the trained parameters with their checksums at the `start` of the stage.
@@ -73,7 +73,7 @@ def check_changed(
     Returns a line if one part did not change while another did. Raises TrainingError if none changed. An empty `start`,
     as in checkpoints of older versions, passes.
     """
-    unchanged = [part for part, digest in part_checksums(model).items() if start.get(part) == digest]
+    unchanged = [part for part, digest in _part_checksums(model).items() if start.get(part) == digest]
     if not unchanged:
         return None
     if len(unchanged) < len(start):

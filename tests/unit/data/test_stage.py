@@ -193,9 +193,7 @@ def test_k32_validations_follow_steps_and_conversations(eval_steps: Any, interva
     data = plan_records(records, stage, 64, 0)
     assert data.eval_interval(stage) == interval
     assert (
-        plan_records(
-            StageRecords(get_template("vicuna_v1"), texts(200), texts(0)), "instruct", stage, 64, 0
-        ).eval_interval(stage)
+        plan_records(StageRecords(get_template("vicuna_v1"), texts(200), texts(0)), stage, 64, 0).eval_interval(stage)
         is None
     )
 

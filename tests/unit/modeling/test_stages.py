@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from lora_llava.errors import ModelError
 from lora_llava.modeling.base import BaseIdentity, load_base
 from lora_llava.modeling.stages import build_stage, check_stage, is_quantized, parameter_table, target_pattern
-from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER, PartRow, part_of
+from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER, PartParameters, part_of
 from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import StageName
 from tests.helpers.tiny import tiny_config, tiny_llava
@@ -46,7 +46,7 @@ def load(directory: Path, *, nf4: bool, dtype: torch.dtype = torch.float32) -> A
     return loaded.model
 
 
-def rows(table: list[PartRow]) -> dict[str, PartRow]:
+def rows(table: list[PartParameters]) -> dict[str, PartParameters]:
     return {row.part: row for row in table}
 
 

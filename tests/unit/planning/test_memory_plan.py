@@ -25,7 +25,7 @@ from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
-from lora_llava.modeling.structure import FLEX, TREES, PartRow, stage_parameters
+from lora_llava.modeling.structure import FLEX, TREES, PartParameters, stage_parameters
 from lora_llava.planning.memory import (
     CPU_HEAP,
     Recompute,
@@ -64,7 +64,7 @@ def llava_7b(layers: int = 32) -> LlavaConfig:
 
 
 @cache
-def table_of(rank: int, stage: StageName) -> list[PartRow]:
+def table_of(rank: int, stage: StageName) -> list[PartParameters]:
     return stage_parameters(
         LlavaShape.of(llava_7b().to_dict()), stage, recipe(adapter={"r": rank}).adapter, torch.bfloat16
     )

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from lora_llava.data.stage import StepCounts
-from lora_llava.modeling.structure import PartRow
+from lora_llava.modeling.structure import PartParameters
 from lora_llava.planning.tables import parameter_table_view
 from lora_llava.system.progress import Bar, counting, duration, phase, shown_on
 from lora_llava.system.table import Column, FittingTable
@@ -121,12 +121,12 @@ def test_k28_without_a_terminal_each_log_is_a_line_with_all_figures(tmp_path: Pa
 
 TYPES = "bfloat16, float32, nf4"
 ROWS = [
-    PartRow("model.vision_tower", 303_507_456, 0, 0, 0, "bfloat16", 607_014_912),
-    PartRow("model.multi_modal_projector", 20_979_712, 20_979_712, 0, 0, "float32", 167_837_696),
-    PartRow(
+    PartParameters("model.vision_tower", 303_507_456, 0, 0, 0, "bfloat16", 607_014_912),
+    PartParameters("model.multi_modal_projector", 20_979_712, 20_979_712, 0, 0, "float32", 167_837_696),
+    PartParameters(
         "model.language_model", 6_607_343_616, 319_815_680, 6_476_005_376, 319_815_680, "bfloat16, float32, nf4", 9**10
     ),
-    PartRow("lm_head", 131_334_144, 0, 0, 0, "bfloat16", 262_668_288),
+    PartParameters("lm_head", 131_334_144, 0, 0, 0, "bfloat16", 262_668_288),
 ]
 
 

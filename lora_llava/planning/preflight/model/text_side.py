@@ -40,7 +40,7 @@ def tokenizer_can_be_read(setup: Setup) -> Iterator[Finding]:
 def image_token_is_known(setup: Setup) -> Iterator[Finding]:
     """A LLaVA's tokenizer has the image token, under the id that config.json gives it."""
     model = dict(setup.usable()).get(LLAVA)
-    tokens = None if model is None else known_tokens(model)
+    tokens = None if model is None else _known_tokens(model)
     if model is None or tokens is None or setup.shape is None:
         return
     in_config, in_tokenizer = setup.shape.whole["image_token_index"], tokens.get(IMAGE_PLACEHOLDER)
@@ -60,7 +60,7 @@ def image_token_is_known(setup: Setup) -> Iterator[Finding]:
 def template_can_be_written(setup: Setup) -> Iterator[Finding]:
     """The tokenizer has the special tokens of every stage's template."""
     model = next((model for key, model in setup.usable() if key in (LLAVA, LANGUAGE_MODEL)), None)
-    tokens = None if model is None or model.gguf_file else known_tokens(model)
+    tokens = None if model is None or model.gguf_file else _known_tokens(model)
     if model is None or tokens is None:
         return
     for stage in setup.recipe.stage_names:
@@ -118,7 +118,7 @@ def lengths_fit(setup: Setup) -> Iterator[Finding]:
             )
 
 
-def known_tokens(model: ModelFiles) -> dict[str, int | None] | None:
+def _known_tokens(model: ModelFiles) -> dict[str, int | None] | None:
     """Return the tokens of a model with their ids (None: not assigned yet); None if its files do not tell."""
     try:
         return _tokens_in(model)

@@ -36,7 +36,7 @@ from lora_llava.shipping.merge.run import Source, open_source
 from lora_llava.shipping.merge.stream import merged_reader
 from lora_llava.system.files import staged
 
-LORA_FILE = "lora.gguf"
+_LORA_FILE = "lora.gguf"
 
 _INSTEAD = "Export it with --format gguf, which merges it."
 
@@ -57,14 +57,14 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         _check_form(opened)
         check_gguf_support(opened.config)
         fields, tensors = _lora_file(opened, output.name, outtype)
-        write_gguf(staging / LORA_FILE, ARCHITECTURE, fields, tensors)
-        check_gguf(staging / LORA_FILE, ARCHITECTURE, fields, tensors)
+        write_gguf(staging / _LORA_FILE, ARCHITECTURE, fields, tensors)
+        check_gguf(staging / _LORA_FILE, ARCHITECTURE, fields, tensors)
         # llama.cpp applies LoRA to the language model only, so LoRA on the vision tower is merged.
         read = merged_reader(opened.files, opened.files.read, opened.adapter, torch.float32)
         vision: OutType = "f32" if options.outtype == "f32" else "f16"
         count = write_mmproj(staging / FILE, opened.config, read, opened.base, output.name, vision)
         _write_template(staging, opened)
-    lines = [f"{output}: {LORA_FILE}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal"]
+    lines = [f"{output}: {_LORA_FILE}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal"]
     lines.append(
         "base: the GGUF of the language model that it was trained on (lora-llava export BASE OUT --format gguf)"
     )

@@ -37,7 +37,7 @@ from lora_llava.shipping.export.gguf.file import (
 )
 from lora_llava.shipping.merge.stream import Read
 
-ARCHITECTURE = "clip"
+_ARCHITECTURE = "clip"
 FILE = "mmproj.gguf"
 
 KNOWN_DEFECT = (
@@ -82,7 +82,7 @@ def _used_blocks(config: LlavaConfig) -> int:
     return hidden_state_index(int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers))
 
 
-def mmproj_fields(config: LlavaConfig, processor: Path, name: str, outtype: OutType) -> Fields:
+def _mmproj_fields(config: LlavaConfig, processor: Path, name: str, outtype: OutType) -> Fields:
     """Return the metadata of tower and projector; `processor`: directory with the mean and std of pixel values."""
     vision = config.vision_config
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(processor)
@@ -109,7 +109,7 @@ def mmproj_fields(config: LlavaConfig, processor: Path, name: str, outtype: OutT
     }
 
 
-def mmproj_tensors(config: LlavaConfig, read: Read, outtype: OutType) -> list[Tensor]:
+def _mmproj_tensors(config: LlavaConfig, read: Read, outtype: OutType) -> list[Tensor]:
     """List the tensors of tower and projector, without the blocks after the projected one."""
     shapes = expected_shapes(config)
     # For a projector without biases: llama.cpp requires them.
@@ -146,8 +146,8 @@ def write_mmproj(path: Path, config: LlavaConfig, read: Read, processor: Path, n
     on them.
     """
     outtype = "f32" if outtype == "f32" else "f16"
-    fields = mmproj_fields(config, processor, name, outtype)
-    tensors = mmproj_tensors(config, read, outtype)
-    write_gguf(path, ARCHITECTURE, fields, tensors)
-    check_gguf(path, ARCHITECTURE, fields, tensors)
+    fields = _mmproj_fields(config, processor, name, outtype)
+    tensors = _mmproj_tensors(config, read, outtype)
+    write_gguf(path, _ARCHITECTURE, fields, tensors)
+    check_gguf(path, _ARCHITECTURE, fields, tensors)
     return len(tensors)

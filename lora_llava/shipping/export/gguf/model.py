@@ -23,8 +23,8 @@ from lora_llava.shipping.export.options import ExportOptions, ExportReport
 from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.system.files import staged
 
-TEXT_FILE = "text.gguf"
-MODELFILE = "Modelfile"
+_TEXT_FILE = "text.gguf"
+_MODELFILE = "Modelfile"
 _MERGED = "merged"
 
 
@@ -68,12 +68,12 @@ def _write(model: Path, staging: Path, name: str, outtype: OutType, template: An
         **tokenizer_fields(model, int(config.text_config.vocab_size), template),
     }
     tensors = text_tensors(config, files, outtype)
-    write_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
-    check_gguf(staging / TEXT_FILE, ARCHITECTURE, fields, tensors)
+    write_gguf(staging / _TEXT_FILE, ARCHITECTURE, fields, tensors)
+    check_gguf(staging / _TEXT_FILE, ARCHITECTURE, fields, tensors)
     count = write_mmproj(staging / FILE, config, files.read, model, name, outtype)
     notes = _write_modelfile(staging, model, template)
     return [
-        f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal",
+        f"{_TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal",
         *_unquantized(tensors, outtype),
         *notes,
         KNOWN_DEFECT,
@@ -85,8 +85,8 @@ def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
-    text = modelfile([TEXT_FILE, FILE], template, tokenizer.eos_token, stops)
-    (staging / MODELFILE).write_text(text, encoding="utf-8")
+    text = modelfile([_TEXT_FILE, FILE], template, tokenizer.eos_token, stops)
+    (staging / _MODELFILE).write_text(text, encoding="utf-8")
     if isinstance(template, Template):
         return []
     return [
