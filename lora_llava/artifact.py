@@ -19,11 +19,13 @@ from lora_llava.conversation.chat_template import OwnTemplate, chat_template, re
 from lora_llava.conversation.endings import stated_ends, write_generation_config
 from lora_llava.conversation.templates import TEMPLATES, Template, get_template
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import expected_shapes, open_weights
 from lora_llava.formats.manifest import is_hub_id, manifest_problem
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
+from lora_llava.formats.transformers_4 import PREPROCESSOR
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
 from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe.settings import AdapterSettings
@@ -162,8 +164,10 @@ def template_to_ask(usage: Usage, directory: Path) -> Template | OwnTemplate:
 
 def _aspect_ratio(directory: Path) -> AspectRatio:
     """Read whether a model's processor pads images to a square, as LLaVA-1.5 does; old files do not say."""
-    images = read_json(directory / "processor_config.json").get("image_processor")
-    return "pad" if not isinstance(images, dict) or images.get("do_pad") else "square"
+    nested = read_json(directory / "processor_config.json").get("image_processor")
+    # transformers, too, takes the nested settings before the file of their own.
+    images = nested if isinstance(nested, dict) else {"do_pad": True, **read_json(directory / PREPROCESSOR)}
+    return "pad" if images.get("do_pad") else "square"
 
 
 def merged_manifest(directory: Path) -> Manifest | None:
@@ -264,10 +268,9 @@ def write_artifact(
 ) -> Manifest:
     """Write the files of an artifact to `staging`, to be moved to `directory`; see `save_artifact`."""
     location = base_location(loaded.identity, loaded.directory, directory)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = location["path"] or location["name"]
-        config.revision = location["revision"]
     model.save_pretrained(staging, save_embedding_layers=False)
+    base = loaded.identity.reference(loaded.directory)
+    write_adapter_config(staging, model.peft_config["default"], base, location["revision"])
     # PEFT's generic card states a wrong task and wrong tags; the kit writes its own when the model is published.
     (staging / "README.md").unlink(missing_ok=True)
     template = get_template(**facts["template"])
@@ -278,6 +281,7 @@ def write_artifact(
         {"image_mean": loaded.image_mean, "image_std": loaded.image_std},
         aspect_ratio=facts["images"]["image_aspect_ratio"],
         jinja=chat_template(template, loaded.tokenizer.eos_token),
+        is_model=False,
     )
     write_generation_config(staging, loaded.directory, template, loaded.tokenizer)
     dtype = dtype_name(model.get_input_embeddings().weight.dtype)

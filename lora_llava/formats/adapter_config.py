@@ -1,4 +1,4 @@
-"""Read the adapter_config.json of any adapter: what PEFT would act on is checked before PEFT reads it.
+"""Write adapter_config.json, and read that of any adapter: what PEFT would act on is checked before PEFT reads it.
 
 An adapter may come from a stranger. Numbers that would fill the memory, patterns that would never end, and settings
 that name modules to import are refused here, and everything that is wrong is one ArtifactError.
@@ -6,6 +6,7 @@ that name modules to import are refused here, and everything that is wrong is on
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,18 @@ _OTHER_FORMS = (
 )  # fmt: skip
 """PEFT's settings that make LoRA, DoRA apart, anything but `W + scale * B A`."""
 
+_ALWAYS_WRITTEN = (
+    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
+    "modules_to_save", "inference_mode",
+)  # fmt: skip
+"""Settings of LoRA that every version of PEFT knows, and that other readers look up without a default."""
+
+_LLAVA_HF = {
+    "base_model_class": "LlavaForConditionalGeneration",
+    "parent_library": "transformers.models.llava.modeling_llava",
+}
+"""What PEFT records of a base that is no text model; `AutoPeftModel` builds that class."""
+
 
 def read_adapter_config(directory: Path) -> LoraConfig:
     """Return PEFT's settings of the LoRA, rsLoRA or DoRA adapter in a directory. Raises ArtifactError for any other."""
@@ -58,6 +71,33 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         ) from error
     check_form(config, directory)
     return config
+
+
+def write_adapter_config(
+    directory: Path, config: LoraConfig, base: str, revision: str | None = None, *, auto_class: bool = True
+) -> None:
+    """Write adapter_config.json so that every version of PEFT from 0.10 on reads it.
+
+    PEFT up to 0.13 refuses settings that it does not know, `peft_version` included, and 0.14 may forget the others. So
+    only those are written that differ from today's defaults. `base`: absolute path or hub id. `auto_class`: name the
+    class of the base for `AutoPeftModel`, which needs that instead of a task type.
+    """
+    defaults = LoraConfig().to_dict()
+    settings = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key in _ALWAYS_WRITTEN or (key != "peft_version" and value != defaults.get(key))
+    }
+    settings |= {"base_model_name_or_path": base, "inference_mode": True}
+    if revision is not None:
+        settings["revision"] = revision
+    if auto_class:
+        settings.pop("task_type", None)
+        settings["auto_mapping"] = _LLAVA_HF
+    # PEFT holds some lists as sets, whose order differs from process to process.
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    text = json.dumps(dict(sorted(settings.items())), indent=2)
+    (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def check_form(config: LoraConfig, where: Path) -> None:

@@ -14,6 +14,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import Template
+from lora_llava.formats.transformers_4 import add_old_files
 from lora_llava.recipe.stages import AspectRatio
 
 
@@ -38,11 +39,12 @@ def save_processor(
     *,
     aspect_ratio: AspectRatio = "square",
     jinja: str | None = None,
+    is_model: bool = True,
 ) -> None:
     """Write tokenizer and processor files next to a model or an adapter, so that `AutoProcessor` loads them.
 
     With `pad` the processor pads images to a square as `preprocess` does; llava-hf's own processor crops.
-    `jinja`: a chat template that replaces the tokenizer's.
+    `jinja`: a chat template that replaces the tokenizer's. `is_model`: the directory gets a config.json too.
     """
     settings = clip_image_settings(int(config.vision_config.image_size), pixels)
     pad = aspect_ratio == "pad"
@@ -55,19 +57,27 @@ def save_processor(
         chat_template=jinja or tokenizer.chat_template,
         num_additional_image_tokens=1,
     ).save_pretrained(directory)
+    add_old_files(directory, is_model=is_model)
 
 
 def save_surroundings(
-    directory: Path, base: Path, config: LlavaConfig, template: Template, aspect_ratio: AspectRatio
+    directory: Path,
+    base: Path,
+    config: LlavaConfig,
+    template: Template,
+    aspect_ratio: AspectRatio,
+    *,
+    is_model: bool = True,
 ) -> dict[str, Any]:
     """Write tokenizer, processor and generation settings of `base` to `directory`, for prompts as in training.
 
-    Returns the base's settings of pixel values, such as `image_mean` and `image_std`.
+    `is_model`: the directory gets a config.json too. Returns the base's settings of pixel values, such as `image_mean`
+    and `image_std`.
     """
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     pixels: dict[str, Any]
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(base)
     jinja = chat_template(template, tokenizer.eos_token)
-    save_processor(directory, tokenizer, config, pixels, aspect_ratio=aspect_ratio, jinja=jinja)
+    save_processor(directory, tokenizer, config, pixels, aspect_ratio=aspect_ratio, jinja=jinja, is_model=is_model)
     write_generation_config(directory, base, template, tokenizer)
     return pixels

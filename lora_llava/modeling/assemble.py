@@ -20,6 +20,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, meta_model, write_weights
 from lora_llava.formats.names import canonical_name
 from lora_llava.formats.processor import save_processor
+from lora_llava.formats.transformers_4 import add_old_names
 from lora_llava.modeling.metadata import hub_errors, part_configs, vision_tower_source
 from lora_llava.modeling.structure import LANGUAGE_MODEL, LM_HEAD, PROJECTOR, VISION_TOWER
 from lora_llava.recipe.settings import BaseModelSettings
@@ -69,6 +70,7 @@ def save_config(directory: Path, config: LlavaConfig, dtype: torch.dtype, ends: 
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = dtype
     config.save_pretrained(directory)
+    add_old_names(directory / "config.json")
     generation = GenerationConfig.from_model_config(config)
     if ends:
         generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]

@@ -43,6 +43,10 @@ class BaseIdentity:
     weights_sha256: str
     """Hash of all weights by name; it does not depend on how they are sharded."""
 
+    def reference(self, directory: Path) -> str:
+        """Return what other software loads the base by: its hub id, or the absolute path of its directory."""
+        return str(directory.resolve()) if self.revision is None else self.name
+
 
 @dataclass(slots=True)
 class LoadedModel:

@@ -29,7 +29,7 @@ def test_what_arrives_is_what_is_here(
 ) -> None:
     result = push(artifact)
     assert result.exit_code == 0, result.output
-    assert f"{hub.url}/{REPO}: 10 files, private" in result.stdout
+    assert f"{hub.url}/{REPO}: 11 files, private" in result.stdout
     for name in ("optimizer.pt", "rng_state.pth", ".env", "notes.txt", "checkpoint-3/"):
         assert name in result.stdout.partition("not uploaded: ")[2]
     repo = hub.repos[REPO]
@@ -76,7 +76,7 @@ def test_pushing_again_sends_nothing(hub: LoopbackHub, artifact: Path, tmp_path:
     uploads = hub.count("^PUT")
     again = push(artifact)
     assert again.exit_code == 0
-    assert "nothing to do, its 10 files are there already (private, commit " in again.stdout
+    assert "nothing to do, its 11 files are there already (private, commit " in again.stdout
     assert len(hub.repos[REPO].commits) == 2
     assert hub.count("^PUT") == uploads == 1
     assert hub.count("POST /api/models/.*/commit") == 1
@@ -84,7 +84,7 @@ def test_pushing_again_sends_nothing(hub: LoopbackHub, artifact: Path, tmp_path:
     copied = shutil.copytree(artifact, tmp_path / "run" / "instruct")
     (copied / "LICENSE").write_text("terms", encoding="utf-8")
     more = push(copied)
-    assert "11 files, private, commit" in more.stdout
+    assert "12 files, private, commit" in more.stdout
     assert len(hub.repos[REPO].commits) == 3
     assert hub.count("^PUT") == uploads
 

@@ -34,6 +34,7 @@ MODEL_FILES = {
     "generation_config.json",
     "merge_report.json",
     "model.safetensors",
+    "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

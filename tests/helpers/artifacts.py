@@ -22,6 +22,7 @@ FILES = {
     "chat_template.jinja",
     "generation_config.json",
     "manifest.json",
+    "preprocessor_config.json",
     "processor_config.json",
     "recipe.yaml",
     "tokenizer.json",

@@ -210,7 +210,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
         lambda project: [*without_token("<|im_start|>")(project), f"{INSTRUCT}.template=chatml"],
         "chatml needs the tokens <|im_start|>",
     ),
-    "image mean missing": (edited("base/processor_config.json", image_processor=None), "how images are normalized"),
+    "image mean missing": (edited("base/preprocessor_config.json", image_mean=None), "how images are normalized"),
     "no room for text": (override("stages.align.max_length=4"), "an image alone takes 4 tokens"),
     "longer than the context": (
         override(f"{INSTRUCT}.max_length=600", f"{INSTRUCT}.tokens_per_micro_batch=600"),

@@ -12,6 +12,7 @@ from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import Template
 from lora_llava.formats.llava_hf import WeightFiles, check_identical, each_tensor, expected_shapes, write_weights
+from lora_llava.formats.transformers_4 import add_old_files, add_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
 from lora_llava.shipping.merge.run import merge_artifact, summary
@@ -36,6 +37,7 @@ def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportRepor
         for name, tensor in each_tensor(staging):
             check_identical(tensor, files.read(name), name)
         shutil.copyfile(source / "config.json", staging / "config.json")
+        add_old_names(staging / "config.json")
     return {"files": written, "summary": [f"{output}: {len(names)} tensors, each read back and equal"]}
 
 
@@ -48,6 +50,7 @@ def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> No
         for path in source.glob(pattern):
             if path.is_file() and path.name not in _REPLACED:
                 shutil.copyfile(path, staging / path.name)
+    add_old_files(staging, is_model=True)
     template = read_usage(source, options.template).prompt_template
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     write_generation_config(staging, source, template, tokenizer)

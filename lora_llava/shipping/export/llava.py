@@ -17,6 +17,7 @@ from lora_llava.artifact import Manifest, is_artifact, read_usage
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import (
     WeightFiles,
     check_identical,
@@ -39,6 +40,7 @@ from lora_llava.formats.llava_original import (
 from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import clip_image_settings
+from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
@@ -118,7 +120,7 @@ def _write_tower(directory: Path, source: Path, config: LlavaConfig, files: Weig
     CLIPImageProcessorPil(**settings).save_pretrained(directory)
     dtype = dtype_name(files.dtype(f"{TOWER_PREFIX}vision_model.embeddings.class_embedding"))
     vision = {**config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"], "dtype": dtype}
-    write_json(directory / "config.json", vision)
+    write_json(directory / "config.json", with_old_names(vision))
 
 
 def _left_out(projector: Mapping[str, torch.Tensor]) -> set[str]:
@@ -192,7 +194,7 @@ def _write_lora(staging: Path, adapter: Adapter, manifest: Manifest) -> None:
     save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
     config = adapter.config
     modules = {name.rsplit(".", 2)[-2] for name in adapter.layers}
-    LoraConfig(
+    theirs = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -203,9 +205,8 @@ def _write_lora(staging: Path, adapter: Adapter, manifest: Manifest) -> None:
         # The original's vision tower has layers of the same names.
         target_modules=rf"model\.layers\..*\.({'|'.join(sorted(modules))})",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=manifest.base["name"],
-        inference_mode=True,
-    ).save_pretrained(staging)
+    )
+    write_adapter_config(staging, theirs, manifest.base["name"], auto_class=False)
 
 
 def _renamed(pattern: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ layers. So everything except LoRA on the decoder layers is merged into the base.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch.nn.functional import pad
 
 from lora_llava.artifact import is_artifact, library_versions, portable
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json, write_weights
-from lora_llava.formats.names import ADAPTER_CONFIG, EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEIGHTS, memory_name
+from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.shipping.export.options import VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
 from lora_llava.shipping.merge.probe import (
@@ -136,20 +136,15 @@ def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: _
     """Write an adapter of LoRA only, as PEFT does."""
     directory.mkdir()
     save_file(dict(_tensors(adapter, served, form)), directory / WEIGHTS, metadata={"format": "pt"})
-    LoraConfig(
+    config = LoraConfig(
         r=form.r,
         lora_alpha=form.lora_alpha,
         use_rslora=form.use_rslora,
         # Full names: the vision tower has modules with the same last names.
         target_modules=[memory_name(name).removesuffix(".weight") for name in served],
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=f"../{BASE}",
-        inference_mode=True,
-    ).save_pretrained(directory)
-    path = directory / ADAPTER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # PEFT keeps a set, whose order differs from process to process.
-    write_json(path, {**config, "target_modules": sorted(config["target_modules"])})
+    )
+    # Relative, so that the pair can be moved; vLLM does not read it.
+    write_adapter_config(directory, config, f"../{BASE}")
 
 
 def _tensors(adapter: Adapter, served: list[str], form: _Form) -> Iterator[tuple[str, torch.Tensor]]:

@@ -70,6 +70,10 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     with staged(output) as staging:
         write_weights(staging, ((name, readers[name]()) for name in names))
         WeightFiles(staging).check(config)
+        # First: the tokenizer's class is named by tokenizer.model.
+        for name in ("tokenizer.model", MERGE_REPORT):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
         save_processor(
             staging,
             tokenizer,
@@ -78,9 +82,6 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
             aspect_ratio="pad" if aspect_ratio == "pad" else "square",
             jinja=_chat_template(tokenizer, options.template),
         )
-        for name in ("tokenizer.model", MERGE_REPORT):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staging / name)
         save_config(staging, config, dtype)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging / "generation_config.json")

@@ -15,6 +15,7 @@ from transformers import LlavaConfig
 from lora_llava.artifact import MANIFEST, Manifest, base_location, library_versions
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
 from lora_llava.formats.llava_original import identity_layer, is_linear
 from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, memory_name
@@ -97,9 +98,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
         save_file(_named(layers, replaced), staging / WEIGHTS, metadata={"format": "pt"})
         location = base_location(base.identity, base.directory, output)
         form = _form(foreign.form, layers, replaced)
-        form.base_model_name_or_path = location["path"] or location["name"]
-        form.revision = location["revision"]
-        form.save_pretrained(staging)
+        write_adapter_config(staging, form, base.identity.reference(base.directory), location["revision"])
         Adapter(staging).check(shapes)
         images = _save_surroundings(staging, foreign, base)
         manifest = Manifest(
@@ -205,12 +204,13 @@ def _targets(modules: list[str]) -> str:
 
 def _save_surroundings(staging: Path, foreign: ForeignAdapter, base: Base) -> dict[str, object]:
     """Write tokenizer and processor; return the manifest's image settings."""
-    pixels = save_surroundings(staging, base.directory, base.config, foreign.template, foreign.aspect_ratio)
+    ratio = foreign.aspect_ratio
+    pixels = save_surroundings(staging, base.directory, base.config, foreign.template, ratio, is_model=False)
     return {
         "size": int(base.config.vision_config.image_size),
         "mean": list(pixels["image_mean"]),
         "std": list(pixels["image_std"]),
-        "image_aspect_ratio": foreign.aspect_ratio,
+        "image_aspect_ratio": ratio,
         "vision_feature_layer": base.config.vision_feature_layer,
         "vision_feature_select_strategy": base.config.vision_feature_select_strategy,
         "num_image_tokens": num_image_tokens(base.config),

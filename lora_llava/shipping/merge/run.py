@@ -26,6 +26,7 @@ from lora_llava.formats.llava_hf import MAX_SHARD_BYTES, WeightFiles, expected_s
 from lora_llava.formats.names import EMBEDDINGS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_surroundings
+from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import (
@@ -193,9 +194,10 @@ def verify(
 def copy_surroundings(directory: Path, source: Source) -> None:
     """Write tokenizer, processor and generation settings, so that prompts and images are processed as in training."""
     template = get_template(**source.manifest.template)
-    save_surroundings(directory, source.base, source.config, template, source.manifest.images["image_aspect_ratio"])
+    # First: the class of the tokenizer depends on it.
     if (source.base / "tokenizer.model").is_file():
         shutil.copyfile(source.base / "tokenizer.model", directory / "tokenizer.model")
+    save_surroundings(directory, source.base, source.config, template, source.manifest.images["image_aspect_ratio"])
 
 
 def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:
@@ -204,7 +206,7 @@ def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:
     for name in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(name, None)
     config["dtype"] = dtype_name(dtype)
-    write_json(directory / "config.json", config)
+    write_json(directory / "config.json", with_old_names(config))
 
 
 def summary(report: dict[str, Any], output: Path) -> list[str]:

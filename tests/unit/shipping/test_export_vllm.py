@@ -53,8 +53,8 @@ def vllm_accepts(directory: Path, max_lora_rank: int) -> dict[str, float]:
     # What vLLM does not read, and so must not be there: it would be silently left out.
     for name in ("rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "alora_invocation_tokens"):
         assert not config.get(name), name
-    assert config["init_lora_weights"] is True
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    assert config.get("init_lora_weights", True) is True
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     modules: dict[str, set[str]] = {}
     for name, tensor in load_file(directory / "adapter_model.safetensors").items():
         plain = name.removeprefix("base_model.model.")
@@ -124,6 +124,7 @@ def test_the_exact_files_and_names(tiny_base: Path, tmp_path: Path) -> None:
         "base/config.json",
         "base/generation_config.json",
         "base/model.safetensors",
+        "base/preprocessor_config.json",
         "base/processor_config.json",
         "base/tokenizer.json",
         "base/tokenizer_config.json",
