@@ -20,6 +20,7 @@ from benchmarks.work import SHAPES, make_work
 from lora_llava.modeling.structure import linear_weights
 from lora_llava.planning.memory_plan import GIB
 from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.training.trainer import PackedTrainer
 
 
 def say(**facts: Any) -> None:
@@ -120,7 +121,10 @@ def main(
         cap=None if cap is None else int(cap * GIB),
     )
     trainer, computed = (PEERS | LADDER)[name](task)
-    trainer.add_callback(Gate())
+    if isinstance(trainer, PackedTrainer):
+        trainer.callbacks.append(Gate())
+    else:
+        trainer.add_callback(Gate())
     before = peak_bytes()["peak_bytes"]
     if device.type == "cuda" and task.cap is not None:
         # Only now: while the model is made, before it is quantised, it takes more.

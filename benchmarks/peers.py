@@ -1,6 +1,6 @@
 """The peers, each as its documentation has it, over the same model and the same work.
 
-All three are a `transformers.Trainer`; they differ in what they make of the conversations of a step.
+The others are a `transformers.Trainer`; all differ in what they make of the conversations of a step.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def arguments(kind: type[TrainingArguments], task: Task, accumulation: int, micr
     )
 
 
-def ours(task: Task, variant: Variant | None = None) -> tuple[Trainer, int]:
+def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int]:
     """Build the kit's trainer as its planner has it.
 
     A variant, and what recomputes layers as the peers do, has rows of as many tokens as their micro-batches.

@@ -24,7 +24,7 @@ from lora_llava.training.checks.trained_weights import TrainedWeights
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.log import TrainingLog
 from lora_llava.training.stage import Stage
-from lora_llava.training.trackers import TrackedRun, run_name
+from lora_llava.training.trackers import run_name, tracker_callbacks
 from lora_llava.training.trainer import PackedTrainer
 
 
@@ -49,15 +49,16 @@ def make_trainer(
     if data.validation:
         validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
     guard = NonFiniteGuard.by_settings(train, stage.name, settings, dtype)
-    tracked = [TrackedRun(recipe, stage.name, validates=bool(data.validation))] if recipe.report_to != "none" else []
+    args = _training_arguments(stage, data, optim, dtype)
+    log_file = TrainingLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console)
     return PackedTrainer(
         loaded.model,
-        _training_arguments(stage, data, optim, dtype),
+        args,
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         checks=_make_checks(stage, loaded, data, guard, validation),
-        callbacks=[TrainingLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console), *tracked],
+        callbacks=[log_file, *tracker_callbacks(recipe, stage.name, args)],
     )
 
 
@@ -103,18 +104,11 @@ def _training_arguments(stage: Stage, data: StageData, optim: str, dtype: torch.
         optim=optim,
         dataloader_num_workers=settings.dataloader_num_workers,
         logging_steps=logging_interval(settings, len(data.plan.steps)),
-        # The default would replace a NaN loss by the last finite one.
-        logging_nan_inf_filter=False,
         eval_strategy="no" if interval is None else "steps",
         eval_steps=interval,
-        # With `save_steps: auto`, `CheckpointSaver` decides when to save before the last step.
-        save_strategy="steps",
         save_steps=len(data.plan.steps) if settings.save_steps == "auto" else settings.save_steps,
         seed=recipe.seed,
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         report_to=recipe.report_to,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from lora_llava.data.stage import StepCounts
 from lora_llava.run_directory.output import append_to_log, log_path
@@ -24,7 +24,7 @@ MAX_SHOWN = 200
 
 
 class TrainingLog(TrainerCallback):  # type: ignore[misc]
-    """Writes one JSON line for each log of the Trainer and prints it, with a progress bar on a terminal."""
+    """Writes one JSON line for each log of the trainer and prints it, with a progress bar on a terminal."""
 
     def __init__(self, stage: str, path: Path, counts: Sequence[StepCounts], console: Console) -> None:
         self.stage = stage
@@ -39,43 +39,27 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
         self.bar = Bar(stage, len(counts), console, quiet_seconds=math.inf)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the clock and the display."""
         self.last_time = time.monotonic()
         self.started = self.last_time - self.seconds_before
         self.last_step = state.global_step
         self.bar.start(state.global_step, self.computed[state.global_step])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar; request a log line at the last step and before each validation."""
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Advance the bar."""
         self.bar.update(state.global_step, self.computed[state.global_step], self.computed[-1])
-        if state.global_step >= state.max_steps or control.should_evaluate:
-            control.should_log = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remove the display."""
         self.bar.stop()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Redraw the bar between steps, so that its remaining time counts down."""
         self.bar.redraw()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write and print one log of the Trainer, except its closing summary."""
-        logs = dict(logs or {})
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Write and print one log of the trainer, except its closing summary."""
         if "train_runtime" in logs:
             return
         step = state.global_step

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from lora_llava.recipe.fields import is_local, settings_of, value_at
 from lora_llava.recipe.settings import Recipe
@@ -46,15 +47,23 @@ def tracked_settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
     return settings
 
 
-class TrackedRun(TrainerCallback):  # type: ignore[misc]
+def tracker_callbacks(recipe: Recipe, stage: StageName, args: TrainingArguments) -> list[TrainerCallback]:
+    """Create the callbacks that report a stage to the trackers of `report_to`."""
+    if recipe.report_to == "none":
+        return []
+    # First, since the others read the environment when they are created; but the last to be told of what happens.
+    run = _TrackedRun(recipe, stage)
+    return [*(kind() for kind in get_reporting_integration_callbacks(args.report_to)), run]
+
+
+class _TrackedRun(TrainerCallback):  # type: ignore[misc]
     """Names the project of a stage's run, adds the recipe to its configuration, and ends the run with the stage.
 
-    Create it before the Trainer, whose tracker callbacks read the environment when they are created.
+    Create it before the trackers' callbacks, which read the environment when they are created.
     """
 
-    def __init__(self, recipe: Recipe, stage: StageName, *, validates: bool) -> None:
+    def __init__(self, recipe: Recipe, stage: StageName) -> None:
         self.settings = tracked_settings(recipe, stage)
-        self.validates = validates
         self.trackers = [] if recipe.report_to == "none" else list(recipe.report_to)
         variables = {
             variable: recipe.name
@@ -69,10 +78,8 @@ class TrackedRun(TrainerCallback):  # type: ignore[misc]
         self.not_ours = {name for name in _STAY_OPEN if _open_run(name) is not None}
         """Trackers with a run that was open before; whoever opened it ends it."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Add the recipe's settings to the Trainer's, which its callbacks have sent by now."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the recipe's settings to those of the training, which the trackers' callbacks have sent by now."""
         for name in ("wandb", "trackio", "swanlab"):
             config = getattr(sys.modules.get(name), "config", None) if name in self.trackers else None
             if config is not None:
@@ -83,14 +90,7 @@ class TrackedRun(TrainerCallback):  # type: ignore[misc]
             for start in range(0, len(values), _BATCH):
                 mlflow.log_params(dict(values[start : start + _BATCH]))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a validation at the last step, while the run is open; later it would be in no run, or a new one."""
-        if self.validates and state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the stage's run."""
         for name in _STAY_OPEN:
             if name not in self.not_ours and _open_run(name) is not None:

@@ -1,133 +1,188 @@
-"""`transformers.Trainer` over a plan of packed rows, with the checks of a stage."""
+"""The training loop: for each step of the plan, for each of its rows; then checks, clipping, optimizer, schedule."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, cast
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import speed_metrics
 
 from lora_llava.data.rows import Batch, PackedRows
-from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import check_attention
 from lora_llava.modeling.packed import llava_in, packed_loss
-from lora_llava.recipe.schedule import rate_factor
-from lora_llava.training.checkpoints.saver import CheckpointSaver, ResumableTrainer
+from lora_llava.training.checkpoints.kept import has_lost_patience
+from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.signals import end_with_parent
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.non_finite import forked_rng
-from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART, part_of
+from lora_llava.training.log import TrainingLog
+from lora_llava.training.optimizer import make_optimizer, make_schedule
 from lora_llava.training.validation import HeldOutLoss, without
 
-
-def _unwrap_single(rows: list[Batch]) -> Batch:
-    """Return the only row of a batch; the Trainer counts supervised tokens only if there are `labels`."""
-    [row] = rows
-    return {**row, "labels": row["shift_labels"]}
+_CHECKS = "lora_llava_guards"
+"""Key of the checks' state in `trainer_state.json`."""
 
 
-class PackedTrainer(ResumableTrainer):
-    """Trains on the rows of a plan, in order; one epoch of the Trainer is the whole stage."""
-
-    eval_dataset: PackedRows | None
-    optimizer: torch.optim.Optimizer | None
-    lr_scheduler: LambdaLR | None
-    control: TrainerControl
+class PackedTrainer:
+    """Trains on the rows of a plan, in order; one pass over them is the whole stage."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         args: TrainingArguments,
         rows: PackedRows,
         validation: PackedRows | None,
         *,
         mm_projector_lr: float | None,
         checks: Sequence[Check] = (),
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_attention(llava_in(model))
+        # What was drawn while the model was built must not decide what dropout draws.
+        set_seed(args.seed)
+        self.args, self.device = args, args.device
+        # The loss is divided by the tokens of the step, not by its rows.
+        accumulation = GradientAccumulationPlugin(num_steps=1)
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers
+        )
+        self.model = model.to(self.device)
+        self.wrapped = self.model
+        """The model as it is called in training: with autocast, and in data parallelism."""
+        # The forward pass takes two operations per parameter and token, the backward pass four.
+        self.flops_per_token = 6.0 * model.num_parameters(exclude_embeddings=True)
+        self.train_dataset, self.eval_dataset = rows, validation
         self.mm_projector_lr = mm_projector_lr
         self.checks = checks
         """Asked in this order; `training.checks.check` says when."""
+        self.callbacks = list(callbacks)
+        """The log and the trackers, which are told what happens and decide nothing."""
+        self.saver: CheckpointSaver | None = None
         self.last_checkpoint: Callable[[], str | None] = lambda: None
         """Names the newest usable checkpoint, for warnings."""
         self.held_out = HeldOutLoss(self._row_loss)
-        self.losses: list[torch.Tensor] = []
-        self.checks_state = _ChecksState(checks)
-        callbacks = [*(callbacks or []), self.checks_state]
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
-        self.remove_callback(PrinterCallback)
-        # Makes the Trainer count the step's supervised tokens and pass the count to `compute_loss`, which divides
-        # by it.
-        self.model_accepts_loss_kwargs = True
+        self.state = TrainerState(train_batch_size=1)
+        self._tell("on_init_end")
 
     def train_and_save(self, saver: CheckpointSaver) -> None:
-        """Run the checks that come before training, then train as `ResumableTrainer` does."""
+        """Train to the end, from the saver's checkpoint if it has one.
+
+        Raises RunInterruptedError after SIGINT or SIGTERM, once the step is complete and saved.
+        """
         for check in self.checks:
             check.before_training(self.model)
-        self.last_checkpoint = saver.last_whole
-        super().train_and_save(saver)
+        self.saver, self.last_checkpoint = saver, saver.last_whole
+        saver.restore_weights(self)
+        if has_lost_patience(self.state.log_history, saver.settings.early_stopping_patience):
+            self.restore_checks()
+            return
+        with saver.interruption:
+            self.train()
+        saver.stop_if_asked(self.state.global_step)
 
-    def restore_checks(self) -> None:
-        """Give the checks back their part of the training's state."""
-        self.checks_state.on_train_begin(self.args, self.state, self.control)
+    def train(self) -> None:
+        """Train from the first step, or that of the saver's checkpoint, to the last, or until the saver stops it."""
+        self._begin()
+        started, first_step = time.time(), self.state.global_step
+        for rows in self._steps():
+            self._tell("on_step_begin")
+            # The supervised tokens of all processes. A tensor: CUDA divides less exactly by a number of the host.
+            count = torch.tensor(float(sum(row["shift_labels"].numel() for row in rows)), device=self.device)
+            num_supervised = self.accelerator.reduce(count, "sum")
+            for row in rows:
+                # Data parallelism adds up gradients once per step, with its last row.
+                with nullcontext() if row is rows[-1] else self.accelerator.no_sync(self.wrapped):
+                    self.losses.append(self.training_step(row, num_supervised))
+                self._tell("on_substep_end")
+            self.loss_sum += self._checked_loss()
 
-    def before_save(self) -> list[str | None]:
-        """Ask each check before something is written; return their lines for the console."""
-        return [check.on_save() for check in self.checks]
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.args.max_grad_norm or math.inf)
+            self._tell("on_pre_optimizer_step")
+            self.optimizer.step()
+            rate = float(self.lr_scheduler.get_last_lr()[0])
+            self.lr_scheduler.step()
+            self.wrapped.zero_grad()
+            if self._finish_step(norm, rate):
+                break
+        self._end(started, first_step)
 
-    def after_training(self) -> list[str | None]:
-        """Ask each check to judge the trained model; return their lines for the console."""
-        return [check.after_training(self.model, self.state.global_step) for check in self.checks]
+    def create_optimizer(self) -> None:
+        """Create the optimizer, with a separate learning rate for the projector."""
+        self.optimizer = make_optimizer(self.model, self.args, self.mm_projector_lr)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.before_save()
-        super()._save_checkpoint(model, trial)
+    def _begin(self) -> None:
+        """Prepare model, optimizer and schedule, restore the checkpoint if there is one, and start log and trackers."""
+        self.accelerator.free_memory()
+        self.create_optimizer()
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.lr_scheduler = make_schedule(self.optimizer, self.args)
+        self.wrapped.train()
+        self.wrapped.zero_grad()
+        self.losses: list[torch.Tensor] = []
+        """Losses of the rows of this step so far, scalars."""
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_total, self.last_logged_step = 0.0, 0
+        if self.saver is None:
+            self.state = TrainerState(train_batch_size=1)
+        self.state.max_steps, self.state.num_train_epochs = self.args.max_steps, 1
+        self.state.compute_steps(self.args, self.args.max_steps)
+        self._tell("on_train_begin")
+        self.restore_checks()
+        if self.saver is not None:
+            # Last, since trackers may draw random numbers.
+            self.saver.restore(self)
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """Load the rows in the plan's order; each row is a micro-batch."""
-        return self._rows_loader(self.train_dataset)
+    def _steps(self) -> Iterator[list[Batch]]:
+        """Yield the rows of each step that is left to train."""
+        per_step, done = self.args.gradient_accumulation_steps, self.state.global_step
+        rows = iter(self._rows_loader(self.train_dataset, done * per_step))
+        for _ in range(done, self.state.max_steps):
+            yield list(islice(rows, per_step))
 
-    def _rows_loader(self, rows: PackedRows) -> DataLoader[Batch]:
+    def _rows_loader(self, rows: Any, start: int = 0) -> DataLoader[Batch]:
+        """Load the rows from index `start` on, in order; each is a micro-batch."""
         workers = self.args.dataloader_num_workers
-        # batch_size=1, not None: with it the Trainer skips rows by index when it resumes, without reading them.
         return DataLoader(
-            cast("Dataset[Batch]", rows),
-            batch_size=1,
-            collate_fn=_unwrap_single,
+            rows,
+            batch_size=None,
+            sampler=range(start, len(rows)),
             num_workers=workers,
             worker_init_fn=end_with_parent,
             # The loader draws a seed for its workers; with its own generator that leaves the model's RNG alone.
             generator=torch.Generator(),
-            pin_memory=self.args.device.type == "cuda",
-            prefetch_factor=2 if workers else None,
+            pin_memory=self.device.type == "cuda",
             persistent_workers=bool(workers),
         )
 
-    def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Accumulate the gradients of a row; an empty row, which pads a step, adds nothing.
+    def training_step(self, row: Batch, num_supervised: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of a row, and return its share of the step's loss, a scalar.
 
-        Returns the loss of the whole step with its last row and 0 before, so that a skipped step is not logged.
+        All shares add up to the mean over the step's supervised tokens. An empty row, which pads a step, adds nothing.
         """
-        if inputs["input_ids"].numel() == 0:
-            loss = torch.zeros((), device=self.args.device)
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self.losses.append(loss)
-        return self._checked_loss() if self.accelerator.sync_gradients else torch.zeros_like(loss)
+        if row["input_ids"].numel() == 0:
+            return torch.zeros((), device=self.device)
+        loss = packed_loss(self.wrapped, send_to_device(row, self.device), num_supervised)
+        # Data parallelism averages gradients over the processes, but the token count is already the sum over them.
+        loss *= self.accelerator.num_processes
+        self.accelerator.backward(loss)
+        self.state.total_flos += self.flops_per_token * row["input_ids"].numel()
+        return loss.detach()
 
     def _checked_loss(self) -> torch.Tensor:
         """Return the loss of a complete step; 0, with its gradients cleared, if a check skips it."""
         losses = torch.stack(self.losses)
         self.losses.clear()
-        assert self.optimizer is not None
         groups: dict[str, list[nn.Parameter]] = {}
         for group in self.optimizer.param_groups:
             groups.setdefault(group["name"], []).extend(group["params"])
@@ -141,82 +196,103 @@ class PackedTrainer(ResumableTrainer):
                 return torch.zeros_like(total)
         return total
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Return the row's share of the step's loss; all shares add up to the mean over supervised tokens."""
-        if num_items_in_batch is None:
-            raise TrainingError("the number of supervised tokens of the step is unknown")
-        loss = packed_loss(model, inputs, num_items_in_batch)
-        # Data parallelism averages gradients over the ranks, but the token count is already the sum over all ranks.
-        world_size: int = self.args.world_size
-        return loss * world_size
+    def _finish_step(self, norm: torch.Tensor, rate: float) -> bool:
+        """Count a step; log, validate and save as far as they are due; return whether the saver stops the training.
 
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log with the figures of the checks."""
-        if "loss" in logs:
+        `norm`: of all gradients before clipping, a scalar; `rate`: the first group's learning rate.
+        """
+        state, args = self.state, self.args
+        state.global_step += 1
+        state.epoch = state.global_step * args.gradient_accumulation_steps / len(self.train_dataset)
+        is_last = state.global_step >= state.max_steps
+        validates = args.eval_strategy != "no" and (is_last or state.global_step % args.eval_steps == 0)
+        self._tell("on_step_end")
+
+        # A validation is judged with the training loss up to it, so the loss comes first.
+        if is_last or validates or state.global_step % args.logging_steps == 0:
+            self._log_loss(norm, rate)
+        loss = self.evaluate().get("eval_loss") if validates else None
+
+        state.stateful_callbacks[_CHECKS] = {check.key: check.state() for check in self.checks if check.key}
+        if self.saver is None:
+            return False
+        if self.saver.is_due(self, loss):
+            self.before_save()
+            if self.accelerator.is_main_process:
+                self.saver.save(self)
+            self._tell("on_save")
+        return self.saver.should_stop
+
+    def _log_loss(self, norm: torch.Tensor, rate: float) -> None:
+        """Log the mean loss of the steps since the last line."""
+        step = self.state.global_step
+        loss_sum = float(self.accelerator.reduce(self.loss_sum, "mean"))
+        loss = loss_sum / (step - self.last_logged_step)
+        self.loss_sum.zero_()
+        self.loss_total, self.last_logged_step = self.loss_total + loss_sum, step
+        self.log({"loss": loss, "grad_norm": float(norm), "learning_rate": rate})
+
+    def _end(self, started: float, first_step: int) -> None:
+        """Report the whole session to the trackers, and end them and the log's display."""
+        steps = self.state.global_step - first_step
+        num_rows = steps * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        metrics = speed_metrics("train", started, num_samples=num_rows, num_steps=steps)
+        loss_total = self.loss_total + float(self.loss_sum)
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": loss_total / max(self.state.global_step, 1)}
+        self.log(metrics)
+        self._tell("on_train_end")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a line to the history, the log and the trackers, with the figures of the checks if it has a loss."""
+        if "loss" in row:
             for check in self.checks:
-                logs = check.on_log(self.state.global_step, self.model, logs)
-        super().log(logs, start_time)
+                row = check.on_log(self.state.global_step, self.model, row)
+        row["epoch"] = self.state.epoch
+        self.state.log_history.append({**row, "step": self.state.global_step})
+        self._tell("on_log", logs=row)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with a separate learning rate for the projector."""
-        if self.optimizer is None:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(list(self._parameter_groups()), **kwargs)
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
+    def _tell(self, event: str, **values: Any) -> None:
+        """Call the log and the trackers, as callbacks of transformers."""
+        for callback in self.callbacks if self.accelerator.is_main_process else ():
+            getattr(callback, event)(self.args, self.state, TrainerControl(), model=self.model, **values)
 
-    def _parameter_groups(self) -> Iterator[dict[str, Any]]:
-        """Yield the groups of LoRA, then of the projector; weight decay splits each at parameters that do not decay."""
-        trained = [(name, one) for name, one in self.model.named_parameters() if one.requires_grad]
-        rates = {LORA_PART: self.args.learning_rate, PROJECTOR_PART: self.mm_projector_lr or self.args.learning_rate}
-        decay = self.args.weight_decay
-        decayed = set(self.get_decay_parameter_names(self.model)) if decay else set()
-        # Split without sorting: every checkpoint stores the optimizer's state in this order.
-        ordered = sorted(trained, key=lambda pair: list(rates).index(part_of(pair[0])))
-        for (part, decays), members in groupby(ordered, key=lambda pair: (part_of(pair[0]), pair[0] in decayed)):
-            parameters = [one for _, one in members]
-            yield {"params": parameters, "lr": rates[part], "weight_decay": decay if decays else 0.0, "name": part}
+    @property
+    def log_file(self) -> TrainingLog:
+        """The callback that writes the run's log."""
+        [log] = [one for one in self.callbacks if isinstance(one, TrainingLog)]
+        return log
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Create the schedule of `rate_factor`; no step has a rate of 0."""
-        if self.lr_scheduler is None:
-            kind, warmup = self.args.lr_scheduler_type.value, self.args.get_warmup_steps(num_training_steps)
+    def restore_checks(self) -> None:
+        """Give the checks back their part of the training's state, or reset them."""
+        saved = self.state.stateful_callbacks.get(_CHECKS)
+        for check in self.checks:
+            if check.key:
+                check.restore(saved.get(check.key, {}) if saved else None)
 
-            def factor(steps_taken: int) -> float:
-                return rate_factor(kind, steps_taken + 1, num_training_steps, warmup)
+    def before_save(self) -> list[str | None]:
+        """Ask each check before something is written; return their lines for the console."""
+        return [check.on_save() for check in self.checks]
 
-            assert self.optimizer is not None
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+    def after_training(self) -> list[str | None]:
+        """Ask each check to judge the trained model; return their lines for the console."""
+        return [check.after_training(self.model, self.state.global_step) for check in self.checks]
 
-    def evaluate(
-        self,
-        eval_dataset: PackedRows | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         """Compute and log the validation loss, the mean over supervised tokens, and what the checks add to it.
 
         Training is not affected: RNG state and dropout mode are restored. Records whose loss is not finite are left
         out from the next validation on.
         """
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        rows = self.eval_dataset
         assert rows is not None
         was_training = self.model.training
         self.model.eval()
         # Trained weights are fp32, the others bf16: without autocast they cannot be multiplied.
-        autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
         # A data loader draws from the RNG even without workers.
-        with forked_rng(self.args.device), torch.no_grad(), autocast:
+        with forked_rng(self.device), torch.no_grad(), autocast:
             loss = self.held_out.mean(rows, self._rows_loader(rows))
-            metrics: dict[str, Any] = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
+            metrics: dict[str, Any] = {} if loss is None else {"eval_loss": loss}
             validation = ValidationPass(
                 step=self.state.global_step,
                 max_steps=self.state.max_steps,
@@ -235,37 +311,8 @@ class PackedTrainer(ResumableTrainer):
             self.held_out.unusable = {}
         self.model.train(was_training)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._tell("on_evaluate", metrics=metrics)
         return metrics
 
-    def _row_loss(self, batch: Batch) -> float:
-        return float(packed_loss(self.model, self._prepare_inputs(batch), 1))
-
-
-class _ChecksState(TrainerCallback):  # type: ignore[misc]
-    """Copies the state of the checks into the Trainer's state, which checkpoints save and load."""
-
-    KEY = "lora_llava_guards"
-
-    def __init__(self, checks: Sequence[Check]) -> None:
-        self.checks = [check for check in checks if check.key]
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore the checks from a checkpoint, or reset them."""
-        saved = state.stateful_callbacks.get(self.KEY)
-        for check in self.checks:
-            check.restore(saved.get(check.key, {}) if saved else None)
-        self._keep(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the state before the step is saved."""
-        self._keep(state)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the state after a log line; the step may be saved next."""
-        self._keep(state)
-
-    def _keep(self, state: TrainerState) -> None:
-        state.stateful_callbacks[self.KEY] = {check.key: check.state() for check in self.checks}
+    def _row_loss(self, row: Batch) -> float:
+        return float(packed_loss(self.model, send_to_device(row, self.device), 1))

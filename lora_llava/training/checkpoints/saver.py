@@ -1,8 +1,4 @@
-"""Save verified checkpoints, and resume from one exactly.
-
-`ResumableTrainer` replaces four private methods of `transformers.Trainer` that save and load (5.23 tested), so that a
-checkpoint has our format, and sets three private attributes: the running loss, which `trainer_state.json` lacks.
-"""
+"""Save verified checkpoints, and resume from one exactly."""
 
 from __future__ import annotations
 
@@ -11,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 
 from lora_llava.errors import RunInterruptedError, TrainingError
 from lora_llava.planning.memory_plan import MemoryPlan
@@ -71,7 +68,23 @@ def _set_trained(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
+class ResumableTrainer(Protocol):
+    """What a checkpoint holds of a trainer, and restores."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    state: TrainerState
+    loss_sum: torch.Tensor
+    loss_total: float
+    last_logged_step: int
+
+    @property
+    def log_file(self) -> TrainingLog:
+        """The run's log."""
+
+
+class CheckpointSaver:
     """Decides when to save, and saves; tracks the time that the stage took over all sessions."""
 
     def __init__(
@@ -102,7 +115,8 @@ class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
         self.last_saved = time.monotonic()
         self.last_duration = 0.0
         self.last_loss: tuple[int, float] | None = None
-        self.trainer: ResumableTrainer | None = None
+        self.should_stop = False
+        """Whether the training ends with the step that `is_due` or `save` was last called for."""
         self.held: HeldWeights | None = None
         """Weights better than the best checkpoint, not saved yet because saving already took its share of the time."""
         self.interruption = Interruption()
@@ -117,54 +131,42 @@ class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
         """Seconds spent on the stage over all sessions, without steps that were lost when a session was killed."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock of `save_steps: auto`."""
-        self.last_saved = time.monotonic()
+    def is_due(self, trainer: ResumableTrainer, loss: float | None) -> bool:
+        """Tell whether to save the step that was just taken; `loss`: its validation loss, if it was measured.
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a checkpoint when one is due, and the end of the training after a signal."""
-        if self.settings.save_steps == "auto":
+        Sets `should_stop` after a signal, or if the validations have lost patience: such a step is saved, too.
+        """
+        state, every = trainer.state, self.settings.save_steps
+        if every == "auto":
             waited = time.monotonic() - self.last_saved
-            if waited >= max(MIN_SAVE_INTERVAL_SECONDS, self.last_duration / MAX_SAVING_SHARE):
-                control.should_save = True
-        self._stop_if_asked(control)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save the weights, or hold them, if the validation loss is the lowest so far; stop early without progress."""
-        loss = kwargs["metrics"].get("eval_loss")
+            due = waited >= max(MIN_SAVE_INTERVAL_SECONDS, self.last_duration / MAX_SAVING_SHARE)
+        else:
+            due = state.global_step % every == 0
+        due = due or state.global_step >= state.max_steps
         if loss is not None:
-            self.last_loss = (state.global_step, float(loss))
-            if state.global_step < state.max_steps and (self.best is None or loss < self.best):
-                self._keep_better(float(loss), control)
-            if has_lost_patience(state.log_history, self.settings.early_stopping_patience):
-                control.should_save = control.should_training_stop = True
-        self._stop_if_asked(control)
+            self.last_loss = (state.global_step, loss)
+            if not due and (self.best is None or loss < self.best):
+                due = self._has_time() or self._hold(trainer, loss)
+            self.should_stop = has_lost_patience(state.log_history, self.settings.early_stopping_patience)
+        self.should_stop = self.should_stop or self.interruption.received is not None
+        return due or self.should_stop
 
-    def _keep_better(self, loss: float, control: TrainerControl) -> None:
-        assert self.trainer is not None
-        is_first = self.num_saved == 0
-        if is_first or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds:
-            control.should_save = True
-            return
-        # A kill loses them together with the steps since the last checkpoint; a resumed run repeats those.
-        progress = self._progress(self.trainer, self.trainer.state.global_step, loss)
-        self.best, self.held = loss, HeldWeights.of(self.trainer.model, progress)
+    def _has_time(self) -> bool:
+        """Tell whether saving has taken less than its share of the time; the first checkpoint always has."""
+        return self.num_saved == 0 or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop if a signal came while the checkpoint was written; nothing is left to save."""
-        if self.interruption.received is not None:
-            control.should_training_stop = True
+    def _hold(self, trainer: ResumableTrainer, loss: float) -> bool:
+        """Hold the weights of this step instead of saving it; return False.
 
-    def _stop_if_asked(self, control: TrainerControl) -> None:
-        if self.interruption.received is not None:
-            control.should_save = control.should_training_stop = True
+        A kill loses them together with the steps since the last checkpoint; a resumed run repeats those.
+        """
+        progress = self._progress(trainer, trainer.state.global_step, loss)
+        self.best, self.held = loss, HeldWeights.of(trainer.model, progress)
+        return False
 
     def save(self, trainer: ResumableTrainer) -> None:
-        """Write the checkpoint of this step, and prune older ones."""
+        """Write the checkpoint of this step, and prune older ones. Sets `should_stop` if a signal comes meanwhile."""
         clock = time.monotonic()
-        trainer.store_flos()
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
 
@@ -183,6 +185,7 @@ class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
         self.last_saved = time.monotonic()
         self.last_duration = self.last_saved - clock
         self.saving_seconds += self.last_duration
+        self.should_stop = self.should_stop or self.interruption.received is not None
 
     def _write_held(self, trainer: ResumableTrainer, step: int) -> None:
         """Write held weights, without the optimizer, unless the weights of `step`, saved next, are at least as good."""
@@ -208,9 +211,9 @@ class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
             stage=self.stage.name,
             step=step,
             eval_loss=loss,
-            loss_sum=trainer._tr_loss.item(),
-            loss_total=trainer._total_loss_scalar,
-            last_logged_step=trainer._globalstep_last_logged,
+            loss_sum=trainer.loss_sum.item(),
+            loss_total=trainer.loss_total,
+            last_logged_step=trainer.last_logged_step,
             log_bytes=trainer.log_file.flushed(),
             log_seconds=trainer.log_file.seconds,
             seconds=self.seconds,
@@ -261,90 +264,20 @@ class CheckpointSaver(TrainerCallback):  # type: ignore[misc]
                 received,
             )
 
+    def restore_weights(self, trainer: ResumableTrainer) -> None:
+        """Load the weights of the checkpoint, if there is one, the steps and the log up to it."""
+        if self.resumed is not None:
+            training_state.load_weights(self.resumed.directory, trainer.model)
+            trainer.state = TrainerState.load_from_json(str(self.resumed.directory / training_state.TRAINER))
+            trainer.log_file.seconds_before = self.resumed.progress.log_seconds
 
-class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """`Trainer` with our checkpoints: `train(resume_from_checkpoint=...)` takes the directory of one."""
-
-    saver: CheckpointSaver | None = None
-
-    def train_and_save(self, saver: CheckpointSaver) -> None:
-        """Train to the end, from the saver's checkpoint if it has one.
-
-        Raises RunInterruptedError after SIGINT or SIGTERM, once the step is complete and saved.
-        """
-        self.saver = saver
-        saver.trainer = self
-        resumed = saver.resumed
-        self.log_file.seconds_before = resumed.progress.log_seconds if resumed else 0.0
-        self.add_callback(saver)
-        self.add_callback(_RunningLossRestorer(self))
-        if resumed is not None and self._stopped_early(resumed.directory):
-            return
-        with saver.interruption:
-            self.train(resume_from_checkpoint=str(resumed.directory) if resumed else None)
-        saver.stop_if_asked(self.state.global_step)
-
-    def _stopped_early(self, checkpoint: Path) -> bool:
-        """If `checkpoint` is the end of a stage that stopped early, load its weights and state, and return True."""
-        state = TrainerState.load_from_json(str(checkpoint / training_state.TRAINER))
-        assert self.saver is not None
-        if not has_lost_patience(state.log_history, self.saver.settings.early_stopping_patience):
-            return False
-        self.state = state
-        training_state.load_weights(checkpoint, self.model)
-        self.restore_checks()
-        return True
-
-    def restore_checks(self) -> None:
-        """Give the checks back their part of the training's state."""
-
-    @property
-    def log_file(self) -> TrainingLog:
-        """The callback that writes the run's log."""
-        [log] = [one for one in self.callback_handler.callbacks if isinstance(one, TrainingLog)]
-        return log
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log; correct `train_loss` to the mean over all steps: the Trainer divides by those of this session."""
-        if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
-        super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.saver is not None and self.args.should_save:
-            self.saver.save(self)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        training_state.load_weights(Path(resume_from_checkpoint), self.model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.saver is not None and self.saver.resumed is not None
-            exact, step = self.saver.exact, self.saver.resumed.progress.step
-            if self.saver.keeps_optimizer:
-                training_state.load_optimizer(Path(checkpoint), self.optimizer, settings=exact)
-            training_state.load_scheduler(Path(checkpoint), self.lr_scheduler, step, settings=exact)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            training_state.load_random_state(Path(checkpoint))
-
-
-class _RunningLossRestorer(TrainerCallback):  # type: ignore[misc]
-    """Restores the Trainer's running loss, which trainer_state.json does not save."""
-
-    def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore the running loss after the Trainer has reset it."""
-        trainer = self.trainer
-        if trainer.saver is not None and trainer.saver.resumed is not None:
-            progress = trainer.saver.resumed.progress
-            trainer._tr_loss += progress.loss_sum
-            trainer._total_loss_scalar = progress.loss_total
-            trainer._globalstep_last_logged = progress.last_logged_step
-            # Use the intervals of the recipe, not those of the checkpoint.
-            state.compute_steps(args, state.max_steps)
+    def restore(self, trainer: ResumableTrainer) -> None:
+        """Restore optimizer, schedule, running loss and random state from the checkpoint, if there is one."""
+        if self.resumed is not None:
+            directory, progress = self.resumed.directory, self.resumed.progress
+            if self.keeps_optimizer:
+                training_state.load_optimizer(directory, trainer.optimizer, settings=self.exact)
+            training_state.load_scheduler(directory, trainer.lr_scheduler, progress.step, settings=self.exact)
+            trainer.loss_sum += progress.loss_sum
+            trainer.loss_total, trainer.last_logged_step = progress.loss_total, progress.last_logged_step
+            training_state.load_random_state(directory)

@@ -23,7 +23,7 @@ OPTIMIZER, OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
 RANDOM, RANDOM_TENSORS = "random.json", "random.safetensors"
 TRAINER = "trainer_state.json"
-"""Named as in `transformers`: `Trainer.train` reads it."""
+"""Named as in `transformers`."""
 
 _TENSOR = "$tensor"
 """Key of a reference to a tensor in the safetensors file."""

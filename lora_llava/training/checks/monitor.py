@@ -145,10 +145,10 @@ class StageMonitor(Check):
                 )
 
     def figures(self, step: int, model: nn.Module, logs: Mapping[str, Any], skipped: Sequence[int]) -> dict[str, Any]:
-        """Return the Trainer's `logs` of the steps up to `step`, with figures and warnings added.
+        """Return the `logs` of the steps up to `step`, with figures and warnings added.
 
-        The Trainer's loss is a mean over all steps and counts `skipped` ones as 0: correct it, or remove it if every
-        step was skipped.
+        Their loss is a mean over all steps and counts `skipped` ones as 0: correct it, or remove it if every step was
+        skipped.
         """
         row = dict(logs)
         steps = step - self.last_logged

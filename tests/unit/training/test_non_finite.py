@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
 from lora_llava.training.checks.check import CompletedStep
@@ -180,8 +180,8 @@ def test_the_count_of_steps_left_out_outlives_a_resumption(tmp_path: Path) -> No
     assert guard_of(first).skipped == [1]
     first.state.save_to_json(str(tmp_path / "state.json"))
     second = made_trainer(tmp_path, made_rows())
-    saved = TrainerState.load_from_json(str(tmp_path / "state.json"))
-    second.callback_handler.on_train_begin(second.args, saved, TrainerControl())
+    second.state = TrainerState.load_from_json(str(tmp_path / "state.json"))
+    second.restore_checks()
     assert guard_of(second).skipped == [1]
     assert second.checks[1].state() == first.checks[1].state()
     assert second.checks[1].state()["last_logged"] == 2
