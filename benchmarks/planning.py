@@ -17,7 +17,7 @@ from lora_llava.recipe.schedule import count_steps
 
 BATCH_SIZE = 128
 PREFIX_TOKENS = 616
-"""Of the system text and an image."""
+"""Of the system prompt and an image."""
 
 
 def make_items(conversations: int) -> list[PlanItem]:

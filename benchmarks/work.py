@@ -19,7 +19,7 @@ from lora_llava.recipe.stages import StageName
 IMAGE_ID = 3
 FIRST_WORD = 10
 PROMPT_TOKENS = 24
-"""Tokens before an image: BOS, system text, `USER: `; the same in every conversation."""
+"""Tokens before an image: BOS, system prompt, `USER: `; the same in every conversation."""
 
 
 @dataclass(frozen=True, slots=True)

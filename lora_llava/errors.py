@@ -2,12 +2,12 @@
 
 LoraLlavaError
 ├── RecipeError      a recipe, an override or a command line that cannot be used; exit code 2
-│   └── PreflightError       a set-up in which a run, or what follows it, would fail; nothing was started
+│   └── PreflightError       a setup in which a run, or a later step, would fail; nothing was started
 ├── DataError        a data file, a record or an image
-├── ModelError       a base model, or a built model that is not what its stage states
+├── ModelError       a base model, or a built model that does not match its stage
 ├── ArtifactError    a directory that is not what its manifest says, or belongs to another base
-├── TrainingError    a run that cannot go on
-│   └── RunInterruptedError  a run that was asked to stop, and has saved; exit code 130 or 143
+├── TrainingError    a run that cannot continue
+│   └── RunInterruptedError  a run that was stopped by a signal and has saved; exit code 130 or 143
 └── HubError         the Hub refuses, fails, or cannot be reached
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 
 class LoraLlavaError(Exception):
-    """Base of every error the kit raises on purpose; the message is for the user."""
+    """Base of all errors that the kit raises on purpose; the message is for the user."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class RecipeError(LoraLlavaError):
 
 
 class PreflightError(RecipeError):
-    """A set-up cannot work; the message lists every problem, each with what was found and what to do."""
+    """A setup cannot work; the message lists every problem, each with a fix."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n  ".join(lines))
@@ -39,11 +39,11 @@ class DataError(LoraLlavaError):
     def __init__(self, message: str, kind: str = "record") -> None:
         super().__init__(message)
         self.kind = kind
-        """What is wrong, in a word, by which reports sort: see `doctor.catalogue`."""
+        """Kind of the problem, by which reports group: a key of `doctor.catalogue.KINDS`."""
 
 
 class ModelError(LoraLlavaError):
-    """A base model cannot be had or built, or is not what its stage states."""
+    """A base model cannot be loaded or built, or does not match its stage."""
 
 
 class ArtifactError(LoraLlavaError):
@@ -51,17 +51,17 @@ class ArtifactError(LoraLlavaError):
 
 
 class TrainingError(LoraLlavaError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class RunInterruptedError(TrainingError):
-    """The run was asked to stop by a signal and has saved; the message says how to go on."""
+    """The run was stopped by a signal and has saved; the message says how to resume it."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        # As shells have it.
+        # As in shells.
         self.exit_code = 128 + signal_number
 
 
 class HubError(LoraLlavaError):
-    """The Hugging Face Hub refuses or cannot be reached; what was committed there before is as it was."""
+    """The Hugging Face Hub refuses a request or cannot be reached; earlier commits are unchanged."""

@@ -176,7 +176,7 @@ def template_difference(directory: Path, template: Template) -> str | None:
         return None
     if theirs == reworded != ours:
         return (
-            f"{start} in its system text: {_quoted(same_turns.system)} there, {_quoted(template.system)} in the "
+            f"{start} in its system prompt: {_quoted(same_turns.system)} there, {_quoted(template.system)} in the "
             f"recipe; to train with the base's, set system: {json.dumps(same_turns.system)}"
         )
     if known is not None:
@@ -189,7 +189,7 @@ def template_difference(directory: Path, template: Template) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    """Quote a prompt or system text, shortened in the middle if it is long."""
+    """Quote a prompt or system prompt, shortened in the middle if it is long."""
     half = _SHOWN // 2
     return json.dumps(text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}", ensure_ascii=False)
 

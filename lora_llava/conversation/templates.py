@@ -76,7 +76,7 @@ def get_template(name: str, system: str | None = None) -> Template:
     if system is None:
         return template
     if template.caption_only and system:
-        raise RecipeError(f"system: template {name} has no system text; remove it or choose another template")
+        raise RecipeError(f"system: template {name} has no system prompt; remove it or choose another template")
     return replace(template, system=system)
 
 

@@ -1,7 +1,7 @@
 """The plan of a stage: which conversations form each row (micro-batch) and each optimizer step.
 
 Pure Python, and a function of its arguments alone. Terms: a *tree* is the conversations of a step about one image;
-they share one prefix (system text, image tokens). A *row* holds trees end to end and is one micro-batch. A *step*
+they share one prefix (system prompt, image tokens). A *row* holds trees end to end and is one micro-batch. A *step*
 is one optimizer step.
 
 Contract: every step except the last of an epoch holds exactly `batch_size` conversations, and the same ones for any

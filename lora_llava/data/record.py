@@ -203,7 +203,7 @@ def check_text(text: str, location: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{location}: character {error.start + 1} is half of a surrogate pair; write the text anew as UTF-8"
+            f"{location}: character {error.start + 1} is half of a surrogate pair; write the text again as UTF-8"
         ) from None
     return text
 

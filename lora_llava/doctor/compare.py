@@ -31,7 +31,7 @@ class Finding:
     images: tuple[ImageSource, ...] = ()
     """Images to show with it."""
     count: int = 1
-    """Records that it stands for; 1 unless many fail alike."""
+    """Number of records with it; 1 unless many records fail in the same way."""
 
 
 def finding_at(kind: str, source: Source, record: Record, problem: str, *images: ImageSource | None) -> Finding:

@@ -90,7 +90,7 @@ def _encode_turns(loaded: LoadedModel, turns: Sequence[Turn], template: Template
 
 
 def image_tensor(loaded: LoadedModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
-    """Open and preprocess an image to (3, size, size); None stands for the mean color. Raises DataError."""
+    """Open and preprocess an image to (3, size, size); None means an image of the mean color. Raises DataError."""
     image = mean_color(loaded.image_size, loaded.image_mean) if source is None else open_image(source)
     tensor: torch.Tensor = preprocess(
         image, size=loaded.image_size, mean=loaded.image_mean, std=loaded.image_std, aspect_ratio=aspect_ratio

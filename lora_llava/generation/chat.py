@@ -1,4 +1,4 @@
-"""A conversation with a trained model, about one image or none; answers are handed over as they are written."""
+"""Chat with a trained model, about one image or none; answers are streamed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lora_llava.generation.decoding import CachedConversation
 from lora_llava.modeling.base import LoadedModel
 
 Say = Callable[[str], None]
-"""Takes the next piece of an answer; together they are the answer."""
+"""Receives the next piece of an answer."""
 
 
 class Chat:
-    """Asks in the template and image form of the model's training, and remembers what was said."""
+    """Prompts a model with the template and image transform of its training, and remembers the turns."""
 
     def __init__(self, loaded: LoadedModel, usage: Usage, image: ImageSource | None, max_new_tokens: int) -> None:
         self.loaded = loaded
@@ -51,7 +51,7 @@ class Chat:
         template: str | None = None,
         max_new_tokens: int = 256,
     ) -> Chat:
-        """Load an artifact or a merged model to talk with, about the image in the file `image` or about none.
+        """Load an artifact or a merged model to chat with, about the image in the file `image` or without one.
 
         `base`: directory or hub id of the base, if it is not where the artifact says; `template`: for a model that
         does not say its own. Raises LoraLlavaError's subclasses for a model or an image that cannot be used.
@@ -62,9 +62,9 @@ class Chat:
         return cls(*load_model(model, base=base, template=template), source, max_new_tokens)
 
     def ask(self, question: str, say: Say | None = None) -> str:
-        """Answer `question` greedily, in the light of the turns before; DataError if it cannot be asked.
+        """Answer `question` greedily, given the earlier turns; DataError if it cannot be asked.
 
-        `say` gets the answer piece by piece while it is written.
+        `say` receives the answer piece by piece while it is generated.
         """
         if IMAGE_PLACEHOLDER in question:
             raise DataError(f"a question must not hold {IMAGE_PLACEHOLDER}; the image is put in front of the first")
@@ -80,14 +80,14 @@ class Chat:
                 on_token=None if say is None else writer.add,
             )
         )
-        # An answer with nothing in it cannot stand in a conversation: as if it had not been asked.
+        # A conversation cannot contain an empty answer: forget the question.
         if answer:
             self.turns = (*self.turns, turn, Turn("assistant", answer))
         return answer
 
 
 class AnswerWriter:
-    """Turns tokens into pieces of text: whole characters, without the space around the answer."""
+    """Streams tokens as text: whole characters only, without the space around the answer."""
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], say: Say | None) -> None:
         self.tokenizer = tokenizer
@@ -97,15 +97,15 @@ class AnswerWriter:
         self._said = ""
 
     def add(self, token: int) -> None:
-        """Take the next token, and hand over what it completes."""
+        """Add the next token, and pass on the text that it completes."""
         self._tokens.append(token)
         text = answer_text(self.tokenizer, self._tokens, self.ends)
-        # Half a character, of which the next token brings the rest.
+        # Part of a character, which the next token completes.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._hand_over(text)
 
     def finish(self, answer: list[int]) -> str:
-        """Hand over what is left, and return the whole answer."""
+        """Pass on the rest, and return the whole answer."""
         text = answer_text(self.tokenizer, answer, self.ends)
         self._hand_over(text)
         return text

@@ -1,6 +1,6 @@
 """`start_from`: settings that a recipe inherits from the artifact it starts from, and those it may not change.
 
-Rank, scale and layers of the LoRA are always those of the artifact. Template, system text, image aspect ratio, window
+Rank, scale and layers of the LoRA are always those of the artifact. Template, system prompt, image aspect ratio, window
 and precision are inherited unless the recipe sets them; a difference is reported. Only small JSON files are read here;
 loading checks that the artifact is complete and fits the base.
 """
@@ -148,7 +148,7 @@ def _layers(targets: Any) -> set[str]:
 
 
 def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) -> StageSettings:
-    """Return a stage that inherits template, system text, image aspect ratio and window where it sets none."""
+    """Return a stage that inherits template, system prompt, image aspect ratio and window where it sets none."""
     template = manifest.get("template") or {}
     update: dict[str, Any] = {}
     if "template" not in stage.model_fields_set and _takes(stage, template.get("name")):

@@ -87,7 +87,7 @@ def _unused_in_base(recipe: Recipe) -> Iterator[Unused]:
 
 def _unused_in_stage(key: str, stage: StageSettings) -> Iterator[Unused]:
     if stage.template == "plain":
-        yield from _changed(stage, key, ["system"], "template plain has no system text")
+        yield from _changed(stage, key, ["system"], "template plain has no system prompt")
         because = "template plain has no question"
         yield from _changed(stage.data, f"{key}.data", ["answer_prompt"], because)
     if stage.lr_scheduler_type == "constant":

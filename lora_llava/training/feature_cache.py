@@ -83,9 +83,9 @@ class FeatureTower(nn.Module):
 def use_features(
     model: Any, records: Sequence[Record], transform: ImageTransform, directory: Path | None
 ) -> ImageFeatures:
-    """Compute the features of all images of `records`, or find them in `directory`, and let `model` take them.
+    """Compute the features of all images of `records`, or read them from `directory`; make `model` accept them.
 
-    `directory`: where they are kept from run to run; None: in memory. Raises TrainingError where there is no room.
+    `directory`: where the features are stored for later runs; None: in memory. Raises TrainingError without room.
     """
     llava = llava_in(model)
     tower, layer = llava.get_submodule(VISION_TOWER), int(llava.config.vision_feature_layer)

@@ -202,7 +202,7 @@ def _decoded(url: str, location: str) -> bytes:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
         raise DataError(
-            f"{location}: {head[:60]!r} is followed by broken base64; write the image anew", "bad_image"
+            f"{location}: {head[:60]!r} is followed by broken base64; encode the image again", "bad_image"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Checks of `start_from`: an artifact, undamaged, that fits the base."""
+"""Check that `start_from` is an undamaged artifact that fits the base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AGAIN = "Take the artifact from its source again."
 
 
 def start_from_fits(setup: Setup) -> Iterator[Finding]:
-    """The artifact to start from is whole, and has the shape of the base."""
+    """The artifact in `start_from` is complete, undamaged and has the shape of the base."""
     path = setup.recipe.start_from
     if path is None:
         return
@@ -60,7 +60,7 @@ def _not_an_artifact(path: Path) -> tuple[str, str] | None:
 
 
 def _damage(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield what is damaged; the first is enough."""
+    """Yield what is damaged; only the first is reported."""
     manifest, config = find_json(path / _MANIFEST), find_json(path / ADAPTER_CONFIG)
     if manifest is None or any(key not in manifest for key in _NEEDED):
         yield f"{path / _MANIFEST} is damaged", _AGAIN
@@ -80,7 +80,7 @@ def _damage(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Finding]:
-    """Yield what does not fit the base; a LoRA of another form than the recipe's is refused as that is read."""
+    """Yield what does not fit the base. `recipe.start` refuses a LoRA of another form than the recipe's."""
     lora: dict[str, dict[str, Shape]] = {}
     outside, projector = [], {}
     for name, tensor in tensors.items():

@@ -119,7 +119,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
 
 
 def _own_system(template: Template) -> str | None:
-    """Return the system prompt for the manifest; None stands for the template's default."""
+    """Return the system prompt for the manifest; None means the template's default."""
     return None if template == get_template(template.name) else template.system
 
 

@@ -51,7 +51,7 @@ class FrozenWeights(Check):
             raise TrainingError(
                 f"stage {self.stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
                 f"{listed(names, separator='; ')}. Nothing more is saved, since it would not fit its base. A fault of "
-                "the memory does this, or an error in a library: go on with --resume; if it happens again, report it "
+                "the memory does this, or an error in a library: resume with --resume; if it happens again, report it "
                 "with the versions that lora-llava env prints."
             )
         return (

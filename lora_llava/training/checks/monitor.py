@@ -86,7 +86,7 @@ class StageMonitor(Check):
             return None
         return (
             f"step {step.number}: the loss rose from {before:.4f} to {step.loss:.4f}: the training diverged, or these "
-            f"records are unlike all before. If it stays there, stop, and go on from a checkpoint with a lower "
+            f"records are unlike all before. If it stays high, stop, and resume from a checkpoint with a lower "
             f"learning_rate. Last good checkpoint: {step.last_checkpoint() or 'none yet'}"
         )
 
@@ -174,7 +174,7 @@ class StageMonitor(Check):
             self.warn(
                 "share",
                 f"of the tokens computed since step {self.last_logged} only {share:.2%} are supervised: answers are "
-                "short beside images and questions, or template and data do not fit; lora-llava inspect shows which",
+                "short next to images and questions, or template and data do not fit; lora-llava inspect shows which",
             )
         return {"supervised_share": round(share, 6)}
 

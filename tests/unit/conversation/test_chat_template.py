@@ -97,8 +97,8 @@ def test_k10_other_templates_are_not_taken_for_one_of_the_kits(jinja: str) -> No
     [
         (LLAMA3, "vicuna_v1", ["vicuna_v1: it writes", "<|start_header_id|>user", "must learn the new form"]),
         (SMOL, "vicuna_v1", ["it is chatml", 'set template: chatml and system: "You are Smol"']),
-        (SMOL, "chatml", ["in its system text", '"You are Smol" there', '"" in the recipe']),
-        (LLAVA_HF, "vicuna_v1", ["in its system text", '"" there', 'set system: ""']),
+        (SMOL, "chatml", ["in its system prompt", '"You are Smol" there', '"" in the recipe']),
+        (LLAVA_HF, "vicuna_v1", ["in its system prompt", '"" there', 'set system: ""']),
         ("{{ raise_exception('no') }}", "chatml", ["could not be compared with chatml", "cannot be used: no"]),
     ],
 )

@@ -205,7 +205,7 @@ def test_unknown_template_names_the_nearest() -> None:
 
 
 def test_plain_has_no_system_text() -> None:
-    with pytest.raises(RecipeError, match="plain has no system text"):
+    with pytest.raises(RecipeError, match="plain has no system prompt"):
         get_template("plain", "Be brief.")
     assert get_template("plain", "") == TEMPLATES["plain"]
 

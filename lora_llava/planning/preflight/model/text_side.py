@@ -45,7 +45,7 @@ def image_token_is_known(setup: Setup) -> Iterator[Finding]:
         return
     in_config, in_tokenizer = setup.shape.whole["image_token_index"], tokens.get(IMAGE_PLACEHOLDER)
     if IMAGE_PLACEHOLDER not in tokens:
-        what = f"{model.name}: its tokenizer has no token {IMAGE_PLACEHOLDER}, which stands for an image"
+        what = f"{model.name}: its tokenizer has no token {IMAGE_PLACEHOLDER}, which represents an image"
         yield Problem(LLAVA, what, "Take the tokenizer files that were published with the model.")
     elif in_tokenizer is not None and in_tokenizer != in_config:
         ids = f"{in_tokenizer} in its tokenizer, but {in_config} in its config.json"
