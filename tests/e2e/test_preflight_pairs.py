@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+import lora_llava.training.run as run_module
 from lora_llava.cli import cli
 from lora_llava.formats.processor import save_processor
 from tests.helpers.runs import write_data, write_recipe
@@ -66,8 +67,9 @@ BASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 STAGES = {"align": ["align"], "instruct": ["instruct"], "both": ["align", "instruct"]}
 ADAPTERS = ("lora", "rslora", "dora")
 CASES = [
-    # Every base with every set of stages; quantization and kind of adapter take turns beside them.
-    (base, stages, ("none", "nf4")[(row + column) % 2], ADAPTERS[(row + 2 * column) % 3])
+    # Every base with every set of stages. Quantization, kind of adapter, and which of the two exports that merge an
+    # artifact themselves gets one, and which the merged model, take turns.
+    (base, stages, ("none", "nf4")[(row + column) % 2], ADAPTERS[(row + 2 * column) % 3], (row // 2 + column) % 2 == 0)
     for row, base in enumerate(BASES)
     for column, stages in enumerate(STAGES)
 ]
@@ -95,11 +97,19 @@ def prepared(directory: Path, base: str, stages: str, quantization: str, adapter
     return path
 
 
-@pytest.mark.parametrize(("base", "stages", "quantization", "adapter"), CASES)
+@pytest.mark.parametrize(("base", "stages", "quantization", "adapter", "gguf_of_artifact"), CASES)
 def test_k11_what_the_preflight_passes_runs_merges_exports_and_is_published(
-    base: str, stages: str, quantization: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str,
+    stages: str,
+    quantization: str,
+    adapter: str,
+    gguf_of_artifact: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # The picture of the loss takes longer than the steps, and depends on none of this.
+    monkeypatch.setattr(run_module, "plot_loss", lambda *_: None)
     recipe = prepared(tmp_path, base, stages, quantization, adapter)
     said = " ".join(well(run("finetune", recipe, "--dry-run")).stdout.split())
     well(run("finetune", recipe))
@@ -107,9 +117,10 @@ def test_k11_what_the_preflight_passes_runs_merges_exports_and_is_published(
     well(run("merge", artifact, merged))
     LlavaForConditionalGeneration.from_pretrained(merged)
     AutoTokenizer.from_pretrained(merged)
-    well(run("export", artifact, tmp_path / "hf", "--format", "hf"))
+    of_gguf, of_hf = (artifact, merged) if gguf_of_artifact else (merged, artifact)
+    well(run("export", of_hf, tmp_path / "hf", "--format", "hf"))
     well(run("export", merged, tmp_path / "llava", "--format", "llava"))
-    gguf = run("export", artifact, tmp_path / "gguf", "--format", "gguf")
+    gguf = run("export", of_gguf, tmp_path / "gguf", "--format", "gguf")
     assert (gguf.exit_code != 0) == ("cannot be exported with --format gguf" in said), gguf.output
     if stages != "align":
         vllm = run("export", artifact, tmp_path / "vllm", "--format", "vllm")

@@ -139,6 +139,7 @@ def test_k32_a_planned_stage_counts_and_says_what_it_holds(by_hand: StageRecords
     data = plan_records(by_hand, stage, 64, seed=3)
     # One of the seven questions is the second of its conversation. One prefix is computed instead of four.
     assert data.counts == [StepCounts(questions=7, supervised_tokens=21, computed_tokens=52)]
+    assert isinstance(data.counts[0].questions, int)
     assert [sorted(index for tree in row for index in tree) for row in data.plan.steps[0]] == [[0, 1, 2, 3, 4, 5]]
     assert (data.template, data.encoded, data.validation) == (by_hand.template, by_hand.train, by_hand.validation)
     assert data.validation_rows == [((0, 1),)]
@@ -287,4 +288,4 @@ def test_k32_a_record_that_cannot_be_encoded_is_skipped_or_stops_the_reading(tmp
     assert [one.id for one in records.train.records] == ["r0"]
     [skipped] = records.skipped
     assert (skipped.record, skipped.id, skipped.kind) == (2, "r1", "unsupervised")
-    assert "nothing to train on" in skipped.problem
+    assert skipped.problem.startswith("train.json, record 2 (id r1): nothing to train on: of its ")

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from lora_llava.recipe.schedule import (
     MIN_AUTO_STEPS,
     PROPOSED_STEPS,
+    count_steps,
     count_warmup_steps,
     eval_interval,
     logging_interval,
@@ -52,6 +53,20 @@ TABLE = {
 def test_k5_rate_of_each_step(case: tuple[str, int, int], rates: list[float]) -> None:
     kind, steps, warmup = case
     assert [rate_factor(kind, step, steps, warmup) for step in range(1, steps + 1)] == pytest.approx(rates, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_k32_the_rate_stays_0_after_the_last_step(kind: str) -> None:
+    assert [rate_factor(kind, step, 6, 2) for step in (7, 8, 20)] == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("records", "batch", "epochs", "max_steps", "steps"),
+    # The last step of an epoch may be smaller; half a step is a whole one; 1.1 * 10 is 11.000000000000002.
+    [(37, 8, 1.0, -1, 5), (37, 8, 1.0, 0, 5), (37, 8, 1.0, 1, 1), (80, 8, 1.1, -1, 11), (80, 8, 1.25, -1, 13)],
+)
+def test_k32_steps_by_hand(records: int, batch: int, epochs: float, max_steps: int, steps: int) -> None:
+    assert count_steps(records, batch, epochs, max_steps) == steps
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
@@ -99,7 +114,17 @@ def test_k5_trainer_logs_the_rate_of_each_step(tmp_path: Path, kind: str) -> Non
     assert trainer.lr_scheduler.base_lrs == [1e-3, 5e-4]
 
 
-SIZES = {1: (1, 1), 2: (1, 2), 5: (1, 5), 10: (1, 10), 50: (1, 50), 200: (4, 50), 2_000: (64, 32), 665_000: (128, 5196)}
+SIZES = {
+    1: (1, 1),
+    2: (1, 2),
+    5: (1, 5),
+    10: (1, 10),
+    50: (1, 50),
+    120: (4, 30),
+    200: (4, 50),
+    2_000: (64, 32),
+    665_000: (128, 5196),
+}
 
 
 @pytest.mark.parametrize(("records", "expected"), SIZES.items())
@@ -117,7 +142,8 @@ def test_k5_auto_batch_is_llavas_own_where_it_can_be() -> None:
     assert stage_length(align, 558_000).batch_line(align) == ("batch_size: 256 (auto: 558,000 records; LLaVA's own)")
     # More epochs are more steps; max_steps is a shorter run of the same batch.
     assert stage_length(settings(num_train_epochs=3.0), 2_000).batch_size == 128
-    assert stage_length(settings(max_steps=3), 200).batch_size == 4
+    short = stage_length(settings(max_steps=3), 200)
+    assert (short.batch_size, short.num_steps) == (4, 3)
     assert stage_length(settings(batch_size=7), 200).batch_size == 7
 
 
@@ -134,12 +160,24 @@ def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
         "2 optimizer steps can change the model only a little; with stages.instruct.batch_size=8 "
         "stages.instruct.num_train_epochs=3: 75 steps"
     )
+    ten = stage_length(settings(), 10)
+    assert ten.proposal("instruct", settings()) == (
+        "10 optimizer steps can change the model only a little; with stages.instruct.batch_size=1 "
+        "stages.instruct.num_train_epochs=5: 50 steps"
+    )
     one = stage_length(settings(), 1)
+    assert one.proposal("instruct", settings()) == (
+        "1 optimizer step can change the model only a little; with stages.instruct.batch_size=1 "
+        "stages.instruct.num_train_epochs=10: 10 steps; more records would help more"
+    )
+    # Nothing longer is left to propose.
+    longest = settings(num_train_epochs=10.0)
+    assert stage_length(longest, 1).proposal("instruct", longest) is None
     assert steps_line(one.num_steps, one.num_warmup_steps) == "1 optimizer step, none of them warmup"
     assert one.batch_line(settings()) == "batch_size: 1 (auto: 1 record; LLaVA's 128 would give 1 step)"
 
 
-@pytest.mark.parametrize("records", [1, 2, 5, 10, 19, 48, 200, 2_000])
+@pytest.mark.parametrize("records", [1, 2, 5, 10, 19, 20, 48, 200, 2_000])
 @pytest.mark.parametrize("batch", [1, 16, 128])
 def test_k5_a_proposal_has_the_steps_it_says(records: int, batch: int) -> None:
     before = settings(batch_size=batch)
@@ -158,7 +196,7 @@ def test_k5_a_proposal_has_the_steps_it_says(records: int, batch: int) -> None:
         assert steps > length.num_steps
         assert steps >= PROPOSED_STEPS or after.num_train_epochs == 10
         assert ("more records" in text) == (steps < 20)
-    assert length.proposal("instruct", settings(batch_size=batch, max_steps=2)) is None
+    assert length.proposal("instruct", settings(batch_size=batch, max_steps=1)) is None
 
 
 @pytest.mark.parametrize(
