@@ -96,7 +96,7 @@ def read_own_template(directory: Path) -> OwnTemplate | None:
     tokenizer = read_json(directory / "tokenizer_config.json")
     named = {**read_json(directory / "special_tokens_map.json"), **tokenizer}
     tokens = {
-        key: value["content"] if isinstance(value, dict) else value
+        key: str(value.get("content", "")) if isinstance(value, dict) else str(value)
         for key, value in named.items()
         if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value
     }

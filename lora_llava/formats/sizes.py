@@ -11,13 +11,16 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 TEXT_SIZES = (*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 VISION_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels")
 _MAX_PIXELS_A_SIDE = 16_384
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim")
 _LAYERS, _SIDES = ("num_hidden_layers",), ("image_size",)
 
 
 def wrong_sizes(config: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """Return the sizes that are no integer, not above 0, or absurd; a configuration may leave any of them out."""
     return [
-        f"{name} {config[name]!r:.40}" for name in names if config.get(name) is not None and not _fits(name, config)
+        f"{name} {config[name]!r:.40}"
+        for name in names
+        if name in config and not (config[name] is None and name in _MAY_BE_NULL) and not _fits(name, config)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,10 @@ def hub_errors(what: str, name: str) -> Iterator[None]:
         yield
     except (LoraLlavaError, MemoryError):
         raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ModelError(f"{what} {name!r} cannot be loaded: {_explain(error, name)}") from error
     except Exception as error:  # what libraries raise for damaged files has no common base
         if type(error).__name__ == "OutOfMemoryError":
             raise

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.fields import FieldInfo
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
+_MAX_NUMBER = 10**10
 Count = Annotated[int, Field(ge=1)]
 
 RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv")
@@ -74,6 +75,15 @@ class Settings(BaseModel):
 
     example: ClassVar[str] = ""
     """How to write the section, for error messages; if empty, they list its first keys."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        """Refuse numbers that no setting needs: loops and tables of that size would never end."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, int | float) and abs(value) > _MAX_NUMBER:
+                raise ValueError(f"{name} {value:g} is more than {_MAX_NUMBER:,}; write a smaller number")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

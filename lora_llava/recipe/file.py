@@ -233,6 +233,8 @@ def _resolve(key: str, value: str, directory: Path, *, is_path: bool) -> str:
     """Make a path absolute; keep a possible Hub id unless a path of that name exists."""
     if not value:
         raise RecipeError(f"{key}: is empty; give a path, or remove the key")
+    if "\0" in value:
+        raise RecipeError(f"{key}: {printable(value, 60)} contains a NUL character, which no path has; remove it")
     try:
         path = Path(value).expanduser()
     except RuntimeError as error:

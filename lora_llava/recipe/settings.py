@@ -98,7 +98,7 @@ class AdapterSettings(Settings):
 
     type: Annotated[Literal["lora", "rslora", "dora"], OnResume.FIXED] = "lora"
     """LoRA, rank-stabilized LoRA, or DoRA."""
-    r: Annotated[Count, OnResume.FIXED] = 128
+    r: Annotated[int, Field(ge=1, le=65_536), OnResume.FIXED] = 128
     """Rank; a higher rank learns more and needs more memory."""
     lora_alpha: Annotated[Positive, OnResume.FIXED] = 256.0
     """The LoRA update is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) for rslora."""

@@ -196,7 +196,7 @@ class StageSettings(Settings):
     cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"
     """Compute the vision tower's features once per image instead of in every epoch; `disk` stores them in the run's
     directory. Pays off from the second epoch."""
-    dataloader_num_workers: Annotated[int, Field(ge=0), OnResume.FREE] = 0
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=1_024), OnResume.FREE] = 0
     """Worker processes that load images and build batches; 0: none."""
     logging_steps: Annotated[Count, OnResume.FREE] = 10
     """Optimizer steps between log lines; fewer in a short stage, which gets at least ten lines."""

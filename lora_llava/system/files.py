@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError, RecipeError
-from lora_llava.system.text import first_line
+from lora_llava.system.text import first_line, printable
 
 STAGING = ".lora-llava-"
 """Prefix of the names of staging directories."""
@@ -42,6 +42,8 @@ _in_use: dict[int, int] = {}
 
 def refuse_existing(output: Path) -> None:
     """Raise ArtifactError if `output` exists or cannot be created: nothing is ever overwritten."""
+    if "\0" in str(output):
+        raise ArtifactError(f"{printable(str(output), 60)} contains a NUL character, which no path has; remove it")
     if output.exists() or output.is_symlink():
         raise ArtifactError(f"{output} already exists and is not overwritten; give another name, or remove it")
     nearest = next(path for path in output.absolute().parents if os.path.lexists(path))

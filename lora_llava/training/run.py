@@ -174,7 +174,7 @@ def print_outcome(recipe: Recipe, console: Console) -> None:
         line = f"{counted(count, 'bad record')} {verb} skipped; {output.SKIPPED} says which and why."
         console.print(f"\n{line}", style="bold yellow")
     names = [*recipe.stage_names, output.SUMMARY, output.LOSS_PLOT, f"{output.EVALUATION}/{SAMPLES}", output.SKIPPED]
-    console.print(f"\nIn {shown_path(directory)}:")
+    console.print(f"\nIn {shown_path(directory)}:", markup=False)
     for name in names:
         if (directory / name).exists():
             console.print(f"  {name}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +40,10 @@ SECONDS = 5
 MOST_KIB = 2**20
 SEEDS = st.integers(0, 2**48)
 EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier_run"
+
+# A model is loaded for each example: in the short form, a quarter of the usual number. `bounded` is the deadline.
+_EXAMPLES = settings.default.max_examples if settings.default else 60
+FEW = settings(max_examples=_EXAMPLES if _EXAMPLES >= 1_000 else _EXAMPLES // 4, deadline=None)
 
 Load = Callable[[Path, Path], object]
 """Reads a damaged directory, the first path; may write to the second, which does not exist."""
@@ -136,6 +140,7 @@ def artifacts(artifact: Path, fresh: Callable[[Path], Sandbox]) -> Sandbox:
     return fresh(artifact)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_adapter_directories(artifacts: Sandbox, tiny_base: Path, seed: int) -> None:
     def load(copy: Path, out: Path) -> None:
@@ -155,6 +160,7 @@ def peft(tmp_path_factory: pytest.TempPathFactory, fresh: Callable[[Path], Sandb
     return fresh(directory)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_adapters_of_other_tools(peft: Sandbox, tiny_base: Path, seed: int) -> None:
     def load(copy: Path, out: Path) -> None:
@@ -169,6 +175,7 @@ def bases(merged: Path, fresh: Callable[[Path], Sandbox]) -> Sandbox:
     return fresh(merged)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_base_directories(bases: Sandbox, seed: int) -> None:
     bases.try_one(lambda copy, _: refuse_model(copy, None), seed)
@@ -182,6 +189,7 @@ def originals(merged: Path, tmp_path_factory: pytest.TempPathFactory, fresh: Cal
     return fresh(directory)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_original_checkpoints(originals: Sandbox, seed: int) -> None:
     def load(copy: Path, out: Path) -> None:
@@ -203,6 +211,7 @@ def pickled(originals: Sandbox, tmp_path_factory: pytest.TempPathFactory, fresh:
     return fresh(directory)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_pickled_checkpoints(pickled: Sandbox, seed: int) -> None:
     pickled.try_one(lambda copy, out: import_any(copy, out, ImportOptions()), seed)
@@ -219,6 +228,7 @@ def ggufs(merged: Path, tmp_path_factory: pytest.TempPathFactory, fresh: Callabl
     return fresh(alone)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_gguf_files(ggufs: Sandbox, originals: Sandbox, seed: int) -> None:
     def load(copy: Path, out: Path) -> None:
@@ -234,6 +244,7 @@ def checkpoints(fresh: Callable[[Path], Sandbox]) -> Sandbox:
     return fresh(EARLIER / "stopped" / "checkpoints" / "instruct")
 
 
+@FEW
 @given(seed=SEEDS)
 def test_checkpoint_directories(checkpoints: Sandbox, seed: int) -> None:
     checkpoints.try_one(lambda copy, _: find_latest(copy, lambda _: None), seed)
@@ -244,6 +255,7 @@ def runs(fresh: Callable[[Path], Sandbox]) -> Sandbox:
     return fresh(EARLIER / "finished")
 
 
+@FEW
 @given(seed=SEEDS)
 def test_run_directories(runs: Sandbox, seed: int) -> None:
     def load(copy: Path, out: Path) -> None:

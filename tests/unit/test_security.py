@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers import CLIPVisionModel
 import lora_llava
 from lora_llava.artifact import load_model, read_manifest
 from lora_llava.cli import cli
+from lora_llava.cli.chat import write_piece
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.modeling.metadata import part_configs
 from lora_llava.recipe.settings import BaseModelSettings
@@ -25,6 +28,7 @@ from lora_llava.shipping.hub.card import make_card
 from lora_llava.shipping.hub.content import RepoFile, check_private, collect
 from lora_llava.shipping.hub.facts import Facts
 from lora_llava.shipping.hub.usage import python_code, vllm_commands
+from lora_llava.system.files import refuse_existing
 from lora_llava.system.text import markdown
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.broken import Project, command
@@ -231,3 +235,56 @@ def test_k47_values_in_the_card_are_shown_literally(published: Facts) -> None:
     assert "<script>" not in body
     assert "](javascript" not in body
     assert "# heading" not in body
+
+
+ESCAPES = "\x1b[2J\x1b]0;x\x07[red]"
+SHOWN = r"\e[2J\e]0;x\x07[red]"
+
+
+def test_k50_escapes_in_an_unknown_key_are_shown(project: Project) -> None:
+    for verb, overrides in (("check", [f"{ESCAPES}=1"]), ("finetune", [f"stages.{ESCAPES}=1"])):
+        done = command(verb, project, *overrides)
+        assert done.exit_code == 2
+        assert SHOWN in done.output
+        assert done.output.replace("\n", "").isprintable()
+    text = project.recipe.read_text(encoding="utf-8")
+    project.recipe.write_text(text + '"\\e[2J\\e]0;x\\x07[red]": 1\n', encoding="utf-8")
+    done = command("check", project)
+    assert SHOWN in done.output
+    assert done.output.replace("\n", "").isprintable()
+
+
+def test_k50_escapes_in_an_answer_are_shown_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    write_piece(f"a\n{ESCAPES}")
+    assert capsys.readouterr().out == f"a\n{SHOWN}"
+
+
+def test_k50_a_directory_named_like_markup_is_written_and_shown(project: Project) -> None:
+    artifact = make_artifact(project.base, project.directory / "artifact")
+    options = ["--data", "train.json", "--image-root", "images", "--max-records", "4", "--output", "ev[/x]"]
+    done = CliRunner().invoke(cli, ["eval", str(artifact), *options])
+    assert done.exit_code == 0, done.output
+    assert "samples are in ev[/x]" in done.output
+    assert (project.directory / "ev[" / "x]").is_dir()
+
+
+def test_k49_a_nul_in_a_path_is_named(project: Project, tmp_path: Path) -> None:
+    done = command("finetune", project, 'output_dir="a\\0b"')
+    assert done.exit_code == 2
+    assert r"output_dir: a\x00b contains a NUL character" in done.output
+    with pytest.raises(ArtifactError, match="contains a NUL character"):
+        refuse_existing(tmp_path / "a\0b")
+
+
+def test_k49_every_promise_has_its_tests() -> None:
+    page = (PACKAGE.parent / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\*\*.+?) \| (.+?) \|$", page, re.MULTILINE)
+    assert len(rows) >= 13
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (PACKAGE.parent / "tests").rglob("test_*.py"))
+    for promise, tests in rows:
+        names = re.findall(r"`(test_\w+)`", tests)
+        assert names, promise
+        assert [name for name in names if f"def {name}(" not in sources] == [], promise

@@ -74,14 +74,15 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
         for name in ("tokenizer.model", MERGE_REPORT):
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
-        save_processor(
-            staging,
-            tokenizer,
-            config,
-            pixels,
-            aspect_ratio="pad" if aspect_ratio == "pad" else "square",
-            jinja=_chat_template(tokenizer, options.template),
-        )
+        with hub_errors("tokenizer", str(source)):
+            save_processor(
+                staging,
+                tokenizer,
+                config,
+                pixels,
+                aspect_ratio="pad" if aspect_ratio == "pad" else "square",
+                jinja=_chat_template(tokenizer, options.template),
+            )
         save_config(staging, config, dtype)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging / "generation_config.json")

@@ -206,3 +206,22 @@ def test_k20_several_files_are_named_for_what_they_are(tmp_path: Path, key: str)
 def test_every_setting_says_in_words_what_it_takes() -> None:
     for setting in settings_of(Recipe):
         assert not FOREIGN.search(allowed(setting.field)), setting.key
+
+
+NUMBERS = [
+    setting.key for setting in settings_of(Recipe) if re.search(r"\b(int|float)\b", str(setting.field.annotation))
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_k48_every_number_of_a_recipe_has_a_bound(tmp_path: Path, key: str) -> None:
+    if key.startswith("base."):
+        return
+    for value in (10**18, 1e300):
+        lines = problems(tmp_path, with_value(key, value))
+        assert any(key.rpartition(".")[2] in line for line in lines), lines
+
+
+def test_k48_there_are_numbers() -> None:
+    assert {"adapter.r", "stages.instruct.num_train_epochs", "stages.instruct.learning_rate", "seed"} <= set(NUMBERS)
+    assert len(NUMBERS) > 40

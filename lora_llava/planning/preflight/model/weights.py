@@ -12,12 +12,16 @@ from lora_llava.errors import ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
 from lora_llava.formats.shapes import Shape, misfits
 from lora_llava.formats.weight_files import NoWeightsError, weight_files
-from lora_llava.system.text import listed
+from lora_llava.system.text import listed, printable
 
 _LENGTH = 8
 """Bytes at the start of a safetensors file that hold the length of its header."""
 _MAX_HEADER = 100_000_000
 """Longest header that the safetensors library allows, in bytes."""
+_TYPES = frozenset(
+    "F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64 F8_E4M3 F8_E5M2 F8_E8M0 F6_E2M3 F6_E3M2 F4".split()
+)
+"""All types of the safetensors format."""
 _UNQUANTIZED_TYPES = ("F64", "F32", "F16", "BF16")
 _NAMED = 3
 
@@ -77,6 +81,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is damaged: its header cannot be read") from error
+    if unknown := {tensor.dtype for tensor in tensors.values()} - _TYPES:
+        raise ModelError(f"{file} is damaged: it has no type {printable(min(unknown), 20)}")
     if size != _LENGTH + length + end:
         raise ModelError(
             f"{file} is damaged or cut off: it holds {size:,} bytes, {_LENGTH + length + end:,} are needed"
