@@ -75,12 +75,18 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 )
             header: dict[str, Any] = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        spans = sorted((int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for entry in header.values())
         tensors = {name: Tensor(str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is damaged: its header cannot be read") from error
+    end = 0
+    for start, stop in spans:
+        # By the format, tensors follow each other without gaps.
+        if start != end or stop < start:
+            raise ModelError(f"{file} is damaged: its header places tensors outside of it or over each other")
+        end = stop
     if unknown := {tensor.dtype for tensor in tensors.values()} - _TYPES:
         raise ModelError(f"{file} is damaged: it has no type {printable(min(unknown), 20)}")
     if size != _LENGTH + length + end:
