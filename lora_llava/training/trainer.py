@@ -97,15 +97,16 @@ class PackedTrainer:
         started, first_step = time.time(), self.state.global_step
         for rows in self._steps():
             self._tell("on_step_begin")
-            # The supervised tokens of all processes. A tensor: CUDA divides less exactly by a number of the host.
-            count = torch.tensor(float(sum(row["shift_labels"].numel() for row in rows)), device=self.device)
-            num_supervised = self.accelerator.reduce(count, "sum")
+            sizes = [[float(row["shift_labels"].numel()), float(row["input_ids"].numel())] for row in rows]
+            # Of all processes. Tensors, since CUDA divides less exactly by a number of the host.
+            num_supervised, num_tokens = self.accelerator.reduce(torch.tensor(sizes, device=self.device).sum(0), "sum")
             for row in rows:
                 # Data parallelism adds up gradients once per step, with its last row.
                 with nullcontext() if row is rows[-1] else self.accelerator.no_sync(self.wrapped):
                     self.losses.append(self.training_step(row, num_supervised))
                 self._tell("on_substep_end")
             self.loss_sum += self._checked_loss()
+            self.state.total_flos += self.flops_per_token * float(num_tokens)
 
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.args.max_grad_norm or math.inf)
             self._tell("on_pre_optimizer_step")
@@ -176,7 +177,6 @@ class PackedTrainer:
         # Data parallelism averages gradients over the processes, but the token count is already the sum over them.
         loss *= self.accelerator.num_processes
         self.accelerator.backward(loss)
-        self.state.total_flos += self.flops_per_token * row["input_ids"].numel()
         return loss.detach()
 
     def _checked_loss(self) -> torch.Tensor:
