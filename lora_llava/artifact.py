@@ -14,23 +14,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import AutoTokenizer
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_own_template, recognize
 from lora_llava.conversation.endings import stated_ends, write_generation_config
 from lora_llava.conversation.templates import TEMPLATES, Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
-from lora_llava.formats.llava_hf import expected_shapes, open_weights
+from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.manifest import is_hub_id, manifest_problem
-from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS
+from lora_llava.formats.names import WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.transformers_4 import PREPROCESSOR
-from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base, locate
-from lora_llava.modeling.structure import PROJECTOR
-from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base, locate
+from lora_llava.modeling.identity import BASE_OPTION, Fields, base_fields, check_base_files, check_unchanged, record
+from lora_llava.modeling.metadata import hub_errors, read_config
 from lora_llava.recipe.stages import AspectRatio, StageName
-from lora_llava.recipe.start import adapter_of
 from lora_llava.run_directory.claim import restore_around
 from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import (
@@ -49,14 +49,10 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 MERGE_REPORT = "merge_report.json"
 """In a merged model: how it was merged and, under `artifact`, the manifest of the merged artifact."""
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest; a reader refuses a newer one."""
 
-BASE_OPTION = "--base-model"
-"""Every command that takes an artifact has this option, for a base that is not where the manifest says."""
-
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
-_PROJECTOR_KEY = f"{PEFT_PREFIX}{PROJECTOR}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +74,8 @@ class Manifest:
     metrics: dict[str, float]
     versions: dict[str, str]
     format: int = FORMAT
+    identity: dict[str, Any] | None = None
+    """What decides the answers, as `modeling.identity` records it; None in format 1."""
 
     @property
     def usage(self) -> Usage:
@@ -203,6 +201,7 @@ def load_model(
         raise ArtifactError(f"{directory} is a whole model and needs no base; leave {BASE_OPTION} out")
     identity = BaseIdentity(directory.resolve().name, None, "")
     loaded = load_base(directory, identity, nf4=False, double_quant=False, dtype=dtype, device=device)
+    check_finite(loaded.model, directory)
     loaded.model.eval()
     return loaded, usage
 
@@ -228,6 +227,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(
             f"{weights} was altered: its sha256 is {sha256}, the manifest has {manifest.adapter_sha256}"
         )
+    check_unchanged(asdict(manifest), directory)
     return manifest
 
 
@@ -290,7 +290,13 @@ def write_artifact(
     manifest = Manifest(
         base=location, adapter_sha256=file_sha256(staging / WEIGHTS), versions=library_versions(), **facts
     )
-    (staging / MANIFEST).write_text(json_text(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    return write_manifest(staging, manifest, loaded.identity.fields)
+
+
+def write_manifest(directory: Path, manifest: Manifest, base: Fields) -> Manifest:
+    """Write the manifest of an artifact whose other files are written, with its identity; return it."""
+    manifest = replace(manifest, identity=record(asdict(manifest), directory, base))
+    (directory / MANIFEST).write_text(json_text(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -298,7 +304,8 @@ def base_location(identity: BaseIdentity, directory: Path, artifact: Path) -> di
     """Return how to locate the base from the artifact: by a hub id, or by a relative path."""
     # Resolve links in both: the file system follows `..` from the real directory, not from the name of a link.
     path = os.path.relpath(directory.resolve(), artifact.resolve()) if identity.revision is None else None
-    return {**asdict(identity), "path": path}
+    facts = {"name": identity.name, "revision": identity.revision, "weights_sha256": identity.weights_sha256}
+    return {**facts, "path": path}
 
 
 def load_artifact(
@@ -306,22 +313,25 @@ def load_artifact(
 ) -> tuple[LoadedModel, Manifest]:
     """Load an artifact onto its base, quantized as in training, for inference.
 
-    `base` replaces the base's location in the manifest. Raises ArtifactError if its weights are not those that the
-    artifact was trained on.
+    The tokenizer is the artifact's own. `base` replaces the base's location in the manifest. Raises ArtifactError if
+    the base, or the adapter, is not the one of training.
     """
     manifest = read_manifest(directory)
     base_directory = find_base(manifest, directory, base)
+    fields = base_fields(base_directory)
+    check_base_files(asdict(manifest), fields, str(base_directory), directory)
+    Adapter(directory).check(expected_shapes(read_config(base_directory)), finite=True)
     check_base(manifest, hash_weights(base_directory), str(base_directory), directory)
     loaded = load_base(
         base_directory,
-        BaseIdentity(manifest.base["name"], manifest.base["revision"], manifest.base["weights_sha256"]),
+        BaseIdentity(manifest.base["name"], manifest.base["revision"], manifest.base["weights_sha256"], fields),
         nf4=manifest.quantization["type"] == "nf4",
         double_quant=manifest.quantization["double_quant"],
         dtype=dtype,
         device=device,
     )
-    # PEFT would act on the settings of an adapter before it compares them with its weights.
-    Adapter(directory).check(expected_shapes(loaded.config))
+    with hub_errors("artifact", str(directory)):
+        loaded.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     # Training decides which tokens end an answer, not the base alone.
     if ends := stated_ends(directory):
         loaded.model.generation_config.eos_token_id = ends
@@ -361,8 +371,9 @@ def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:
     Raises ArtifactError if it was trained on another base.
     """
     manifest = read_manifest(directory)
+    check_base_files(asdict(manifest), loaded.identity.fields, str(loaded.directory), directory)
     check_base(manifest, loaded.identity.weights_sha256, str(loaded.directory), directory)
-    Adapter(directory).check(expected_shapes(loaded.config))
+    Adapter(directory).check(expected_shapes(loaded.config), finite=True)
     device = next(loaded.model.parameters()).device
     loaded.model.load_adapter(str(directory), adapter_name=name, torch_device=str(device))
     loaded.model.eval()
@@ -377,24 +388,3 @@ def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact:
             f"{artifact} was trained on another base: weights {expected} ({manifest.base['name']}), but those at "
             f"{found_at} are {weights_sha256}. Give the right one with {BASE_OPTION} DIR."
         )
-
-
-def check_adapter(artifact: Path, adapter: AdapterSettings) -> None:
-    """Raise ArtifactError if the LoRA to continue from differs from the recipe's; `recipe.start` checks before."""
-    settings = adapter_of(read_json(artifact / ADAPTER_CONFIG, ArtifactError, "take it from its source again"))
-    differing = [
-        f"adapter.{name}: {value}" for name, value in settings.items() if value not in (None, getattr(adapter, name))
-    ]
-    if differing:
-        raise ArtifactError(f"start_from: {artifact} has {', '.join(differing)}; set the recipe's to these")
-
-
-def load_projector(artifact: Path, model: Any) -> None:
-    """Copy the projector of an artifact into a base model without an adapter."""
-    with open_weights(artifact / WEIGHTS) as handle:
-        names = [name for name in handle.keys() if name.startswith(_PROJECTOR_KEY)]  # noqa: SIM118 - not a dict
-        state = {name.removeprefix(_PROJECTOR_KEY): handle.get_tensor(name) for name in names}
-    projector = model.get_submodule(PROJECTOR)
-    if set(state) != set(projector.state_dict()):
-        raise ArtifactError(f"{artifact}: its projector has {sorted(state)}, needed {sorted(projector.state_dict())}")
-    projector.load_state_dict(state)

@@ -121,6 +121,7 @@ _VALUES: dict[str, tuple[_Check, str]] = {
     "seen": (_is_mapping, "a mapping"),
     "metrics": (_mapping(lambda value: value is None or _number(value)), "a mapping of numbers"),
     "versions": (_mapping(_text), "a mapping of texts"),
+    "identity": (_or_null(_is_mapping), "a mapping or null"),
 }
 """By dotted key: what its value must be, and in words. Sections come before their values."""
-_OPTIONAL = {"quantization.compute_dtype", "images.window", "data.answer_prompt"}
+_OPTIONAL = {"quantization.compute_dtype", "images.window", "data.answer_prompt", "identity"}

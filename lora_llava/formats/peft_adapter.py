@@ -8,12 +8,25 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.adapter_config import read_adapter_config
 from lora_llava.formats.llava_hf import open_weights, read_tensor
-from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, canonical_name, split_lora
+from lora_llava.formats.names import (
+    ADAPTER_CONFIG,
+    PEFT_PREFIX,
+    PROJECTOR_PREFIX,
+    WEIGHTS,
+    canonical_name,
+    memory_name,
+    split_lora,
+)
+from lora_llava.system.text import listed
+
+_EMBEDDINGS = ("embed_tokens.weight", "position_embedding.weight")
+_WHOLE = "Take the whole adapter from its source again, all files together."
 
 
 def check_parts(parts: Collection[str], config: LoraConfig, weight: str, where: Path) -> None:
@@ -133,8 +146,12 @@ class Adapter:
         yield from self.layers
         yield from self.replaced
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ArtifactError unless the adapter holds the whole projector and fits a base with these shapes."""
+    def check(self, shapes: dict[str, tuple[int, ...]], *, finite: bool = False) -> None:
+        """Raise ArtifactError unless the adapter is whole and fits a base with these shapes.
+
+        It is whole with the projector and with LoRA for exactly the layers that its settings name. `finite`: read every
+        tensor, and refuse NaN and infinity.
+        """
         projector = {name for name in shapes if name.startswith(PROJECTOR_PREFIX)}
         if missing := projector - self.replaced.keys() - self.layers.keys():
             raise ArtifactError(
@@ -157,6 +174,28 @@ class Adapter:
                 shape = tuple(handle.get_slice(key).get_shape())
                 if shape != shapes[name]:
                     raise ArtifactError(f"{self.path}: {name} is {shape} in it, {shapes[name]} in the base")
+        self._check_targets(shapes)
+        if finite:
+            for keys in self.layers.values():
+                for key in filter(None, (keys.a, keys.b, keys.magnitude)):
+                    self.read(key)
+            for key in self.replaced.values():
+                self.read(key)
+
+    def _check_targets(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ArtifactError unless LoRA is on the layers that the settings name: PEFT leaves out any other."""
+        linear = [name for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(_EMBEDDINGS)]
+        named = {
+            name
+            for name in linear
+            if name not in self.replaced
+            and check_target_module_exists(self.config, memory_name(name).removesuffix(".weight"))
+        }
+        if missing := sorted(named - self.layers.keys()):
+            raise ArtifactError(f"{self.path}: LoRA for {listed(missing, 3)} is missing. {_WHOLE}")
+        if unnamed := sorted(self.layers.keys() - named):
+            what = f"it has LoRA for {listed(unnamed, 3)}, which {ADAPTER_CONFIG} does not name"
+            raise ArtifactError(f"{self.path}: {what}. {_WHOLE}")
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the merged weight in fp32: the base's with LoRA added, or the one that replaces it."""

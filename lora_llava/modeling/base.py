@@ -7,7 +7,8 @@ A base is always a directory in the llava-hf layout, which `LlavaForConditionalG
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from transformers.image_processing_base import ImageProcessingMixin
 from lora_llava.conversation.encode import ImageTokens
 from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import open_weights
+from lora_llava.formats.names import BUFFERS
 from lora_llava.formats.shapes import used_layers
 from lora_llava.formats.weight_files import weight_files
+from lora_llava.modeling.identity import Fields, base_fields
 from lora_llava.modeling.metadata import hub_errors, image_statistics, read_config
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens
 from lora_llava.recipe.fields import is_local
 from lora_llava.system.files import refuse_irregular
 from lora_llava.system.progress import Advance, counting
+from lora_llava.system.text import listed
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -42,6 +46,8 @@ class BaseIdentity:
     revision: str | None
     weights_sha256: str
     """Hash of all weights by name; it does not depend on how they are sharded."""
+    fields: Fields = field(default_factory=dict, compare=False)
+    """The rest of its identity, as `modeling.identity` reads it; empty until then."""
 
     def reference(self, directory: Path) -> str:
         """Return what other software loads the base by: its hub id, or the absolute path of its directory."""
@@ -144,7 +150,7 @@ def load_base(
         refuse_irregular(directory, ModelError)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         mean, std = image_statistics(ImageProcessingMixin.get_image_processor_dict(directory)[0], directory)
-        model = LlavaForConditionalGeneration.from_pretrained(
+        model, report = LlavaForConditionalGeneration.from_pretrained(
             directory,
             dtype=dtype,
             quantization_config=quantization_config(double_quant, dtype) if nf4 else None,
@@ -153,7 +159,9 @@ def load_base(
             use_safetensors=True,
             device_map={"": device},
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    _check_complete(report, directory)
     if nf4:
         disable_cpu_repacking(model)
         if keep_dequantized:
@@ -168,11 +176,26 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         directory=directory,
-        identity=identity,
+        identity=identity if identity.fields else replace(identity, fields=base_fields(directory)),
         image_mean=mean,
         image_std=std,
         config=config,
     )
+
+
+def _check_complete(report: Mapping[str, Any], directory: Path) -> None:
+    """Raise ModelError for missing tensors, which transformers initializes at random, and for unexpected ones."""
+    named = {"is missing": report["missing_keys"], "does not belong to it": report["unexpected_keys"]}
+    wrong = [f"{name} {what}" for what, names in named.items() for name in sorted(names) if not name.endswith(BUFFERS)]
+    if wrong:
+        raise ModelError(f"{directory}: not the weights of its config.json: {listed(wrong, 6, separator='; ')}")
+
+
+def check_finite(model: nn.Module, directory: Path) -> None:
+    """Raise ModelError, with the name of the weight, if a weight is NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"{directory}: {name} holds NaN or infinity; take the model from its source again")
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ printed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,14 @@ def phase(text: str) -> None:
     """Announce a step that may take a while."""
     if (console := _console.get()) is not None:
         console.print(f"{text} ...", style="dim", markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Tell the user something that deserves to be known: on the console, or without one in the log of Python."""
+    if (console := _console.get()) is None:
+        logging.getLogger("lora_llava").warning(text)
+    else:
+        console.print(f"Note: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 @contextmanager

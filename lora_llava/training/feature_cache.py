@@ -24,6 +24,7 @@ from torch import nn
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.rows import ImageTransform
 from lora_llava.errors import TrainingError
+from lora_llava.modeling.identity import tower_fields
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import VISION_TOWER
 from lora_llava.system.device import free_memory_bytes
@@ -158,6 +159,7 @@ def _facts(tower: nn.Module, layer: int, records: list[Record], transform: Image
         weights.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return {
         "tower": weights.hexdigest(),
+        "config": tower_fields(tower.config),
         "layer": layer,
         "transform": asdict(transform),
         "images": [_image_sha256(one.image) for one in records if one.image],

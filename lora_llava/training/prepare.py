@@ -9,6 +9,7 @@ from typing import Any
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.modeling.assemble import assemble
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.identity import base_fields
 from lora_llava.modeling.metadata import read_config
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.unused import unlike_the_model
@@ -29,13 +30,13 @@ def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tu
         if unlike := list(unlike_the_model(recipe, read_config(base_directory).to_dict())):
             raise RecipeError("\n".join(map(str, unlike)))
         name = settings.model_name_or_path if revision else base_directory.resolve().name
-        return base_directory, BaseIdentity(name, revision, hash_weights(base_directory))
+        return base_directory, _identity(name, revision, base_directory)
     base_directory, name = current(directory) / output.BASE, f"{recipe.name}-{output.BASE}"
     place_base: Place = place_new if is_pending(directory) else partial(place, directory)
     if not base_directory.exists():
         with output.writing_named("the base", directory), staged(base_directory, place_base) as staging:
             assemble(settings, staging, recipe.seed)
-    identity = BaseIdentity(name, None, hash_weights(base_directory))
+    identity = _identity(name, None, base_directory)
     if summary.setdefault("base_sha256", identity.weights_sha256) != identity.weights_sha256:
         raise TrainingError(
             f"{shown_path(base_directory)} was altered: its weights are {identity.weights_sha256}, the run's are "
@@ -43,3 +44,7 @@ def prepare_base(recipe: Recipe, directory: Path, summary: dict[str, Any]) -> tu
             "have changed: put the old ones back, or start a new run with another output_dir"
         )
     return base_directory, identity
+
+
+def _identity(name: str, revision: str | None, directory: Path) -> BaseIdentity:
+    return BaseIdentity(name, revision, hash_weights(directory), base_fields(directory))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
 
-from lora_llava.artifact import check_adapter, check_base, load_projector, read_manifest
+from lora_llava.artifact import read_manifest
 from lora_llava.data.stage import StageData, StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.peft_adapter import Adapter
@@ -57,6 +57,7 @@ from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_line, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.stage import Stage
+from lora_llava.training.start import check_adapter, check_parent, load_projector
 from lora_llava.training.trainer import PackedTrainer
 
 
@@ -74,7 +75,7 @@ def train_stage(
     dtype = pick_dtype(stage.recipe.precision, device)
     set_seed(stage.seed)
 
-    # 1. Read the data before the weights, so that a mistake in the data shows at once.
+    # 1. Look at what it starts from, and read the data, before the weights: a mistake shows at once.
     records, shapes = _read_data(stage, dtype)
 
     # 2. Plan what fits: the checkpoint's plan if there is one, so that sums round alike; else the fastest.
@@ -113,10 +114,11 @@ def train_stage(
 
 
 def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageShapes]:
-    """Read the records of a stage, and the shapes that its memory depends on; no weight is read.
+    """Check what a stage starts from; read its records, and the shapes that its memory depends on, but no weight.
 
     Skipped records are listed in the run's directory.
     """
+    check_parent(stage)
     phase(f"{stage.name}: reading the data")
     config, tokenizer = describe_directory(stage.base_directory)
     records = read_records(stage.settings, tokenizer, image_tokens(config), stage.seed)
@@ -165,7 +167,6 @@ def _add_trained_parts(stage: Stage, loaded: LoadedModel) -> Any:
     """Add what the stage trains, starting from the parent's projector, and from its LoRA if both stages train one."""
     if stage.parent is not None:
         manifest = read_manifest(stage.parent)
-        check_base(manifest, stage.base.weights_sha256, str(loaded.directory), stage.parent)
         if trains_lora(manifest.stage) and stage.settings.trains_lora:
             check_adapter(stage.parent, stage.adapter)
             Adapter(stage.parent).check(expected_shapes(loaded.config))

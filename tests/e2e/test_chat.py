@@ -26,7 +26,7 @@ from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.generation.chat import AnswerWriter, Chat
 from lora_llava.modeling.base import hash_weights
 from lora_llava.shipping.merge.run import merge_artifact
-from tests.helpers.artifacts import CPU, make_artifact
+from tests.helpers.artifacts import CPU, as_earlier, make_artifact
 from tests.helpers.speaking import QUESTION, chain_of, prompt_of, say, write_artifact, write_base
 from tests.helpers.tiny import EOS_ID, IM_END_ID, NUM_IMAGE_TOKENS, save_tiny_base, tiny_tokenizer
 
@@ -304,8 +304,7 @@ def test_k10_the_models_own_processor_says_whether_images_are_padded(
 ) -> None:
     made = make_artifact(tiny_base, tmp_path / "instruct")
     manifest = json.loads((made / "manifest.json").read_text())
-    manifest["images"]["image_aspect_ratio"] = aspect
-    (made / "manifest.json").write_text(json.dumps(manifest))
+    as_earlier(made, images={**manifest["images"], "image_aspect_ratio": aspect})
     merge_artifact(made, tmp_path / "merged")
     (tmp_path / "merged" / "merge_report.json").unlink()
     assert read_usage(tmp_path / "merged").image_aspect_ratio == expected

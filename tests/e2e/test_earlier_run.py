@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from lora_llava.cli import cli
 from tests.fixtures.earlier_run import make
 
 FIXTURES = Path(make.__file__).parent
@@ -61,6 +63,12 @@ def test_its_artifact_answers_as_it_did(earlier: Path, expected: dict[str, Any])
     image = earlier / make.IMAGE
     answer = make.run("chat", earlier / "finished/instruct", "--image", image, "--max-new-tokens", "4", make.QUESTION)
     assert answer == expected["answer"]
+
+
+def test_k34_what_its_manifest_does_not_tell_is_said_in_one_line(earlier: Path) -> None:
+    done = CliRunner().invoke(cli, ["chat", str(earlier / "finished/instruct"), make.QUESTION, "--max-new-tokens", "1"])
+    assert done.exit_code == 0
+    assert done.stderr.count("Note: ") == done.stderr.count("is from an earlier version") == 1
 
 
 def test_its_artifact_is_merged_to_the_same_weights(earlier: Path, expected: dict[str, Any], tmp_path: Path) -> None:

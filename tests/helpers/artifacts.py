@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lora_llava.artifact import Manifest, save_artifact
+from lora_llava.artifact import MANIFEST, Manifest, save_artifact
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, hash_weights, load_base
 from lora_llava.modeling.stages import build_stage, target_pattern
 from lora_llava.recipe.settings import AdapterSettings
@@ -80,6 +81,14 @@ def make_artifact(base: Path, directory: Path, stage: StageName = "instruct", **
     """Write an artifact and return its directory."""
     save(train(base, stage, **how), directory, stage, nf4=how.get("nf4", False))
     return directory
+
+
+def as_earlier(directory: Path, **changes: Any) -> None:
+    """Rewrite the manifest as earlier versions wrote it, without an identity; `changes` replace its values."""
+    path = directory / MANIFEST
+    manifest = {**json.loads(path.read_text(encoding="utf-8")), "format": 1, **changes}
+    del manifest["identity"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from lora_llava.artifact import MANIFEST, Manifest, load_artifact, load_projector, read_manifest
+from lora_llava.artifact import FORMAT, MANIFEST, Manifest, load_artifact, read_manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import ADAPTER_CONFIG, WEIGHTS
 from lora_llava.modeling.base import LoadedModel, hash_weights
 from lora_llava.modeling.structure import PROJECTOR
 from lora_llava.recipe.stages import StageName
+from lora_llava.training.start import load_projector
 from tests.helpers.artifacts import CPU, FILES, logits, save, train
 from tests.helpers.tiny import save_tiny_base, tiny_llava
 
@@ -161,8 +162,8 @@ def test_a_manifest_with_a_field_of_the_wrong_kind_is_refused(copied: Path, key:
 
 def test_a_newer_format_is_refused(copied: Path) -> None:
     data = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))
-    (copied / MANIFEST).write_text(json.dumps({**data, "format": 2, "new": 1}), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="format 2 is newer than this program's 1"):
+    (copied / MANIFEST).write_text(json.dumps({**data, "format": FORMAT + 1, "new": 1}), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=f"format {FORMAT + 1} is newer than this program's {FORMAT}"):
         load(copied)
 
 

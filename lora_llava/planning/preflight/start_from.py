@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_llava.errors import ModelError
+from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS, canonical_name, split_lora
 from lora_llava.formats.shapes import LlavaShape, Shape
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
-from lora_llava.planning.preflight.setup import Setup
+from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.stages import STAGES
 from lora_llava.system.files import file_sha256, find_json
 
 _KEY = "start_from"
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _NEEDED = ("stage", "base", "adapter_sha256", "quantization", "template", "images", "data")
 _LAYERS = "language_model.model."
 _AGAIN = "Take the artifact from its source again."
@@ -39,7 +39,25 @@ def start_from_fits(setup: Setup) -> Iterator[Finding]:
     except ModelError as error:
         yield Problem(_KEY, str(error), _AGAIN)
         return
-    yield from _misfit(path, tensors, setup)
+    problems = [*_misfit(path, tensors, setup)]
+    yield from problems or _altered(path, setup)
+
+
+def _altered(path: Path, setup: Setup) -> Iterator[Finding]:
+    """Yield what is not as in training: in the artifact, or in the files of a base that need not be assembled."""
+    # Imported here: it reads tokenizers with transformers.
+    from lora_llava.modeling.identity import base_fields, check_unchanged, compare_base
+
+    manifest = find_json(path / _MANIFEST) or {}
+    model = dict(setup.usable()).get(LLAVA)
+    try:
+        check_unchanged(manifest, path)
+        if model is None or model.directory is None:
+            return
+        for line in compare_base(manifest, path, base_fields(model.directory), training=True).decisive:
+            yield Problem(_KEY, f"{path} was trained on another base than {model.name}: {line}", "Put its files back.")
+    except (ArtifactError, ModelError, KeyError, AttributeError, TypeError) as error:
+        yield Problem(_KEY, f"{path}: {error}", _AGAIN)
 
 
 def _not_an_artifact(path: Path) -> tuple[str, str] | None:

@@ -44,7 +44,7 @@ from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
-from lora_llava.shipping.merge.run import read_source
+from lora_llava.shipping.merge.run import open_source
 from lora_llava.system.files import staged
 from lora_llava.system.text import counted, dtype_name
 
@@ -155,7 +155,7 @@ def _lora_parts(adapter: Adapter) -> Iterator[tuple[str, str]]:
 
 def _export_adapter(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     """Write an artifact as the original's LoRA directory, or as `mm_projector.bin` if it holds no LoRA."""
-    opened = read_source(source, options.base_model)
+    opened = open_source(source, options.base_model)
     manifest, adapter, config = opened.manifest, opened.adapter, opened.config
     other = [name for name in adapter.layers if not name.startswith(LAYERS_PREFIX)]
     other += [name for name in adapter.replaced if not name.startswith(PROJECTOR_PREFIX)]
@@ -174,7 +174,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
         if adapter.layers:
             _write_lora(staging, adapter, manifest)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            write_generation_config(staging, opened.base, get_template(**manifest.template), tokenizer)
+            write_generation_config(staging, opened.surroundings, get_template(**manifest.template), tokenizer)
             torch.save({f"{PEFT_PREFIX}{name}": tensor for name, tensor in named.items()}, staging / NON_LORA)
         else:
             torch.save(named, staging / MM_PROJECTOR)

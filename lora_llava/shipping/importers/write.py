@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,16 +12,17 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from transformers import LlavaConfig
 
-from lora_llava.artifact import MANIFEST, Manifest, base_location, library_versions
+from lora_llava.artifact import Manifest, base_location, library_versions, write_manifest
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
-from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes
 from lora_llava.formats.llava_original import identity_layer, is_linear
 from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter, lora_fits, lora_scaling, merge_lora
 from lora_llava.formats.processor import save_surroundings
 from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.identity import base_fields
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.stages import AspectRatio
@@ -115,7 +116,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
             metrics={},
             versions=library_versions(),
         )
-        write_json(staging / MANIFEST, asdict(manifest))
+        write_manifest(staging, manifest, base_fields(base.directory))
 
 
 def _own_system(template: Template) -> str | None:

@@ -28,6 +28,7 @@ from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_surroundings
 from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.base import hash_weights
+from lora_llava.modeling.identity import base_fields, check_base_files
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import (
     Difference,
@@ -61,6 +62,8 @@ class Source:
     base: Path
     files: WeightFiles
     config: LlavaConfig
+    surroundings: Path
+    """Where tokenizer, pixel statistics and ends of an answer are those of training: the base, or the artifact."""
 
     @property
     def nf4(self) -> bool:
@@ -68,26 +71,21 @@ class Source:
         return bool(self.manifest.quantization["type"] == "nf4")
 
 
-def read_source(artifact: Path, base_model: str | None) -> Source:
-    """Read an artifact and find its base. Raises ArtifactError for an adapter that is incomplete or does not fit it.
+def open_source(artifact: Path, base_model: str | None) -> Source:
+    """Read an artifact and find its base. Raises ArtifactError for an incomplete adapter, and for another base.
 
-    `base_model`: directory or hub id of the base; None: where the manifest says. No weight of the base is read, so a
-    base of the same shapes passes.
+    `base_model`: directory or hub id of the base; None: where the manifest says. The base's weights are only hashed.
     """
     manifest = read_manifest(artifact)
-    adapter = Adapter(artifact)
     base = find_base(manifest, artifact, base_model)
-    config = read_config(base)
-    adapter.check(expected_shapes(config))
-    return Source(artifact, manifest, adapter, base, WeightFiles(base), config)
-
-
-def open_source(artifact: Path, base_model: str | None) -> Source:
-    """Do as `read_source`, and check the weights of the base too. Raises ArtifactError for another base."""
-    source = read_source(artifact, base_model)
-    source.files.check(source.config)
-    check_base(source.manifest, hash_weights(source.base), str(source.base), artifact)
-    return source
+    comparison = check_base_files(asdict(manifest), base_fields(base), str(base), artifact)
+    adapter, config = Adapter(artifact), read_config(base)
+    adapter.check(expected_shapes(config), finite=True)
+    files = WeightFiles(base)
+    files.check(config)
+    check_base(manifest, hash_weights(base), str(base), artifact)
+    surroundings = artifact if comparison.text_side else base
+    return Source(artifact, manifest, adapter, base, files, config, surroundings)
 
 
 def choose_base(source: Source, requested: BaseKind | None) -> BaseKind:
@@ -194,10 +192,11 @@ def verify(
 def copy_surroundings(directory: Path, source: Source) -> None:
     """Write tokenizer, processor and generation settings, so that prompts and images are processed as in training."""
     template = get_template(**source.manifest.template)
+    origin, aspect_ratio = source.surroundings, source.manifest.images["image_aspect_ratio"]
     # First: the class of the tokenizer depends on it.
-    if (source.base / "tokenizer.model").is_file():
-        shutil.copyfile(source.base / "tokenizer.model", directory / "tokenizer.model")
-    save_surroundings(directory, source.base, source.config, template, source.manifest.images["image_aspect_ratio"])
+    if (origin / "tokenizer.model").is_file():
+        shutil.copyfile(origin / "tokenizer.model", directory / "tokenizer.model")
+    save_surroundings(directory, origin, source.config, template, aspect_ratio)
 
 
 def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:

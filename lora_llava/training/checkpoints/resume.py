@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint, load_split
 from lora_llava.errors import ArtifactError, DataError, TrainingError
 from lora_llava.formats.names import WEIGHTS
+from lora_llava.modeling.identity import check_base_files
 from lora_llava.planning.memory import Recompute
 from lora_llava.planning.memory_plan import MemoryPlan
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
@@ -100,6 +103,7 @@ def check_unchanged(
     if checkpoint is None:
         return True
     step = checkpoint.progress.step
+    _check_base_files(stage, checkpoint.directory)
     # Older checkpoints have batch_size only as a setting.
     key = f"{stage.key}.batch_size"
     before = {key: value_at(stored_recipe(checkpoint.directory), key), **checkpoint.facts}
@@ -140,7 +144,17 @@ def _is_finished(stage: Stage) -> bool:
                 f"{shown_path(directory)} was trained from other weights: {changed} changed since ({stored} then, "
                 f"{expected} now). Put the old ones back, or start a new run with another output_dir"
             )
+    _check_base_files(stage, directory)
     return True
+
+
+def _check_base_files(stage: Stage, directory: Path) -> None:
+    """Raise TrainingError if the base is not the one that an artifact, or a checkpoint, of the run was trained on."""
+    try:
+        manifest = asdict(read_manifest(directory))
+        check_base_files(manifest, stage.base.fields, shown_path(stage.base_directory), directory, training=True)
+    except ArtifactError as error:
+        raise TrainingError(f"{error} Or start a new run with another output_dir.") from error
 
 
 def resume_finished(stage: Stage, summary: dict[str, Any], resume: Resume, console: Console) -> bool:

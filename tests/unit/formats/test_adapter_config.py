@@ -16,8 +16,8 @@ from lora_llava.artifact import add_adapter, load_artifact
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import is_quick, read_adapter_config
 from lora_llava.formats.names import ADAPTER_CONFIG
-from lora_llava.shipping.merge.run import read_source
-from tests.helpers.artifacts import CPU, make_artifact
+from lora_llava.shipping.merge.run import open_source
+from tests.helpers.artifacts import CPU, as_earlier, make_artifact
 
 SLOW = [
     "(a+)+$",
@@ -53,6 +53,7 @@ def changed(artifact: Path, directory: Path, **changes: Any) -> Path:
     shutil.copytree(artifact, copy, dirs_exist_ok=True)
     data = json.loads((artifact / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     (copy / ADAPTER_CONFIG).write_text(json.dumps({**data, **changes}), encoding="utf-8")
+    as_earlier(copy)
     return copy
 
 
@@ -92,7 +93,7 @@ def test_k48_a_pattern_without_end_stops_chat_and_merge(
 ) -> None:
     copy = changed(artifact, tmp_path, **{key: value})
     begin = time.perf_counter()
-    for load in (lambda: read_source(copy, None), lambda: load_artifact(copy, device=CPU, dtype=torch.float32)):
+    for load in (lambda: open_source(copy, None), lambda: load_artifact(copy, device=CPU, dtype=torch.float32)):
         with pytest.raises(ArtifactError, match=rf"adapter_config\.json: {key}.*could take forever to match"):
             load()
     assert time.perf_counter() - begin < 10
@@ -147,7 +148,7 @@ def test_k49_a_file_that_holds_no_settings_is_named(tmp_path: Path, content: byt
 
 def test_k49_another_rank_than_that_of_the_weights_is_refused(artifact: Path, tmp_path: Path) -> None:
     copy = changed(artifact, tmp_path, r=90_000)
-    for load in (lambda: read_source(copy, None), lambda: load_artifact(copy, device=CPU, dtype=torch.float32)):
+    for load in (lambda: open_source(copy, None), lambda: load_artifact(copy, device=CPU, dtype=torch.float32)):
         with pytest.raises(ArtifactError, match="has the rank 4, the adapter's settings have 90000"):
             load()
     loaded, _ = load_artifact(artifact, device=CPU, dtype=torch.float32)

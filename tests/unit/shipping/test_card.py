@@ -25,7 +25,7 @@ from lora_llava.shipping.hub.licenses import LICENSES
 from lora_llava.shipping.hub.prepare import prepare
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.system.files import file_sha256
-from tests.helpers.artifacts import make_artifact
+from tests.helpers.artifacts import as_earlier, make_artifact
 from tests.helpers.card_rules import card_errors
 
 PICTURES = Path(__file__).parents[3] / "docs" / "results" / "quickstart"
@@ -155,7 +155,7 @@ def test_the_results_of_another_run_are_not_taken(tiny_base: Path, tmp_path: Pat
     assert gather(moved, None).summary
     weights = moved / WEIGHTS
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
-    change(moved / MANIFEST, lambda data: data.update(adapter_sha256=file_sha256(weights)))
+    as_earlier(moved, adapter_sha256=file_sha256(weights))
     facts = gather(moved, None)
     assert not (facts.summary or facts.accuracy or facts.pictures)
     with pytest.raises(ArtifactError, match="was not written by the run"):

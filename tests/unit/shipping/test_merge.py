@@ -26,7 +26,7 @@ from lora_llava.shipping.merge import run as merge_run
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.shipping.merge.stream import through_nf4
 from lora_llava.system.files import file_sha256
-from tests.helpers.artifacts import CPU, logits, make_artifact
+from tests.helpers.artifacts import CPU, as_earlier, logits, make_artifact
 from tests.helpers.tiny import save_tiny_base
 
 FP32 = torch.float32
@@ -62,9 +62,7 @@ def change_weights(directory: Path, change: Any) -> None:
     state = load_file(directory / WEIGHTS)
     change(state)
     save_file(state, directory / WEIGHTS)
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    manifest["adapter_sha256"] = file_sha256(directory / WEIGHTS)
-    (directory / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    as_earlier(directory, adapter_sha256=file_sha256(directory / WEIGHTS))
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])

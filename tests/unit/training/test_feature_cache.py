@@ -102,6 +102,19 @@ def test_another_tower_image_or_form_has_features_of_its_own(records: list[Recor
     assert len(list(directory.iterdir())) == 4
 
 
+def test_k33_a_tower_of_another_config_has_features_of_its_own(records: list[Record], tmp_path: Path) -> None:
+    first = use_features(model(), records, TRANSFORM, tmp_path / "features")
+    other = model()
+    tower = llava_in(other).get_submodule(VISION_TOWER)
+    tower.config.layer_norm_eps = 0.5
+    for module in tower.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.5
+    second = use_features(other, records, TRANSFORM, tmp_path / "features")
+    assert not torch.equal(first.values, second.values)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
 def test_without_room_nothing_is_left_behind(
     records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,6 @@ def _read_scaled(adapter: Adapter, key: str, factor: float) -> torch.Tensor:
 
 def _write_template(staging: Path, source: Source) -> None:
     """Write the chat template of training; the GGUF of the base has another one, or none."""
-    eos_token = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False).eos_token
+    eos_token = AutoTokenizer.from_pretrained(source.surroundings, trust_remote_code=False).eos_token
     template = get_template(**source.manifest.template)
     (staging / TEMPLATE_FILE).write_text(chat_template(template, eos_token, MEDIA_MARKER), encoding="utf-8")
