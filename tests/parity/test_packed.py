@@ -336,3 +336,28 @@ def test_k32_gradients_can_be_asked_for_without_a_backward_pass(
 def test_k32_the_head_computes_in_its_own_precision() -> None:
     head = torch.nn.Linear(8, 5, bias=False, dtype=torch.bfloat16)
     assert packed_module._head_logits(head, torch.ones(2, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("spare", "calls"),
+    # One full chunk is kept for the backward pass; of two, each is computed a second time there.
+    [(0, 1), (-1, 4)],
+)
+def test_k32_only_several_chunks_of_the_head_are_computed_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch, spare: int, calls: int
+) -> None:
+    row = row_of([branches(3)], dtype_of(model))
+    count = row["shift_labels"].numel()
+    monkeypatch.setattr(packed_module, "HEAD_CHUNK", count + spare)
+    seen: list[int] = []
+    handle = llava_in(model).lm_head.register_forward_hook(lambda *_: seen.append(1))
+    gradients(model, packed_loss(model, row, count))
+    handle.remove()
+    assert len(seen) == calls
+
+
+def test_k32_labels_without_a_hidden_state_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "HEAD_CHUNK", 2)
+    head = torch.nn.Linear(8, 5)
+    with pytest.raises(ValueError, match="zip"):
+        packed_module._sum_of_losses(head, torch.ones(4, 8), torch.zeros(6, dtype=torch.long))
