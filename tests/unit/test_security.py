@@ -30,6 +30,7 @@ from lora_llava.shipping.hub.facts import Facts
 from lora_llava.shipping.hub.usage import python_code, vllm_commands
 from lora_llava.system.files import refuse_existing
 from lora_llava.system.text import markdown
+from lora_llava.training.checkpoints.files import find_latest
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.broken import Project, command
 from tests.helpers.card_rules import card_errors
@@ -288,3 +289,17 @@ def test_k49_every_promise_has_its_tests() -> None:
         names = re.findall(r"`(test_\w+)`", tests)
         assert names, promise
         assert [name for name in names if f"def {name}(" not in sources] == [], promise
+
+
+@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.bin", "rng_state.pth"])
+def test_k49_a_stray_pickle_in_a_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    stopped = PACKAGE.parent / "tests" / "fixtures" / "earlier_run" / "stopped" / "checkpoints" / "instruct"
+    shutil.copytree(stopped, tmp_path / "instruct")
+    newest = find_latest(tmp_path / "instruct", lambda _: None)
+    assert newest is not None
+    (newest.directory / name).write_bytes(b"cos\nsystem\n")
+    said: list[str] = []
+    older = find_latest(tmp_path / "instruct", said.append)
+    assert older is not None
+    assert older.directory != newest.directory
+    assert f"it holds {name}, which the kit did not write; remove that file" in said[0]

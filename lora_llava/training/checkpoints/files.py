@@ -25,6 +25,7 @@ MANIFEST = "checkpoint.json"
 FORMAT = 1
 """Version of the manifest; a reader refuses a newer one."""
 
+_PICKLED = (".pt", ".pth", ".bin", ".pkl")
 _NAME = re.compile(r"step-(\d+)")
 
 Place = Callable[[Path, Path, Mapping[str, str]], None]
@@ -113,6 +114,9 @@ def read_verified(directory: Path) -> Checkpoint:
     refuse_irregular(directory, DamagedCheckpointError)
     checkpoint, files = _read(directory)
     found = {path.name for path in directory.iterdir()} - {MANIFEST}
+    # Nothing of the kit's is pickled, but a library might load a pickle that lies here.
+    if strays := sorted(name for name in found - files.keys() if name.endswith(_PICKLED)):
+        raise DamagedCheckpointError(f"it holds {strays[0]}, which the kit did not write; remove that file")
     for name, facts in files.items():
         path = directory / name
         if name not in found or not path.is_file():
