@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlavaConfig
 
 from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import open_weights
+from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS
 from lora_llava.system.text import dtype_name, printable
 
 _ARCHITECTURE = "LlavaLlamaForCausalLM"
@@ -35,7 +36,6 @@ _LINEAR = re.compile(r"^model\.mm_projector\.(weight|bias)$")
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 _WRAPPING = re.compile(r"^(base_model\.model\.)?(?=(model\.|lm_head\.))")
 
-_PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 _TEXT_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -87,7 +87,9 @@ def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspe
         raise ModelError(f"vision_feature_layer {config.vision_feature_layer}: the original layout has one layer")
     text = config.text_config.to_dict()
     rope = text.get("rope_parameters") or {}
-    projector = {activation: name for name, activation in _PROJECTORS.items()}.get(config.projector_hidden_act)
+    projector = {activation: name for name, activation in PROJECTOR_ACTIVATIONS.items()}.get(
+        config.projector_hidden_act
+    )
     if projector is None:
         raise ModelError(f"projector_hidden_act {config.projector_hidden_act!r}: not a projector of the original")
     return {
@@ -125,8 +127,10 @@ def check_original_config(data: dict[str, Any], where: Path) -> None:
             f"{where}: not an original LLaVA-1.5 ({data.get('architectures')}, model_type {data.get('model_type')!r}); "
             f"needed: {_ARCHITECTURE} with mm_vision_tower"
         )
-    if data.get("mm_projector_type", "linear") not in _PROJECTORS:
-        raise ModelError(f"{where}: mm_projector_type {data['mm_projector_type']!r}, known: {', '.join(_PROJECTORS)}")
+    if data.get("mm_projector_type", "linear") not in PROJECTOR_ACTIVATIONS:
+        raise ModelError(
+            f"{where}: mm_projector_type {data['mm_projector_type']!r}, known: {', '.join(PROJECTOR_ACTIVATIONS)}"
+        )
     if data.get("mm_use_im_start_end"):
         raise ModelError(f"{where}: mm_use_im_start_end puts tokens around the image; LLaVA-1.5 has none")
     if data.get("mm_patch_merge_type", "flat") != "flat" or data.get("image_aspect_ratio") == "anyres":
@@ -142,7 +146,7 @@ def from_original_config(data: dict[str, Any], vision_config: Any) -> LlavaConfi
     return LlavaConfig(
         vision_config=vision_config,
         text_config=LlamaConfig.from_dict(text),
-        projector_hidden_act=_PROJECTORS[data.get("mm_projector_type", "linear")],
+        projector_hidden_act=PROJECTOR_ACTIVATIONS[data.get("mm_projector_type", "linear")],
         vision_feature_layer=int(data.get("mm_vision_select_layer", -2)),
         vision_feature_select_strategy=_FEATURES[data.get("mm_vision_select_feature", "patch")],
         tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),

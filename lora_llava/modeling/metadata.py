@@ -7,7 +7,6 @@ import errno
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,15 +17,14 @@ from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.errors import LoraLlavaError, ModelError
 from lora_llava.formats.sizes import check_sizes
 from lora_llava.modeling.structure import num_image_tokens
-from lora_llava.recipe.settings import BaseModelSettings
+from lora_llava.recipe.fields import PACKAGED, packaged
+from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, BaseModelSettings
 from lora_llava.system.files import read_json, refuse_irregular
 from lora_llava.system.text import first_line, listed
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in llava-hf's models (32,000 + `<image>` + `<pad>` -> 32,064)."""
 
-_PROJECTOR_ACTIVATION = {"mlp2x_gelu": "gelu", "linear": "linear"}
-_PACKAGED = "package:"
 _CUSTOM_CODE = re.compile("custom code|trust_remote_code")
 """In transformers' refusals of a model that brings code."""
 _NO_CODE = (
@@ -157,9 +155,9 @@ def refuse_wrong_sizes(config: Mapping[str, Any], where: Path) -> None:
 
 def vision_tower_source(name: str) -> str:
     """Resolve `package:NAME` to the directory of a tower that ships with the package."""
-    if not name.startswith(_PACKAGED):
+    if not name.startswith(PACKAGED):
         return name
-    directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
+    directory = packaged(name)
     if not directory.is_dir():
         raise ModelError(f"base.vision_tower: the package has no tower {name!r}, only package:vision_tower")
     return str(directory)
@@ -188,7 +186,7 @@ def _assembled_config(settings: BaseModelSettings, text_config: Any, vision_conf
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
-        projector_hidden_act=_PROJECTOR_ACTIVATION[settings.mm_projector_type],
+        projector_hidden_act=PROJECTOR_ACTIVATIONS[settings.mm_projector_type],
         vision_feature_layer=settings.vision_feature_layer,
         vision_feature_select_strategy=settings.vision_feature_select_strategy,
         tie_word_embeddings=bool(text_config.tie_word_embeddings),

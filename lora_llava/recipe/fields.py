@@ -11,6 +11,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
@@ -23,6 +24,8 @@ Share = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 _MAX_NUMBER = 10**10
 Count = Annotated[int, Field(ge=1)]
 
+PACKAGED = "package:"
+"""Prefix of a model that ships with the package."""
 RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv")
 """Suffixes of data files that have no splits, configurations or revisions."""
 
@@ -125,6 +128,11 @@ def _settings_below(model: type[Settings], prefix: str, outer: OnResume | None) 
             if names is None and _is_text(field):
                 raise TypeError(f"{model.__name__}.{name} does not say what its text names: add a Names")
             yield Setting(key, field, on_resume, names)
+
+
+def packaged(name: str) -> Path:
+    """Return the path of what ships with the package as `name`, with or without the prefix `package:`."""
+    return Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(PACKAGED)))
 
 
 def is_local(name: str) -> bool:

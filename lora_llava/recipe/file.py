@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from lora_llava.errors import RecipeError
 from lora_llava.recipe.errors import problems_in
-from lora_llava.recipe.fields import Names, Settings, is_local, section_in, settings_of
+from lora_llava.recipe.fields import Names, Settings, is_local, packaged, section_in, settings_of
 from lora_llava.recipe.names import meant_by
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.start import continued
@@ -136,8 +135,7 @@ def dump_portable(path: Path) -> str:
 
 def bundled_recipes() -> dict[str, Path]:
     """Return the recipes that ship with the package, by name."""
-    directory = Path(str(resources.files("lora_llava") / "assets" / "recipes"))
-    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(packaged("recipes").glob("*.yaml"))}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,6 +35,10 @@ def _name_as_list(value: Any) -> Any:
 _LocalPath = Annotated[Path, Field(strict=False)]
 
 
+PROJECTOR_ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
+"""By `mm_projector_type`: `projector_hidden_act` in config.json."""
+
+
 class BaseModelSettings(Settings):
     """The base model: a LLaVA, or a language model and a vision tower to assemble a new one from."""
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from lora_llava.recipe.errors import shown
 from lora_llava.recipe.fields import RECORD_FILES, Settings, is_local
-from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, Recipe
 from lora_llava.recipe.stages import DataSettings, StageSettings, trains_lora
 
-_PROJECTOR_TYPES = {"gelu": "mlp2x_gelu", "linear": "linear"}
+_PROJECTOR_TYPES = {activation: name for name, activation in PROJECTOR_ACTIVATIONS.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,11 @@ from typing import Literal
 
 from lora_llava.formats.shapes import LlavaShape, vision_config
 from lora_llava.planning.preflight.model.files import ModelFiles, find_model
-from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, Recipe
 
 Start = Literal["new", "overwrite", "resume"]
 """How the run would start: in a free directory, replacing an earlier run, or resuming one."""
 LLAVA, LANGUAGE_MODEL, VISION_TOWER = "base.model_name_or_path", "base.language_model", "base.vision_tower"
-_ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
 
 
 @dataclass(slots=True)
@@ -68,7 +67,7 @@ class Setup:
             {
                 "text_config": models[LANGUAGE_MODEL].config,
                 "vision_config": vision_config(models[VISION_TOWER].config),
-                "projector_hidden_act": _ACTIVATIONS[base.mm_projector_type],
+                "projector_hidden_act": PROJECTOR_ACTIVATIONS[base.mm_projector_type],
                 "vision_feature_layer": base.vision_feature_layer,
                 "vision_feature_select_strategy": base.vision_feature_select_strategy,
             }

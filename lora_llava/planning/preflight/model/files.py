@@ -5,15 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ModelError
-from lora_llava.recipe.fields import is_local
+from lora_llava.recipe.fields import PACKAGED, is_local, packaged
 from lora_llava.system.files import read_json
 
-_PACKAGED = "package:"
 _MIN_SIMILARITY = 0.6
 """Lowest similarity of a name that is suggested, of 1."""
 _MAX_COMPARED = 2_000
@@ -44,8 +42,8 @@ def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file:
     if gguf_file is not None and directory is not None:
         problem = None if (directory / gguf_file).is_file() else _no_file(directory / gguf_file)
         return ModelFiles(name, directory, problem=problem, gguf_file=gguf_file)
-    if directory is None and name.startswith(_PACKAGED):
-        return ModelFiles(name, None, problem=(f"the package holds no {name}", f"It holds {_PACKAGED}vision_tower."))
+    if directory is None and name.startswith(PACKAGED):
+        return ModelFiles(name, None, problem=(f"the package holds no {name}", f"It holds {PACKAGED}vision_tower."))
     if directory is None and is_local(name):
         return ModelFiles(name, None, problem=_no_directory(name))
     if directory is None:
@@ -101,10 +99,7 @@ def _stem(name: str) -> str:
 
 
 def _directory(name: str) -> Path | None:
-    if name.startswith(_PACKAGED):
-        directory = Path(str(resources.files("lora_llava") / "assets" / name.removeprefix(_PACKAGED)))
-    else:
-        directory = Path(name).expanduser()
+    directory = packaged(name) if name.startswith(PACKAGED) else Path(name).expanduser()
     return directory if directory.is_dir() else None
 
 
