@@ -204,7 +204,7 @@ def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
 
 def _shared_labels(questions: Sequence[Question]) -> set[str]:
     """Return the labels that several images have, such as file names inside a table."""
-    images = {image.identity: image.label for one in questions if (image := one.record.image) is not None}
+    images = {image.identity: image.label for question in questions if (image := question.record.image) is not None}
     return {label for label, count in Counter(images.values()).items() if count > 1}
 
 

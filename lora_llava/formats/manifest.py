@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_llava.recipe.stages import STAGES
+
 _Check = Callable[[Any], bool]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
@@ -98,7 +100,7 @@ def _bad_text(data: Mapping[str, Any]) -> str | None:
 _A_TEXT, _TEXT_OR_NULL = "text", "text or null"
 _VALUES: dict[str, tuple[_Check, str]] = {
     "format": (lambda value: type(value) is int, "an integer"),
-    "stage": (_one_of("align", "instruct"), "align or instruct"),
+    "stage": (_one_of(*STAGES), " or ".join(STAGES)),
     "base": (_is_mapping, "a mapping"),
     "base.name": (_text, _A_TEXT),
     "base.revision": (_or_null(lambda value: _text(value) and is_revision(value)), "a revision of the Hub or null"),

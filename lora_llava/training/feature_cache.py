@@ -1,7 +1,7 @@
 """Features of the frozen vision tower, computed once for each image instead of in every epoch.
 
 The tower sees images through a deterministic preprocessing and is never trained, so the features stay the same. They
-are handed to the model where pixels would be; the tower's place is taken by one that passes features on.
+are passed to the model instead of pixels; the vision tower is replaced by a module that passes them through.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def use_features(
     """
     llava = llava_in(model)
     tower, layer = llava.get_submodule(VISION_TOWER), int(llava.config.vision_feature_layer)
-    images = {_key(one.image): one for one in records if one.image is not None}
+    images = {_key(record.image): record for record in records if record.image is not None}
     if directory is None:
         values = _computed(tower, layer, list(images.values()), transform, None)
     else:
@@ -162,8 +162,8 @@ def _facts(tower: nn.Module, layer: int, records: list[Record], transform: Image
         "config": tower_fields(tower.config),
         "layer": layer,
         "transform": asdict(transform),
-        "images": [_image_sha256(one.image) for one in records if one.image],
-        "windows": [one.image.window for one in records if one.image],
+        "images": [_image_sha256(record.image) for record in records if record.image],
+        "windows": [record.image.window for record in records if record.image],
     }
 
 

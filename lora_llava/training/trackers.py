@@ -13,7 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from lora_llava.recipe.fields import is_local, settings_of, value_at
 from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import STAGES, StageName
 
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
@@ -36,11 +36,11 @@ def run_name(recipe: Recipe, stage: StageName) -> str:
 
 def tracked_settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
     """Return the settings of a stage by key; local paths are cut to their last part."""
-    other = "stages.instruct." if stage == "align" else "stages.align."
+    left_out = ("card.", "evaluation.", *(f"stages.{other}." for other in STAGES if other != stage))
     settings = {}
     for setting in settings_of(Recipe):
         value = value_at(recipe, setting.key)
-        if value is None or setting.key.startswith((other, "card.", "evaluation.")):
+        if value is None or setting.key.startswith(left_out):
             continue
         local = setting.may_be_path and is_local(str(value))
         settings[f"recipe/{setting.key}"] = Path(str(value)).name if local else value

@@ -211,11 +211,11 @@ def _check_columns(needed: list[str], present: list[str], name: str, group: str 
             continue
         key, hint = "columns", ""
         if column == group:
-            near = difflib.get_close_matches(column, [str(one) for one in present], 1)
+            near = difflib.get_close_matches(column, [str(label) for label in present], 1)
             key, hint = "group", f"; did you mean {printable(near[0])}?" if near else ""
         elif proposed := propose_columns(present):
             hint = f". To have it read: {proposed}"
-        shown = listed([printable(str(one)) for one in present], 20)
+        shown = listed([printable(str(label)) for label in present], 20)
         raise DataError(f"{name}: {key}: there is no {printable(column)!r}; it has {shown}{hint}")
 
 

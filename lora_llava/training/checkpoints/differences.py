@@ -19,7 +19,7 @@ from lora_llava.planning.speed import Machine
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
 from lora_llava.recipe.file import read_recipe
 from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import StageName, trains_lora
 from lora_llava.run_directory import output
 from lora_llava.system.device import world_size
 from lora_llava.system.files import file_sha256, shown_path
@@ -178,8 +178,7 @@ def shared_sections(stage: StageName) -> list[str]:
     """List the settings and sections outside `stages` that training `stage` depends on."""
     classes = _COMPARED | {OnResume.RESOLVED}
     sections = dict.fromkeys(one.key.partition(".")[0] for one in settings_of(Recipe) if one.on_resume in classes)
-    # The LoRA belongs to stage instruct alone.
-    without = {"stages", "adapter"} if stage == "align" else {"stages"}
+    without = {"stages"} if trains_lora(stage) else {"stages", "adapter"}
     return [section for section in sections if section not in without]
 
 

@@ -124,7 +124,7 @@ def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
             last_step = row["step"]
         if row.get("eval_loss") is not None:
             steps = sum(count for count, _ in before)
-            samples = tuple((one["answer"], one["prediction"]) for one in row.get("samples") or ())
+            samples = tuple((sample["answer"], sample["prediction"]) for sample in row.get("samples") or ())
             mean = sum(count * loss for count, loss in before) / steps if steps else None
             figures = (row.get("eval_loss_blind"), row.get("image_gain"))
             validations.append(Validation(row["step"], row["eval_loss"], *figures, mean, has_fallen(losses), samples))
@@ -134,7 +134,7 @@ def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
 
 def _best_of(validations: Sequence[Validation]) -> Validation:
     """Return the validation with the lowest loss, the first if equal."""
-    return min(validations, key=lambda one: one.loss)
+    return min(validations, key=lambda validation: validation.loss)
 
 
 def diagnose(
@@ -157,7 +157,7 @@ def diagnose(
 def _over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str | None:
     """Return a warning if the validation loss has risen from its best while the training loss kept falling."""
     best, last = _best_of(validations), validations[-1]
-    risen = [one.loss > _RISE * best.loss for one in validations[-2:]]
+    risen = [validation.loss > _RISE * best.loss for validation in validations[-2:]]
     has_risen = last.loss > _CLEAR_RISE * best.loss or (len(risen) == 2 and all(risen))
     if not has_risen or best.train_loss is None or last.train_loss is None or last.train_loss >= best.train_loss:
         return None
@@ -177,7 +177,7 @@ def _not_looking(validations: Sequence[Validation], max_steps: int) -> str | Non
     last = validations[-1]
     if not last.is_alike or not last.has_learned:
         return None
-    late = [one.is_alike for one in validations if 2 * one.step >= max_steps][-_ALIKE_IN_A_ROW:]
+    late = [validation.is_alike for validation in validations if 2 * validation.step >= max_steps][-_ALIKE_IN_A_ROW:]
     if last.step < max_steps and not (len(late) == _ALIKE_IN_A_ROW and all(late)):
         return None
     assert last.gain is not None
@@ -198,7 +198,7 @@ def has_fallen(losses: Sequence[float]) -> bool:
 
 def collapsed(validations: Sequence[Validation], max_steps: int) -> str | None:
     """Return a warning if all sample answers are the same: at the end of a stage, or twice in its second half."""
-    late = [one.repeated for one in validations if 2 * one.step >= max_steps][-2:]
+    late = [validation.repeated for validation in validations if 2 * validation.step >= max_steps][-2:]
     if not late or late[-1] is None or (validations[-1].step < max_steps and late != [late[-1]] * 2):
         return None
     return (

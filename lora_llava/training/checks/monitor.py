@@ -152,7 +152,7 @@ class StageMonitor(Check):
         """
         row = dict(logs)
         steps = step - self.last_logged
-        taken = steps - sum(self.last_logged < one <= step for one in skipped)
+        taken = steps - sum(self.last_logged < skipped_step <= step for skipped_step in skipped)
         if taken < steps:
             row["skipped_steps"] = len(skipped)
             row["loss"] = row["loss"] * steps / max(taken, 1)
@@ -214,13 +214,14 @@ def projector_norms(model: nn.Module) -> tuple[float, float, float] | None:
     is trained further, that of the base. None if no projector is trained.
     """
     weights = dict(llava_in(model).get_submodule(PROJECTOR).named_parameters())
-    copies = {name: one for name, one in weights.items() if name.startswith("modules_to_save.default.")}
+    copies = {name: parameter for name, parameter in weights.items() if name.startswith("modules_to_save.default.")}
     pairs = [
-        (one, weights[name.replace("modules_to_save.default.", "original_module.")]) for name, one in copies.items()
+        (parameter, weights[name.replace("modules_to_save.default.", "original_module.")])
+        for name, parameter in copies.items()
     ]
     if not pairs:
         return None
     now, first = (get_total_norm([pair[index] for pair in pairs]) for index in (0, 1))
-    difference = get_total_norm([one - other for one, other in pairs])
+    difference = get_total_norm([parameter - other for parameter, other in pairs])
     a, b, c = torch.stack([now, first, difference]).tolist()
     return a, b, c

@@ -142,19 +142,19 @@ class NonFiniteGuard(Check):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        norm = get_total_norm([one for one in gradients if one is not None])
+        norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
         return math.isfinite(loss.item()) and math.isfinite(norm.item())
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
     """Compute the total norm of the gradients; 0 if there is none."""
-    return get_total_norm([one.grad for one in parameters if one.grad is not None]).to(device)
+    return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]).to(device)
 
 
 def non_finite_tensors(model: nn.Module) -> list[str]:
     """List the weights, buffers and 4-bit scales that hold NaN or infinity."""
-    trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
-    return [name for name, one in (*trained, *frozen_tensors(model)) if not _is_finite(one)]
+    trained = ((name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad)
+    return [name for name, tensor in (*trained, *frozen_tensors(model)) if not _is_finite(tensor)]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
