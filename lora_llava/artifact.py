@@ -353,7 +353,7 @@ def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Pa
         raise ArtifactError(
             f"{artifact} was trained on a local directory, and its manifest does not say which. {_needed(manifest)}"
         )
-    if base is not None and not Path(base).expanduser().is_dir() and not is_hub_id(base):
+    if base is not None and not Path(base).expanduser().is_dir() and not ("/" in base and is_hub_id(base)):
         raise ArtifactError(f"{BASE_OPTION} {base}: the directory does not exist. {_needed(manifest)}")
     return locate(base or (str(artifact / path) if path else name), revision)[0]
 
