@@ -43,6 +43,7 @@ from lora_llava.system.files import (
     shown_path,
     staged,
 )
+from lora_llava.system.hub.artifact import located
 from lora_llava.system.text import dtype_name, first_line
 
 MANIFEST = "manifest.json"
@@ -76,17 +77,15 @@ class Manifest:
     format: int = FORMAT
     identity: dict[str, Any] | None = None
     """What decides the answers, as `modeling.identity` records it; None in format 1."""
+    parent_hub: dict[str, Any] | None = None
+    """`repo_id` and `revision` of the adapter that the stage started from, if it came from the Hub."""
 
     @property
     def usage(self) -> Usage:
         """How to prompt the trained model."""
         window = self.images.get("window")
-        return Usage(
-            self.template,
-            self.images["image_aspect_ratio"],
-            self.data.get("answer_prompt"),
-            window=window and tuple(window),
-        )
+        ratio, prompt = self.images["image_aspect_ratio"], self.data.get("answer_prompt")
+        return Usage(self.template, ratio, prompt, window=window and tuple(window))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ def load_model(
     `base` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these do, for a model
     whose template is unknown, and if `base` is given for a whole model.
     """
-    directory, device = Path(directory), device or pick_device()
+    directory, device = located(directory), device or pick_device()
     dtype = dtype or pick_dtype("auto", device)
     usage = read_usage(directory, template)
     template_to_ask(usage, directory)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import make_console, quiet_libraries, refuse_model
+from lora_llava.cli.common import make_console, open_model, quiet_libraries
 from lora_llava.cli.options import base_option, template_option
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable_lines
@@ -52,12 +52,12 @@ def chat(
 ) -> None:
     """Chat with a model, about an image or without one.
 
-    ARTIFACT is what a stage wrote, or a merged model. Without a QUESTION, the chat continues until an empty line or
-    `exit`. Only answers go to stdout.
+    ARTIFACT is what a stage wrote, or a merged model: a directory, or USER/REPO[@REVISION] on the Hub. Without a
+    QUESTION, the chat continues until an empty line or `exit`. Only answers go to stdout.
     """
+    artifact = open_model(artifact, base_model)
     if not artifact.exists():
         raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")
-    refuse_model(artifact, base_model)
     quiet_libraries()
     console = make_console(stderr=True)
     with console.status("loading the model"):

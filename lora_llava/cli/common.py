@@ -183,11 +183,17 @@ def look_ahead(
     check_setup(Setup.of(recipe, start, Path(file), here=here), console, data=data)
 
 
-def refuse_model(path: Path, base_model: str | None) -> None:
-    """Raise PreflightError if the files of a model, or of an artifact's base, show that it cannot be loaded."""
-    from lora_llava.planning.preflight import shipping
+def open_model(model: Path, base_model: str | None) -> Path:
+    """Return the directory of a model, downloaded if it is one of the Hub.
 
-    shipping.refuse_model(path, base_model)
+    Raises HubError, or PreflightError if its files, or those of an artifact's base, show that it cannot be loaded.
+    """
+    from lora_llava.planning.preflight import shipping
+    from lora_llava.system.hub.artifact import located
+
+    directory = located(model)
+    shipping.refuse_model(directory, base_model)
+    return directory
 
 
 def refuse_source(path: Path, base_model: str | None) -> None:

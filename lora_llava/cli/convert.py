@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava.cli.common import file_size, make_console, quiet_libraries, refuse_model, refuse_source
+from lora_llava.cli.common import file_size, make_console, open_model, quiet_libraries, refuse_source
 from lora_llava.cli.options import base_option, onto_option, template_option
 from lora_llava.shipping.export import FORMATS
 from lora_llava.shipping.export.options import ExportOptions
@@ -44,7 +44,7 @@ def merge(
     adapter.
     """
     refuse_existing(output)
-    refuse_model(artifact, base_model)
+    artifact = open_model(artifact, base_model)
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()
@@ -97,7 +97,7 @@ def export(
     OUTPUT must not exist. It is created only after the result has been checked.
     """
     refuse_existing(output)
-    refuse_model(model, base_model)
+    model = open_model(model, base_model)
     console = make_console()
     phase("Loading PyTorch and transformers")
     quiet_libraries()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from lora_llava.cli.common import make_console, quiet_libraries, refuse_model
+from lora_llava.cli.common import make_console, open_model, quiet_libraries
 from lora_llava.cli.options import base_option, template_option
 from lora_llava.recipe.choices import MetricSetting
 from lora_llava.system.files import refuse_results_in, shown_path
@@ -106,12 +106,13 @@ def evaluate(
     refuse_results_in(output)
     # Report mistakes on the command line before importing anything heavy.
     settings = _evaluation_settings(options)
-    refuse_model(artifact, base_model)
+    artifact = open_model(artifact, base_model)
     quiet_libraries()
     from lora_llava.evaluation.run import Candidate, evaluate_candidate
+    from lora_llava.system.hub.artifact import located
 
     console = make_console()
-    candidate = Candidate(artifact, base_model, template, compare_base=not no_base, start=start)
+    candidate = Candidate(artifact, base_model, template, compare_base=not no_base, start=start and located(start))
     evaluate_candidate(candidate, settings, output, console)
     console.print(f"predictions, accuracies and samples are in {shown_path(output)}", soft_wrap=True)
 

@@ -55,6 +55,8 @@ class Models:
     """If given, `loaded.model` has an adapter named `START`, from which training started."""
     base: bool = True
     """Whether to ask the base: the model with its adapter disabled and its own projector."""
+    hub: dict[str, Any] | None = None
+    """`repo_id` and `revision` of the tuned model, if it came from the Hub."""
 
     def prompt_format(self, name: str) -> PromptFormat:
         """Return how a model is asked; the base is asked like the tuned model."""
@@ -109,6 +111,8 @@ def compare(
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
     result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
+    if models.hub is not None:
+        result["hub"] = models.hub
     write_predictions(directory / _PREDICTIONS, prediction_rows(outcome))
     (directory / ACCURACY).write_text(json_text(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _write_samples(directory / SAMPLES, outcome)

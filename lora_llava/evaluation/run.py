@@ -25,6 +25,7 @@ from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import refuse_results_in
+from lora_llava.system.hub.artifact import located, source_facts
 from lora_llava.system.progress import phase, shown_on
 
 
@@ -65,7 +66,7 @@ def evaluate(
             settings = EvaluationSettings.model_validate(settings)
         except ValidationError as error:
             raise RecipeError("\n".join(problems_in(error, "evaluation"))) from error
-    candidate = Candidate(Path(model), base, compare_base=compare_base)
+    candidate = Candidate(located(model), base, compare_base=compare_base)
     with shown_on(console) as shown:
         return evaluate_candidate(candidate, settings, Path(output), shown)
 
@@ -120,6 +121,7 @@ def evaluate_artifact(
         tuned,
         start=None if start is None else _start_format(_prompt_format(add_adapter(loaded, start, START), start), tuned),
         base=candidate.compare_base and is_adapter,
+        hub=source_facts(candidate.directory),
     )
     return compare(models, questions, settings, directory, console)
 

@@ -31,6 +31,7 @@ from lora_llava.modeling.metadata import hub_errors, image_statistics, read_conf
 from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens
 from lora_llava.recipe.fields import is_local
 from lora_llava.system.files import refuse_irregular
+from lora_llava.system.hub.network import bounded
 from lora_llava.system.progress import Advance, counting
 from lora_llava.system.text import listed
 
@@ -88,7 +89,7 @@ def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         return directory, None
     if is_local(name):
         raise ModelError(f"base directory {name!r} does not exist")
-    with hub_errors("base", name):
+    with hub_errors("base", name), bounded():
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     return snapshot, snapshot.name
 

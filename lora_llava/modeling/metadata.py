@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
@@ -20,6 +21,8 @@ from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.fields import PACKAGED, packaged
 from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, BaseModelSettings
 from lora_llava.system.files import read_json, refuse_irregular
+from lora_llava.system.hub.failures import chain, gated
+from lora_llava.system.hub.network import bounded
 from lora_llava.system.text import first_line, listed
 
 VOCABULARY_MULTIPLE = 64
@@ -44,7 +47,7 @@ def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
         return part_configs(settings)
     directory = Path(name).expanduser()
     if not directory.is_dir():
-        with hub_errors("base", name):
+        with hub_errors("base", name), bounded():
             if directory.is_absolute():
                 raise FileNotFoundError("there is no such directory")
             directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=_SMALL_FILES))
@@ -98,6 +101,8 @@ def _explain(error: Exception, name: str) -> str:
     """Return why a model cannot be loaded, and what to do."""
     if _CUSTOM_CODE.search(str(error)):
         return _NO_CODE
+    if any(isinstance(cause, GatedRepoError) for cause in chain(error)):
+        return gated(name)
     reason = first_line(error)
     if Path(name).expanduser().is_dir():
         return f"{reason}. One of its files is damaged or of another model; download it again."
@@ -107,11 +112,11 @@ def _explain(error: Exception, name: str) -> str:
 def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     """Return the configuration and tokenizer that `assemble` would write, without reading any weight."""
     assert settings.language_model and settings.vision_tower
-    with hub_errors("language model", settings.language_model):
+    with hub_errors("language model", settings.language_model), bounded():
         name, file = settings.language_model, settings.gguf_file
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file, trust_remote_code=False)
         text_config = read_any_config(name, gguf_file=file)
-    with hub_errors("vision tower", settings.vision_tower):
+    with hub_errors("vision tower", settings.vision_tower), bounded():
         vision_config = read_any_config(vision_tower_source(settings.vision_tower))
     vision_config = getattr(vision_config, "vision_config", vision_config)
     return _assembled_config(settings, text_config, vision_config, tokenizer), tokenizer

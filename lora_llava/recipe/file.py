@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lora_llava.errors import RecipeError
+from lora_llava.errors import ArtifactError, HubError, RecipeError
 from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.fields import Names, Settings, is_local, packaged, section_in, settings_of
 from lora_llava.recipe.names import meant_by
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.start import continued
 from lora_llava.recipe.unused import unused_settings
+from lora_llava.system.hub.artifact import hub_source, is_hub_name, located
 from lora_llava.system.text import printable
 
 MAX_BYTES = 1 << 20
@@ -82,7 +83,17 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     no_effect = [f"{path}: {unused}" for unused in unused_settings(recipe) if unused.refused]
     if no_effect:
         raise RecipeError("\n".join(no_effect))
-    return continued(recipe)
+    return continued(_with_start(recipe))
+
+
+def _with_start(recipe: Recipe) -> Recipe:
+    """Return the recipe with the directory of `start_from`, downloaded if it is on the Hub."""
+    if recipe.start_from is None:
+        return recipe
+    try:
+        return recipe.model_copy(update={"start_from": located(recipe.start_from)})
+    except (ArtifactError, HubError) as error:
+        raise type(error)(f"start_from: {error}") from error
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -112,6 +123,8 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
         data["base"] = {key: value for key, value in data["base"].items() if key not in absent}
     # load_recipe resolves against the real directory: through a link, `..` would lead elsewhere.
     start = directory.resolve()
+    if recipe.start_from is not None and (source := hub_source(recipe.start_from)):
+        data["start_from"] = str(source)
     data["output_dir"] = _dotted(os.path.relpath(recipe.resolved_output_dir, start))
     for holder, key, value, _ in _paths_in(data):
         if Path(value).is_absolute():
@@ -215,7 +228,9 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, bool
             holder = holder.get(name) if isinstance(holder, dict) else None
         value = holder.get(key) if setting.may_be_path and isinstance(holder, dict) else None
         if isinstance(value, str):
-            paths.append((holder, key, value, setting.names is Names.PATH))
+            # `start_from` is a path, unless it has the form of an artifact on the Hub.
+            only_path = setting.names is Names.PATH and not (setting.key == "start_from" and is_hub_name(value))
+            paths.append((holder, key, value, only_path))
     return paths
 
 

@@ -201,7 +201,7 @@ class Recipe(Settings):
     report_to: Annotated[Literal["none"] | list[str], BeforeValidator(_name_as_list), _TRACKERS, OnResume.FREE] = "none"
     """Trackers supported by transformers, such as [tensorboard]."""
     start_from: Annotated[_LocalPath | None, OnResume.SAME_CONTENT, Names.PATH] = None
-    """Artifact whose projector (and LoRA, if any) the first stage starts from."""
+    """Artifact whose projector (and LoRA, if any) the first stage starts from: directory or USER/REPO[@REVISION]."""
     base: BaseModelSettings
     quantization: QuantizationSettings = QuantizationSettings()
     adapter: AdapterSettings = AdapterSettings()

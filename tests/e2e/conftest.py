@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from huggingface_hub.utils._xet import abort_xet_session
 
+from lora_llava.system.hub import network
+from lora_llava.system.hub.network import BOUNDS, Bounds, store_settings
+from tests.helpers import loopback_xet
 from tests.helpers.artifacts import make_artifact
 from tests.helpers.loopback_hub import TOKEN, LoopbackHub
 from tests.helpers.publishing import RECIPE, USER
@@ -61,12 +65,41 @@ def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        # Each test has its own settings of hf_xet, which are read with the first use of a session.
+        for name, value in {**loopback_xet.SETTINGS, **store_settings(BOUNDS)}.items():
+            monkeypatch.setenv(name, value)
+        abort_xet_session()
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.setenv("USER", USER)
         yield hub
         close_session()
+        abort_xet_session()
+
+
+@pytest.fixture
+def without_xet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files go to the older store, as where hf_xet is not installed."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+@pytest.fixture
+def short_bounds(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Bounds:
+    """The bounds of all waits, scaled down."""
+    bounds = Bounds(
+        connect=0.5,
+        answer=1,
+        patience=1,
+        retry_delay=0.1,
+        rate_limit=4,
+        store_answer=1,
+        store_silence=4,
+        store_delay=0.05,
+    )
+    monkeypatch.setattr(network, "BOUNDS", bounds)
+    for name, value in store_settings(bounds).items():
+        monkeypatch.setenv(name, value)
+    return bounds
 
 
 @pytest.fixture(autouse=True)

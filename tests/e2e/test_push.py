@@ -73,12 +73,12 @@ def test_no_secret_is_sent_or_told(hub: LoopbackHub, artifact: Path, home: Path)
 
 def test_pushing_again_sends_nothing(hub: LoopbackHub, artifact: Path, tmp_path: Path) -> None:
     assert push(artifact).exit_code == 0
-    uploads = hub.count("^PUT")
+    uploads = hub.count("/v1/xorbs")
     again = push(artifact)
     assert again.exit_code == 0
     assert "nothing to do, its 11 files are there already (private, commit " in again.stdout
     assert len(hub.repos[REPO].commits) == 2
-    assert hub.count("^PUT") == uploads == 1
+    assert hub.count("/v1/xorbs") == uploads == 1
     assert hub.count("POST /api/models/.*/commit") == 1
     # One file more is one commit with it alone.
     copied = shutil.copytree(artifact, tmp_path / "run" / "instruct")
@@ -86,7 +86,7 @@ def test_pushing_again_sends_nothing(hub: LoopbackHub, artifact: Path, tmp_path:
     more = push(copied)
     assert "12 files, private, commit" in more.stdout
     assert len(hub.repos[REPO].commits) == 3
-    assert hub.count("^PUT") == uploads
+    assert hub.count("/v1/xorbs") == uploads
 
 
 def test_a_dry_run_sends_nothing(hub: LoopbackHub, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,19 +38,38 @@ def refused(result: Result, hub: LoopbackHub) -> str:
         (Fault("commit/main", 409), "another operation"),
         (Fault("commit/main", 412), "somebody else committed"),
         (Fault("validate-yaml", 429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
-        (Fault("PUT /lfs", 429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
         (Fault("commit/main", 429, times=99), "too many requests, after 4 attempts"),
         (Fault("commit/main", 503, times=99), "the Hub failed 4 times"),
-        (Fault("PUT /lfs", 500, times=99), "the store for large files keeps failing (500)"),
-        (Fault("PUT /lfs", 403), "the store for large files refuses (403)"),
         (Fault("preupload", 500, times=99), "the Hub failed 4 times"),
-        (Fault("PUT /lfs", cut="before", times=99), "the connection failed in every attempt"),
         (Fault("commit/main", cut="before", times=99), "the connection to the Hub failed"),
         (Fault("GET /api/models", 418, message=f"no {TOKEN}, http://x.y/?signature=canary"), "The Hub says: no ..."),
     ],
     ids=lambda one: f"{one.match}-{one.cut or one.status}" if isinstance(one, Fault) else "",
 )
 def test_a_push_that_fails_ends_in_one_message(
+    hub: LoopbackHub, artifact: Path, waits: list[float], fault: Fault, message: str
+) -> None:
+    _fails_once_and_works_again(hub, artifact, waits, fault, message)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("PUT /lfs", 429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
+        (Fault("PUT /lfs", 500, times=99), "the store for large files keeps failing (500)"),
+        (Fault("PUT /lfs", 403), "the store for large files refuses (403)"),
+        (Fault("PUT /lfs", cut="before", times=99), "the connection failed in every attempt"),
+    ],
+    ids=lambda one: f"{one.match}-{one.cut or one.status}" if isinstance(one, Fault) else "",
+)
+@pytest.mark.usefixtures("without_xet")
+def test_so_does_one_to_the_older_store(
+    hub: LoopbackHub, artifact: Path, waits: list[float], fault: Fault, message: str
+) -> None:
+    _fails_once_and_works_again(hub, artifact, waits, fault, message)
+
+
+def _fails_once_and_works_again(
     hub: LoopbackHub, artifact: Path, waits: list[float], fault: Fault, message: str
 ) -> None:
     hub.add_repo(REPO)
@@ -86,8 +105,9 @@ def test_the_card_there_is_read_through_failures(
         (Fault("commit/main", 429, headers={"Retry-After": "7"}), 7),
         (Fault("preupload", 429, headers={"Retry-After": "7"}), 8),
         (Fault("commit/main", 503), 1),
-        (Fault("PUT /lfs", 502, times=2), 3),
-        (Fault("PUT /lfs", cut="before"), 1),
+        (Fault("POST /v1/xorbs", 502), 0),
+        (Fault("POST /v1/xorbs", cut="before"), 0),
+        (Fault("POST /v1/shards", 503), 0),
         (Fault("repos/create", cut="after"), 1),
         (Fault("commit/main", cut="before"), 1),
         (Fault("commit/main", cut="after"), 1),

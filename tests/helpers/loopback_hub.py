@@ -8,12 +8,14 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.helpers import loopback_xet
 from tests.helpers.card_rules import card_errors
 
 TOKEN = "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"
@@ -34,6 +36,14 @@ class Fault:
     message: str = "canned failure"
     cut: str | None = None
     """`before`: the connection ends in place of an answer; `after`: what was asked is done, but no answer comes."""
+    silent: float = 0
+    """Seconds without an answer, after which the connection ends."""
+    answer: Any = None
+    """The body of an answer that is no error."""
+    html: bool = False
+    """Whether a web page comes, as from the login page of a network."""
+    then: Callable[[], None] | None = None
+    """Called instead of any answer."""
     seen: int = 0
 
 
@@ -42,19 +52,31 @@ class Repo:
     """A repository: visibility, and its commits with all their files."""
 
     private: bool
+    gated: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+    """Of all branches, with all their files."""
+    branches: dict[str, str] = field(default_factory=dict)
+    """The head of each."""
 
     @property
     def head(self) -> str:
-        return self.commits[-1][0]
+        return self.branches["main"]
 
     @property
     def files(self) -> dict[str, bytes]:
-        return self.commits[-1][1]
+        return dict(self.commits)[self.head]
 
-    def commit(self, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         oid = hashlib.sha1(repr((len(self.commits), sorted(files))).encode(), usedforsecurity=False).hexdigest()
         self.commits.append((oid, files))
+        self.branches[branch] = oid
+        return oid
+
+    def at(self, revision: str) -> str:
+        """The commit that a branch, or the hash of a commit, stands for."""
+        oid = self.branches.get(revision, revision)
+        if oid not in dict(self.commits):
+            raise Answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
         return oid
 
 
@@ -79,6 +101,9 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.blocks: dict[str, bytes] = {}
+        self.store_url: str | None = None
+        """Where the store of large files is; None: here."""
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.received = b""
@@ -121,15 +146,20 @@ class LoopbackHub:
         errors = [{"message": one} for one in card_errors(body["content"])]
         raise Answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
-    def info(self, repo: Repo, name: str, **_: Any) -> None:
-        files = [{"rfilename": path} for path in sorted(repo.files)]
-        raise Answer(200, {"id": name, "sha": repo.head, "private": repo.private, "siblings": files, "tags": []})
+    def info(self, repo: Repo, name: str, revision: str = "main", **_: Any) -> None:
+        head = repo.at(revision)
+        files = [{"rfilename": path} for path in sorted(dict(repo.commits)[head])]
+        raise Answer(200, {"id": name, "sha": head, "private": repo.private, "siblings": files, "tags": []})
 
-    def preupload(self, repo: Repo, body: Any, **_: Any) -> None:
+    def branch(self, repo: Repo, branch: str, body: Any, **_: Any) -> None:
+        repo.branches[branch] = repo.at(body.get("startingPoint") or "main")
+        raise Answer(200, {})
+
+    def preupload(self, repo: Repo, body: Any, branch: str = "main", **_: Any) -> None:
         answers = []
         for one in body["files"]:
             large = one["path"].endswith(LARGE)
-            there = repo.files.get(one["path"])
+            there = dict(repo.commits)[repo.at(branch)].get(one["path"])
             oid = None if there is None else sha256(there) if large else blob_id(there)
             mode = "lfs" if large else "regular"
             answers.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -150,13 +180,28 @@ class LoopbackHub:
         self.objects[oid] = raw
         raise Answer(200)
 
-    def commit(self, repo: Repo, name: str, raw: bytes, **_: Any) -> None:
+    def store_token(self, **_: Any) -> None:
+        address, end = self.store_url or self.url, str(int(time.time()) + 3600)
+        body = {"accessToken": loopback_xet.TOKEN, "exp": int(end), "casUrl": address}
+        headers = {"Cas-Url": address, "Access-Token": loopback_xet.TOKEN, "Token-Expiration": end}
+        raise Answer(200, body, {f"X-Xet-{key}": value for key, value in headers.items()})
+
+    def block(self, raw: bytes, oid: str, **_: Any) -> None:
+        self.blocks[oid] = raw
+        raise Answer(200, {"was_inserted": True})
+
+    def shard(self, raw: bytes, **_: Any) -> None:
+        for content in loopback_xet.files_in(raw, self.blocks):
+            self.objects[sha256(content)] = content
+        raise Answer(200, {"result": 1})
+
+    def commit(self, repo: Repo, name: str, raw: bytes, branch: str = "main", query: str = "", **_: Any) -> None:
         lines = [json.loads(line) for line in raw.splitlines()]
         assert lines[0]["key"] == "header"
         parent = lines[0]["value"].get("parentCommit")
-        if parent is not None and parent != repo.head:
+        if parent is not None and parent != repo.at(branch):
             raise Answer(412, {"error": "A commit has happened since. Please refresh and try again."})
-        files = dict(repo.files)
+        files = dict(dict(repo.commits)[repo.at(branch)])
         for line in lines[1:]:
             value = line["value"]
             if line["key"] == "file":
@@ -170,8 +215,10 @@ class LoopbackHub:
             else:
                 assert line["key"] == "deletedFile"
                 del files[value["path"]]
-        oid = repo.commit(files)
-        raise Answer(200, {"commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"})
+        pull = "create_pr=1" in query
+        oid = repo.commit(files, "refs/pr/1" if pull else branch)
+        answer = {"commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"}
+        raise Answer(200, answer | ({"pullRequestUrl": f"{self.url}/{name}/discussions/1"} if pull else {}))
 
     def tree(self, repo: Repo, revision: str, **_: Any) -> None:
         entries = []
@@ -188,26 +235,26 @@ class LoopbackHub:
             raise Answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
         content = files[path]
         etag = sha256(content) if path.endswith(LARGE) else blob_id(content)
-        head = next(oid for oid, held in repo.commits if held is files)
-        raise Answer(200, content, {"X-Repo-Commit": head, "ETag": f'"{etag}"'})
+        raise Answer(200, content, {"X-Repo-Commit": repo.at(revision), "ETag": f'"{etag}"'})
 
     def _at(self, repo: Repo, revision: str) -> dict[str, bytes]:
-        known = {**dict(repo.commits), "main": repo.files}
-        if revision not in known:
-            raise Answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
-        return known[revision]
+        return dict(repo.commits)[repo.at(revision)]
 
 
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"POST /api/repos/create", LoopbackHub.create),
     (r"GET /api/whoami-v2", LoopbackHub.whoami),
     (r"POST /api/validate-yaml", LoopbackHub.validate_yaml),
-    (rf"POST /api/models/{_REPO}/preupload/main", LoopbackHub.preupload),
+    (rf"POST /api/models/{_REPO}/preupload/(?P<branch>.+)", LoopbackHub.preupload),
+    (rf"POST /api/models/{_REPO}/branch/(?P<branch>.+)", LoopbackHub.branch),
+    (rf"GET /api/models/{_REPO}/xet-(read|write)-token/.+", LoopbackHub.store_token),
+    (r"POST /v1/xorbs/\w+/(?P<oid>\w+)", LoopbackHub.block),
+    (r"POST /v1/shards", LoopbackHub.shard),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", LoopbackHub.batch),
     (r"PUT /lfs/(?P<oid>\w+)", LoopbackHub.put),
-    (rf"POST /api/models/{_REPO}/commit/main", LoopbackHub.commit),
+    (rf"POST /api/models/{_REPO}/commit/(?P<branch>.+)", LoopbackHub.commit),
     (rf"GET /api/models/{_REPO}/tree/(?P<revision>\w+)", LoopbackHub.tree),
-    (rf"GET /api/models/{_REPO}(/revision/\w+)?", LoopbackHub.info),
+    (rf"GET /api/models/{_REPO}(/revision/(?P<revision>.+))?", LoopbackHub.info),
     (rf"(GET|HEAD) /{_REPO}/resolve/(?P<revision>\w+)/(?P<path>.+)", LoopbackHub.resolve),
 ]
 
@@ -229,12 +276,19 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault(line)
         if fault and fault.cut == "before":
             return self._cut()
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault and fault.silent:
+            time.sleep(fault.silent)
+            return self._cut()
+        raw = self._body()
+        if fault and fault.then:
+            fault.then()
         with self.hub.lock:
             self.hub.requests.append(line)
             self.hub.received += raw
-            if fault and fault.cut is None:
-                return self._answer(fault.status, {"error": fault.message}, fault.headers)
+            if fault and fault.html:
+                return self._answer(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
+            if fault and fault.cut is None and fault.then is None:
+                return self._answer(fault.status, fault.answer or {"error": fault.message}, fault.headers)
             try:
                 self._route(line, raw)
             except Answer as answer:
@@ -244,6 +298,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(404, {"error": "no such place"})
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815 - http.server's names
+
+    def _body(self) -> bytes:
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while length := int(self.rfile.readline(), 16):
+            body += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _fault(self, line: str) -> Fault | None:
         with self.hub.lock:
@@ -258,12 +322,15 @@ class _Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, line):
                 values = {key: value for key, value in match.groupdict().items() if value is not None}
                 # Uploads go to a signed address, and a card is checked for anybody.
-                if not re.search("^PUT|validate-yaml", line) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                token = loopback_xet.TOKEN if re.search("^POST /v1/", line) else TOKEN
+                if not re.search("^PUT|validate-yaml", line) and self.headers.get("Authorization") != f"Bearer {token}":
                     raise Answer(401, {"error": "Invalid username or password."})
                 if (name := values.pop("repo", None)) is not None:
                     if name not in self.hub.repos:
                         raise Answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-                    values |= {"repo": self.hub.repos[name], "name": name}
+                    if self.hub.repos[name].gated and re.search("/tree/|/resolve/", line):
+                        raise Answer(403, {"error": "Access is restricted."}, {"X-Error-Code": "GatedRepo"})
+                    values |= {"repo": self.hub.repos[name], "name": name, "query": urlsplit(self.path).query}
                 is_json = "json" in (self.headers.get("Content-Type") or "") and "ndjson" not in str(self.headers)
                 method(self.hub, raw=raw, body=json.loads(raw) if raw and is_json else None, **values)
 

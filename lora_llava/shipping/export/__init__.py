@@ -38,4 +38,6 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
     """
     if layout not in FORMATS:
         raise RecipeError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
-    return FORMATS[layout](Path(source), Path(output), options or ExportOptions())
+    from lora_llava.system.hub.artifact import located
+
+    return FORMATS[layout](located(source), Path(output), options or ExportOptions())

@@ -42,6 +42,7 @@ from lora_llava.shipping.merge.run import (
 )
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
 from lora_llava.system.files import staged
+from lora_llava.system.hub.artifact import source_facts
 from lora_llava.system.text import counted, dtype_name
 
 BASE, _ADAPTER, _REPORT = "base", "adapter", "export_report.json"
@@ -82,6 +83,7 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
             "dtype": dtype_name(written.dtype(EMBEDDINGS)),
             **_verify(opened, kind, written, staging),
             "artifact": portable(opened.manifest),
+            "hub": source_facts(source),
             "versions": library_versions(),
         }
         write_json(staging / _REPORT, report)

@@ -19,6 +19,7 @@ from lora_llava.shipping.hub.card import is_unedited
 from lora_llava.shipping.hub.content import CARD, RepoFile, is_ours
 from lora_llava.shipping.hub.prepare import Prepared, prepare
 from lora_llava.system.hub.ask import ATTEMPTS, UnansweredError, ask
+from lora_llava.system.hub.store import watched_upload
 from lora_llava.system.text import counted
 
 _ATTRIBUTES = ".gitattributes"
@@ -133,14 +134,7 @@ def push(prepared: Prepared, target: Target = Target()) -> list[str]:
         present = f"nothing to do, its {len(files)} files are there already"
         return [f"{remote.url}: {present} ({where}, commit {str(remote.info.sha)[:8]})", *lines]
     with _told(f"{_NOTHING}{left or f' {_AGAIN}'}"):
-        ask(
-            f"upload the files of {remote.id}",
-            remote.id,
-            lambda: remote.api.preupload_lfs_files(
-                remote.id, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
-            ),
-            token,
-        )
+        ask(f"upload the files of {remote.id}", remote.id, lambda: _upload(remote, additions), token)
     oid, url = _commit(remote, additions, stale, left)
     _check_remote(remote, oid, additions)
     lines.insert(0, f"{url}: {len(files)} files, {where}, commit {oid[:8]}; their hashes match the local files")
@@ -219,6 +213,15 @@ def _changed(files: list[RepoFile], remote: _Remote) -> list[CommitOperationAdd]
     there = {} if remote.created else _tree(remote, remote.info.sha, f"read {remote.id}")
     additions = [CommitOperationAdd(file.name, file.content) for file in files]
     return [added for added in additions if not _same(added, there.get(added.path_in_repo))]
+
+
+def _upload(remote: _Remote, additions: list[CommitOperationAdd]) -> None:
+    """Upload the large files among `additions` to their store; the commit will refer to them."""
+    target = remote.target
+    with watched_upload():
+        remote.api.preupload_lfs_files(
+            remote.id, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
+        )
 
 
 def _commit(remote: _Remote, additions: list[CommitOperationAdd], stale: list[str], left: str) -> tuple[str, str]:

@@ -42,6 +42,7 @@ from lora_llava.shipping.merge.probe import (
 )
 from lora_llava.shipping.merge.stream import BaseKind, Read, base_reader, merged_reader
 from lora_llava.system.files import read_json, staged
+from lora_llava.system.hub.artifact import located, source_facts
 from lora_llava.system.progress import Advance, counting, phase
 from lora_llava.system.text import counted, dtype_name
 
@@ -123,7 +124,7 @@ def merge_artifact(
     at `output`, if `output` exists, an input is wrong or the check fails.
     """
     with staged(Path(output)) as staging:
-        source = open_source(Path(artifact), base_model)
+        source = open_source(located(artifact), base_model)
         kind = choose_base(source, base)
         merged = merged_reader(source.files, base_reader(source.files, source.manifest, kind), source.adapter, dtype)
         names = sorted(expected_shapes(source.config))
@@ -138,6 +139,7 @@ def merge_artifact(
             "files": shards,
             **verify(source, kind, written, dtype, staging),
             "artifact": portable(source.manifest),
+            "hub": source_facts(source.artifact),
             "versions": library_versions(),
         }
         write_json(staging / MERGE_REPORT, report)

@@ -27,25 +27,25 @@ def ask(
     `what` completes "cannot ..." in the error. Contract: `request` is safe to repeat. Raises HubError, which never
     contains the token or an address with a signature; UnansweredError if the request may have been carried out.
     """
-    # Without the waits that the Hub asks for: those have a bound of their own.
-    start, asked = time.monotonic(), 0.0
-    answered = True
-    for attempt in range(1, attempts + 1):
-        try:
-            with network.bounded():
+    with network.bounded():
+        # Without the waits that the Hub asks for: those have a bound of their own.
+        start, asked = time.monotonic(), 0.0
+        answered = True
+        for attempt in range(1, attempts + 1):
+            try:
                 return request()
-        except Exception as error:
-            failure = explain(error, repo_id, token)
-            if failure is None:
-                raise
-            answered = answered and failure.answered
-            late = time.monotonic() - start - asked > network.BOUNDS.patience
-            if attempt == attempts or late or not failure.transient:
-                kind = HubError if answered else UnansweredError
-                times = "once" if attempt == 1 else f"{attempt} times"
-                reason = failure.reason.replace("{tries} times", times).replace("{tries}", str(attempt))
-                raise kind(f"cannot {what}: {reason}") from error
-            wait = failure.wait
-        time.sleep(2.0 ** (attempt - 1) if wait is None else min(wait, network.BOUNDS.rate_limit))
-        asked += wait or 0.0
+            except Exception as error:
+                failure = explain(error, repo_id, token)
+                if failure is None:
+                    raise
+                answered = answered and failure.answered
+                late = time.monotonic() - start - asked > network.BOUNDS.patience
+                if attempt == attempts or late or not failure.transient:
+                    times = "once" if attempt == 1 else f"{attempt} times"
+                    reason = failure.reason.replace("{tries} times", times).replace("{tries}", str(attempt))
+                    kind = HubError if answered else UnansweredError
+                    raise kind(f"cannot {what}: {reason}") from error
+                wait = failure.wait
+            time.sleep(network.BOUNDS.retry_delay * 2 ** (attempt - 1) if wait is None else wait)
+            asked += wait or 0.0
     raise AssertionError("the last attempt returns or raises")

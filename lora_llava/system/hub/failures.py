@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lora_llava.errors import HubError
-from lora_llava.system.hub.network import BOUNDS, LOGIN_PAGE, TRANSIENT, GiveUpError, is_login_page, wait_asked
+from lora_llava.system.hub import network
+from lora_llava.system.hub.network import LOGIN_PAGE, OLD_WAY, TRANSIENT, GiveUpError, is_login_page, wait_asked
 
 _URL = re.compile(r"https?://\S+")
 _STORE = re.compile(r"\((?P<status>[45]\d\d) [^)]*\), domain: (?P<url>\S+)|for url \((?P<silent>https?://[^)\s]+)\)")
@@ -17,7 +18,6 @@ _STORE = re.compile(r"\((?P<status>[45]\d\d) [^)]*\), domain: (?P<url>\S+)|for u
 _STORE_WORDS = re.compile(r"^(Network|Server|Authentication|Rate limited|Client|Request)\b.*error", re.IGNORECASE)
 _QUOTA = re.compile(r"storage|quota|upgrade your plan|billing|limit reached", re.IGNORECASE)
 _LOGIN = "Log in again with: hf auth login, or set HF_TOKEN"
-_OLD_WAY = "HF_HUB_DISABLE_XET=1 uploads another way"
 _LIBRARIES = ("huggingface_hub", "hf_xet", "httpx", "json", "email", "http")
 
 
@@ -136,7 +136,7 @@ def _of_store(text: str, repo_id: str, token: str | None) -> Failure:
     host = address.hostname
     if match["status"] is None:
         reason = f"the store for large files (Xet, {host}) does not answer, {{tries}} times. A firewall may block it: "
-        return Failure(f"{reason}{_OLD_WAY}", transient=True, answered=True)
+        return Failure(f"{reason}{OLD_WAY}", transient=True, answered=True)
     status = int(match["status"])
     if "/xet-write-token/" in address.path or "/xet-read-token/" in address.path:
         return _of_store_token(status, address.path, repo_id, token)
@@ -145,7 +145,7 @@ def _of_store(text: str, repo_id: str, token: str | None) -> Failure:
         return Failure(reason, transient=True, answered=True)
     what = "the list of what was uploaded" if "/shards" in address.path else "the upload"
     fix = "Update huggingface_hub and hf_xet" if "/shards" in address.path else "A proxy may block it"
-    reason = f"the store for large files (Xet, {host}) refuses {what} ({status}). {fix}; {_OLD_WAY}"
+    reason = f"the store for large files (Xet, {host}) refuses {what} ({status}). {fix}; {OLD_WAY}"
     return Failure(reason, transient=False, answered=True)
 
 
@@ -175,9 +175,11 @@ def _of_network(error: BaseException, in_store: bool) -> Failure:
     if in_store:
         return Failure(f"the connection failed in every attempt ({name})", transient=False, answered=True)
     if name in ("ReadTimeout", "WriteTimeout", "PoolTimeout"):
-        return Failure(f"the Hub did not answer within {BOUNDS.answer:g} seconds ({name})", True, answered=False)
+        return Failure(
+            f"the Hub did not answer within {network.BOUNDS.answer:g} seconds ({name})", True, answered=False
+        )
     if name == "ConnectTimeout":
-        reason = f"the Hub could not be reached within {BOUNDS.connect:g} seconds, {{tries}} times"
+        reason = f"the Hub could not be reached within {network.BOUNDS.connect:g} seconds, {{tries}} times"
         return Failure(reason, True, answered=True)
     reason = f"the connection to the Hub failed ({name}), {{tries}} times"
     return Failure(reason, transient=True, answered=name == "ConnectError")

@@ -24,6 +24,7 @@ _RATE_LIMIT = re.compile(r'"\w+"\s*;\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)')
 """The header `RateLimit` of the Hub, such as `"api";r=0;t=20`: no request is left for 20 seconds."""
 
 
+OLD_WAY = "HF_HUB_DISABLE_XET=1 uploads another way"
 LOGIN_PAGE = (
     "a web page came instead of the Hub's answer, as from the login page of a network. Open a browser and log in to "
     "the network, then try again"
@@ -40,13 +41,17 @@ class Bounds:
     """Without a byte of an answer. The Hub's own gateways give up on a request after 60."""
     patience: float = 60.0
     """Of failures, after which no further attempt is made: a longer outage is better waited out by the user."""
+    retry_delay: float = 1.0
+    """Before the second attempt; twice as long before each further one."""
     rate_limit: float = 300.0
     """In total, where the Hub's rate limit asks to wait. It counts requests in windows of 300."""
     store_answer: float = 120.0
     """For a block to be uploaded to the store of large files. `hf_xet` counts the upload itself, of up to 64 MB, so
     less would fail on a slow line."""
     store_retries: int = 1
-    """Retries inside `hf_xet`; a store that stays silent is given up after (1 + store_retries) * store_answer."""
+    """Retries inside `hf_xet`, which come on top of those of `ask`."""
+    store_silence: float = 250.0
+    """Of an upload without progress. More than `hf_xet` waits for a block, since it says which request failed."""
     store_delay: float = 1.0
     """Before such a retry."""
 
@@ -68,11 +73,18 @@ class _Watch:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
+        answer = dict.fromkeys(("read", "write", "pool"), bounds.answer)
+        self._timeouts = {"connect": bounds.connect, **answer}
         self._thread = threading.local()
         self._limited = 0.0
 
-    def on_request(self, _: Any) -> None:
-        """Give up instead of starting a request if this thread's requests have failed for too long."""
+    def on_request(self, request: Any) -> None:
+        """Bound a request; give up instead of starting it if this thread's requests have failed for too long."""
+        # Some methods of huggingface_hub override the session's timeouts with none.
+        timeouts = request.extensions.setdefault("timeout", {})
+        for name, bound in self._timeouts.items():
+            if timeouts.get(name) is None:
+                timeouts[name] = bound
         now = time.monotonic()
         since = getattr(self._thread, "since", None)
         if since is None:
@@ -125,14 +137,12 @@ def bounded() -> Iterator[None]:
 
     bounds = BOUNDS
     watch = _Watch(bounds)
-    for name, value in _store_settings(bounds).items():
+    for name, value in store_settings(bounds).items():
         os.environ.setdefault(name, value)
     previous = _http._GLOBAL_CLIENT_FACTORY
 
     def bounded_client() -> Any:
         client: Any = previous()
-        # (connect, read, write, pool)
-        client.timeout = (bounds.connect, bounds.answer, bounds.answer, bounds.answer)
         hooks = client.event_hooks
         client.event_hooks = {
             "request": [*hooks["request"], watch.on_request],
@@ -147,7 +157,7 @@ def bounded() -> Iterator[None]:
         set_client_factory(previous)
 
 
-def _store_settings(bounds: Bounds) -> dict[str, str]:
+def store_settings(bounds: Bounds) -> dict[str, str]:
     """Return the settings of `hf_xet`, as variables of the environment."""
     seconds = {
         "CONNECT_TIMEOUT": bounds.connect,

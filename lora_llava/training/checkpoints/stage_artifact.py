@@ -16,6 +16,7 @@ from lora_llava.recipe.file import dump_resolved
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import writing_named
 from lora_llava.system.files import file_sha256
+from lora_llava.system.hub.artifact import source_facts
 from lora_llava.training.stage import Stage
 
 
@@ -54,6 +55,7 @@ def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[
     return {
         "stage": stage.name,
         "parent_sha256": file_sha256(stage.parent / WEIGHTS) if stage.parent else None,
+        "parent_hub": source_facts(stage.parent),
         "quantization": stage.recipe.quantization.model_dump(),
         "template": {"name": settings.template, "system": settings.system},
         "images": image_fields(stage, loaded),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_llava.system.hub.network import offline
+from lora_llava.system.hub.failures import gated
+from lora_llava.system.hub.network import bounded, offline
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -36,10 +37,11 @@ def _fetch(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES)), ("", "")
+        with bounded():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES)), ("", "")
     except errors.GatedRepoError:
-        what = f"{name} is gated: the Hub gives it to users who accepted its terms"
-        return None, (what, f"Accept them at https://huggingface.co/{name}, then log in: hf auth login.")
+        what, _, fix = gated(name).partition(". ")
+        return None, (what, f"{fix}.")
     except errors.RevisionNotFoundError:
         return None, (f"{name} has no revision {revision!r}", "Correct base.revision.")
     except errors.RepositoryNotFoundError:
