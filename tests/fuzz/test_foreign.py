@@ -29,7 +29,7 @@ from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.hub.push import prepare
 from lora_llava.shipping.importers import import_any
 from lora_llava.shipping.importers.options import ImportOptions
-from lora_llava.shipping.merge.run import merge_artifact, read_source
+from lora_llava.shipping.merge.run import merge_artifact, open_source
 from lora_llava.training.checkpoints.files import find_latest
 from tests.fuzz.damage import damaged_copy
 from tests.helpers.artifacts import CPU, make_artifact, plain_peft
@@ -146,7 +146,7 @@ def test_adapter_directories(artifacts: Sandbox, tiny_base: Path, seed: int) -> 
     def load(copy: Path, out: Path) -> None:
         refuse_model(copy, str(tiny_base))
         load_artifact(copy, device=CPU, dtype=torch.float32, base=str(tiny_base))
-        read_source(copy, str(tiny_base))
+        open_source(copy, str(tiny_base))
         prepare(copy, "someone/model")
 
     artifacts.try_one(load, seed)
