@@ -334,7 +334,8 @@ def load_artifact(
     # Training decides which tokens end an answer, not the base alone.
     if ends := stated_ends(directory):
         loaded.model.generation_config.eos_token_id = ends
-    loaded.model = PeftModel.from_pretrained(loaded.model, str(directory), torch_device=str(device))
+    with hub_errors("artifact", str(directory)):
+        loaded.model = PeftModel.from_pretrained(loaded.model, str(directory), torch_device=str(device))
     loaded.model.eval()
     return loaded, manifest
 
@@ -374,7 +375,8 @@ def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:
     check_base(manifest, loaded.identity.weights_sha256, str(loaded.directory), directory)
     Adapter(directory).check(expected_shapes(loaded.config), finite=True)
     device = next(loaded.model.parameters()).device
-    loaded.model.load_adapter(str(directory), adapter_name=name, torch_device=str(device))
+    with hub_errors("artifact", str(directory)):
+        loaded.model.load_adapter(str(directory), adapter_name=name, torch_device=str(device))
     loaded.model.eval()
     return manifest.usage
 

@@ -70,6 +70,8 @@ def read_adapter_config(directory: Path) -> LoraConfig:
             f"{path}: PEFT cannot read it: {first_line(error)}. Save the adapter again with the PEFT that wrote it."
         ) from error
     check_form(config, directory)
+    # Null in the file; PEFT's own default is an empty mapping.
+    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
     return config
 
 

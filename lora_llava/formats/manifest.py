@@ -47,6 +47,8 @@ def manifest_problem(data: Mapping[str, Any]) -> str | None:
     base = data["base"]
     if base["revision"] is not None and not is_hub_id(base["name"]):
         return f"base.name is {base['name']!r:.80}, which is not an id of the Hub (NAMESPACE/NAME)"
+    if others := sorted(data["template"].keys() - {"name", "system"}):
+        return f"template has the key {others[0]!r:.80}, which no template has"
     if (text := _bad_text(data)) is not None:
         return f"it holds {text!r:.80}, which is no text"
     return None

@@ -10,7 +10,7 @@ _MAX_LAYERS, _MAX_SIZE = 256, 100_000_000
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT_SIZES = (*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 VISION_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels")
-_MAX_PIXELS_A_SIDE = 16_384
+_MAX_PIXELS_A_SIDE, _MAX_PATCHES_A_SIDE, _PATCH = 16_384, 512, 32
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")
 _LAYERS, _SIDES = ("num_hidden_layers",), ("image_size",)
 
@@ -37,7 +37,11 @@ def check_sizes(config: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(inner, Mapping):
             yield f"{part} is {inner!r:.40}, must be a mapping"
             continue
-        yield from (f"{part}{'.' if part else ''}{wrong}" for wrong in wrong_sizes(inner, names))
+        wrong = wrong_sizes(inner, names)
+        yield from (f"{part}{'.' if part else ''}{size}" for size in wrong)
+        side, patch = inner.get("image_size", 0), inner.get("patch_size", _PATCH)
+        if not wrong and side > _MAX_PATCHES_A_SIDE * patch:
+            yield f"{part}{'.' if part else ''}image_size {side} in patches of {patch}"
 
 
 def _fits(name: str, config: Mapping[str, Any]) -> bool:

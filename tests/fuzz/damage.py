@@ -192,14 +192,14 @@ _REPLACEMENTS: list[Callable[[Path], object]] = [
 ]
 
 
-def damaged_copy(source: Path, target: Path, seed: int) -> list[str]:
-    """Copy a directory and damage one to three of its files; return their names."""
+def damaged_copy(source: Path, target: Path, seed: int | None) -> list[str]:
+    """Copy a directory and damage one to three of its files, none without a seed; return their names."""
     rng = random.Random(seed)
     if target.is_symlink() or target.exists():
         shutil.rmtree(target)
     shutil.copytree(source, target, symlinks=True)
-    names = []
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+    names: list[str] = []
+    for _ in range(0 if seed is None else rng.choice([1, 1, 1, 2, 3])):
         files = sorted(path for path in target.rglob("*") if path.is_file() and not path.is_symlink())
         if not files:
             break

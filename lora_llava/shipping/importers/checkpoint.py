@@ -118,6 +118,8 @@ def _tower_source(source: Path, data: dict[str, Any]) -> str:
     """Return the vision tower of a checkpoint: a directory inside it, or the name in its configuration."""
     # Never a directory elsewhere on this machine: the name comes from a downloaded file.
     name = str(data["mm_vision_tower"])
+    if not name.isprintable():
+        raise ModelError(f"{source / 'config.json'}: mm_vision_tower is {name!r:.80}, which is no name of a model")
     inside = (source / name).resolve()
     return str(inside) if inside.is_dir() and inside.is_relative_to(source.resolve()) else name
 

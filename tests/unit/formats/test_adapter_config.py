@@ -16,6 +16,7 @@ from lora_llava.artifact import add_adapter, load_artifact
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import is_quick, read_adapter_config
 from lora_llava.formats.names import ADAPTER_CONFIG
+from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.shipping.merge.run import open_source
 from tests.helpers.artifacts import CPU, as_earlier, make_artifact
 
@@ -154,3 +155,9 @@ def test_k49_another_rank_than_that_of_the_weights_is_refused(artifact: Path, tm
     loaded, _ = load_artifact(artifact, device=CPU, dtype=torch.float32)
     with pytest.raises(ArtifactError, match="has the rank 4, the adapter's settings have 90000"):
         add_adapter(loaded, copy, "start")
+
+
+def test_k49_patterns_that_are_null_are_empty(artifact: Path, tmp_path: Path) -> None:
+    config = read_adapter_config(changed(artifact, tmp_path, rank_pattern=None, alpha_pattern=None))
+    assert (config.rank_pattern, config.alpha_pattern) == ({}, {})
+    assert Adapter(changed(artifact, tmp_path, rank_pattern=None, alpha_pattern=None)).layers
