@@ -69,7 +69,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         raise ArtifactError(
             f"{path}: PEFT cannot read it: {first_line(error)}. Save the adapter again with the PEFT that wrote it."
         ) from error
-    check_form(config, directory)
+    _check_form(config, directory)
     # Null in the file; PEFT's own default is an empty mapping.
     config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
     return config
@@ -102,7 +102,7 @@ def write_adapter_config(
     (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def check_form(config: LoraConfig, where: Path) -> None:
+def _check_form(config: LoraConfig, where: Path) -> None:
     """Raise ArtifactError for an adapter that is not LoRA, rsLoRA or DoRA on an unchanged base."""
     if getattr(config.peft_type, "value", config.peft_type) != "LORA":
         raise ArtifactError(f"{where}: a {config.peft_type} adapter; only LoRA, rsLoRA and DoRA are read")

@@ -88,12 +88,11 @@ _SMALL_FILES = (
     "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "vocab.json", "vocab.txt",
 )  # fmt: skip
-_NUM_NAMED = 3
 _MAX_SHOWN = 100
 _AS_TRAINED = "the adapter was trained with"
 
 
-def identity_hash(fields: Fields) -> str:
+def _identity_hash(fields: Fields) -> str:
     """Return the canonical sha256 (hexadecimal) of an identity; the order of its fields does not matter."""
     return _hash(dict(fields))
 
@@ -111,7 +110,7 @@ def tower_fields(vision: Any) -> Fields:
     return {f"vision_config.{name}": getattr(vision, name, None) for name in _VISION}
 
 
-def config_fields(config: LlavaConfig) -> Fields:
+def _config_fields(config: LlavaConfig) -> Fields:
     """Return the fields of a LLaVA's configuration that decide an answer."""
     text = config.text_config
     rope = dict(getattr(text, "rope_parameters", None) or {})
@@ -137,7 +136,7 @@ def artifact_fields(directory: Path) -> Fields:
 def record(manifest: Mapping[str, Any], directory: Path, base: Fields) -> dict[str, Any]:
     """Return the identity for a manifest: of the base, of the artifact's files in `directory`, and its own values."""
     fields = json.loads(json_text({**base, **artifact_fields(directory), **_stated(manifest)}))
-    return {"sha256": identity_hash(fields), "fields": fields}
+    return {"sha256": _identity_hash(fields), "fields": fields}
 
 
 def check_unchanged(manifest: Mapping[str, Any], directory: Path) -> None:
@@ -158,7 +157,7 @@ def _recorded(manifest: Mapping[str, Any], directory: Path) -> Fields:
     """Return the recorded fields; ArtifactError unless they have the recorded hash."""
     recorded = manifest["identity"]
     fields = recorded.get("fields") if isinstance(recorded, dict) else None
-    if not isinstance(fields, dict) or identity_hash(fields) != recorded.get("sha256"):
+    if not isinstance(fields, dict) or _identity_hash(fields) != recorded.get("sha256"):
         raise ArtifactError(
             f"{directory}: the identity in its manifest.json was altered; take the artifact from its source again"
         )
@@ -264,19 +263,6 @@ def difference(name: str, then: Any, now: Any) -> str:
     return f"{name} is {_shown(now)}, {_AS_TRAINED} {_shown(then)}"
 
 
-def exchanged_tokens(then: Any, now: Any) -> str:
-    """Name a few tokens with other ids in the second tokenizer than in the first; empty if there are none."""
-    before, after = then.get_vocab(), now.get_vocab()
-    names = sorted(before.keys() | after.keys(), key=lambda token: (before.get(token, -1), token))
-    changed = [token for token in names if before.get(token) != after.get(token)]
-    shown = [
-        f"{printable(token, 40)!r} has id {_shown(after.get(token))}, had {_shown(before.get(token))}"
-        for token in changed[:_NUM_NAMED]
-    ]
-    more = f"; and {len(changed) - _NUM_NAMED:,} more" if len(changed) > _NUM_NAMED else ""
-    return "; ".join(shown) + more
-
-
 @dataclass(frozen=True, slots=True)
 class _Files:
     """The small files of a directory by their content, so that equal ones are read once, wherever they are."""
@@ -293,7 +279,7 @@ class _Files:
 
 @lru_cache(maxsize=8)
 def _base_fields(files: _Files) -> Fields:
-    sections = {_CONFIG: config_fields(read_config(files.directory)), **_sections(files.directory)}
+    sections = {_CONFIG: _config_fields(read_config(files.directory)), **_sections(files.directory)}
     return {f"{BASE}{section}: {name}": value for section, part in sections.items() for name, value in part.items()}
 
 
