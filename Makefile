@@ -7,7 +7,7 @@ SOURCES := lora_llava tools tests benchmarks
 # llama.cpp as npm has it, for the CPU alone; the tests marked `node` ask it what it makes of exported files.
 LLAMA_NODE := 1.7.15
 
-.PHONY: quickstart node test fuzz torture mutants check bench clean
+.PHONY: quickstart node test fuzz torture mutants check bench foreign foreign-short clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,14 @@ bench: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,trl]'
 	$(BIN)/python -m benchmarks
 
+# What other software makes of a tiny run, or of RUN=quickstart/run; LLAVA=DIR is a clone of the original LLaVA. Makes its
+# environments in .foreign (8 GB). For CPU builds of PyTorch, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+foreign: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.foreign $(if $(RUN),--run $(RUN)) $(if $(LLAVA),--llava $(LLAVA))
+
+foreign-short: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.foreign --short
+
 # Not runs/: what is trained there may have cost days.
 clean:
-	rm -rf $(VENV) .node mutants build dist *.egg-info quickstart
+	rm -rf $(VENV) .node .foreign mutants build dist *.egg-info quickstart
