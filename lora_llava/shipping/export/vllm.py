@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from lora_llava.artifact import is_artifact, library_versions, portable
+from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json, write_weights
@@ -167,7 +168,7 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
     written.check(source.config)
     config, manifest = source.config, source.manifest
     model = adapted_model(written.read, config, Adapter(staging / _ADAPTER))
-    asked = ask(model, config, manifest, staging / BASE)
+    asked = ask(model, config, get_template(**manifest.template), staging / BASE)
     ours = logits_of(model, asked)
     del model
 

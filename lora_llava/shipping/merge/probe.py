@@ -13,9 +13,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, LlavaConfig
 
-from lora_llava.artifact import Manifest
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, encode_prompt
-from lora_llava.conversation.templates import get_template
+from lora_llava.conversation.templates import Template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name, split_lora, unwrap_peft
 from lora_llava.formats.peft_adapter import Adapter
@@ -105,10 +104,9 @@ def _stored(name: str, config: LlavaConfig) -> str:
     return EMBEDDINGS if name == HEAD and config.tie_word_embeddings else name
 
 
-def ask(model: nn.Module, config: LlavaConfig, manifest: Manifest, tokenizer_directory: Path) -> Sequences:
+def ask(model: nn.Module, config: LlavaConfig, template: Template, tokenizer_directory: Path) -> Sequences:
     """Let `model` answer the probe questions greedily, in the template of training."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, trust_remote_code=False)
-    template = get_template(**manifest.template)
     loaded = LoadedModel(model, tokenizer, tokenizer_directory, BaseIdentity("", None, ""), (), (), config)
     texts = () if template.caption_only else _TEXT_QUESTIONS
     prompts = []

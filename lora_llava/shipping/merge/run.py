@@ -166,7 +166,7 @@ def verify(
     config, adapter = source.config, source.adapter
     phase("Asking the merged model, and base + adapter, the same questions")
     model = merged_model(written.read, config)
-    asked = ask(model, config, source.manifest, staging)
+    asked = ask(model, config, get_template(**source.manifest.template), staging)
     ours = logits_of(model, asked)
     del model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
@@ -17,11 +18,16 @@ from transformers import LlavaForConditionalGeneration
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.processor import save_processor
+from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export import FORMATS
 from lora_llava.shipping.export.gguf import file as gguf_file
 from lora_llava.shipping.export.gguf import model as gguf
-from lora_llava.shipping.export.gguf.file import deinterleave, interleave
+from lora_llava.shipping.export.gguf.file import as_stored, deinterleave, interleave
+from lora_llava.shipping.export.gguf.model import export_gguf
+from lora_llava.shipping.export.gguf.text import text_tensors
 from lora_llava.shipping.export.options import ExportOptions
+from lora_llava.shipping.merge.run import merge_artifact
+from tests.helpers.artifacts import make_artifact
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, tiny_config, tiny_tokenizer
 
@@ -289,3 +295,45 @@ def test_an_export_that_differs_leaves_nothing(
     with pytest.raises(ArtifactError, match=r"text.gguf: .*differs between the file and its source"):
         export(tmp_path / "model", tmp_path / "out", outtype)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_k71_a_quantized_export_says_what_it_does_to_answers(tiny_base: Path, tmp_path: Path) -> None:
+    merge_artifact(make_artifact(tiny_base, tmp_path / "instruct"), tmp_path / "merged")
+    relative = {}
+    for outtype in ("q8_0", "q4_0"):
+        lines = export_gguf(tmp_path / "merged", tmp_path / outtype, ExportOptions(outtype=outtype))["summary"]
+        [said] = [
+            line for line in lines if line.startswith("quantized against the model before, logits of 4 questions")
+        ]
+        relative[outtype] = float(re.findall(r"relative ([\d.e-]+);", said)[0])
+        answers = int(re.findall(r"(\d) of 4 greedy answers", said)[0])
+        assert any("quantization changes its answers" in line for line in lines) == (answers < 4)
+    assert 0 < relative["q8_0"] < relative["q4_0"]
+    # f16 is no quantization, and is not asked about.
+    lines = export_gguf(tmp_path / "merged", tmp_path / "f16", ExportOptions())["summary"]
+    assert not any("quantized against" in line for line in lines)
+
+
+def test_k71_the_probe_computes_with_the_values_of_the_file(tiny_base: Path, tmp_path: Path) -> None:
+    merge_artifact(make_artifact(tiny_base, tmp_path / "instruct"), tmp_path / "merged")
+    export_gguf(tmp_path / "merged", tmp_path / "out", ExportOptions(outtype="q4_0"))
+    files, config = WeightFiles(tmp_path / "merged"), read_config(tmp_path / "merged")
+    content = GGUFContent(tmp_path / "out" / "text.gguf")
+    for tensor in text_tensors(config, files.read, "q4_0"):
+        written = content.tensors[tensor.name]
+        if tensor.heads:
+            written = torch.from_numpy(deinterleave(written.numpy(), tensor.heads).copy())
+        assert torch.equal(as_stored(tensor), written), tensor.name
+
+
+def test_k71_a_full_disk_names_the_file_and_what_it_needs(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("884736 requested and 169376 written")
+
+    monkeypatch.setattr(GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(ArtifactError, match=r"text\.gguf cannot be written .* needs \d+ MiB, .* MiB left") as caught:
+        export_gguf(tiny_base, tmp_path / "out", ExportOptions())
+    assert "another disk" in str(caught.value)
+    assert not list(tmp_path.iterdir())

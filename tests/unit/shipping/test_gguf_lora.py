@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,32 @@ def test_an_interrupted_export_leaves_nothing(tiny_base: Path, tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         export(artifact, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["instruct"]
+
+
+def test_k70_the_base_that_an_adapter_of_nf4_fits_is_written_with_it(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "instruct", nf4=True)
+    lines = export(artifact, tmp_path / "out", outtype="f32")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"lora.gguf", "mmproj.gguf", "chat_template.jinja", "text.gguf"}
+    assert any("dequantized" in line and "text.gguf" in line for line in lines)
+    loaded, _ = load_model(artifact, device=CPU, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = loaded.model(input_ids=torch.tensor([IDS])).logits[0]
+    base, lora = GGUFContent(tmp_path / "out" / "text.gguf"), GGUFContent(tmp_path / "out" / "lora.gguf")
+    assert torch.allclose(text_logits(base.with_lora(lora), IDS), theirs, rtol=1e-4, atol=1e-4)
+    # The stored base, which was what users were told to take.
+    export(tiny_base, tmp_path / "stored", "gguf", outtype="f32")
+    stored = text_logits(GGUFContent(tmp_path / "stored" / "text.gguf").with_lora(lora), IDS)
+    assert float((stored - theirs).norm() / theirs.norm()) > 1e-2
+
+
+def test_k70_without_that_base_the_difference_is_measured_and_said(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "instruct", nf4=True)
+    lines = export(artifact, tmp_path / "out", base="original")
+    assert "text.gguf" not in {path.name for path in (tmp_path / "out").iterdir()}
+    [said] = [line for line in lines if "On the stored weights" in line]
+    assert float(re.findall(r"relative ([\d.e-]+);", said)[0]) > 1e-2
+    assert re.search(r"\d of 4 greedy answers the same", said)
+    plain = make_artifact(tiny_base, tmp_path / "plain")
+    with pytest.raises(ArtifactError, match="there is no dequantized base"):
+        export(plain, tmp_path / "none", base="dequantized")

@@ -6,6 +6,7 @@ Format: the GGUF specification of ggml, version 3, through the `gguf` library's 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,23 @@ def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
-    """Write a file, one tensor in memory at a time. Raises ModelError for a value that is not finite in its type."""
-    writer = GGUFWriter(path, architecture)
+    """Write a file, one tensor in memory at a time.
+
+    Raises ModelError for a value that is not finite in its type, ArtifactError if the disk takes no more.
+    """
+    try:
+        _write(GGUFWriter(path, architecture), path.name, fields, tensors)
+    except OSError as error:
+        # numpy's error of a full disk says how many items were written, and no file.
+        needed = sum(_size(tensor.shape, tensor.kind) for tensor in tensors) / 2**20
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise ArtifactError(
+            f"{path.name} cannot be written ({error}): it needs {needed:,.0f} MiB, and its disk has {free:,.0f} MiB "
+            "left. Nothing was written; free some space, or name an output on another disk."
+        ) from error
+
+
+def _write(writer: GGUFWriter, name: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
     for key, (value, kind) in fields.items():
         if isinstance(value, list):
             writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=kind)
@@ -153,7 +169,7 @@ def write_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with counting(f"writing {path.name}", len(tensors)) as advance:
+        with counting(f"writing {name}", len(tensors)) as advance:
             for tensor in tensors:
                 writer.write_tensor_data(_encoded(tensor))
                 advance(1)
@@ -184,6 +200,12 @@ def _encoded(tensor: Tensor) -> np.ndarray:
             f"{tensor.name}: not finite in {tensor.kind.name.lower()}; if the model itself is finite, use --outtype f32"
         )
     return encoded
+
+
+def as_stored(tensor: Tensor) -> torch.Tensor:
+    """Return the values of a tensor after the rounding of its type, in fp32 and in the order of their source."""
+    values = dequantize(quantize(_values(tensor), tensor.kind), tensor.kind)
+    return torch.from_numpy(np.ascontiguousarray(values.reshape(tensor.shape), dtype=np.float32))
 
 
 def check_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import Keys
@@ -28,13 +29,15 @@ from lora_llava.shipping.export.gguf.file import (
     write_gguf,
 )
 from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
-from lora_llava.shipping.export.gguf.model import out_type
+from lora_llava.shipping.export.gguf.model import TEXT_FILE, out_type, write_text
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, rotated_heads
 from lora_llava.shipping.export.gguf.tokenizer import MEDIA_MARKER
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
-from lora_llava.shipping.merge.run import Source, open_source
-from lora_llava.shipping.merge.stream import merged_reader
+from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
+from lora_llava.shipping.merge.run import Source, choose_base, open_source
+from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
 from lora_llava.system.files import staged
+from lora_llava.system.progress import phase
 
 _LORA_FILE = "lora.gguf"
 
@@ -44,6 +47,8 @@ _INSTEAD = "Export it with --format gguf, which merges it."
 def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     """Write the LoRA of an artifact as `lora.gguf`, its projector and the tower as `mmproj.gguf`, and its template.
 
+    For an adapter that was trained on NF4, also `text.gguf` with the dequantized base, unless `options.base` says
+    `original`.
     Each file is read back and compared. Raises ArtifactError for an artifact that llama.cpp's LoRA cannot express:
     DoRA, no LoRA, or other changes to the language model.
     """
@@ -64,13 +69,41 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         vision: OutType = "f32" if options.outtype == "f32" else "f16"
         count = write_mmproj(staging / FILE, opened.config, read, opened.base, output.name, vision)
         _write_template(staging, opened)
+        about_base = _write_base(staging, opened, choose_base(opened, options.base), vision)
     lines = [f"{output}: {_LORA_FILE}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal"]
-    lines.append(
-        "base: the GGUF of the language model that it was trained on (lora-llava export BASE OUT --format gguf)"
-    )
-    if opened.nf4:
-        lines.append("it was trained on that base in NF4; with the base in any other precision answers differ slightly")
-    return {"summary": [*lines, KNOWN_DEFECT]}
+    return {"summary": [*lines, *about_base, KNOWN_DEFECT]}
+
+
+def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType) -> list[str]:
+    """Write the base that an adapter trained on NF4 fits: dequantized. Return the lines to show about the base.
+
+    On the stored weights the adapter computes something else; how far that is, is measured where it is chosen.
+    """
+    stored = "base: the GGUF of the language model that it was trained on (lora-llava export BASE OUT --format gguf)"
+    if not source.nf4:
+        return [stored]
+    if kind == "original":
+        return [stored, f"it was trained on that base in NF4. On the stored weights: {_distance(source)}"]
+    read = base_reader(source.files, source.manifest, kind)
+    template = get_template(**source.manifest.template)
+    tensors = write_text(staging / TEXT_FILE, source.base, source.config, read, outtype, template)
+    return [
+        f"base: {TEXT_FILE}, {outtype}, {len(tensors)} tensors: the weights that training saw, dequantized from NF4. "
+        "It does not fit the stored ones; --onto original leaves the base out and measures the difference"
+    ]
+
+
+def _distance(source: Source) -> Difference:
+    """Measure how far the adapter on the stored base is from the trained model."""
+    phase("Asking the adapter on the stored base, and on the base that it was trained on")
+    template = get_template(**source.manifest.template)
+
+    def model(kind: BaseKind) -> Any:
+        return adapted_model(base_reader(source.files, source.manifest, kind), source.config, source.adapter)
+
+    shipped = model("original")
+    asked = ask(shipped, source.config, template, source.base)
+    return difference(logits_of(shipped, asked), logits_of(model("dequantized"), asked), asked)
 
 
 def _check_form(source: Source) -> None:

@@ -6,24 +6,30 @@ import shutil
 from pathlib import Path
 from typing import cast, get_args
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlavaConfig
 
 from lora_llava.artifact import is_artifact, read_usage
 from lora_llava.conversation.endings import end_token_ids, stated_ends
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import RecipeError
 from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.modeling.metadata import read_config
-from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, check_gguf, general_fields, write_gguf
+from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, as_stored, check_gguf, general_fields, write_gguf
 from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
 from lora_llava.shipping.export.gguf.ollama import modelfile
-from lora_llava.shipping.export.gguf.text import ARCHITECTURE, text_fields, text_tensors
+from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, text_fields, text_tensors
 from lora_llava.shipping.export.gguf.tokenizer import AnyTemplate, tokenizer_fields
 from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.merge.probe import ask, difference, logits_of, merged_model
 from lora_llava.shipping.merge.run import merge_artifact, summary
+from lora_llava.shipping.merge.stream import Read
 from lora_llava.system.files import staged
+from lora_llava.system.progress import phase
+from lora_llava.system.text import counted
 
-_TEXT_FILE = "text.gguf"
+TEXT_FILE = "text.gguf"
 _MODELFILE = "Modelfile"
 _MERGED = "merged"
 
@@ -62,22 +68,56 @@ def _write(model: Path, staging: Path, name: str, outtype: OutType, template: An
     check_gguf_support(config)
     files = WeightFiles(model)
     files.check(config)
-    fields = {
-        **general_fields(name, "model", outtype),
-        **text_fields(config),
-        **tokenizer_fields(model, int(config.text_config.vocab_size), template),
-    }
-    tensors = text_tensors(config, files, outtype)
-    write_gguf(staging / _TEXT_FILE, ARCHITECTURE, fields, tensors)
-    check_gguf(staging / _TEXT_FILE, ARCHITECTURE, fields, tensors)
+    tensors = write_text(staging / TEXT_FILE, model, config, files.read, outtype, template)
     count = write_mmproj(staging / FILE, config, files.read, model, name, outtype)
     notes = _write_modelfile(staging, model, template)
     return [
-        f"{_TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal",
+        f"{TEXT_FILE}, {outtype}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal",
         *_unquantized(tensors, outtype),
+        *(_loss_by_rounding(model, config, files, tensors, template) if outtype.startswith("q") else ()),
         *notes,
         KNOWN_DEFECT,
     ]
+
+
+def write_text(
+    path: Path, model: Path, config: LlavaConfig, read: Read, outtype: OutType, template: AnyTemplate
+) -> list[Tensor]:
+    """Write the language model with the tokenizer of `model`, read it back and compare; return its tensors.
+
+    `read`: reads a weight by its canonical name.
+    """
+    fields = {
+        **general_fields(path.parent.name, "model", outtype),
+        **text_fields(config),
+        **tokenizer_fields(model, int(config.text_config.vocab_size), template),
+    }
+    tensors = text_tensors(config, read, outtype)
+    write_gguf(path, ARCHITECTURE, fields, tensors)
+    check_gguf(path, ARCHITECTURE, fields, tensors)
+    return tensors
+
+
+def _loss_by_rounding(
+    model: Path, config: LlavaConfig, files: WeightFiles, tensors: list[Tensor], template: AnyTemplate
+) -> list[str]:
+    """Ask the model before and after quantization the probe questions; return the lines to show."""
+    if not isinstance(template, Template):
+        return ["not asked what quantization changes: the model's template is none of the kit's"]
+    phase("Asking the model before and after quantization")
+    rounded = {tensor.name: tensor for tensor in tensors}
+
+    def read(name: str) -> torch.Tensor:
+        is_text = name.startswith(LANGUAGE_MODEL_PREFIX)
+        return as_stored(rounded[gguf_name(name, config)]) if is_text else files.read(name)
+
+    after = merged_model(read, config)
+    asked = ask(after, config, template, model)
+    distance = difference(logits_of(after, asked), logits_of(merged_model(files.read, config), asked), asked)
+    lines = [f"quantized against the model before, logits of {counted(distance.answers, 'question')}: {distance}"]
+    if distance.answers_equal < distance.answers:
+        lines.append("quantization changes its answers: compare them on your questions, or use --outtype q8_0 or f16")
+    return lines
 
 
 def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
@@ -85,7 +125,7 @@ def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
-    text = modelfile([_TEXT_FILE, FILE], template, tokenizer.eos_token, stops)
+    text = modelfile([TEXT_FILE, FILE], template, tokenizer.eos_token, stops)
     (staging / _MODELFILE).write_text(text, encoding="utf-8")
     if isinstance(template, Template):
         return []

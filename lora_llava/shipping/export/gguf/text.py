@@ -14,9 +14,10 @@ from transformers import LlavaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_llava.errors import ModelError
-from lora_llava.formats.llava_hf import WeightFiles, expected_shapes
+from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.shipping.export.gguf.file import F32, Fields, OutType, Tensor, integer, kind_of, real, string
+from lora_llava.shipping.merge.stream import Read
 
 ARCHITECTURE = "llama"
 
@@ -86,15 +87,18 @@ def _frequency_factors(text: Any) -> torch.Tensor:
     return factors
 
 
-def text_tensors(config: LlavaConfig, files: WeightFiles, outtype: OutType) -> list[Tensor]:
-    """List the tensors of the language model; without a tied lm_head, as llama.cpp expects."""
+def text_tensors(config: LlavaConfig, read: Read, outtype: OutType) -> list[Tensor]:
+    """List the tensors of the language model; without a tied lm_head, as llama.cpp expects.
+
+    `read`: reads a weight by its canonical name.
+    """
     tensors = []
     for name, shape in expected_shapes(config).items():
         if not name.startswith(LANGUAGE_MODEL_PREFIX):
             continue
         theirs = gguf_name(name, config)
         kind = kind_of(shape, outtype, keep_8_bits=theirs in _AT_LEAST_8_BITS)
-        tensors.append(Tensor(theirs, shape, kind, partial(files.read, name), rotated_heads(name, config)))
+        tensors.append(Tensor(theirs, shape, kind, partial(read, name), rotated_heads(name, config)))
     if _rope(config.text_config)["rope_type"] == "llama3":
         factors = _frequency_factors(config.text_config)
         tensors.append(Tensor("rope_freqs.weight", tuple(factors.shape), F32, lambda: factors))
