@@ -285,7 +285,8 @@ def _base_fields(files: _Files) -> Fields:
 
 @lru_cache(maxsize=8)
 def _artifact_fields(files: _Files) -> Fields:
-    adapter = _lora_fields(read_json(files.directory / ADAPTER_CONFIG))
+    with hub_errors("artifact", str(files.directory)):
+        adapter = _lora_fields(read_json(files.directory / ADAPTER_CONFIG))
     sections = {"adapter config": adapter, **_sections(files.directory)}
     return {f"{section}: {name}": value for section, part in sections.items() for name, value in part.items()}
 
@@ -295,13 +296,13 @@ def _sections(directory: Path) -> dict[str, Fields]:
     with hub_errors("model", str(directory)):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         images, _ = ImageProcessingMixin.get_image_processor_dict(directory)
-    template = tokenizer.chat_template
-    return {
-        _PROCESSOR: _image_fields(images),
-        _TOKENIZER: _tokenizer_fields(tokenizer),
-        "chat template": {"text": None if template is None else _hash(template)},
-        _GENERATION: {"eos_token_id": stated_ends(directory)},
-    }
+        template = tokenizer.chat_template
+        return {
+            _PROCESSOR: _image_fields(images),
+            _TOKENIZER: _tokenizer_fields(tokenizer),
+            "chat template": {"text": None if template is None else _hash(template)},
+            _GENERATION: {"eos_token_id": stated_ends(directory)},
+        }
 
 
 def _image_fields(settings: Mapping[str, Any]) -> Fields:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lora_llava.system.files import find_json
+
 STATE = ".lora-llava"
 """Directory of the kit's own files, in each directory that it writes to."""
 _FORMAT_FILE = "format.json"
@@ -131,11 +133,9 @@ def is_kits(state: Path) -> bool:
     path = state / _FORMAT_FILE
     if state.is_symlink() or path.is_symlink() or (state / LIST).is_symlink():
         return False
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("made_by") == _FORMAT["made_by"])
-    except (OSError, ValueError, AttributeError):
-        # Empty if the process was killed before it wrote the file.
-        return state.is_dir() and not any(state.iterdir())
+    content = find_json(path)
+    # Empty if the process was killed before it wrote the file.
+    return content.get("made_by") == _FORMAT["made_by"] if content else state.is_dir() and not any(state.iterdir())
 
 
 def make_state(root: Path) -> Path:
