@@ -54,6 +54,7 @@ FORMS: dict[str, Callable[[bytes], bytes]] = {
         data, lambda header: first(header).update(data_offsets=[0, 2**62])
     ),
     "offsets the wrong way": lambda data: with_header(data, lambda header: first(header).update(data_offsets=[8, 4])),
+    "infinite offsets": lambda data: with_header(data, lambda header: first(header).update(data_offsets=[0, 1e999])),
     "another format": lambda data: b"PK\3\4" + data[4:],
 }
 """Ways to damage a safetensors file."""

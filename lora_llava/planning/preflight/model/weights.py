@@ -79,7 +79,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         tensors = {name: Tensor(str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{file} is damaged: its header cannot be read") from error
     end = 0
     for start, stop in spans:
