@@ -84,7 +84,7 @@ def test_the_card_of_a_run(tiny_base: Path, tmp_path: Path) -> None:
         "Time: 16 min",
         "Peak memory: 2.8 GiB",
         "torch 2.",
-        "| learning rate | 0.001 | 0.001 |",
+        "| learning rate | 0.001 | 0.0007 |",
         "NF4, double quantized, computed in float32",
         "--format vllm --base-model path/to/the/base",
         "--format gguf",
