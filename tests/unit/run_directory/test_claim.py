@@ -142,6 +142,7 @@ def test_k32_every_file_of_a_run_is_listed_after_a_first_run_and_after_an_exchan
         written = read_written(root)
         assert written is not None
         assert set(written.present()) == {name for name in contents(root) if (root / name).is_file()}
+        assert written.versions["train_log.jsonl"][-1].grows
         assert not (root / STATE / NEW).exists()
 
 
