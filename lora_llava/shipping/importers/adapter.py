@@ -14,8 +14,11 @@ from lora_llava.conversation.chat_template import read_own_template, recognize
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.adapter_config import read_adapter_config
+from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_tensors
 from lora_llava.formats.names import (
+    EMBEDDINGS,
+    HEAD,
     PEFT_PREFIX,
     PROJECTOR_PREFIX,
     WEIGHTS,
@@ -32,6 +35,8 @@ from lora_llava.system.files import read_json
 _ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
+_COPY = ".base_layer.weight"
+
 _Rename = Callable[[str], str | None]
 """Returns the canonical name of a tensor; None for one to skip."""
 
@@ -43,6 +48,8 @@ class _Parts:
     lora: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    copies: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The base's own weights under LoRA, which PEFT saves too where embeddings or lm_head are among the targets."""
 
 
 def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[str]:
@@ -61,6 +68,7 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
     if (source / NON_LORA).is_file():
         _sort(parts, read_tensors(source / NON_LORA), from_original_name, source / NON_LORA)
     base = open_base(options.base_model, source)
+    _check_copies(parts, base, source)
     layers = {name: _layer(name, parts, form, source) for name in parts.lora}
     template, reason = _template(source, base, original, options.template)
     foreign = ForeignAdapter(
@@ -136,7 +144,8 @@ def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: _Rename, whe
         # The base's own copy of a module that the adapter replaces.
         if ".original_module." in stored:
             continue
-        unwrapped = unwrap_peft(stored)
+        copied = stored.endswith(_COPY)
+        unwrapped = unwrap_peft(stored.removesuffix(_COPY) + ".weight" if copied else stored)
         lora = split_lora(unwrapped)
         try:
             name = rename(lora[0] if lora else unwrapped)
@@ -150,8 +159,36 @@ def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: _Rename, whe
             weight, part = lora
             parts.lora.setdefault(name, {})[part] = tensor
             parts.modules[name] = weight.removesuffix(".weight")
+        elif copied:
+            parts.copies[name] = tensor
         else:
             parts.replaced[name] = tensor
+
+
+def _check_copies(parts: _Parts, base: Base, source: Path) -> None:
+    """Raise ArtifactError for embeddings or an lm_head that the base does not have, or has as one weight."""
+    files, tied = WeightFiles(base.directory), bool(base.config.tie_word_embeddings)
+    # PEFT saves both weights where one is a target, the other under its plain name.
+    for name in {EMBEDDINGS, HEAD} & parts.replaced.keys():
+        if _is_stored(files, tied, name, parts.replaced[name]):
+            del parts.replaced[name]
+    for name, tensor in parts.copies.items():
+        if not _is_stored(files, tied, name, tensor):
+            raise ArtifactError(
+                f"{source}: holds a copy of {name} that differs from the base's: it was trained on a base with resized "
+                "or other embeddings. Name that base with --base-model."
+            )
+    changed = [name for name in (EMBEDDINGS, HEAD) if name in parts.lora or name in parts.replaced]
+    if tied and changed:
+        raise ArtifactError(
+            f"{source}: changes {' and '.join(changed)}, which this base has as one weight (tie_word_embeddings); its "
+            "layout cannot hold two. Train without lm_head and embed_tokens among target_modules and modules_to_save."
+        )
+
+
+def _is_stored(files: WeightFiles, tied: bool, name: str, tensor: torch.Tensor) -> bool:
+    stored = files.read(EMBEDDINGS if tied and name == HEAD else name)
+    return stored.shape == tensor.shape and torch.equal(stored.float(), tensor.float())
 
 
 def _layer(name: str, parts: _Parts, form: LoraConfig, source: Path) -> LayerLora:
