@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from lora_llava.conversation.templates import TEMPLATES
+
 _CHOICES = ("dequantized", "original")
 """What to merge into: the base as dequantized in training, or the original weights."""
 
@@ -40,4 +42,4 @@ def onto_option(command: _Command) -> _Command:
 
 def template_option(command: _Command) -> _Command:
     """Add `--template`: the chat template of a model that does not come with one."""
-    return click.option("--template", help="Chat template, if the model has none: vicuna_v1, chatml or plain.")(command)
+    return click.option("--template", help=f"Chat template, if the model has none: {', '.join(TEMPLATES)}.")(command)

@@ -59,7 +59,7 @@ def test_any_conversation(texts: list[str], image: bool, name: str, max_length: 
     assert ids.count(BOS_ID) == 1
     if not made.is_cut:
         answers = len(texts) // 2
-        assert ids.count(EOS_ID) == (answers if name == "vicuna_v1" else 0)
+        assert ids.count(EOS_ID) == (answers if template.end is None else 0)
         assert ids.count(IM_START_ID) == (len(texts) if name == "chatml" else 0)
         assert ids.count(IM_END_ID) == (len(texts) if name == "chatml" else 0)
         prompt = encode_prompt(turns[:-1], template, TOKENIZER, **OPTIONS)

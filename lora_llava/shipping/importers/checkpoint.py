@@ -63,7 +63,8 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     _add_tokens(config, tokenizer)
     dtype = readers[EMBEDDINGS]().dtype
     _complete(readers, config, dtype, None if any(name.startswith(TOWER_PREFIX) for name in readers) else tower)
-    names = sorted(expected_shapes(config))
+    with hub_errors("configuration", str(source)):
+        names = sorted(expected_shapes(config))
     if wrong := set(names) ^ readers.keys():
         raise ModelError(f"{source}: missing, or not part of LLaVA-1.5: {', '.join(sorted(wrong)[:6])}")
     aspect_ratio = data.get("image_aspect_ratio") or "square"

