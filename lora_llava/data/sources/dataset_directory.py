@@ -51,7 +51,7 @@ def check_files(files: Any, directory: Path) -> None:
             # Without following links: those that the user made to another disk work.
             if not os.path.normpath(str(name)).startswith(inside):
                 raise DataError(
-                    f"{directory}: {printable(str(name), 80)} is outside of the directory, and is not read; copy the "
+                    f"{directory}: {printable(str(name), 500)} is outside of the directory, and is not read; copy the "
                     "file into it"
                 )
 
