@@ -50,20 +50,30 @@ class _WatchedSession:
         return self._session.new_upload_commit(progress_callback=report, **settings)
 
 
+def _session_holder() -> Any:
+    """Return what holds the session of `hf_xet`: a private object; None without Xet, or where it has another name.
+
+    The settings of `hf_xet` then still bound most of the waits.
+    """
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    if not is_xet_available():
+        return None
+    from huggingface_hub.utils import _xet
+
+    return getattr(_xet, "_GLOBAL_XET_HOLDER", None)
+
+
 @contextmanager
 def watched_upload() -> Iterator[None]:
     """End an upload in this block that makes no progress for `Bounds.store_silence`. Raises GiveUpError.
 
     The settings of `hf_xet` bound the upload of a block, but not of the list of what was uploaded.
     """
-    from huggingface_hub.utils._runtime import is_xet_available
-
-    if not is_xet_available():
+    holder = _session_holder()
+    if holder is None:
         yield
         return
-    from huggingface_hub.utils import _xet
-
-    holder: Any = _xet._GLOBAL_XET_HOLDER
     session = holder.get()
     silence = network.BOUNDS.store_silence
     progress, done, aborted = _Progress(), threading.Event(), threading.Event()
