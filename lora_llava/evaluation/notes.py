@@ -17,7 +17,7 @@ from lora_llava.recipe.choices import Metric
 from lora_llava.system.text import counted, listed, printable
 
 _SENTENCE = 4
-"""Words. A base answers in sentences if its median answer has at least these, and twice those of the references."""
+"""Words. A base gives long answers if its median answer has at least these, and twice those of the references."""
 _NAMES = {BASE: "the base", START: "the start", MAJORITY: "the most frequent answer", BLIND: "no images"}
 
 
@@ -82,7 +82,7 @@ def _verdict(name: str, gap: Difference) -> str:
 
 
 def _base_form(outcome: Outcome) -> str:
-    """Qualify a gain over a base that answers in sentences which contain more references than its score counts."""
+    """Qualify a gain over a base whose long answers contain more references than its score counts."""
     answers = outcome.answers[BASE]
     given = median(len(answer_tokens(text)) for text in answers.texts)
     expected = median(len(answer_tokens(outcome.questions[index].answer)) for index in answers.indices)
@@ -92,6 +92,6 @@ def _base_form(outcome: Outcome) -> str:
     if outcome.over(BASE).mean <= 0 or holding <= score:
         return ""
     return (
-        f"The base answers in sentences: {100 * holding:.0f} % of its answers contain the "
+        f"The base gives long answers: {100 * holding:.0f} % of them contain the "
         f"reference, where its score is {100 * score:.1f} %, so part of the gain over it is the form of the answers."
     )

@@ -115,7 +115,7 @@ def test_k64_the_majority_answer_stands_beside() -> None:
     notes = "\n".join(outcome_notes(made, 16))
     assert "tuned against the most frequent answer: +0.0 points" in notes
     assert "it does not beat always giving that" in notes
-    assert "The base answers in sentences: 55 % of its answers contain the reference" in notes
+    assert "The base gives long answers: 55 % of them contain the reference" in notes
     assert result["base_holds_reference"] == 0.55
 
 
@@ -131,7 +131,7 @@ def test_k64_the_majority_answer_stands_beside() -> None:
 )
 def test_k64_the_form_of_the_base_explains_a_gain_alone(base: str, tuned: str, said: bool) -> None:
     notes = "\n".join(outcome_notes(outcome(["yes"] * 20, [tuned] * 20, base=[base] * 20), 16))
-    assert ("The base answers in sentences" in notes) == said
+    assert ("The base gives long answers" in notes) == said
 
 
 @pytest.mark.parametrize(
