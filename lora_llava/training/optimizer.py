@@ -29,7 +29,7 @@ def _groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> I
     # Split without sorting: every checkpoint stores the optimizer's state in this order.
     trained.sort(key=lambda pair: list(rates).index(part_of(pair[0])))
     for (part, decay), members in groupby(
-        trained, key=lambda pair: (part_of(pair[0]), weight_decay if pair[1].ndim > 1 else 0.0)
+        trained, key=lambda pair: (part_of(pair[0]), 0.0 if pair[0].endswith(".bias") else weight_decay)
     ):
         yield {"params": [one for _, one in members], "lr": rates[part], "weight_decay": decay, "name": part}
 
