@@ -19,6 +19,7 @@ from lora_llava.conversation.templates import Template
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.generation.answers import PromptFormat, generate_answers, image_tensor, last_question
 from lora_llava.shipping.export import export
+from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.merge.run import merge_artifact
 from tools.foreign.asked import write_answers
 from tools.foreign.environments import ROOT
@@ -26,6 +27,8 @@ from tools.foreign.environments import ROOT
 FIXTURE = ROOT / "tests" / "fixtures" / "earlier_run"
 """A tiny run of an earlier version, with its base."""
 QUESTIONS = 100
+ROUNDED = ("q8_0", "q4_0")
+"""Types of GGUF that lose answers by rounding; how many is measured."""
 _TINY = ("What is in the image?", "Is it red?", "What is the color of the shape?")
 
 
@@ -60,6 +63,8 @@ def prepare(run: Path | None, directory: Path) -> Work:
     export(artifact, directory / "vllm", "vllm")
     export(directory / "merged", directory / "llava", "llava")
     export(directory / "merged", directory / "gguf", "gguf")
+    for outtype in ROUNDED:
+        export(directory / "merged", directory / f"gguf-{outtype}", "gguf", ExportOptions(outtype=outtype))
     export(artifact, directory / "gguf-lora", "gguf-lora")
     return work
 
