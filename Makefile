@@ -25,7 +25,7 @@ quickstart: $(VENV)/installed
 node: .node/installed
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # The short form of this is a part of the tests.
 fuzz: $(VENV)/installed
