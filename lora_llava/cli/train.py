@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     "--memory",
     type=memory_size,
     metavar="SIZE",
-    help="Plan for a GPU with this much memory, such as 12GiB [free memory].",
+    help="Plan for a GPU with this much memory, such as 12GiB, and stay within it [free memory].",
 )
 @click.option("--skip-image-check", is_flag=True, help="Do not open every image before training.")
 def finetune(

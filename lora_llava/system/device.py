@@ -11,6 +11,8 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,9 @@ from lora_llava.system.text import counted
 
 if TYPE_CHECKING:
     import torch
+
+CUDA_CONTEXT = 2**29
+"""Bytes that a process holds on a CUDA device next to PyTorch's allocator: context and kernels, an estimate."""
 
 
 def has_driver() -> bool:
@@ -76,8 +81,39 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextmanager
+def memory_capped(memory: int | None) -> Iterator[None]:
+    """Keep the process within `memory` bytes of its CUDA device inside the `with` block, its context included.
+
+    An allocation beyond that raises torch.OutOfMemoryError, as on a device of that size. None, or a CPU: no cap.
+    """
+    import torch
+
+    if memory is None or not torch.cuda.is_available():
+        yield
+        return
+    share = (memory - CUDA_CONTEXT) / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def reset_peak_memory() -> None:
+    """Begin to count the peak memory anew; without CUDA that needs Linux, elsewhere the peak stays."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        # Writing 5 resets VmHWM; see proc(5).
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int:
-    """Return the peak memory of the process in bytes: device memory on CUDA, else resident memory."""
+    """Return the peak memory of the process since `reset_peak_memory`: device memory on CUDA, else resident memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -93,12 +129,13 @@ def peak_memory_bytes() -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Return the free memory in bytes: device memory on CUDA, else that of the machine."""
+    """Return the free memory in bytes: device memory on CUDA, within `memory_capped`, else that of the machine."""
     if device == "cuda":
         import torch
 
         torch.cuda.empty_cache()
-        free: int = torch.cuda.mem_get_info()[0]
-        return free
+        free, total = torch.cuda.mem_get_info()
+        capped = int(torch.cuda.get_per_process_memory_fraction() * total) - torch.cuda.memory_reserved()
+        return min(free, capped)
     available: int = psutil.virtual_memory().available
     return available

@@ -36,6 +36,10 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         self.seconds_before = 0.0
         """Seconds that earlier sessions spent on the steps of the stage."""
         self.last_step = 0
+        self.interlude = 0.0
+        """Seconds of validation and saving since the last line with a loss; no step was trained in them."""
+        self.mark = 0.0
+        """Time of the last step's end or of what followed it."""
         self.computed = [0, *accumulate(step.computed_tokens for step in counts)]
         self.bar = Bar(stage, len(counts), console, quiet_seconds=math.inf)
 
@@ -43,12 +47,27 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         """Start the clock and the display."""
         self.last_time = time.monotonic()
         self.started = self.last_time - self.seconds_before
+        self.interlude = 0.0
         self.last_step = state.global_step
         self.bar.start(state.global_step, self.computed[state.global_step])
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
+        self.mark = time.monotonic()
         self.bar.update(state.global_step, self.computed[state.global_step], self.computed[-1])
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave the time of a validation out of the rates."""
+        self._leave_out()
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave the time of a checkpoint out of the rates."""
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        now = time.monotonic()
+        self.interlude += now - self.mark
+        self.mark = now
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remove the display."""
@@ -85,10 +104,11 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
 
     def _rates(self, step: int) -> dict[str, float]:
         now = time.monotonic()
-        seconds = max(now - self.last_time, 1e-9)
+        seconds = max(now - self.last_time - self.interlude, 1e-9)
         questions = self.questions[step] - self.questions[self.last_step]
         tokens = self.supervised[step] - self.supervised[self.last_step]
         self.last_time, self.last_step = now, step
+        self.mark, self.interlude = now, 0.0
         return {
             "questions_per_second": round(questions / seconds, 3),
             "supervised_tokens_per_second": round(tokens / seconds, 3),

@@ -24,7 +24,7 @@ from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import claimed, place
 from lora_llava.run_directory.lock import locked
-from lora_llava.system.device import describe_device, peak_memory_bytes
+from lora_llava.system.device import describe_device, memory_capped, peak_memory_bytes, reset_peak_memory
 from lora_llava.system.files import shown_path, staged
 from lora_llava.system.progress import phase, shown_on
 from lora_llava.system.text import counted, listed
@@ -78,16 +78,16 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Train every stage and, if the recipe has an evaluation, compare the last artifact with its base.
 
-    `memory`: bytes of the card to plan for; None: what is free. `resume`: continue the run in `output_dir` without
-    repeating what is done. Returns the run's summary, which is also in `summary.json`: counts and metrics of each
-    stage, `evaluation` (see `evaluation.compare`), seconds by phase, and peak memory in bytes. Raises LoraLlavaError's
-    subclasses; TrainingError if another run is using the directory.
+    `memory`: bytes of the card to plan for, and to stay within on CUDA; None: what is free. `resume`: continue the run
+    in `output_dir` without repeating what is done. Returns the run's summary, which is also in `summary.json`: counts
+    and metrics of each stage, `evaluation` (see `evaluation.compare`), seconds and peak memory in bytes by phase.
+    Raises LoraLlavaError's subclasses; TrainingError if another run is using the directory.
     """
     asked = recipe.evaluation
     # Read the test data before training, so that a mistake in it shows at once and not hours later.
     questions = load_questions(asked.data, asked.by) if asked else None
     directory = recipe.resolved_output_dir
-    with locked(directory):
+    with locked(directory), memory_capped(memory):
         if recipe.start_from is not None:
             _check_start(recipe.start_from)
         with claimed(directory, recipe.plain(), overwrite=overwrite, resume=resume != "no"):
@@ -112,6 +112,7 @@ def _evaluate(recipe: Recipe, questions: QuestionSet, summary: dict[str, Any], c
         console.print(f"evaluation: made again, because of a change in {listed(changed)}", markup=False)
     output.note_skipped(directory, output.EVALUATION, questions.skipped)
     clock = time.monotonic()
+    reset_peak_memory()
     with staged(directory / output.EVALUATION, partial(place, directory)) as staging:
         candidate = Candidate(artifact, precision=recipe.precision, start=recipe.start_from)
         summary["evaluation"] = evaluate_artifact(
@@ -119,7 +120,7 @@ def _evaluate(recipe: Recipe, questions: QuestionSet, summary: dict[str, Any], c
         )
     summary[_EVALUATION_OF] = facts
     summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
-    summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
+    _add_peak(summary, "evaluation", peak_memory_bytes())
     output.write_summary(directory, summary)
 
 
@@ -134,9 +135,11 @@ def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: 
         summary = output.read_summary(directory)
     summary = {"name": recipe.name, "seconds": {}, **summary, "hardware": describe_device()}
     clock = time.monotonic()
+    reset_peak_memory()
     phase("Preparing the base")
     base_directory, identity = prepare_base(recipe, directory, summary)
     summary["seconds"]["base"] = round(time.monotonic() - clock + summary["seconds"].get("base", 0), 1)
+    _add_peak(summary, "base", peak_memory_bytes())
     parent = recipe.start_from
     for name in recipe.stage_names:
         # A base that the run assembled moves with the first checkpoint.
@@ -147,15 +150,23 @@ def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: 
             recipe = as_finished(stage)
             continue
         output.write_summary(directory, summary)
+        reset_peak_memory()
         summary[name], seconds = train_stage(stage, console, memory=memory, resume=resume)
         summary.pop(output.EVALUATION, None)
         summary["seconds"][name] = round(seconds, 1)
+        _add_peak(summary, name, summary[name]["peak_memory_bytes"])
         with output.writing(directory, output.LOSS_PLOT) as picture:
             plot_loss(picture, output.read_log(directory))
-    summary["peak_memory_bytes"] = max(peak_memory_bytes(), summary.get("peak_memory_bytes", 0))
     output.write_recipe(directory, recipe)
     output.write_summary(directory, summary)
     return summary
+
+
+def _add_peak(summary: dict[str, Any], phase_name: str, peak: int) -> None:
+    """Add the peak memory of a phase, in bytes, to the summary; of several sessions the highest counts."""
+    peaks = summary.setdefault("peak_memory_bytes_by_phase", {})
+    peaks[phase_name] = max(peak, peaks.get(phase_name, 0))
+    summary["peak_memory_bytes"] = max(peak, summary.get("peak_memory_bytes", 0))
 
 
 def _check_start(artifact: Path) -> None:

@@ -76,7 +76,12 @@ def test_the_summary_holds_the_evaluation(trained: Path) -> None:
         assert 0 <= one["low"] <= one["accuracy"] <= one["high"] <= 1
         assert set(one["by_type"]) == {"closed", "open", "yes/no", "number", "other"}
     assert set(summary["seconds"]) == {"base", "align", "instruct", "evaluation"}
-    assert summary["peak_memory_bytes"] > 0
+    peaks = summary["peak_memory_bytes_by_phase"]
+    assert peaks.keys() == summary["seconds"].keys()
+    assert summary["peak_memory_bytes"] == max(peaks.values())
+    assert (peaks["align"], peaks["instruct"]) == tuple(
+        summary[name]["peak_memory_bytes"] for name in ("align", "instruct")
+    )
     assert json.loads((trained / "evaluation" / "accuracy.json").read_text(encoding="utf-8")) == evaluation
 
 

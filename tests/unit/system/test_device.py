@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
-from lora_llava.system.device import peak_memory_bytes
+import pytest
+import torch
+
+from lora_llava.system.device import (
+    CUDA_CONTEXT,
+    free_memory_bytes,
+    memory_capped,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 
 CHILD = "from lora_llava.system.device import peak_memory_bytes; print(peak_memory_bytes())"
 HELD = 3 * 2**29
+GIB = 2**30
 
 
 def test_a_process_does_not_count_what_its_parent_held() -> None:
@@ -17,3 +28,73 @@ def test_a_process_does_not_count_what_its_parent_held() -> None:
     child = subprocess.run([sys.executable, "-c", CHILD], check=True, capture_output=True, text=True)
     assert peak_memory_bytes() >= HELD
     assert int(child.stdout) < HELD / 2
+
+
+def test_each_phase_has_its_own_peak() -> None:
+    held = bytearray(HELD)
+    held[:: 2**12] = b"1" * len(held[:: 2**12])
+    before = peak_memory_bytes()
+    del held
+    reset_peak_memory()
+    assert peak_memory_bytes() < before - HELD / 2
+
+
+class Card:
+    """Takes the calls to a CUDA device of 80 GiB, of which another process holds 2 GiB."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, reserved: int = 0) -> None:
+        self.share, self.shares, self.resets = 1.0, [], 0
+        self.free, self.total = 78 * GIB, 80 * GIB
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (self.free - reserved, self.total))
+        patch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+        patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        patch.setattr(torch.cuda, "set_per_process_memory_fraction", self.cap)
+        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: self.share)
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    shares: list[float]
+
+    def cap(self, share: float) -> None:
+        assert 0.0 <= share <= 1.0
+        self.share = share
+        self.shares.append(share)
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def test_memory_caps_the_process_on_cuda_and_the_cap_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, reserved=3 * GIB)
+    assert free_memory_bytes("cuda") == 75 * GIB
+
+    def fail() -> None:
+        assert card.share * card.total == pytest.approx(24 * GIB - CUDA_CONTEXT)
+        # What is free for the rest of the run, such as for answers, ends at the cap, too.
+        assert free_memory_bytes("cuda") == pytest.approx(21 * GIB - CUDA_CONTEXT, abs=1)
+        raise KeyError
+
+    with pytest.raises(KeyError), memory_capped(24 * GIB):
+        fail()
+    assert card.share == 1.0
+
+
+@pytest.mark.parametrize(("memory", "shares"), [(None, []), (200 * GIB, [1.0, 1.0])])
+def test_no_memory_given_is_no_cap_and_more_than_the_card_has_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, memory: Any, shares: list[float]
+) -> None:
+    card = Card(monkeypatch)
+    with memory_capped(memory):
+        pass
+    assert card.shares == shares
+
+
+def test_the_peak_on_cuda_is_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    reset_peak_memory()
+    assert card.resets == 1
+
+
+def test_a_cap_on_a_cpu_changes_nothing() -> None:
+    with memory_capped(GIB):
+        assert free_memory_bytes("cpu") > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +98,30 @@ def train_log(console: Console, path: Path, steps: int = 40) -> Any:
         log.on_log(None, state, control, logs)
     log.on_train_end(None, state, control)
     return log
+
+
+def test_the_rates_leave_out_validations_and_checkpoints_but_not_the_wait_for_data(
+    tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    log: Any = TrainingLog("instruct", tmp_path / "log.jsonl", [StepCounts(8, 40, 500)] * 3, Console(quiet=True))
+    state = SimpleNamespace(global_step=0)
+    log.on_train_begin(None, state, None)
+    for step, (computing, validating, saving) in enumerate([(2.0, 7.0, 5.0), (1.0, 0.0, 30.0), (1.0, 0.0, 0.0)], 1):
+        state.global_step = step
+        # The rows of a step are read before it begins.
+        clock.seconds += computing
+        log.on_step_end(None, state, None)
+        if step != 2:
+            log.on_log(None, state, None, {"loss": 1.0, "learning_rate": 1e-3})
+        clock.seconds += validating
+        if validating:
+            log.on_log(None, state, None, {"eval_loss": 1.0})
+            log.on_evaluate(None, state, None)
+        clock.seconds += saving
+        if saving:
+            log.on_save(None, state, None)
+    rows = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    assert [(row["questions_per_second"], row["seconds"]) for row in rows if "loss" in row] == [(4.0, 2.0), (8.0, 46.0)]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
