@@ -43,6 +43,8 @@ _OPTION_LEAD = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"\$+([^$]+)\$+|<([a-z])>|\\(?:boxed|text|mathrm|mathbf)\{(.*)\}", re.IGNORECASE | re.DOTALL)
+_MAX_MARKUP = 3
+"""Maximum layers of markup around a short answer, such as `$<a>$`."""
 _REPLY = re.compile(r"\W*no\s*[,.;:\u2013\u2014-]", re.IGNORECASE)
 _NEGATIONS = frozenset({"no", "not", "never", "without", "neither", "nor"})
 _ENCLOSING = "*_`\"'"
@@ -118,10 +120,15 @@ _SPELLINGS = tuple(
     )
 )
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)*|\.\d+"
+_DECIMAL = re.compile(r"(\d*)(\.\d*[1-9])?\.?0*")
+"""Digits before the point, and those after it up to the last that is not 0."""
 _TOKEN = re.compile(rf"(?P<number>{_NUMBER})|(?P<word>[^\W\d_][^\W_]*(?:'[^\W_]+)*)|(?P<sign>\S)")
 _NUMBER_LIST = re.compile(rf"[(\[]\s*[-+]?(?:{_NUMBER})\s*[,;]\s*[-+]?(?:{_NUMBER})[^()\[\]]*[)\]]")
 _SQUARE_LIST = re.compile(r"\[([^()\[\]]*)\][\s.]*")
 _DECORATION = frozenset(".,;:!?\"'()[]{}_*\u2026\u2022\u00b7")
+_BRACKETS = frozenset("()[]")
+_UNITS = frozenset("\"'")
+"""Feet and inches, minutes and seconds."""
 _BETWEEN_NUMBERS = {",": ",", ";": ",", ":": ":", "*": "*"}
 
 
@@ -152,7 +159,7 @@ def holds_answer(prediction: str, reference: str) -> bool:
         words[start : start + len(expected)] == expected
         and not (expected[0][0].isdigit() and _is_signed(words, start))
         and not (start > first and _is_negation(words[start - 1]))
-        for start in range(len(words) - len(expected) + 1)
+        for start in range(len(words))
     )
 
 
@@ -186,14 +193,14 @@ def answer_tokens(text: str) -> tuple[str, ...]:
             tokens.append(_LETTER + word if is_letter else _NUMBER_WORDS.get(word, word))
         elif sign := _sign(matches, index, text, listed):
             tokens.append(sign)
-    return _without_articles(_with_commas(_with_signs(tokens)))
+    return _without_articles(_with_marks(tokens))
 
 
 @lru_cache(maxsize=8192)
 def _bare_letter(text: str) -> str:
     """Return the option letter if that is the whole answer; otherwise empty."""
     match = _BARE_LETTER.fullmatch(_option_text(text))
-    return match[1].casefold() if match else ""
+    return match[1].casefold() if match and match[1].isascii() else ""
 
 
 @lru_cache(maxsize=8192)
@@ -201,7 +208,8 @@ def _option_letter(text: str) -> str:
     """Return the letter of the option that an answer starts with; empty if it names none, or several."""
     text = _option_text(text)
     for pattern in _OPTIONS:
-        if match := pattern.fullmatch(text):
+        # Without regard to case, [a-z] matches a few letters of other alphabets, too.
+        if (match := pattern.fullmatch(text)) and match[1].isascii():
             letter, rest = match[1].casefold(), match[2]
             # "a.m." and "1.5" are not options, and "A. B" is two; "A. 5" and "A: x" are one.
             short = r"\s+[\da-z]" if text[match.start(2) - 1] in ":)]" else r"\s+\d"
@@ -215,7 +223,7 @@ def _option_letter(text: str) -> str:
 def _names_others(letter: str, rest: str) -> bool:
     """Return whether the text after an option letter names another option in its line, or starts a line with one."""
     line, _, lines = rest.partition("\n")
-    following = chr(ord(letter) + 1) if letter < "z" else letter
+    following = chr(min(ord(letter) + 1, ord("z")))
     if any(re.search(pattern.format(letter, following), line, re.IGNORECASE) for pattern in _OTHERS):
         return True
     return re.search(_OTHER_LINE.format(letter), lines, re.IGNORECASE | re.MULTILINE) is not None
@@ -226,7 +234,7 @@ def _option_text(text: str) -> str:
     text = _stripped(_EMPHASIS.sub(r"\2", text))
     if lead := _OPTION_LEAD.match(text):
         text = _stripped(text[lead.end() :])
-    for _ in range(3):
+    for _ in range(_MAX_MARKUP):
         if not (marked := _MARKUP.fullmatch(text.removesuffix("."))):
             break
         text = _stripped(marked[marked.lastindex or 0])
@@ -274,11 +282,9 @@ def _plain_digit(character: str) -> str:
 def _number(text: str) -> str:
     """Return a number without separators and trailing zeros of a decimal; `1.2.30` is not a decimal."""
     text = text.replace(",", "")
-    if text.count(".") != 1:
+    if not (decimal := _DECIMAL.fullmatch(text)):
         return text
-    whole, _, decimals = text.partition(".")
-    decimals = decimals.rstrip("0")
-    return f"{whole or '0'}.{decimals}" if decimals else whole or "0"
+    return (decimal[1] or "0") + (decimal[2] or "")
 
 
 def _sign(matches: list[re.Match[str]], index: int, text: str, listed: bool) -> str:
@@ -289,14 +295,13 @@ def _sign(matches: list[re.Match[str]], index: int, text: str, listed: bool) -> 
     if mark == "-":
         return mark if _is_minus(matches[index], before, after, text) else ""
     if mark in _BETWEEN_NUMBERS:
-        signed = after is not None and after[0] in "+-" and index + 2 < len(matches)
+        signed = after is not None and after[0] in _SIGN_WORDS.values() and index + 2 < len(matches)
         following = matches[index + 2] if signed else after
         numbers = before is not None and following is not None and {before.lastgroup, following.lastgroup} == {"number"}
         return _BETWEEN_NUMBERS[mark] if numbers else ""
-    if mark in "()[]":
+    if mark in _BRACKETS:
         return mark if listed else ""
-    if mark in "\"'":
-        # Feet and inches, minutes and seconds.
+    if mark in _UNITS:
         return (
             mark
             if before is not None and before.lastgroup == "number" and before.end() == matches[index].start()
@@ -316,24 +321,17 @@ def _is_minus(mark: re.Match[str], before: re.Match[str] | None, after: re.Match
     return touches_before or touches_after
 
 
-def _with_signs(tokens: list[str]) -> list[str]:
-    """Replace `minus 3` by `- 3`."""
-    return [
-        _SIGN_WORDS.get(token, token) if number[:1].isdigit() else token
-        for token, number in zip(tokens, [*tokens[1:], ""], strict=False)
-    ]
-
-
-def _with_commas(tokens: list[str]) -> list[str]:
-    """Replace `1 and 2` by `1, 2`, but not `1 and 1/2`."""
-    kept: list[str] = []
+def _with_marks(tokens: list[str]) -> list[str]:
+    """Replace `minus 3` by `- 3`, and `1 and 2` by `1, 2`, but not `1 and 1/2`."""
+    numbers = [token[0].isdigit() for token in tokens]
+    marked = list(tokens)
     for index, word in enumerate(tokens):
-        following = tokens[index + 1 : index + 3]
-        is_number = following[:1] != [] and following[0][0].isdigit() and following[1:] != ["/"]
-        before = kept[-1] if kept else ""
-        joins_numbers = word == "and" and is_number and before[:1].isdigit()
-        kept.append("," if joins_numbers else word)
-    return kept
+        if numbers[index + 1 : index + 2] == [True]:
+            marked[index] = _SIGN_WORDS.get(word, word)
+        joins_numbers = word == "and" and numbers[index - 1 : index + 2] == [True, False, True]
+        if joins_numbers and tokens[index + 2 : index + 3] != ["/"]:
+            marked[index] = ","
+    return marked
 
 
 def _without_articles(tokens: list[str]) -> tuple[str, ...]:

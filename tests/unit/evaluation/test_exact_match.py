@@ -25,6 +25,7 @@ DIFFERENT = [
     ("1 and 1/2", "1, 1/2"), ("1 and 2", "12"), ("[1, 2)", "1, 2"), ("1e3", "1e4"), ("3x4", "3 4"), ("5 um", "5 mm"),
     ("x/-y", "x/y"), ("x-/y", "x/y"), ("the smear -ve", "the smear ve"), ("1, -2", "1 -2"), ("1, -2 mg", "1 -2 mg"),
     ("1, 2 mg", "1 2 mg"), ("plus size", "+size"), ("vitamin a deficiency", "vitamin deficiency"), ("a b c", "b c"),
+    ("1.2.30", "1.2.3"), ("100", "1"), ("0.05", "0.5"), ("1 and 2", "1 2"), ("5 minus", "5-"),
 ]  # fmt: skip
 SAME = [
     ("Yes.", "yes"), ("The left lung", "left lung"), ("x-ray", "X ray"), ("left_lung", "left lung"),
@@ -41,6 +42,7 @@ SAME = [
     ("2.50", "2.5"), (": 5", "5"), ("x - y", "x y"), ("- left", "left"), ("left, right", "left right"),
     ('the "left" lung', "the left lung"), ("minus 3.5", "-3.5"), ("pneu\u00admonia", "pneumonia"),
     ("1.5 and 2", "1.5, 2"), ("the 1.5", "1.5"), ("a CT scan", "CT scan"), ("vitamin A .", "vitamin A"),
+    ("0.0", "0"), (".0", "0"), (".50", "0.5"), ("1,000.0", "1000"), ("10.10", "10.1"), ("1 and minus 3", "1 and -3"),
 ]  # fmt: skip
 OPTIONS = [
     "A", "a", "A.", "(A)", "A)", "[A]", " a ", "**A**", "'A'", "Answer: A", "The answer is A.", "Option A",
@@ -105,6 +107,16 @@ def test_k12_a_lower_case_word_behind_a_full_stop_is_no_option(answer: str, lett
 def test_k12_other_letters_are_options_too(answer: str) -> None:
     assert exact_match(answer, "B")
     assert not exact_match(answer, "A")
+
+
+@pytest.mark.parametrize(
+    "answer", ["\u0130. Pneumonia", "(\u0130) Pneumonia", "\u0131) Pneumonia", "\u017f. Pneumonia"]
+)
+def test_k12_a_letter_of_another_alphabet_is_no_option(answer: str) -> None:
+    # The dotted I, the dotless i and the long s, which equal i and s to a search without regard to case.
+    for reference in ("A", "I", "S"):
+        assert not exact_match(answer, reference)
+        assert not exact_match(reference, answer)
 
 
 def test_k12_the_next_letter_is_another_option_beyond_the_usual_five_too() -> None:
