@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,18 +78,58 @@ def unit_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it."""
-    known = {name_of(other) for other in MODULES}
-    found = set()
+KNOWN = {name_of(path) for path in MODULES}
+
+
+@dataclass
+class Function:
+    """What the rules look at in a function, of its parameters all but `self` and `cls`."""
+
+    name: str
+    lines: int
+    has_return_type: bool
+    parameters: list[str]
+    bare: list[str]
+
+
+@dataclass
+class Source:
+    """What the rules look at in a file; relative imports by their lines."""
+
+    functions: list[Function] = field(default_factory=list)
+    imports: set[str] = field(default_factory=set)
+    relative_imports: list[int] = field(default_factory=list)
+
+
+@cache
+def source_of(path: Path) -> Source:
+    """Parse a file, once for all rules."""
+    source = Source()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            source.imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module is None):
+            source.relative_imports.append(node.lineno)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}, line {node.lineno}: a relative import, which these rules do not see"
-            assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return {name for name in found if name in known}
+            source.imports |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            named = [one for one in arguments if one.arg not in ("self", "cls")]
+            bare = [one.arg for one in named if one.annotation is None]
+            lines = node.end_lineno - node.lineno + 1
+            names = [one.arg for one in named]
+            source.functions.append(Function(node.name, lines, node.returns is not None, names, bare))
+    return source
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    source = source_of(path)
+    assert not source.relative_imports, (
+        f"{path.name}, lines {source.relative_imports}: relative imports, which these rules do not see"
+    )
+    return source.imports & KNOWN
 
 
 def layer_of(unit: str) -> int:
@@ -126,10 +169,8 @@ def test_no_cycles() -> None:
 def test_files_and_functions_are_small_and_finished(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= MAX_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name
+    for function in source_of(path).functions:
+        assert function.lines <= MAX_FUNCTION_LINES, function.name
     if path != Path(__file__):
         assert not UNFINISHED.search(text)
 
@@ -161,21 +202,15 @@ def test_the_readme_lists_every_entry() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_functions_have_few_parameters(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
-            assert len(names) <= MAX_PARAMETERS, f"{node.name}: {names}"
+    for function in source_of(path).functions:
+        assert len(function.parameters) <= MAX_PARAMETERS, f"{function.name}: {function.parameters}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_functions_are_annotated(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.returns is not None, node.name
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [one.arg for one in arguments if one.annotation is None and one.arg not in ("self", "cls")]
-            assert not bare, f"{node.name}: {bare}"
+    for function in source_of(path).functions:
+        assert function.has_return_type, function.name
+        assert not function.bare, f"{function.name}: {function.bare}"
 
 
 def test_the_ignore_index_is_defined_once() -> None:
@@ -209,8 +244,19 @@ def test_the_page_of_all_settings_is_up_to_date() -> None:
     assert "|  |" not in page, "a setting without a meaning: write a docstring below it"
 
 
+@pytest.fixture(scope="module")
+def heavy_after() -> dict[str, list[str]]:
+    """The heavy packages in a process that imports the light modules, one after the other, after each of them."""
+    code = (
+        "import importlib, json, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    print(json.dumps(sorted({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *LIGHT], capture_output=True, text=True, check=True)
+    return dict(zip(LIGHT, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
 @pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_import_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft', 'datasets'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_light_modules_import_nothing_heavy(heavy_after: dict[str, list[str]], module: str) -> None:
+    assert heavy_after[module] == []
