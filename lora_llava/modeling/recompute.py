@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from lora_llava.modeling.fused.layer import FusedLayer
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.recipe.stages import GradientCheckpointing
@@ -31,16 +32,19 @@ def set_recompute(model: Any, policy: GradientCheckpointing, full_layers: int = 
     """Set the policy of the language model's layers; with `selective`, the first `full_layers` are checkpointed fully.
 
     The vision tower needs none: it is frozen, so it keeps no activations. The last layer needs none: the backward pass
-    starts with it, while all other activations still exist, so recomputing it would not lower the peak.
+    starts with it, while all other activations still exist, so recomputing it would not lower the peak. Fused layers
+    are checkpointed fully or not at all: they keep no more than the selective policy does.
     """
     *layers, last = llava_in(model).get_submodule(LANGUAGE_MODEL).layers
     last.gradient_checkpointing = False
     for number, layer in enumerate(layers):
+        in_full = policy is True or (policy == "selective" and number < full_layers)
+        in_part = policy == "selective" and not in_full and not isinstance(layer, FusedLayer)
         # The two attributes that transformers' GradientCheckpointingLayer reads.
-        layer.gradient_checkpointing = policy is not False
-        if policy is True or (policy == "selective" and number < full_layers):
+        layer.gradient_checkpointing = in_full or in_part
+        if in_full:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        elif policy == "selective":
+        elif in_part:
             contexts = partial(create_selective_checkpoint_contexts, _keep_expensive)
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
 

@@ -1,0 +1,1 @@
+"""Decoder layers that compute LoRA inside the frozen products, with hand-written gradients."""

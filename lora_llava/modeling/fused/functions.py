@@ -1,0 +1,131 @@
+"""The two halves of a decoder layer around attention, as autograd functions.
+
+    x -> [RMSNorm, q | k | v, rotary embeddings] -> attention -> [o + x, RMSNorm, gate | up, SwiGLU, down + residual]
+
+For the backward pass they keep x, the residual after attention, gate, up and the inner products of LoRA; attention
+keeps queries, keys, values and its output. Norms, rotations and activations are computed again, which costs less than
+reading them back would. Shapes: T tokens, D hidden size.
+
+Nothing here waits for the device, and nothing saved is written to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lora_llava.modeling.fused.elementwise import (
+    inverse_rms,
+    rotate,
+    rotate_backward,
+    scaled,
+    scaled_backward,
+    swiglu,
+    swiglu_backward,
+)
+from lora_llava.modeling.fused.projection import FactorCopies, Projection
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """What a decoder layer computes with."""
+
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
+    input_norm: Any
+    mlp_norm: Any
+    head_dim: int
+
+    @classmethod
+    def of(cls, layer: Any, copies: FactorCopies) -> LayerParts:
+        """Read the parts of a Llama layer; LoRA's factors are read through `copies`."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj], copies),
+            out=Projection([attention.o_proj], copies),
+            gate_up=Projection([mlp.gate_proj, mlp.up_proj], copies),
+            down=Projection([mlp.down_proj], copies),
+            input_norm=layer.input_layernorm,
+            mlp_norm=layer.post_attention_layernorm,
+            head_dim=attention.head_dim,
+        )
+
+    @property
+    def adapted(self) -> list[Any]:
+        """PEFT's layers among them."""
+        return [module for part in (self.qkv, self.out, self.gate_up, self.down) for module in part.adapted]
+
+
+class QueriesKeysValues(torch.autograd.Function):
+    """Compute rotated queries and keys, and values, each (T, heads, head_dim), from the layer's input x (T, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: LayerParts, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_factors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`cos`, `sin`: (T, 1, head_dim); `_factors` are named so that autograd gives them gradients."""
+        norm = parts.input_norm
+        scale = inverse_rms(x, norm.variance_epsilon)
+        outputs, inner = parts.qkv.forward(scaled(x, norm.weight, scale))
+        queries, keys, values = (output.view(len(x), -1, parts.head_dim) for output in outputs)
+        ctx.parts = parts
+        ctx.save_for_backward(x, scale, inner, cos, sin)
+        return rotate(queries, cos, sin), rotate(keys, cos, sin), values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_queries: torch.Tensor, d_keys: torch.Tensor, d_values: torch.Tensor) -> Any:
+        """Return the gradients of x and of LoRA's factors."""
+        parts, norm = ctx.parts, ctx.parts.input_norm
+        x, scale, inner, cos, sin = ctx.saved_tensors
+        gradients = (rotate_backward(d_queries, cos, sin), rotate_backward(d_keys, cos, sin), d_values)
+        normalized = None if inner is None else scaled(x, norm.weight, scale)
+        d_normalized, d_factors = parts.qkv.backward([one.reshape(len(x), -1) for one in gradients], normalized, inner)
+        return None, scaled_backward(d_normalized, x, norm.weight, scale), None, None, *d_factors
+
+
+class OutputAndMLP(torch.autograd.Function):
+    """Compute the layer's output (T, D) from its input x (T, D) and attention's output (T, heads * head_dim)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: LayerParts, x: torch.Tensor, attended: torch.Tensor, *_factors: torch.Tensor
+    ) -> torch.Tensor:
+        """`_factors` are named so that autograd gives them gradients."""
+        norm = parts.mlp_norm
+        [residual], inner_out = parts.out.forward(attended, x)
+        scale = inverse_rms(residual, norm.variance_epsilon)
+        [gate, up], inner_gate_up = parts.gate_up.forward(scaled(residual, norm.weight, scale))
+        [output], inner_down = parts.down.forward(swiglu(gate, up), residual)
+        ctx.parts = parts
+        # Attention saves its output as well; without LoRA on `o` it is not needed here.
+        attended_for_factors = None if inner_out is None else attended
+        ctx.save_for_backward(attended_for_factors, residual, scale, gate, up, inner_out, inner_gate_up, inner_down)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        """Return the gradients of x, of attention's output, and of LoRA's factors."""
+        parts, norm = ctx.parts, ctx.parts.mlp_norm
+        attended, residual, scale, gate, up, inner_out, inner_gate_up, inner_down = ctx.saved_tensors
+
+        # MLP, from its end.
+        activated = F.silu(gate)
+        mlp_input = None if inner_down is None else activated * up
+        d_mlp_input, d_down = parts.down.backward([dy], mlp_input, inner_down)
+        del mlp_input
+        d_gate_up = swiglu_backward(d_mlp_input, gate, up, activated)
+        normalized = None if inner_gate_up is None else scaled(residual, norm.weight, scale)
+        d_normalized, d_gate_up_factors = parts.gate_up.backward(d_gate_up, normalized, inner_gate_up)
+
+        # Residual: past the MLP and through it.
+        d_residual = scaled_backward(d_normalized, residual, norm.weight, scale, dy)
+        d_attended, d_out = parts.out.backward([d_residual], attended, inner_out)
+        return None, d_residual, d_attended, *d_out, *d_gate_up_factors, *d_down

@@ -1,0 +1,111 @@
+"""`FusedLayer`: a Llama decoder layer that trains on packed rows with few operators and few saved activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import (
+    ALL_ATTENTION_FUNCTIONS,
+    LlamaDecoderLayer,
+    eager_attention_forward,
+)
+
+from lora_llava.modeling.fused.functions import LayerParts, OutputAndMLP, QueriesKeysValues
+from lora_llava.modeling.fused.projection import FactorCopies
+from lora_llava.modeling.fused.support import why_not_fused
+from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL, TREES
+
+
+class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has no types
+    """A decoder layer with the same modules and parameters, and another forward pass for packed rows.
+
+    Generation, batches and single conversations go through transformers' own forward, and PEFT's.
+    """
+
+    parts: LayerParts
+    copies: FactorCopies
+    is_first: bool
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the hidden states (1, T, D) after this layer; the arguments are transformers'."""
+        if past_key_values is None and position_embeddings is not None and self._is_packed(hidden_states):
+            device = hidden_states.device.type
+            if not torch.is_autocast_enabled(device):
+                return self._packed(hidden_states[0], attention_mask, position_embeddings, kwargs)
+            # Every dtype is already right: autocast would only look at each operator.
+            with torch.autocast(device, enabled=False):
+                return self._packed(hidden_states[0], attention_mask, position_embeddings, kwargs)
+        plain: torch.Tensor = super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        return plain
+
+    def _is_packed(self, hidden_states: torch.Tensor) -> bool:
+        """Return whether this is a packed row, in the compute dtype, through the adapters that were fused."""
+        attention = self.self_attn.config._attn_implementation
+        return (
+            attention in (TREES, FLEX)
+            and hidden_states.shape[0] == 1
+            and hidden_states.dtype == self.copies.dtype
+            and not any(module.disable_adapters or module.merged for module in self.parts.adapted)
+        )
+
+    def _packed(
+        self,
+        x: torch.Tensor,
+        attention_mask: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return the hidden states (1, T, D) of a row, given its input x (T, D)."""
+        parts, attention = self.parts, self.self_attn
+        if self.is_first:
+            self.copies.refresh()
+        cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
+        heads = QueriesKeysValues.apply(parts, x, cos, sin, *parts.qkv.factors())
+
+        # Attention as in transformers: (1, heads, T, head_dim) to (1, T, heads, head_dim).
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        queries, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in heads)
+        attended, _ = attend(
+            attention, queries, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling, **options
+        )
+
+        factors = [*parts.out.factors(), *parts.gate_up.factors(), *parts.down.factors()]
+        output: torch.Tensor = OutputAndMLP.apply(parts, x, attended.reshape(len(x), -1), *factors)
+        return output.unsqueeze(0)
+
+
+def fuse_layers(model: Any) -> str | None:
+    """Turn all decoder layers but the last into `FusedLayer`s, or none; return the reason if none, for the log.
+
+    The last one computes only where a token is predicted; see `modeling.packed`. Call it when the weights are on their
+    device and LoRA is in them. Names, parameters and hooks stay: only the class of the layers changes.
+    """
+    *layers, _last = llava_in(model).get_submodule(LANGUAGE_MODEL).layers
+    if not layers:
+        return None
+    if reason := next(filter(None, map(why_not_fused, layers)), None):
+        return reason
+    copies = FactorCopies(layers[0].input_layernorm.weight.dtype)
+    for number, layer in enumerate(layers):
+        layer.__class__ = FusedLayer
+        layer.parts, layer.copies, layer.is_first = LayerParts.of(layer, copies), copies, number == 0
+    return None

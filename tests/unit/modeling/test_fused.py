@@ -1,0 +1,242 @@
+"""Fused decoder layers against transformers', PEFT's and bitsandbytes' own: gradients, names, and what is not fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lora_llava.data.rows import Batch
+from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.fused.layer import FusedLayer, fuse_layers
+from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
+from lora_llava.modeling.recompute import set_recompute
+from lora_llava.modeling.structure import LANGUAGE_MODEL
+from lora_llava.recipe.settings import AdapterSettings
+from tests.helpers.layers import Layers, one_tree, training_model, two_trees
+from tests.parity.test_packed import Gradients
+
+TOLERANCE = 1e-5
+SHAPES = {
+    "NF4": Layers(),
+    "unquantized": Layers(quantization="none"),
+    "dequantized": Layers(quantization="dequantized"),
+    "stage 1": Layers(stage="align"),
+    "grouped keys": Layers(key_value_heads=2),
+    "queries and values": Layers(adapter=AdapterSettings(r=4, lora_alpha=8.0, target_modules=["q_proj", "v_proj"])),
+    "gate and output": Layers(adapter=AdapterSettings(r=4, lora_alpha=8.0, target_modules=["gate_proj", "o_proj"])),
+    "down": Layers(adapter=AdapterSettings(r=4, lora_alpha=8.0, target_modules=["down_proj"])),
+    "rank-stabilized": Layers(adapter=AdapterSettings(type="rslora", r=4, lora_alpha=8.0)),
+}
+
+
+def layers_of(model: Any) -> Any:
+    return llava_in(model).get_submodule(LANGUAGE_MODEL).layers
+
+
+def unfuse(model: Any) -> None:
+    for layer in layers_of(model):
+        layer.__class__ = LlamaDecoderLayer
+
+
+def gradients_of(model: Any, *rows: Batch) -> Gradients:
+    """Accumulate the gradients of rows."""
+    model.zero_grad(set_to_none=True)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=next(model.parameters()).dtype == torch.bfloat16)
+    for row in rows:
+        with autocast:
+            loss = packed_loss(model, row, 10)
+        loss.backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def worst(ours: Gradients, theirs: Gradients) -> float:
+    """Return the largest relative error of a parameter's gradient."""
+    assert ours.keys() == theirs.keys()
+    assert all(float(one.norm()) > 0 for one in theirs.values())
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=list(SHAPES))
+def test_the_gradients_are_those_of_peft_and_bitsandbytes(shapes: Layers) -> None:
+    model, rows = training_model(shapes), (two_trees(), one_tree())
+    names = [name for name, _ in model.named_parameters()]
+    before = gradients_of(model, *rows)
+    assert fuse_layers(model) is None
+    assert [type(layer) for layer in layers_of(model)] == [FusedLayer] * (shapes.layers - 1) + [LlamaDecoderLayer]
+    assert [name for name, _ in model.named_parameters()] == names
+    assert worst(gradients_of(model, *rows), before) < TOLERANCE
+
+    # The copies of the factors follow the optimizer.
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.step()
+    after = gradients_of(model, *rows)
+    unfuse(model)
+    assert worst(after, gradients_of(model, *rows)) < TOLERANCE
+    assert worst(after, before) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("policy", "full"), [(True, 0), ("selective", 1), ("selective", 0)])
+def test_recomputing_changes_no_bit(policy: Any, full: int) -> None:
+    model = training_model(Layers(layers=4))
+    fuse_layers(model)
+    whole = gradients_of(model, two_trees())
+    set_recompute(model, policy, full)
+    again = gradients_of(model, two_trees())
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_an_optimizer_that_leaves_the_version_of_a_factor_is_followed() -> None:
+    model = training_model(Layers())
+    fuse_layers(model)
+    before = gradients_of(model, one_tree())
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            # As bitsandbytes' optimizers write.
+            parameter.detach().numpy()[:] *= 2
+    changed = gradients_of(model, one_tree())
+    unfuse(model)
+    assert worst(changed, gradients_of(model, one_tree())) < TOLERANCE < worst(changed, before)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "dequantized"])
+def test_bf16_is_as_near_the_truth_as_peft(quantization: str) -> None:
+    # Truth: the same weights, bf16 values all, computed in fp32.
+    shapes = Layers(
+        layers=6, width=256, intermediate=688, quantization=quantization, dtype=torch.bfloat16,
+        adapter=AdapterSettings(r=16, lora_alpha=32.0),
+    )  # fmt: skip
+    model, row = training_model(shapes), two_trees()
+    theirs = gradients_of(model, row)
+    fuse_layers(model)
+    ours = gradients_of(model, row)
+    exact = training_model(replace(shapes, quantization="dequantized"))
+    truth = gradients_of(exact.float(), row)
+    assert truth.keys() == theirs.keys()
+    assert error(ours, truth) <= 1.05 * error(theirs, truth)
+    assert 1e-3 < error(theirs, truth) < 0.1
+
+
+def error(gradients: Gradients, truth: Gradients) -> float:
+    difference = torch.stack([(gradients[name] - truth[name]).norm() for name in truth]).norm()
+    return float(difference / torch.stack([one.norm() for one in truth.values()]).norm())
+
+
+def test_validation_and_a_row_without_images_are_the_same() -> None:
+    model = training_model(Layers()).eval()
+    row = {name: tensor for name, tensor in one_tree().items() if name != "pixel_values"}
+    row["input_ids"] = row["input_ids"].clamp(min=10)
+    with torch.no_grad():
+        theirs = packed_logits(model, row)
+        fuse_layers(model)
+        ours = packed_logits(model, row)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert worst(gradients_of(model, row), gradients_without(model, row)) < TOLERANCE
+
+
+def gradients_without(model: Any, row: Batch) -> Gradients:
+    unfuse(model)
+    return gradients_of(model, row)
+
+
+def test_generation_and_disabled_adapters_take_the_path_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = training_model(Layers()).eval(), torch.tensor([[1, 15, 16, 17], [1, 18, 19, 20]])
+
+    def answers() -> list[torch.Tensor]:
+        with torch.no_grad(), with_sdpa(llava_in(model)):
+            return [model.generate(input_ids=some, max_new_tokens=4, do_sample=False) for some in (ids, ids[:1])]
+
+    with torch.no_grad(), model.disable_adapter():
+        base = packed_logits(model, one_tree())
+    before = answers()
+    fuse_layers(model)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(packed_logits(model, one_tree()), base)
+    monkeypatch.setattr(FusedLayer, "_packed", None)
+    assert all(torch.equal(one, other) for one, other in zip(before, answers(), strict=True))
+
+
+class OtherLinear(nn.Linear):
+    """A linear layer that is not known."""
+
+
+def with_bias(layer: Any) -> None:
+    layer.mlp.up_proj.base_layer.bias = nn.Parameter(torch.zeros(176), requires_grad=False)
+
+
+def with_query_norm(layer: Any) -> None:
+    layer.self_attn.q_norm = nn.Identity()
+
+
+def of_another_type(layer: Any) -> None:
+    layer.__class__ = type("OtherLayer", (LlamaDecoderLayer,), {})
+
+
+def with_other_weights(layer: Any) -> None:
+    layer.self_attn.k_proj.base_layer.__class__ = OtherLinear
+
+
+def with_a_trained_norm(layer: Any) -> None:
+    layer.input_layernorm.weight.requires_grad_(True)
+
+
+def with_other_activation(layer: Any) -> None:
+    layer.mlp.act_fn = nn.GELU()
+
+
+def with_two_adapters(layer: Any) -> None:
+    layer.mlp.down_proj._active_adapter = ["default", "other"]
+
+
+def with_dropout_in_attention(layer: Any) -> None:
+    layer.self_attn.attention_dropout = 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_bias, "linear layers with a bias"),
+        (with_query_norm, "a self_attn with other modules than Llama's: q_norm"),
+        (of_another_type, "layers of type OtherLayer"),
+        (with_other_weights, "linear layers of type OtherLinear"),
+        (with_a_trained_norm, "trained base weights"),
+        (with_other_activation, "act_fn of type GELU"),
+        (with_two_adapters, "other than one adapter"),
+        (with_dropout_in_attention, "dropout in attention"),
+    ],
+)
+def test_what_is_not_known_is_not_fused(change: Callable[[Any], None], reason: str) -> None:
+    model = training_model(Layers(quantization="none"))
+    change(layers_of(model)[1])
+    assert fuse_layers(model) == reason
+    assert not any(isinstance(layer, FusedLayer) for layer in layers_of(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"adapter": AdapterSettings(type="dora", r=4)}, "DoraLinearVariant instead of plain LoRA"),
+        ({"adapter": AdapterSettings(r=4, lora_dropout=0.1)}, "lora_dropout"),
+        ({"dtype": torch.float64, "quantization": "none"}, "weights in torch.float64"),
+        ({"dtype": torch.float16, "quantization": "none"}, "weights in torch.float16"),
+    ],
+)
+def test_an_adapter_or_a_dtype_that_is_not_known_is_not_fused(changes: dict[str, Any], reason: str) -> None:
+    model = training_model(replace(Layers(), **changes))
+    assert fuse_layers(model) == reason
+    assert not any(isinstance(layer, FusedLayer) for layer in layers_of(model))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model = training_model(Layers())
+    fuse_layers(model)
+    trained = [one for name, one in model.named_parameters() if "layers.0" in name and "lora_A" in name]
+    first = torch.autograd.grad(packed_loss(model, one_tree(), 1), trained, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()

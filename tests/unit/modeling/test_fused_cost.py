@@ -1,0 +1,132 @@
+"""What fused layers cost: operators, waits for the device, activations that are kept, and CPU time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_llava.data.rows import Batch
+from lora_llava.modeling.fused.layer import fuse_layers
+from lora_llava.modeling.packed import packed_loss
+from lora_llava.recipe.settings import AdapterSettings
+from tests.helpers.layers import RANK, Layers, one_tree, training_model, two_trees
+
+VIEWS = set(
+    "view _unsafe_view reshape transpose t permute expand unsqueeze squeeze slice split split_with_sizes select alias "
+    "detach as_strided narrow unbind".split()
+)
+WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique"}
+
+
+class Operators(TorchDispatchMode):
+    """Counts dispatched operators by name, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().split(".")[0].split("::")[1]
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count(shapes: Layers) -> tuple[Counter[str], Counter[str]]:
+    """Count the operators of a row in bf16, forward and backward; gradients exist already, as for most rows."""
+    model, row = training_model(shapes), one_tree(torch.bfloat16)
+    fuse_layers(model)
+    for _ in range(2):
+        with Operators() as forward, torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = packed_loss(model, row, 10)
+        with Operators() as backward:
+            loss.backward()
+    return forward.counts, backward.counts
+
+
+@pytest.mark.parametrize(
+    ("changes", "most_forward", "most_backward"),
+    [
+        ({}, 55, 110),
+        ({"quantization": "dequantized"}, 48, 103),
+        ({"quantization": "dequantized", "stage": "align"}, 35, 52),
+    ],
+    ids=["NF4", "dequantized", "stage 1"],
+)
+def test_a_layer_has_few_operators_and_waits_for_none(
+    changes: dict[str, Any], most_forward: int, most_backward: int
+) -> None:
+    shapes = replace(Layers(dtype=torch.bfloat16), **changes)
+    # The difference of a layer more; the last one and all around the layers cancel.
+    pairs = zip(count(replace(shapes, layers=5)), count(replace(shapes, layers=4)), strict=True)
+    forward, backward = (more - fewer for more, fewer in pairs)
+    sys.stdout.write(f"operators of a layer: {forward.total()} forward, {backward.total()} backward\n")
+    assert 20 < forward.total() <= most_forward
+    assert 20 < backward.total() <= most_backward
+    assert not WAITS & (forward | backward).keys()
+
+
+def kept_elements(shapes: Layers, row: Batch) -> float:
+    """Count the elements a token that one layer keeps for the backward pass: distinct storages, no weights."""
+
+    def total(layers: int) -> int:
+        model = training_model(replace(shapes, layers=layers))
+        fuse_layers(model)
+        weights = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = packed_loss(model, row, 10)
+        kept = sum(storage.nbytes() for storage in saved.values())
+        loss.backward()
+        return kept
+
+    return (total(5) - total(4)) / row["input_ids"].numel() / shapes.dtype.itemsize
+
+
+@pytest.mark.parametrize("row", [one_tree(), two_trees()], ids=["one conversation", "two trees"])
+def test_a_layer_keeps_seven_widths_two_intermediates_and_the_inner_products(row: Batch) -> None:
+    width, intermediate = 256, 704
+    kept = kept_elements(Layers(width=width, intermediate=intermediate), row)
+    sys.stdout.write(f"kept by a layer: {kept:.0f} elements a token\n")
+    assert kept <= 1.02 * (7 * width + 2 * intermediate + 7 * RANK)
+
+
+def test_the_python_of_many_narrow_layers_takes_little_time() -> None:
+    shapes = Layers(layers=32, intermediate=128, heads=2, key_value_heads=2)
+    model, row = training_model(shapes), one_tree()
+
+    def fastest() -> float:
+        seconds = []
+        for _ in range(12):
+            started = time.process_time()
+            packed_loss(model, row, 10).backward()
+            seconds.append(time.process_time() - started)
+        return min(seconds)
+
+    before = fastest()
+    fuse_layers(model)
+    after = fastest()
+    sys.stdout.write(f"CPU time of 32 narrow layers: {after / before:.2f} of PEFT's, {1000 * after:.0f} ms\n")
+    assert after <= 0.7 * before
+
+
+def test_factors_of_the_whole_model_are_cast_by_one_call_a_row() -> None:
+    model = training_model(Layers(dtype=torch.bfloat16, adapter=AdapterSettings(r=4)))
+    fuse_layers(model)
+    with Operators() as operators, torch.autocast("cpu", dtype=torch.bfloat16):
+        packed_loss(model, one_tree(torch.bfloat16), 10)
+    assert operators.counts["_foreach_copy_"] == 1
