@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from torch import nn
@@ -223,6 +223,18 @@ def dequantize(model: nn.Module) -> None:
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = module.bias
         model.set_submodule(name, linear)
+
+
+def undo_double_quantization(model: nn.Module) -> None:
+    """Dequantize the 8-bit scales of 4-bit weights to fp32: 4 bytes per 64 weights instead of 1.
+
+    The weights have the same values; this saves two of three kernels for each of them in every pass.
+    """
+    for module in model.modules():
+        state = module.weight.quant_state if isinstance(module, Linear4bit) else None
+        if state is not None and state.nested:
+            state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+            state.nested, state.state2, state.offset = False, None, None
 
 
 def drop_unused_layers(model: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_llava.data.rows import Batch
 from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.base import undo_double_quantization
 from lora_llava.modeling.fused.layer import FusedLayer, fuse_layers
 from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
 from lora_llava.modeling.recompute import set_recompute
@@ -121,6 +123,20 @@ def test_bf16_is_as_near_the_truth_as_peft(quantization: str) -> None:
     assert truth.keys() == theirs.keys()
     assert error(ours, truth) <= 1.05 * error(theirs, truth)
     assert 1e-3 < error(theirs, truth) < 0.1
+
+
+def test_plain_scales_change_no_bit() -> None:
+    model = training_model(Layers())
+    fuse_layers(model)
+    nested = gradients_of(model, two_trees())
+    undo_double_quantization(model)
+    states = [module.weight.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
+    assert states
+    assert not any(state.nested for state in states)
+    plain = gradients_of(model, two_trees())
+    assert all(torch.equal(plain[name], nested[name]) for name in nested)
+    unfuse(model)
+    assert worst(plain, gradients_of(model, two_trees())) < TOLERANCE
 
 
 def error(gradients: Gradients, truth: Gradients) -> float:

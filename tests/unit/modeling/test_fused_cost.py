@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_llava.data.rows import Batch
+from lora_llava.modeling.base import undo_double_quantization
 from lora_llava.modeling.fused.layer import fuse_layers
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe.settings import AdapterSettings
@@ -42,6 +43,7 @@ class Operators(TorchDispatchMode):
 def count(shapes: Layers) -> tuple[Counter[str], Counter[str]]:
     """Count the operators of a row in bf16, forward and backward; gradients exist already, as for most rows."""
     model, row = training_model(shapes), one_tree(torch.bfloat16)
+    undo_double_quantization(model)
     fuse_layers(model)
     for _ in range(2):
         with Operators() as forward, torch.autocast("cpu", dtype=torch.bfloat16):
