@@ -109,21 +109,20 @@ def test_a_layer_keeps_seven_widths_two_intermediates_and_the_inner_products(row
 
 def test_the_python_of_many_narrow_layers_takes_little_time() -> None:
     shapes = Layers(layers=32, intermediate=128, heads=2, key_value_heads=2)
-    model, row = training_model(shapes), one_tree()
-
-    def fastest() -> float:
-        seconds = []
-        for _ in range(12):
+    peft, fused, row = training_model(shapes), training_model(shapes), one_tree()
+    undo_double_quantization(fused)
+    fuse_layers(fused)
+    fastest = {id(model): float("inf") for model in (peft, fused)}
+    # In turns, and the fastest of each: another process on this machine disturbs some of them.
+    for _ in range(10):
+        for model in (peft, fused):
             started = time.process_time()
             packed_loss(model, row, 10).backward()
-            seconds.append(time.process_time() - started)
-        return min(seconds)
-
-    before = fastest()
-    fuse_layers(model)
-    after = fastest()
-    sys.stdout.write(f"CPU time of 32 narrow layers: {after / before:.2f} of PEFT's, {1000 * after:.0f} ms\n")
-    assert after <= 0.7 * before
+            fastest[id(model)] = min(fastest[id(model)], time.process_time() - started)
+    ratio = fastest[id(fused)] / fastest[id(peft)]
+    sys.stdout.write(f"CPU time of 32 narrow layers: {ratio:.2f} of PEFT's\n")
+    # Alone on a machine: at most 0.55.
+    assert ratio <= 0.75
 
 
 def test_factors_of_the_whole_model_are_cast_by_one_call_a_row() -> None:
