@@ -13,7 +13,7 @@ from torch.nn import functional as F
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Return 1 / sqrt(mean(x^2) + eps) of each token of `x` (T, D): (T, 1) in fp32."""
     # One reduction instead of a cast, a square and a mean of the whole tensor.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 

@@ -11,6 +11,7 @@ Nothing here waits for the device, and nothing saved is written to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class LayerParts:
         return [module for part in (self.qkv, self.out, self.gate_up, self.down) for module in part.adapted]
 
 
-class QueriesKeysValues(torch.autograd.Function):
+class _QueriesKeysValues(torch.autograd.Function):
     """Compute rotated queries and keys, and values, each (T, heads, head_dim), from the layer's input x (T, D)."""
 
     @staticmethod
@@ -90,7 +91,7 @@ class QueriesKeysValues(torch.autograd.Function):
         return None, scaled_backward(d_normalized, x, norm.weight, scale), None, None, *d_factors
 
 
-class OutputAndMLP(torch.autograd.Function):
+class _OutputAndMLP(torch.autograd.Function):
     """Compute the layer's output (T, D) from its input x (T, D) and attention's output (T, heads * head_dim)."""
 
     @staticmethod
@@ -129,3 +130,7 @@ class OutputAndMLP(torch.autograd.Function):
         d_residual = scaled_backward(d_normalized, residual, norm.weight, scale, dy)
         d_attended, d_out = parts.out.backward([d_residual], attended, inner_out)
         return None, d_residual, d_attended, *d_out, *d_gate_up_factors, *d_down
+
+
+compute_qkv: Callable[..., Any] = _QueriesKeysValues.apply
+compute_output: Callable[..., Any] = _OutputAndMLP.apply

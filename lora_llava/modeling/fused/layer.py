@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from lora_llava.modeling.fused.functions import LayerParts, OutputAndMLP, QueriesKeysValues
+from lora_llava.modeling.fused.functions import LayerParts, compute_output, compute_qkv
 from lora_llava.modeling.fused.projection import FactorCopies
 from lora_llava.modeling.fused.support import why_not_fused
 from lora_llava.modeling.packed import llava_in
@@ -79,7 +79,7 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         if self.is_first:
             self.copies.refresh()
         cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
-        heads = QueriesKeysValues.apply(parts, x, cos, sin, *parts.qkv.factors())
+        heads = compute_qkv(parts, x, cos, sin, *parts.qkv.factors())
 
         # Attention as in transformers: (1, heads, T, head_dim) to (1, T, heads, head_dim).
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
@@ -89,7 +89,7 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         )
 
         factors = [*parts.out.factors(), *parts.gate_up.factors(), *parts.down.factors()]
-        output: torch.Tensor = OutputAndMLP.apply(parts, x, attended.reshape(len(x), -1), *factors)
+        output: torch.Tensor = compute_output(parts, x, attended.reshape(len(x), -1), *factors)
         return output.unsqueeze(0)
 
 

@@ -10,13 +10,12 @@ A's, stacked. Shapes: x (T, in), y (T, out), inner = x A^T (T, sum of r).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_blockwise
-from torch import nn
 
 
 class FactorCopies:
@@ -28,7 +27,7 @@ class FactorCopies:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._factors: list[nn.Module] = []
+        self._factors: list[Any] = []
         self._copies: list[torch.Tensor] = []
 
     def stack(self, factors: Sequence[Any]) -> torch.Tensor:
@@ -47,19 +46,16 @@ class FactorCopies:
                 torch._foreach_copy_(self._copies, [factor.weight for factor in self._factors])
 
 
-@dataclass(slots=True)
-class _Branch:
-    """One linear layer: its frozen part, and its LoRA if it has one."""
+@dataclass(frozen=True, slots=True)
+class _Lora:
+    """The adapter of one linear layer."""
 
-    linear: Any
-    """`nn.Linear`, or `Linear4bit`."""
-    rank: int = 0
-    """0: no LoRA."""
-    scaling: float = 0.0
-    factors: tuple[Any, ...] = ()
-    """A and B as PEFT's linear layers: what the optimizer trains."""
-    b: torch.Tensor | None = None
-    """Copy of B (out, r) in the compute dtype."""
+    a: Any
+    b: Any
+    """PEFT's linear layers A and B, whose weights the optimizer trains."""
+    b_copy: torch.Tensor
+    """B (out, r) in the compute dtype."""
+    scaling: float
 
 
 class Projection:
@@ -69,27 +65,29 @@ class Projection:
         """Read `modules`, plain layers or PEFT's around them; `why_not_fused` has accepted them."""
         self.dtype = copies.dtype
         self.adapted = [module for module in modules if hasattr(module, "lora_A")]
-        self.branches = [_branch(module, copies) for module in modules]
-        self.ranks = [branch.rank for branch in self.branches if branch.rank]
-        self.a = copies.stack([branch.factors[0] for branch in self.branches if branch.rank]) if self.ranks else None
-        """Copies of all A's (sum of r, in)."""
+        self.linears = [getattr(module, "base_layer", module) for module in modules]
+        self.loras = [_lora_of(module, copies) if hasattr(module, "lora_A") else None for module in modules]
+        a_factors = [lora.a for lora in self.loras if lora is not None]
+        self.ranks = [a.weight.shape[0] for a in a_factors]
+        self.a_copy = copies.stack(a_factors) if a_factors else None
+        """All A's (sum of r, in) in the compute dtype."""
 
     def factors(self) -> list[torch.Tensor]:
         """Return the trained A and B of each layer that has LoRA, in the order of `backward`'s gradients."""
-        return [factor.weight for branch in self.branches for factor in branch.factors]
+        return [factor.weight for lora in self.loras if lora is not None for factor in (lora.a, lora.b)]
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the outputs (T, out) of each layer, plus `residual`, and `inner`, which `backward` needs."""
-        inner = None if self.a is None else x @ self.a.t()
+        inner = None if self.a_copy is None else x @ self.a_copy.t()
         parts = self._per_adapter(inner)
         outputs = []
-        for branch in self.branches:
-            weight = _frozen_weight(branch.linear, self.dtype).t()
+        for linear, lora in zip(self.linears, self.loras, strict=True):
+            weight = _frozen_weight(linear, self.dtype).t()
             out = x @ weight if residual is None else torch.addmm(residual, x, weight)
-            if branch.b is not None:
-                out.addmm_(parts.pop(0), branch.b.t(), alpha=branch.scaling)
+            if lora is not None:
+                out.addmm_(next(parts), lora.b_copy.t(), alpha=lora.scaling)
             outputs.append(out)
         return outputs, inner
 
@@ -102,39 +100,36 @@ class Projection:
         """
         # Through the frozen weights.
         dx: torch.Tensor | None = None
-        for branch, dy in zip(self.branches, dys, strict=True):
-            weight = _frozen_weight(branch.linear, self.dtype)
+        for linear, dy in zip(self.linears, dys, strict=True):
+            weight = _frozen_weight(linear, self.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         assert dx is not None
-        if self.a is None or inner is None or x is None:
+        if self.a_copy is None or inner is None or x is None:
             return dx, []
 
-        # Through each B, into one gradient of `inner`. With beta = 0, what the output held does not count.
+        # Through each B, into its part of the gradient of `inner`. With beta = 0, what the output held does not count.
         d_inner = torch.empty_like(inner)
-        parts, d_parts = self._per_adapter(inner), self._per_adapter(d_inner)
-        d_bs = []
-        adapted = [(branch, dy) for branch, dy in zip(self.branches, dys, strict=True) if branch.rank]
-        for (branch, dy), part, d_part in zip(adapted, parts, d_parts, strict=True):
-            torch.addmm(d_part, dy, branch.b, beta=0, alpha=branch.scaling, out=d_part)
-            d_bs.append(torch.addmm(branch.b, dy.t(), part, beta=0, alpha=branch.scaling).float())
+        parts, d_parts, d_bs = self._per_adapter(inner), self._per_adapter(d_inner), []
+        for lora, dy in zip(self.loras, dys, strict=True):
+            if lora is not None:
+                part, d_part, b = next(parts), next(d_parts), lora.b_copy
+                torch.addmm(d_part, dy, b, beta=0, alpha=lora.scaling, out=d_part)
+                d_bs.append(torch.addmm(b, dy.t(), part, beta=0, alpha=lora.scaling).float())
 
         # Through all A's at once.
-        dx.addmm_(d_inner, self.a)
+        dx.addmm_(d_inner, self.a_copy)
         d_as = (d_inner.t() @ x).float().split(self.ranks)
         return dx, [gradient for pair in zip(d_as, d_bs, strict=True) for gradient in pair]
 
-    def _per_adapter(self, inner: torch.Tensor | None) -> list[torch.Tensor]:
+    def _per_adapter(self, inner: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Split (T, sum of r) into views, one for each layer with LoRA."""
-        return [] if inner is None else list(inner.split(self.ranks, dim=1))
+        return iter(() if inner is None else inner.split(self.ranks, dim=1))
 
 
-def _branch(module: Any, copies: FactorCopies) -> _Branch:
-    if not hasattr(module, "lora_A"):
-        return _Branch(module)
+def _lora_of(module: Any, copies: FactorCopies) -> _Lora:
     [adapter] = module.active_adapters
     a, b = module.lora_A[adapter], module.lora_B[adapter]
-    scaling = float(module.scaling[adapter])
-    return _Branch(module.base_layer, a.weight.shape[0], scaling, (a, b), copies.stack([b]))
+    return _Lora(a, b, copies.stack([b]), float(module.scaling[adapter]))
 
 
 def _frozen_weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
