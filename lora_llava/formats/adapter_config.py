@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import ADAPTER_CONFIG
@@ -46,6 +47,10 @@ _ALWAYS_WRITTEN = (
     "modules_to_save", "inference_mode",
 )  # fmt: skip
 """Settings of LoRA that every version of PEFT knows, and that other readers look up without a default."""
+
+_SINCE_0_14 = ("exclude_modules", "eva_config", "lora_bias")
+_SINCE_0_15 = ("corda_config", "trainable_token_indices", "peft_version")
+"""Settings by the version of PEFT that first wrote them: it writes all that it knows."""
 
 _LLAVA_HF = {
     "base_model_class": "LlavaForConditionalGeneration",
@@ -100,6 +105,33 @@ def write_adapter_config(
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     text = json.dumps(dict(sorted(settings.items())), indent=2)
     (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def ranks_and_alphas(directory: Path, config: LoraConfig, modules: Iterable[str]) -> Mapping[str, tuple[int, float]]:
+    """Return rank and alpha of layers, by their names in the adapter, as the PEFT that wrote the settings read them.
+
+    The keys of `rank_pattern` and `alpha_pattern` are regular expressions. PEFT up to 0.14 puts `.*` and a dot before
+    the key, without a group: the second layer of `q_proj|v_proj` is never found. Up to 0.13, the first key of both
+    mappings that matches decides rank and alpha.
+    """
+    written = read_json(directory / ADAPTER_CONFIG).keys()
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    both = [*ranks, *alphas]
+    # A key that begins with ^ matches nothing in older versions, so it was not written for them.
+    is_new = not written.isdisjoint(_SINCE_0_15) or any(key.startswith("^") for key in both)
+    matching = get_pattern_key if is_new else _old_pattern_key
+    is_shared = not is_new and written.isdisjoint(_SINCE_0_14)
+    values = {}
+    for module in modules:
+        rank = ranks.get(matching(both if is_shared else list(ranks), module), config.r)
+        alpha = alphas.get(matching(both if is_shared else list(alphas), module), config.lora_alpha)
+        values[module] = (int(rank), float(alpha))
+    return values
+
+
+def _old_pattern_key(keys: Sequence[str], module: str) -> str:
+    """Return the key that PEFT up to 0.14 takes for a layer; the layer's name if none matches."""
+    return next((key for key in keys if re.match(rf".*\.{key}$", module)), module)
 
 
 def _check_form(config: LoraConfig, where: Path) -> None:

@@ -14,6 +14,7 @@ from lora_llava.artifact import load_model
 from lora_llava.cli import cli
 from lora_llava.errors import HubError
 from lora_llava.recipe.file import dump_resolved, load_recipe
+from lora_llava.shipping.export import export
 from lora_llava.system.hub.artifact import hub_source, located
 from lora_llava.system.hub.network import offline
 from tests.e2e.test_commands import write_data
@@ -88,9 +89,11 @@ def test_k55_what_is_made_of_it_records_the_commit(published: LoopbackHub, tiny_
     merged = run.invoke(cli, ["merge", REPO, "merged", *base])
     assert merged.exit_code == 0, merged.output
     assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["hub"] == recorded
-    exported = run.invoke(cli, ["export", f"{REPO}@main", "for-vllm", "--format", "vllm", *base])
-    assert exported.exit_code == 0, exported.output
-    assert json.loads((tmp_path / "for-vllm" / "export_report.json").read_text())["hub"] == recorded
+    for layout in ("vllm", "gguf", "gguf-lora", "llava"):
+        tower = ["--vision-tower", "some/tower"] if layout == "llava" else []
+        exported = run.invoke(cli, ["export", f"{REPO}@main", layout, "--format", layout, *base, *tower])
+        assert exported.exit_code == 0, exported.output
+        assert json.loads((tmp_path / layout / "export_report.json").read_text())["hub"] == recorded
     evaluated = run.invoke(cli, ["eval", REPO, "--data", "data.json", "--output", "out", "--no-base", *base])
     assert evaluated.exit_code == 0, evaluated.output
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text())["hub"] == recorded
@@ -98,6 +101,14 @@ def test_k55_what_is_made_of_it_records_the_commit(published: LoopbackHub, tiny_
     assert push(tmp_path / "merged", repo="canary-org/merged").exit_code == 0
     loaded, _ = load_model("canary-org/merged")
     assert hub_source(loaded.directory) is not None
+    for layout in ("hf", "gguf", "llava"):
+        output = tmp_path / f"model-{layout}"
+        export("canary-org/merged", output, layout)
+        report = json.loads((output / "export_report.json").read_text())
+        assert report["hub"] == {"repo_id": "canary-org/merged", "revision": loaded.directory.name}
+        # What is made of a directory has no commit to record.
+        export(tmp_path / "merged", tmp_path / f"local-{layout}", layout)
+        assert not (tmp_path / f"local-{layout}" / "export_report.json").exists()
 
 
 def test_k55_a_run_that_starts_from_it(published: LoopbackHub, tiny_base: Path, tmp_path: Path) -> None:

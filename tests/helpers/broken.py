@@ -145,6 +145,11 @@ def artifact_outside(project: Project) -> list[str]:
     )
 
 
+def artifact_with_tower(project: Project) -> list[str]:
+    old, new = "multi_modal_projector.linear_1", "vision_tower.post_layernorm"
+    return rewrite(project, lambda name, tensor: (name.replace(old, new), tensor))
+
+
 def rewrite(project: Project, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> list[str]:
     """Make an artifact to start from, its tensors changed, and its manifest with the hash of that."""
     overrides = artifact(project)
@@ -221,6 +226,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "start_from damaged": (damaged_artifact, "was altered: its sha256 is"),
     "start_from of another base": (artifact_of_wider_base, "was trained on a base of another shape"),
     "start_from with LoRA outside": (artifact_outside, "has LoRA outside the language model"),
+    "start_from with a tower": (artifact_with_tower, "replaces weights (vision_tower.vision_model.post_layernorm"),
     "start_from of another rank": (artifact_of_rank_2, "adapter.r: is 2, but the LoRA in start_from"),
     "bf16 on a CPU": (override("precision=bf16"), "bf16 cannot be computed on this machine"),
     "flex_attention on a CPU": (override("attn_implementation=flex_attention"), "has no backward pass on a CPU"),

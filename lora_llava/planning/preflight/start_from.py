@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, WEIGHTS, canonical_name, split_lora
+from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, canonical_name, split_lora
 from lora_llava.formats.shapes import LlavaShape, Shape
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
@@ -100,7 +100,7 @@ def _damage(path: Path) -> Iterator[tuple[str, str]]:
 def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Finding]:
     """Yield what does not fit the base. `recipe.start` refuses a LoRA of another form than the recipe's."""
     lora: dict[str, dict[str, Shape]] = {}
-    outside, projector = [], {}
+    outside, replaced, projector = list[str](), list[str](), dict[str, Shape]()
     for name, tensor in tensors.items():
         unprefixed = name.removeprefix(PEFT_PREFIX)
         part = split_lora(unprefixed)
@@ -109,15 +109,18 @@ def _misfit(path: Path, tensors: dict[str, Tensor], setup: Setup) -> Iterator[Fi
         except ModelError:
             outside.append(name)
             continue
-        if part is None:
+        if part is None and weight.startswith(PROJECTOR_PREFIX):
             projector[weight] = tensor.shape
+        elif part is None:
+            replaced.append(weight)
         elif weight.startswith(_LAYERS):
             lora.setdefault(weight, {})[part[1]] = tensor.shape
         else:
             outside.append(weight)
-    if outside:
-        what = f"{path} has LoRA outside the language model ({shown(sorted(outside))}), which the kit does not train"
-        yield Problem(_KEY, what, "Merge it into its base (lora-llava merge), and name the result as the base.")
+    for what, names in (("has LoRA outside the language model", outside), ("replaces weights", replaced)):
+        if names:
+            what = f"{path} {what} ({shown(sorted(names))}), which the kit does not train"
+            yield Problem(_KEY, what, "Merge it into its base (lora-llava merge), and name the result as the base.")
     if setup.shape is not None and (wrong := _wrong_shapes(lora, projector, setup.shape)):
         what = f"{path} was trained on a base of another shape: {shown(wrong)}"
         yield Problem(_KEY, what, "Name the base that it was trained on; its manifest.json says which.")

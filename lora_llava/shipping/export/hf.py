@@ -14,7 +14,7 @@ from lora_llava.conversation.templates import Template
 from lora_llava.formats.llava_hf import WeightFiles, check_identical, each_tensor, expected_shapes, write_weights
 from lora_llava.formats.transformers_4 import add_old_files, add_old_names
 from lora_llava.modeling.metadata import read_config
-from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.system.files import staged
 
@@ -34,6 +34,7 @@ def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportRepor
         names = sorted(expected_shapes(config))
         written = write_weights(staging, ((name, files.read(name)) for name in names))
         copy_surroundings(source, staging, options)
+        record_source(staging, source)
         for name, tensor in each_tensor(staging):
             check_identical(tensor, files.read(name), name)
         shutil.copyfile(source / "config.json", staging / "config.json")

@@ -43,7 +43,7 @@ from lora_llava.formats.processor import clip_image_settings
 from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
-from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import open_source
 from lora_llava.system.files import staged
 from lora_llava.system.text import counted, dtype_name
@@ -78,6 +78,7 @@ def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportR
         if options.vision_tower is None:
             _write_tower(staging / TOWER_DIRECTORY, source, config, files)
         copy_surroundings(source, staging, options)
+        record_source(staging, source)
         # The original code reads the tower's own preprocessor_config.json.
         for name in _PROCESSORS:
             (staging / name).unlink(missing_ok=True)
@@ -179,6 +180,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
         else:
             torch.save(named, staging / MM_PROJECTOR)
         _check_adapter(staging, adapter, projector)
+        record_source(staging, source)
         ratio = manifest.images["image_aspect_ratio"]
         write_json(staging / "config.json", to_original_config(config, torch.float16, tower, ratio))
     what = f"LoRA on {counted(len(adapter.layers), 'layer')} and the projector" if adapter.layers else "the projector"

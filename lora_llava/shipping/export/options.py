@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_llava.system.files import json_text
+from lora_llava.system.hub.artifact import source_facts
+
 ExportReport = dict[str, Any]
 """What an export did and how it was checked; `summary` holds the lines to show."""
 
@@ -25,6 +28,15 @@ class ExportOptions:
     """`llava`: name of the vision tower to refer to; None: the tower is written with the model."""
     outtype: str | None = None
     """`gguf`, `gguf-lora`: how weights are stored; None: the format's own default."""
+
+
+REPORT = "export_report.json"
+
+
+def record_source(staging: Path, source: Path) -> None:
+    """Write the commit of a model from the Hub to `export_report.json`; a local directory has none to record."""
+    if (facts := source_facts(source)) is not None:
+        (staging / REPORT).write_text(json_text({"hub": facts}, indent=2) + "\n", encoding="utf-8")
 
 
 Exporter = Callable[[Path, Path, ExportOptions], ExportReport]

@@ -23,7 +23,7 @@ from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter
-from lora_llava.shipping.export.options import VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
+from lora_llava.shipping.export.options import REPORT, VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
 from lora_llava.shipping.merge.probe import (
     Difference,
     adapted_model,
@@ -46,7 +46,7 @@ from lora_llava.system.files import staged
 from lora_llava.system.hub.artifact import source_facts
 from lora_llava.system.text import counted, dtype_name
 
-BASE, _ADAPTER, _REPORT = "base", "adapter", "export_report.json"
+_BASE, _ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
         opened = open_source(source, options.base_model)
         kind = choose_base(opened, options.base)
         form = _form(opened.adapter, served)
-        _write_base(staging / BASE, opened, kind, served)
+        _write_base(staging / _BASE, opened, kind, served)
         _write_adapter(staging / _ADAPTER, opened.adapter, served, form)
-        written = WeightFiles(staging / BASE)
+        written = WeightFiles(staging / _BASE)
         report: ExportReport = {
             "base": kind,
             "reason": reason_for(opened, kind),
@@ -87,9 +87,9 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
             "hub": source_facts(source),
             "versions": library_versions(),
         }
-        write_json(staging / _REPORT, report)
+        write_json(staging / REPORT, report)
         # Last: without config.json, no reader takes the leftovers of an interruption for a model.
-        write_config(staging / BASE, opened.base, written.dtype(EMBEDDINGS))
+        write_config(staging / _BASE, opened.base, written.dtype(EMBEDDINGS))
     return {**report, "summary": _summary(report, output, form, len(served))}
 
 
@@ -147,7 +147,7 @@ def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: _
         target_modules=[memory_name(name).removesuffix(".weight") for name in served],
     )
     # Relative, so that the pair can be moved; vLLM does not read it.
-    write_adapter_config(directory, config, f"../{BASE}")
+    write_adapter_config(directory, config, f"../{_BASE}")
 
 
 def _tensors(adapter: Adapter, served: list[str], form: _Form) -> Iterator[tuple[str, torch.Tensor]]:
@@ -168,7 +168,7 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
     written.check(source.config)
     config, manifest = source.config, source.manifest
     model = adapted_model(written.read, config, Adapter(staging / _ADAPTER))
-    asked = ask(model, config, get_template(**manifest.template), staging / BASE)
+    asked = ask(model, config, get_template(**manifest.template), staging / _BASE)
     ours = logits_of(model, asked)
     del model
 
@@ -189,14 +189,14 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
 
 def _summary(report: ExportReport, output: Path, form: _Form, layers: int) -> list[str]:
     lines = [
-        f"{output / BASE}: the {report['base']} base with the tuned projector, {report['dtype']} ({report['reason']})",
+        f"{output / _BASE}: the {report['base']} base with the tuned projector, {report['dtype']} ({report['reason']})",
         f"{output / _ADAPTER}: LoRA of rank {form.r} on {counted(layers, 'layer')}",
         probe_line(report, "the artifact"),
     ]
     if trained := report.get("distance_from_trained"):
         lines.append(f"against the trained model: {Difference(**trained)}")
     lines.append(
-        f"vllm serve {output / BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
+        f"vllm serve {output / _BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
         f"--lora-modules tuned={output / _ADAPTER}"
     )
     return lines

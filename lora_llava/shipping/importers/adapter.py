@@ -13,10 +13,11 @@ from peft import LoraConfig
 from lora_llava.conversation.chat_template import read_own_template, recognize
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
-from lora_llava.formats.adapter_config import read_adapter_config
+from lora_llava.formats.adapter_config import ranks_and_alphas, read_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_tensors
 from lora_llava.formats.names import (
+    BUFFERS,
     EMBEDDINGS,
     HEAD,
     PEFT_PREFIX,
@@ -26,7 +27,7 @@ from lora_llava.formats.names import (
     split_lora,
     unwrap_peft,
 )
-from lora_llava.formats.peft_adapter import alpha_of, check_parts
+from lora_llava.formats.peft_adapter import check_parts
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.importers.write import Base, ForeignAdapter, LayerLora, open_base, write_artifact
@@ -69,7 +70,7 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
         _sort(parts, read_tensors(source / NON_LORA), from_original_name, source / NON_LORA)
     base = open_base(options.base_model, source)
     _check_copies(parts, base, source)
-    layers = {name: _layer(name, parts, form, source) for name in parts.lora}
+    layers = _layers(parts, form, source)
     template, reason = _template(source, base, original, options.template)
     foreign = ForeignAdapter(
         layers=layers,
@@ -141,8 +142,8 @@ def _weights_file(source: Path) -> Path:
 def _sort(parts: _Parts, state: Mapping[str, torch.Tensor], rename: _Rename, where: Path) -> None:
     """Divide tensors into LoRA by layer, and whole weights; ArtifactError for unknown names."""
     for stored, tensor in state.items():
-        # The base's own copy of a module that the adapter replaces.
-        if ".original_module." in stored:
+        # The base's own copy of a module that the adapter replaces; what is computed, not trained.
+        if ".original_module." in stored or stored.endswith(BUFFERS):
             continue
         copied = stored.endswith(_COPY)
         unwrapped = unwrap_peft(stored.removesuffix(_COPY) + ".weight" if copied else stored)
@@ -191,12 +192,20 @@ def _is_stored(files: WeightFiles, tied: bool, name: str, tensor: torch.Tensor) 
     return stored.shape == tensor.shape and torch.equal(stored.float(), tensor.float())
 
 
-def _layer(name: str, parts: _Parts, form: LoraConfig, source: Path) -> LayerLora:
-    """Return the LoRA of one layer; ArtifactError if a part is missing."""
-    tensors = parts.lora[name]
-    check_parts(tensors, form, name, source)
-    alpha = alpha_of(form, parts.modules[name])
-    return LayerLora(tensors["lora_A"], tensors["lora_B"], tensors.get("lora_magnitude_vector"), alpha)
+def _layers(parts: _Parts, form: LoraConfig, source: Path) -> dict[str, LayerLora]:
+    """Return the LoRA of each layer; ArtifactError if a part is missing, or a rank is not that of the settings."""
+    values, layers = ranks_and_alphas(source, form, parts.modules.values()), {}
+    for name, tensors in parts.lora.items():
+        check_parts(tensors, form, name, source)
+        module, actual = parts.modules[name], tensors["lora_A"].shape[0]
+        rank, alpha = values[module]
+        if rank != actual:
+            raise ArtifactError(
+                f"{source}: LoRA of {module} has the rank {actual}, but r and rank_pattern give it {rank}, so its "
+                "alpha is uncertain too. Save the adapter again with the PEFT that wrote it."
+            )
+        layers[name] = LayerLora(tensors["lora_A"], tensors["lora_B"], tensors.get("lora_magnitude_vector"), alpha)
+    return layers
 
 
 def _original_ratio(directory: Path) -> AspectRatio:

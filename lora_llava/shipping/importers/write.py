@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
     with staged(output) as staging:
         save_file(_named(layers, replaced), staging / WEIGHTS, metadata={"format": "pt"})
         location = base_location(base.identity, base.directory, output)
-        form = _form(foreign.form, layers, replaced)
+        form = _form(foreign.form, layers, _whole_modules(replaced, shapes, source))
         write_adapter_config(staging, form, base.identity.reference(base.directory), location["revision"])
         Adapter(staging).check(shapes)
         images = _save_surroundings(staging, foreign, base)
@@ -170,10 +171,8 @@ def _named(layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> d
     return state
 
 
-def _form(form: LoraConfig | None, layers: dict[str, LayerLora], replaced: dict[str, torch.Tensor]) -> LoraConfig:
-    """Return PEFT's settings for the adapter with its new names."""
-    others = sorted({_module(name) for name in replaced if not name.startswith(PROJECTOR_PREFIX)})
-    saved = ["multi_modal_projector", *others]
+def _form(form: LoraConfig | None, layers: dict[str, LayerLora], saved: list[str]) -> LoraConfig:
+    """Return PEFT's settings for the adapter with its new names; `saved`: the modules of the replaced weights."""
     if form is None or not layers:
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved, inference_mode=True)
     modules = {_module(name): layer for name, layer in layers.items()}
@@ -190,6 +189,26 @@ def _form(form: LoraConfig | None, layers: dict[str, LayerLora], replaced: dict[
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
+
+
+def _whole_modules(replaced: Iterable[str], shapes: Iterable[str], source: Path) -> list[str]:
+    """Return the largest modules all of whose weights are replaced: PEFT replaces modules, not weights.
+
+    Raises ArtifactError for a weight of a module that is replaced in part.
+    """
+    unchanged = {memory_name(name) for name in shapes} - {memory_name(name) for name in replaced}
+    saved = {PROJECTOR_PREFIX.removesuffix("."): None}
+    for name in sorted(memory_name(name) for name in replaced if not name.startswith(PROJECTOR_PREFIX)):
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) for count in range(2 if parts[0] == "model" else 1, len(parts)))
+        whole = next((top for top in modules if not any(other.startswith(f"{top}.") for other in unchanged)), None)
+        if whole is None:
+            raise ArtifactError(
+                f"{source}: replaces {name} alone, and PEFT can replace only the module that it is in. Merge the "
+                "adapter with the tool that wrote it, and name the result as the base."
+            )
+        saved[whole] = None
+    return list(saved)
 
 
 def _targets(modules: list[str]) -> str:

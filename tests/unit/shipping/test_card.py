@@ -14,9 +14,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_llava.artifact import MANIFEST
+from lora_llava.artifact import MANIFEST, load_model, template_to_ask
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import WEIGHTS
+from lora_llava.generation.answers import PromptFormat, generate_answers, image_tensor, last_question
+from lora_llava.modeling.base import disable_cpu_repacking
 from lora_llava.recipe.file import bundled_recipes, dump_portable, dump_resolved, load_recipe
 from lora_llava.shipping.hub.card import check_card, is_unedited, make_card
 from lora_llava.shipping.hub.content import collect
@@ -25,7 +29,7 @@ from lora_llava.shipping.hub.licenses import LICENSES
 from lora_llava.shipping.hub.prepare import prepare
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.system.files import file_sha256
-from tests.helpers.artifacts import as_earlier, make_artifact
+from tests.helpers.artifacts import CPU, as_earlier, logits, make_artifact
 from tests.helpers.card_rules import card_errors
 
 PICTURES = Path(__file__).parents[3] / "docs" / "results" / "quickstart"
@@ -162,24 +166,39 @@ def test_the_results_of_another_run_are_not_taken(tiny_base: Path, tmp_path: Pat
         gather(moved, tmp_path / "run")
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_its_code_loads_the_model_and_asks_it(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], merged: bool
+@pytest.mark.parametrize(("merged", "nf4"), [(False, False), (False, True), (True, False)])
+def test_k69_its_code_loads_the_model_and_gives_the_kits_answer(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: bool, nf4: bool
 ) -> None:
-    source = made = make_run(tiny_base, tmp_path / "run")
+    source = made = make_run(tiny_base, tmp_path / "run", nf4=nf4)
     if merged:
         source = tmp_path / "merged"
         merge_artifact(made, source)
+    base = None if merged else str(tiny_base)
+    # Loaded first: on some CPUs, bitsandbytes repacks 4-bit weights once the card's model has answered.
+    loaded, usage = load_model(source, device=CPU, dtype=torch.float32, base=base)
     text = make_card(gather(source, None), REPO)
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     code = code.replace(REPO, str(source)).replace("path/to/the/base", str(tiny_base))
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (30, 20), "red").save("image.png")
-    asked: dict[str, Any] = {}
+    pattern = torch.randint(0, 256, (20, 30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pattern.numpy()).save("image.png")
+    # The card's own calls, with its 4-bit layers as they compute on every CPU.
+    code = code.replace("inputs = ", "disable_cpu_repacking(model)\ninputs = ")
+    asked: dict[str, Any] = {"disable_cpu_repacking": disable_cpu_repacking}
     exec(code, asked)  # the code of the card is what is tested
-    assert torch.isfinite(asked["output"]).all()
-    assert asked["output"].shape[1] > asked["inputs"]["input_ids"].shape[1]
-    capsys.readouterr()
+    template = template_to_ask(usage, source)
+    image = ImageSource("image.png", Path("image.png"), None)
+    record = Record("image", image, (Turn("user", f"{IMAGE_PLACEHOLDER}\n{asked['question']}"),), asked["question"])
+    prompt = last_question(
+        loaded, record, template, lambda picture: image_tensor(loaded, picture, usage.image_aspect_ratio)
+    )
+    assert asked["inputs"]["input_ids"][0].tolist() == prompt.input_ids
+    ours = logits(loaded.model)
+    assert float((logits(asked["model"]) - ours).norm() / ours.norm()) < 1e-5
+    [answer] = generate_answers(loaded, [record], PromptFormat(template, usage.image_aspect_ratio), max_new_tokens=64)
+    generated = asked["output"][0, len(prompt.input_ids) :]
+    assert asked["processor"].decode(generated, skip_special_tokens=True).strip() == answer
 
 
 def test_a_license_must_be_one_that_the_hub_knows(tiny_base: Path, tmp_path: Path) -> None:

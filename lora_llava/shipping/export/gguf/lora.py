@@ -32,7 +32,7 @@ from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_ggu
 from lora_llava.shipping.export.gguf.model import TEXT_FILE, out_type, write_text
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, rotated_heads
 from lora_llava.shipping.export.gguf.tokenizer import MEDIA_MARKER
-from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
 from lora_llava.shipping.merge.run import Source, choose_base, open_source
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
@@ -69,6 +69,7 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         vision: OutType = "f32" if options.outtype == "f32" else "f16"
         count = write_mmproj(staging / FILE, opened.config, read, opened.base, output.name, vision)
         _write_template(staging, opened)
+        record_source(staging, source)
         about_base = _write_base(staging, opened, choose_base(opened, options.base), vision)
     lines = [f"{output}: {_LORA_FILE}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal"]
     return {"summary": [*lines, *about_base, KNOWN_DEFECT]}

@@ -21,7 +21,7 @@ from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_ggu
 from lora_llava.shipping.export.gguf.ollama import modelfile
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, text_fields, text_tensors
 from lora_llava.shipping.export.gguf.tokenizer import AnyTemplate, tokenizer_fields
-from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.probe import ask, difference, logits_of, merged_model
 from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.shipping.merge.stream import Read
@@ -51,6 +51,7 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
         lines = _write(model, staging, output.name, outtype, template) + lines
         if model != source:
             shutil.rmtree(model)
+        record_source(staging, source)
     return {"summary": [f"{output}: {lines[0]}", *lines[1:]]}
 
 
