@@ -92,7 +92,7 @@ def test_k60_a_vision_tower_in_modules_to_save_is_imported_and_merged(tiny_base:
     save_file(state, tmp_path / "theirs" / WEIGHTS)
     brought = bring(tmp_path / "theirs", tiny_base)
     settings = json.loads((brought / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    assert settings["modules_to_save"] == ["model.vision_tower", "multi_modal_projector"]
+    assert settings["modules_to_save"] == ["multi_modal_projector", "model.vision_tower"]
     model = load_artifact(brought, device=CPU, dtype=torch.float32)[0].model
     assert torch.allclose(logits(model), theirs, atol=2e-5, rtol=1e-5)
     # The base under the adapter stays what it was, its class embedding too.
@@ -109,7 +109,7 @@ def test_k60_a_part_of_the_vision_tower_is_imported_as_its_modules(tiny_base: Pa
     theirs = make(tiny_base, tmp_path / "theirs", modules_to_save=saved)
     brought = bring(tmp_path / "theirs", tiny_base)
     settings = json.loads((brought / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    modules = ["model.vision_tower.encoder.layers.0", "model.vision_tower.post_layernorm", "multi_modal_projector"]
+    modules = ["multi_modal_projector", "model.vision_tower.encoder.layers.0", "model.vision_tower.post_layernorm"]
     assert settings["modules_to_save"] == modules
     ours = logits(load_artifact(brought, device=CPU, dtype=torch.float32)[0].model)
     assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-5)
