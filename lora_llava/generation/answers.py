@@ -15,7 +15,8 @@ from lora_llava.conversation.encode import Encoded, Turn, encode_prompt
 from lora_llava.conversation.templates import Template
 from lora_llava.data.images.read import mean_color, open_image, preprocess
 from lora_llava.data.record import ImageSource, Record
-from lora_llava.generation.decoding import Progress, Prompt, greedy_decode
+from lora_llava.generation.decoding import Progress, greedy_decode
+from lora_llava.generation.prompts import Prompt
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.stages import AspectRatio
 
@@ -61,8 +62,6 @@ def generate_answers(
         loaded.model,
         [last_question(loaded, record, template, pixels, form.blind) for record in records],
         eos_token_ids=ends,
-        # Padding is masked, so any id works; Llama's tokenizers have no pad token.
-        pad_token_id=min(ends, default=0),
         max_new_tokens=max_new_tokens,
         max_rows=max_rows,
         progress=progress,

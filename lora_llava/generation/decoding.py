@@ -1,11 +1,10 @@
-"""Greedy decoding: prefill each image once, then decode all its questions in one batch.
+"""Greedy decoding: prefill what prompts have in common once, then decode all of them in one batch.
 
-Shapes: I images, R rows (questions), P tokens of the shared prefix, S tokens of the longest prompt after it.
+Shapes: I images, R rows (prompts), S tokens of the longest prompt.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,35 +14,15 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from lora_llava.generation.prompts import Prompt, pack_prompts, plan_batches
+from lora_llava.modeling.attention import with_attention
+from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import TREES, image_tokens
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished questions and the total."""
 OnToken = Callable[[int], None]
 """Called with each new token of an answer, including the end token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A tokenized prompt and its image."""
-
-    input_ids: list[int]
-    prefix_length: int
-    """Tokens that all prompts about this image share, image tokens included; 0 if none."""
-    pixel_values: torch.Tensor | Callable[[], torch.Tensor] | None
-    """(3, H, W), or a function that returns it; None for a prompt without an image."""
-    group: Hashable
-    """Key of the image; prompts with equal keys and prefix tokens share one image."""
-
-    @property
-    def shared(self) -> int:
-        """Tokens to prefill once per image; 0 if there is no image, or no token after the prefix."""
-        # The forward pass needs a token to predict from; under the plain template a prompt may be its prefix alone.
-        return self.prefix_length if self.pixel_values is not None and self.prefix_length < len(self.input_ids) else 0
-
-    def pixels(self) -> torch.Tensor:
-        """Return the image, (3, H, W)."""
-        if self.pixel_values is None:
-            raise ValueError("this prompt has no image")
-        return self.pixel_values() if callable(self.pixel_values) else self.pixel_values
 
 
 @dataclass(slots=True)
@@ -64,7 +43,6 @@ def greedy_decode(
     prompts: Sequence[Prompt],
     *,
     eos_token_ids: Collection[int],
-    pad_token_id: int,
     max_new_tokens: int,
     max_rows: int = 64,
     progress: Progress | None = None,
@@ -72,27 +50,40 @@ def greedy_decode(
     """Generate an answer to each prompt greedily, ending with an end token or after `max_new_tokens`.
 
     `model` is a LlavaForConditionalGeneration, or a PeftModel around one. The tokens equal those of
-    `model.generate(do_sample=False)` on each prompt alone. A forward pass holds at most `max_rows` prompts, each with
-    its own keys and values (7B model in bf16: 0.5 MB per token, 0.3 GB for an image and a short question). `progress`
-    is called after each batch. Raises ValueError for an empty prompt, or a limit below 1.
+    `model.generate(do_sample=False)` on each prompt alone; equal prompts are answered once. A forward pass holds at
+    most `max_rows` prompts, each with its own keys and values (7B model in bf16: 0.5 MB per token, 0.3 GB for an image
+    and a short question). `progress` is called after each batch. Raises ValueError for an empty prompt, or a limit
+    below 1.
     """
     if max_new_tokens < 1 or max_rows < 1:
         raise ValueError(f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}")
     for index, prompt in enumerate(prompts):
         if not prompt.input_ids:
             raise ValueError(f"prompt {index} is empty")
+    # Without their images, many questions of a data set are the same.
+    copies = _copies(prompts)
+    distinct = [prompts[indices[0]] for indices in copies]
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with _inference(model):
-        for batch in plan_batches(prompts, max_rows):
-            state = _prefill(model, [prompts[index] for index in batch], pad_token_id)
+        for batch in plan_batches(distinct, max_rows):
+            state = _prefill(model, [distinct[number] for number in batch])
             decoded = _decode(model, state, frozenset(eos_token_ids), max_new_tokens)
-            for index, answer in zip(batch, decoded, strict=True):
-                answers[index] = answer
-            done += len(batch)
+            for number, answer in zip(batch, decoded, strict=True):
+                for index in copies[number]:
+                    answers[index] = list(answer)
+                done += len(copies[number])
             if progress is not None:
                 progress(done, len(prompts))
     return answers
+
+
+def _copies(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Group the indices of prompts that are equal, image included, in order of the first of each group."""
+    copies: dict[Hashable, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        copies.setdefault((prompt.pixel_values is None, prompt.group, tuple(prompt.input_ids)), []).append(index)
+    return list(copies.values())
 
 
 class CachedConversation:
@@ -144,35 +135,6 @@ class CachedConversation:
         return _State(cache, mask, positions[:, -1] + 1, logits)
 
 
-def plan_batches(prompts: Sequence[Prompt], max_rows: int) -> list[list[int]]:
-    """Group prompt indices into batches of at most `max_rows` that share one prefix.
-
-    Prompts about one image stay together, unless there are more than `max_rows` of them. Prompts without a shared
-    prefix are batched by length, to keep padding low.
-    """
-    by_prefix: dict[tuple[int, ...], dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
-    unshared: list[int] = []
-    for index, prompt in enumerate(prompts):
-        if prompt.shared:
-            by_prefix[tuple(prompt.input_ids[: prompt.shared])][prompt.group].append(index)
-        else:
-            unshared.append(index)
-    batches: list[list[int]] = []
-    for groups in by_prefix.values():
-        room = 0
-        for group in groups.values():
-            for start in range(0, len(group), max_rows):
-                part = group[start : start + max_rows]
-                if len(part) > room:
-                    batches.append([])
-                    room = max_rows
-                batches[-1].extend(part)
-                room -= len(part)
-    unshared.sort(key=lambda index: len(prompts[index].input_ids))
-    batches.extend(unshared[start : start + max_rows] for start in range(0, len(unshared), max_rows))
-    return batches
-
-
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
     """Disable dropout and gradients, compute in the precision of training, and restore each module's mode after."""
@@ -190,41 +152,43 @@ def _inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _prefill(model: nn.Module, prompts: Sequence[Prompt], pad_token_id: int) -> _State:
-    """Prefill a batch: the shared prefix (I, P) once per image, then the rest of every prompt (R, S)."""
-    device = next(model.parameters()).device
+def _prefill(model: nn.Module, prompts: Sequence[Prompt]) -> _State:
+    """Prefill a batch in one pass, its common tokens once, and give each prompt its own keys and values."""
+    llava = llava_in(model)
+    embeddings = llava.get_input_embeddings().weight
+    device = embeddings.device
+    packed = pack_prompts(prompts, image_tokens(llava.config).id, embeddings.dtype, device)
+    images = [prompt.pixels() for prompt in packed.image_prompts]
+    ids = torch.tensor([packed.input_ids], device=device)
     # Without a config every layer caches all keys; a sliding window would drop columns that the mask counts.
-    cache = DynamicCache()
-    shared = prompts[0].shared
-    pixels = None
-    if shared:
-        _prefill_prefixes(model, prompts, cache, device)
-    else:
-        images = [prompt.pixels() for prompt in prompts if prompt.pixel_values is not None]
-        pixels = torch.stack(images).to(device) if images else None
-    rests = [prompt.input_ids[shared:] for prompt in prompts]
-    width = max(map(len, rests))
-    # Pad on the left, so that the last column predicts the first new token of every row.
-    ids = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=device)
-    real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
-    mask = torch.cat([real.new_ones(len(rests), shared), real], dim=1)
-    positions = (real.cumsum(1) - 1).clamp(min=0) + shared
-    logits = _forward(model, ids, mask, positions, cache, pixels)
-    return _State(cache, mask, positions[:, -1] + 1, logits)
+    computed = DynamicCache()
+    with with_attention(llava, TREES):
+        output: Any = model(
+            input_ids=ids,
+            pixel_values=torch.stack(images).to(device) if images else None,
+            # All ones, so that transformers builds no mask.
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.tensor([packed.positions], device=device),
+            past_key_values=computed,
+            use_cache=True,
+            logits_to_keep=torch.tensor([path[-1] for path in packed.paths], device=device),
+            trees=packed.trees,
+        )
+    # Pad on the left, so that the new tokens of all rows follow in the same column.
+    width = max(map(len, packed.paths))
+    paths = torch.tensor([[0] * (width - len(path)) + path for path in packed.paths], device=device)
+    mask = torch.tensor([[0] * (width - len(path)) + [1] * len(path) for path in packed.paths], device=device)
+    return _State(_selected(computed, paths), mask, mask.sum(1), output.logits[0])
 
 
-def _prefill_prefixes(model: nn.Module, prompts: Sequence[Prompt], cache: DynamicCache, device: torch.device) -> None:
-    """Prefill the prefixes (I, P), one per image, and expand `cache` to one row per prompt."""
-    first: dict[Hashable, Prompt] = {}
-    for prompt in prompts:
-        first.setdefault(prompt.group, prompt)
-    shared = prompts[0].shared
-    ids = torch.tensor([prompts[0].input_ids[:shared]], device=device).expand(len(first), shared)
-    pixels = torch.stack([prompt.pixels() for prompt in first.values()]).to(device)
-    positions = torch.arange(shared, device=device).expand(len(first), shared)
-    _forward(model, ids, torch.ones_like(ids), positions, cache, pixels)
-    rows = {group: row for row, group in enumerate(first)}
-    cache.batch_select_indices(torch.tensor([rows[prompt.group] for prompt in prompts], device=device))
+def _selected(cache: DynamicCache, paths: torch.Tensor) -> DynamicCache:
+    """Return a cache of R rows with the columns `paths` (R, S) of a cache of one row, which is emptied."""
+    selected = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = (tensor[0][:, paths].transpose(0, 1) for tensor in (layer.keys, layer.values))
+        layer.reset()
+        selected.update(keys, values, index)
+    return selected
 
 
 def _forward(

@@ -11,7 +11,7 @@ right for every attention function that takes one, and mask and `position_ids` a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -203,11 +203,16 @@ def set_attention(model: Any, attention: Attention) -> None:
     model.set_attn_implementation({"text_config": attention})
 
 
+def with_sdpa(model: Any) -> AbstractContextManager[None]:
+    """Use plain SDPA inside the `with` block, for what is not a packed row: decoding, a single conversation."""
+    return with_attention(model, SDPA)
+
+
 @contextmanager
-def with_sdpa(model: Any) -> Iterator[None]:
-    """Use plain SDPA inside the `with` block, for what is not a packed row: generation, a single conversation."""
+def with_attention(model: Any, attention: Attention) -> Iterator[None]:
+    """Use another attention of the language model inside the `with` block."""
     before = attention_of(model)
-    set_attention(model, SDPA)
+    set_attention(model, attention)
     try:
         yield
     finally:

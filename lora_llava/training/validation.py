@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 
 from lora_llava.data.packing import Row, conversations
-from lora_llava.data.rows import Batch, PackedRows
+from lora_llava.data.rows import Batch, PackedRows, ReadImage
 
 RowLoss = Callable[[Batch], float]
 """Computes the summed loss over the supervised tokens of a row."""
@@ -21,19 +21,32 @@ class HeldOutLoss:
         self.row_loss = row_loss
         self.unusable: dict[int, str] = {}
         """The reason that a record is unusable, by its index."""
+        self._images: ReadImage | None = None
+        """How the images of the last validation are read."""
+        self._known: dict[Row, tuple[float, int]] = {}
+        """Summed loss and supervised tokens of each of its rows."""
 
     def mean(self, rows: PackedRows, batches: Iterable[Batch] | None = None) -> float | None:
         """Return the mean loss over the supervised tokens of `rows`; None if no record has a finite one.
 
-        `batches`: the rows as tensors, in the same order, if a data loader reads them.
+        `batches`: the tensors of all validation rows, in the same order, as a data loader reads them. Without it,
+        `rows` are a sample: those of the last validation, with the same images, are not computed again.
         """
+        if batches is not None:
+            self._images, self._known = rows.read_image, {}
+            for row, batch in zip(rows.rows, batches, strict=True):
+                self._known[row] = self._measure(rows, row, batch)
+        known = self._known if rows.read_image is self._images else {}
         total, count = 0.0, 0
-        for row, batch in zip(rows.rows, batches or _iterate_rows(rows), strict=True):
-            loss, tokens = self.row_loss(batch), batch["shift_labels"].numel()
-            if not math.isfinite(loss):
-                loss, tokens = self._finite_part(rows, row)
+        for index, row in enumerate(rows.rows):
+            loss, tokens = known[row] if row in known else self._measure(rows, row, rows[index])
             total, count = total + loss, count + tokens
         return total / count if count else None
+
+    def _measure(self, rows: PackedRows, row: Row, batch: Batch) -> tuple[float, int]:
+        """Return the summed loss of a row and its supervised tokens, without the records whose loss is not finite."""
+        loss = self.row_loss(batch)
+        return (loss, batch["shift_labels"].numel()) if math.isfinite(loss) else self._finite_part(rows, row)
 
     def _finite_part(self, rows: PackedRows, row: Row) -> tuple[float, int]:
         """Sum the losses of a row's conversations one by one, and collect those that are not finite."""
@@ -61,9 +74,3 @@ def without(rows: PackedRows, indices: Iterable[int]) -> PackedRows:
     trees = [[tuple(index for index in tree if index not in gone) for tree in row] for row in rows.rows]
     kept = [tuple(tree for tree in row if tree) for row in trees]
     return PackedRows([row for row in kept if row], rows.records, rows.encoded, rows.read_image)
-
-
-def _iterate_rows(rows: PackedRows) -> Iterator[Batch]:
-    """Yield the rows one after another, read in this process."""
-    for index in range(len(rows)):
-        yield rows[index]

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.generation.decoding import Prompt, greedy_decode, plan_batches
+from lora_llava.generation.decoding import greedy_decode
+from lora_llava.generation.prompts import Prompt, pack_prompts, plan_batches
 from tests.helpers.tiny import (
     BOS_ID,
     IMAGE_ID,
@@ -100,7 +101,6 @@ def test_equals_generate_on_each_prompt_alone(
         model,
         prompts,
         eos_token_ids=eos,
-        pad_token_id=PAD_ID,
         max_new_tokens=MAX_NEW_TOKENS,
         max_rows=max_rows,
     )
@@ -123,18 +123,59 @@ def test_equals_generate_through_an_adapter_in_training_mode(endless: list[list[
     adapted.base_model.model.model.vision_tower.eval()
     modes = [module.training for module in adapted.modules()]
     prompts = mixed_prompts()
-    ours = greedy_decode(adapted, prompts, eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS)
+    ours = greedy_decode(adapted, prompts, eos_token_ids=[], max_new_tokens=MAX_NEW_TOKENS)
     assert [module.training for module in adapted.modules()] == modes
     adapted.eval()
     assert ours == [generate_alone(adapted, prompt, [VOCAB_SIZE + 1], MAX_NEW_TOKENS) for prompt in prompts]
     assert ours != endless
 
 
+@pytest.mark.parametrize("max_tree", [1, 25, 40])
+def test_large_trees_are_split(
+    model: LlavaForConditionalGeneration, endless: list[list[int]], max_tree: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_llava.generation.prompts._MAX_TREE", max_tree)
+    packed = pack_prompts(mixed_prompts(), IMAGE_ID, torch.float32, torch.device("cpu"))
+    assert all(tree.length <= max(max_tree, tree.causal_length) for tree in packed.trees)
+    ours = greedy_decode(model, mixed_prompts(), eos_token_ids=[], max_new_tokens=MAX_NEW_TOKENS)
+    assert ours == endless
+
+
+def test_prompts_that_begin_alike_are_computed_once(model: LlavaForConditionalGeneration) -> None:
+    start, end = words(4, 7), words(2, 8)
+    texts = [[*start, 30, *end], [*start, 31, *end], [*start, 30, *end, 32], start, [*start, 30, *end]]
+    prompts = [Prompt(PREFIX + text, len(PREFIX), picture(1), "image 1") for text in texts]
+    packed = pack_prompts(prompts, IMAGE_ID, torch.float32, torch.device("cpu"))
+    # The prefix, the start, one branch per next word, and the last word of the longest.
+    assert len(packed.input_ids) == len(PREFIX) + 4 + 2 * 3 + 1
+    assert [[packed.input_ids[index] for index in path] for path in packed.paths] == [p.input_ids for p in prompts]
+    assert all([packed.positions[index] for index in path] == list(range(len(path))) for path in packed.paths)
+    assert len(packed.image_prompts) == 1
+    watch = Watch(model)
+    ours = greedy_decode(model, prompts, eos_token_ids=[], max_new_tokens=3)
+    for handle in watch.handles:
+        handle.remove()
+    # Equal prompts are answered once.
+    assert watch.rows == [1, 4, 4]
+    assert ours == [generate_alone(model, prompt, [VOCAB_SIZE + 1], 3) for prompt in prompts]
+
+
+def test_prompts_about_other_images_are_not_shared(model: LlavaForConditionalGeneration) -> None:
+    ids = PREFIX + words(3, 9)
+    prompts = [Prompt(ids, len(PREFIX), picture(image), image) for image in (0, 1, 0)] + [Prompt(ids[:3], 0, None, 0)]
+    packed = pack_prompts(prompts, IMAGE_ID, torch.float32, torch.device("cpu"))
+    assert len(packed.trees) == 3
+    assert [prompt.group for prompt in packed.image_prompts] == [0, 1]
+    ours = greedy_decode(model, prompts, eos_token_ids=[], max_new_tokens=MAX_NEW_TOKENS)
+    assert ours == [generate_alone(model, prompt, [VOCAB_SIZE + 1], MAX_NEW_TOKENS) for prompt in prompts]
+    assert ours[0] == ours[2] != ours[1]
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2])
 def test_stops_at_max_new_tokens(
     model: LlavaForConditionalGeneration, endless: list[list[int]], max_new_tokens: int
 ) -> None:
-    ours = greedy_decode(model, mixed_prompts(), eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=max_new_tokens)
+    ours = greedy_decode(model, mixed_prompts(), eos_token_ids=[], max_new_tokens=max_new_tokens)
     assert ours == [answer[:max_new_tokens] for answer in endless]
 
 
@@ -161,11 +202,12 @@ def test_each_image_is_computed_once_and_finished_rows_leave(endless: list[list[
     watch = Watch(model)
     prompts = [question(image, length, seed=10 * image + length) for image in range(4) for length in (1, 3, 9)]
     eos = ends(endless)
-    answers = greedy_decode(model, prompts, eos_token_ids=eos, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS)
+    answers = greedy_decode(model, prompts, eos_token_ids=eos, max_new_tokens=MAX_NEW_TOKENS)
     assert watch.images == 4
     # A row is in the forward pass of step n only if its answer is longer than n.
     steps = [sum(len(answer) > n for answer in answers) for n in range(1, MAX_NEW_TOKENS)]
-    assert watch.rows == [4, 12, *[rows for rows in steps if rows]]
+    # The prefill is one sequence for all.
+    assert watch.rows == [1, *[rows for rows in steps if rows]]
     assert min(steps) < 12
 
 
@@ -183,7 +225,6 @@ def test_images_are_asked_for_when_needed_and_progress_is_told(model: LlavaForCo
         model,
         [prompt(0, 1), prompt(1, 2), prompt(0, 3), prompt(1, 4), prompt(2, 5)],
         eos_token_ids=[],
-        pad_token_id=PAD_ID,
         max_new_tokens=1,
         max_rows=2,
         progress=lambda done, total: log.append((done, total)),
@@ -209,7 +250,7 @@ def test_plan_holds_each_prompt_once_within_the_bound(max_rows: int) -> None:
 
 
 def test_no_prompts_no_answers(model: LlavaForConditionalGeneration) -> None:
-    assert greedy_decode(model, [], eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=4) == []
+    assert greedy_decode(model, [], eos_token_ids=[], max_new_tokens=4) == []
 
 
 def test_refuses_an_empty_prompt_and_limits_below_one(model: LlavaForConditionalGeneration) -> None:
@@ -218,8 +259,7 @@ def test_refuses_an_empty_prompt_and_limits_below_one(model: LlavaForConditional
             model,
             [question(0, 1, 1), Prompt([], 0, None, None)],
             eos_token_ids=[],
-            pad_token_id=PAD_ID,
             max_new_tokens=4,
         )
     with pytest.raises(ValueError, match="got 0 and 64"):
-        greedy_decode(model, [], eos_token_ids=[], pad_token_id=PAD_ID, max_new_tokens=0)
+        greedy_decode(model, [], eos_token_ids=[], max_new_tokens=0)

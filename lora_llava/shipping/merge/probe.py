@@ -19,7 +19,8 @@ from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name, split_lora, unwrap_peft
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.generation.answers import end_token_ids
-from lora_llava.generation.decoding import Prompt, greedy_decode
+from lora_llava.generation.decoding import greedy_decode
+from lora_llava.generation.prompts import Prompt
 from lora_llava.modeling.base import BaseIdentity, LoadedModel
 from lora_llava.modeling.streamed import empty_llava, stream_weights
 from lora_llava.shipping.merge.stream import BaseKind, Read
@@ -122,7 +123,6 @@ def ask(model: nn.Module, config: LlavaConfig, template: Template, tokenizer_dir
         prompts,
         # A poorly trained model may answer with an image token, which would then need pixels.
         eos_token_ids=ends | {loaded.image_tokens.id},
-        pad_token_id=min(ends, default=0),
         max_new_tokens=_ANSWER_TOKENS,
     )
     return Sequences(prompts, answers)

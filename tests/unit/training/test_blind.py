@@ -103,6 +103,40 @@ def test_a_sample_of_all_is_computed_once(tmp_path: Path) -> None:
     assert twice["image_gain"] == pytest.approx(once["image_gain"], abs=1e-6)
 
 
+def test_rows_of_the_sample_that_were_just_validated_are_not_computed_again(tmp_path: Path) -> None:
+    trainer = trainer_with_check(tmp_path)
+    blind = trainer.checks[1]
+    assert isinstance(blind, BlindCheck)
+    assert blind.sample is not None
+    computed: list[float] = []
+    row_loss = trainer.held_out.row_loss
+
+    def counted(batch: Any) -> float:
+        computed.append(row_loss(batch))
+        return computed[-1]
+
+    trainer.held_out.row_loss = counted
+    blind.sample = replace(blind.sample, is_whole=False)
+    before = trainer.evaluate()
+    # Two rows with their images, and the same without.
+    assert len(computed) == 4
+    assert before["eval_loss_blind"] - before["image_gain"] == pytest.approx(before["eval_loss"], abs=1e-9)
+
+    # A row that is cut short is another row, and new weights are other losses.
+    rows = trainer.eval_dataset
+    assert rows is not None
+    trainer.eval_dataset = PackedRows([((0,), (1,))], rows.records, rows.encoded, rows.read_image)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05
+    computed.clear()
+    after = trainer.evaluate()
+    assert len(computed) == 5
+    assert computed[0] == pytest.approx(computed[1] + computed[2], rel=1e-5)
+    assert after["eval_loss"] != before["eval_loss"]
+
+
 def rows_of(rows: Sequence[Row], texts: Sequence[int] = ()) -> PackedRows:
     count = 1 + max(index for row in rows for tree in row for index in tree)
     records = [record(number, str(number)) for number in range(count)]
