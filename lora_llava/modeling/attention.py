@@ -10,25 +10,35 @@ right for every attention function that takes one, and mask and `position_ids` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask, sdpa_mask
 
 from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention
 
 _BLOCK = 128
 """Block size of FlexAttention's mask; rows are padded to a multiple of it."""
+_MIN_BLOCKS = 2
+"""Blocks of the shortest padded row: torch.compile would compile again for a dimension of size 1."""
 _NO_TREE = -1
 """Tree number of padding tokens; no other token sees them."""
+_BLOCK_LISTS = ("kv", "full_kv", "q", "full_q")
+"""Lists of blocks that a `BlockMask` holds: a tensor `NAME_num_blocks` and a tensor `NAME_indices` of each."""
+_ON_HOST = "tree_spans"
+"""The tensor of a batch that Python reads: on the device, reading it would wait for all that was launched."""
+_FLEX_NAME = "flex_by_blocks"
+"""Name under which transformers knows `attend_by_blocks`; its own `flex_attention` stays what it is."""
+PACKED_ATTENTIONS = (TREES, _FLEX_NAME)
+"""Names in the language model's configuration of the attentions that take packed rows."""
 
 
 def additive_mask(
@@ -45,21 +55,72 @@ def additive_mask(
     return mask[None, None]
 
 
-def block_mask(segments: torch.Tensor) -> BlockMask:
-    """Return FlexAttention's mask of a row; `segments` (2, T) as in `additive_mask`."""
-    sees, length = _sees(segments), segments.shape[1]
-    return create_block_mask(
-        lambda _batch, _head, query, key: sees(query, key),
-        None,
-        None,
-        length,
-        length,
-        device=segments.device,
-        BLOCK_SIZE=_BLOCK,
+def block_mask(segments: torch.Tensor, lists: Mapping[str, torch.Tensor] | None = None) -> BlockMask:
+    """Return FlexAttention's mask of a row: that of torch's `create_block_mask`, without its pass over all T x T pairs.
+
+    `segments` (2, T) as in `additive_mask`, T a multiple of the block size; `lists`: those of `_block_lists` on the
+    same device, default: made here.
+    """
+    lists = lists or to_device(_block_lists(segments.cpu()), segments.device)
+    # No views: torch.compile would look at what they are views of, and compile again for its size.
+    sees, length = _sees([row.clone() for row in segments]), segments.shape[1]
+    tensors: dict[str, Any] = {
+        name: lists[name] for kind in _BLOCK_LISTS for name in (f"{kind}_num_blocks", f"{kind}_indices")
+    }
+    return BlockMask(
+        seq_lengths=(length, length),
+        BLOCK_SIZE=(_BLOCK, _BLOCK),
+        mask_mod=lambda _batch, _head, query, key: sees(query, key),
+        **tensors,
     )
 
 
-def _sees(segments: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _block_lists(segments: torch.Tensor) -> dict[str, torch.Tensor]:
+    """List the blocks of a row's mask in which something is seen; `segments` (2, T) on the CPU, T = B x block size.
+
+    Returns the tensors of a `BlockMask` by name, counts (1, 1, B) and indices (1, 1, B, B), int32: for each block of
+    queries the blocks of keys that it sees in part (`kv`) and entirely (`full_kv`), for each block of keys the blocks
+    of queries that see it in part (`q`) and entirely (`full_q`). As many indices as counted come first and ascend.
+    """
+    # Neighbors of one tree and branch form a run: sees[q, k], whether run q sees the earlier run k.
+    runs, run_of_token = torch.unique_consecutive(segments, dim=1, return_inverse=True)
+    tree, branch = runs
+    shared = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
+    sees = ((tree[:, None] == tree[None, :]) & shared).tril(-1).double()
+
+    # sizes[b, r], tokens of run r in block b. Within a run every token sees itself and those before it.
+    num_blocks, num_runs = segments.shape[1] // _BLOCK, runs.shape[1]
+    block_of_token = torch.arange(segments.shape[1]) // _BLOCK
+    cells = torch.bincount(block_of_token * num_runs + run_of_token, minlength=num_blocks * num_runs)
+    sizes = cells.view(num_blocks, num_runs).double()
+    within = (sizes @ sizes.T).tril(-1) + torch.diag((sizes * (sizes + 1) / 2).sum(1))
+    seen = sizes @ sees @ sizes.T + within
+
+    entirely = seen == _BLOCK * _BLOCK
+    partly = (seen > 0) & ~entirely
+    lists: dict[str, torch.Tensor] = {}
+    for name, blocks in zip(_BLOCK_LISTS, (partly, entirely, partly.T, entirely.T), strict=True):
+        order = blocks.int().argsort(dim=1, descending=True, stable=True)
+        lists[f"{name}_num_blocks"] = blocks.sum(1, dtype=torch.int32)[None, None].clone(
+            memory_format=torch.contiguous_format
+        )
+        lists[f"{name}_indices"] = order.int()[None, None].clone(memory_format=torch.contiguous_format)
+    return lists
+
+
+def with_block_lists(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add to a row what its block mask is made from: the work of a data loader's worker, not of the training loop."""
+    segments = batch["segments"]
+    return {**batch, **_block_lists(F.pad(segments, _padding(segments.shape[1]), value=_NO_TREE))}
+
+
+def _padding(length: int) -> tuple[int, int]:
+    """Return the padding tokens of a row of `length` tokens for FlexAttention, left and right."""
+    num_blocks = max(_MIN_BLOCKS, -(-length // _BLOCK))
+    return 0, num_blocks * _BLOCK - length
+
+
+def _sees(segments: Iterable[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return the predicate on positions of a query and a key: whether the query sees the key.
 
     A token sees itself and the earlier tokens of its own conversation and of its tree's prefix (branch 0).
@@ -91,15 +152,25 @@ def masked_inputs(batch: Mapping[str, torch.Tensor], attention: Attention, dtype
             "last_queries": Queries(targets, additive_mask(segments, dtype, targets)),
         }
     if attention == FLEX:
-        padding = (0, -segments.shape[1] % _BLOCK)
+        padding = _padding(segments.shape[1])
         # Padding with id 0 adds no image: the image token's id is the last of the vocabulary.
         ids, positions = F.pad(ids, padding), F.pad(positions, padding)
+        padded = F.pad(segments, padding, value=_NO_TREE)
         return {
             "input_ids": ids,
             "position_ids": positions,
-            "attention_mask": block_mask(F.pad(segments, padding, value=_NO_TREE)),
+            "attention_mask": block_mask(padded, batch if "kv_indices" in batch else None),
         }
     return {"input_ids": ids, "position_ids": positions, "attention_mask": additive_mask(segments, dtype)}
+
+
+def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy a row to `device` without waiting for it, except what `masked_inputs` reads on the host."""
+    # A copy from memory that is not pinned waits; the data loader pins what it loads.
+    return {
+        name: tensor if name == _ON_HOST else tensor.to(device, non_blocking=device.type == "cuda")
+        for name, tensor in batch.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +254,48 @@ def _split(tensor: torch.Tensor, lengths: Sequence[int]) -> Sequence[torch.Tenso
     return parts
 
 
+def attend_by_blocks(
+    _module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockMask,
+    *,
+    scaling: float,
+    **_options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend with FlexAttention by a block mask; shapes as in `attend_by_tree`, T a multiple of the block size."""
+    heads, key_heads = query.shape[1], key.shape[1]
+    grouped = heads != key_heads
+    # FlexAttention's kernels group queries by powers of two.
+    if grouped and heads & (heads - 1):
+        key, value = (repeat_kv(tensor, heads // key_heads) for tensor in (key, value))
+        grouped = False
+    for tensor in (query, key, value):
+        # All but T: else a row of as many blocks as there are heads would be compiled for that coincidence.
+        torch._dynamo.mark_static(tensor, [0, 1, 3])
+    attend = _compiled_flex_attention()
+    attended: torch.Tensor = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return attended.transpose(1, 2), None
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """Compile FlexAttention once, for rows of all lengths."""
+    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
 AttentionInterface.register(TREES, attend_by_tree)
 AttentionMaskInterface.register(TREES, sdpa_mask)
+AttentionInterface.register(_FLEX_NAME, attend_by_blocks)
+AttentionMaskInterface.register(_FLEX_NAME, flex_attention_mask)
 
 
 def attention_of(model: Any) -> Attention:
     """Return the attention of the language model of an unwrapped model."""
-    return str(model.config.text_config._attn_implementation)
+    name = str(model.config.text_config._attn_implementation)
+    return FLEX if name == _FLEX_NAME else name
 
 
 def check_attention(model: Any) -> None:
@@ -200,7 +306,7 @@ def check_attention(model: Any) -> None:
 
 def set_attention(model: Any, attention: Attention) -> None:
     """Set the attention of the language model of an unwrapped model; the vision tower keeps its own."""
-    model.set_attn_implementation({"text_config": attention})
+    model.set_attn_implementation({"text_config": _FLEX_NAME if attention == FLEX else attention})
 
 
 def with_sdpa(model: Any) -> AbstractContextManager[None]:

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import as_trees, attend_by_tree, block_mask
+from lora_llava.modeling.attention import as_trees, attend_by_blocks, attend_by_tree, block_mask
 from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention, attention_on_cpu
 
-_ROW, _TREE, _PREFIX, _BRANCH = 4096, 1024, 640, 24
-"""Tokens of the trial row, of each tree in it, of a tree's prefix (an image), and of a branch (a question)."""
+_ROW, _SHORT_ROW, _TREE, _PREFIX, _BRANCH = 4096, 2048, 1024, 640, 24
+"""Tokens of the two trial rows, of each tree in them, of a tree's prefix (an image), and of a branch (a question)."""
 _TOLERANCE = 2e-2
 """Largest relative difference of outputs and gradients in bf16 (rounding alone gives 4e-3)."""
 
@@ -53,9 +52,23 @@ def _compare(heads: int, keys: int, width: int, device: torch.device, dtype: tor
 
     Raises ValueError if their outputs or gradients differ.
     """
-    # Query (1, heads, T, width), key and value (1, keys, T, width) of a row of trees.
-    segments = _trial_segments(device)
-    length = segments.shape[1]
+    # The compiled FlexAttention must be right for every length, so two are compared; comparing also compiles.
+    for length in (_SHORT_ROW, _ROW):
+        inputs, attentions = _trial(heads, keys, width, _trial_segments(length, device), dtype)
+        results = [_outputs(attend, inputs) for attend in attentions]
+        for sdpa, flex in zip(*results, strict=True):
+            difference = float((sdpa.float() - flex.float()).norm() / flex.float().norm())
+            if not difference <= _TOLERANCE:
+                raise ValueError(f"its outputs or gradients differ from sdpa's by {difference:.1e}")
+    times = [_seconds(attend, inputs, device) for attend in attentions]
+    return times[0], times[1]
+
+
+def _trial(
+    heads: int, keys: int, width: int, segments: torch.Tensor, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...], list[Callable[[], Any]]]:
+    """Draw query (1, heads, T, width), key and value (1, keys, T, width) of a row; return them and both attentions."""
+    length, device = segments.shape[1], segments.device
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(count: int) -> torch.Tensor:
@@ -65,28 +78,16 @@ def _compare(heads: int, keys: int, width: int, device: torch.device, dtype: tor
     query, key, value = inputs = (draw(heads), draw(keys), draw(keys))
     spans = [(start, start + _PREFIX + _BRANCH, start + _TREE) for start in range(0, length, _TREE)]
     trees, blocks = as_trees(spans, segments, dtype), block_mask(segments)
-
-    # The two implementations, each as training calls it.
     layer, scale = SimpleNamespace(num_key_value_groups=heads // keys), width**-0.5
-    compiled = torch.compile(flex_attention)
-    attentions: list[Callable[[], Any]] = [
+    return inputs, [
         lambda: attend_by_tree(layer, query, key, value, None, trees=trees, scaling=scale)[0].transpose(1, 2),
-        lambda: compiled(query, key, value, block_mask=blocks, enable_gqa=heads != keys),
+        lambda: attend_by_blocks(layer, query, key, value, blocks, scaling=scale)[0].transpose(1, 2),
     ]
 
-    # Compare before timing; this also compiles.
-    results = [_outputs(attend, inputs) for attend in attentions]
-    for sdpa, flex in zip(*results, strict=True):
-        difference = float((sdpa.float() - flex.float()).norm() / flex.float().norm())
-        if not difference <= _TOLERANCE:
-            raise ValueError(f"its outputs or gradients differ from sdpa's by {difference:.1e}")
-    times = [_seconds(attend, inputs, device) for attend in attentions]
-    return times[0], times[1]
 
-
-def _trial_segments(device: torch.device) -> torch.Tensor:
-    """Return the segments (2, T) of the trial row: tree and branch of each position; branch 0 is the prefix."""
-    positions = torch.arange(_ROW, device=device)
+def _trial_segments(length: int, device: torch.device) -> torch.Tensor:
+    """Return the segments (2, T) of a trial row: tree and branch of each position; branch 0 is the prefix."""
+    positions = torch.arange(length, device=device)
     in_tree = positions % _TREE
     branch = torch.where(in_tree < _PREFIX, 0, 1 + (in_tree - _PREFIX) // _BRANCH)
     return torch.stack([positions // _TREE, branch])

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, send_to_device
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import speed_metrics
 
 from lora_llava.data.rows import Batch, PackedRows
-from lora_llava.modeling.attention import check_attention
+from lora_llava.modeling.attention import attention_of, check_attention, to_device, with_block_lists
 from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.modeling.structure import FLEX
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.signals import end_with_parent
@@ -154,11 +155,13 @@ class PackedTrainer:
     def _rows_loader(self, rows: Any, start: int = 0) -> DataLoader[Batch]:
         """Load the rows from index `start` on, in order; each is a micro-batch."""
         workers = self.args.dataloader_num_workers
+        collate: Any = with_block_lists if attention_of(llava_in(self.model)) == FLEX else None
         return DataLoader(
             rows,
             batch_size=None,
             sampler=range(start, len(rows)),
             num_workers=workers,
+            collate_fn=collate,
             worker_init_fn=end_with_parent,
             # The loader draws a seed for its workers; with its own generator that leaves the model's RNG alone.
             generator=torch.Generator(),
@@ -173,7 +176,7 @@ class PackedTrainer:
         """
         if row["input_ids"].numel() == 0:
             return torch.zeros((), device=self.device)
-        loss = packed_loss(self.wrapped, send_to_device(row, self.device), num_supervised)
+        loss = packed_loss(self.wrapped, to_device(row, self.device), num_supervised)
         # Data parallelism averages gradients over the processes, but the token count is already the sum over them.
         loss *= self.accelerator.num_processes
         self.accelerator.backward(loss)
@@ -315,4 +318,4 @@ class PackedTrainer:
         return metrics
 
     def _row_loss(self, row: Batch) -> float:
-        return float(packed_loss(self.model, send_to_device(row, self.device), 1))
+        return float(packed_loss(self.model, to_device(row, self.device), 1))

@@ -11,11 +11,12 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from lora_llava.modeling.attention import PACKED_ATTENTIONS
 from lora_llava.modeling.fused.functions import LayerParts, compute_output, compute_qkv
 from lora_llava.modeling.fused.projection import FactorCopies
 from lora_llava.modeling.fused.support import why_not_fused
 from lora_llava.modeling.packed import llava_in
-from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL, TREES
+from lora_llava.modeling.structure import LANGUAGE_MODEL
 
 
 class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has no types
@@ -61,7 +62,7 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         """Return whether this is a packed row, in the compute dtype, through the adapters that were fused."""
         attention = self.self_attn.config._attn_implementation
         return (
-            attention in (TREES, FLEX)
+            attention in PACKED_ATTENTIONS
             and hidden_states.shape[0] == 1
             and hidden_states.dtype == self.copies.dtype
             and not any(module.disable_adapters or module.merged for module in self.parts.adapted)

@@ -14,7 +14,7 @@ from lora_llava.conversation.encode import IGNORE_INDEX
 from lora_llava.data.packing import Row, Tree
 from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.attention import to_device, with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits
 from lora_llava.system.progress import phase
 from lora_llava.system.text import listed
@@ -45,7 +45,7 @@ def check_first_row(
     was_training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        batch = {name: tensor.to(device) for name, tensor in single[0].items()}
+        batch = to_device(single[0], device)
         packed = packed_logits(model, batch).float()
         alone = torch.cat([_logits_alone(model, rows, index, device) for tree in trees for index in tree])
     model.train(was_training)

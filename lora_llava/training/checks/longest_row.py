@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_llava.data.packing import PlanItem, tree_length
 from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import attention_of, set_attention
+from lora_llava.modeling.attention import attention_of, set_attention, to_device
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.structure import BF16, FLEX, TREES, ElementType
 from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller, plan_line
@@ -60,7 +60,7 @@ def try_longest_row(
 
 def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) -> None:
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in row.items()}
+    batch = to_device(row, device)
     was_training = model.training
     model.train()
     try:

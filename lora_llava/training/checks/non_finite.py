@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
+from lora_llava.modeling.attention import to_device
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.text import counted, listed
@@ -137,7 +138,7 @@ class NonFiniteGuard(Check):
         """Run one conversation forward and backward; gradients and RNG state do not change."""
         device = trained[0].device
         alone = PackedRows([((index,),)], self.rows.records, self.rows.encoded, self.rows.read_image)
-        batch = {name: tensor.to(device) for name, tensor in alone[0].items()}
+        batch = to_device(alone[0], device)
         with forked_rng(device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
