@@ -183,19 +183,21 @@ def load_model(
     dtype: torch.dtype | None = None,
     base: str | None = None,
     template: str | None = None,
+    keep_dequantized: bool | None = False,
 ) -> tuple[LoadedModel, Usage]:
     """Load an artifact onto its base, or a whole model, for inference; also return how to prompt it.
 
     `device`: None takes the GPU if there is one; `dtype`: None takes bf16 on a GPU that has it, else fp32.
-    `base` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these do, for a model
-    whose template is unknown, and if `base` is given for a whole model.
+    `base`, `keep_dequantized` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these
+    do, for a model whose template is unknown, and if `base` is given for a whole model.
     """
     directory, device = located(directory), device or pick_device()
     dtype = dtype or pick_dtype("auto", device)
     usage = read_usage(directory, template)
     template_to_ask(usage, directory)
     if is_artifact(directory):
-        return load_artifact(directory, device=device, dtype=dtype, base=base)[0], usage
+        options: dict[str, Any] = {"base": base, "keep_dequantized": keep_dequantized}
+        return load_artifact(directory, device=device, dtype=dtype, **options)[0], usage
     if base is not None:
         raise ArtifactError(f"{directory} is a whole model and needs no base; leave {BASE_OPTION} out")
     identity = BaseIdentity(directory.resolve().name, None, "")
@@ -308,12 +310,17 @@ def base_location(identity: BaseIdentity, directory: Path, artifact: Path) -> di
 
 
 def load_artifact(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, base: str | None = None
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: str | None = None,
+    keep_dequantized: bool | None = False,
 ) -> tuple[LoadedModel, Manifest]:
     """Load an artifact onto its base, quantized as in training, for inference.
 
-    The tokenizer is the artifact's own. `base` replaces the base's location in the manifest. Raises ArtifactError if
-    the base, or the adapter, is not the one of training.
+    The tokenizer is the artifact's own. `base` replaces the base's location in the manifest; `keep_dequantized` is as
+    in `load_base`. Raises ArtifactError if the base, or the adapter, is not the one of training.
     """
     manifest = read_manifest(directory)
     base_directory = find_base(manifest, directory, base)
@@ -328,6 +335,7 @@ def load_artifact(
         double_quant=manifest.quantization["double_quant"],
         dtype=dtype,
         device=device,
+        keep_dequantized=keep_dequantized,
     )
     with hub_errors("artifact", str(directory)):
         loaded.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

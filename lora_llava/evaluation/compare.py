@@ -32,6 +32,7 @@ from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, pick_metric
 from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.modeling.base import LoadedModel
+from lora_llava.modeling.folded import folded
 from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.system.files import json_text
@@ -64,7 +65,10 @@ class Models:
 
     @contextmanager
     def as_model(self, name: str) -> Iterator[None]:
-        """Switch adapters inside the `with` block, so that the loaded model answers as this one."""
+        """Switch adapters inside the `with` block, so that the loaded model answers as this one.
+
+        Ask the base first: folding an adapter into its weights and out again rounds them.
+        """
         if name == BASE:
             with self.loaded.model.disable_adapter():
                 yield
@@ -72,11 +76,13 @@ class Models:
             active = self.loaded.model.active_adapter
             self.loaded.model.set_adapter(START)
             try:
-                yield
+                with folded(self.loaded.model):
+                    yield
             finally:
                 self.loaded.model.set_adapter(active)
         else:
-            yield
+            with folded(self.loaded.model):
+                yield
 
 
 def compare(

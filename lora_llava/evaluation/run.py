@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from pydantic import ValidationError
 from rich.console import Console
@@ -20,6 +21,7 @@ from lora_llava.evaluation.compare import Models, compare
 from lora_llava.evaluation.outcome import START
 from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.generation.answers import PromptFormat
+from lora_llava.modeling.folded import can_fold
 from lora_llava.planning.preflight.shipping import refuse_model
 from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
@@ -109,7 +111,10 @@ def evaluate_artifact(
         dtype=pick_dtype(candidate.precision, device),
         base=candidate.base,
         template=candidate.template,
+        keep_dequantized=None,
     )
+    if line := _how_computed(loaded.model):
+        console.print(f"evaluation: {line}")
     is_adapter, start = isinstance(loaded.model, PeftModel), candidate.start
     if start is not None and not is_adapter:
         raise ArtifactError(
@@ -124,6 +129,17 @@ def evaluate_artifact(
         hub=source_facts(candidate.directory),
     )
     return compare(models, questions, settings, directory, console)
+
+
+def _how_computed(model: Any) -> str | None:
+    """Say with which weights an adapter is asked; None for a whole model."""
+    if not isinstance(model, PeftModel):
+        return None
+    if any(isinstance(module, Linear4bit) for module in model.modules()):
+        return "asked in 4 bits: the dequantized weights would take more than half of the free memory"
+    if can_fold(model):
+        return "asked in fp32, with the adapter folded into the weights, as merge does"
+    return "asked with the adapter next to the base, whose weights are in the compute type"
 
 
 def _prompt_format(usage: Usage, directory: Path) -> PromptFormat:

@@ -28,13 +28,16 @@ from lora_llava.formats.shapes import used_layers
 from lora_llava.formats.weight_files import weight_files
 from lora_llava.modeling.identity import Fields, base_fields
 from lora_llava.modeling.metadata import hub_errors, image_statistics, read_config
-from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens
+from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens, linear_weights
 from lora_llava.recipe.fields import is_local
+from lora_llava.system.device import free_memory_bytes
 from lora_llava.system.files import refuse_irregular
 from lora_llava.system.hub.network import bounded
 from lora_llava.system.progress import Advance, counting
 from lora_llava.system.text import listed
 
+_DEQUANTIZED_SHARE = 0.5
+"""Share of the free memory that dequantized weights may take; the rest is for other weights, keys and values."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -143,9 +146,12 @@ def load_base(
     double_quant: bool,
     dtype: torch.dtype,
     device: torch.device,
-    keep_dequantized: bool = False,
+    keep_dequantized: bool | None = False,
 ) -> LoadedModel:
-    """Load a LLaVA directory onto `device`, in `dtype`; with `nf4`, the language model's linear layers in NF4."""
+    """Load a LLaVA directory onto `device`, in `dtype`; with `nf4`, the language model's linear layers in NF4.
+
+    `keep_dequantized`: whether to dequantize them once; None: if they then fit half of the free memory.
+    """
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
@@ -165,7 +171,7 @@ def load_base(
     _check_complete(report, directory)
     if nf4:
         disable_cpu_repacking(model)
-        if keep_dequantized:
+        if _fits_dequantized(config, dtype, device) if keep_dequantized is None else keep_dequantized:
             dequantize(model)
     drop_unused_layers(model)
     # Keep trainable weights in fp32: loading a trained projector in bf16 would round it.
@@ -235,6 +241,11 @@ def undo_double_quantization(model: nn.Module) -> None:
         if state is not None and state.nested:
             state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
             state.nested, state.state2, state.offset = False, None, None
+
+
+def _fits_dequantized(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the language model's linear layers, in `dtype`, fit half of the free memory."""
+    return linear_weights(config) * dtype.itemsize <= _DEQUANTIZED_SHARE * free_memory_bytes(device.type)
 
 
 def drop_unused_layers(model: Any) -> None:
