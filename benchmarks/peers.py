@@ -21,12 +21,13 @@ from lora_llava.conversation.encode import IGNORE_INDEX
 from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sharing
 from lora_llava.data.rows import Batch, PackedRows, build_row
 from lora_llava.modeling.attention import set_attention
-from lora_llava.modeling.base import drop_unused_layers
+from lora_llava.modeling.base import drop_unused_layers, undo_double_quantization
+from lora_llava.modeling.fused.layer import fuse_layers
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import TREES, VISION_TOWER
 from lora_llava.planning.attention import pick_attention
 from lora_llava.planning.memory import Recompute
-from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, plan_memory, usable_bytes
+from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, has_room_for_scales, plan_memory, usable_bytes
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import GradientCheckpointing
@@ -165,14 +166,18 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
     chosen = variant or Variant(nf4=task.nf4, recompute=task.checkpointing)
     longest = max(len(one.input_ids) for one in task.work.conversations)
     tokens, attention, optim = task.micro_batch * longest, TREES, "adamw_torch"
-    recompute, dequantized = Recompute(chosen.recompute), chosen.dequantized
+    recompute, dequantized, has_room = Recompute(chosen.recompute), chosen.dequantized, True
     if variant is None and not task.checkpointing:
         attention, plan = planned(task, longest)
         tokens, optim, recompute = plan.tokens_per_micro_batch, plan.optim, plan.recompute
         dequantized = plan.keep_dequantized
+        has_room = has_room_for_scales(plan, make_config(task.shapes))
     model = build_model(task.shapes, task.work.stage, task.device, task.dtype, nf4=chosen.nf4, dequantized=dequantized)
     llava = model.get_base_model()
     drop_unused_layers(llava)
+    if has_room:
+        undo_double_quantization(model)
+    fuse_layers(model)
     set_recompute(model, recompute.policy, recompute.full_layers)
     set_attention(llava, attention)
     read: Callable[[int], torch.Tensor] = partial(pixels, shapes=task.shapes)

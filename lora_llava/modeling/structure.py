@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_llava.conversation.encode import ImageTokens
 from lora_llava.errors import ModelError, TrainingError
@@ -76,6 +76,18 @@ def attention_on_cpu(setting: str) -> Attention:
             "attn_implementation: flex_attention has no backward pass on a CPU; set auto or sdpa, or run on CUDA"
         )
     return TREES
+
+
+def is_fused(text_config: Any, adapter: AdapterSettings | None) -> bool:
+    """Return whether decoder layers of this configuration train fused; see `modeling.fused.support`.
+
+    `adapter`: None if the stage trains no LoRA. `fuse_layers` judges the built model, which may have parts that no
+    configuration tells; a plan made here is then too small, and the trial of the longest row shows it.
+    """
+    biased = getattr(text_config, "attention_bias", False) or getattr(text_config, "mlp_bias", False)
+    has_dropout = bool(getattr(text_config, "attention_dropout", 0.0))
+    is_plain = adapter is None or (adapter.type != "dora" and not adapter.lora_dropout)
+    return is_plain and not biased and not has_dropout and text_config.hidden_act == "silu"
 
 
 def part_of(name: str) -> str:

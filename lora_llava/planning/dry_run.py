@@ -109,9 +109,7 @@ def _print_memory(shapes: StageShapes, machine: Machine, plan: MemoryPlan, data:
         parameters = in_4_bits(parameters, config, shapes.quantization, dtype)
     console.print(parameter_table_view(parameters, "Parameters, as they would be"))
     tokens, supervised = largest_row(data)
-    activations = activation_bytes(
-        config, plan.recompute, tokens, supervised, dtype, shapes.lora_rank, machine.attention
-    )
+    activations = activation_bytes(config, shapes.layers(machine.attention), plan.recompute, tokens, supervised)
     activations = held_bytes(activations, plan.recompute, machine.device)
     console.print(f"On this machine: {plan_line(plan, shapes)}")
     console.print(_memory_view(expected_memory(plan.optim, parameters), activations, tokens))

@@ -53,6 +53,21 @@ class Recompute:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSettings:
+    """What decides, besides the shapes of the model, how much its decoder layers keep for the backward pass."""
+
+    dtype: ElementType
+    """Compute precision."""
+    lora_rank: int = 0
+    """0: without LoRA."""
+    lora_parameters: int = 0
+    """Of all layers together."""
+    attention: Attention = TREES
+    is_fused: bool = True
+    """Whether all layers but the last are fused; see `modeling.fused`."""
+
+
+@dataclass(frozen=True, slots=True)
 class PartMemory:
     """Expected memory of one part of the model, in bytes."""
 
@@ -81,6 +96,11 @@ def in_4_bits(
     ]
 
 
+def plain_scale_bytes(config: LlavaConfig) -> int:
+    """Return what `undo_double_quantization` adds to the memory of the NF4 weights."""
+    return round(linear_weights(config) * (_NF4_BYTES[False] - _NF4_BYTES[True]))
+
+
 def expected_memory(optim: str, parameters: list[PartParameters]) -> list[PartMemory]:
     """Estimate weights, gradients and AdamW's two moments of each part; trainable parameters are fp32."""
     moments = 2 if "8bit" in optim else 8
@@ -102,23 +122,15 @@ def _row_supervised(row: Row, data: StageData) -> int:
 
 
 def activation_bytes(
-    config: LlavaConfig,
-    recompute: Recompute,
-    tokens: int,
-    supervised: int,
-    dtype: ElementType,
-    lora_rank: int,
-    attention: Attention = TREES,
+    config: LlavaConfig, layer: LayerSettings, recompute: Recompute, tokens: int, supervised: int
 ) -> int:
     """Estimate the peak memory of a micro-batch besides weights, gradients and optimizer states.
 
-    The micro-batch has `tokens` tokens, `supervised` of them with a loss; `lora_rank` is 0 without LoRA. Sizes are
-    in bytes per token until the last line.
+    The micro-batch has `tokens` tokens, `supervised` of them with a loss. Sizes are in bytes per token until the end.
     """
-    text = config.text_config
+    text, itemsize = config.text_config, layer.dtype.itemsize
     width, mlp_width = int(text.hidden_size), int(text.intermediate_size)
-    inputs, products = width * dtype.itemsize, _layer_products(config) * dtype.itemsize
-    whole, last = _whole_layer(config, dtype, lora_rank), _last_layer(config, dtype, lora_rank)
+    inputs, whole, last = width * itemsize, layer_elements(config, layer) * itemsize, _last_layer(config, layer)
 
     # How many layers keep what. The last one is neither checkpointed nor computed at every position.
     checkpointable = int(text.num_hidden_layers) - 1
@@ -127,7 +139,8 @@ def activation_bytes(
     else:
         full = checkpointable if recompute.policy is True else 0
     rest = checkpointable - full
-    rest_bytes = whole if recompute.policy is False else inputs + products
+    is_selective = recompute.policy == "selective" and not layer.is_fused
+    rest_bytes = inputs + _layer_products(config) * itemsize if is_selective else whole
 
     # The peak is at the start of the backward pass, with the last layer or one recomputed layer whole; or, since full
     # layers come first and the backward pass reaches them when the rest is freed, while one of them is recomputed.
@@ -136,15 +149,18 @@ def activation_bytes(
     layers = max(peak_at_start, peak_in_full_layers)
 
     # Workspace of one layer's backward pass, measured: 5 hidden and 2 intermediate widths.
-    layers += (5 * width + 2 * mlp_width) * dtype.itemsize
+    layers += (5 * width + 2 * mlp_width) * itemsize
 
     # SDPA's masks cover the branches after the first, in the model's precision; FlexAttention's is boolean and exists
     # while its blocks are built.
-    mask = tokens * tokens * (1 if attention == FLEX else _MASKED_SHARE * dtype.itemsize)
+    mask = tokens * tokens * (1 if layer.attention == FLEX else _MASKED_SHARE * itemsize)
 
     # Logits of one chunk in the model's precision, then in fp32, and their gradient.
-    logits = min(supervised, HEAD_CHUNK) * int(text.vocab_size) * (dtype.itemsize + 8)
-    return round(tokens * layers + mask + logits)
+    logits = min(supervised, HEAD_CHUNK) * int(text.vocab_size) * (itemsize + 8)
+
+    # LoRA's factors in the compute precision: copies of fused layers, or those that autocast makes.
+    copies = layer.lora_parameters * itemsize if layer.is_fused or itemsize != FP32.itemsize else 0
+    return round(tokens * layers + mask + logits + copies)
 
 
 def held_bytes(activations: int, recompute: Recompute, device: str) -> int:
@@ -152,24 +168,32 @@ def held_bytes(activations: int, recompute: Recompute, device: str) -> int:
     return round(activations * CPU_HEAP) if device == "cpu" and recompute.policy is not False else activations
 
 
-def _whole_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int:
-    """Bytes per token that a layer with LoRA keeps if nothing is recomputed.
+def layer_elements(config: LlavaConfig, layer: LayerSettings) -> int:
+    """Count the elements a token that a decoder layer keeps if it is not checkpointed.
 
-    Measured on Llama layers in fp32: 9 hidden and 4 intermediate widths, and the inner products of its seven adapters.
-    In bf16 the two norms keep fp32 copies as well.
+    A fused layer keeps its input and the residual after attention; queries, keys, values and attention's output twice
+    (as attention returns it, and joined over the trees or copied by FlexAttention); gate and up; the inner products of
+    its seven adapters. A test measures the same. SDPA's keys and values are repeated for each query head.
+
+    With PEFT's path, measured on Llama layers: in fp32, 9 hidden and 4 intermediate widths, and the inner products; in
+    bf16 the two norms keep fp32 copies as well.
     """
     text = config.text_config
-    widths = 9 if dtype.itemsize == FP32.itemsize else 13
-    return (widths * int(text.hidden_size) + 4 * int(text.intermediate_size) + 7 * lora_rank) * dtype.itemsize
+    width, mlp_width, inner = int(text.hidden_size), int(text.intermediate_size), 7 * layer.lora_rank
+    if layer.is_fused:
+        queries, keys = attention_widths(text)
+        return 2 * width + 3 * queries + 2 * (keys if layer.attention == FLEX else queries) + 2 * mlp_width + inner
+    widths = 9 if layer.dtype.itemsize == FP32.itemsize else 13
+    return widths * width + 4 * mlp_width + inner
 
 
-def _last_layer(config: LlavaConfig, dtype: ElementType, lora_rank: int) -> int:
+def _last_layer(config: LlavaConfig, layer: LayerSettings) -> int:
     """Bytes per token that the last layer keeps: its keys, values and attention; see `modeling.packed`.
 
-    Measured as for `_whole_layer`.
+    Measured as for `layer_elements`.
     """
-    widths = 7 if dtype.itemsize == FP32.itemsize else 9
-    return (widths * int(config.text_config.hidden_size) + 3 * lora_rank) * dtype.itemsize
+    widths = 7 if layer.dtype.itemsize == FP32.itemsize else 9
+    return (widths * int(config.text_config.hidden_size) + 3 * layer.lora_rank) * layer.dtype.itemsize
 
 
 def _layer_products(config: LlavaConfig) -> int:

@@ -17,8 +17,16 @@ from lora_llava.data.packing import Sharing, no_sharing
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.formats.shapes import LlavaShape
-from lora_llava.modeling.structure import ElementType, PartParameters, stage_parameters
-from lora_llava.planning.memory import Recompute, activation_bytes, expected_memory, held_bytes, in_4_bits
+from lora_llava.modeling.structure import Attention, ElementType, PartParameters, is_fused, stage_parameters
+from lora_llava.planning.memory import (
+    LayerSettings,
+    Recompute,
+    activation_bytes,
+    expected_memory,
+    held_bytes,
+    in_4_bits,
+    plain_scale_bytes,
+)
 from lora_llava.planning.speed import Machine, relative_cost
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings
 from lora_llava.recipe.stages import StageName, StageSettings
@@ -74,10 +82,15 @@ class StageShapes:
         """Count the parameters of each part, before quantization."""
         return stage_parameters(LlavaShape.of(self.config.to_dict()), self.stage, self.adapter, self.dtype)
 
-    @property
-    def lora_rank(self) -> int:
-        """Rank of the stage's LoRA; 0 if it trains none."""
-        return self.adapter.r if self.settings.trains_lora else 0
+    def layers(self, attention: Attention) -> LayerSettings:
+        """Return what decides how much a decoder layer keeps, with this attention."""
+        return LayerSettings(
+            dtype=self.dtype,
+            lora_rank=self.adapter.r if self.settings.trains_lora else 0,
+            lora_parameters=sum(part.adapter for part in self.parameters),
+            attention=attention,
+            is_fused=is_fused(self.config.text_config, self.adapter if self.settings.trains_lora else None),
+        )
 
 
 def stage_shapes(
@@ -126,6 +139,11 @@ def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
         fp32 = min(full_precision, key=_preference)
         return fp32 if fp32.cost <= (1 + _MIN_8BIT_GAIN) * best.cost else best
     return best
+
+
+def has_room_for_scales(plan: MemoryPlan, config: LlavaConfig) -> bool:
+    """Return whether a plan leaves the memory for the scales of NF4 weights in fp32; it decides speed alone."""
+    return plan.bytes_needed + plain_scale_bytes(config) <= plan.bytes_usable
 
 
 def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> str:
@@ -194,7 +212,7 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
 
 
 def _activations(shapes: StageShapes, machine: Machine, recompute: Recompute, tokens: int) -> int:
-    return activation_bytes(shapes.config, recompute, tokens, tokens, shapes.dtype, shapes.lora_rank, machine.attention)
+    return activation_bytes(shapes.config, shapes.layers(machine.attention), recompute, tokens, tokens)
 
 
 def _keep_dequantized_choices(quantization: QuantizationSettings) -> list[bool]:

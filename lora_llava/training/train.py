@@ -17,7 +17,8 @@ from lora_llava.data.stage import StageData, StageRecords, cache_offer, length_l
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.attention import set_attention
-from lora_llava.modeling.base import LoadedModel, load_base
+from lora_llava.modeling.base import LoadedModel, load_base, undo_double_quantization
+from lora_llava.modeling.fused.layer import fuse_layers
 from lora_llava.modeling.metadata import describe_directory
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
@@ -28,6 +29,7 @@ from lora_llava.planning.memory_plan import (
     GIB,
     MemoryPlan,
     StageShapes,
+    has_room_for_scales,
     plan_line,
     plan_memory,
     stage_shapes,
@@ -95,7 +97,7 @@ def train_stage(
     prepare_log(stage, checkpoint)
 
     # 4. Load the base, add what the stage trains, and build the trainer over the planned rows.
-    loaded, parameters = _build_model(stage, plan, machine, dtype)
+    loaded, parameters = _build_model(stage, plan, machine, dtype, console)
     console.print(parameter_table_view(parameters, f"Parameters, stage {stage.name}"))
     trainer = make_trainer(stage, loaded, data, plan.optim, dtype, console)
     saver = CheckpointSaver(StageArtifact(stage, loaded, data), plan, facts, started, checkpoint, exact=exact)
@@ -141,7 +143,7 @@ def _print_lines(stage: Stage, lines: Sequence[str | None], console: Console) ->
 
 
 def _build_model(
-    stage: Stage, plan: MemoryPlan, machine: Machine, dtype: torch.dtype
+    stage: Stage, plan: MemoryPlan, machine: Machine, dtype: torch.dtype, console: Console
 ) -> tuple[LoadedModel, list[PartParameters]]:
     """Load the base as the recipe and the memory plan say, and make it the model of the stage."""
     phase(f"{stage.name}: loading the base{', in 4 bits' if stage.nf4 else ''}")
@@ -158,6 +160,10 @@ def _build_model(
     loaded.directory = output.final_path(stage.run_directory, stage.base_directory)
     model = _add_trained_parts(stage, loaded)
     parameters = check_stage(model, stage.name, nf4=stage.nf4 and not plan.keep_dequantized)
+    if has_room_for_scales(plan, loaded.config):
+        undo_double_quantization(model)
+    if reason := fuse_layers(model):
+        _print_lines(stage, [f"decoder layers train through PEFT's path, not fused: {reason}"], console)
     set_recompute(model, plan.recompute.policy, plan.recompute.full_layers)
     set_attention(llava_in(model), machine.attention)
     return loaded, parameters

@@ -40,9 +40,8 @@ class Layers:
     dtype: torch.dtype = torch.float32
 
 
-def training_model(shapes: Layers) -> Any:
-    """Build the model of a stage, with PEFT's and transformers' layers; LoRA's B is not zero."""
-    torch.manual_seed(0)
+def config_of(shapes: Layers) -> LlavaConfig:
+    """Return the configuration of the model."""
     text = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=shapes.width,
@@ -51,14 +50,19 @@ def training_model(shapes: Layers) -> Any:
         num_attention_heads=shapes.heads,
         num_key_value_heads=shapes.key_value_heads,
     )
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=tiny_config().vision_config,
         text_config=text,
         image_token_index=IMAGE_ID,
         image_seq_length=NUM_IMAGE_TOKENS,
         attn_implementation="sdpa",
     )
-    model = LlavaForConditionalGeneration(config).to(shapes.dtype)
+
+
+def training_model(shapes: Layers) -> Any:
+    """Build the model of a stage, with PEFT's and transformers' layers; LoRA's B is not zero."""
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config_of(shapes)).to(shapes.dtype)
     model.config.use_cache = False
     if shapes.quantization != "none":
         _quantize(model, shapes.dtype)
