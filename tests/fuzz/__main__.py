@@ -8,6 +8,7 @@ of a process that has loaded everything once; a fork that dies or hangs costs it
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lora_llava.system.text import printable
@@ -59,10 +61,14 @@ def main() -> int:
     options = parser.parse_args()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
+    # transformers formats each configuration for a log that is off: a quarter of the time.
+    PreTrainedConfig.__repr__ = object.__repr__
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         loaders = make_loaders(Path(scratch) / "models")
         sandboxes = {name: Sandbox(Path(scratch) / name, loaders[name]) for name in options.loader or loaders}
+        # Forks share what is loaded; the collector would copy it.
+        gc.freeze()
         if options.first is not None:
             tallies = {name: Tally(cases=options.first) for name in sandboxes}
             _fuzz(sandboxes, tallies, options.first + options.rounds, None)

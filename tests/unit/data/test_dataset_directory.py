@@ -10,6 +10,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from lora_llava.errors import DataError, RecipeError
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.stages import DataSettings
 from tests.helpers.artifacts import make_artifact
+from tests.helpers.broken import Project, command
 
 COLUMNS = {"question": "q", "answer": "a"}
 
@@ -191,15 +193,22 @@ def test_k48_a_data_file_is_a_file(tmp_path: Path, name: str, kind: str) -> None
         read_image(ImageSource("x.png", path, None))
 
 
-@pytest.mark.parametrize("verb", ["eval", "check"])
-def test_k48_eval_and_check_refuse_a_pipe(tiny_base: Path, tmp_path: Path, verb: str) -> None:
+def test_k48_eval_refuses_a_pipe(tiny_base: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.json")
     artifact = make_artifact(tiny_base, tmp_path / "artifact")
-    arguments = {
-        "eval": [str(artifact), "--data", str(tmp_path / "data.json"), "--output", str(tmp_path / "out")],
-        "check": [str(tmp_path / "data.json")],
-    }
-    done = CliRunner().invoke(cli, [verb, *arguments[verb]])
-    assert done.exit_code != 0
+    options = ["--data", str(tmp_path / "data.json"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, ["eval", str(artifact), *options])
+    assert done.exit_code == 1
     assert "data.json is not a regular file" in done.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["finetune", "dry run", "check"])
+def test_k48_a_pipe_as_data_or_recipe_is_refused(project: Project, verb: str) -> None:
+    os.mkfifo(project.directory / "data.json")
+    done = command(verb, project, "stages.instruct.data.path=data.json")
+    assert done.exit_code != 0
+    assert "data.json is not a regular file" in done.output
+    done = command(verb, replace(project, recipe=project.directory / "data.json"))
+    assert done.exit_code == 2
+    assert "data.json is not a regular file" in done.output
