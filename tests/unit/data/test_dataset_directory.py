@@ -207,8 +207,8 @@ def test_k48_eval_refuses_a_pipe(tiny_base: Path, tmp_path: Path) -> None:
 def test_k48_a_pipe_as_data_or_recipe_is_refused(project: Project, verb: str) -> None:
     os.mkfifo(project.directory / "data.json")
     done = command(verb, project, "stages.instruct.data.path=data.json")
-    assert done.exit_code != 0
-    assert "data.json is not a regular file" in done.output
+    assert done.exit_code == 2
+    assert "data.json is neither a file nor a directory. Give a regular file." in done.output
     done = command(verb, replace(project, recipe=project.directory / "data.json"))
     assert done.exit_code == 2
     assert "data.json is not a regular file" in done.output
