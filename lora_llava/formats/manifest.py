@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_llava.recipe.stages import STAGES
-from lora_llava.system.text import is_unicode, texts_in
+from lora_llava.system.text import texts_in
 
 _Check = Callable[[Any], bool]
 
@@ -57,7 +57,7 @@ def manifest_problem(data: Mapping[str, Any]) -> str | None:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT and "\0" not in value and is_unicode(value)
+    return isinstance(value, str) and len(value) <= _MAX_TEXT and "\0" not in value
 
 
 def _or_null(check: _Check) -> _Check:

@@ -279,7 +279,7 @@ def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "
         what = "null" if data is None else f"a {type(data).__name__}"
         raise error(f"{path} is damaged (it contains {what}, not a mapping); {fix}")
     if _SURROGATE.search(text) and (half := next((text for text in texts_in(data) if not is_unicode(text)), None)):
-        raise error(f"{path} is damaged (it contains {half!r:.80}, in which half of a character is missing); {fix}")
+        raise error(f"{path} is damaged (it contains {half!r:.80}, half of a surrogate pair); {fix}")
     return data
 
 

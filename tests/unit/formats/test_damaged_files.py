@@ -238,12 +238,12 @@ HALF = "\ud800"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_k49_half_a_character_in_a_model_is_named(base: Path, tmp_path: Path, name: str) -> None:
+def test_k49_half_a_surrogate_pair_in_a_model_is_named(base: Path, tmp_path: Path, name: str) -> None:
     """transformers takes it, and nothing could write it again."""
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     edited(copy / name, another_key=["one", {"two": f"x{HALF}"}])
-    with pytest.raises(ModelError, match=rf"{name} is damaged \(it contains 'x\\ud800', in which half of a character"):
+    with pytest.raises(ModelError, match=rf"{name} is damaged \(it contains 'x\\ud800', half of a surrogate pair"):
         load_model(copy, device=CPU, dtype=torch.float32, template="vicuna_v1")
     edited(copy / name, another_key="\N{GRINNING FACE}")
     load_model(copy, device=CPU, dtype=torch.float32, template="vicuna_v1")
