@@ -122,7 +122,7 @@ def _check_archive(path: Path, kind: str) -> None:
     most = max(_HARMLESS_BYTES, _MAX_RATIO * path.stat().st_size)
     try:
         unpacked = _unpacked_bytes(path, kind, most)
-    except (OSError, EOFError, ValueError, NotImplementedError, *_DAMAGED) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, *_DAMAGED) as error:
         raise DataError(f"{path} is damaged; download it again") from error
     if unpacked > most:
         raise DataError(
