@@ -188,7 +188,7 @@ class CheckpointSaver:
         self.should_stop = self.should_stop or self.interruption.received is not None
 
     def _write_held(self, trainer: ResumableTrainer, step: int) -> None:
-        """Write held weights, without the optimizer, unless the weights of `step`, saved next, are at least as good."""
+        """Write held weights, without the optimizer, unless those of `step`, saved next, are better."""
         held, self.held = self.held, None
         if held is None or held.progress.step == step:
             return
