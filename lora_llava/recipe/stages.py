@@ -190,7 +190,7 @@ class StageSettings(Settings):
     """Optimizer. `auto`: AdamW with fp32 states if it fits."""
     gradient_checkpointing: Annotated[GradientCheckpointing | Literal["auto"], OnResume.RESOLVED] = "auto"
     """Activation checkpointing, which trades time for memory. `selective`: recompute cheap ops, keep matmuls and
-    attention; true: recompute whole layers."""
+    attention (fused layers do so anyway); true: recompute whole layers."""
     gradient_checkpointing_layers: Annotated[int, Field(ge=0), OnResume.RESOLVED] = 0
     """With `selective`: recompute the first N layers entirely."""
     cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"

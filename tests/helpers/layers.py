@@ -38,6 +38,8 @@ class Layers:
     """`nf4`, `dequantized` or `none`."""
     adapter: AdapterSettings = field(default_factory=lambda: AdapterSettings(r=RANK, lora_alpha=2.0 * RANK))
     dtype: torch.dtype = torch.float32
+    text: dict[str, Any] = field(default_factory=dict)
+    """More settings of the language model."""
 
 
 def config_of(shapes: Layers) -> LlavaConfig:
@@ -49,6 +51,7 @@ def config_of(shapes: Layers) -> LlavaConfig:
         num_hidden_layers=shapes.layers,
         num_attention_heads=shapes.heads,
         num_key_value_heads=shapes.key_value_heads,
+        **shapes.text,
     )
     return LlavaConfig(
         vision_config=tiny_config().vision_config,

@@ -18,9 +18,9 @@ from lora_llava.modeling.base import undo_double_quantization
 from lora_llava.modeling.fused.layer import FusedLayer, fuse_layers
 from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
 from lora_llava.modeling.recompute import set_recompute
-from lora_llava.modeling.structure import LANGUAGE_MODEL
+from lora_llava.modeling.structure import LANGUAGE_MODEL, is_fused
 from lora_llava.recipe.settings import AdapterSettings
-from tests.helpers.layers import Layers, one_tree, training_model, two_trees
+from tests.helpers.layers import Layers, config_of, one_tree, training_model, two_trees
 from tests.parity.test_packed import Gradients
 
 TOLERANCE = 1e-5
@@ -247,6 +247,28 @@ def test_an_adapter_or_a_dtype_that_is_not_known_is_not_fused(changes: dict[str,
     model = training_model(replace(Layers(), **changes))
     assert fuse_layers(model) == reason
     assert not any(isinstance(layer, FusedLayer) for layer in layers_of(model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stage": "align", "adapter": AdapterSettings(r=4, lora_dropout=0.1)},
+        {"adapter": AdapterSettings(r=4, lora_dropout=0.1)},
+        {"adapter": AdapterSettings(type="dora", r=4)},
+        {"adapter": AdapterSettings(type="rslora", r=4)},
+        {"text": {"attention_bias": True}},
+        {"text": {"mlp_bias": True}},
+        {"text": {"attention_dropout": 0.1}},
+        {"text": {"hidden_act": "gelu"}},
+    ],
+    ids=str,
+)
+def test_the_planner_knows_from_the_configuration_what_is_fused(changes: dict[str, Any]) -> None:
+    shapes = replace(Layers(quantization="none"), **changes)
+    adapter = shapes.adapter if shapes.stage == "instruct" else None
+    planned = is_fused(config_of(shapes).text_config, adapter)
+    assert planned == (fuse_layers(training_model(shapes)) is None)
 
 
 def test_a_second_derivative_is_refused() -> None:
