@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.work import IMAGE_ID, Shapes
-from lora_llava.modeling.base import dequantize, disable_cpu_repacking
+from lora_llava.modeling.base import dequantize, quantize
 from lora_llava.modeling.stages import build_stage
-from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import StageName
 
@@ -55,7 +52,7 @@ def build_model(
         model = LlavaForConditionalGeneration(make_config(shapes)).to(dtype)
     model.config.use_cache = False
     if nf4:
-        quantize(model, device, dtype)
+        quantize(model, double_quant=True, dtype=dtype)
         if dequantized:
             dequantize(model)
         model.is_loaded_in_4bit = not dequantized
@@ -66,25 +63,3 @@ def build_model(
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.02).to(device)
     return wrapped.to(device)
-
-
-def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the language model's linear layers in NF4 with double quantisation, as bitsandbytes does when it loads."""
-    for name, module in list(model.get_submodule(LANGUAGE_MODEL).named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        with torch.device("meta"):
-            packed = Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-        weight = Params4bit(
-            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
-        )
-        packed.weight = weight.to(device)
-        model.set_submodule(f"{LANGUAGE_MODEL}.{name}", packed)
-    disable_cpu_repacking(model)

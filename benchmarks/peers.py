@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.model import build_model, make_config
 from benchmarks.work import Shapes, Work, pixels
 from lora_llava.conversation.encode import IGNORE_INDEX
-from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sharing
+from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sample_steps
 from lora_llava.data.rows import Batch, PackedRows, build_row
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import drop_unused_layers, undo_double_quantization
@@ -204,9 +204,10 @@ def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
         }
     )
     attention, why = pick_attention("auto", config.text_config, task.device, task.dtype)
-    shared = sharing(plan_items(task.work), len(task.work.conversations), "tree")
+    count = len(task.work.conversations)
+    steps = sample_steps(plan_items(task.work), RowSettings(longest, count), batch_size=count, num_steps=1, seed=0)
     settings = recipe.stage(stage)
-    shapes = StageShapes(stage, settings, recipe.quantization, recipe.adapter, config, task.dtype, longest, shared)
+    shapes = StageShapes(stage, settings, recipe.quantization, recipe.adapter, config, task.dtype, longest, steps)
     plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device.type, task.cap), attention))
     sys.stderr.write(f"{plan}; {attention}: {why}\n")
     return attention, plan

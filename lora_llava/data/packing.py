@@ -15,11 +15,13 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count, islice
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 Tree = tuple[int, ...]
 """Indices of conversations that share one prefix."""
@@ -28,8 +30,9 @@ Row = tuple[Tree, ...]
 Step = tuple[Row, ...]
 
 Packing = Literal["tree", "none"]
-Sharing = Callable[[int], float]
-"""Maps a row length in tokens to the fraction of unpacked tokens that packing still computes."""
+
+_SAMPLED_STEPS = 32
+"""Steps whose rows are counted to choose a row length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,18 @@ class Plan:
         return 1.0 - self.num_computed_tokens / self.num_separate_tokens if self.num_separate_tokens else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class SampledSteps:
+    """The first steps of a plan, whose rows can be counted for any row length."""
+
+    row_lengths: Callable[[int], npt.NDArray[np.int64]]
+    """Maps the maximum length of a row to the tokens of each row, (steps, rows per step); 0 for an empty row."""
+    num_separate_tokens: int
+    """Tokens of the steps' conversations, unpacked."""
+    ranks: int = 1
+    """Data-parallel processes; row r of a step belongs to rank r modulo `ranks`."""
+
+
 def conversations(rows: Iterable[Row]) -> Iterator[int]:
     """Yield the indices of the conversations in rows, such as those of a step."""
     return (index for row in rows for tree in row for index in tree)
@@ -97,34 +112,33 @@ def make_plan(items: Sequence[PlanItem], settings: RowSettings, *, batch_size: i
         if item.length > settings.tokens:
             raise ValueError(f"conversation {index} has {item.length} tokens, a row holds {settings.tokens}")
 
-    # Batches: epoch after epoch in a new order, until there are enough steps.
-    batches: list[list[Tree]] = []
-    epoch = 0
-    while len(batches) < num_steps:
-        batches.extend(_batches(_epoch_trees(items, settings.branches_per_tree, f"{seed}/{epoch}"), batch_size))
-        epoch += 1
-
-    # Trees that fit a row. Only now: the conversations of a step must not depend on how they are packed.
-    batches = [_split_trees(batch, items, settings) for batch in batches[:num_steps]]
-
-    # The fewest rows for each step, then rows of similar length. All steps get as many rows as the largest.
-    if settings.packing == "none":
-        packed = [[[tree] for tree in batch] for batch in batches]
-    else:
-        packed = [_first_fit(batch, items, settings.tokens) for batch in batches]
-    rows_per_step = max(_round_up(len(rows), settings.ranks) for rows in packed)
-    steps = tuple(
-        _balance(batch, rows, items, settings, rows_per_step) for batch, rows in zip(batches, packed, strict=True)
-    )
-
-    used = [index for batch in batches for tree in batch for index in tree]
+    batches = list(islice(_all_batches(items, settings.branches_per_tree, batch_size, seed), num_steps))
+    steps = _pack(batches, items, settings)
+    used = [index for step in steps for index in conversations(step)]
     return Plan(
         steps=steps,
-        rows_per_step=rows_per_step,
+        rows_per_step=len(steps[0]),
         num_conversations=len(used),
-        num_computed_tokens=sum(tree_length(tree, items) for batch in batches for tree in batch),
+        num_computed_tokens=sum(tree_length(tree, items) for step in steps for row in step for tree in row),
         num_separate_tokens=sum(items[index].length for index in used),
     )
+
+
+def sample_steps(
+    items: Sequence[PlanItem], settings: RowSettings, *, batch_size: int, num_steps: int, seed: int
+) -> SampledSteps:
+    """Return the first steps of the plan that `make_plan` makes, to count their rows; `settings.tokens` is not used."""
+    sampled = min(num_steps, _SAMPLED_STEPS)
+    batches = list(islice(_all_batches(items, settings.branches_per_tree, batch_size, seed), sampled))
+
+    @cache
+    def row_lengths(tokens: int) -> npt.NDArray[np.int64]:
+        steps = _pack(batches, items, replace(settings, tokens=tokens))
+        lengths = [[sum(tree_length(tree, items) for tree in row) for row in step] for step in steps]
+        return np.array(lengths, dtype=np.int64)
+
+    separate = sum(items[index].length for batch in batches for tree in batch for index in tree)
+    return SampledSteps(row_lengths, separate, settings.ranks)
 
 
 def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row]:
@@ -138,6 +152,26 @@ def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row
             single.append((index,))
     trees = [tree for members in groups.values() for tree in _trees_that_fit(members, items, tokens_per_row)]
     return [tuple(row) for row in _first_fit(trees + single, items, tokens_per_row)]
+
+
+def _all_batches(items: Sequence[PlanItem], branches_per_tree: int, batch_size: int, seed: int) -> Iterator[list[Tree]]:
+    """Yield the batches of epoch after epoch, each epoch in a new order, without end."""
+    for epoch in count():
+        yield from _batches(_epoch_trees(items, branches_per_tree, f"{seed}/{epoch}"), batch_size)
+
+
+def _pack(batches: Sequence[list[Tree]], items: Sequence[PlanItem], settings: RowSettings) -> tuple[Step, ...]:
+    """Pack each batch into the fewest rows, of similar length; all steps get as many rows as the largest."""
+    # Trees that fit a row. Only now: the conversations of a step must not depend on how they are packed.
+    batches = [_split_trees(batch, items, settings) for batch in batches]
+    if settings.packing == "none":
+        packed = [[[tree] for tree in batch] for batch in batches]
+    else:
+        packed = [_first_fit(batch, items, settings.tokens) for batch in batches]
+    rows_per_step = max(_round_up(len(rows), settings.ranks) for rows in packed)
+    return tuple(
+        _balance(batch, rows, items, settings, rows_per_step) for batch, rows in zip(batches, packed, strict=True)
+    )
 
 
 def _epoch_trees(items: Sequence[PlanItem], branches_per_tree: int, seed: str) -> list[Tree]:
@@ -256,42 +290,3 @@ def _balance(
     # Empty rows come first: the gradient of a step is complete only with its last row.
     empty: list[Row] = [()] * (rows_per_step - num_rows)
     return (*empty, *(tuple(row) for row in rows))
-
-
-def no_sharing(_tokens: int) -> float:
-    """Return 1: without sharing, every token is computed."""
-    return 1.0
-
-
-def sharing(items: Sequence[PlanItem], branches_per_tree: int, packing: Packing) -> Sharing:
-    """Estimate what the row length costs: short rows split trees, and each part computes the image again.
-
-    Exact if the conversations about an image all have the same length.
-    """
-    # Per image: the number of conversations, and their tokens without the prefix.
-    images: dict[tuple[int, int], list[int]] = {}
-    unshared = 0
-    for item in items:
-        if packing == "none" or not item.prefix_length:
-            unshared += item.length
-            continue
-        count_and_own = images.setdefault((item.group, item.prefix_length), [0, 0])
-        count_and_own[0] += 1
-        count_and_own[1] += item.length - item.prefix_length
-
-    # Per tree of an epoch: prefix length, number of branches, mean length of a branch.
-    trees = [
-        (prefix, size, own / count)
-        for (_, prefix), (count, own) in images.items()
-        for size in [branches_per_tree] * (count // branches_per_tree) + [count % branches_per_tree]
-    ]
-    prefix, size, own = np.array(trees, dtype=float).reshape(-1, 3).T
-    separate = unshared + float((size * (prefix + own)).sum())
-
-    @cache
-    def share(tokens: int) -> float:
-        branches_in_row = np.maximum(1, (tokens - prefix) // np.maximum(own, 1))
-        parts = np.ceil(size / branches_in_row)
-        return (unshared + float((parts * prefix + size * own).sum())) / separate
-
-    return share

@@ -21,11 +21,11 @@ from lora_llava.data.packing import (
     PlanItem,
     Row,
     RowSettings,
-    Sharing,
+    SampledSteps,
     conversations,
     make_plan,
     plan_in_order,
-    sharing,
+    sample_steps,
     tree_length,
 )
 from lora_llava.data.record import Record
@@ -152,9 +152,12 @@ class StageRecords:
             key=lambda longest: longest.length,
         )
 
-    def sharing(self, stage: StageSettings) -> Sharing:
-        """Return the fraction of the training tokens that rows of a given length compute."""
-        return sharing(self.train.items, stage.branches_per_tree, stage.packing)
+    def sample_steps(self, stage: StageSettings, seed: int) -> SampledSteps:
+        """Return the first steps of the stage, to count their rows for a given row length."""
+        length = stage_length(stage, len(self.train))
+        settings = RowSettings(self.longest.length, stage.branches_per_tree, stage.packing, ranks=world_size())
+        sizes = {"batch_size": length.batch_size, "num_steps": length.num_steps}
+        return sample_steps(self.train.items, settings, **sizes, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ def _plan(survey: Survey, stage: StageName, conversations: Conversations, config
     longest, facts = records.longest.length, dict[str, Any]()
     try:
         dtype = compute_dtype(recipe.precision)
-        shapes = stage_shapes(stage, settings, recipe.quantization, recipe.adapter, config, dtype, records)
+        shapes = stage_shapes(recipe, stage, config, dtype, records)
         tokens = plan_memory(shapes, this_machine(recipe.attn_implementation, None)).tokens_per_micro_batch
     except RecipeError as error:
         source = sides["training"].source

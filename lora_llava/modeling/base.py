@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.conversation.encode import ImageTokens
@@ -25,11 +25,17 @@ from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import open_weights
 from lora_llava.formats.names import BUFFERS
 from lora_llava.formats.shapes import used_layers
-from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.weight_files import weight_files
 from lora_llava.modeling.identity import Fields, base_fields
 from lora_llava.modeling.metadata import hub_errors, image_statistics, read_config
-from lora_llava.modeling.structure import LM_HEAD, PROJECTOR, VISION_TOWER, image_tokens, linear_weights
+from lora_llava.modeling.structure import (
+    LANGUAGE_MODEL,
+    LM_HEAD,
+    PROJECTOR,
+    VISION_TOWER,
+    image_tokens,
+    linear_weights,
+)
 from lora_llava.recipe.fields import is_local
 from lora_llava.system.device import free_memory_bytes
 from lora_llava.system.files import refuse_irregular
@@ -156,7 +162,7 @@ def load_base(
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
-        tokenizer = read_tokenizer(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         mean, std = image_statistics(ImageProcessingMixin.get_image_processor_dict(directory)[0], directory)
         model, report = LlavaForConditionalGeneration.from_pretrained(
             directory,
@@ -247,6 +253,25 @@ def undo_double_quantization(model: nn.Module) -> None:
 def _fits_dequantized(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Tell whether the language model's linear layers, in `dtype`, fit half of the free memory."""
     return linear_weights(config) * dtype.itemsize <= _DEQUANTIZED_SHARE * free_memory_bytes(device.type)
+
+
+def quantize(model: Any, *, double_quant: bool, dtype: torch.dtype) -> None:
+    """Quantize the language model's linear layers to NF4, on their device, as `load_base` has them.
+
+    For a model with random weights; one that is loaded is quantized file by file.
+    """
+    language_model = model.get_submodule(LANGUAGE_MODEL)
+    for name, module in list(language_model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        options = {"compress_statistics": double_quant, "quant_type": "nf4"}
+        with torch.device("meta"):
+            packed = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, **options)
+        weight = Params4bit(module.weight.data, requires_grad=False, module=packed, **options)
+        packed.weight, packed.bias = weight.to(module.weight.device), module.bias
+        language_model.set_submodule(name, packed)
+    model.is_loaded_in_4bit = True
+    disable_cpu_repacking(model)
 
 
 def drop_unused_layers(model: Any) -> None:

@@ -91,7 +91,7 @@ def _print_stage(
     console: Console,
 ) -> None:
     settings, dtype = recipe.stage(stage), compute_dtype(recipe.precision)
-    shapes = stage_shapes(stage, settings, recipe.quantization, recipe.adapter, config, dtype, records)
+    shapes = stage_shapes(recipe, stage, config, dtype, records)
     machine = this_machine(recipe.attn_implementation, memory)
     plan = plan_memory(shapes, machine)
     data = plan_records(records, settings, plan.tokens_per_micro_batch, recipe.seed)

@@ -7,13 +7,14 @@ where fp32 Adam does not fit or is much slower.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
 from transformers import LlavaConfig
 
-from lora_llava.data.packing import Sharing, no_sharing
+from lora_llava.data.packing import SampledSteps
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.formats.shapes import LlavaShape
@@ -27,8 +28,8 @@ from lora_llava.planning.memory import (
     in_4_bits,
     plain_scale_bytes,
 )
-from lora_llava.planning.speed import Machine, relative_cost
-from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings
+from lora_llava.planning.speed import Machine, Passes, Speed, relative_cost
+from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import free_memory_bytes
 
@@ -43,6 +44,8 @@ _USABLE_SHARE = 0.92
 """Share of the memory to plan with; the rest is left to fragmentation."""
 _RETRY_SHARE = 0.85
 """After running out of memory, the next plan may use this share of the failed plan's memory."""
+_AS_FAST = 1.005
+"""Plans that take at most this many times as long as the fastest count as equally fast."""
 _MIN_8BIT_GAIN = 0.10
 """8-bit Adam is chosen over fp32 Adam that fits only if it saves this share of the time."""
 
@@ -59,6 +62,8 @@ class MemoryPlan:
     bytes_usable: int
     cost: float
     """Relative time per token of the conversations; see `planning.speed`."""
+    speed: Speed
+    """The speed that the plan was made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +79,18 @@ class StageShapes:
     """Compute precision."""
     longest: int
     """Tokens of the longest conversation, which a micro-batch must hold whole."""
-    sharing: Sharing = no_sharing
-    """Maps a row length to the fraction of unpacked tokens that packing still computes."""
+    steps: SampledSteps
+    """The first steps, whose rows are counted for each row length."""
 
     @property
     def parameters(self) -> list[PartParameters]:
         """Count the parameters of each part, before quantization."""
         return stage_parameters(LlavaShape.of(self.config.to_dict()), self.stage, self.adapter, self.dtype)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the decoder layers train fused."""
+        return is_fused(self.config.text_config, self.adapter if self.settings.trains_lora else None)
 
     def layers(self, attention: Attention) -> LayerSettings:
         """Return what decides how much a decoder layer keeps, with this attention."""
@@ -89,23 +99,23 @@ class StageShapes:
             lora_rank=self.adapter.r if self.settings.trains_lora else 0,
             lora_parameters=sum(part.adapter for part in self.parameters),
             attention=attention,
-            is_fused=is_fused(self.config.text_config, self.adapter if self.settings.trains_lora else None),
+            is_fused=self.is_fused,
         )
+
+    def passes(self, recompute: Recompute, *, keep_dequantized: bool) -> Passes:
+        """Describe how the layers compute a row with these choices."""
+        layers = int(self.config.text_config.num_hidden_layers)
+        return Passes(layers, recompute, self.quantization.type == "nf4", keep_dequantized, self.is_fused)
 
 
 def stage_shapes(
-    stage: StageName,
-    settings: StageSettings,
-    quantization: QuantizationSettings,
-    adapter: AdapterSettings,
-    config: LlavaConfig,
-    dtype: ElementType,
-    records: StageRecords,
+    recipe: Recipe, stage: StageName, config: LlavaConfig, dtype: ElementType, records: StageRecords
 ) -> StageShapes:
     """Collect what `plan_memory` needs.
 
     Raises RecipeError if the recipe's `tokens_per_micro_batch` cannot hold the longest conversation.
     """
+    settings = recipe.stage(stage)
     given, longest = settings.tokens_per_micro_batch, records.longest
     if given != "auto" and given < longest.length:
         raise RecipeError(
@@ -113,8 +123,8 @@ def stage_shapes(
             f"and a micro-batch must hold the longest conversation; set auto, or {longest.length:,} or more, or a "
             f"lower stages.{stage}.max_length, which cuts conversations"
         )
-    sharing = records.sharing(settings)
-    return StageShapes(stage, settings, quantization, adapter, config, dtype, longest.length, sharing)
+    steps = records.sample_steps(settings, recipe.seed)
+    return StageShapes(stage, settings, recipe.quantization, recipe.adapter, config, dtype, longest.length, steps)
 
 
 def usable_bytes(device: str, memory: int | None = None) -> int:
@@ -133,10 +143,10 @@ def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
     fitting = [plan for plan in plans if plan.bytes_needed <= plan.bytes_usable]
     if not fitting:
         raise TrainingError(_too_small(min(plans, key=lambda plan: plan.bytes_needed), shapes))
-    best = min(fitting, key=_preference)
+    best = _preferred(fitting)
     full_precision = [plan for plan in fitting if "8bit" not in plan.optim]
     if full_precision and "8bit" in best.optim:
-        fp32 = min(full_precision, key=_preference)
+        fp32 = _preferred(full_precision)
         return fp32 if fp32.cost <= (1 + _MIN_8BIT_GAIN) * best.cost else best
     return best
 
@@ -175,44 +185,43 @@ def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> s
     return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan_line(plan, shapes)}"
 
 
-def _preference(plan: MemoryPlan) -> tuple[float, int]:
-    # Of equally fast plans, prefer the one that needs less memory.
-    return round(plan.cost, 2), plan.bytes_needed
+def predicted_seconds(shapes: StageShapes, plan: MemoryPlan, tokens: int) -> float | None:
+    """Return the seconds that a row of `tokens` tokens takes as planned; None if the speed is not measured."""
+    if not plan.speed.is_measured:
+        return None
+    passes = shapes.passes(plan.recompute, keep_dequantized=plan.keep_dequantized)
+    return float(passes.row_times(np.array([tokens]), plan.speed)[0])
+
+
+def _preferred(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """Return the plan that needs the least memory of those that are about as fast as the fastest."""
+    fastest = min(plan.cost for plan in plans)
+    return min((plan for plan in plans if plan.cost <= _AS_FAST * fastest), key=lambda plan: plan.bytes_needed)
 
 
 def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
-    """Yield one plan for each combination of the open choices, with the micro-batch that suits it best."""
-    settings, config, nf4 = shapes.settings, shapes.config, shapes.quantization.type == "nf4"
+    """Yield a plan for each combination of the open choices."""
+    settings, nf4 = shapes.settings, shapes.quantization.type == "nf4"
     unquantized = shapes.parameters
-    quantized = in_4_bits(unquantized, config, shapes.quantization, shapes.dtype)
-    for keep_dequantized, optim, recompute in product(
-        _keep_dequantized_choices(shapes.quantization), _optimizers(settings, machine.device), _recomputes(shapes)
+    quantized = in_4_bits(unquantized, shapes.config, shapes.quantization, shapes.dtype)
+    optimizers, layer = _optimizers(settings, machine.device), shapes.layers(machine.attention)
+    for keep_dequantized, recompute in product(
+        _keep_dequantized_choices(shapes.quantization), _recomputes(shapes, machine)
     ):
-        # Fixed by the combination: weights, gradients and optimizer states.
+        passes = shapes.passes(recompute, keep_dequantized=keep_dequantized)
+        # Weights, gradients and optimizer states do not depend on the micro-batch.
         parameters = unquantized if keep_dequantized or not nf4 else quantized
-        fixed = sum(part.total for part in expected_memory(optim, parameters))
-        reads_nf4 = nf4 and not keep_dequantized
-
-        # What grows with the micro-batch, whose tokens may all be supervised.
-        plans = [
-            MemoryPlan(
-                tokens,
-                recompute,
-                optim,
-                keep_dequantized,
-                fixed + held_bytes(_activations(shapes, machine, recompute, tokens), recompute, machine.device),
-                machine.usable,
-                shapes.sharing(tokens)
-                * relative_cost(config, machine, recompute, tokens, shapes.longest, dequantizes=reads_nf4),
-            )
-            for tokens in _micro_batch_sizes(settings, shapes.longest, _MAX_TOKENS[machine.device])
-        ]
-        fitting = [plan for plan in plans if plan.bytes_needed <= plan.bytes_usable]
-        yield min(fitting, key=_preference) if fitting else min(plans, key=lambda plan: plan.bytes_needed)
-
-
-def _activations(shapes: StageShapes, machine: Machine, recompute: Recompute, tokens: int) -> int:
-    return activation_bytes(shapes.config, shapes.layers(machine.attention), recompute, tokens, tokens)
+        fixed = {optim: sum(part.total for part in expected_memory(optim, parameters)) for optim in optimizers}
+        for tokens in _micro_batch_sizes(settings, shapes.longest, _MAX_TOKENS[machine.device]):
+            # All tokens of a row may be supervised.
+            activations = activation_bytes(shapes.config, layer, recompute, tokens, tokens)
+            held = held_bytes(activations, recompute, machine.device)
+            cost = relative_cost(shapes.steps, tokens, passes, machine.speed)
+            for optim in optimizers:
+                needed = fixed[optim] + held
+                yield MemoryPlan(
+                    tokens, recompute, optim, keep_dequantized, needed, machine.usable, cost, machine.speed
+                )
 
 
 def _keep_dequantized_choices(quantization: QuantizationSettings) -> list[bool]:
@@ -227,12 +236,17 @@ def _optimizers(settings: StageSettings, device: str) -> list[str]:
     return ["adamw_torch", "paged_adamw_8bit"] if device == "cuda" else ["adamw_torch"]
 
 
-def _recomputes(shapes: StageShapes) -> list[Recompute]:
+def _recomputes(shapes: StageShapes, machine: Machine) -> list[Recompute]:
     policy, layers = shapes.settings.gradient_checkpointing, int(shapes.config.text_config.num_hidden_layers)
     if policy != "auto":
         return [Recompute(policy, shapes.settings.gradient_checkpointing_layers)]
-    mixed = [Recompute("selective", layers * eighths // 8) for eighths in range(8)]
-    return [Recompute(False), *dict.fromkeys(mixed), Recompute(True)]
+    mixed = dict.fromkeys(Recompute("selective", layers * eighths // 8) for eighths in range(8))
+    if shapes.is_fused:
+        # Without a layer in full, they keep as much as with no policy at all.
+        mixed.pop(Recompute("selective"))
+    elif not machine.suits_selective(_MAX_TOKENS[machine.device]):
+        mixed.clear()
+    return [Recompute(False), *mixed, Recompute(True)]
 
 
 def _micro_batch_sizes(settings: StageSettings, longest: int, largest: int) -> list[int]:

@@ -1,28 +1,56 @@
-"""Estimate the time per token of each choice that trades memory for time, relative to a plain forward pass."""
+"""Estimate the time of rows: of each the longer of launching its kernels and computing them.
+
+Kernels are launched while earlier ones compute, so the two times overlap and do not add up.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import LlavaConfig
+import numpy as np
+import numpy.typing as npt
 
-from lora_llava.formats.shapes import attention_widths
-from lora_llava.modeling.structure import Attention, linear_weights
+from lora_llava.data.packing import SampledSteps
+from lora_llava.modeling.structure import Attention
 from lora_llava.planning.memory import Recompute
 
-_DEQUANTIZING = {"cuda": 176, "cpu": 60}
-"""Time to dequantize all NF4 weights once, as the forward pass of this many tokens. CUDA: 2.5 bytes per weight at 70 %
-of an RTX 4090's 1 TB/s, against 2 FLOP per weight and token at 60 % of its 165 TFLOP/s. CPU: measured on 2 AVX2 cores.
-"""
-_LAUNCHING = {"cuda": 120, "cpu": 0}
-"""Time to launch the kernels of one pass, as the forward pass of this many tokens: about a hundred kernels per layer at
-5 us each, against the same RTX 4090: an estimate."""
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What decides the time of a row: forward and backward pass through all layers, nothing recomputed.
+
+    Times are in seconds if they are measured, else in units of `token`.
+    """
+
+    launching: float
+    """Time to launch the kernels of a row of any length, as the stage's `quantization.type` has them."""
+    token: float
+    """Time that the device computes per token."""
+    dequantizing: float
+    """Time to dequantize the NF4 weights, in both passes."""
+    is_measured: bool = False
+
+    def __str__(self) -> str:
+        """Describe the time of a row in one line."""
+        if not self.is_measured:
+            return "assumed, not measured"
+        ms, us = 1e3 * self.launching, 1e6 * self.token
+        deq = f"{1e3 * self.dequantizing:g} ms + " if self.dequantizing else ""
+        return f"a row takes {ms:g} ms to launch, and {deq}{us:g} us per token to compute (measured on one layer)"
+
+
+ASSUMED = {"cuda": Speed(250.0, 1.0, 150.0), "cpu": Speed(0.0, 1.0, 60.0)}
+"""Speed where nothing is measured. CUDA: an RTX 4090 with a 7B model, an estimate. CPU: measured on 2 AVX2 cores;
+launching is nothing next to computing there."""
 _SELECTIVE_SHARE = 0.25
 """Share of a forward pass that selective checkpointing repeats (FLOPs counted on Llama layers with LoRA)."""
-_ATTENTION_RATE = {"cuda": 0.5, "cpu": 0.8}
-"""FLOP rate of attention's matmuls relative to the linear layers': CUDA, an estimate; CPU, measured."""
-_ATTENTION_BACKWARD = 2.5
-"""FLOPs of attention's backward pass relative to its forward pass: five matmuls instead of two."""
+_SELECTIVE_LAUNCHING = 3.0
+"""Time to launch a layer with selective checkpointing, relative to one without: PyTorch decides in Python what it
+keeps. This and the next two: CPU time of 32 narrow layers in NF4."""
+_FULL_LAUNCHING = {True: 1.5, False: 1.8}
+"""The same with full checkpointing, of fused layers and of others."""
+_DEQUANTIZED_LAUNCHING = {True: 0.7, False: 0.54}
+"""The same of layers whose weights are dequantized once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,33 +62,64 @@ class Machine:
     usable: int
     """Bytes to plan with."""
     attention: Attention
+    measured: Speed | None = None
+    """The speed of the stage's layers; None: `ASSUMED`."""
+
+    @property
+    def speed(self) -> Speed:
+        """The speed to plan with."""
+        return self.measured or ASSUMED[self.device]
+
+    def suits_selective(self, tokens: int) -> bool:
+        """Tell whether a row of `tokens` tokens takes longer to compute than to launch with selective checkpointing.
+
+        Where launching dominates, full recomputation is faster and smaller.
+        """
+        launching = _SELECTIVE_LAUNCHING * self.speed.launching
+        return launching < (1 + _SELECTIVE_SHARE / 2) * self.speed.token * tokens
 
 
-def relative_cost(
-    config: LlavaConfig, machine: Machine, recompute: Recompute, tokens: int, longest: int, *, dequantizes: bool
-) -> float:
-    """Estimate the time per token in rows of `tokens` tokens; 1 is a forward pass of the linear layers.
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How the layers compute a row."""
 
-    `longest`: tokens of the longest conversation. `dequantizes`: every pass dequantizes the NF4 weights. The backward
-    pass of a frozen linear layer costs as much as its forward pass: its weight has no gradient.
+    layers: int
+    recompute: Recompute
+    nf4: bool
+    """Whether the linear layers are quantized to NF4."""
+    keep_dequantized: bool
+    """Whether they are dequantized once instead of in every pass."""
+    is_fused: bool = True
+    """Whether the layers are fused. Those that `selective` does not recompute in full then keep everything."""
+
+    def row_times(self, lengths: npt.NDArray[np.int64], speed: Speed) -> npt.NDArray[np.float64]:
+        """Return the times of rows of `lengths` tokens, in the unit of `speed`; an empty row takes no time.
+
+        The backward pass of a frozen linear layer costs as much as its forward pass: its weight has no gradient.
+        """
+        dequantizing = speed.dequantizing if self.nf4 and not self.keep_dequantized else 0.0
+        repeated = self._mean(1.0, 0.0 if self.is_fused else _SELECTIVE_SHARE, 0.0)
+        computing = (1 + repeated / 2) * (dequantizing + speed.token * lengths)
+        selective = 1.0 if self.is_fused else _SELECTIVE_LAUNCHING
+        launching = speed.launching * self._mean(_FULL_LAUNCHING[self.is_fused], selective, 1.0)
+        if self.nf4 and self.keep_dequantized:
+            launching *= _DEQUANTIZED_LAUNCHING[self.is_fused]
+        times: npt.NDArray[np.float64] = np.where(lengths > 0, np.maximum(launching, computing), 0.0)
+        return times
+
+    def _mean(self, full: float, selective: float, none: float) -> float:
+        """Average a value of each policy over the layers."""
+        if self.recompute.policy is False:
+            return none
+        num_full = self.layers if self.recompute.policy is True else self.recompute.full_layers
+        return (num_full * full + (self.layers - num_full) * selective) / self.layers
+
+
+def relative_cost(steps: SampledSteps, tokens: int, passes: Passes, speed: Speed) -> float:
+    """Return the time per token of the conversations in rows of at most `tokens` tokens; 1 is `speed.token`.
+
+    A step takes as long as the rank whose rows take longest.
     """
-    layers = int(config.text_config.num_hidden_layers)
-
-    # Linear layers: forward, backward and what is recomputed, each with a cost that does not depend on the row length.
-    per_pass = _LAUNCHING[machine.device] + (_DEQUANTIZING[machine.device] if dequantizes else 0)
-    linear = (2 + _repeated_share(recompute, layers)) * (1 + per_pass / tokens)
-
-    # Attention: a token attends within its own tree, of which the longest conversation is a bound.
-    attended = min(tokens, longest)
-    query_width, _ = attention_widths(config.text_config)
-    forward = 2 * attended * query_width * layers / linear_weights(config) / _ATTENTION_RATE[machine.device]
-    recomputed = 1.0 if recompute.policy is True else 0.0
-    return linear + forward * (1 + _ATTENTION_BACKWARD + recomputed)
-
-
-def _repeated_share(recompute: Recompute, layers: int) -> float:
-    """Return the share of a forward pass that is computed twice."""
-    if recompute.policy is False:
-        return 0.0
-    full = layers if recompute.policy is True else recompute.full_layers
-    return (full + (layers - full) * _SELECTIVE_SHARE) / layers
+    times = passes.row_times(steps.row_lengths(tokens), speed)
+    by_rank = times.reshape(len(times), -1, steps.ranks).sum(axis=1)
+    return float(by_rank.max(axis=1).sum()) / (speed.token * steps.num_separate_tokens)

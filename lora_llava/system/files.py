@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError, RecipeError
-from lora_llava.system.text import first_line, is_unicode, printable, texts_in
+from lora_llava.system.text import first_line, printable
 
 STAGING = ".lora-llava-"
 """Prefix of the names of staging directories."""
@@ -33,9 +32,6 @@ _NEW_SECONDS = 60
 
 MAX_JSON_BYTES = 40 * 2**20
 """Largest JSON file of a model; the largest tokenizers take 17 MB."""
-
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""Escaped half of a character in a JSON file, which most likely precedes or follows the other half."""
 
 Place = Callable[[Path, Path], None]
 """Moves a complete directory, the first path, to the second."""
@@ -266,8 +262,7 @@ def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "
             return {}
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise error(f"{path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read; {fix}")
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}; {fix}") from cause
     except RecursionError as cause:
@@ -278,8 +273,6 @@ def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "
     if not isinstance(data, dict):
         what = "null" if data is None else f"a {type(data).__name__}"
         raise error(f"{path} is damaged (it contains {what}, not a mapping); {fix}")
-    if _SURROGATE.search(text) and (half := next((text for text in texts_in(data) if not is_unicode(text)), None)):
-        raise error(f"{path} is damaged (it contains {half!r:.80}, half of a surrogate pair); {fix}")
     return data
 
 

@@ -25,6 +25,7 @@ from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage, check_stage, freeze_unsaved
 from lora_llava.modeling.structure import PartParameters, image_tokens
 from lora_llava.planning.attention import pick_attention
+from lora_llava.planning.calibration import measure_speed
 from lora_llava.planning.memory_plan import (
     GIB,
     MemoryPlan,
@@ -39,24 +40,25 @@ from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import parameter_table_view
 from lora_llava.recipe.stages import trains_lora
 from lora_llava.run_directory import output
-from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype, world_size
 from lora_llava.system.progress import phase
 from lora_llava.system.text import counted
 from lora_llava.training.build import make_trainer
 from lora_llava.training.checkpoints.differences import Resume, run_facts
-from lora_llava.training.checkpoints.files import DamagedCheckpointError, read_verified
+from lora_llava.training.checkpoints.files import Checkpoint, DamagedCheckpointError, read_verified
 from lora_llava.training.checkpoints.kept import KeptStep, choose_kept
 from lora_llava.training.checkpoints.resume import (
     check_unchanged,
     find_checkpoint,
     prepare_log,
     stored_memory_plan,
+    stored_speed,
 )
 from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact, seen_until
 from lora_llava.training.checkpoints.state import load_weights
 from lora_llava.training.checks.first_row import check_first_row
-from lora_llava.training.checks.longest_row import out_of_memory_named, trial_line, try_longest_row
+from lora_llava.training.checks.longest_row import out_of_memory_named, trial_lines, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
@@ -73,23 +75,20 @@ def train_stage(
     RunInterruptedError.
     """
     started = time.monotonic()
-    device = pick_device()
-    dtype = pick_dtype(stage.recipe.precision, device)
+    dtype = pick_dtype(stage.recipe.precision, pick_device())
     set_seed(stage.seed)
 
     # 1. Look at what it starts from, and read the data, before the weights: a mistake shows at once.
     records, shapes = _read_data(stage, dtype)
 
     # 2. Plan what fits: the checkpoint's plan if there is one, so that sums round alike; else the fastest.
-    attention, why = pick_attention(stage.recipe.attn_implementation, shapes.config.text_config, device, dtype)
-    machine = Machine(device.type, usable_bytes(device.type, memory), attention)
     checkpoint = find_checkpoint(stage, resume, console)
-    stored = stored_memory_plan(checkpoint, stage, memory)
+    machine, measured = _measure_machine(stage, shapes, checkpoint, memory)
+    stored = stored_memory_plan(checkpoint, stage, None if memory is None else machine.usable)
     plan = stored or plan_memory(shapes, machine)
     data = plan_records(records, stage.settings, plan.tokens_per_micro_batch, stage.seed)
     source = "auto, from the checkpoint" if stored else f"auto, from {machine.usable / GIB:.1f} GiB"
-    decisions = [plan_line(plan, shapes, source), f"attn_implementation: {attention} ({why})"]
-    _print_lines(stage, [*_data_lines(stage, data), *decisions], console)
+    _print_lines(stage, [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured], console)
 
     # 3. Resume exactly, or refuse, or list the guarantees that are lost.
     facts = run_facts(stage, shapes, data, plan, machine)
@@ -104,7 +103,7 @@ def train_stage(
 
     with out_of_memory_named(shapes, machine, plan):
         # 5. Check before the first step: the longest row fits, and packing does not change the logits.
-        _check_rows(stage, trainer, data, plan, dtype, console)
+        _check_rows(stage, trainer, shapes, data, plan, console)
 
         # 6. Train; then prove that the base is untouched, choose the weights to keep, and save the artifact.
         phase(f"{stage.name}: training for {counted(len(data.plan.steps), 'step')}")
@@ -125,8 +124,28 @@ def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageSha
     config, tokenizer = describe_directory(stage.base_directory)
     records = read_records(stage.settings, tokenizer, image_tokens(config), stage.seed)
     output.note_skipped(stage.run_directory, stage.name, records.skipped)
-    shapes = stage_shapes(stage.name, stage.settings, stage.quantization, stage.adapter, config, dtype, records)
+    shapes = stage_shapes(stage.recipe, stage.name, config, dtype, records)
     return records, shapes
+
+
+def _measure_machine(
+    stage: Stage, shapes: StageShapes, checkpoint: Checkpoint | None, memory: int | None
+) -> tuple[Machine, list[str]]:
+    """Choose the attention, and measure memory and speed of the device; also return lines for the console.
+
+    The speed is that of the checkpoint if there is one. It is assumed on a CPU, where it would change row lengths, and
+    with them the rounding of sums, from run to run for little gain, and with several processes, which must plan alike.
+    """
+    device, dtype = pick_device(), pick_dtype(stage.recipe.precision, pick_device())
+    attention, why = pick_attention(stage.recipe.attn_implementation, shapes.config.text_config, device, dtype)
+    lines = [f"attn_implementation: {attention} ({why})"]
+    usable, speed = usable_bytes(device.type, memory), None
+    if checkpoint is not None:
+        speed = stored_speed(checkpoint)
+    elif device.type == "cuda" and world_size() == 1:
+        speed, line = measure_speed(shapes, attention, device)
+        lines.append(line)
+    return Machine(device.type, usable, attention, speed), lines
 
 
 def _data_lines(stage: Stage, data: StageData) -> list[str | None]:
@@ -185,14 +204,15 @@ def _add_trained_parts(stage: Stage, loaded: LoadedModel) -> Any:
 
 
 def _check_rows(
-    stage: Stage, trainer: PackedTrainer, data: StageData, plan: MemoryPlan, dtype: torch.dtype, console: Console
+    stage: Stage, trainer: PackedTrainer, shapes: StageShapes, data: StageData, plan: MemoryPlan, console: Console
 ) -> None:
     """Try the longest row on CUDA, and compare the first packed row with its conversations one by one."""
     model, rows, device = trainer.model, trainer.train_dataset, pick_device()
+    dtype = pick_dtype(stage.recipe.precision, device)
     if device.type == "cuda":
         setting = stage.recipe.attn_implementation
-        tokens = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
-        console.print(f"{stage.name}: {trial_line(tokens, plan)}")
+        trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
+        _print_lines(stage, trial_lines(trial, shapes, plan), console)
     check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 
 

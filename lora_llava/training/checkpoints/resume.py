@@ -17,6 +17,7 @@ from lora_llava.formats.names import WEIGHTS
 from lora_llava.modeling.identity import check_base_files
 from lora_llava.planning.memory import Recompute
 from lora_llava.planning.memory_plan import MemoryPlan
+from lora_llava.planning.speed import ASSUMED, Speed
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
@@ -64,17 +65,25 @@ def prepare_log(stage: Stage, checkpoint: Checkpoint | None) -> None:
         output.cut_log(stage.run_directory, checkpoint.progress.log_bytes)
 
 
-def stored_memory_plan(checkpoint: Checkpoint | None, stage: Stage, memory: int | None) -> MemoryPlan | None:
+def stored_memory_plan(checkpoint: Checkpoint | None, stage: Stage, usable: int | None) -> MemoryPlan | None:
     """Return the memory plan of a checkpoint, since another plan would sum gradients in another order.
 
-    None without a checkpoint, or if the user gives `memory` or other settings for the plan now.
+    `usable`: bytes to plan with, if the user gives the memory. None without a checkpoint, or if the user now gives
+    other memory or other settings for the plan.
     """
-    if checkpoint is None or memory is not None:
+    if checkpoint is None or usable not in (None, checkpoint.memory_plan["bytes_usable"]):
         return None
     if differing_values(_planned_keys(stage), stored_recipe(checkpoint.directory), stage.recipe):
         return None
-    fields = checkpoint.memory_plan
+    fields = {**checkpoint.memory_plan, "speed": stored_speed(checkpoint)}
     return MemoryPlan(**{**fields, "recompute": Recompute(**fields["recompute"])})
+
+
+def stored_speed(checkpoint: Checkpoint) -> Speed:
+    """Return the speed that a checkpoint was planned with; earlier versions assumed it and did not record it."""
+    if "speed" in checkpoint.memory_plan:
+        return Speed(**checkpoint.memory_plan["speed"])
+    return ASSUMED[checkpoint.facts["device"]]
 
 
 def _planned_keys(stage: Stage) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +17,29 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention, to_device
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.structure import BF16, FLEX, TREES, ElementType
-from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, next_smaller, plan_line
+from lora_llava.planning.memory_plan import (
+    GIB,
+    MemoryPlan,
+    StageShapes,
+    next_smaller,
+    plan_line,
+    predicted_seconds,
+)
 from lora_llava.planning.speed import Machine
 from lora_llava.system.device import peak_memory_bytes
 
 STEPS = 2
 """The second pass runs with gradients allocated, as all later ones do."""
+_TOLERANCE = 1.3
+"""Warn if the row takes longer or shorter than predicted by this factor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The longest row, and how long its second forward and backward pass took."""
+
+    tokens: int
+    seconds: float
 
 
 def try_longest_row(
@@ -31,8 +50,8 @@ def try_longest_row(
     console: Console,
     *,
     attn_implementation: str = "auto",
-) -> int:
-    """Run two forward and backward passes over the longest row; return its length in tokens. Weights do not change.
+) -> Trial:
+    """Run two forward and backward passes over the longest row, and time the second. Weights do not change.
 
     If FlexAttention fails and the recipe says `auto`, SDPA replaces it; otherwise raises TrainingError.
     torch.OutOfMemoryError is left to `out_of_memory_named`.
@@ -41,7 +60,7 @@ def try_longest_row(
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     llava = llava_in(model)
     try:
-        _pass_twice(model, rows[longest], dtype)
+        return Trial(lengths[longest], _pass_twice(model, rows[longest], dtype))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -54,31 +73,50 @@ def try_longest_row(
             ) from error
         console.print(f"flex_attention does not work with this model ({type(error).__name__}); using sdpa instead")
         set_attention(llava, TREES)
-        _pass_twice(model, rows[longest], dtype)
-    return lengths[longest]
+        return Trial(lengths[longest], _pass_twice(model, rows[longest], dtype))
 
 
-def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) -> None:
+def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) -> float:
+    """Return the seconds of the second pass; the first compiles."""
     device = next(model.parameters()).device
     batch = to_device(row, device)
     was_training = model.training
     model.train()
     try:
         for _ in range(STEPS):
+            started = _now(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == BF16.itemsize):
                 loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             loss.backward()
+        return _now(device) - started
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
 
 
-def trial_line(tokens: int, plan: MemoryPlan) -> str:
-    """Report the peak memory of the probe next to the planned memory."""
-    return (
-        f"two passes over the longest row, {tokens:,} tokens: {peak_memory_bytes() / GIB:.1f} GiB, "
-        f"planned {plan.bytes_needed / GIB:.1f} GiB with the optimizer"
+def _now(device: torch.device) -> float:
+    """Return the time when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def trial_lines(trial: Trial, shapes: StageShapes, plan: MemoryPlan) -> list[str]:
+    """Report memory and time of the trial next to what was planned; the last line warns if the time is far off."""
+    predicted = predicted_seconds(shapes, plan, trial.tokens)
+    expected = "" if predicted is None else f", predicted {1e3 * predicted:.0f} ms"
+    line = (
+        f"two passes over the longest row, {trial.tokens:,} tokens: {peak_memory_bytes() / GIB:.1f} GiB, "
+        f"planned {plan.bytes_needed / GIB:.1f} GiB with the optimizer; {1e3 * trial.seconds:.0f} ms a pass{expected}"
     )
+    if predicted is None or 1 / _TOLERANCE <= trial.seconds / predicted <= _TOLERANCE:
+        return [line]
+    warning = (
+        f"warning: the longest row takes {trial.seconds / predicted:.1f} times as long as predicted, so another plan "
+        "may be faster. Something else may be using the device, or its clock changes; start again, or set "
+        f"stages.{shapes.stage}.tokens_per_micro_batch"
+    )
+    return [line, warning]
 
 
 @contextmanager

@@ -123,15 +123,17 @@ def test_k32_the_longest_conversation_is_that_of_training_and_validation(by_hand
 
 
 @pytest.mark.parametrize(
-    ("packing", "branches", "share"),
+    ("packing", "branches", "computed"),
     # Apart 82 tokens: 5 conversations of 15 and a text of 7. Two trees of two, or one of four, save 2 or 3 prefixes.
-    [("tree", 2, 62 / 82), ("tree", 4, 52 / 82), ("none", 4, 1.0)],
+    [("tree", 2, 62), ("tree", 4, 52), ("none", 4, 82)],
 )
-def test_k32_sharing_follows_packing_and_branches(
-    by_hand: StageRecords, packing: Any, branches: int, share: float
+def test_k32_the_sampled_steps_follow_packing_and_branches(
+    by_hand: StageRecords, packing: Any, branches: int, computed: int
 ) -> None:
-    stage = settings(packing=packing, branches_per_tree=branches)
-    assert by_hand.sharing(stage)(64) == pytest.approx(share)
+    stage = settings(packing=packing, branches_per_tree=branches, batch_size=6)
+    sampled = by_hand.sample_steps(stage, seed=0)
+    assert sampled.row_lengths(64).sum() == computed
+    assert sampled.num_separate_tokens == 82
 
 
 def test_k32_a_planned_stage_counts_and_says_what_it_holds(by_hand: StageRecords) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
-from lora_llava.data.packing import PlanItem, sharing
+from lora_llava.data.packing import PlanItem, RowSettings, SampledSteps, sample_steps
 from lora_llava.data.rows import build_row
 from lora_llava.errors import TrainingError
 from lora_llava.formats.shapes import LlavaShape
@@ -40,6 +40,7 @@ from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_m
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.settings import AdapterSettings, Recipe
 from lora_llava.recipe.stages import StageName
+from tests.helpers.shapes import llava_7b
 from tests.helpers.tiny import tiny_config
 
 STAGE: dict[str, Any] = {"data": {"path": "train.json"}}
@@ -52,20 +53,6 @@ def recipe(**changes: Any) -> Recipe:
     )
 
 
-def llava_7b(layers: int = 32) -> LlavaConfig:
-    """LLaVA-1.5-7B's shapes."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(num_hidden_layers=layers, vocab_size=32064))
-
-
 @cache
 def table_of(rank: int, stage: StageName) -> list[PartParameters]:
     return stage_parameters(
@@ -73,10 +60,22 @@ def table_of(rank: int, stage: StageName) -> list[PartParameters]:
     )
 
 
-def shapes_of(settings: Recipe, dtype: torch.dtype, longest: int, stage: StageName = "instruct") -> StageShapes:
-    return StageShapes(
-        stage, settings.stage(stage), settings.quantization, settings.adapter, llava_7b(), dtype, longest
-    )
+def steps_of(items: list[PlanItem], batch_size: int = 128, branches: int = 8) -> SampledSteps:
+    settings = RowSettings(max(item.length for item in items), branches)
+    return sample_steps(items, settings, batch_size=batch_size, num_steps=10, seed=0)
+
+
+def shapes_of(
+    settings: Recipe,
+    dtype: torch.dtype,
+    longest: int,
+    stage: StageName = "instruct",
+    items: list[PlanItem] | None = None,
+) -> StageShapes:
+    """Shapes of the 7B model; without `items`, with 256 conversations of up to `longest` tokens that share nothing."""
+    made = items or [PlanItem(longest - number % 7, 0, -1) for number in range(256)]
+    parts = settings.stage(stage), settings.quantization, settings.adapter
+    return StageShapes(stage, *parts, llava_7b(), dtype, longest, steps_of(made))
 
 
 def plan(
@@ -238,10 +237,14 @@ def test_stage_one_needs_less() -> None:
 
 def test_a_row_is_as_long_as_a_tree_where_that_saves_the_image() -> None:
     items = [PlanItem(660 + number % 9, 616, number // 20) for number in range(200)]
-    shared, cpu = sharing(items, 16, "tree"), Machine("cpu", 64 * GIB, TREES)
-    shapes = replace(shapes_of(recipe(), torch.float32, 668), sharing=shared)
+    steps, cpu = steps_of(items, batch_size=40, branches=16), Machine("cpu", 64 * GIB, TREES)
+    shapes = replace(shapes_of(recipe(), torch.float32, 668), steps=steps)
     tokens = plan_memory(shapes, cpu).tokens_per_micro_batch
-    assert shared(tokens) == shared(10**6) < shared(1000) < shared(668) == 1.0
+
+    def computed(tokens: int) -> int:
+        return int(steps.row_lengths(tokens).sum())
+
+    assert computed(tokens) == computed(2048) < computed(1000) < computed(668) == steps.num_separate_tokens
     assert tokens >= 616 + 16 * 44
 
 

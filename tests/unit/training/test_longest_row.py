@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX, TREES
-from lora_llava.planning.memory_plan import StageShapes, plan_memory
-from lora_llava.planning.speed import Machine
+from lora_llava.planning.memory_plan import StageShapes, plan_memory, predicted_seconds
+from lora_llava.planning.speed import Machine, Speed
 from tests.parity.test_packed import branches, build_model, row_of
-from tests.unit.planning.test_memory_plan import GIB, llava_7b, recipe
+from tests.unit.planning.test_memory_plan import GIB, recipe, shapes_of
 
 CONVERSATIONS = [*branches(4)]
 ITEMS = [PlanItem(len(one.input_ids), one.prefix_length, 0) for one in CONVERSATIONS]
@@ -38,8 +39,7 @@ def rows() -> Any:
 
 
 def shapes(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> StageShapes:
-    made = recipe(**changes)
-    return StageShapes("instruct", made.stage("instruct"), made.quantization, made.adapter, llava_7b(), dtype, 700)
+    return shapes_of(recipe(**changes), dtype, 700)
 
 
 def test_the_longest_row_passes_twice_and_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,9 @@ def test_the_longest_row_passes_twice_and_the_weights_stay(monkeypatch: pytest.M
     loss = trial.packed_loss
     monkeypatch.setattr(trial, "packed_loss", lambda *inputs: seen.append(inputs[1]) or loss(*inputs))
     made = rows()
-    tokens = trial.try_longest_row(model, made, ITEMS, torch.float32, Console(quiet=True))
-    assert tokens == made[1]["input_ids"].shape[1]
+    tried = trial.try_longest_row(model, made, ITEMS, torch.float32, Console(quiet=True))
+    assert tried.seconds > 0
+    assert tried.tokens == made[1]["input_ids"].shape[1]
     assert [one["input_ids"].tolist() for one in seen] == 2 * [made[1]["input_ids"].tolist()]
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -121,3 +122,21 @@ def test_other_errors_stay_what_they_are() -> None:
         trial.out_of_memory_named(shapes(), CARD, plan_memory(shapes(), CARD)),
     ):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(1.0, False), (1.29, False), (1.31, True), (0.78, False), (0.76, True)])
+def test_the_time_of_the_trial_is_compared_with_the_predicted(factor: float, warns: bool) -> None:
+    speed = Speed(0.1, 1e-4, 0.01, is_measured=True)
+    chosen = plan_memory(shapes(), replace(CARD, measured=speed))
+    predicted = predicted_seconds(shapes(), chosen, 700)
+    assert predicted is not None
+    line, *warning = trial.trial_lines(trial.Trial(700, factor * predicted), shapes(), chosen)
+    assert f"{1e3 * factor * predicted:.0f} ms a pass, predicted {1e3 * predicted:.0f} ms" in line
+    assert bool(warning) == warns
+    assert all(f"{factor:.1f} times as long as predicted" in text for text in warning)
+
+
+def test_an_assumed_speed_predicts_nothing() -> None:
+    [line] = trial.trial_lines(trial.Trial(700, 0.5), shapes(), plan_memory(shapes(), CARD))
+    assert "500 ms a pass" in line
+    assert "predicted" not in line
