@@ -196,8 +196,9 @@ class StageSettings(Settings):
     cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"
     """Compute the vision tower's features once per image instead of in every epoch; `disk` stores them in the run's
     directory. Pays off from the second epoch."""
-    dataloader_num_workers: Annotated[int, Field(ge=0, le=1_024), OnResume.FREE] = 0
-    """Worker processes that load images and build batches; 0: none."""
+    dataloader_num_workers: Annotated[Annotated[int, Field(ge=0, le=1_024)] | Literal["auto"], OnResume.FREE] = "auto"
+    """Worker processes that load images and build batches ahead of the step; 0: none. `auto`: two to four on CUDA, none
+    on a CPU."""
     logging_steps: Annotated[Count, OnResume.FREE] = 10
     """Optimizer steps between log lines; fewer in a short stage, which gets at least ten lines."""
     eval_steps: Annotated[Count | Literal["auto"] | None, OnResume.FREE] = "auto"

@@ -22,7 +22,7 @@ _job: tuple[Callable[[Any], Any], Sequence[Any]] | None = None
 """Work and items, which forked processes inherit; set for the duration of a call."""
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -42,7 +42,7 @@ def in_processes(
     `on_crash`: returns the result of an item that crashes its process, as hostile bytes can in a C library.
     """
     global _job
-    workers = workers or _available_cores()
+    workers = workers or available_cores()
     size = max(1, min(_MAX_CHUNK_SIZE, -(-len(items) // (workers * _CHUNKS_PER_WORKER))))
     chunks = [(start, min(start + size, len(items))) for start in range(0, len(items), size)]
     _job = (work, items)

@@ -25,6 +25,8 @@ RANDOM, RANDOM_TENSORS = "random.json", "random.safetensors"
 TRAINER = "trainer_state.json"
 """Named as in `transformers`."""
 
+_KERNELS = ("fused", "foreach")
+"""Options of torch's optimizers that choose their kernels."""
 _TENSOR = "$tensor"
 """Key of a reference to a tensor in the safetensors file."""
 
@@ -62,6 +64,8 @@ def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
     for group, other in zip(groups, fresh, strict=settings):
         # JSON has no tuples.
         group |= {key: tuple(group[key]) for key, value in other.items() if isinstance(value, tuple)}
+        # Which kernels compute the step depends on this machine, not on the one that saved the checkpoint.
+        group |= {key: other[key] for key in _KERNELS if key in other}
     state = {int(key): value for key, value in content["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups if settings else fresh})
     _page(getattr(optimizer, "optimizer", optimizer))

@@ -1,13 +1,15 @@
-"""Which trained weights decay."""
+"""Which trained weights decay, and what computes their steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from lora_llava.training.checkpoints.state import load_optimizer, save_optimizer
 from lora_llava.training.optimizer import make_optimizer
 
 
@@ -35,3 +37,36 @@ def test_the_weights_that_decay_are_those_of_the_trainer(tmp_path: Path) -> None
     trainer = Trainer(nn.Linear(1, 1), args)
     assert decaying == set(trainer.get_decay_parameter_names(model))
     assert "lora_magnitude_vector.weight" in decaying
+
+
+def _steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, count: int) -> torch.Tensor:
+    for _ in range(count):
+        parameter.grad = torch.sin(parameter.detach() * 3)
+        optimizer.step()
+    return parameter.detach().clone()
+
+
+def test_adamw_is_fused_on_cuda_and_takes_states_of_either_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch", learning_rate=0.1, use_cpu=True)
+
+    def make(device: str) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+        weight = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        # Only the arguments name the card: on a CPU, too, torch can fuse.
+        monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
+        return make_optimizer(nn.ModuleDict({"lora_A": _linear(weight)}), args, None), weight
+
+    for saved_by, loaded_by in (("cpu", "cuda"), ("cuda", "cpu")):
+        ours, weight = make(saved_by)
+        fused = [group.get("fused") for group in ours.param_groups]
+        assert fused == [saved_by == "cuda" or None]
+        before = _steps(ours, weight, 3)
+        save_optimizer(tmp_path, ours)
+        theirs, other = make(loaded_by)
+        other.data.copy_(before)
+        load_optimizer(tmp_path, theirs, settings=True)
+        # The kernels are this machine's, the state is that of the checkpoint.
+        assert [group.get("fused") for group in theirs.param_groups] == [loaded_by == "cuda" or None]
+        assert theirs.state_dict()["state"][0].keys() == ours.state_dict()["state"][0].keys()
+        assert torch.allclose(_steps(theirs, other, 3), _steps(ours, weight, 3), rtol=1e-6)
