@@ -24,19 +24,22 @@ from tests.helpers.resuming import Stopped, at_step, log_of, stop, train
 from tests.helpers.runs import write_data, write_recipe
 
 OVER_FIT = (
-    "stages.align=null", "stages.instruct.num_train_epochs=20", "stages.instruct.eval_steps=10",
+    "stages.align=null", "stages.instruct.num_train_epochs=20", "stages.instruct.eval_steps=5",
     "stages.instruct.learning_rate=0.02", "stages.instruct.mm_projector_lr=0.02", "adapter.lora_dropout=0",
-    "stages.instruct.save_steps=25", "stages.instruct.num_sample_answers=0",
+    "stages.instruct.save_steps=12", "stages.instruct.num_sample_answers=0",
 )  # fmt: skip
-"""100 steps, a validation every tenth; answers that nothing tells are learned by heart."""
+"""60 steps, a validation every fifth; answers that nothing tells are learned by heart."""
+LAST = 60
+PATIENCE = (*OVER_FIT, "stages.instruct.early_stopping_patience=2")
 
 
 @pytest.fixture(scope="module")
 def random_answers(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over answers that have nothing to do with the images."""
+    """A recipe over answers that have nothing to do with the images, two for each."""
     directory = tmp_path_factory.mktemp("random")
     write_data(directory)
     records = json.loads((directory / "train.json").read_text(encoding="utf-8"))
+    records = [record for number, record in enumerate(records) if number % 4 < 2]
     for number, record in enumerate(records):
         record["conversations"][1]["value"] = f"{(number * 7919) % 101} {(number * 104729) % 97}"
     (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
@@ -51,6 +54,14 @@ def straight(random_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return directory, summary["instruct"], shown
 
 
+@pytest.fixture(scope="module")
+def stopped_early(random_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """The same run with an end after two validations without improvement."""
+    directory = tmp_path_factory.mktemp("early") / "run"
+    summary, shown = train(random_answers, directory, *PATIENCE)
+    return directory, summary["instruct"], shown
+
+
 def validations(directory: Path) -> dict[int, float]:
     return {row["step"]: row["eval_loss"] for row in log_of(directory) if "eval_loss" in row}
 
@@ -59,7 +70,7 @@ def test_k6_the_artifact_holds_the_best_and_all_say_both(straight: tuple[Path, d
     run, summary, shown = straight
     losses = validations(run)
     best, last = min(losses, key=lambda step: losses[step]), max(losses)
-    assert best < last == 100
+    assert best < last == LAST
     assert losses[last] > losses[best]
     kept, checkpoint = (
         load_file(one / WEIGHTS) for one in (run / "instruct", run / "checkpoints/instruct" / f"step-{best}")
@@ -71,10 +82,10 @@ def test_k6_the_artifact_holds_the_best_and_all_say_both(straight: tuple[Path, d
     for metrics in (manifest.metrics, summary):
         assert metrics.items() >= (figures | {"eval_loss": losses[best]}).items()
     assert (manifest.seen["steps"], summary["steps"]) == (best, last)
-    both = f"best validation loss {losses[best]:.4f} at step {best}, last {losses[last]:.4f} at step 100"
+    both = f"best validation loss {losses[best]:.4f} at step {best}, last {losses[last]:.4f} at step {LAST}"
     assert f"{both}; kept: step {best}, the best" in shown
     card = make_card(gather(run / "instruct", None), "someone/some-model")
-    assert f"(best {losses[best]:.4g} at step {best}, last {losses[last]:.4g} at step 100)" in card
+    assert f"(best {losses[best]:.4g} at step {best}, last {losses[last]:.4g} at step {LAST})" in card
 
 
 def test_k6_the_last_is_kept_where_the_recipe_says_so(
@@ -85,19 +96,19 @@ def test_k6_the_last_is_kept_where_the_recipe_says_so(
     shutil.rmtree(run / "instruct")
     summary, shown = train(random_answers, run, *OVER_FIT, "stages.instruct.keep=last", resume="anyway")
     instruct = summary["instruct"]
-    assert instruct["eval_loss"] == instruct["last_eval_loss"] == losses[100]
+    assert instruct["eval_loss"] == instruct["last_eval_loss"] == losses[LAST]
     assert instruct["best_eval_loss"] == min(losses.values())
-    assert "kept: step 100, the last" in shown
-    kept, last = (load_file(one / WEIGHTS) for one in (run / "instruct", run / "checkpoints/instruct/step-100"))
+    assert f"kept: step {LAST}, the last" in shown
+    kept, last = (load_file(one / WEIGHTS) for one in (run / "instruct", run / f"checkpoints/instruct/step-{LAST}"))
     assert all(torch.equal(kept[name], last[name]) for name in kept)
-    assert read_manifest(run / "instruct").seen["steps"] == 100
+    assert read_manifest(run / "instruct").seen["steps"] == LAST
 
 
 def test_k6_a_killed_run_keeps_the_same_best(
     random_answers: Path, straight: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, "instruct", 83, stop)
+        at_step(patch, "instruct", 53, stop)
         with pytest.raises(Stopped):
             train(random_answers, tmp_path / "run", *OVER_FIT)
     summary, _ = train(random_answers, tmp_path / "run", *OVER_FIT, resume="exact")
@@ -110,29 +121,32 @@ def test_k6_a_killed_run_keeps_the_same_best(
 
 @pytest.mark.parametrize("killed", ["before", "at its end"])
 def test_k6_early_stopping_is_the_same_after_a_kill(
-    random_answers: Path, straight: tuple[Path, dict[str, Any], str], tmp_path: Path, killed: str
+    random_answers: Path,
+    straight: tuple[Path, dict[str, Any], str],
+    stopped_early: tuple[Path, dict[str, Any], str],
+    tmp_path: Path,
+    killed: str,
 ) -> None:
-    patience = (*OVER_FIT, "stages.instruct.early_stopping_patience=2")
     losses = validations(straight[0])
-    summary, shown = train(random_answers, tmp_path / "whole", *patience)
-    end = summary["instruct"]["steps"]
-    assert end < 100
-    early = validations(tmp_path / "whole")
+    whole, summary, shown = stopped_early
+    end = summary["steps"]
+    assert end < LAST
+    early = validations(whole)
     assert early == {step: loss for step, loss in losses.items() if step <= end}
     stopped_best = min(early, key=lambda step: early[step])
-    assert (summary["instruct"]["best_step"], end) == (stopped_best, stopped_best + 20)
-    assert f"stopped after step {end} of 100: 2 validations without improvement" in shown
+    assert (summary["best_step"], end) == (stopped_best, stopped_best + 10)
+    assert f"stopped after step {end} of {LAST}: 2 validations without improvement" in shown
     with pytest.MonkeyPatch.context() as patch:
         if killed == "before":
             at_step(patch, "instruct", end - 1, stop)
         else:
             patch.setattr(PackedTrainer, "after_training", lambda _: stop(_))
         with pytest.raises(Stopped):
-            train(random_answers, tmp_path / "run", *patience)
-    again, _ = train(random_answers, tmp_path / "run", *patience, resume="exact")
+            train(random_answers, tmp_path / "run", *PATIENCE)
+    again, _ = train(random_answers, tmp_path / "run", *PATIENCE, resume="exact")
     assert again["instruct"]["steps"] == end
-    assert file_sha256(tmp_path / "run/instruct" / WEIGHTS) == file_sha256(tmp_path / "whole/instruct" / WEIGHTS)
-    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+    assert file_sha256(tmp_path / "run/instruct" / WEIGHTS) == file_sha256(whole / "instruct" / WEIGHTS)
+    assert log_of(tmp_path / "run") == log_of(whole)
 
 
 def test_k7_over_fitting_is_named_once(straight: tuple[Path, dict[str, Any], str]) -> None:
