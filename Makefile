@@ -27,9 +27,10 @@ node: .node/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-# The short form of this is a part of the tests.
+# The short form of this is a part of the tests. The directories of models continue where an earlier run was stopped.
 fuzz: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile=fuzz tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --rounds 10000
 
 # The short form of this, too. Runs are killed at twenty moments, and end as if nothing had happened.
 torture: $(VENV)/installed
@@ -61,4 +62,4 @@ foreign-short: $(VENV)/installed
 
 # Not runs/: what is trained there may have cost days.
 clean:
-	rm -rf $(VENV) .node .foreign mutants build dist *.egg-info quickstart
+	rm -rf $(VENV) .node .foreign .fuzz mutants build dist *.egg-info quickstart

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template, read_own_template, recognize
 from lora_llava.conversation.endings import stated_ends, write_generation_config
@@ -26,6 +25,7 @@ from lora_llava.formats.manifest import is_hub_id, manifest_problem
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import PREPROCESSOR
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base, locate
 from lora_llava.modeling.identity import BASE_OPTION, Fields, base_fields, check_base_files, check_unchanged, record
@@ -338,7 +338,7 @@ def load_artifact(
         keep_dequantized=keep_dequantized,
     )
     with hub_errors("artifact", str(directory)):
-        loaded.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        loaded.tokenizer = read_tokenizer(directory)
     # Training decides which tokens end an answer, not the base alone.
     if ends := stated_ends(directory):
         loaded.model.generation_config.eos_token_id = ends

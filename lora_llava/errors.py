@@ -65,3 +65,8 @@ class RunInterruptedError(TrainingError):
 
 class HubError(LoraLlavaError):
     """The Hugging Face Hub refuses a request or cannot be reached; earlier commits are unchanged."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell whether an error is a panic of a library in Rust, as tokenizers; it is no Exception, and has no module."""
+    return type(error).__name__ == "PanicException"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError
+from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError, is_panic
 from lora_llava.system import quiet, text
 from lora_llava.system.progress import shown_on
 
@@ -56,9 +56,9 @@ class KitGroup(click.Group):
         except RunInterruptedError as error:
             click.echo(text.printable_lines(str(error)), err=True)
             ctx.exit(error.exit_code)
-        except Exception as error:
+        except BaseException as error:
             # click exits quietly when a pipe is closed (`| head`).
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            if not (isinstance(error, Exception) or is_panic(error)) or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
@@ -83,7 +83,7 @@ def file_size(value: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMG".index(match[2].upper()) + 1))
 
 
-def _describe(error: Exception, *, debug: bool) -> str:
+def _describe(error: BaseException, *, debug: bool) -> str:
     """Return an error message for the user: a LoraLlavaError in full, any other as one line with its type."""
     if isinstance(error, LoraLlavaError):
         return str(error)
@@ -158,7 +158,8 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     from lora_llava.recipe.file import bundled_recipes, load_recipe
 
     path = Path(name)
-    if not path.is_file():
+    # Of a pipe or a device, load_recipe says what it is.
+    if path.is_dir() or not path.exists():
         bundled = bundled_recipes()
         key = path.name.removesuffix(".yaml")
         if key in bundled:

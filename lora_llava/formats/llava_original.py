@@ -127,9 +127,10 @@ def check_original_config(data: dict[str, Any], where: Path) -> None:
             f"{where}: not an original LLaVA-1.5 ({data.get('architectures')}, model_type {data.get('model_type')!r}); "
             f"needed: {_ARCHITECTURE} with mm_vision_tower"
         )
-    if data.get("mm_projector_type", "linear") not in PROJECTOR_ACTIVATIONS:
+    # As a list: a value of another type, such as a mapping, cannot be looked up.
+    if data.get("mm_projector_type", "linear") not in list(PROJECTOR_ACTIVATIONS):
         raise ModelError(
-            f"{where}: mm_projector_type {data['mm_projector_type']!r}, known: {', '.join(PROJECTOR_ACTIVATIONS)}"
+            f"{where}: mm_projector_type {data['mm_projector_type']!r:.80}, known: {', '.join(PROJECTOR_ACTIVATIONS)}"
         )
     if data.get("mm_use_im_start_end"):
         raise ModelError(f"{where}: mm_use_im_start_end puts tokens around the image; LLaVA-1.5 has none")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_llava.recipe.stages import STAGES
+from lora_llava.system.text import texts_in
 
 _Check = Callable[[Any], bool]
 
@@ -49,18 +50,14 @@ def manifest_problem(data: Mapping[str, Any]) -> str | None:
         return f"base.name is {base['name']!r:.80}, which is not an id of the Hub (NAMESPACE/NAME)"
     if others := sorted(data["template"].keys() - {"name", "system"}):
         return f"template has the key {others[0]!r:.80}, which no template has"
-    if (text := _bad_text(data)) is not None:
+    # It could not be written to a file, or used as a name.
+    if (text := next((text for text in texts_in(data) if not _text(text)), None)) is not None:
         return f"it holds {text!r:.80}, which is no text"
     return None
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT and "\0" not in value and _is_unicode(value)
-
-
-def _is_unicode(text: str) -> bool:
-    """Tell whether a text can be written: a lone surrogate of JSON cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8") == text
+    return isinstance(value, str) and len(value) <= _MAX_TEXT and "\0" not in value
 
 
 def _or_null(check: _Check) -> _Check:
@@ -85,18 +82,6 @@ def _mapping(check: _Check) -> _Check:
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict)
-
-
-def _bad_text(data: Mapping[str, Any]) -> str | None:
-    """Return a text anywhere in the manifest, or a key, that could not be written to a file or used as a name."""
-    left: list[Any] = [data]
-    while left:
-        value = left.pop()
-        if isinstance(value, str) and not _text(value):
-            return value
-        if isinstance(value, dict | list):
-            left += [*value, *value.values()] if isinstance(value, dict) else value
-    return None
 
 
 _A_TEXT, _TEXT_OR_NULL = "text", "text or null"

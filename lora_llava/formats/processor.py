@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor
+from transformers import LlavaConfig, LlavaProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -14,6 +14,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import Template
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import add_old_files
 from lora_llava.recipe.stages import AspectRatio
 
@@ -74,7 +75,7 @@ def save_surroundings(
     `is_model`: the directory gets a config.json too. Returns the base's settings of pixel values, such as `image_mean`
     and `image_std`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = read_tokenizer(base)
     pixels: dict[str, Any]
     pixels, _ = ImageProcessingMixin.get_image_processor_dict(base)
     jinja = chat_template(template, tokenizer.eos_token)

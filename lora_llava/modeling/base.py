@@ -17,7 +17,7 @@ from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.conversation.encode import ImageTokens
@@ -25,6 +25,7 @@ from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import open_weights
 from lora_llava.formats.names import BUFFERS
 from lora_llava.formats.shapes import used_layers
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.weight_files import weight_files
 from lora_llava.modeling.identity import Fields, base_fields
 from lora_llava.modeling.metadata import hub_errors, image_statistics, read_config
@@ -162,7 +163,7 @@ def load_base(
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = read_tokenizer(directory)
         mean, std = image_statistics(ImageProcessingMixin.get_image_processor_dict(directory)[0], directory)
         model, report = LlavaForConditionalGeneration.from_pretrained(
             directory,

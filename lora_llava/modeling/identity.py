@@ -15,12 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlavaConfig
+from transformers import LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.conversation.endings import stated_ends
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import ADAPTER_CONFIG
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.metadata import hub_errors, read_config
 from lora_llava.system.files import file_sha256, json_text, read_json, refuse_irregular
 from lora_llava.system.progress import note
@@ -294,7 +295,7 @@ def _artifact_fields(files: _Files) -> Fields:
 def _sections(directory: Path) -> dict[str, Fields]:
     """Return the fields of the files that a base and an artifact both have, by section."""
     with hub_errors("model", str(directory)):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = read_tokenizer(directory)
         images, _ = ImageProcessingMixin.get_image_processor_dict(directory)
         template = tokenizer.chat_template
         return {

@@ -12,11 +12,12 @@ from typing import Any, TypeGuard
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from transformers import AutoConfig, AutoTokenizer, LlavaConfig
+from transformers import AutoConfig, LlavaConfig
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.errors import LoraLlavaError, ModelError
 from lora_llava.formats.sizes import check_sizes
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.fields import PACKAGED, packaged
 from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, BaseModelSettings
@@ -59,7 +60,7 @@ def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = read_tokenizer(directory)
     return config, tokenizer
 
 
@@ -114,7 +115,7 @@ def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     assert settings.language_model and settings.vision_tower
     with hub_errors("language model", settings.language_model), bounded():
         name, file = settings.language_model, settings.gguf_file
-        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file, trust_remote_code=False)
+        tokenizer = read_tokenizer(name, gguf_file=file)
         text_config = read_any_config(name, gguf_file=file)
     with hub_errors("vision tower", settings.vision_tower), bounded():
         vision_config = read_any_config(vision_tower_source(settings.vision_tower))
@@ -125,6 +126,8 @@ def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
 def read_any_config(name: str, gguf_file: str | None = None) -> Any:
     """Return the configuration of a model of any architecture; ModelError if it asks for code that comes with it."""
     refuse_irregular(Path(name), ModelError)
+    # What transformers takes of a damaged file could not be written again.
+    read_json(Path(name) / "config.json")
     config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, trust_remote_code=False)
     refuse_wrong_sizes(config.to_dict(), Path(name))
     if getattr(config, "auto_map", None):

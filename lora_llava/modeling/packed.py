@@ -110,7 +110,7 @@ def _only_at(layer: Any, positions: torch.Tensor) -> Iterator[None]:
 
 
 def _hook(module: nn.Module, positions: torch.Tensor) -> tuple[Any, Any]:
-    length = 0
+    length: int
 
     def gather(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         nonlocal length

@@ -158,7 +158,7 @@ def eval_interval(settings: StageSettings, num_steps: int, num_trained: int, num
 
 def validation_line(settings: StageSettings, num_steps: int, interval: int) -> str:
     """Return a line that says how often a stage is validated and which weights it keeps."""
-    patience, count = settings.early_stopping_patience, max(1, math.ceil(num_steps / interval))
+    patience, count = settings.early_stopping_patience, math.ceil(num_steps / interval)
     # The first validation sets the best loss, and the last one ends the stage anyway.
     stop = "" if patience is None else f"; stops after {counted(patience, 'validation')} without improvement"
     if patience is not None and count < patience + 2:

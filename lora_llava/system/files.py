@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError, RecipeError
-from lora_llava.system.text import first_line, printable
+from lora_llava.system.text import first_line, is_unicode, printable, texts_in
 
 STAGING = ".lora-llava-"
 """Prefix of the names of staging directories."""
@@ -32,6 +33,9 @@ _NEW_SECONDS = 60
 
 MAX_JSON_BYTES = 40 * 2**20
 """Largest JSON file of a model; the largest tokenizers take 17 MB."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Escaped half of a character in a JSON file, which most likely precedes or follows the other half."""
 
 Place = Callable[[Path, Path], None]
 """Moves a complete directory, the first path, to the second."""
@@ -262,7 +266,8 @@ def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "
             return {}
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise error(f"{path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read; {fix}")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}; {fix}") from cause
     except RecursionError as cause:
@@ -273,6 +278,8 @@ def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "
     if not isinstance(data, dict):
         what = "null" if data is None else f"a {type(data).__name__}"
         raise error(f"{path} is damaged (it contains {what}, not a mapping); {fix}")
+    if _SURROGATE.search(text) and (half := next((text for text in texts_in(data) if not is_unicode(text)), None)):
+        raise error(f"{path} is damaged (it contains {half!r:.80}, half of a surrogate pair); {fix}")
     return data
 
 

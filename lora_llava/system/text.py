@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 _MAX_LISTED = 8
 """Maximum names that a message lists."""
@@ -62,6 +63,22 @@ def first_line(error: BaseException, most: int = 300) -> str:
     """Return what an error of a library says, as one printable line without a final period; its type if nothing."""
     lines = str(error).strip().splitlines()
     return printable(lines[0].strip().rstrip("."), most) if lines else type(error).__name__
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written: a lone surrogate, which JSON can hold, cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8") == text
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in the content of a JSON file, keys included."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            left += [*value, *value.values()] if isinstance(value, dict) else value
 
 
 def listed(names: Sequence[str], most: int = _MAX_LISTED, separator: str = ", ") -> str:

@@ -154,32 +154,32 @@ def dumped(data: Any) -> bytes:
 
 
 def damage_file(rng: random.Random, path: Path, others: list[Path]) -> None:
-    """Damage one file by its kind, or put something else in its place."""
-    action = rng.randrange(20)
+    """Damage one file by its kind, or put something else at its path; other links to the file keep its content."""
+    data, action = path.read_bytes(), rng.randrange(20)
+    path.unlink()
     if action == 0:
-        path.unlink()
-    elif action == 1:
+        return
+    if action == 1:
         path.write_bytes(b"")
     elif action == 2:
-        path.write_bytes(rng.choice(others).read_bytes())
+        path.write_bytes(data if (other := rng.choice(others)) == path else other.read_bytes())
     elif action == 3:
-        path.unlink()
         rng.choice(_REPLACEMENTS)(path)
     elif action <= 8:
-        path.write_bytes(damage_bytes(rng, path.read_bytes()))
+        path.write_bytes(damage_bytes(rng, data))
     elif path.suffix == ".safetensors":
-        path.write_bytes(damage_tensors(rng, path.read_bytes()))
+        path.write_bytes(damage_tensors(rng, data))
     elif path.suffix in JSON:
         try:
-            data = json.loads(path.read_bytes())
+            value = json.loads(data)
         except (ValueError, RecursionError):
-            path.write_bytes(damage_bytes(rng, path.read_bytes()))
+            path.write_bytes(damage_bytes(rng, data))
         else:
-            path.write_bytes(dumped(damage_json(rng, data)))
+            path.write_bytes(dumped(damage_json(rng, value)))
     elif path.suffix in (".yaml", ".jinja", ".md") and rng.random() < 0.5:
-        path.write_text(path.read_text("utf-8", "replace") + rng.choice(TEXTS), "utf-8", "replace")
+        path.write_text(data.decode("utf-8", "replace") + rng.choice(TEXTS), "utf-8", "replace")
     else:
-        path.write_bytes(damage_bytes(rng, path.read_bytes()))
+        path.write_bytes(damage_bytes(rng, data))
 
 
 _REPLACEMENTS: list[Callable[[Path], object]] = [
@@ -193,11 +193,11 @@ _REPLACEMENTS: list[Callable[[Path], object]] = [
 
 
 def damaged_copy(source: Path, target: Path, seed: int | None) -> list[str]:
-    """Copy a directory and damage one to three of its files, none without a seed; return their names."""
+    """Copy a directory by hard links and damage one to three of its files, none without a seed; return their names."""
     rng = random.Random(seed)
     if target.is_symlink() or target.exists():
         shutil.rmtree(target)
-    shutil.copytree(source, target, symlinks=True)
+    shutil.copytree(source, target, symlinks=True, copy_function=os.link)
     names: list[str] = []
     for _ in range(0 if seed is None else rng.choice([1, 1, 1, 2, 3])):
         files = sorted(path for path in target.rglob("*") if path.is_file() and not path.is_symlink())

@@ -7,8 +7,11 @@ import gzip
 import lzma
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,18 @@ _ELSEWHERE = re.compile(r"^[/\\~]|^[A-Za-z]:|://|::|(?:^|[/\\])\.\.(?:[/\\]|$)")
 _HARMLESS_BYTES, _MAX_RATIO = 256 * 2**20, 50
 """Unpacked bytes that are always allowed, and above them the largest multiple of the packed ones; text has up to 20."""
 _STREAMS: dict[str, Any] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
+_DAMAGED = (zipfile.BadZipFile, lzma.LZMAError, zlib.error, struct.error)
 _CHUNK = 2**20
+_ZIP = ".zip"
+_FIRST_BYTES = {
+    b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"PK\3\4": _ZIP, b"7z\xbc\xaf\x27\x1c": ".7z",
+    b"Rar!\x1a\x07": ".rar", b"\x28\xb5\x2f\xfd": ".zst", b"\x04\x22\x4d\x18": ".lz4",
+}  # fmt: skip
+"""By these `datasets` knows a file to unpack, whatever its name. Source: `datasets/utils/extract.py`."""
+_UNBOUNDED = (".7z", ".rar", ".zst", ".lz4")
+"""Kinds of archives whose unpacked size cannot be read or counted without packages that the kit does not need."""
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Files that `datasets` does not unpack; there may be very many of them."""
 
 
 def check_directory(directory: Path) -> None:
@@ -39,8 +53,8 @@ def check_directory(directory: Path) -> None:
                 )
     for folder, _, names in os.walk(directory):
         for name in names:
-            if name.endswith((".zip", *_STREAMS)):
-                _check_archive(Path(folder, name))
+            if not name.lower().endswith(_IMAGES) and (kind := _archive_kind(path := Path(folder, name))):
+                _check_archive(path, kind)
 
 
 def check_files(files: Any, directory: Path) -> None:
@@ -84,14 +98,31 @@ def _below(value: Any, *, named: bool, seen: set[int]) -> Iterator[str]:
             yield from _below(item, named=named or key in ("data_files", "data_dir"), seen=seen)
 
 
-def _check_archive(path: Path) -> None:
-    """Raise DataError for an archive that is damaged, no regular file, or unpacks to a large multiple of its size."""
-    if not path.is_file():
+def _archive_kind(path: Path) -> str | None:
+    """Return the extension of the kind of archive that a file is, by its content or its name; None if it is none."""
+    if path.exists() and not path.is_file():
         raise DataError(f"{path} is not a regular file; remove it")
+    with suppress(OSError):
+        with path.open("rb") as file:
+            start = file.read(8)
+        if kind := next((kind for first, kind in _FIRST_BYTES.items() if start.startswith(first)), None):
+            return kind
+        if zipfile.is_zipfile(path):
+            return _ZIP
+    return path.suffix if path.suffix in {*_STREAMS, *_FIRST_BYTES.values()} else None
+
+
+def _check_archive(path: Path, kind: str) -> None:
+    """Raise DataError for an archive that is damaged, or unpacks to a large multiple of its size, or may do so."""
+    if kind in _UNBOUNDED:
+        raise DataError(
+            f"{path} is a {kind} archive, which could unpack without end; unpack it yourself if you trust it, and "
+            "remove it"
+        )
     most = max(_HARMLESS_BYTES, _MAX_RATIO * path.stat().st_size)
     try:
-        unpacked = _unpacked_bytes(path, most)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, lzma.LZMAError) as error:
+        unpacked = _unpacked_bytes(path, kind, most)
+    except (OSError, EOFError, ValueError, RuntimeError, *_DAMAGED) as error:
         raise DataError(f"{path} is damaged; download it again") from error
     if unpacked > most:
         raise DataError(
@@ -100,13 +131,13 @@ def _check_archive(path: Path) -> None:
         )
 
 
-def _unpacked_bytes(path: Path, most: int) -> int:
+def _unpacked_bytes(path: Path, kind: str, most: int) -> int:
     """Return the unpacked size of an archive; of a stream it is counted, up to the first chunk above `most`."""
-    if path.suffix == ".zip":
+    if kind == _ZIP:
         with zipfile.ZipFile(path) as archive:
             return sum(member.file_size for member in archive.infolist())
     total = 0
-    with _STREAMS[path.suffix](path) as stream:
+    with _STREAMS[kind](path) as stream:
         while total <= most and (chunk := stream.read(_CHUNK)):
             total += len(chunk)
     return total

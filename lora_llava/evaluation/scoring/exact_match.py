@@ -120,7 +120,7 @@ _SPELLINGS = tuple(
     )
 )
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)*|\.\d+"
-_DECIMAL = re.compile(r"(\d*)(\.\d*[1-9])?\.?0*")
+_DECIMAL = re.compile(r"(\d*)(?:(\.\d*[1-9])0*|\.0*)?")
 """Digits before the point, and those after it up to the last that is not 0."""
 _TOKEN = re.compile(rf"(?P<number>{_NUMBER})|(?P<word>[^\W\d_][^\W_]*(?:'[^\W_]+)*)|(?P<sign>\S)")
 _NUMBER_LIST = re.compile(rf"[(\[]\s*[-+]?(?:{_NUMBER})\s*[,;]\s*[-+]?(?:{_NUMBER})[^()\[\]]*[)\]]")
@@ -178,7 +178,7 @@ def answer_tokens(text: str) -> tuple[str, ...]:
     if len(text) > _MAX_CHARACTERS:
         return tuple(text.casefold().split())
     text = _spelled(_unwrapped(text))
-    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = text[lead.end() :] if (lead := _LEAD.match(text)) else text
     text = square[1] if (square := _SQUARE_LIST.fullmatch(text)) else text
     listed = _NUMBER_LIST.search(text) is not None
     matches = list(_TOKEN.finditer(text))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from lora_llava.artifact import is_artifact, read_usage
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import Template
 from lora_llava.formats.llava_hf import WeightFiles, check_identical, each_tensor, expected_shapes, write_weights
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import add_old_files, add_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
@@ -53,7 +52,7 @@ def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> No
                 shutil.copyfile(path, staging / path.name)
     add_old_files(staging, is_model=True)
     template = read_usage(source, options.template).prompt_template
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = read_tokenizer(source)
     write_generation_config(staging, source, template, tokenizer)
     if isinstance(template, Template):
         (staging / TEMPLATE_FILE).write_text(chat_template(template, tokenizer.eos_token), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlavaConfig
+from transformers import LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -40,6 +40,7 @@ from lora_llava.formats.llava_original import (
 from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import clip_image_settings
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
@@ -174,7 +175,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
     with staged(output) as staging:
         if adapter.layers:
             _write_lora(staging, adapter, manifest)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = read_tokenizer(source)
             write_generation_config(staging, opened.surroundings, get_template(**manifest.template), tokenizer)
             torch.save({f"{PEFT_PREFIX}{name}": tensor for name, tensor in named.items()}, staging / NON_LORA)
         else:

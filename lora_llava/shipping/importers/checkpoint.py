@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPVisionModel, LlavaConfig
+from transformers import CLIPVisionModel, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.artifact import MERGE_REPORT, read_usage
@@ -29,6 +29,7 @@ from lora_llava.formats.llava_original import (
 )
 from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_name
 from lora_llava.formats.processor import save_processor
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.weight_files import has_safetensors, pickled_files, weight_files
 from lora_llava.modeling.assemble import pad_rows, save_config
 from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors, read_any_config, refuse_wrong_sizes
@@ -59,7 +60,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     with hub_errors("configuration", str(source)):
         config = from_original_config(data, getattr(vision_config, "vision_config", vision_config))
     with hub_errors("tokenizer", str(source)):
-        tokenizer = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
+        tokenizer = read_tokenizer(source, config=config)
     _add_tokens(config, tokenizer)
     dtype = readers[EMBEDDINGS]().dtype
     _complete(readers, config, dtype, None if any(name.startswith(TOWER_PREFIX) for name in readers) else tower)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, LlavaConfig
+from transformers import LlavaConfig
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, encode_prompt
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import EMBEDDINGS, HEAD, canonical_name, split_lora, unwrap_peft
 from lora_llava.formats.peft_adapter import Adapter
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.generation.answers import end_token_ids
 from lora_llava.generation.decoding import greedy_decode
 from lora_llava.generation.prompts import Prompt
@@ -107,7 +108,7 @@ def _stored(name: str, config: LlavaConfig) -> str:
 
 def ask(model: nn.Module, config: LlavaConfig, template: Template, tokenizer_directory: Path) -> Sequences:
     """Let `model` answer the probe questions greedily, in the template of training."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, trust_remote_code=False)
+    tokenizer = read_tokenizer(tokenizer_directory)
     loaded = LoadedModel(model, tokenizer, tokenizer_directory, BaseIdentity("", None, ""), (), (), config)
     texts = () if template.caption_only else _TEXT_QUESTIONS
     prompts = []

@@ -10,6 +10,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ from lora_llava.data.images.read import read_image
 from lora_llava.data.load import load_records
 from lora_llava.data.record import ImageSource
 from lora_llava.data.sources import dataset_directory
-from lora_llava.errors import DataError, LoraLlavaError, RecipeError
+from lora_llava.errors import DataError, RecipeError
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.stages import DataSettings
+from tests.helpers.artifacts import make_artifact
+from tests.helpers.broken import Project, command
 
 COLUMNS = {"question": "q", "answer": "a"}
 
@@ -120,8 +123,55 @@ def test_k48_an_archive_of_blanks_is_not_unpacked(tmp_path: Path, monkeypatch: p
     assert f"{name} unpacks to more than 1 MiB" in refused(folder, columns=COLUMNS, split="train")
     (folder / name).write_bytes(b"PK\3\4 no archive")
     assert f"{name} is damaged" in refused(folder, columns=COLUMNS, split="train")
+    (folder / name).write_bytes(gzip.compress(os.urandom(2**12))[:-2_000] + bytes(2_000))
+    assert f"{name} is damaged" in refused(folder, columns=COLUMNS, split="train")
     ARCHIVES[name](folder / name, os.urandom(2**18))
     dataset_directory.check_directory(folder)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_k48_an_archive_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As `datasets` knows it, which would unpack it under any name."""
+    monkeypatch.setattr(dataset_directory, "_HARMLESS_BYTES", 2**20)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    ARCHIVES[name](folder / "x.csv", b" " * 2**23)
+    assert "x.csv unpacks to more than 1 MiB" in refused(folder, columns=COLUMNS, split="train")
+
+
+def test_k48_a_zip_behind_other_bytes_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_directory, "_HARMLESS_BYTES", 2**20)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    zipped(folder / "x.zip", b" " * 2**23)
+    (folder / "x.csv").write_bytes(b"q,a\nx,y\n" + (folder / "x.zip").read_bytes())
+    (folder / "x.zip").unlink()
+    assert "x.csv unpacks to more than 1 MiB" in refused(folder, columns=COLUMNS, split="train")
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        (".7z", b"7z\xbc\xaf\x27\x1c\0\4"),
+        (".rar", b"Rar!\x1a\7\1\0"),
+        (".rar", b"Rar!\x1a\7\0"),
+        (".zst", b"\x28\xb5\x2f\xfd"),
+        (".lz4", b"\4\x22\x4d\x18"),
+    ],
+)
+def test_k48_an_archive_without_a_known_size_is_refused(tmp_path: Path, kind: str, start: bytes) -> None:
+    folder = table(tmp_path / "data" / "train.parquet").parent
+    for name in (f"x.csv{kind}", "x.csv"):
+        (folder / name).write_bytes(b"no archive" if name.endswith(kind) else start + bytes(99))
+        assert f"{name} is a {kind} archive, which could" in refused(folder, columns=COLUMNS, split="train")
+        (folder / name).unlink()
+    dataset_directory.check_directory(folder)
+
+
+def test_k48_no_file_of_a_directory_is_a_pipe(tmp_path: Path) -> None:
+    folder = table(tmp_path / "data" / "train.parquet").parent
+    os.mkfifo(folder / "x.csv")
+    assert "x.csv is not a regular file" in refused(folder, columns=COLUMNS, split="train")
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.csv", "data.parquet", "data"])
@@ -143,12 +193,22 @@ def test_k48_a_data_file_is_a_file(tmp_path: Path, name: str, kind: str) -> None
         read_image(ImageSource("x.png", path, None))
 
 
-def test_k48_eval_and_check_refuse_a_pipe(tmp_path: Path) -> None:
+def test_k48_eval_refuses_a_pipe(tiny_base: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.json")
-    for arguments in (
-        ["eval", str(tmp_path), "--data", str(tmp_path / "data.json")],
-        ["check", str(tmp_path / "data.json")],
-    ):
-        done = CliRunner().invoke(cli, arguments)
-        assert done.exit_code != 0
-        assert not isinstance(done.exception, LoraLlavaError)
+    artifact = make_artifact(tiny_base, tmp_path / "artifact")
+    options = ["--data", str(tmp_path / "data.json"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, ["eval", str(artifact), *options])
+    assert done.exit_code == 1
+    assert "data.json is not a regular file" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["finetune", "dry run", "check"])
+def test_k48_a_pipe_as_data_or_recipe_is_refused(project: Project, verb: str) -> None:
+    os.mkfifo(project.directory / "data.json")
+    done = command(verb, project, "stages.instruct.data.path=data.json")
+    assert done.exit_code == 2
+    assert "data.json is neither a file nor a directory. Give a regular file." in done.output
+    done = command(verb, replace(project, recipe=project.directory / "data.json"))
+    assert done.exit_code == 2
+    assert "data.json is not a regular file" in done.output

@@ -25,7 +25,8 @@ DIFFERENT = [
     ("1 and 1/2", "1, 1/2"), ("1 and 2", "12"), ("[1, 2)", "1, 2"), ("1e3", "1e4"), ("3x4", "3 4"), ("5 um", "5 mm"),
     ("x/-y", "x/y"), ("x-/y", "x/y"), ("the smear -ve", "the smear ve"), ("1, -2", "1 -2"), ("1, -2 mg", "1 -2 mg"),
     ("1, 2 mg", "1 2 mg"), ("plus size", "+size"), ("vitamin a deficiency", "vitamin deficiency"), ("a b c", "b c"),
-    ("1.2.30", "1.2.3"), ("100", "1"), ("0.05", "0.5"), ("1 and 2", "1 2"), ("5 minus", "5-"),
+    ("1.2.30", "1.2.3"), ("10.1.0", "10.1"), ("100", "1"), ("0.05", "0.5"), ("1 and 2", "1 2"), ("5 minus", "5-"),
+    ("a. cat", "cat"),
 ]  # fmt: skip
 SAME = [
     ("Yes.", "yes"), ("The left lung", "left lung"), ("x-ray", "X ray"), ("left_lung", "left lung"),
@@ -43,6 +44,7 @@ SAME = [
     ('the "left" lung', "the left lung"), ("minus 3.5", "-3.5"), ("pneu\u00admonia", "pneumonia"),
     ("1.5 and 2", "1.5, 2"), ("the 1.5", "1.5"), ("a CT scan", "CT scan"), ("vitamin A .", "vitamin A"),
     ("0.0", "0"), (".0", "0"), (".50", "0.5"), ("1,000.0", "1000"), ("10.10", "10.1"), ("1 and minus 3", "1 and -3"),
+    ("minus 3 mg", "-3 mg"),
 ]  # fmt: skip
 OPTIONS = [
     "A", "a", "A.", "(A)", "A)", "[A]", " a ", "**A**", "'A'", "Answer: A", "The answer is A.", "Option A",
@@ -64,6 +66,7 @@ NO_OPTION_A = [
     "A) or B)", "A. or B.", "A. is wrong", "A) is wrong", "A is the correct answer? no", "A. baumannii", "A, C",
     "A. Pneumonia, C", "A. Pneumonia C. Edema", "A\nB", "A, B and C", "A\u2013C", "It is a", "It is not A", "A, B.",
     "**A.** Pneumonia **B.** Fracture", "**A** or **B**", "**A** pneumonia", "**E.** x",
+    "A; x", "A, x", "A.15",
 ]  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from lora_llava.artifact import load_artifact, load_model
+from lora_llava.cli import cli
 from lora_llava.errors import LoraLlavaError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.llava_original import read_tensors
@@ -171,5 +173,94 @@ def test_k49_a_tower_of_an_original_checkpoint_that_cannot_be_built_is_named(
     config = tmp_path / "llava" / "vision_tower" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be loaded"):
+        import_any(tmp_path / "llava", tmp_path / "imported", ImportOptions())
+    assert not (tmp_path / "imported").exists()
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def panicking(base: Path, directory: Path) -> Path:
+    """A copy of a base with a tokenizer of which the library in Rust panics: a prefix longer than a merge."""
+    shutil.copytree(base, directory)
+    path = directory / "tokenizer.json"
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    edited(path, model={**model, "continuing_subword_prefix": "longer than any merge"})
+    return directory
+
+
+def test_k49_a_tokenizer_that_panics_is_named(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    damaged = panicking(base, tmp_path / "damaged")
+    with pytest.raises(
+        ModelError, match=r"damaged: its tokenizer cannot be read \(range end index .*download it again"
+    ):
+        load_model(damaged, device=CPU, dtype=torch.float32, template="vicuna_v1")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("verb", ["chat", "export"])
+def test_k49_a_tokenizer_that_panics_is_one_line_of_a_command(base: Path, tmp_path: Path, verb: str) -> None:
+    damaged = panicking(base, tmp_path / "damaged")
+    rest = {"chat": ["hello", "--template", "vicuna_v1"], "export": [str(tmp_path / "out"), "--format", "gguf"]}
+    done = CliRunner().invoke(cli, [verb, str(damaged), *rest[verb]])
+    assert done.exit_code in (1, 2)
+    assert "its tokenizer cannot be read" in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_k49_a_panic_while_a_command_works_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """What a library in Rust raises; it is no Exception."""
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("lora_llava.planning.preflight.shipping.refuse_model", panic)
+    done = CliRunner().invoke(cli, ["chat", str(base), "hello"])
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: PanicException: index out of bounds (run again with --debug")
+
+
+def test_k50_an_unknown_option_of_a_token_is_not_printed(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    edited(copy / "tokenizer_config.json", added_tokens_decoder={"5": {"content": "<|im_start|>", "\x1b[2J": True}})
+    loaded, _ = load_model(copy, device=CPU, dtype=torch.float32, template="vicuna_v1")
+    assert len(loaded.tokenizer) > 0
+    assert capfd.readouterr() == ("", "")
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_k49_half_a_surrogate_pair_in_a_model_is_named(base: Path, tmp_path: Path, name: str) -> None:
+    """transformers takes it, and nothing could write it again."""
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    edited(copy / name, another_key=["one", {"two": f"x{HALF}"}])
+    with pytest.raises(ModelError, match=rf"{name} is damaged \(it contains 'x\\ud800', half of a surrogate pair"):
+        load_model(copy, device=CPU, dtype=torch.float32, template="vicuna_v1")
+    edited(copy / name, another_key="\N{GRINNING FACE}")
+    load_model(copy, device=CPU, dtype=torch.float32, template="vicuna_v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("vision_tower/config.json", {"another_key": HALF}, r"config\.json is damaged \(it contains '\\ud800'"),
+        ("config.json", {"mm_projector_type": {}}, r"config\.json: mm_projector_type \{\}, known: mlp2x_gelu, linear"),
+    ],
+)
+def test_k49_a_value_of_an_original_checkpoint_is_named(
+    base: Path, tmp_path: Path, name: str, changes: dict[str, Any], reason: str
+) -> None:
+    export_llava(base, tmp_path / "llava", ExportOptions(template="vicuna_v1"))
+    edited(tmp_path / "llava" / name, **changes)
+    with pytest.raises(ModelError, match=reason):
         import_any(tmp_path / "llava", tmp_path / "imported", ImportOptions())
     assert not (tmp_path / "imported").exists()

@@ -103,6 +103,15 @@ def test_what_is_trained_and_the_projector_are_fp32_and_the_rest_keeps_its_type(
             assert parameter.dtype == (torch.float32 if whole else torch.bfloat16), name
 
 
+@pytest.mark.parametrize(("stage", "kind"), KINDS)
+def test_k32_what_is_trained_is_fp32_on_a_base_that_is_bf16_throughout(stage: StageName, kind: str) -> None:
+    model = build_stage(tiny_llava().to(torch.bfloat16), stage, adapter(kind))
+    trained = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("multi_modal_projector" in name for name in trained)
+    assert any("lora_" in name for name in trained) == (stage == "instruct")
+    assert set(trained.values()) == {torch.float32}
+
+
 def lora_gradients(model: Any) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()

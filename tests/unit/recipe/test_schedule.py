@@ -170,6 +170,12 @@ def test_k5_lines_say_steps_batch_and_what_to_set() -> None:
         "1 optimizer step can change the model only a little; with stages.instruct.batch_size=1 "
         "stages.instruct.num_train_epochs=10: 10 steps; more records would help more"
     )
+    # Fifty steps are enough: the epochs stay those of the recipe.
+    enough = settings(batch_size=16, num_train_epochs=3.3)
+    assert stage_length(enough, 15).proposal("instruct", enough) == (
+        "4 optimizer steps can change the model only a little; with stages.instruct.batch_size=1 "
+        "stages.instruct.num_train_epochs=3.3: 50 steps"
+    )
     # Nothing longer is left to propose.
     longest = settings(num_train_epochs=10.0)
     assert stage_length(longest, 1).proposal("instruct", longest) is None

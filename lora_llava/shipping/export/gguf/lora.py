@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from gguf import Keys
-from transformers import AutoTokenizer
 
 from lora_llava.artifact import is_artifact
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
@@ -17,6 +16,7 @@ from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import HEAD, LANGUAGE_MODEL_PREFIX
 from lora_llava.formats.peft_adapter import Adapter
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.shipping.export.gguf.file import (
     Fields,
     OutType,
@@ -156,6 +156,6 @@ def _read_scaled(adapter: Adapter, key: str, factor: float) -> torch.Tensor:
 
 def _write_template(staging: Path, source: Source) -> None:
     """Write the chat template of training; the GGUF of the base has another one, or none."""
-    eos_token = AutoTokenizer.from_pretrained(source.surroundings, trust_remote_code=False).eos_token
+    eos_token = read_tokenizer(source.surroundings).eos_token
     template = get_template(**source.manifest.template)
     (staging / TEMPLATE_FILE).write_text(chat_template(template, eos_token, MEDIA_MARKER), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 import torch
-from transformers import AutoTokenizer, LlavaConfig
+from transformers import LlavaConfig
 
 from lora_llava.artifact import is_artifact, read_usage
 from lora_llava.conversation.endings import end_token_ids, stated_ends
@@ -15,6 +15,7 @@ from lora_llava.conversation.templates import Template
 from lora_llava.errors import RecipeError
 from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, as_stored, check_gguf, general_fields, write_gguf
 from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
@@ -123,7 +124,7 @@ def _loss_by_rounding(
 
 def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
     """Write the Modelfile; return the lines to show of what it does not hold."""
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = read_tokenizer(model)
     ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
     text = modelfile([TEXT_FILE, FILE], template, tokenizer.eos_token, stops)

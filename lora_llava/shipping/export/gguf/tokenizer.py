@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gguf import Keys, TokenType
-from transformers import AutoTokenizer
 
 from lora_llava.conversation.chat_template import OwnTemplate, chat_template
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import end_token_ids, stated_ends
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import ModelError
+from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.shipping.export.gguf.file import Fields, boolean, integer, integers, reals, string, strings
 
 MEDIA_MARKER = "<__media__>"
@@ -58,7 +58,7 @@ def tokenizer_fields(directory: Path, vocabulary: int, template: AnyTemplate) ->
     `vocabulary`: rows of the embeddings; rows without a token get a name and are marked unused. Raises ModelError for
     a tokenizer that llama.cpp does not implement.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer: Any = read_tokenizer(directory)
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
