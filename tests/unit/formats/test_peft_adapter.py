@@ -17,6 +17,7 @@ from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import WEIGHTS
+from lora_llava.formats.peft_adapter import merge_lora
 from lora_llava.shipping.export.llava import export_llava
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers import import_any
@@ -49,6 +50,21 @@ def to_old_names(directory: Path) -> None:
 def bring(source: Path, base: Path) -> Path:
     import_any(source, source.with_name("brought"), ImportOptions(base_model=str(base)))
     return source.with_name("brought")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_half", ["weight", "a", "b", "weight a b"])
+def test_k32_lora_is_merged_in_fp32_whatever_the_precision_of_each_part(half: torch.dtype, in_half: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {"weight": (6, 5), "a": (3, 5), "b": (6, 3)}
+    parts = {
+        name: torch.randn(shape, generator=random).to(half if name in in_half.split() else torch.float32)
+        for name, shape in shapes.items()
+    }
+    merged = merge_lora(parts["weight"], parts["a"], parts["b"], 0.5)
+    weight, a, b = (parts[name].double() for name in shapes)
+    assert merged.dtype == torch.float32
+    assert torch.allclose(merged.double(), weight + 0.5 * b @ a, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
