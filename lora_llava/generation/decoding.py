@@ -14,15 +14,22 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from lora_llava.formats.shapes import attention_widths
 from lora_llava.generation.prompts import Prompt, pack_prompts, plan_batches
 from lora_llava.modeling.attention import with_attention
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import TREES, image_tokens
+from lora_llava.system.device import free_memory_bytes
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished questions and the total."""
 OnToken = Callable[[int], None]
 """Called with each new token of an answer, including the end token."""
+
+_USABLE_SHARE = 0.8
+"""Share of the free memory that a batch of prompts may take; the rest is for its images and for fragmentation."""
+_HIDDEN_WIDTHS, _MLP_WIDTHS = 8, 3
+"""Hidden and intermediate widths per token that a layer holds at one time without gradients: an estimate."""
 
 
 @dataclass(slots=True)
@@ -52,8 +59,8 @@ def greedy_decode(
     `model` is a LlavaForConditionalGeneration, or a PeftModel around one. The tokens equal those of
     `model.generate(do_sample=False)` on each prompt alone; equal prompts are answered once. A forward pass holds at
     most `max_rows` prompts, each with its own keys and values (7B model in bf16: 0.5 MB per token, 0.3 GB for an image
-    and a short question). `progress` is called after each batch. Raises ValueError for an empty prompt, or a limit
-    below 1.
+    and a short question); on CUDA fewer if the free memory holds fewer. `progress` is called after each batch. Raises
+    ValueError for an empty prompt, or a limit below 1.
     """
     if max_new_tokens < 1 or max_rows < 1:
         raise ValueError(f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}")
@@ -65,6 +72,8 @@ def greedy_decode(
     distinct = [prompts[indices[0]] for indices in copies]
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
+    if (free := _free_bytes(next(model.parameters()).device)) is not None and distinct:
+        max_rows = min(max_rows, _rows_that_fit(llava_in(model), distinct, max_new_tokens, free))
     with _inference(model):
         for batch in plan_batches(distinct, max_rows):
             state = _prefill(model, [distinct[number] for number in batch])
@@ -84,6 +93,26 @@ def _copies(prompts: Sequence[Prompt]) -> list[list[int]]:
     for index, prompt in enumerate(prompts):
         copies.setdefault((prompt.pixel_values is None, prompt.group, tuple(prompt.input_ids)), []).append(index)
     return list(copies.values())
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a CUDA device; None on a CPU, where the batches are the same on every machine."""
+    return free_memory_bytes(device.type) if device.type == "cuda" else None
+
+
+def _rows_that_fit(llava: Any, prompts: Sequence[Prompt], max_new_tokens: int, free: int) -> int:
+    """Return the number of prompts of a forward pass that `free` bytes hold, at least 1, if all are like the longest.
+
+    A prompt holds keys and values in every layer, and while it is prefilled the activations of one layer, a mask over
+    its own tokens, and its logits.
+    """
+    text, itemsize = llava.config.text_config, llava.get_input_embeddings().weight.itemsize
+    _, keys = attention_widths(text)
+    tokens = max(len(prompt.input_ids) for prompt in prompts)
+    cached = 2 * int(text.num_hidden_layers) * keys * (tokens + max_new_tokens)
+    activations = tokens * (_HIDDEN_WIDTHS * int(text.hidden_size) + _MLP_WIDTHS * int(text.intermediate_size))
+    row = (cached + activations + tokens * tokens + int(text.vocab_size)) * itemsize + 4 * int(text.vocab_size)
+    return max(1, int(_USABLE_SHARE * free / row))
 
 
 class CachedConversation:

@@ -145,7 +145,7 @@ class EvaluationSettings(Settings):
     max_new_tokens: Annotated[Count, OnResume.AGAIN] = 16
     """Maximum tokens per answer; longer answers are cut off and counted."""
     batch_size: Annotated[Count, OnResume.AGAIN] = 64
-    """Questions decoded at once."""
+    """Maximum number of questions decoded at once; on CUDA fewer where the memory is short."""
     metric: Annotated[MetricSetting, OnResume.AGAIN] = "auto"
     """How answers are scored. `auto`: exact match, or token F1 if at least half of the references have more than five
     words. See docs/evaluation.md."""

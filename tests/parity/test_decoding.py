@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
+import lora_llava.generation.decoding as decoding
 from lora_llava.generation.decoding import greedy_decode
 from lora_llava.generation.prompts import Prompt, pack_prompts, plan_batches
 from tests.helpers.tiny import (
@@ -22,6 +23,7 @@ from tests.helpers.tiny import (
     VOCAB_SIZE,
     tiny_llava,
 )
+from tests.unit.planning.test_memory_plan import PeakBytes
 
 PREFIX = [BOS_ID, 20, 21, *[IMAGE_ID] * NUM_IMAGE_TOKENS]
 MAX_NEW_TOKENS = 12
@@ -263,3 +265,35 @@ def test_refuses_an_empty_prompt_and_limits_below_one(model: LlavaForConditional
         )
     with pytest.raises(ValueError, match="got 0 and 64"):
         greedy_decode(model, [], eos_token_ids=[], max_new_tokens=0)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(4, 300), (8, 300), (6, 600)])
+def test_the_estimated_memory_of_a_batch_bounds_the_measured(rows: int, length: int) -> None:
+    config = tiny_llava(seed=3).config
+    config.text_config = LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, vocab_size=512
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    prompts = [Prompt([5 + (7 * row + place) % 400 for place in range(length)], 0, None, None) for row in range(rows)]
+    with PeakBytes(model) as measured:
+        greedy_decode(model, prompts, eos_token_ids=[], max_new_tokens=8)
+    # The estimate plans with four fifths of what is free.
+    assert decoding._rows_that_fit(model, prompts, 8, int(measured.peak / 0.8)) < rows
+    assert decoding._rows_that_fit(model, prompts, 8, int(1.3 * measured.peak / 0.8)) >= rows
+
+
+@pytest.mark.parametrize("share", [0.0, 3.5, 1000.0])
+def test_as_many_prompts_are_decoded_at_once_as_the_free_memory_holds(
+    model: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    prompts = mixed_prompts()
+    free = 10**12
+    row = 0.8 * free / decoding._rows_that_fit(model, prompts, MAX_NEW_TOKENS, free)
+    sizes: list[int] = []
+    prefill = decoding._prefill
+    everything = greedy_decode(model, prompts, eos_token_ids=[], max_new_tokens=MAX_NEW_TOKENS, max_rows=8)
+    monkeypatch.setattr(decoding, "_prefill", lambda model, batch: sizes.append(len(batch)) or prefill(model, batch))
+    monkeypatch.setattr(decoding, "_free_bytes", lambda _: int(share * row / 0.8))
+    answers = greedy_decode(model, prompts, eos_token_ids=[], max_new_tokens=MAX_NEW_TOKENS, max_rows=8)
+    assert answers == everything
+    assert max(sizes) == {0.0: 1, 3.5: 3}.get(share, max(len(batch) for batch in plan_batches(prompts, 8)))
