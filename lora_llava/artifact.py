@@ -22,13 +22,14 @@ from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.manifest import is_hub_id, manifest_problem
-from lora_llava.formats.names import WEIGHTS
+from lora_llava.formats.names import MERGE_REPORT, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import PREPROCESSOR
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base, locate
 from lora_llava.modeling.identity import BASE_OPTION, Fields, base_fields, check_base_files, check_unchanged, record
+from lora_llava.modeling.merged import check_merged
 from lora_llava.modeling.metadata import hub_errors, read_config
 from lora_llava.recipe.stages import AspectRatio, StageName
 from lora_llava.run_directory.claim import restore_around
@@ -36,6 +37,7 @@ from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import (
     Place,
     file_sha256,
+    joined,
     json_text,
     place_new,
     read_json,
@@ -48,8 +50,6 @@ from lora_llava.system.text import dtype_name, first_line
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-MERGE_REPORT = "merge_report.json"
-"""In a merged model: how it was merged and, under `artifact`, the manifest of the merged artifact."""
 FORMAT = 2
 """Version of the manifest; a reader refuses a newer one."""
 
@@ -200,6 +200,7 @@ def load_model(
         return load_artifact(directory, device=device, dtype=dtype, **options)[0], usage
     if base is not None:
         raise ArtifactError(f"{directory} is a whole model and needs no base; leave {BASE_OPTION} out")
+    check_merged(directory)
     identity = BaseIdentity(directory.resolve().name, None, "")
     loaded = load_base(directory, identity, nf4=False, double_quant=False, dtype=dtype, device=device)
     check_finite(loaded.model, directory)
@@ -354,8 +355,8 @@ def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Pa
     Raises ArtifactError, which names the base that is needed, if there is no such directory.
     """
     name, revision, path = (manifest.base[key] for key in ("name", "revision", "path"))
-    if base is None and path and not (artifact / path).is_dir():
-        missing = shown_path((artifact / path).resolve())
+    if base is None and path and not joined(artifact, path).is_dir():
+        missing = shown_path(joined(artifact, path))
         raise ArtifactError(f"{artifact} was moved away from its base: {missing} does not exist. {_needed(manifest)}")
     if base is None and not path and revision is None:
         raise ArtifactError(
@@ -363,7 +364,7 @@ def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Pa
         )
     if base is not None and not Path(base).expanduser().is_dir() and not ("/" in base and is_hub_id(base)):
         raise ArtifactError(f"{BASE_OPTION} {base}: the directory does not exist. {_needed(manifest)}")
-    return locate(base or (str(artifact / path) if path else name), revision)[0]
+    return locate(base or (str(joined(artifact, path)) if path else name), revision)[0]
 
 
 def _needed(manifest: Manifest) -> str:

@@ -7,6 +7,8 @@ llama.cpp's converters) know only the names that llava-hf publishes. The kit wri
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ from lora_llava.system.text import first_line, listed
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of llava-hf's shards. A merge holds one shard in memory."""
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""The end of an error of safetensors, which is written in Rust, with the number of the operating system's error."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -125,6 +129,20 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, shown: str | None = None) -> None:
+    """Write a safetensors file, as PyTorch's.
+
+    Raises OSError, which names the file (as `shown`), if the disk takes no more; safetensors has its own words for it.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (match := _OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), shown or path.name) from error
+
+
 def write_weights(
     directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
@@ -138,7 +156,7 @@ def write_weights(
 
     def write() -> None:
         if held:
-            save_file(held, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+            save_tensors(held, directory / f"{len(shards)}.part", shown=SINGLE)
             shards.append({name: tensor.nbytes for name, tensor in held.items()})
             held.clear()
 

@@ -84,7 +84,7 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-_A_TEXT, _TEXT_OR_NULL = "text", "text or null"
+_A_TEXT, _TEXT_OR_NULL, _NUMBER_OR_NULL = "text", "text or null", "a number or null"
 _VALUES: dict[str, tuple[_Check, str]] = {
     "format": (lambda value: type(value) is int, "an integer"),
     "stage": (_one_of(*STAGES), " or ".join(STAGES)),
@@ -107,10 +107,17 @@ _VALUES: dict[str, tuple[_Check, str]] = {
     "images.window": (_or_null(_window), "two numbers, the lower one first, or null"),
     "data": (_is_mapping, "a mapping"),
     "data.answer_prompt": (_or_null(_text), _TEXT_OR_NULL),
+    "data.records": (_or_null(_number), _NUMBER_OR_NULL),
     "seen": (_is_mapping, "a mapping"),
+    "seen.steps": (_or_null(_number), _NUMBER_OR_NULL),
+    "seen.conversations": (_or_null(_number), _NUMBER_OR_NULL),
+    "seen.supervised_tokens": (_or_null(_number), _NUMBER_OR_NULL),
     "metrics": (_mapping(lambda value: value is None or _number(value)), "a mapping of numbers"),
     "versions": (_mapping(_text), "a mapping of texts"),
     "identity": (_or_null(_is_mapping), "a mapping or null"),
 }
 """By dotted key: what its value must be, and in words. Sections come before their values."""
-_OPTIONAL = {"quantization.compute_dtype", "images.window", "data.answer_prompt", "identity"}
+_OPTIONAL = {
+    "quantization.compute_dtype", "images.window", "data.answer_prompt", "data.records", "seen.steps",
+    "seen.conversations", "seen.supervised_tokens", "identity",
+}  # fmt: skip

@@ -12,6 +12,8 @@ from lora_llava.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MERGE_REPORT = "merge_report.json"
+"""In a merged model: how it was merged, `identity` and, under `artifact`, the manifest of the merged artifact."""
 
 LANGUAGE_MODEL_PREFIX = "language_model."
 LAYERS_PREFIX = "language_model.model.layers."

@@ -28,7 +28,11 @@ def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Those are `rope_theta` and `rope_scaling`, next to `rope_parameters`, in every part of the model.
     """
-    result = {key: with_old_names(value) if key.endswith("_config") else value for key, value in config.items()}
+    result = {
+        # A stranger's config.json may hold anything under such a key.
+        key: with_old_names(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
     if isinstance(dtype := config.get("dtype"), str):
         result["torch_dtype"] = dtype
     rope = config.get("rope_parameters")

@@ -93,9 +93,16 @@ _MAX_SHOWN = 100
 _AS_TRAINED = "the adapter was trained with"
 
 
-def _identity_hash(fields: Fields) -> str:
-    """Return the canonical sha256 (hexadecimal) of an identity; the order of its fields does not matter."""
-    return _hash(dict(fields))
+def identity_of(fields: Fields) -> dict[str, Any]:
+    """Return an identity for a file: its fields, and their canonical sha256 (hexadecimal) in any order."""
+    fields = json.loads(json_text(dict(fields)))
+    return {"sha256": _hash(fields), "fields": fields}
+
+
+def recorded_fields(identity: Any) -> Fields | None:
+    """Return the fields of an identity in a file; None unless they have the recorded hash."""
+    fields = identity.get("fields") if isinstance(identity, dict) else None
+    return fields if isinstance(fields, dict) and _hash(fields) == identity.get("sha256") else None
 
 
 def base_fields(directory: Path) -> Fields:
@@ -136,8 +143,7 @@ def artifact_fields(directory: Path) -> Fields:
 
 def record(manifest: Mapping[str, Any], directory: Path, base: Fields) -> dict[str, Any]:
     """Return the identity for a manifest: of the base, of the artifact's files in `directory`, and its own values."""
-    fields = json.loads(json_text({**base, **artifact_fields(directory), **_stated(manifest)}))
-    return {"sha256": _identity_hash(fields), "fields": fields}
+    return identity_of({**base, **artifact_fields(directory), **stated_fields(manifest)})
 
 
 def check_unchanged(manifest: Mapping[str, Any], directory: Path) -> None:
@@ -148,7 +154,7 @@ def check_unchanged(manifest: Mapping[str, Any], directory: Path) -> None:
     if manifest.get("identity") is None:
         return
     recorded = _recorded(manifest, directory)
-    now = {**artifact_fields(directory), **json.loads(json_text(_stated(manifest)))}
+    now = {**artifact_fields(directory), **json.loads(json_text(stated_fields(manifest)))}
     own = [name for name in recorded if not name.startswith(BASE)]
     if wrong := [difference(name, recorded[name], now.get(name)) for name in own if recorded[name] != now.get(name)]:
         raise ArtifactError(f"{directory} was altered: {'; '.join(wrong)}. Take the artifact from its source again.")
@@ -156,16 +162,14 @@ def check_unchanged(manifest: Mapping[str, Any], directory: Path) -> None:
 
 def _recorded(manifest: Mapping[str, Any], directory: Path) -> Fields:
     """Return the recorded fields; ArtifactError unless they have the recorded hash."""
-    recorded = manifest["identity"]
-    fields = recorded.get("fields") if isinstance(recorded, dict) else None
-    if not isinstance(fields, dict) or _identity_hash(fields) != recorded.get("sha256"):
+    if (fields := recorded_fields(manifest["identity"])) is None:
         raise ArtifactError(
             f"{directory}: the identity in its manifest.json was altered; take the artifact from its source again"
         )
     return fields
 
 
-def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def stated_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a manifest that decide an answer."""
     fields = {"base weights: sha256": manifest["base"]["weights_sha256"], "stage": manifest["stage"]}
     fields["adapter weights: sha256"] = manifest["adapter_sha256"]
@@ -257,11 +261,11 @@ def differing(then: Fields, now: Fields) -> list[str]:
     return [name for name in now if name in then and then[name] != now[name]]
 
 
-def difference(name: str, then: Any, now: Any) -> str:
-    """Describe a field that differs from training; hashes are not shown."""
+def difference(name: str, then: Any, now: Any, origin: str = _AS_TRAINED) -> str:
+    """Describe a field that differs from its `origin`; hashes are not shown."""
     if _is_hash(then) or _is_hash(now):
-        return f"{name} is not what {_AS_TRAINED}"
-    return f"{name} is {_shown(now)}, {_AS_TRAINED} {_shown(then)}"
+        return f"{name} is not what {origin}"
+    return f"{name} is {_shown(now)}, {origin} {_shown(then)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ empty directory that is no longer new is removed: its process was killed before 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -39,6 +40,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Place = Callable[[Path, Path], None]
 """Moves a complete directory, the first path, to the second."""
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What a disk says that is full, too small, damaged or read-only."""
 
 _in_use: dict[int, int] = {}
 """Staging directories of this process: inode to the file descriptor that holds the lock."""
@@ -217,6 +221,24 @@ def staged(output: Path, place: Place = place_new) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def staged_result(output: Path) -> Iterator[Path]:
+    """Yield as `staged` does, for the result of a command; ArtifactError if the disk takes no more, or not so much."""
+    try:
+        with staged(output) as staging:
+            yield staging
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        nearest = next(path for path in output.absolute().parents if path.is_dir())
+        free = shutil.disk_usage(nearest).free / 2**20
+        raise ArtifactError(
+            f"{error.filename or output.name} cannot be written to {shown_path(nearest)}: {error.strerror} "
+            f"({free:,.0f} MiB are free there). Nothing was written; free some space, or name an output on another "
+            "disk."
+        ) from error
+
+
 def _flush_tree(directory: Path) -> None:
     """Flush all files and directories below a directory to disk."""
     for path in [*sorted(directory.rglob("*")), directory]:
@@ -247,6 +269,12 @@ def write_text(path: Path, text: str) -> None:
 def shown_path(path: Path) -> str:
     """Return a path for pasting into a command: relative if it is inside the current directory."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+
+
+def joined(directory: Path, path: str) -> Path:
+    """Return `path` as seen from a directory, without the `..` in it; a link at its end stays one."""
+    # The file system follows `..` from the real directory, not from the name of a link.
+    return Path(os.path.normpath(directory.resolve() / path))
 
 
 def file_sha256(path: Path) -> str:

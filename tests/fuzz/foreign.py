@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lora_llava.artifact import load_artifact, load_model
 from lora_llava.errors import LoraLlavaError
+from lora_llava.formats.names import MERGE_REPORT
 from lora_llava.modeling.assemble import assemble
 from lora_llava.planning.preflight.shipping import refuse_model, refuse_source
 from lora_llava.recipe.settings import BaseModelSettings
@@ -170,7 +171,7 @@ def make_loaders(directory: Path) -> dict[str, Loader]:
     return {
         "adapter": Loader(artifact, _load_adapter(base)),
         "peft": Loader(peft, _import(ImportOptions(base_model=str(base)))),
-        "base": Loader(merged, _load_base),
+        "base": Loader(_without_identity(merged, directory / "whole"), _load_base),
         "original": Loader(original, _import(ImportOptions())),
         "pickled": Loader(pickled, _import(ImportOptions())),
         "gguf": Loader(_gguf(merged, directory), _load_gguf(original / "vision_tower")),
@@ -189,6 +190,16 @@ def _artifact(base: Path, directory: Path) -> Path:
     # Not a recipe that could be read; without one, the card is written from the rest.
     (made / "recipe.yaml").unlink()
     return made
+
+
+def _without_identity(merged: Path, directory: Path) -> Path:
+    """Copy a merged model as an earlier version wrote it: else most damage is refused before anything reads it."""
+    shutil.copytree(merged, directory)
+    path = directory / MERGE_REPORT
+    report = json.loads(path.read_text(encoding="utf-8"))
+    del report["identity"]
+    path.write_text(json.dumps(report), encoding="utf-8")
+    return directory
 
 
 def _gguf(merged: Path, directory: Path) -> Path:

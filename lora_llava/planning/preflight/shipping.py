@@ -14,7 +14,7 @@ from lora_llava.planning.preflight.model.text_side import custom_readers, reader
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import AdapterSettings
 from lora_llava.recipe.stages import trains_lora
-from lora_llava.system.files import find_json, refuse_irregular
+from lora_llava.system.files import find_json, joined, refuse_irregular
 
 _ROPES = ("default", "linear", "llama3")
 _MAX_VLLM_RANK = 512
@@ -80,7 +80,7 @@ def _base_of(path: Path, manifest: dict[str, object]) -> str | None:
     base = manifest.get("base")
     if not isinstance(base, dict):
         return None
-    return str(path / str(base["path"])) if base.get("path") else str(base.get("name"))
+    return str(joined(path, str(base["path"]))) if base.get("path") else str(base.get("name"))
 
 
 def no_gguf(shape: LlavaShape) -> Iterator[str]:

@@ -14,6 +14,9 @@ from lora_llava.shipping.export.options import Exporter, ExportOptions, ExportRe
 
 def _lazy(module: str, function: str) -> Exporter:
     def exporter(source: Path, output: Path, options: ExportOptions) -> ExportReport:
+        from lora_llava.modeling.merged import check_merged
+
+        check_merged(source)
         run: Exporter = getattr(import_module(f"{__name__}.{module}"), function)
         return run(source, output, options)
 

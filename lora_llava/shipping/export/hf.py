@@ -12,10 +12,11 @@ from lora_llava.conversation.templates import Template
 from lora_llava.formats.llava_hf import WeightFiles, check_identical, each_tensor, expected_shapes, write_weights
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import add_old_files, add_old_names
+from lora_llava.modeling.merged import update_identity
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import merge_artifact, summary
-from lora_llava.system.files import staged
+from lora_llava.system.files import staged_result
 
 _COPIED = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 _REPLACED = ("model.safetensors.index.json", "config.json")
@@ -29,7 +30,7 @@ def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportRepor
     config = read_config(source)
     files = WeightFiles(source)
     files.check(config)
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         names = sorted(expected_shapes(config))
         written = write_weights(staging, ((name, files.read(name)) for name in names))
         copy_surroundings(source, staging, options)
@@ -38,6 +39,7 @@ def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportRepor
             check_identical(tensor, files.read(name), name)
         shutil.copyfile(source / "config.json", staging / "config.json")
         add_old_names(staging / "config.json")
+        update_identity(staging)
     return {"files": written, "summary": [f"{output}: {len(names)} tensors, each read back and equal"]}
 
 

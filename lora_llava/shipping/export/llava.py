@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from transformers import LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -23,6 +22,7 @@ from lora_llava.formats.llava_hf import (
     check_identical,
     each_tensor,
     expected_shapes,
+    save_tensors,
     write_json,
     write_weights,
 )
@@ -46,7 +46,7 @@ from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import open_source
-from lora_llava.system.files import staged
+from lora_llava.system.files import staged_result
 from lora_llava.system.text import counted, dtype_name
 
 _CLIP_L_336 = "openai/clip-vit-large-patch14-336"
@@ -73,7 +73,7 @@ def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportR
     original = {name: original_name(name, linear=is_linear(config)) for name in names if name not in skipped}
     main = [name for name in original if not name.startswith(TOWER_PREFIX)]
     tower = options.vision_tower or TOWER_DIRECTORY
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         write_weights(staging, ((original[name], files.read(name)) for name in main))
         _check_written(staging, {original[name]: name for name in main}, files)
         if options.vision_tower is None:
@@ -172,7 +172,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
             del projector[name]
     named = {original_name(name, linear=is_linear(config)): tensor for name, tensor in projector.items()}
     tower = options.vision_tower or _tower_name(config)
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         if adapter.layers:
             _write_lora(staging, adapter, manifest)
             tokenizer = read_tokenizer(source)
@@ -194,7 +194,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
 def _write_lora(staging: Path, adapter: Adapter, manifest: Manifest) -> None:
     """Write LoRA as PEFT does for the original code's language model."""
     state = {name: adapter.stored(key) for name, key in _lora_parts(adapter)}
-    save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(state, staging / WEIGHTS)
     config = adapter.config
     modules = {name.rsplit(".", 2)[-2] for name in adapter.layers}
     theirs = LoraConfig(

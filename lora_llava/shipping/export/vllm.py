@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from lora_llava.artifact import is_artifact, library_versions, portable
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
-from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, write_json, write_weights
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, save_tensors, write_json, write_weights
 from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.shipping.export.options import REPORT, VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
@@ -42,7 +41,7 @@ from lora_llava.shipping.merge.run import (
     write_config,
 )
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
-from lora_llava.system.files import staged
+from lora_llava.system.files import staged_result
 from lora_llava.system.hub.artifact import source_facts
 from lora_llava.system.text import counted, dtype_name
 
@@ -71,7 +70,7 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
             f"{source} is a whole model; vLLM serves it directly: vllm serve {source}. This format takes an artifact."
         )
     served = _served_layers(Adapter(source), source)
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         opened = open_source(source, options.base_model)
         kind = choose_base(opened, options.base)
         form = _form(opened.adapter, served)
@@ -138,7 +137,7 @@ def _write_base(directory: Path, source: Source, kind: BaseKind, served: list[st
 def _write_adapter(directory: Path, adapter: Adapter, served: list[str], form: _Form) -> None:
     """Write an adapter of LoRA only, as PEFT does."""
     directory.mkdir()
-    save_file(dict(_tensors(adapter, served, form)), directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(dict(_tensors(adapter, served, form)), directory / WEIGHTS)
     config = LoraConfig(
         r=form.r,
         lora_alpha=form.lora_alpha,

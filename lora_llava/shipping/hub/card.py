@@ -19,7 +19,7 @@ from lora_llava.shipping.hub import describe
 from lora_llava.shipping.hub.facts import Facts
 from lora_llava.shipping.hub.licenses import LICENSES, OTHER
 from lora_llava.shipping.hub.usage import gguf_commands, python_code, vllm_commands
-from lora_llava.system.text import counted, first_line
+from lora_llava.system.text import counted
 
 _TASK = "visual-question-answering"
 _MARK = "<!-- Made by lora-llava from the run; sha256 of the above: "
@@ -32,16 +32,6 @@ _LIMITS = (
 
 def make_card(facts: Facts, repo_id: str) -> str:
     """Return the card of a model for the repository `repo_id`. Raises ArtifactError for an unknown license id."""
-    try:
-        return _make_card(facts, repo_id)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"the results of the run cannot be shown ({type(error).__name__}: {first_line(error)}): its summary.json "
-            "or evaluation/accuracy.json is damaged; remove it to publish without its information"
-        ) from error
-
-
-def _make_card(facts: Facts, repo_id: str) -> str:
     name = repo_id.rpartition("/")[2]
     card = describe.card_settings(facts)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
@@ -136,7 +126,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     path = str(source.get("path", ""))
     local = not path or is_local(path)
     results = []
-    metric: Metric = facts.accuracy.get("metric", "exact_match")
+    metric: Metric = facts.accuracy.get("metric") or "exact_match"
     # yes/no is another name of closed.
     by_type = {kind: figures for kind, figures in tuned["by_type"].items() if kind != YES_NO}
     for kind, figures in {ALL: tuned, **by_type}.items():

@@ -103,7 +103,7 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, Accuracy]:
 
 def tested(facts: Facts) -> str:
     """Return the number of test questions and images, and their dataset."""
-    count, images = facts.accuracy.get("questions", 0), facts.accuracy.get("images", 0)
+    count, images = facts.accuracy.get("questions") or 0, facts.accuracy.get("images") or 0
     path = str(((facts.recipe.get("evaluation") or {}).get("data") or {}).get("path", ""))
     return f"{counted(count, 'question')} about {counted(images, 'image')}" + (f" of {data_link(path)}" if path else "")
 
@@ -165,11 +165,11 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "system prompt": markdown(stage["system"] or ""),
         "images": aspect,
         **{
-            label: f"{seen[key]:,}" if key in seen else ""
+            label: f"{seen[key]:,}" if seen.get(key) is not None else ""
             for key, label in (("steps", "optimizer steps"), ("conversations", "conversations"))
         },
-        "supervised tokens": f"{seen['supervised_tokens']:,}" if "supervised_tokens" in seen else "",
-        "final loss": f"{seen['train_loss']:.4g}" if "train_loss" in seen else "",
+        "supervised tokens": f"{count:,}" if (count := seen.get("supervised_tokens")) is not None else "",
+        "final loss": f"{seen['train_loss']:.4g}" if seen.get("train_loss") is not None else "",
         "validation loss": _validation_loss(seen),
     }
 
@@ -180,9 +180,10 @@ def _validation_loss(seen: Mapping[str, Any]) -> str:
         return ""
     saved = f"{seen['eval_loss']:.4g}"
     best, last = seen.get("best_step"), seen.get("last_step")
-    if best is None or last is None or best == last:
+    losses = seen.get("best_eval_loss"), seen.get("last_eval_loss")
+    if None in (best, last, *losses) or best == last:
         return saved
-    figures = f"best {seen['best_eval_loss']:.4g} at step {best:,}, last {seen['last_eval_loss']:.4g} at step {last:,}"
+    figures = f"best {losses[0]:.4g} at step {best:,}, last {losses[1]:.4g} at step {last:,}"
     return f"{saved} ({figures})"
 
 
@@ -211,7 +212,7 @@ def data_table(facts: Facts) -> str:
     rows = []
     for name, stage in _stages(facts).items():
         own = facts.manifest.data if facts.manifest and facts.manifest.stage == name else {}
-        count = f"{own['records']:,}" if "records" in own else ""
+        count = f"{own['records']:,}" if own.get("records") is not None else ""
         path = str(stage["data"]["path"])
         split = "" if is_local(path) else markdown(str(stage["data"].get("split") or ""))
         rows.append([name, data_link(path), split, count])
@@ -226,7 +227,7 @@ def machine(facts: Facts) -> list[str]:
         lines.append(f"Hardware: {markdown(str(hardware))}")
     # Without the time of what came later: further stages, and their evaluation.
     later = {*STAGES} - {*_stages(facts)} | ({output.EVALUATION} if not facts.accuracy else set())
-    if seconds := {name: value for name, value in summary.get("seconds", {}).items() if name not in later}:
+    if seconds := {name: value for name, value in (summary.get("seconds") or {}).items() if name not in later}:
         phases = ", ".join(f"{markdown(name)} {_duration(value)}" for name, value in seconds.items())
         lines.append(f"Time: {_duration(sum(seconds.values()))} ({phases})")
     if peak := summary.get("peak_memory_bytes"):

@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPVisionModel, LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lora_llava.artifact import MERGE_REPORT, read_usage
+from lora_llava.artifact import read_usage
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import write_generation_config
@@ -27,15 +27,16 @@ from lora_llava.formats.llava_original import (
     is_linear,
     read_tensors,
 )
-from lora_llava.formats.names import EMBEDDINGS, HEAD, TOWER_PREFIX, canonical_name
+from lora_llava.formats.names import EMBEDDINGS, HEAD, MERGE_REPORT, TOWER_PREFIX, canonical_name
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.weight_files import has_safetensors, pickled_files, weight_files
 from lora_llava.modeling.assemble import pad_rows, save_config
+from lora_llava.modeling.merged import update_identity
 from lora_llava.modeling.metadata import VOCABULARY_MULTIPLE, hub_errors, read_any_config, refuse_wrong_sizes
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.shipping.importers.options import ImportOptions
-from lora_llava.system.files import read_json, staged
+from lora_llava.system.files import read_json, staged_result
 
 _PAD = "<pad>"
 
@@ -69,7 +70,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     if wrong := set(names) ^ readers.keys():
         raise ModelError(f"{source}: missing, or not part of LLaVA-1.5: {', '.join(sorted(wrong)[:6])}")
     aspect_ratio = data.get("image_aspect_ratio") or "square"
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         write_weights(staging, ((name, readers[name]()) for name in names))
         WeightFiles(staging).check(config)
         # First: the tokenizer's class is named by tokenizer.model.
@@ -89,6 +90,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging / "generation_config.json")
         write_generation_config(staging, staging, read_usage(staging).prompt_template, tokenizer)
+        update_identity(staging)
     return [f"{source}: an original LLaVA-1.5; written in the llava-hf layout: {output}", f"vision tower: {tower}"]
 
 

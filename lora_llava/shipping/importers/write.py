@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import save_file
 from transformers import LlavaConfig
 
 from lora_llava.artifact import Manifest, base_location, library_versions, write_manifest
 from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
-from lora_llava.formats.llava_hf import WeightFiles, expected_shapes
+from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, save_tensors
 from lora_llava.formats.llava_original import identity_layer, is_linear
 from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter, lora_fits, lora_scaling, merge_lora
@@ -27,7 +26,7 @@ from lora_llava.modeling.identity import base_fields
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.stages import AspectRatio
-from lora_llava.system.files import file_sha256, staged
+from lora_llava.system.files import file_sha256, staged_result
 
 _BLOCK = re.compile(r"^model\.language_model\.layers\.\d+\..*\.(\w+)$")
 
@@ -96,8 +95,8 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
         if tuple(tensor.shape) != shapes[name]:
             raise ArtifactError(f"{source}: {name} is {tuple(tensor.shape)}, {shapes[name]} in the base; another base?")
     layers, replaced = _whole_projector(foreign, base)
-    with staged(output) as staging:
-        save_file(_named(layers, replaced), staging / WEIGHTS, metadata={"format": "pt"})
+    with staged_result(output) as staging:
+        save_tensors(_named(layers, replaced), staging / WEIGHTS)
         location = base_location(base.identity, base.directory, output)
         form = _form(foreign.form, layers, _whole_modules(replaced, shapes, source))
         write_adapter_config(staging, form, base.identity.reference(base.directory), location["revision"])

@@ -12,7 +12,6 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.artifact import (
-    MERGE_REPORT,
     Manifest,
     check_base,
     find_base,
@@ -23,12 +22,13 @@ from lora_llava.artifact import (
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
-from lora_llava.formats.names import EMBEDDINGS
+from lora_llava.formats.names import EMBEDDINGS, MERGE_REPORT
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_surroundings
 from lora_llava.formats.transformers_4 import with_old_names
 from lora_llava.modeling.base import hash_weights
 from lora_llava.modeling.identity import base_fields, check_base_files
+from lora_llava.modeling.merged import with_identity
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import (
     Difference,
@@ -41,7 +41,7 @@ from lora_llava.shipping.merge.probe import (
     probe_report,
 )
 from lora_llava.shipping.merge.stream import BaseKind, Read, base_reader, merged_reader
-from lora_llava.system.files import read_json, staged
+from lora_llava.system.files import read_json, staged_result
 from lora_llava.system.hub.artifact import located, source_facts
 from lora_llava.system.progress import Advance, counting, phase
 from lora_llava.system.text import counted, dtype_name
@@ -123,7 +123,7 @@ def merge_artifact(
     file and the work on one tensor. Returns the content of `merge_report.json`. Raises ArtifactError, leaving nothing
     at `output`, if `output` exists, an input is wrong or the check fails.
     """
-    with staged(Path(output)) as staging:
+    with staged_result(Path(output)) as staging:
         source = open_source(located(artifact), base_model)
         kind = choose_base(source, base)
         merged = merged_reader(source.files, base_reader(source.files, source.manifest, kind), source.adapter, dtype)
@@ -142,9 +142,10 @@ def merge_artifact(
             "hub": source_facts(source.artifact),
             "versions": library_versions(),
         }
-        write_json(staging / MERGE_REPORT, report)
-        # Last: without config.json, no reader takes the leftovers of an interruption for a model.
+        # After all else: without config.json, no reader takes the leftovers of an interruption for a model.
         write_config(staging, source.base, written.dtype(EMBEDDINGS))
+        report = with_identity(report, staging)
+        write_json(staging / MERGE_REPORT, report)
     return report
 
 

@@ -249,6 +249,13 @@ def test_k49_half_a_surrogate_pair_in_a_model_is_named(base: Path, tmp_path: Pat
     load_model(copy, device=CPU, dtype=torch.float32, template="vicuna_v1")
 
 
+def test_k49_an_original_checkpoint_with_a_key_that_is_no_part_is_imported(base: Path, tmp_path: Path) -> None:
+    export_llava(base, tmp_path / "llava", ExportOptions(template="vicuna_v1"))
+    edited(tmp_path / "llava" / "vision_tower" / "config.json", megatron_config="llama")
+    import_any(tmp_path / "llava", tmp_path / "imported", ImportOptions())
+    load_model(tmp_path / "imported", device=CPU, dtype=torch.float32, template="vicuna_v1")
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [

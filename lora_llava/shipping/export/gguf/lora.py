@@ -36,7 +36,7 @@ from lora_llava.shipping.export.options import ExportOptions, ExportReport, reco
 from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
 from lora_llava.shipping.merge.run import Source, choose_base, open_source
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
-from lora_llava.system.files import staged
+from lora_llava.system.files import staged_result
 from lora_llava.system.progress import phase
 
 _LORA_FILE = "lora.gguf"
@@ -57,7 +57,7 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         raise RecipeError(f"--outtype {outtype}: of gguf-lora f32 or f16; the base's own file may have any")
     if not is_artifact(source):
         raise ArtifactError(f"{source} is a whole model and has no adapter; export it with --format gguf")
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         opened = open_source(source, options.base_model)
         _check_form(opened)
         check_gguf_support(opened.config)

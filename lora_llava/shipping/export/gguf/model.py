@@ -26,7 +26,7 @@ from lora_llava.shipping.export.options import ExportOptions, ExportReport, reco
 from lora_llava.shipping.merge.probe import ask, difference, logits_of, merged_model
 from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.shipping.merge.stream import Read
-from lora_llava.system.files import staged
+from lora_llava.system.files import staged_result
 from lora_llava.system.progress import phase
 from lora_llava.system.text import counted
 
@@ -42,7 +42,7 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
     rounding of their type. Raises ModelError for what llama.cpp does not compute as transformers does.
     """
     outtype = out_type(options, "f16")
-    with staged(output) as staging:
+    with staged_result(output) as staging:
         model, lines = source, list[str]()
         if is_artifact(source):
             model = staging / _MERGED
