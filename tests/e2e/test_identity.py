@@ -194,30 +194,33 @@ def arguments(project: Path) -> dict[str, list[str]]:
     }
 
 
-BY_COMMAND = {
-    "config field": "rms_norm_eps",
-    "image mean": "image mean",
-    "image token": "image token",
-    "token id": "artifact's tokenizer",
-    "weight": "one weight",
-    "tensor name": "tensor renamed",
-    "tensor name of the adapter": "lora_A renamed",
-    "alpha": "lora_alpha",
-    "template": "template",
-    "chat template": "artifact's chat template",
+BY_COMMAND: dict[str, tuple[str, list[str]]] = {
+    "config field": ("rms_norm_eps", ["text_config.rms_norm_eps is 1e-05, the adapter was trained with 1e-06"]),
+    "image mean": ("image mean", ["image_mean is [0.5, 0.5, 0.5]"]),
+    "image token": (
+        "image token",
+        ["image_token_index is 5", "<image> is 4 in its tokenizer, but 5 in its config.json"],
+    ),
+    "token id": ("artifact's tokenizer", ["tokenizer: vocabulary is not what the adapter was trained with"]),
+    "weight": ("one weight", ["was trained on another base: weights", "the base's weights changed since"]),
+    "tensor name": ("tensor renamed", ["self_attn.q_proj.weight is missing"]),
+    "tensor name of the adapter": ("lora_A renamed", ["was altered", "has lora_B, must have lora_A, lora_B"]),
+    "alpha": ("lora_alpha", ["adapter config: lora_alpha is 16, the adapter was trained with 8.0"]),
+    "template": ("template", ["template: name is chatml, the adapter was trained with vicuna_v1"]),
+    "chat template": ("artifact's chat template", ["chat template: text is not what the adapter was trained with"]),
 }
-"""A change of each group that is tried by the command lines."""
+"""A change of each group that is tried by the command lines, and how they name it: the preflight has its own words."""
 
 
-@pytest.mark.parametrize("name", BY_COMMAND.values(), ids=BY_COMMAND)
-def test_k34_every_command_names_the_field(project: Path, name: str) -> None:
-    change, reason = REFUSED[name]
-    change(project)
+@pytest.mark.parametrize("group", BY_COMMAND)
+def test_k34_every_command_names_the_field(project: Path, group: str) -> None:
+    name, reasons = BY_COMMAND[group]
+    REFUSED[name][0](project)
     for command, line in arguments(project).items():
         done = CliRunner().invoke(cli, line)
-        assert done.exit_code == 1, f"{command}: {done.output}"
-        assert reason in done.stderr, f"{command}: {done.output}"
-        assert "Traceback" not in done.output
+        assert done.exit_code in (1, 2), f"{command}: {done.output}"
+        assert any(reason in done.stderr for reason in reasons), f"{command}: {done.output}"
+        assert "LoadingError" not in done.output
         assert "/../" not in done.output, "a path is not normalized"
         assert not any((project / made).exists() for made in ("merged", "exported", "eval"))
 
@@ -228,8 +231,9 @@ def test_k34_every_command_names_another_tokenizer_of_the_base(project: Path) ->
     for command, line in arguments(project).items():
         done = CliRunner().invoke(cli, line)
         assert reason in done.output, f"{command}: {done.output}"
-        # Where the artifact's own tokenizer asks, the command comes to the weights, which this test does not load.
-        assert ("LoadingError" in done.output) == (command != "resume"), f"{command}: {done.output}"
+        # Where the artifact's own tokenizer asks, the command continues, and in this test comes to weights or its end.
+        continues = done.exit_code == 0 or "LoadingError" in done.output
+        assert continues == (command != "resume"), f"{command}: {done.output}"
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "resume"])

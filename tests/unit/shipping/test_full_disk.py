@@ -12,6 +12,7 @@ import pytest
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import save_tensors
 from lora_llava.shipping.export import export
+from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers import import_any
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.merge.run import merge_artifact
@@ -31,11 +32,12 @@ def small_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+CLIP = ExportOptions(vision_tower="openai/clip-vit-large-patch14-336")
 WRITERS: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
     "merge": (lambda artifact, _, out: merge_artifact(artifact, out), "model.safetensors"),
     "hf": (lambda _, model, out: export(model, out, "hf"), "model.safetensors"),
     "llava": (lambda _, model, out: export(model, out, "llava"), "model.safetensors"),
-    "llava adapter": (lambda artifact, _, out: export(artifact, out, "llava"), "adapter_model.safetensors"),
+    "llava adapter": (lambda artifact, _, out: export(artifact, out, "llava", CLIP), "adapter_model.safetensors"),
     "vllm": (lambda artifact, _, out: export(artifact, out, "vllm"), "model.safetensors"),
 }
 
