@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "one weight": (weights(MODEL, one_weight), "weights"),
     "tensor renamed": (weights(MODEL, renamed("q_proj", "p_proj")), "weights"),
     "missing key": (weights(MODEL, lambda state: state.pop(first(state))), "weights"),
-    "unexpected key": (weights(MODEL, lambda state: state.update(extra=torch.zeros(1))), "weights"),
+    "unexpected key": (weights(MODEL, lambda state: state.update(extra=torch.zeros(1))), ""),
     "another base": (other_base, "weights"),
     "lora_alpha": (lora("lora_alpha", 16), "adapter config: lora_alpha is 16, the adapter was trained with 8.0"),
     "r": (lora("r", 8), "adapter config: r is 8, the adapter was trained with 4"),
