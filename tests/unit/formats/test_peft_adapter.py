@@ -17,7 +17,7 @@ from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import WEIGHTS
-from lora_llava.formats.peft_adapter import merge_lora
+from lora_llava.formats.peft_adapter import Adapter, merge_lora
 from lora_llava.shipping.export.llava import export_llava
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers import import_any
@@ -65,6 +65,18 @@ def test_k32_lora_is_merged_in_fp32_whatever_the_precision_of_each_part(half: to
     weight, a, b = (parts[name].double() for name in shapes)
     assert merged.dtype == torch.float32
     assert torch.allclose(merged.double(), weight + 0.5 * b @ a, rtol=1e-6, atol=1e-6)
+
+
+def test_k32_an_adapter_in_half_precision_is_read_in_fp32(tiny_base: Path, tmp_path: Path) -> None:
+    make(tiny_base, tmp_path)
+    halves = {name: tensor.half() for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    save_file(halves, tmp_path / WEIGHTS)
+    adapter = Adapter(tmp_path)
+    assert adapter.replaced
+    for name, half in halves.items():
+        assert torch.equal(adapter.read(name), half.float())
+        assert adapter.read(name).dtype == torch.float32
+        assert adapter.stored(name).dtype == torch.float16
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "old"])

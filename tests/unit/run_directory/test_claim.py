@@ -16,6 +16,7 @@ from lora_llava.run_directory.claim import move_into, place, restore, restore_ar
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.run_directory.written import EXCHANGE, NEW, PENDING, STATE, read_written
+from lora_llava.system.files import staging_in
 from tests.helpers.claiming import a_recipe, contents, die, forked, run
 from tests.helpers.disk import Disk, read_only
 
@@ -128,6 +129,22 @@ def test_k32_directories_of_the_claim_go_and_those_of_the_user_stay(root: Path) 
     assert not {"base", "checkpoints/instruct", STATE} & left
 
 
+def test_k32_what_a_killed_copy_left_goes_with_its_claim(root: Path) -> None:
+    root.mkdir()
+    claim._begin(root)
+
+    def copy_and_die() -> None:
+        (root / "base").mkdir()
+        with staging_in(root / "base") as staging:
+            (staging / "weights").write_text("half", encoding="utf-8")
+            die("", "")
+
+    assert forked(copy_and_die) == -signal.SIGKILL
+    assert (root / "base").is_dir()
+    restore(root)
+    assert contents(root, kits=True) == {}
+
+
 def test_k32_a_directory_that_the_kit_did_not_make_is_not_restored(root: Path) -> None:
     (root / STATE / NEW).mkdir(parents=True)
     (root / STATE / NEW / "mine").write_text("mine", encoding="utf-8")
@@ -144,6 +161,23 @@ def test_k32_every_file_of_a_run_is_listed_after_a_first_run_and_after_an_exchan
         assert set(written.present()) == {name for name in contents(root) if (root / name).is_file()}
         assert written.versions["train_log.jsonl"][-1].grows
         assert not (root / STATE / NEW).exists()
+
+
+def test_k32_manifests_of_the_earlier_run_leave_before_what_they_list(
+    recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, "old")
+    before = [name for name in contents(root) if (root / name).is_file()]
+    disk = Disk(root)
+    with monkeypatch.context() as patch:
+        disk.install(patch)
+        run(recipe, "new", overwrite=True)
+    renamed = [Path(path).relative_to(root).as_posix() for name, path in disk.calls if name == "rename"]
+    leaving = [name for name in dict.fromkeys(renamed) if name in before]
+    assert set(leaving) == set(before)
+    manifests = {name for name in before if Path(name).name in ("manifest.json", "checkpoint.json")}
+    assert len(manifests) >= 3
+    assert set(leaving[: len(manifests)]) == manifests
 
 
 def test_k32_directories_with_files_of_the_user_are_the_run_s_after_an_exchange_too(recipe: Recipe, root: Path) -> None:
