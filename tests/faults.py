@@ -16,11 +16,12 @@ What can be wrong with a recipe, data or a run, and the tests that show how the 
 `@pytest.mark.fault` markers by `python -m tests.faults > docs/faults.md`; a test holds the two together.
 """
 TAIL = """
-Two faults cannot occur. Hostile archives: data are never read from archives, and the quickstart reads only named
-members of files whose hash it knows. Padding that changes the loss: training rows have no padding.
+One fault cannot occur, padding that changes the loss: training rows have no padding. The quickstart reads only named
+members of files whose hash it knows.
 
-`make fuzz` runs the recipe loader, the record reader, the image decoder and the encoder on ten thousand broken inputs
-each, `make torture` kills runs at twenty moments and resumes them. Short forms of both are part of the tests.
+`make fuzz` runs the recipe loader, the record reader, the image decoder, the encoder and every loader of models on ten
+thousand broken inputs each, `make torture` kills runs at twenty moments and resumes them. Short forms of both are part
+of the tests.
 """
 
 
