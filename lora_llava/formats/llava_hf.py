@@ -21,7 +21,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import BUFFERS, HEAD, canonical_name
-from lora_llava.formats.shapes import misfits
+from lora_llava.formats.shapes import LlavaShape, misfits
 from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
 from lora_llava.system.text import first_line, listed
 
@@ -38,11 +38,7 @@ def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
     An lm_head that is tied to the embeddings is not stored.
     """
-    state = meta_model(config).state_dict()
-    shapes = {canonical_name(name): tuple(tensor.shape) for name, tensor in state.items()}
-    if config.tie_word_embeddings:
-        shapes.pop(HEAD, None)
-    return shapes
+    return dict(LlavaShape.of(config.to_dict()).tensors())
 
 
 @contextmanager
@@ -70,11 +66,15 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._locations: dict[str, tuple[Path, str]] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        """Shape and dtype by canonical name, read once."""
         for file in weight_files(directory):
             with open_weights(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     if not name.endswith(BUFFERS):
+                        stored = handle.get_slice(name)
                         self._locations[canonical_name(name)] = (file, name)
+                        self._headers[canonical_name(name)] = tuple(stored.get_shape()), stored.get_dtype()
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._locations))
@@ -88,15 +88,11 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        file, stored = self._locations[name]
-        with open_weights(file) as handle:
-            return tuple(handle.get_slice(stored).get_shape())
+        return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor without reading it."""
-        file, stored = self._locations[name]
-        with open_weights(file) as handle:
-            return _DTYPES[handle.get_slice(stored).get_dtype()]
+        return _DTYPES[self._headers[name][1]]
 
     def check(self, config: LlavaConfig) -> None:
         """Raise ModelError unless these are exactly the tensors of a model of this configuration."""
