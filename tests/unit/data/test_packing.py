@@ -148,6 +148,8 @@ def test_share_saved_by_hand() -> None:
     assert made.num_computed_tokens == (10 + 4 * 5) + 15 + 7 == 52
     assert made.share_saved == pytest.approx(1 - 52 / 82)
     assert made.num_conversations == 6
+    # Of nothing, nothing is saved.
+    assert Plan((), 0, 0, 0, 0).share_saved == 0.0
 
 
 @pytest.mark.fault("records: none at all, or fewer than a step takes")

@@ -28,6 +28,7 @@ def test_k32_the_counted_rows_are_those_of_the_plan(seed: int, packing: Packing,
     items, branches = random_items(seed), 1 + seed
     sizes = {"batch_size": 8, "num_steps": 50, "seed": seed}
     sampled = sample_steps(items, RowSettings(0, branches, packing, ranks), **sizes)
+    assert sampled.ranks == ranks
     for tokens in (30, 37, 48, 64, 1000):
         made = make_plan(items, RowSettings(tokens, branches, packing, ranks), **sizes)
         # Steps after the sampled ones may need more rows, which are empty in these.
