@@ -7,7 +7,7 @@ SOURCES := lora_llava tools tests benchmarks
 # llama.cpp as npm has it, for the CPU alone; the tests marked `node` ask it what it makes of exported files.
 LLAMA_NODE := 1.7.15
 
-.PHONY: quickstart node test fuzz torture mutants check bench foreign foreign-short clean
+.PHONY: quickstart node test fuzz torture mutants check bench gpu-check foreign foreign-short clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,7 +50,11 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,trl]'
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(SETS),--sets $(SETS) --no-ladder)
+
+# What one look at a card tells, in eight minutes; without a GPU, the same in tiny form on the CPU.
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.check --output gpu_check.json
 
 # What other software makes of a tiny run, or of RUN=quickstart/run; LLAVA=DIR is a clone of the original LLaVA. Makes its
 # environments in .foreign (8 GB). For CPU builds of PyTorch, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.

@@ -1,18 +1,20 @@
 """The kit beside its peers on this machine's CPU, in one run.
 
-python -m benchmarks [--sets V8,V1] [--steps 5] [--ladder] [--output benchmarks/results/cpu.json]
+python -m benchmarks [--sets V8,V1] [--steps 9] [--no-ladder] [--output benchmarks/results/cpu.json]
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from benchmarks.measure import SETS, measure, write_report
-from benchmarks.peers import LADDER, PEERS
+from benchmarks.measure import SETS, Series, measure, write_report
+from benchmarks.peers import LADDER
 from benchmarks.work import SHAPES
 
+PEERS = ("lora-llava", "hf-trainer", "trl")
 QUESTIONS = {"V11": 22, "MX": 16}
 """Conversations of a step, where it is not 8: V11 needs whole images, MX enough of each kind."""
 LADDER_SET = "V8"
@@ -33,13 +35,20 @@ def main(
     sets: str, peers: str, ladder: bool, steps: int, warmup: int, micro_batch: int, model: str, output: Path | None
 ) -> None:
     """Measure the kit beside its peers."""
-    options = [f"--model={model}", f"--micro-batch={micro_batch}"]
-    results = []
+    options = {"micro_batch": micro_batch}
+    results: list[dict[str, Any]] = []
+    rungs = None
+
+    def save() -> None:
+        write_report(output, model=model, micro_batch=micro_batch, results=results, ladder=rungs)
+
     for name in filter(None, sets.split(",")):
-        chosen = dict.fromkeys(peers.split(","), options)
-        results.append(measure(name, chosen, QUESTIONS.get(name, 8), warmup, steps, "fp32"))
-    rungs = measure(LADDER_SET, dict.fromkeys(LADDER, options), 8, warmup, steps, "fp32") if ladder else None
-    write_report(output, model=model, micro_batch=micro_batch, results=results, ladder=rungs)
+        series = Series(QUESTIONS.get(name, 8), warmup, steps, "fp32")
+        results.append(measure(name, model, dict.fromkeys(peers.split(","), options), series))
+        save()
+    if ladder:
+        rungs = measure(LADDER_SET, model, dict.fromkeys(LADDER, options), Series(8, warmup, steps, "fp32"))
+        save()
 
 
 if __name__ == "__main__":

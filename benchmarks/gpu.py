@@ -1,86 +1,186 @@
-"""The kit beside its peers on a GPU: LLaVA-1.5's shapes with random weights, in 4 bits, on cards of several sizes.
+"""The kit beside its peers on a GPU: LLaVA-1.5's shapes with random weights, in 4 bits, in some minutes of a card.
 
-python -m benchmarks.gpu [--model 7b] [--caps 24,12] [--sets V11,V4,V1,S1] [--output benchmarks/results/h200_7b.json]
+python -m benchmarks.gpu --minutes 15 [--model 7b] [--output benchmarks/results/h100_7b.json]
 
-Every peer gets the micro-batch and the recomputing that are fastest for it within the cap, found by trying; the kit's
-planner chooses for the kit. Then all recompute layers at one micro-batch, to compare memory at equal tokens.
+The comparisons come in the order of what they tell; what the minutes do not allow is left out. Each peer has one
+process for all of them, and does its steps while the others hold their weights alone. Options of the peers come from a
+table; one that needs more than the cap halves its micro-batch. The kit's planner chooses for the kit.
 """
 
 from __future__ import annotations
 
-import statistics
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.measure import EndedEarlyError, Peer, measure, write_report
-from benchmarks.peers import PEERS
+from benchmarks.measure import EndedEarlyError, Peer, Series, matrix_rate, summary, write_report
+from benchmarks.peers import PACKAGES, PEERS
 from benchmarks.work import SHAPES
 from lora_llava.system.device import pick_device
 
 OURS = "lora-llava"
-QUESTIONS = {"V11": 44}
+QUESTIONS = {"V11": 44, "MX": 32}
 """Conversations of a step, where it is not 32."""
-MICRO_BATCHES = (16, 8, 4, 2, 1)
-TRIED_STEPS = 3
-EQUAL_MICRO_BATCH = 4
+COMPARISONS = (
+    ("V11", 24.0),
+    ("V1", 24.0),
+    ("S1", 24.0),
+    ("V4", 24.0),
+    ("V11", 12.0),
+    ("MX", 24.0),
+    ("V11", 16.0),
+    ("V1", 12.0),
+    ("S1", 12.0),
+)
+"""Sets, and sizes of cards in GiB, the most telling first."""
+MICRO_BATCH = {24.0: 16, 16.0: 4, 12.0: 1}
+"""Conversations of the other peers' micro-batches by size of the card, all layers recomputed: without, a 7B with r 128
+holds two of them in 24 GiB, which is slower."""
+MIN_STEPS = 3
+"""Timed steps that a median needs."""
 
 
-def fastest_options(name: str, common: list[str]) -> list[str]:
-    """Find the fastest way for a peer: recomputing or not, each with the largest micro-batch that fits."""
-    found: list[tuple[float, list[str]]] = []
-    for recomputing in ("--no-checkpointing", "--checkpointing"):
-        for size in MICRO_BATCHES:
-            options = [*common, recomputing, f"--micro-batch={size}"]
-            peer = Peer(name, "V1", TRIED_STEPS, [*options, f"--questions={MICRO_BATCHES[0]}"])
-            try:
-                for _ in range(TRIED_STEPS):
-                    peer.step()
-            except (EndedEarlyError, BrokenPipeError):
-                continue
-            finally:
-                peer.process.kill()
-            found.append((statistics.median(peer.seconds), options))
-            break
-    if not found:
-        raise click.ClickException(f"{name} does not fit: {' '.join(common)}")
-    return min(found)[1]
+class Fleet:
+    """The peers' processes, started when first needed; one that ended is started again."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.running: dict[str, Peer] = {}
+
+    def peer(self, name: str) -> Peer:
+        """Return the process of a peer."""
+        if name not in self.running:
+            self.running[name] = Peer(name, self.model)
+        return self.running[name]
+
+    def drop(self, name: str) -> None:
+        """End the process of a peer, which failed."""
+        self.running.pop(name).kill()
+
+    def close(self) -> None:
+        """End all."""
+        for name in list(self.running):
+            self.drop(name)
+
+
+def options_for(name: str, cap: float, questions: int) -> dict[str, Any]:
+    """Return the options of a peer's job."""
+    common = {"nf4": True, "cap": cap}
+    if name == OURS:
+        return common
+    size = MICRO_BATCH[min(MICRO_BATCH, key=lambda known: abs(known - cap))]
+    while questions % size:
+        size -= 1
+    return common | {"checkpointing": True, "micro_batch": size}
+
+
+def run_peer(
+    fleet: Fleet, name: str, set_name: str, options: dict[str, Any], series: Series, seconds: float
+) -> tuple[Peer, dict[str, Any], dict[str, Any]] | None:
+    """Let a peer do its steps, fewer if they take more than `seconds`; return it, what it says and its options.
+
+    None for a peer that fails with the smallest micro-batch, too.
+    """
+    while True:
+        peer = fleet.peer(name)
+        try:
+            peer.begin(series.job(set_name, options))
+            until = None
+            for number in range(series.warmup + series.steps):
+                peer.step()
+                until = until or time.monotonic() + seconds
+                if number + 1 >= series.warmup + MIN_STEPS and time.monotonic() > until:
+                    break
+            return peer, peer.end(), options
+        except EndedEarlyError as error:
+            fleet.drop(name)
+            click.echo(f"{set_name} {name}, {options}: {error.message}")
+            if options.get("micro_batch", 1) == 1:
+                return None
+            smaller = options["micro_batch"] // 2
+            while series.questions % smaller:
+                smaller -= 1
+            options = {**options, "micro_batch": smaller}
+
+
+def compare(
+    fleet: Fleet, set_name: str, peers: Mapping[str, dict[str, Any]], series: Series, seconds: float
+) -> dict[str, Any] | None:
+    """Measure one set with all peers, one after another; None if the kit fails."""
+    rate = matrix_rate()
+    rows: dict[str, dict[str, Any]] = {}
+    used: dict[str, dict[str, Any]] = {}
+    for name, options in peers.items():
+        if done := run_peer(fleet, name, set_name, options, series, seconds / len(peers)):
+            peer, facts, used[name] = done
+            rows[name] = peer.result(facts, series.questions, series.warmup, rate)
+    return summary(set_name, used, rows, rate, series) if rows else None
+
+
+def importable(names: list[str]) -> list[str]:
+    """Leave out the peers whose packages are not installed, and say so."""
+    missing = [name for name in names if name in PACKAGES and find_spec(PACKAGES[name]) is None]
+    for name in missing:
+        click.echo(f"{name}: not measured, its package {PACKAGES[name]} is not installed")
+    return [name for name in names if name not in missing]
 
 
 @click.command()
 @click.option("--model", type=click.Choice(list(SHAPES)), default="7b", show_default=True)
-@click.option("--caps", default="24,16,12", show_default=True, help="Sizes of cards, in GiB.")
-@click.option("--sets", default="V11,V4,V1,S1", show_default=True, help="Sets to measure.")
+@click.option("--minutes", default=15.0, show_default=True, help="Minutes that the whole may take.")
+@click.option("--sets", help="Measure only these sets.")
+@click.option("--caps", help="Measure only these sizes of cards, in GiB.")
 @click.option("--peers", default=",".join(PEERS), show_default=True, help="Peers to measure.")
-@click.option("--steps", default=20, show_default=True, help="Timed steps.")
-@click.option("--warmup", default=5, show_default=True, help="Steps before.")
-@click.option("--equal/--no-equal", default=True, help="Compare memory at equal tokens, too.")
+@click.option("--steps", default=12, show_default=True, help="Timed steps, if the minutes allow.")
+@click.option("--warmup", default=2, show_default=True, help="Steps before.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON, after every set.")
 def main(
-    model: str, caps: str, sets: str, peers: str, steps: int, warmup: int, equal: bool, output: Path | None
+    model: str, minutes: float, sets: str | None, caps: str | None, peers: str, steps: int, warmup: int, output: Path
 ) -> None:
     """Measure the kit beside its peers on a GPU."""
+    names = importable(peers.split(","))
+    chosen = [
+        (name, cap)
+        for name, cap in COMPARISONS
+        if (sets is None or name in sets.split(",")) and (caps is None or cap in map(float, caps.split(",")))
+    ]
+    measure_for(minutes, chosen, names, model, (warmup, steps), output)
+
+
+def measure_for(
+    minutes: float,
+    comparisons: list[tuple[str, float]],
+    peers: list[str],
+    model: str,
+    steps: tuple[int, int],
+    output: Path | None,
+) -> list[dict[str, Any]]:
+    """Measure as many comparisons as `minutes` allow, and write the report after each; `steps`: warm-up and timed."""
     precision = "bf16" if pick_device().type == "cuda" else "fp32"
+    fleet = Fleet(model)
     results: list[dict[str, Any]] = []
-    common = [f"--model={model}", "--nf4"]
-
-    def run(name: str, options: dict[str, list[str]], **facts: Any) -> None:
-        made = measure(name, options, QUESTIONS.get(name, 32), warmup, steps, precision)
-        results.append(made | facts)
-        write_report(output, model=model, micro_batch=EQUAL_MICRO_BATCH, results=results, ladder=None)
-
-    for cap in caps.split(","):
-        click.echo(f"{model}, {cap} GiB")
-        capped = [*common, f"--cap={cap}"]
-        options = {name: capped if name == OURS else fastest_options(name, capped) for name in peers.split(",")}
-        for name in sets.split(","):
-            run(name, options, cap=float(cap))
-    if equal:
-        click.echo(f"{model}, {EQUAL_MICRO_BATCH} conversations a micro-batch, all recomputing layers")
-        same = [*common, "--checkpointing", f"--micro-batch={EQUAL_MICRO_BATCH}"]
-        for name in sets.split(","):
-            run(name, dict.fromkeys(peers.split(","), same), cap=None)
+    deadline, longest = time.monotonic() + 60 * minutes, 0.0
+    try:
+        for number, (set_name, cap) in enumerate(comparisons):
+            started = time.monotonic()
+            left = deadline - started
+            if left < longest:
+                rest = ", ".join(f"{name} in {size:g} GiB" for name, size in comparisons[number:])
+                click.echo(f"left out, for lack of time: {rest}")
+                break
+            series = Series(QUESTIONS.get(set_name, 32), *steps, precision)
+            options = {name: options_for(name, cap, series.questions) for name in peers}
+            if made := compare(fleet, set_name, options, series, left / (len(comparisons) - number)):
+                results.append(made | {"cap": cap})
+            longest = max(longest, time.monotonic() - started)
+            write_report(output, model=model, micro_batch=None, results=results, ladder=None)
+    finally:
+        fleet.close()
+    return results
 
 
 if __name__ == "__main__":

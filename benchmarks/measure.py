@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,18 @@ class EndedEarlyError(click.ClickException):
 
 
 class Peer:
-    """A peer's process."""
+    """A peer's process, which does one job after another."""
 
-    def __init__(self, name: str, set_name: str, steps: int, options: Sequence[str]) -> None:
+    def __init__(self, name: str, model: str) -> None:
         self.name = name
-        command = [sys.executable, "-m", "benchmarks.peer", name, set_name, f"--steps={steps}", *options]
+        command = [sys.executable, "-m", "benchmarks.peer", name, f"--model={model}"]
         command.append(f"--threads={torch.get_num_threads()}")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.norms: dict[str, float] = {}
 
-    def read(self, key: str) -> dict[str, Any]:
+    def _read(self, key: str) -> dict[str, Any]:
         """Read up to the next line that holds `key`."""
         assert self.process.stdout
         for line in self.process.stdout:
@@ -53,21 +54,37 @@ class Peer:
                 return dict(facts)
         raise EndedEarlyError(f"{self.name} ended early; its messages are above")
 
-    def step(self) -> None:
-        """Let the peer do one step."""
+    def _write(self, line: str) -> None:
         assert self.process.stdin
-        self.read("ready")
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        facts = self.read("loss")
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise EndedEarlyError(f"{self.name} ended early; its messages are above") from None
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Give the peer its next job."""
+        self.seconds, self.losses, self.norms = [], [], {}
+        self._write(json.dumps(job))
+
+    def step(self) -> float:
+        """Let the peer do one step; return the seconds that it took."""
+        self._read("ready")
+        self._write("go")
+        facts = self._read("loss")
         self.seconds.append(facts["seconds"])
         self.losses.append(facts["loss"])
         self.norms = self.norms or facts["gradient_norms"]
+        return self.seconds[-1]
 
-    def result(self, questions: int, warmup: int, rate: float) -> dict[str, Any]:
-        """Return what it did, once it has done all steps; `rate`: FLOP/s of a large matrix product here."""
-        facts = self.read("supervised")
-        self.process.wait()
+    def end(self) -> dict[str, Any]:
+        """End the job; return what the peer says of it."""
+        self._read("ready")
+        self._write("stop")
+        return self._read("supervised")
+
+    def result(self, facts: Mapping[str, Any], questions: int, warmup: int, rate: float) -> dict[str, Any]:
+        """Return the figures of the job; `facts`: those of `end`, `rate`: FLOP/s of a large matrix product here."""
         seconds = statistics.median(self.seconds[warmup:])
         possible = FLOPS_A_WEIGHT * facts["linear_weights"] / (seconds * rate)
         return {
@@ -82,27 +99,57 @@ class Peer:
             **facts,
         }
 
+    def kill(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
 
-def measure(
-    set_name: str, peers: Mapping[str, Sequence[str]], questions: int, warmup: int, steps: int, precision: str
-) -> dict[str, Any]:
-    """Run one set with all `peers` (name: options of its process), their steps in turn."""
-    options = {name: [*own, f"--questions={questions}"] for name, own in peers.items()}
-    running = [Peer(name, set_name, warmup + steps, own) for name, own in options.items()]
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The steps that each peer does of a set."""
+
+    questions: int
+    warmup: int
+    steps: int
+    precision: str
+
+    def job(self, set_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a peer's job; it has one step more than are asked for, so that the parent ends it."""
+        return {"set": set_name, "questions": self.questions, "steps": self.warmup + self.steps + 1, **options}
+
+
+def measure(set_name: str, model: str, peers: Mapping[str, Mapping[str, Any]], series: Series) -> dict[str, Any]:
+    """Run one set with all `peers` (name: options of its job), each in a process of its own, their steps in turn."""
+    running = {name: Peer(name, model) for name in peers}
     rate = 0.0
     try:
-        for _ in range(warmup + steps):
-            for peer in running:
+        for name, peer in running.items():
+            peer.begin(series.job(set_name, peers[name]))
+        for _ in range(series.warmup + series.steps):
+            for peer in running.values():
                 peer.step()
             # While all of them wait.
             rate = max(rate, matrix_rate())
-        rows = {peer.name: peer.result(questions, warmup, rate) for peer in running}
+        rows = {name: peer.result(peer.end(), series.questions, series.warmup, rate) for name, peer in running.items()}
     finally:
-        for peer in running:
-            peer.process.kill()
-    made = {"set": set_name, "questions_per_step": questions, "matrix_rate": rate, "options": options, "peers": rows}
-    show(made)
-    return made | {"ranked": did_the_same(rows, precision)}
+        for peer in running.values():
+            peer.kill()
+    return summary(set_name, peers, rows, rate, series)
+
+
+def summary(
+    set_name: str,
+    options: Mapping[str, Mapping[str, Any]],
+    rows: dict[str, dict[str, Any]],
+    rate: float,
+    series: Series,
+) -> dict[str, Any]:
+    """Print the results of a set, and return them for the report."""
+    same = did_the_same(rows, series.precision)
+    made = {"set": set_name, "questions_per_step": series.questions, "matrix_rate": rate, "options": dict(options)}
+    show(made | {"peers": rows})
+    return made | {"peers": rows, "ranked": same}
 
 
 def matrix_rate() -> float:
@@ -143,7 +190,16 @@ def show(result: dict[str, Any]) -> None:
         click.echo(
             f"{result['set']:4} {name:30} {row['questions_per_second']:8.2f} questions/s  "
             f"peak {row['peak_bytes'] / 2**20:7,.0f} MiB  first loss {row['first_loss']:.5f}"
+            f"{relative(result['peers'], name)}"
         )
+
+
+def relative(peers: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """Say how many times as fast the first peer is as another."""
+    first = next(iter(peers))
+    if name == first:
+        return ""
+    return f"  {first} {peers[first]['questions_per_second'] / peers[name]['questions_per_second']:.2f} times"
 
 
 def write_report(path: Path | None, **facts: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,9 +50,9 @@ def build_model(
 ) -> Any:
     """Build it on `device`, its LoRA and its projector to train; what is trained is in fp32."""
     torch.manual_seed(seed)
-    # On the CPU the numbers are the same for all; a large model is made where it is needed, each peer by the same seed.
-    with torch.device(device):
-        model = LlavaForConditionalGeneration(make_config(shapes)).to(dtype)
+    # Each peer by the same seed, where it is needed and in the dtype that it computes in: in fp32 a 7B takes 27 GB.
+    with torch.device(device), _default_dtype(dtype):
+        model = LlavaForConditionalGeneration(make_config(shapes))
     model.config.use_cache = False
     if nf4:
         quantize(model, double_quant=True, dtype=dtype)
@@ -63,3 +66,46 @@ def build_model(
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.02).to(device)
     return wrapped.to(device)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class KeptModel:
+    """Builds the model of a process, and gives it out again, what is trained as it was, while it stays the same."""
+
+    def __init__(self) -> None:
+        self.key: Hashable = None
+        self.model: Any = None
+        self.start: dict[str, torch.Tensor] = {}
+
+    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """Return the model that `build` makes; `key`: all that it depends on."""
+        if self.key != key:
+            self.key = self.model = None
+            self.start.clear()
+            release_memory()
+            self.model, self.key = build(), key
+            self.start = {name: one.detach().cpu().clone() for name, one in self._trained()}
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(self.start[name])
+                parameter.grad = None
+        return self.model
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, one) for name, one in self.model.named_parameters() if one.requires_grad)
+
+
+def release_memory() -> None:
+    """Give back what no tensor holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

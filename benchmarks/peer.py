@@ -1,6 +1,9 @@
-"""One peer in a process of its own: it waits for a word before every optimizer step, and says what the step took.
+"""One peer in a process of its own: it waits for jobs, and in each for a word before every optimizer step.
 
-python -m benchmarks.peer NAME SET --questions 16 --steps 8
+python -m benchmarks.peer NAME --model small
+
+A job is a line of JSON, {"set": "V8", "questions": 8, "steps": 10}; then each line `go` asks for a step, and `stop`
+ends the job. Answers are lines of JSON, too.
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ import click
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.model import make_config
+from benchmarks.model import KeptModel, make_config, release_memory
 from benchmarks.peers import LADDER, PEERS, Task
-from benchmarks.work import SHAPES, make_work
+from benchmarks.work import SHAPES, Shapes, make_work
 from lora_llava.modeling.structure import linear_weights
 from lora_llava.planning.memory_plan import GIB
 from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.training.trainer import PackedTrainer
+
+
+class _StoppedError(Exception):
+    """The parent wants no further step."""
 
 
 def say(**facts: Any) -> None:
@@ -41,14 +48,19 @@ class Gate(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Wait."""
         say(ready=state.global_step)
-        if not sys.stdin.readline():
+        word = sys.stdin.readline()
+        if not word:
             raise SystemExit("the parent is gone")
+        if word.strip() == "stop":
+            raise _StoppedError
         self.started = time.perf_counter()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Measure the gradients of each group."""
+        """Measure the gradients of each group, in the first step only: it takes a thousand kernels."""
+        if self.norms:
+            return
         squares = {"lora": 0.0, "projector": 0.0}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -75,72 +87,94 @@ class Gate(TrainerCallback):  # type: ignore[misc]
             say(step=state.global_step, seconds=self.seconds, loss=logs["loss"], gradient_norms=self.norms)
 
 
-def peak_bytes() -> dict[str, int]:
-    """Return the most memory held: of the device, allocated and reserved, or of the process."""
+def memory_facts() -> dict[str, int]:
+    """Return the most memory held: of the device, allocated and reserved, or of the process; and allocator retries."""
+    if not torch.cuda.is_available():
+        return {"peak_bytes": peak_memory_bytes()}
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+    }
+
+
+def set_cap(cap: int | None) -> None:
+    """Let the process take `cap` bytes of the card; None: all of it."""
     if torch.cuda.is_available():
-        return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-    return {"peak_bytes": peak_memory_bytes()}
+        share = 1.0 if cap is None else min(1.0, cap / torch.cuda.mem_get_info()[1])
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
-@click.command()
-@click.argument("name", type=click.Choice([*PEERS, *LADDER]))
-@click.argument("set_name", metavar="SET")
-@click.option("--model", type=click.Choice(list(SHAPES)), default="small")
-@click.option("--questions", default=16)
-@click.option("--steps", default=8)
-@click.option("--micro-batch", default=2)
-@click.option("--threads", default=2)
-@click.option("--nf4/--no-nf4", default=False)
-@click.option("--checkpointing/--no-checkpointing", default=False)
-@click.option("--cap", type=float, help="GiB of the card that the process may take; the kit then plans for it.")
-def main(
-    name: str,
-    set_name: str,
-    model: str,
-    questions: int,
-    steps: int,
-    micro_batch: int,
-    threads: int,
-    nf4: bool,
-    checkpointing: bool,
-    cap: float | None,
-) -> None:
-    """Train, step by step as the parent says."""
-    sys.stdout = sys.stderr
-    torch.set_num_threads(threads)
-    device, shapes = pick_device(), SHAPES[model]
-    task = Task(
-        work=make_work(set_name, shapes, questions),
-        shapes=shapes,
-        steps=steps,
-        micro_batch=micro_batch,
-        device=device,
-        dtype=pick_dtype("auto", device),
-        nf4=nf4,
-        checkpointing=checkpointing,
-        cap=None if cap is None else int(cap * GIB),
-    )
+def train(name: str, task: Task) -> dict[str, Any]:
+    """Train until the parent stops it; return what was done in how much memory."""
+    set_cap(None)
     trainer, computed = (PEERS | LADDER)[name](task)
     if isinstance(trainer, PackedTrainer):
         trainer.callbacks.append(Gate())
     else:
         trainer.add_callback(Gate())
-    before = peak_bytes()["peak_bytes"]
-    if device.type == "cuda" and task.cap is not None:
-        # Only now: while the model is made, before it is quantised, it takes more.
-        torch.cuda.empty_cache()
+    # Only now: before it is quantised, the model takes more.
+    release_memory()
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_per_process_memory_fraction(task.cap / torch.cuda.mem_get_info()[1])
-    trainer.train()
-    say(
-        supervised=task.work.supervised,
-        computed_tokens=computed,
-        separate_tokens=sum(len(one.input_ids) for one in task.work.conversations),
-        linear_weights=linear_weights(make_config(shapes)),
-        work_sha256=task.work.sha256,
-        bytes_before_training=before,
-        **peak_bytes(),
+        retries = memory_facts()["allocator_retries"]
+    set_cap(task.cap)
+    before = memory_facts()["peak_bytes"]
+    try:
+        trainer.train()
+    except _StoppedError:
+        pass
+    finally:
+        # The model may be asked for again, without this trainer's autocast around it.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    memory = memory_facts()
+    if "allocator_retries" in memory:
+        memory["allocator_retries"] -= retries
+    return {
+        "supervised": task.work.supervised,
+        "computed_tokens": computed,
+        "separate_tokens": sum(len(one.input_ids) for one in task.work.conversations),
+        "linear_weights": linear_weights(make_config(task.shapes)),
+        "work_sha256": task.work.sha256,
+        "bytes_before_training": before,
+        **memory,
+    }
+
+
+def as_task(job: dict[str, Any], shapes: Shapes, models: KeptModel) -> Task:
+    """Read a job."""
+    device, cap = pick_device(), job.get("cap")
+    return Task(
+        work=make_work(job["set"], shapes, job["questions"]),
+        shapes=shapes,
+        steps=job["steps"],
+        micro_batch=job.get("micro_batch", 2),
+        device=device,
+        dtype=pick_dtype("auto", device),
+        nf4=job.get("nf4", False),
+        checkpointing=job.get("checkpointing", False),
+        cap=None if cap is None else int(cap * GIB),
+        models=models,
     )
+
+
+@click.command()
+@click.argument("name", type=click.Choice([*PEERS, *LADDER]))
+@click.option("--model", type=click.Choice(list(SHAPES)), default="small")
+@click.option("--threads", default=2)
+def main(name: str, model: str, threads: int) -> None:
+    """Do the jobs that the parent gives, one after another."""
+    sys.stdout = sys.stderr
+    torch.set_num_threads(threads)
+    if name == "unsloth":
+        # Its patches must come before anything is made.
+        import unsloth  # noqa: F401
+    models = KeptModel()
+    while line := sys.stdin.readline():
+        facts = train(name, as_task(json.loads(line), SHAPES[model], models))
+        # What is left of the trainer would be in the next peer's way.
+        release_memory()
+        say(**facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.model import build_model, make_config
+from benchmarks.model import KeptModel, build_model, make_config
 from benchmarks.work import Shapes, Work, pixels
 from lora_llava.conversation.encode import IGNORE_INDEX
 from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sample_steps
@@ -26,6 +26,7 @@ from lora_llava.modeling.fused.layer import fuse_layers
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import TREES, VISION_TOWER
 from lora_llava.planning.attention import pick_attention
+from lora_llava.planning.calibration import measure_speed
 from lora_llava.planning.memory import Recompute
 from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, has_room_for_scales, plan_memory, usable_bytes
 from lora_llava.planning.speed import Machine
@@ -53,6 +54,7 @@ class Task:
     """Whether the other kits recompute whole layers."""
     cap: int | None
     """Bytes of the card that the kit's planner plans for; None: what is free."""
+    models: KeptModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +174,19 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
         tokens, optim, recompute = plan.tokens_per_micro_batch, plan.optim, plan.recompute
         dequantized = plan.keep_dequantized
         has_room = has_room_for_scales(plan, make_config(task.shapes))
-    model = build_model(task.shapes, task.work.stage, task.device, task.dtype, nf4=chosen.nf4, dequantized=dequantized)
+    stage = task.work.stage
+
+    def build() -> Any:
+        model = build_model(task.shapes, stage, task.device, task.dtype, nf4=chosen.nf4, dequantized=dequantized)
+        drop_unused_layers(model.get_base_model())
+        if has_room:
+            undo_double_quantization(model)
+        if reason := fuse_layers(model):
+            sys.stderr.write(f"not fused: {reason}\n")
+        return model
+
+    model = task.models.get((stage, chosen.nf4, dequantized, has_room), build)
     llava = model.get_base_model()
-    drop_unused_layers(llava)
-    if has_room:
-        undo_double_quantization(model)
-    fuse_layers(model)
     set_recompute(model, recompute.policy, recompute.full_layers)
     set_attention(llava, attention)
     read: Callable[[int], torch.Tensor] = partial(pixels, shapes=task.shapes)
@@ -208,8 +217,10 @@ def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
     steps = sample_steps(plan_items(task.work), RowSettings(longest, count), batch_size=count, num_steps=1, seed=0)
     settings = recipe.stage(stage)
     shapes = StageShapes(stage, settings, recipe.quantization, recipe.adapter, config, task.dtype, longest, steps)
-    plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device.type, task.cap), attention))
-    sys.stderr.write(f"{plan}; {attention}: {why}\n")
+    # As a run does: on CUDA the planner measures.
+    speed, line = measure_speed(shapes, attention, task.device) if task.device.type == "cuda" else (None, "")
+    plan = plan_memory(shapes, Machine(task.device.type, usable_bytes(task.device.type, task.cap), attention, speed))
+    sys.stderr.write(f"{plan}; {attention}: {why}; {line}\n")
     return attention, plan
 
 
@@ -241,10 +252,14 @@ def peer_arguments(kind: type[TrainingArguments], task: Task, **more: Any) -> An
 
 def peer_model(task: Task) -> Any:
     """Build the model as the other kits take it."""
-    model = build_model(task.shapes, task.work.stage, task.device, task.dtype, nf4=task.nf4)
-    if task.checkpointing:
-        model.enable_input_require_grads()
-    return model
+
+    def build() -> Any:
+        model = build_model(task.shapes, task.work.stage, task.device, task.dtype, nf4=task.nf4)
+        if task.checkpointing:
+            model.enable_input_require_grads()
+        return model
+
+    return task.models.get((task.work.stage, task.nf4, task.checkpointing), build)
 
 
 def hugging_face(task: Task) -> tuple[Trainer, int]:
@@ -256,6 +271,37 @@ def hugging_face(task: Task) -> tuple[Trainer, int]:
 
 def trl(task: Task) -> tuple[Trainer, int]:
     """Build TRL's `SFTTrainer` as its vision examples do: a collator of one's own, no preparation."""
+    return _sft_trainer(task)
+
+
+def unsloth(task: Task) -> tuple[Trainer, int]:
+    """Build TRL's `SFTTrainer` after Unsloth's patches, over the same model made ready by Unsloth."""
+    from unsloth import FastVisionModel
+
+    trainer, computed = _sft_trainer(task)
+    FastVisionModel.for_training(trainer.model)
+    return trainer, computed
+
+
+def llama_factory(task: Task) -> tuple[Trainer, int]:
+    """Build LLaMA-Factory's trainer over the same model, with a padding collator."""
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+    from transformers import Seq2SeqTrainingArguments
+
+    data = Conversations(task)
+    trainer = CustomSeq2SeqTrainer(
+        finetuning_args=FinetuningArguments(),
+        processor=None,
+        model=peer_model(task),
+        args=peer_arguments(Seq2SeqTrainingArguments, task),
+        train_dataset=data,
+        data_collator=padded,
+    )
+    return trainer, data.computed_tokens
+
+
+def _sft_trainer(task: Task) -> tuple[Trainer, int]:
     from datasets import Dataset as HubDataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -283,8 +329,13 @@ PEERS: dict[str, Callable[[Task], tuple[Trainer, int]]] = {
     "lora-llava": ours,
     "hf-trainer": hugging_face,
     "trl": trl,
+    "unsloth": unsloth,
+    "llama-factory": llama_factory,
 }
 """Makers of a trainer, and of the tokens that it computes in a step, by name."""
+
+PACKAGES = {"trl": "trl", "unsloth": "unsloth", "llama-factory": "llamafactory"}
+"""What a peer needs besides the kit's own packages."""
 
 LADDER: dict[str, Callable[[Task], tuple[Trainer, int]]] = {
     "hf-trainer": hugging_face,

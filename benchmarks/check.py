@@ -1,0 +1,200 @@
+"""What one look at a card tells, in eight minutes: `make gpu-check`; without a GPU, the same in tiny form.
+
+python -m benchmarks.check [--minutes 8] [--output benchmarks/results/gpu_check.json]
+
+1. Rows of one, two and four trees through PEFT's path, then through fused layers: wall time, kernel time, kernels.
+2. Gradients of both paths.
+3. V11, V1 and S1 against Hugging Face in 24 GiB, and a step of V11 in 12 GiB.
+4. Retries of the allocator, which must be none; where the time of a row goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu import measure_for
+from benchmarks.measure import write_report
+from benchmarks.model import build_model, make_config, release_memory
+from benchmarks.work import SHAPES, Shapes, make_work, pixels
+from lora_llava.data.rows import build_row
+from lora_llava.modeling.attention import set_attention, to_device, with_block_lists
+from lora_llava.modeling.base import drop_unused_layers, undo_double_quantization
+from lora_llava.modeling.fused.layer import fuse_layers
+from lora_llava.modeling.packed import packed_loss
+from lora_llava.modeling.structure import FLEX
+from lora_llava.planning.attention import pick_attention
+from lora_llava.system.device import pick_device, pick_dtype
+
+TREES = (1, 2, 4)
+BRANCHES = 11
+"""Questions of each tree."""
+WARMUP, REPEATS = 2, 5
+MAX_DIFFERENCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+"""Largest relative difference of the fused layers' gradients from PEFT's, over all parameters."""
+TABLE_ROWS = 25
+COMPARISONS = [("V11", 24.0), ("V1", 24.0), ("S1", 24.0), ("V11", 12.0)]
+
+
+class Rows:
+    """Rows of a stage-2 model in NF4, on the device, through whatever its layers are."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes, self.device = shapes, pick_device()
+        self.dtype = pick_dtype("auto", self.device)
+        self.attention, why = pick_attention("auto", make_config(shapes).text_config, self.device, self.dtype)
+        click.echo(f"attention: {self.attention}, {why}")
+        self.model = build_model(shapes, "instruct", self.device, self.dtype, nf4=True)
+        drop_unused_layers(self.model.get_base_model())
+        undo_double_quantization(self.model)
+        set_attention(self.model.get_base_model(), self.attention)
+
+    def row(self, trees: int) -> dict[str, torch.Tensor]:
+        """Make a row of `trees` trees."""
+        conversations = make_work(f"V{BRANCHES}", self.shapes, trees * BRANCHES).conversations
+        row = build_row([conversations[start : start + BRANCHES] for start in range(0, len(conversations), BRANCHES)])
+        row["pixel_values"] = torch.stack([pixels(image, self.shapes) for image in range(trees)])
+        return to_device(with_block_lists(row) if self.attention == FLEX else row, self.device)
+
+    def run(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run a forward and a backward pass; return the loss, a scalar."""
+        is_bf16 = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+            loss = packed_loss(self.model, row, row["shift_labels"].numel())
+        loss.backward()
+        return loss.detach()
+
+    def gradients(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the gradient of each parameter, on the CPU."""
+        self.model.zero_grad(set_to_none=True)
+        self.run(row)
+        named = self.model.named_parameters()
+        return {name: one.grad.float().cpu() for name, one in named if one.grad is not None}
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def timed(rows: Rows, trees: int) -> tuple[dict[str, Any], str]:
+    """Time a row; return its figures, and the profiler's table of where the time goes."""
+    row = rows.row(trees)
+    for _ in range(WARMUP):
+        rows.run(row)
+    rows.wait()
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        rows.run(row)
+        rows.wait()
+        seconds.append(time.perf_counter() - started)
+    on_cuda = rows.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as profiler:
+        rows.run(row)
+        rows.wait()
+    averages = profiler.key_averages()
+    attribute = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    # On CUDA the kernels' own events, not those of the operators that launched them.
+    kind = "CUDA" if on_cuda else "CPU"
+    events = [one for one in averages if one.device_type.name == kind and getattr(one, attribute) > 0]
+    figures = {
+        "trees": trees,
+        "tokens": row["input_ids"].shape[1],
+        "wall_ms": round(1e3 * min(seconds), 2),
+        "kernel_ms": round(sum(getattr(one, attribute) for one in events) / 1e3, 2),
+        "kernels": sum(one.count for one in events),
+    }
+    return figures, str(averages.table(sort_by=attribute, row_limit=TABLE_ROWS, max_name_column_width=60))
+
+
+def compare_gradients(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, float | str]:
+    """Return the relative difference over all parameters, and that of the worst."""
+    assert theirs.keys() == ours.keys()
+    differences = {name: float((ours[name] - one).norm()) for name, one in theirs.items()}
+    norms = {name: float(one.norm()) for name, one in theirs.items()}
+    worst = max(theirs, key=lambda name: differences[name] / (norms[name] or 1.0))
+    whole = sum(one**2 for one in differences.values()) ** 0.5 / sum(one**2 for one in norms.values()) ** 0.5
+    return {"relative": whole, "worst": differences[worst] / (norms[worst] or 1.0), "worst_parameter": worst}
+
+
+def check_rows(shapes: Shapes, keep: Callable[..., None]) -> list[str]:
+    """Time rows through both paths and compare their gradients; return what is not as it must be."""
+    rows = Rows(shapes)
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    for path in ("peft", "fused"):
+        if path == "fused" and (reason := fuse_layers(rows.model)):
+            return [f"the layers are not fused: {reason}"]
+        gradients[path] = rows.gradients(rows.row(1))
+        figures, table = [], ""
+        for trees in TREES:
+            try:
+                made, table = timed(rows, trees)
+            except torch.OutOfMemoryError:
+                rows.model.zero_grad(set_to_none=True)
+                release_memory()
+                click.echo(f"{path:6} {trees} trees: more than this card holds, nothing recomputed")
+                continue
+            figures.append(made)
+            click.echo(
+                f"{path:6} {trees} trees, {made['tokens']:6,} tokens: {made['wall_ms']:9.2f} ms, "
+                f"{made['kernel_ms']:9.2f} ms in {made['kernels']:,} kernels"
+            )
+        keep(**{f"rows_{path}": figures, f"profile_{path}": table.splitlines()})
+        click.echo(table)
+    difference = compare_gradients(gradients["peft"], gradients["fused"])
+    retries = torch.cuda.memory_stats()["num_alloc_retries"] if rows.device.type == "cuda" else 0
+    keep(gradients=difference, row_allocator_retries=retries)
+    allowed = MAX_DIFFERENCE[rows.dtype]
+    click.echo(f"gradients, fused against PEFT: {difference['relative']:.1e}, allowed {allowed:.0e}")
+    wrong = [] if float(difference["relative"]) <= allowed else ["the fused layers' gradients differ from PEFT's"]
+    return [*wrong, *(["the allocator tried again in rows"] if retries else [])]
+
+
+def retried(results: list[dict[str, Any]]) -> list[str]:
+    """Name the sets in which the kit's allocator had to try again."""
+    rows = {f"{one['set']} in {one['cap']:g} GiB": one["peers"].get("lora-llava", {}) for one in results}
+    return [f"the allocator tried again in {name}" for name, row in rows.items() if row.get("allocator_retries")]
+
+
+@click.command()
+@click.option("--minutes", default=8.0, show_default=True, help="Minutes that the whole may take.")
+@click.option("--model", type=click.Choice(list(SHAPES)), help="Default: 7b on a GPU, else tiny.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON, after every part.")
+@click.option("--sets/--no-sets", default=True, help="Compare with Hugging Face, too.")
+def main(minutes: float, model: str | None, output: Path | None, sets: bool) -> None:
+    """Check the kit on this machine's GPU; without one, try the check itself in tiny form."""
+    started = time.monotonic()
+    on_cuda = pick_device().type == "cuda"
+    model = model or ("7b" if on_cuda else "tiny")
+    click.echo(f"{model} on {pick_device().type}, {minutes:g} minutes")
+    facts: dict[str, Any] = {"results": [], "ladder": None}
+
+    def keep(**more: Any) -> None:
+        facts.update(more)
+        write_report(output, model=model, micro_batch=None, **facts)
+
+    problems = check_rows(SHAPES[model], keep)
+    release_memory()
+    if sets:
+        left = minutes - (time.monotonic() - started) / 60
+        steps = (2, 8) if on_cuda else (1, 3)
+        results = measure_for(left, COMPARISONS, ["lora-llava", "hf-trainer"], model, steps, None)
+        keep(results=results)
+        problems += retried(results)
+    seconds = round(time.monotonic() - started)
+    keep(seconds=seconds, problems=problems)
+    click.echo(f"{seconds} s; " + ("; ".join(problems) or "all as it must be"))
+    if problems:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
