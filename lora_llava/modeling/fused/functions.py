@@ -42,25 +42,23 @@ class LayerParts:
     input_norm: Any
     mlp_norm: Any
     head_dim: int
+    adapted: tuple[Any, ...]
+    """PEFT's layers among them."""
 
     @classmethod
     def of(cls, layer: Any, copies: FactorCopies) -> LayerParts:
         """Read the parts of a Llama layer; LoRA's factors are read through `copies`."""
         attention, mlp = layer.self_attn, layer.mlp
-        return cls(
-            qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj], copies),
-            out=Projection([attention.o_proj], copies),
-            gate_up=Projection([mlp.gate_proj, mlp.up_proj], copies),
-            down=Projection([mlp.down_proj], copies),
-            input_norm=layer.input_layernorm,
-            mlp_norm=layer.post_attention_layernorm,
-            head_dim=attention.head_dim,
+        groups = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
         )
-
-    @property
-    def adapted(self) -> list[Any]:
-        """PEFT's layers among them."""
-        return [module for part in (self.qkv, self.out, self.gate_up, self.down) for module in part.adapted]
+        qkv, out, gate_up, down = (Projection(group, copies) for group in groups)
+        adapted = tuple(module for group in groups for module in group if hasattr(module, "lora_A"))
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        return cls(qkv, out, gate_up, down, *norms, attention.head_dim, adapted)
 
 
 class _QueriesKeysValues(torch.autograd.Function):

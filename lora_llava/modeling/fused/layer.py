@@ -40,13 +40,14 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the hidden states (1, T, D) after this layer; the arguments are transformers'."""
-        if past_key_values is None and position_embeddings is not None and self._is_packed(hidden_states):
+        attention = self.self_attn.config._attn_implementation
+        if past_key_values is None and position_embeddings is not None and self._is_packed(hidden_states, attention):
+            attend = partial(ALL_ATTENTION_FUNCTIONS[attention], attention_mask=attention_mask, **kwargs)
+            # Every dtype is right already: autocast would only look at each operator.
             device = hidden_states.device.type
-            if not torch.is_autocast_enabled(device):
-                return self._packed(hidden_states[0], attention_mask, position_embeddings, kwargs)
-            # Every dtype is already right: autocast would only look at each operator.
-            with torch.autocast(device, enabled=False):
-                return self._packed(hidden_states[0], attention_mask, position_embeddings, kwargs)
+            without_autocast = torch.autocast(device, enabled=False)
+            with without_autocast if torch.is_autocast_enabled(device) else nullcontext():
+                return self._packed(hidden_states[0], position_embeddings, attend)
         plain: torch.Tensor = super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -58,11 +59,10 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         )
         return plain
 
-    def _is_packed(self, hidden_states: torch.Tensor) -> bool:
+    def _is_packed(self, hidden_states: torch.Tensor, attention: str) -> bool:
         """Return whether this is a packed row, in the compute dtype, through the adapters that were fused."""
-        attention = self.self_attn.config._attn_implementation
         return (
-            attention in PACKED_ATTENTIONS
+            attention in (TREES, FLEX)
             and hidden_states.shape[0] == 1
             and hidden_states.dtype == self.copies.dtype
             and not any(module.disable_adapters or module.merged for module in self.parts.adapted)
@@ -71,9 +71,8 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
     def _packed(
         self,
         x: torch.Tensor,
-        attention_mask: Any,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        options: dict[str, Any],
+        attend: Callable[..., tuple[torch.Tensor, Any]],
     ) -> torch.Tensor:
         """Return the hidden states (1, T, D) of a row, given its input x (T, D)."""
         parts, attention = self.parts, self.self_attn
@@ -83,11 +82,8 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         heads = compute_qkv(parts, x, cos, sin, *parts.qkv.factors())
 
         # Attention as in transformers: (1, heads, T, head_dim) to (1, T, heads, head_dim).
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         queries, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in heads)
-        attended, _ = attend(
-            attention, queries, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling, **options
-        )
+        attended, _ = attend(attention, queries, keys, values, dropout=0.0, scaling=attention.scaling)
 
         factors = [*parts.out.factors(), *parts.gate_up.factors(), *parts.down.factors()]
         output: torch.Tensor = compute_output(parts, x, attended.reshape(len(x), -1), *factors)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_blockwise
+from torch.nn import functional as F
 
 
 class FactorCopies:
@@ -46,6 +47,31 @@ class FactorCopies:
                 torch._foreach_copy_(self._copies, [factor.weight for factor in self._factors])
 
 
+class _FrozenWeight:
+    """The weight (out, in) of a frozen linear layer, plain or in NF4."""
+
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+        # Shares the parameter's memory. Reading it from the parameter in each pass would go through the Python of
+        # bitsandbytes' tensor class.
+        self._data: torch.Tensor = linear.weight.data
+        self._state = getattr(linear.weight, "quant_state", None)
+        self._dtype = dtype
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the weight in the compute dtype."""
+        state = self._state
+        if state is None:
+            return self._data
+        scales = state.absmax
+        if state.nested:
+            scales = dequantize_blockwise(scales, state.state2) + state.offset
+        # The operator itself: bitsandbytes' function around it costs more than the launch.
+        weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            self._data, scales, state.blocksize, state.quant_type, state.shape, self._dtype
+        )
+        return weight
+
+
 @dataclass(frozen=True, slots=True)
 class _Lora:
     """The adapter of one linear layer."""
@@ -63,9 +89,7 @@ class Projection:
 
     def __init__(self, modules: Sequence[Any], copies: FactorCopies) -> None:
         """Read `modules`, plain layers or PEFT's around them; `why_not_fused` has accepted them."""
-        self.dtype = copies.dtype
-        self.adapted = [module for module in modules if hasattr(module, "lora_A")]
-        self.linears = [getattr(module, "base_layer", module) for module in modules]
+        self.weights = [_FrozenWeight(getattr(module, "base_layer", module), copies.dtype) for module in modules]
         self.loras = [_lora_of(module, copies) if hasattr(module, "lora_A") else None for module in modules]
         a_factors = [lora.a for lora in self.loras if lora is not None]
         self.ranks = [a.weight.shape[0] for a in a_factors]
@@ -80,12 +104,12 @@ class Projection:
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the outputs (T, out) of each layer, plus `residual`, and `inner`, which `backward` needs."""
-        inner = None if self.a_copy is None else x @ self.a_copy.t()
+        inner = None if self.a_copy is None else F.linear(x, self.a_copy)
         parts = self._per_adapter(inner)
         outputs = []
-        for linear, lora in zip(self.linears, self.loras, strict=True):
-            weight = _frozen_weight(linear, self.dtype).t()
-            out = x @ weight if residual is None else torch.addmm(residual, x, weight)
+        for frozen, lora in zip(self.weights, self.loras, strict=True):
+            weight = frozen.dequantized()
+            out = F.linear(x, weight) if residual is None else torch.addmm(residual, x, weight.t())
             if lora is not None:
                 out.addmm_(next(parts), lora.b_copy.t(), alpha=lora.scaling)
             outputs.append(out)
@@ -100,9 +124,9 @@ class Projection:
         """
         # Through the frozen weights.
         dx: torch.Tensor | None = None
-        for linear, dy in zip(self.linears, dys, strict=True):
-            weight = _frozen_weight(linear, self.dtype)
-            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        for frozen, dy in zip(self.weights, dys, strict=True):
+            weight = frozen.dequantized()
+            dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
         assert dx is not None
         if self.a_copy is None or inner is None or x is None:
             return dx, []
@@ -118,31 +142,18 @@ class Projection:
 
         # Through all A's at once.
         dx.addmm_(d_inner, self.a_copy)
-        d_as = (d_inner.t() @ x).float().split(self.ranks)
+        d_a = torch.mm(d_inner.t(), x).float()
+        d_as = d_a.split_with_sizes(self.ranks) if len(self.ranks) > 1 else (d_a,)
         return dx, [gradient for pair in zip(d_as, d_bs, strict=True) for gradient in pair]
 
     def _per_adapter(self, inner: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Split (T, sum of r) into views, one for each layer with LoRA."""
-        return iter(() if inner is None else inner.split(self.ranks, dim=1))
+        if inner is None or len(self.ranks) == 1:
+            return iter(() if inner is None else (inner,))
+        return iter(inner.split_with_sizes(self.ranks, dim=1))
 
 
 def _lora_of(module: Any, copies: FactorCopies) -> _Lora:
     [adapter] = module.active_adapters
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     return _Lora(a, b, copies.stack([b]), float(module.scaling[adapter]))
-
-
-def _frozen_weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight (out, in) of a frozen linear layer, dequantized to `dtype` if it is in NF4."""
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        plain: torch.Tensor = weight.data
-        return plain
-    scales = state.absmax
-    if state.nested:
-        scales = dequantize_blockwise(scales, state.state2) + state.offset
-    # The operator itself: bitsandbytes' function around it costs more than the launch.
-    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
-    dequantized: torch.Tensor = dequantize(weight.data, scales, state.blocksize, state.quant_type, state.shape, dtype)
-    return dequantized
