@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import (
-    ALL_ATTENTION_FUNCTIONS,
-    LlamaDecoderLayer,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, LlamaDecoderLayer
 
 from lora_llava.modeling.attention import PACKED_ATTENTIONS
 from lora_llava.modeling.fused.functions import LayerParts, compute_output, compute_qkv
@@ -42,12 +40,12 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         """Return the hidden states (1, T, D) after this layer; the arguments are transformers'."""
         attention = self.self_attn.config._attn_implementation
         if past_key_values is None and position_embeddings is not None and self._is_packed(hidden_states, attention):
-            attend = partial(ALL_ATTENTION_FUNCTIONS[attention], attention_mask=attention_mask, **kwargs)
             # Every dtype is right already: autocast would only look at each operator.
             device = hidden_states.device.type
             without_autocast = torch.autocast(device, enabled=False)
             with without_autocast if torch.is_autocast_enabled(device) else nullcontext():
-                return self._packed(hidden_states[0], position_embeddings, attend)
+                attend = ALL_ATTENTION_FUNCTIONS[attention]
+                return self._packed(hidden_states[0], position_embeddings, attend, attention_mask, kwargs)
         plain: torch.Tensor = super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -62,7 +60,7 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
     def _is_packed(self, hidden_states: torch.Tensor, attention: str) -> bool:
         """Return whether this is a packed row, in the compute dtype, through the adapters that were fused."""
         return (
-            attention in (TREES, FLEX)
+            attention in PACKED_ATTENTIONS
             and hidden_states.shape[0] == 1
             and hidden_states.dtype == self.copies.dtype
             and not any(module.disable_adapters or module.merged for module in self.parts.adapted)
@@ -73,6 +71,8 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         x: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attend: Callable[..., tuple[torch.Tensor, Any]],
+        attention_mask: Any,
+        options: dict[str, Any],
     ) -> torch.Tensor:
         """Return the hidden states (1, T, D) of a row, given its input x (T, D)."""
         parts, attention = self.parts, self.self_attn
@@ -83,7 +83,9 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
 
         # Attention as in transformers: (1, heads, T, head_dim) to (1, T, heads, head_dim).
         queries, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in heads)
-        attended, _ = attend(attention, queries, keys, values, dropout=0.0, scaling=attention.scaling)
+        attended, _ = attend(
+            attention, queries, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling, **options
+        )
 
         factors = [*parts.out.factors(), *parts.gate_up.factors(), *parts.down.factors()]
         output: torch.Tensor = compute_output(parts, x, attended.reshape(len(x), -1), *factors)

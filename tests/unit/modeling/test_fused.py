@@ -13,12 +13,12 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_llava.data.rows import Batch
-from lora_llava.modeling.attention import with_sdpa
+from lora_llava.modeling.attention import set_attention, with_sdpa
 from lora_llava.modeling.base import undo_double_quantization
 from lora_llava.modeling.fused.layer import FusedLayer, fuse_layers
 from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
 from lora_llava.modeling.recompute import set_recompute
-from lora_llava.modeling.structure import LANGUAGE_MODEL, is_fused
+from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL, is_fused
 from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.layers import Layers, config_of, one_tree, training_model, two_trees
 from tests.parity.test_packed import Gradients
@@ -159,6 +159,25 @@ def test_validation_and_a_row_without_images_are_the_same() -> None:
 def gradients_without(model: Any, row: Batch) -> Gradients:
     unfuse(model)
     return gradients_of(model, row)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_called_by_fused_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = training_model(Layers()).eval()
+    # Not compiled, which takes long: what is computed is the same.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        trees = packed_logits(model, two_trees())
+        fuse_layers(model)
+        set_attention(llava_in(model), FLEX)
+        lengths: list[int] = []
+        packed = FusedLayer._packed
+        monkeypatch.setattr(
+            FusedLayer, "_packed", lambda layer, x, *args: lengths.append(len(x)) or packed(layer, x, *args)
+        )
+        blocks = packed_logits(model, two_trees())
+    assert len(lengths) == 2
+    assert all(length % 128 == 0 for length in lengths)
+    assert torch.allclose(blocks, trees, rtol=1e-4, atol=1e-5)
 
 
 def test_generation_and_disabled_adapters_take_the_path_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
