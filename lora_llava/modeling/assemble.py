@@ -33,11 +33,13 @@ def assemble(settings: BaseModelSettings, directory: Path, seed: int) -> None:
     """
     assert settings.language_model and settings.vision_tower
     # Before any weight is read: transformers would load a tower of another architecture and initialize what is missing.
-    config, tokenizer = part_configs(settings)
+    config, tokenizer, own_config = part_configs(settings)
     tower_source = vision_tower_source(settings.vision_tower)
     with hub_errors("language model", settings.language_model):
         language_model = AutoModelForCausalLM.from_pretrained(
             settings.language_model,
+            # From a GGUF file, transformers would read it a second time, in several seconds.
+            config=own_config,
             gguf_file=settings.gguf_file,
             dtype=torch.float32 if settings.gguf_file else "auto",
             quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,

@@ -45,7 +45,7 @@ def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     """
     name = settings.model_name_or_path
     if name is None:
-        return part_configs(settings)
+        return part_configs(settings)[:2]
     directory = Path(name).expanduser()
     if not directory.is_dir():
         with hub_errors("base", name), bounded():
@@ -110,8 +110,11 @@ def _explain(error: Exception, name: str) -> str:
     return f"{reason}. Check the name, or the network."
 
 
-def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
-    """Return the configuration and tokenizer that `assemble` would write, without reading any weight."""
+def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any, Any]:
+    """Return configuration and tokenizer that `assemble` would write, and the language model's own configuration.
+
+    Reads no weight.
+    """
     assert settings.language_model and settings.vision_tower
     with hub_errors("language model", settings.language_model), bounded():
         name, file = settings.language_model, settings.gguf_file
@@ -120,7 +123,7 @@ def part_configs(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     with hub_errors("vision tower", settings.vision_tower), bounded():
         vision_config = read_any_config(vision_tower_source(settings.vision_tower))
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    return _assembled_config(settings, text_config, vision_config, tokenizer), tokenizer
+    return _assembled_config(settings, text_config, vision_config, tokenizer), tokenizer, text_config
 
 
 def read_any_config(name: str, gguf_file: str | None = None) -> Any:

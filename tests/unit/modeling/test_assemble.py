@@ -192,7 +192,7 @@ def test_half_precision_tied_embeddings_and_a_linear_projector(tmp_path: Path) -
 
 
 def test_part_configs_says_what_would_be_made(parts: tuple[Path, Path], made: Path) -> None:
-    config, tokenizer = part_configs(settings(parts))
+    config, tokenizer, _ = part_configs(settings(parts))
     model = plain(made)
     assert config.text_config.vocab_size == model.config.text_config.vocab_size
     assert config.image_token_id == model.config.image_token_id
