@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from lora_llava.modeling.attention import Tree
@@ -145,10 +146,13 @@ class _Trie:
 def _close(packed: PackedPrompts, trie: _Trie, dtype: torch.dtype, device: torch.device) -> None:
     """Add the attention of a finished trie: causal for its first prompt, with a mask for all later tokens."""
     length, causal = len(trie.parents), trie.first_length
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for node, parent in enumerate(trie.parents):
-        if parent >= 0:
-            seen[node] = seen[parent - trie.start]
-        seen[node, node] = True
-    mask = torch.zeros(length - causal, length, dtype=dtype).masked_fill_(~seen[causal:], -torch.inf)
+    seen = np.zeros((length - causal, length), dtype=np.bool_)
+    for row, parent in enumerate(trie.parents[causal:]):
+        before = parent - trie.start if parent >= 0 else -1
+        if before >= causal:
+            seen[row] = seen[before - causal]
+        else:
+            seen[row, : before + 1] = True
+        seen[row, causal + row] = True
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~torch.from_numpy(seen), -torch.inf)
     packed.trees.append(Tree(length, causal, mask[None, None].to(device)))
