@@ -7,6 +7,7 @@ manifest identifies an artifact by its content, never by its name.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -250,32 +251,33 @@ def _manifest_from(data: object, path: Path, fix: str) -> Manifest:
 
 
 def save_artifact(
-    directory: Path,
-    model: PeftModel,
-    loaded: LoadedModel,
-    facts: dict[str, Any],
-    recipe_yaml: str,
-    place: Place = place_new,
+    directory: Path, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str, place: Place = place_new
 ) -> Manifest:
-    """Write an artifact; once complete, its directory is renamed into position, or moved there by `place`.
+    """Write the artifact of `loaded.model`; once complete, its directory is renamed into position, or moved by `place`.
 
-    `facts` are the manifest's fields other than `base`, `adapter_sha256` and `versions`.
+    `facts`: the manifest's fields other than `base`, `adapter_sha256` and `versions`.
     """
     with staged(directory, place) as staging:
-        return write_artifact(staging, directory, model, loaded, facts, recipe_yaml)
+        return write_artifact(staging, directory, loaded, facts, recipe_yaml)
 
 
 def write_artifact(
-    staging: Path, directory: Path, model: PeftModel, loaded: LoadedModel, facts: dict[str, Any], recipe_yaml: str
+    staging: Path,
+    directory: Path,
+    loaded: LoadedModel,
+    facts: dict[str, Any],
+    recipe_yaml: str,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Manifest:
-    """Write the files of an artifact to `staging`, to be moved to `directory`; see `save_artifact`."""
-    location = base_location(loaded.identity, loaded.directory, directory)
-    model.save_pretrained(staging, save_embedding_layers=False)
-    base = loaded.identity.reference(loaded.directory)
-    write_adapter_config(staging, model.peft_config["default"], base, location["revision"])
+    """Write an artifact to `staging`, to be moved to `directory`; `weights`, by parameter name, replace the model's."""
+    model, location = loaded.model, base_location(loaded.identity, loaded.directory, directory)
+    state = {**dict(model.named_parameters()), **weights} if weights else None
+    model.save_pretrained(staging, save_embedding_layers=False, state_dict=state)
+    reference = loaded.identity.reference(loaded.directory)
+    write_adapter_config(staging, model.peft_config["default"], reference, location["revision"])
     # PEFT's generic card states a wrong task and wrong tags; the kit writes its own when the model is published.
     (staging / "README.md").unlink(missing_ok=True)
-    template = get_template(**facts["template"])
+    template, dtype = get_template(**facts["template"]), dtype_name(model.get_input_embeddings().weight.dtype)
     save_processor(
         staging,
         loaded.tokenizer,
@@ -286,12 +288,10 @@ def write_artifact(
         is_model=False,
     )
     write_generation_config(staging, loaded.directory, template, loaded.tokenizer)
-    dtype = dtype_name(model.get_input_embeddings().weight.dtype)
     facts = {**facts, "quantization": {**facts["quantization"], "compute_dtype": dtype}}
     (staging / RECIPE).write_text(recipe_yaml, encoding="utf-8")
-    manifest = Manifest(
-        base=location, adapter_sha256=file_sha256(staging / WEIGHTS), versions=library_versions(), **facts
-    )
+    sha256 = file_sha256(staging / WEIGHTS)
+    manifest = Manifest(base=location, adapter_sha256=sha256, versions=library_versions(), **facts)
     return write_manifest(staging, manifest, loaded.identity.fields)
 
 

@@ -88,7 +88,7 @@ class PackedTrainer:
         if has_lost_patience(self.state.log_history, saver.settings.early_stopping_patience):
             self.restore_checks()
             return
-        with saver.interruption:
+        with saver.interruption, saver.background:
             self.train()
         saver.stop_if_asked(self.state.global_step)
 
@@ -155,6 +155,9 @@ class PackedTrainer:
     def _rows_loader(self, rows: Any, start: int = 0) -> DataLoader[Batch]:
         """Load the rows from index `start` on, in order; each is a micro-batch."""
         workers = self.args.dataloader_num_workers
+        if workers and self.saver is not None:
+            # A process must not be forked while a thread may hold a lock.
+            self.saver.background.wait()
         collate: Any = with_block_lists if attention_of(llava_in(self.model)) == FLEX else None
         return DataLoader(
             rows,

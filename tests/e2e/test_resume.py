@@ -94,7 +94,8 @@ def test_a_loss_between_two_lines_of_the_log_goes_on(project: Path, tmp_path: Pa
 def test_finished_stages_are_kept_and_times_add_up(
     project: Path, straight: dict[str, Any], broken_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert checkpoint_steps(broken_off) == [4, 6]
+    # Of step 4 only the weights were saved, for their validation loss.
+    assert checkpoint_steps(broken_off) == [3, 4, 6]
     before = json.loads((broken_off / "summary.json").read_text(encoding="utf-8"))
     at_step(monkeypatch, "align", 1, stop)
     summary, shown = train(project, broken_off, resume="exact")
@@ -149,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     path.write_bytes(content)
     _, shown = train(project, broken_off, resume="exact")
     assert "step-6 is damaged (optimizer.safetensors was altered" in shown
-    assert "going on from step-4 instead" in shown
+    assert "going on from step-3 instead" in shown
     assert outcome(broken_off) == straight
 
 
@@ -218,7 +219,7 @@ def test_a_signal_ends_the_step_saves_and_exits(
     assert {one: signal.getsignal(one) for one in handlers} == handlers
     assert f"stopped by {number.name} after step 5 of stage instruct, which is saved. Go on with: " in done.output
     assert "Error" not in done.output
-    assert checkpoint_steps(tmp_path / "run") == [4, 5]
+    assert checkpoint_steps(tmp_path / "run") == [3, 4, 5]
     command = done.output.rpartition("Go on with: ")[2].split()
     assert command[:2] == ["lora-llava", "finetune"]
     done = CliRunner().invoke(cli, command[1:])

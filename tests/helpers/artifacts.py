@@ -74,7 +74,7 @@ def shake(model: Any) -> None:
 
 def save(loaded: LoadedModel, directory: Path, stage: StageName = "instruct", *, nf4: bool = False) -> Manifest:
     """Save it as a run does."""
-    return save_artifact(directory, loaded.model, loaded, facts(stage, nf4), "version: 1\n")
+    return save_artifact(directory, loaded, facts(stage, nf4), "version: 1\n")
 
 
 def make_artifact(base: Path, directory: Path, stage: StageName = "instruct", **how: Any) -> Path:

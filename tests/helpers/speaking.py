@@ -74,5 +74,5 @@ def write_artifact(base: Path, directory: Path, template: str) -> Path:
     loaded = load_base(base, identity, nf4=False, double_quant=True, dtype=torch.float32, device=CPU)
     loaded.model = build_stage(loaded.model, "instruct", AdapterSettings(r=4, lora_alpha=8.0))
     made = facts("instruct", nf4=False) | {"template": {"name": template, "system": None}}
-    save_artifact(directory, loaded.model, loaded, made, "version: 1\n")
+    save_artifact(directory, loaded, made, "version: 1\n")
     return directory

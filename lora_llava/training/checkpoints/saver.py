@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from lora_llava.run_directory.output import resume_command, writing_named
 from lora_llava.run_directory.written import is_pending
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints import state as training_state
+from lora_llava.training.checkpoints.background import BackgroundWriter
 from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, find_latest, prune, write_checkpoint
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.signals import Interruption
@@ -32,12 +32,12 @@ MIN_SAVE_INTERVAL_SECONDS = 300.0
 MAX_SAVING_SHARE = 0.02
 """With `save_steps: auto`, maximum share of the time that saving may take."""
 MAX_BEST_SHARE = 0.05
-"""Share of the stage's time that saving may take before the best weights are held in memory instead."""
+"""Share of the stage's time that saving may take before the best weights wait for the next checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldWeights:
-    """Trained weights of the best validation, held on the host until the next checkpoint is written."""
+    """Trained weights of the best validation, copied to the host, to be written while the training continues."""
 
     progress: Progress
     weights: dict[str, torch.Tensor]
@@ -45,27 +45,13 @@ class HeldWeights:
     @classmethod
     def of(cls, model: nn.Module, progress: Progress) -> HeldWeights:
         """Copy the trained weights of `model`."""
-        return cls(progress, {name: one.detach().to("cpu", copy=True) for name, one in _trained(model)})
-
-    @contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Load these weights into `model` inside the `with` block; its own are restored, bit by bit, when it ends."""
-        now = HeldWeights.of(model, self.progress)
-        _set_trained(model, self.weights)
-        try:
-            yield
-        finally:
-            _set_trained(model, now.weights)
+        trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+        return cls(progress, {name: one.detach().to("cpu", copy=True) for name, one in trained})
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, one) for name, one in model.named_parameters() if one.requires_grad)
-
-
-@torch.no_grad()
-def _set_trained(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in _trained(model):
-        parameter.copy_(weights[name])
+def _loss_of(held: HeldWeights) -> float:
+    assert held.progress.eval_loss is not None, "weights are held for their validation loss"
+    return held.progress.eval_loss
 
 
 class ResumableTrainer(Protocol):
@@ -118,7 +104,10 @@ class CheckpointSaver:
         self.should_stop = False
         """Whether the training ends with the step that `is_due` or `save` was last called for."""
         self.held: HeldWeights | None = None
-        """Weights better than the best checkpoint, not saved yet because saving already took its share of the time."""
+        """Weights better than the best checkpoint, not written yet."""
+        self.saves_held = False
+        """Whether only the held weights are to be saved, not the state of the training."""
+        self.background = BackgroundWriter()
         self.interruption = Interruption()
 
     @property
@@ -134,8 +123,10 @@ class CheckpointSaver:
     def is_due(self, trainer: ResumableTrainer, loss: float | None) -> bool:
         """Tell whether to save the step that was just taken; `loss`: its validation loss, if it was measured.
 
-        Sets `should_stop` after a signal, or if the validations have lost patience: such a step is saved, too.
+        A step that is saved for its loss alone is saved without the state of the training, unless it is the first. Sets
+        `should_stop` after a signal, or if the validations have lost patience: such a step is saved, too.
         """
+        self.saves_held = False
         state, every = trainer.state, self.settings.save_steps
         if every == "auto":
             waited = time.monotonic() - self.last_saved
@@ -146,27 +137,40 @@ class CheckpointSaver:
         if loss is not None:
             self.last_loss = (state.global_step, loss)
             if not due and (self.best is None or loss < self.best):
-                due = self._has_time() or self._hold(trainer, loss)
+                due = self.num_saved == 0
+                if not due:
+                    self._hold(trainer, loss)
+                    self.saves_held = self._has_time() and not self.background.is_busy
             self.should_stop = has_lost_patience(state.log_history, self.settings.early_stopping_patience)
         self.should_stop = self.should_stop or self.interruption.received is not None
-        return due or self.should_stop
+        self.saves_held = self.saves_held and not self.should_stop
+        return due or self.should_stop or self.saves_held
 
     def _has_time(self) -> bool:
-        """Tell whether saving has taken less than its share of the time; the first checkpoint always has."""
-        return self.num_saved == 0 or self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds
+        """Tell whether saving has taken less than its share of the time."""
+        return self.saving_seconds + self.last_duration <= MAX_BEST_SHARE * self.seconds
 
-    def _hold(self, trainer: ResumableTrainer, loss: float) -> bool:
-        """Hold the weights of this step instead of saving it; return False.
+    def _hold(self, trainer: ResumableTrainer, loss: float) -> None:
+        """Copy the weights of this step, to be written while the training continues or with the next checkpoint.
 
-        A kill loses them together with the steps since the last checkpoint; a resumed run repeats those.
+        A kill before that loses them together with the steps since the last checkpoint; a resumed run repeats those.
         """
         progress = self._progress(trainer, trainer.state.global_step, loss)
         self.best, self.held = loss, HeldWeights.of(trainer.model, progress)
-        return False
 
     def save(self, trainer: ResumableTrainer) -> None:
-        """Write the checkpoint of this step, and prune older ones. Sets `should_stop` if a signal comes meanwhile."""
+        """Write the checkpoint of this step, and prune older ones; or start to write the held weights.
+
+        Sets `should_stop` if a signal comes meanwhile.
+        """
         clock = time.monotonic()
+        if self.saves_held and self.held is not None:
+            held, self.held = self.held, None
+            self.background.start(lambda: self._write_weights(held))
+            self.num_saved += 1
+            self.saving_seconds += time.monotonic() - clock
+            return
+        self.background.wait()
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
 
@@ -175,7 +179,7 @@ class CheckpointSaver:
             training_state.save_state(staging, trainer.optimizer, trainer.lr_scheduler, trainer.state)
 
         with writing_named(f"the checkpoint of step {step}", self.run_directory):
-            self._write_held(trainer, step)
+            self._write_held(step)
             progress = self._progress(trainer, step, loss)
             write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write, self._place)
             prune(self.parent, step, self.settings.save_total_limit)
@@ -187,21 +191,26 @@ class CheckpointSaver:
         self.saving_seconds += self.last_duration
         self.should_stop = self.should_stop or self.interruption.received is not None
 
-    def _write_held(self, trainer: ResumableTrainer, step: int) -> None:
+    def _write_held(self, step: int) -> None:
         """Write held weights, without the optimizer, unless those of `step`, saved next, are better."""
         held, self.held = self.held, None
         if held is None or held.progress.step == step:
             return
-        loss = held.progress.eval_loss
-        assert loss is not None, "weights are held for their validation loss"
-        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < loss:
+        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < _loss_of(held):
             return
+        self._write_weights(held)
+
+    def _write_weights(self, held: HeldWeights) -> None:
+        """Write a checkpoint without the state of the training; reads nothing that training changes."""
+        step, metrics = held.progress.step, {"eval_loss": _loss_of(held)}
 
         def write(staging: Path, directory: Path) -> None:
-            with held.in_place(trainer.model):
-                self.artifact.write(staging, directory, held.progress.step, {"eval_loss": loss})
+            self.artifact.write(staging, directory, step, metrics, held.weights)
 
-        write_checkpoint(self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=False)
+        with writing_named(f"the weights of step {step}", self.run_directory):
+            write_checkpoint(
+                self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=False
+            )
 
     def _place(self, staging: Path, directory: Path, hashes: Mapping[str, str]) -> None:
         place(self.run_directory, staging, directory, hashes, first=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_llava.artifact import MANIFEST, save_artifact, write_artifact
 from lora_llava.data.images.fingerprint import picture_facts
@@ -34,16 +37,26 @@ class StageArtifact:
         directory = self.stage.directory
         fields, recipe_yaml = self._fields(step, metrics), dump_resolved(self.stage.recipe, directory)
         with writing_named(f"the artifact of stage {self.stage.name}", self.stage.run_directory):
-            save_artifact(directory, self.loaded.model, self.loaded, fields, recipe_yaml, self._place)
+            save_artifact(directory, self.loaded, fields, recipe_yaml, self._place)
 
     def _place(self, staging: Path, directory: Path) -> None:
         manifest = json.loads((staging / MANIFEST).read_text(encoding="utf-8"))
         place(self.stage.run_directory, staging, directory, {WEIGHTS: manifest["adapter_sha256"]})
 
-    def write(self, staging: Path, directory: Path, step: int, metrics: dict[str, float]) -> None:
-        """Write the files of an artifact to `staging`, from which they will move to `directory`."""
+    def write(
+        self,
+        staging: Path,
+        directory: Path,
+        step: int,
+        metrics: dict[str, float],
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write the files of an artifact to `staging`, from which they will move to `directory`.
+
+        `weights`: the trained ones, by parameter name; None: those of the model.
+        """
         fields, recipe_yaml = self._fields(step, metrics), dump_resolved(self.stage.recipe, directory)
-        write_artifact(staging, directory, self.loaded.model, self.loaded, fields, recipe_yaml)
+        write_artifact(staging, directory, self.loaded, fields, recipe_yaml, weights)
 
     def _fields(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         return {**self.manifest_fields, "seen": seen_until(self.data, step), "metrics": metrics}

@@ -86,16 +86,20 @@ class Artifact:
         self.clock, self.model = clock, model
         self.written: list[tuple[str, int, dict[str, float]]] = []
 
-    def write(self, staging: Path, directory: Path, step: int, metrics: dict[str, float]) -> None:
-        """Write the trained weights."""
+    def write(
+        self, staging: Path, directory: Path, step: int, metrics: dict[str, float], weights: State | None = None
+    ) -> None:
+        """Write the trained weights, or those given."""
         self.clock.now += self.clock.of_a_write
         self.written.append((directory.name, step, metrics))
-        save_file(trained(self.model), staging / WEIGHTS)
+        save_file(trained(self.model, weights), staging / WEIGHTS)
 
 
-def trained(model: Any) -> State:
-    """Copy the weights that an artifact holds."""
-    return {name: one.clone() for name, one in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+def trained(model: Any, weights: State | None = None) -> State:
+    """Copy the weights that an artifact holds, with `weights` by parameter name in the place of the model's."""
+    state = None if weights is None else {**dict(model.named_parameters()), **weights}
+    saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return {name: one.detach().clone() for name, one in saved.items()}
 
 
 def saver_of(artifact: Artifact, resumed: Checkpoint | None = None, **options: Any) -> CheckpointSaver:
@@ -144,8 +148,11 @@ def test_k31_a_better_validation_is_saved_while_saving_takes_a_twentieth_of_the_
     tmp_path: Path, clock: Clock
 ) -> None:
     saver = saver_of(Artifact(tmp_path, clock))
-    # The first checkpoint may take any time; a worse loss, or the same, is none to save.
+    held: list[float] = []
+    saver._hold = lambda _, loss: held.append(loss)  # type: ignore[method-assign]
+    # The first checkpoint may take any time, and is whole; a worse loss, or the same, is none to save.
     assert saver.is_due(stub(1), 0.5)
+    assert not saver.saves_held
     saver.best, saver.num_saved, saver.saving_seconds, saver.last_duration = 0.5, 1, 2.0, 1.0
     assert not saver.is_due(stub(2), 0.5)
     assert not saver.is_due(stub(2), 0.6)
@@ -153,13 +160,17 @@ def test_k31_a_better_validation_is_saved_while_saving_takes_a_twentieth_of_the_
     # With this one, 3 s of saving: at most 5 % from 60 s on.
     clock.now = STARTED + 60.0
     assert saver.is_due(stub(3), 0.4)
+    assert saver.saves_held
     clock.now = STARTED + 59.0
-    held: list[float] = []
-    saver._hold = lambda _, loss: bool(held.append(loss))  # type: ignore[method-assign]
     assert not saver.is_due(stub(3), 0.4)
-    assert held == [0.4]
+    assert held == [0.4, 0.4]
+    # The last step is saved whole, and so is one that a signal interrupts.
     assert saver.is_due(stub(100), 0.3)
-    assert held == [0.4]
+    assert not saver.saves_held
+    clock.now = STARTED + 60.0
+    saver.interruption.received = signal.SIGTERM
+    assert saver.is_due(stub(3), 0.3)
+    assert not saver.saves_held
 
 
 def test_k31_time_of_earlier_sessions_counts(tmp_path: Path, clock: Clock) -> None:
@@ -244,7 +255,7 @@ def held_at(saver: CheckpointSaver, trainer: PackedTrainer, step: int, loss: flo
     """Hold the weights of `step`, then change them as further training would; return those held."""
     trainer.state.global_step = step
     saver.last_loss = (step, loss)
-    assert not saver._hold(trainer, loss)
+    saver._hold(trainer, loss)
     assert saver.best == loss
     before = trained(trainer.model)
     with torch.no_grad():
