@@ -14,7 +14,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lora_llava.artifact import Manifest, is_artifact, read_usage
 from lora_llava.conversation.endings import write_generation_config
-from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import (
@@ -176,7 +175,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
         if adapter.layers:
             _write_lora(staging, adapter, manifest)
             tokenizer = read_tokenizer(source)
-            write_generation_config(staging, opened.surroundings, get_template(**manifest.template), tokenizer)
+            write_generation_config(staging, opened.surroundings, opened.template, tokenizer)
             torch.save({f"{PEFT_PREFIX}{name}": tensor for name, tensor in named.items()}, staging / NON_LORA)
         else:
             torch.save(named, staging / MM_PROJECTOR)

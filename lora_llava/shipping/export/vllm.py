@@ -15,8 +15,7 @@ import torch
 from peft import LoraConfig
 from torch.nn.functional import pad
 
-from lora_llava.artifact import is_artifact, library_versions, portable
-from lora_llava.conversation.templates import get_template
+from lora_llava.artifact import is_artifact
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, save_tensors, write_json, write_weights
@@ -34,16 +33,16 @@ from lora_llava.shipping.merge.probe import (
 )
 from lora_llava.shipping.merge.run import (
     Source,
+    artifact_logits,
     choose_base,
     copy_surroundings,
     open_source,
-    reason_for,
+    report_on,
     write_config,
 )
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
 from lora_llava.system.files import staged_result
-from lora_llava.system.hub.artifact import source_facts
-from lora_llava.system.text import counted, dtype_name
+from lora_llava.system.text import counted
 
 _BASE, _ADAPTER = "base", "adapter"
 
@@ -77,15 +76,7 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
         _write_base(staging / _BASE, opened, kind, served)
         _write_adapter(staging / _ADAPTER, opened.adapter, served, form)
         written = WeightFiles(staging / _BASE)
-        report: ExportReport = {
-            "base": kind,
-            "reason": reason_for(opened, kind),
-            "dtype": dtype_name(written.dtype(EMBEDDINGS)),
-            **_verify(opened, kind, written, staging),
-            "artifact": portable(opened.manifest),
-            "hub": source_facts(source),
-            "versions": library_versions(),
-        }
+        report = report_on(opened, kind, written.dtype(EMBEDDINGS), **_verify(opened, kind, written, staging))
         write_json(staging / REPORT, report)
         # Last: without config.json, no reader takes the leftovers of an interruption for a model.
         write_config(staging / _BASE, opened.base, written.dtype(EMBEDDINGS))
@@ -165,15 +156,13 @@ def _tensors(adapter: Adapter, served: list[str], form: _Form) -> Iterator[tuple
 def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path) -> dict[str, Any]:
     """Compare the written pair with the artifact on its base; ArtifactError if they differ by more than rounding."""
     written.check(source.config)
-    config, manifest = source.config, source.manifest
-    model = adapted_model(written.read, config, Adapter(staging / _ADAPTER))
-    asked = ask(model, config, get_template(**manifest.template), staging / _BASE)
+    model = adapted_model(written.read, source.config, Adapter(staging / _ADAPTER))
+    asked = ask(model, source.config, source.template, staging / _BASE)
     ours = logits_of(model, asked)
     del model
 
     def distance(on: BaseKind) -> Difference:
-        artifact = adapted_model(base_reader(source.files, manifest, on), config, source.adapter)
-        return difference(ours, logits_of(artifact, asked), asked)
+        return difference(ours, artifact_logits(source, on, asked), asked)
 
     try:
         result = probe_report(distance(kind), asked, kind, map(written.dtype, written))

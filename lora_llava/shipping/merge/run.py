@@ -19,7 +19,7 @@ from lora_llava.artifact import (
     portable,
     read_manifest,
 )
-from lora_llava.conversation.templates import get_template
+from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import MAX_SHARD_BYTES, WeightFiles, expected_shapes, write_json, write_weights
 from lora_llava.formats.names import EMBEDDINGS, MERGE_REPORT
@@ -32,6 +32,7 @@ from lora_llava.modeling.merged import with_identity
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import (
     Difference,
+    Sequences,
     adapted_model,
     ask,
     difference,
@@ -71,6 +72,11 @@ class Source:
         """Whether the adapter was trained on a base in NF4."""
         return bool(self.manifest.quantization["type"] == "nf4")
 
+    @property
+    def template(self) -> Template:
+        """The template of training."""
+        return get_template(**self.manifest.template)
+
 
 def open_source(artifact: Path, base_model: str | None) -> Source:
     """Read an artifact and find its base. Raises ArtifactError for an incomplete adapter, and for another base.
@@ -102,9 +108,17 @@ def choose_base(source: Source, requested: BaseKind | None) -> BaseKind:
     return requested or ("dequantized" if source.nf4 else "original")
 
 
-def reason_for(source: Source, kind: BaseKind) -> str:
-    """Say why the adapter is merged into this base."""
-    return _REASONS["chosen" if kind == "original" and source.nf4 else kind]
+def report_on(source: Source, kind: BaseKind, dtype: torch.dtype, **facts: Any) -> dict[str, Any]:
+    """Return the report on files written from an artifact: its base and why, their dtype, `facts`, the origin."""
+    return {
+        "base": kind,
+        "reason": _REASONS["chosen" if kind == "original" and source.nf4 else kind],
+        "dtype": dtype_name(dtype),
+        **facts,
+        "artifact": portable(source.manifest),
+        "hub": source_facts(source.artifact),
+        "versions": library_versions(),
+    }
 
 
 def merge_artifact(
@@ -132,16 +146,8 @@ def merge_artifact(
             shards = write_weights(staging, _each(names, merged, advance), max_shard_bytes)
         copy_surroundings(staging, source)
         written = WeightFiles(staging)
-        report = {
-            "base": kind,
-            "reason": reason_for(source, kind),
-            "dtype": dtype_name(written.dtype(EMBEDDINGS)),
-            "files": shards,
-            **verify(source, kind, written, dtype, staging),
-            "artifact": portable(source.manifest),
-            "hub": source_facts(source.artifact),
-            "versions": library_versions(),
-        }
+        checked = verify(source, kind, written, dtype, staging)
+        report = report_on(source, kind, written.dtype(EMBEDDINGS), files=shards, **checked)
         # After all else: without config.json, no reader takes the leftovers of an interruption for a model.
         write_config(staging, source.base, written.dtype(EMBEDDINGS))
         report = with_identity(report, staging)
@@ -156,6 +162,12 @@ def _each(names: Sequence[str], read: Read, advance: Advance) -> Iterator[tuple[
         advance(1)
 
 
+def artifact_logits(source: Source, kind: BaseKind, asked: Sequences) -> list[torch.Tensor]:
+    """Return `logits_of` the adapter on a base, which is streamed."""
+    read = base_reader(source.files, source.manifest, kind)
+    return logits_of(adapted_model(read, source.config, source.adapter), asked)
+
+
 def verify(
     source: Source, kind: BaseKind, written: WeightFiles, dtype: torch.dtype | None, staging: Path
 ) -> dict[str, Any]:
@@ -167,14 +179,10 @@ def verify(
     config, adapter = source.config, source.adapter
     phase("Asking the merged model, and base + adapter, the same questions")
     model = merged_model(written.read, config)
-    asked = ask(model, config, get_template(**source.manifest.template), staging)
+    asked = ask(model, config, source.template, staging)
     ours = logits_of(model, asked)
     del model
-
-    def logits_with_adapter(on: BaseKind) -> list[torch.Tensor]:
-        return logits_of(adapted_model(base_reader(source.files, source.manifest, on), config, adapter), asked)
-
-    theirs = logits_with_adapter(kind)
+    theirs = artifact_logits(source, kind, asked)
     try:
         result = probe_report(difference(ours, theirs, asked), asked, kind, map(written.dtype, adapter))
     except ArtifactError as error:
@@ -184,7 +192,7 @@ def verify(
         ) from None
     if source.nf4:
         other: BaseKind = "original" if kind == "dequantized" else "dequantized"
-        trained = theirs if kind == "dequantized" else logits_with_adapter("dequantized")
+        trained = theirs if kind == "dequantized" else artifact_logits(source, "dequantized", asked)
         read: Read = merged_reader(source.files, base_reader(source.files, source.manifest, other), adapter, dtype)
         distances = {kind: difference(ours, trained, asked)}
         distances[other] = difference(logits_of(merged_model(read, config), asked), trained, asked)
@@ -194,12 +202,11 @@ def verify(
 
 def copy_surroundings(directory: Path, source: Source) -> None:
     """Write tokenizer, processor and generation settings, so that prompts and images are processed as in training."""
-    template = get_template(**source.manifest.template)
     origin, aspect_ratio = source.surroundings, source.manifest.images["image_aspect_ratio"]
     # First: the class of the tokenizer depends on it.
     if (origin / "tokenizer.model").is_file():
         shutil.copyfile(origin / "tokenizer.model", directory / "tokenizer.model")
-    save_surroundings(directory, origin, source.config, template, aspect_ratio)
+    save_surroundings(directory, origin, source.config, source.template, aspect_ratio)
 
 
 def write_config(directory: Path, base: Path, dtype: torch.dtype) -> None:

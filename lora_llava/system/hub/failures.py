@@ -27,9 +27,9 @@ class Failure:
 
     reason: str
     """What went wrong and what to do; `{tries}` stands for the number of attempts."""
-    transient: bool
+    transient: bool = False
     """Whether another attempt may succeed."""
-    answered: bool
+    answered: bool = True
     """Whether the Hub answered, so that it is known that the request did nothing."""
     wait: float | None = None
     """Seconds to wait before another attempt, if the Hub asks for it."""
@@ -55,11 +55,11 @@ def explain(error: BaseException, repo_id: str, token: str | None) -> Failure | 
     in_store = any(type(cause) is RuntimeError for cause in causes)
     for cause in causes:
         if isinstance(cause, HubError):
-            return Failure(str(cause), transient=False, answered=True)
+            return Failure(str(cause))
         if isinstance(cause, GiveUpError):
-            return Failure(str(cause), transient=False, answered=cause.answered)
+            return Failure(str(cause), answered=cause.answered)
         if isinstance(cause, OfflineModeIsEnabled):
-            return Failure("HF_HUB_OFFLINE is set; unset it", transient=False, answered=True)
+            return Failure("HF_HUB_OFFLINE is set; unset it")
         if isinstance(cause, HfHubHTTPError):
             return _of_lfs(cause) if in_store else _of_hub(cause, repo_id, token)
         if isinstance(cause, (ConnectionError, RuntimeError)) and _is_of_store(str(cause)):
@@ -79,11 +79,11 @@ def _of_hub(error: Any, repo_id: str, token: str | None) -> Failure:
     response = error.response
     status, said = response.status_code, _said(error, token)
     if isinstance(error, errors.GatedRepoError):
-        return Failure(gated(repo_id), transient=False, answered=True)
+        return Failure(gated(repo_id))
     if isinstance(error, errors.RevisionNotFoundError):
-        return Failure(f"{repo_id} has no such revision ({status}). Correct it", transient=False, answered=True)
+        return Failure(f"{repo_id} has no such revision ({status}). Correct it")
     if is_login_page(response):
-        return Failure(LOGIN_PAGE, transient=False, answered=True)
+        return Failure(LOGIN_PAGE)
     reasons = {
         401: f"the Hub rejects the token; it may have expired. {_LOGIN}",
         403: f"the token may not write to {repo_id}. Use a token with write access, and your own namespace",
@@ -118,7 +118,7 @@ def _of_lfs(error: Any) -> Failure:
     """Explain an answer of the store for large files without Xet, which `huggingface_hub` retried."""
     status = error.response.status_code
     verb = "keeps failing" if status in TRANSIENT else "refuses"
-    return Failure(f"the store for large files {verb} ({status})", transient=False, answered=True)
+    return Failure(f"the store for large files {verb} ({status})")
 
 
 def _is_of_store(text: str) -> bool:
@@ -130,23 +130,23 @@ def _of_store(text: str, repo_id: str, token: str | None) -> Failure:
     match = _STORE.search(text)
     if match is None:
         if "decoding response" in text:
-            return Failure(LOGIN_PAGE, transient=False, answered=True)
-        return Failure("the store for large files (Xet) failed {tries} times. Try again later", True, answered=True)
+            return Failure(LOGIN_PAGE)
+        return Failure("the store for large files (Xet) failed {tries} times. Try again later", transient=True)
     address = urlsplit(match["url"] or match["silent"])
     host = address.hostname
     if match["status"] is None:
         reason = f"the store for large files (Xet, {host}) does not answer, {{tries}} times. A firewall may block it: "
-        return Failure(f"{reason}{OLD_WAY}", transient=True, answered=True)
+        return Failure(f"{reason}{OLD_WAY}", transient=True)
     status = int(match["status"])
     if "/xet-write-token/" in address.path or "/xet-read-token/" in address.path:
         return _of_store_token(status, address.path, repo_id, token)
     if status in TRANSIENT:
         reason = f"the store for large files (Xet, {host}) keeps failing ({status}), {{tries}} times. Try again later"
-        return Failure(reason, transient=True, answered=True)
+        return Failure(reason, transient=True)
     what = "the list of what was uploaded" if "/shards" in address.path else "the upload"
     fix = "Update huggingface_hub and hf_xet" if "/shards" in address.path else "A proxy may block it"
     reason = f"the store for large files (Xet, {host}) refuses {what} ({status}). {fix}; {OLD_WAY}"
-    return Failure(reason, transient=False, answered=True)
+    return Failure(reason)
 
 
 def _of_store_token(status: int, path: str, repo_id: str, token: str | None) -> Failure:
@@ -156,7 +156,7 @@ def _of_store_token(status: int, path: str, repo_id: str, token: str | None) -> 
     from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]  # not exported
 
     if status in TRANSIENT:
-        return Failure("the Hub failed {tries} times. Try again later", transient=True, answered=True)
+        return Failure("the Hub failed {tries} times. Try again later", transient=True)
     try:
         headers = HfApi(token=token)._build_hf_headers()
         hf_raise_for_status(get_session().get(constants.ENDPOINT + path, headers=headers))
@@ -166,21 +166,21 @@ def _of_store_token(status: int, path: str, repo_id: str, token: str | None) -> 
         said = f"the token may not use it ({status})"
     else:
         said = f"the Hub refused ({status}), and then did not. Try again"
-    return Failure(f"the Hub gives no access to its store for large files: {said}", transient=False, answered=True)
+    return Failure(f"the Hub gives no access to its store for large files: {said}")
 
 
 def _of_network(error: BaseException, in_store: bool) -> Failure:
     """Explain a connection that failed or brought no answer."""
     name = type(error).__name__
     if in_store:
-        return Failure(f"the connection failed in every attempt ({name})", transient=False, answered=True)
+        return Failure(f"the connection failed in every attempt ({name})")
     if name in ("ReadTimeout", "WriteTimeout", "PoolTimeout"):
         return Failure(
             f"the Hub did not answer within {network.BOUNDS.answer:g} seconds ({name})", True, answered=False
         )
     if name == "ConnectTimeout":
         reason = f"the Hub could not be reached within {network.BOUNDS.connect:g} seconds, {{tries}} times"
-        return Failure(reason, True, answered=True)
+        return Failure(reason, transient=True)
     reason = f"the connection to the Hub failed ({name}), {{tries}} times"
     return Failure(reason, transient=True, answered=name == "ConnectError")
 
@@ -189,21 +189,21 @@ def _of_answer(error: BaseException, causes: list[BaseException], token: str | N
     """Explain an answer that the Hub's libraries do not understand; None if none of them raised the error."""
     if any(type(cause) is RuntimeError for cause in causes):
         name = type(error).__name__
-        return Failure(f"the connection failed in every attempt ({name})", transient=False, answered=True)
+        return Failure(f"the connection failed in every attempt ({name})")
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith(_LIBRARIES):
         return None
     if type(error).__name__ == "JSONDecodeError":
-        return Failure(LOGIN_PAGE, transient=False, answered=False)
+        return Failure(LOGIN_PAGE, answered=False)
     if "LFS batch" in str(error):
         said = _clean(str(error).partition(":")[2], token)
-        return Failure(f"the store for large files refuses: {said}", transient=False, answered=True)
+        return Failure(f"the store for large files refuses: {said}")
     if not isinstance(error, (ValueError, TypeError, KeyError)):
         return None
     said = _clean(str(error), token)
-    return Failure(f"the Hub's answer is not understood ({said}). Update huggingface_hub", False, answered=False)
+    return Failure(f"the Hub's answer is not understood ({said}). Update huggingface_hub", answered=False)
 
 
 def _said(failure: Any, token: str | None) -> str:

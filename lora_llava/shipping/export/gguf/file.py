@@ -32,8 +32,8 @@ from lora_llava.system.progress import counting
 
 OutType = Literal["f32", "f16", "q8_0", "q4_0"]
 
-Fields = dict[str, tuple[Any, GGUFValueType]]
-"""Metadata by key, as value and type; for a list, the type of its elements."""
+Fields = dict[str, Any]
+"""Metadata by key: text, boolean, count (uint32) or float (32 bits), or a list of texts, integers (int32) or floats."""
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 _QUANTIZED = {"q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}
@@ -65,48 +65,13 @@ class Tensor:
     """Attention heads whose rows `interleave` reorders; 0: rows keep their order."""
 
 
-def string(value: str) -> tuple[str, GGUFValueType]:
-    """Return a metadata string."""
-    return value, GGUFValueType.STRING
-
-
-def integer(value: int) -> tuple[int, GGUFValueType]:
-    """Return a metadata count (uint32)."""
-    return int(value), GGUFValueType.UINT32
-
-
-def real(value: float) -> tuple[float, GGUFValueType]:
-    """Return a metadata float (32 bits)."""
-    return float(np.float32(value)), GGUFValueType.FLOAT32
-
-
-def boolean(value: bool) -> tuple[bool, GGUFValueType]:
-    """Return a metadata boolean."""
-    return bool(value), GGUFValueType.BOOL
-
-
-def reals(values: Sequence[float]) -> tuple[list[float], GGUFValueType]:
-    """Return a metadata array of floats (32 bits)."""
-    return [float(np.float32(value)) for value in values], GGUFValueType.FLOAT32
-
-
-def integers(values: Sequence[int]) -> tuple[list[int], GGUFValueType]:
-    """Return a metadata array of integers (int32)."""
-    return [int(value) for value in values], GGUFValueType.INT32
-
-
-def strings(values: Sequence[str]) -> tuple[list[str], GGUFValueType]:
-    """Return a metadata array of strings."""
-    return list(values), GGUFValueType.STRING
-
-
 def general_fields(name: str, kind: str, outtype: OutType) -> Fields:
     """Return the metadata that every file has; `kind` is `model`, `mmproj` or `adapter`."""
     return {
-        Keys.General.TYPE: string(kind),
-        Keys.General.NAME: string(name),
-        Keys.General.FILE_TYPE: integer(_FILE_TYPES[outtype]),
-        Keys.General.QUANTIZATION_VERSION: integer(GGML_QUANT_VERSION),
+        Keys.General.TYPE: kind,
+        Keys.General.NAME: name,
+        Keys.General.FILE_TYPE: int(_FILE_TYPES[outtype]),
+        Keys.General.QUANTIZATION_VERSION: GGML_QUANT_VERSION,
     }
 
 
@@ -155,11 +120,10 @@ def write_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
 
 
 def _write(writer: GGUFWriter, name: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
-    for key, (value, kind) in fields.items():
-        if isinstance(value, list):
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=kind)
-        else:
-            writer.add_key_value(key, value, kind)
+    for key, value in fields.items():
+        kind = GGUFValueType.get_type(value)
+        # A single integer is a count; those of a list have a sign.
+        writer.add_key_value(key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind)
     # The header needs the shapes and sizes of all tensors before the first one is read.
     for tensor in tensors:
         writer.add_tensor_info(
@@ -215,7 +179,7 @@ def check_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
     """
     reader = GGUFReader(path)
     written = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    expected = {Keys.General.ARCHITECTURE: architecture} | {key: value for key, (value, _) in fields.items()}
+    expected = {Keys.General.ARCHITECTURE: architecture} | {key: _rounded(value) for key, value in fields.items()}
     if written != expected:
         wrong = sorted(key for key in written.keys() | expected.keys() if written.get(key) != expected.get(key))
         raise _differs(path, ", ".join(wrong))
@@ -226,6 +190,13 @@ def check_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
         for tensor in tensors:
             _check_tensor(path, stored[tensor.name], tensor)
             advance(1)
+
+
+def _rounded(value: Any) -> Any:
+    """Round the floats of a field to 32 bits, as the file holds them."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _check_tensor(path: Path, stored: ReaderTensor, tensor: Tensor) -> None:

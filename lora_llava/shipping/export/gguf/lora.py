@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import Keys
 
 from lora_llava.artifact import is_artifact
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
-from lora_llava.conversation.templates import get_template
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import HEAD, LANGUAGE_MODEL_PREFIX
@@ -24,8 +22,6 @@ from lora_llava.shipping.export.gguf.file import (
     check_gguf,
     general_fields,
     kind_of,
-    real,
-    string,
     write_gguf,
 )
 from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
@@ -34,7 +30,7 @@ from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, rotate
 from lora_llava.shipping.export.gguf.tokenizer import MEDIA_MARKER
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
-from lora_llava.shipping.merge.run import Source, choose_base, open_source
+from lora_llava.shipping.merge.run import Source, artifact_logits, choose_base, open_source
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
 from lora_llava.system.files import staged_result
 from lora_llava.system.progress import phase
@@ -86,8 +82,7 @@ def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType)
     if kind == "original":
         return [stored, f"it was trained on that base in NF4. On the stored weights: {_distance(source)}"]
     read = base_reader(source.files, source.manifest, kind)
-    template = get_template(**source.manifest.template)
-    tensors = write_text(staging / TEXT_FILE, source.base, source.config, read, outtype, template)
+    tensors = write_text(staging / TEXT_FILE, source.base, source.config, read, outtype, source.template)
     return [
         f"base: {TEXT_FILE}, {outtype}, {len(tensors)} tensors: the weights that training saw, dequantized from NF4. "
         "It does not fit the stored ones; --onto original leaves the base out and measures the difference"
@@ -97,14 +92,9 @@ def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType)
 def _distance(source: Source) -> Difference:
     """Measure how far the adapter on the stored base is from the trained model."""
     phase("Asking the adapter on the stored base, and on the base that it was trained on")
-    template = get_template(**source.manifest.template)
-
-    def model(kind: BaseKind) -> Any:
-        return adapted_model(base_reader(source.files, source.manifest, kind), source.config, source.adapter)
-
-    shipped = model("original")
-    asked = ask(shipped, source.config, template, source.base)
-    return difference(logits_of(shipped, asked), logits_of(model("dequantized"), asked), asked)
+    shipped = adapted_model(source.files.read, source.config, source.adapter)
+    asked = ask(shipped, source.config, source.template, source.base)
+    return difference(logits_of(shipped, asked), artifact_logits(source, "dequantized", asked), asked)
 
 
 def _check_form(source: Source) -> None:
@@ -144,8 +134,8 @@ def _lora_file(source: Source, name: str, outtype: OutType) -> tuple[Fields, lis
         tensors.append(Tensor(f"{theirs}.lora_b", b, kind_of(b, outtype), scaled, heads))
     fields: Fields = {
         **general_fields(name, "adapter", outtype),
-        Keys.Adapter.TYPE: string("lora"),
-        Keys.Adapter.LORA_ALPHA: real(alpha),
+        Keys.Adapter.TYPE: "lora",
+        Keys.Adapter.LORA_ALPHA: float(alpha),
     }
     return fields, tensors
 
@@ -156,6 +146,5 @@ def _read_scaled(adapter: Adapter, key: str, factor: float) -> torch.Tensor:
 
 def _write_template(staging: Path, source: Source) -> None:
     """Write the chat template of training; the GGUF of the base has another one, or none."""
-    eos_token = read_tokenizer(source.surroundings).eos_token
-    template = get_template(**source.manifest.template)
-    (staging / TEMPLATE_FILE).write_text(chat_template(template, eos_token, MEDIA_MARKER), encoding="utf-8")
+    text = chat_template(source.template, read_tokenizer(source.surroundings).eos_token, MEDIA_MARKER)
+    (staging / TEMPLATE_FILE).write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lora_llava.errors import ModelError
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
-from lora_llava.shipping.export.gguf.file import F32, Fields, OutType, Tensor, integer, kind_of, real, string
+from lora_llava.shipping.export.gguf.file import F32, Fields, OutType, Tensor, kind_of
 from lora_llava.shipping.merge.stream import Read
 
 ARCHITECTURE = "llama"
@@ -61,12 +61,12 @@ def text_fields(config: LlavaConfig) -> Fields:
         Keys.Attention.VALUE_LENGTH: _head_width(text),
         Keys.Rope.DIMENSION_COUNT: _head_width(text),
     }
-    fields: Fields = {key: integer(value) for key, value in numbers.items()}
-    fields[Keys.Attention.LAYERNORM_RMS_EPS] = real(text.rms_norm_eps)
-    fields[Keys.Rope.FREQ_BASE] = real(rope["rope_theta"])
+    fields: Fields = {key: int(value) for key, value in numbers.items()}
+    fields[Keys.Attention.LAYERNORM_RMS_EPS] = float(text.rms_norm_eps)
+    fields[Keys.Rope.FREQ_BASE] = float(rope["rope_theta"])
     if rope["rope_type"] == "linear":
-        fields[Keys.Rope.SCALING_TYPE] = string("linear")
-        fields[Keys.Rope.SCALING_FACTOR] = real(rope["factor"])
+        fields[Keys.Rope.SCALING_TYPE] = "linear"
+        fields[Keys.Rope.SCALING_FACTOR] = float(rope["factor"])
     return {key.format(arch=ARCHITECTURE): value for key, value in fields.items()}
 
 

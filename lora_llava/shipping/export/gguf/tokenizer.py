@@ -19,7 +19,7 @@ from lora_llava.conversation.endings import end_token_ids, stated_ends
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import ModelError
 from lora_llava.formats.tokenizer import read_tokenizer
-from lora_llava.shipping.export.gguf.file import Fields, boolean, integer, integers, reals, string, strings
+from lora_llava.shipping.export.gguf.file import Fields
 
 MEDIA_MARKER = "<__media__>"
 """Placeholder of an image in a prompt for llama.cpp's mtmd."""
@@ -68,19 +68,19 @@ def tokenizer_fields(directory: Path, vocabulary: int, template: AnyTemplate) ->
     tokens = _tokens(directory, tokenizer, vocabulary)
     types = _types(tokenizer, tokens, is_sentencepiece)
     fields: Fields = {
-        Keys.Tokenizer.MODEL: string("llama" if is_sentencepiece else "gpt2"),
-        Keys.Tokenizer.PRE: string("default" if is_sentencepiece else _pre_tokenizer_name(backend)),
-        Keys.Tokenizer.LIST: strings(tokens),
-        Keys.Tokenizer.TOKEN_TYPE: integers(types),
-        Keys.Tokenizer.ADD_PREFIX: boolean(is_sentencepiece and has_space_prefix(backend)),
+        Keys.Tokenizer.MODEL: "llama" if is_sentencepiece else "gpt2",
+        Keys.Tokenizer.PRE: "default" if is_sentencepiece else _pre_tokenizer_name(backend),
+        Keys.Tokenizer.LIST: tokens,
+        Keys.Tokenizer.TOKEN_TYPE: types,
+        Keys.Tokenizer.ADD_PREFIX: is_sentencepiece and has_space_prefix(backend),
     }
     if is_sentencepiece:
-        fields[Keys.Tokenizer.SCORES] = reals(_scores(tokens, types, merges))
+        fields[Keys.Tokenizer.SCORES] = _scores(tokens, types, merges)
     else:
-        fields[Keys.Tokenizer.MERGES] = strings([" ".join(pair) for pair in merges])
+        fields[Keys.Tokenizer.MERGES] = [" ".join(pair) for pair in merges]
     fields |= _special_tokens(directory, tokenizer, template)
     if template is not None:
-        fields[Keys.Tokenizer.CHAT_TEMPLATE] = string(_chat_template(template, tokenizer.eos_token))
+        fields[Keys.Tokenizer.CHAT_TEMPLATE] = _chat_template(template, tokenizer.eos_token)
     return fields
 
 
@@ -179,7 +179,7 @@ def _special_tokens(directory: Path, tokenizer: Any, template: AnyTemplate) -> F
     others = [token for token in reversed(ends) if token != tokenizer.eos_token_id]
     ids |= dict(zip((Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), others, strict=False))
     example = tokenizer("a").input_ids
-    fields = {key: integer(index) for key, index in ids.items() if index is not None}
-    fields[Keys.Tokenizer.ADD_BOS] = boolean(example[0] == tokenizer.bos_token_id)
-    fields[Keys.Tokenizer.ADD_EOS] = boolean(example[-1] == tokenizer.eos_token_id)
+    fields = {key: int(index) for key, index in ids.items() if index is not None}
+    fields[Keys.Tokenizer.ADD_BOS] = bool(example[0] == tokenizer.bos_token_id)
+    fields[Keys.Tokenizer.ADD_EOS] = bool(example[-1] == tokenizer.eos_token_id)
     return fields
