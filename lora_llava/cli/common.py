@@ -14,7 +14,7 @@ import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError, is_panic
 from lora_llava.system import quiet, text
-from lora_llava.system.progress import shown_on
+from lora_llava.system.progress import phase, shown_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,6 +153,14 @@ def make_console(*, stderr: bool = False) -> Console:
     return click.get_current_context().with_resource(shown_on(open_console(stderr=stderr)))
 
 
+def loading_console() -> Console:
+    """Create the console of a command that imports PyTorch next, and announce that wait."""
+    console = make_console()
+    phase("Loading PyTorch and transformers")
+    quiet_libraries()
+    return console
+
+
 def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Load the recipe file `name`. Raises RecipeError, with advice for the name of a bundled recipe."""
     from lora_llava.recipe.file import bundled_recipes, load_recipe
@@ -195,12 +203,3 @@ def open_model(model: Path, base_model: str | None) -> Path:
     directory = located(model)
     shipping.refuse_model(directory, base_model)
     return directory
-
-
-def refuse_source(path: Path, base_model: str | None) -> None:
-    """Raise PreflightError if the files of a model to import, or of its base, show that it cannot be read."""
-    from lora_llava.planning.preflight import shipping
-
-    shipping.refuse_source(path)
-    if base_model is not None:
-        shipping.refuse_base(base_model)

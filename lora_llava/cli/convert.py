@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava.cli.common import file_size, make_console, open_model, quiet_libraries, refuse_source
+from lora_llava.cli.common import file_size, loading_console, open_model
 from lora_llava.cli.options import base_option, onto_option, template_option
 from lora_llava.shipping.export import FORMATS
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.system.files import refuse_existing
-from lora_llava.system.progress import phase
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,9 +44,7 @@ def merge(
     """
     refuse_existing(output)
     artifact = open_model(artifact, base_model)
-    console = make_console()
-    phase("Loading PyTorch and transformers")
-    quiet_libraries()
+    console = loading_console()
     import torch
 
     from lora_llava.shipping.merge.run import merge_artifact, summary
@@ -98,9 +95,7 @@ def export(
     """
     refuse_existing(output)
     model = open_model(model, base_model)
-    console = make_console()
-    phase("Loading PyTorch and transformers")
-    quiet_libraries()
+    console = loading_console()
     base: Any = onto  # checked by click
     report = FORMATS[layout](model, output, ExportOptions(base_model=base_model, base=base, **options))
     _show(report["summary"], console)
@@ -119,10 +114,12 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     adapter becomes an artifact. Only tensors are read from pickled files.
     """
     refuse_existing(output)
-    refuse_source(source, base_model)
-    console = make_console()
-    phase("Loading PyTorch and transformers")
-    quiet_libraries()
+    from lora_llava.planning.preflight import shipping
+
+    shipping.refuse_source(source)
+    if base_model is not None:
+        shipping.refuse_base(base_model)
+    console = loading_console()
     from lora_llava.shipping.importers import import_any
 
     _show(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)

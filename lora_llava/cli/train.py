@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, memory_size, open_recipe, quiet_libraries
+from lora_llava.cli.common import (
+    leave_torch_out,
+    loading_console,
+    look_ahead,
+    make_console,
+    memory_size,
+    open_recipe,
+    quiet_libraries,
+)
 from lora_llava.errors import RecipeError
 from lora_llava.system.progress import phase
 from lora_llava.system.text import printable
@@ -97,9 +105,7 @@ def quickstart(directory: Path) -> None:
     from lora_llava.planning.preflight.environment import refuse_several_processes
 
     refuse_several_processes()
-    console = make_console()
-    phase("Loading PyTorch and transformers")
-    quiet_libraries()
+    console = loading_console()
     from lora_llava.quickstart.run import run_quickstart
 
     run_quickstart(directory, console)

@@ -54,7 +54,8 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
         yield from _transparent(survey, source)
         yield from _empty_images(survey, source)
         for record in source.records:
-            if marker := next((mark for mark in ("USER:", "ASSISTANT:") if _says(record, mark)), None):
+            text = "\0".join(turn.text for turn in record.turns)
+            if marker := next((mark for mark in ("USER:", "ASSISTANT:") if mark in text), None):
                 yield finding_at("special_text", source, record, f"{record.where}: holds {marker}", record.image)
     for side in survey.sides:
         if side.role == "training":
@@ -71,10 +72,6 @@ def _pairs(survey: Survey) -> Iterator[tuple[Side, Side]]:
             for tested in survey.sides:
                 if tested.role == "evaluation" or (tested.role == "validation" and tested.stage == trained.stage):
                     yield trained, tested
-
-
-def _says(record: Record, text: str) -> bool:
-    return any(text in turn.text for turn in record.turns)
 
 
 def _duplicate_ids(source: Source) -> Iterator[Finding]:

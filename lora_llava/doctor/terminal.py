@@ -23,19 +23,18 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     console.print(_sides_view(report))
     for stage, plan in report.conversations.plans.items():
         problem = f"; {plan['problem']}" if "problem" in plan else ""
+        lines = [plan.get("problem", "")]
         if "optimizer_steps" in plan:
-            console.print(
-                f"{stage}: {steps_line(plan['optimizer_steps'], plan['warmup_steps'])}, "
-                f"{plan['computed_tokens']:,} tokens, {plan['share_saved_by_packing']:.0%} saved by packing{problem}",
-                markup=False,
-                soft_wrap=not console.is_terminal,
-            )
-            if "steps" in plan:
-                console.print(f"{stage}: {plan['steps']}", markup=False, soft_wrap=not console.is_terminal)
-        else:
-            console.print(f"{stage}: {plan['problem']}", markup=False, soft_wrap=not console.is_terminal)
+            steps = steps_line(plan["optimizer_steps"], plan["warmup_steps"])
+            saved = f"{plan['share_saved_by_packing']:.0%} saved by packing{problem}"
+            lines = [
+                f"{steps}, {plan['computed_tokens']:,} tokens, {saved}",
+                *([plan["steps"]] if "steps" in plan else []),
+            ]
+        for line in lines:
+            console.print(f"{stage}: {line}", markup=False, soft_wrap=not console.is_terminal)
     if report.findings:
-        console.print(_findings_view(report))
+        console.print(Group(*(part for kind in report.findings for part in _kind_view(report, kind))))
     for key, (file, count) in report.lists.items():
         console.print(
             f"{counted(count, 'bad record')} can be left out with {key}={Path(directory) / file}",
@@ -57,12 +56,8 @@ def _sides_view(report: Report) -> FittingTable:
     return table
 
 
-def _findings_view(report: Report) -> Group:
-    """Return the kinds of findings, each with its first records."""
-    return Group(*(part for kind in report.findings for part in _kind_view(report, kind)))
-
-
 def _kind_view(report: Report, kind: str) -> Iterator[RenderableType]:
+    """Yield the lines of one kind of findings, with its first records."""
     described, findings = KINDS[kind], report.findings[kind]
     yield Text.assemble(
         (f"{described.severity}: ", _STYLES[described.severity]),

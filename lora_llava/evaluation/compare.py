@@ -59,10 +59,6 @@ class Models:
     hub: dict[str, Any] | None = None
     """`repo_id` and `revision` of the tuned model, if it came from the Hub."""
 
-    def prompt_format(self, name: str) -> PromptFormat:
-        """Return how a model is asked; the base is asked like the tuned model."""
-        return self.start if name == START and self.start is not None else self.tuned
-
     @contextmanager
     def as_model(self, name: str) -> Iterator[None]:
         """Switch adapters inside the `with` block, so that the loaded model answers as this one.
@@ -116,7 +112,16 @@ def compare(
     }
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
-    result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
+    result = {
+        **summarize(outcome, settings.by),
+        "records": asked.num_records,
+        "passed_over": {
+            "records_without_an_answer": asked.unanswered,
+            "last_questions_without_an_answer": asked.open_ended,
+        },
+        "max_new_tokens": settings.max_new_tokens,
+        "notes": [*cautions, *notes],
+    }
     if models.hub is not None:
         result["hub"] = models.hub
     write_predictions(directory / _PREDICTIONS, prediction_rows(outcome))
@@ -127,12 +132,6 @@ def compare(
     for note in notes:
         console.print(note, markup=False, highlight=False)
     return result
-
-
-def _asked(asked: QuestionSet, settings: EvaluationSettings) -> dict[str, Any]:
-    """Return how much of the data was asked, and with which limit."""
-    passed_over = {"records_without_an_answer": asked.unanswered, "last_questions_without_an_answer": asked.open_ended}
-    return {"records": asked.num_records, "passed_over": passed_over, "max_new_tokens": settings.max_new_tokens}
 
 
 def _token_counter(loaded: LoadedModel) -> Any:
@@ -153,13 +152,14 @@ def _ask(
 ) -> Answers:
     """Generate and score the answers of one model to the questions at `indices`, with a progress bar."""
     subset = [questions[index] for index in indices]
-    form = replace(models.prompt_format(name), blind=name == BLIND)
+    # The base is asked like the tuned model.
+    form = models.start if name == START and models.start is not None else models.tuned
     cut: list[int] = []
     with models.as_model(name), Bar(f"answers, {name}", len(subset), console) as bar:
         texts = generate_answers(
             models.loaded,
             [question.record for question in subset],
-            form,
+            replace(form, blind=name == BLIND),
             max_new_tokens=settings.max_new_tokens,
             max_rows=settings.batch_size,
             progress=lambda done, _: bar.update(done),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,6 @@ def lora_fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -
     return len(a) == len(b) == len(weight) == 2 and (b[0], a[1]) == weight and a[0] == b[1]
 
 
-def alpha_of(config: LoraConfig, module: str) -> float:
-    """Return the alpha of a layer, by its name in the adapter's own settings."""
-    return float(config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha))
-
-
 def lora_scaling(config: LoraConfig, alpha: float, rank: int) -> float:
     """Return the factor of `B A`: alpha / r for LoRA, alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
     return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
@@ -84,6 +79,11 @@ def _module(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".lora_A")
 
 
+def _by_pattern(values: Mapping[str, float], module: str, default: float) -> float:
+    """Return the value of a layer, as the installed PEFT reads the patterns."""
+    return values.get(get_pattern_key(list(values), module), default)
+
+
 class Adapter:
     """The adapter of an artifact, by the canonical names of the weights it changes; tensors are read on demand.
 
@@ -115,20 +115,12 @@ class Adapter:
                 raise ArtifactError(f"{self.path}: {error}") from error
         for weight, keys in parts.items():
             check_parts(keys, self.config, weight, self.path)
+            module, form = _module(keys["lora_A"]), self.config
+            rank = int(_by_pattern(form.rank_pattern, module, form.r))
+            scaling = lora_scaling(form, float(_by_pattern(form.alpha_pattern, module, form.lora_alpha)), rank)
             self.layers[weight] = LoraKeys(
-                keys["lora_A"],
-                keys["lora_B"],
-                keys.get("lora_magnitude_vector"),
-                self._rank(keys["lora_A"]),
-                self._scaling(keys["lora_A"]),
+                keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), rank, scaling
             )
-
-    def _scaling(self, name: str) -> float:
-        return lora_scaling(self.config, alpha_of(self.config, _module(name)), self._rank(name))
-
-    def _rank(self, name: str) -> int:
-        ranks = self.config.rank_pattern
-        return int(ranks.get(get_pattern_key(ranks.keys(), _module(name)), self.config.r))
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its name in the file, in fp32; ArtifactError if it holds NaN or infinity."""

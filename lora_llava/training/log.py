@@ -78,10 +78,10 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         self.bar.redraw()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Write and print one log of the trainer, except its closing summary."""
+        """Write and print one log of the trainer, except its closing summary; `step` in `kwargs` is its step."""
         if "train_runtime" in logs:
             return
-        step = state.global_step
+        step = kwargs.get("step", state.global_step)
         row: dict[str, Any] = {"stage": self.stage, "step": step, **logs}
         row.pop("epoch", None)
         if "loss" in logs:

@@ -197,7 +197,7 @@ class PackedTrainer:
         step = CompletedStep(self.state.global_step + 1, self.model, groups, losses, total_of_all, self.last_checkpoint)
         for check in self.checks:
             if (warning := check.on_step(step)) is not None:
-                self.log({"warning": warning})
+                self.log({"warning": warning}, step.number)
             if step.is_skipped:
                 return torch.zeros_like(total)
         return total
@@ -248,14 +248,18 @@ class PackedTrainer:
         self.log(metrics)
         self._tell("on_train_end")
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Add a line to the history, the log and the trackers, with the figures of the checks if it has a loss."""
+    def log(self, row: dict[str, Any], step: int | None = None) -> None:
+        """Add a line to the history, the log and the trackers, with the figures of the checks if it has a loss.
+
+        `step`: the step that it is about; None: the last one that was applied.
+        """
+        step = self.state.global_step if step is None else step
         if "loss" in row:
             for check in self.checks:
-                row = check.on_log(self.state.global_step, self.model, row)
+                row = check.on_log(step, self.model, row)
         row["epoch"] = self.state.epoch
-        self.state.log_history.append({**row, "step": self.state.global_step})
-        self._tell("on_log", logs=row)
+        self.state.log_history.append({**row, "step": step})
+        self._tell("on_log", logs=row, step=step)
 
     def _tell(self, event: str, **values: Any) -> None:
         """Call the log and the trackers, as callbacks of transformers."""

@@ -174,9 +174,8 @@ def test_k7_a_ruined_run_is_told_at_that_step(tiny_base: Path, tmp_path: Path) -
     [(step, warning)] = [
         (row["step"], row["warning"]) for row in log_of(tmp_path / "run") if "diverged" in row.get("warning", "")
     ]
-    # The row stands before that of the step it is about.
-    first = next(one for one in losses if losses[one] > 4 * losses[1] + 1)
-    assert step == first - 1
+    first = next(number for number in losses if losses[number] > 4 * losses[1] + 1)
+    assert step == first
     assert warning.startswith(f"step {first}: the loss rose from ")
     assert "Last good checkpoint: none yet" in warning
 

@@ -15,7 +15,7 @@ from lora_llava.cli import cli
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.file import load_recipe
-from tests.helpers.runs import COLOURS, watched_run, write_data, write_recipe
+from tests.helpers.runs import COLORS, watched_run, write_data, write_recipe
 
 STEPS = {1: 1, 2: 2, 5: 5, 10: 10, 50: 50, 200: 50}
 WARMUP = {1: "none", 2: "1", 5: "1", 10: "1", 50: "2", 200: "2"}
@@ -26,7 +26,7 @@ def write_set(directory: Path, base: Path, count: int, **stage: Any) -> Path:
     write_data(directory)
     records = []
     for number in range(count):
-        name = list(COLOURS)[number % 4]
+        name = list(COLORS)[number % 4]
         turns = [{"from": "human", "value": f"<image>\nWhat is {number}?"}, {"from": "gpt", "value": f"{name} thing"}]
         records.append({"id": str(number), "image": f"{number % 12}.png", "conversations": turns})
     (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")

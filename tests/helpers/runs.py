@@ -22,7 +22,7 @@ from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.output import read_log
 from lora_llava.training.run import run_recipe
 
-COLOURS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 250), "grey": (120, 120, 120)}
+COLORS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 250), "grey": (120, 120, 120)}
 NUM_IMAGES = 12
 QUESTIONS_PER_IMAGE = 4
 
@@ -30,10 +30,10 @@ State = dict[str, torch.Tensor]
 
 
 def picture(number: int) -> tuple[str, Image.Image]:
-    """Return the name of a colour and a noisy image of it, never square."""
+    """Return the name of a color and a noisy image of it, never square."""
     rng = random.Random(number)
-    name = list(COLOURS)[number % len(COLOURS)]
-    image = Image.new("RGB", (20 + number, 33), COLOURS[name])
+    name = list(COLORS)[number % len(COLORS)]
+    image = Image.new("RGB", (20 + number, 33), COLORS[name])
     for _ in range(60):
         image.putpixel((rng.randrange(20), rng.randrange(33)), tuple(rng.randrange(256) for _ in range(3)))
     return name, image
@@ -46,13 +46,13 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def questions(colour: str) -> list[tuple[str, str]]:
-    """Questions about an image of one colour, with answers of different lengths."""
+def questions(color: str) -> list[tuple[str, str]]:
+    """Questions about an image of one color, with answers of different lengths."""
     return [
-        ("What is the colour?", colour),
-        ("Is it red?", "yes" if colour == "red" else "no"),
-        ("Is it the colour of the sky on a good day?", "yes, it is" if colour == "blue" else "no, it is not"),
-        ("What is it?", f"a thing that is {colour}"),
+        ("What is the colour?", color),
+        ("Is it red?", "yes" if color == "red" else "no"),
+        ("Is it the colour of the sky on a good day?", "yes, it is" if color == "blue" else "no, it is not"),
+        ("What is it?", f"a thing that is {color}"),
     ][:QUESTIONS_PER_IMAGE]
 
 
@@ -61,11 +61,11 @@ def write_data(directory: Path) -> None:
     (directory / "images").mkdir(parents=True)
     captions, records = [], []
     for number in range(NUM_IMAGES):
-        colour, image = picture(number)
+        color, image = picture(number)
         name = f"{number}.png"
         (directory / "images" / name).write_bytes(png(image))
-        captions.append(_record(f"c{number}", name, "What is in the image?", f"a {colour} thing"))
-        records += [_record(f"q{number}-{n}", name, *pair) for n, pair in enumerate(questions(colour))]
+        captions.append(_record(f"c{number}", name, "What is in the image?", f"a {color} thing"))
+        records += [_record(f"q{number}-{n}", name, *pair) for n, pair in enumerate(questions(color))]
     (directory / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
 

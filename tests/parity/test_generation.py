@@ -47,9 +47,9 @@ def loaded() -> Loaded:
     return Loaded(tiny_llava(seed=5), tiny_tokenizer())
 
 
-def source(name: str, size: tuple[int, int], colour: tuple[int, int, int]) -> ImageSource:
+def source(name: str, size: tuple[int, int], color: tuple[int, int, int]) -> ImageSource:
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, format="PNG")
+    Image.new("RGB", size, color).save(buffer, format="PNG")
     return ImageSource(key=name, path=None, data=buffer.getvalue())
 
 

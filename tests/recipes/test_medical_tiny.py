@@ -22,8 +22,8 @@ def write_parquet(path: Path) -> int:
     """Write a file with VQA-RAD's columns, an image repeated for each of its questions; return its rows."""
     rows: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}
     for number in range(NUM_IMAGES):
-        colour, image = picture(number)
-        for question, answer in questions(colour):
+        color, image = picture(number)
+        for question, answer in questions(color):
             rows["image"].append({"bytes": png(image), "path": None})
             rows["question"].append(question)
             rows["answer"].append(answer)

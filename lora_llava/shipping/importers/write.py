@@ -25,7 +25,7 @@ from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
 from lora_llava.modeling.identity import base_fields
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.structure import num_image_tokens
-from lora_llava.recipe.stages import AspectRatio
+from lora_llava.recipe.stages import STAGES, AspectRatio, trains_lora
 from lora_llava.system.files import file_sha256, staged_result
 
 _BLOCK = re.compile(r"^model\.language_model\.layers\.\d+\..*\.(\w+)$")
@@ -103,7 +103,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
         Adapter(staging).check(shapes)
         images = _save_surroundings(staging, foreign, base)
         manifest = Manifest(
-            stage="instruct" if layers else "align",
+            stage=next(stage for stage in STAGES if trains_lora(stage) == bool(layers)),
             base=location,
             parent_sha256=None,
             adapter_sha256=file_sha256(staging / WEIGHTS),

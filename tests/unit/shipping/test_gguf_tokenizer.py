@@ -28,7 +28,7 @@ TEXTS = (
 
 def fields_of(directory: Path, vocabulary: int, template: str = "vicuna_v1") -> dict[str, Any]:
     fields = tokenizer_fields(directory, vocabulary, get_template(template))
-    return {key.removeprefix("tokenizer.ggml."): value for key, (value, _) in fields.items()}
+    return {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
 
 
 def saved(directory: Path, tokenizer: Any) -> Path:
