@@ -7,7 +7,6 @@ that name modules to import are refused here, and everything that is wrong is on
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.manifest import is_number
 from lora_llava.formats.names import ADAPTER_CONFIG
 from lora_llava.system.files import read_json
 from lora_llava.system.text import first_line
 
-MAX_RANK = 100_000
+_MAX_RANK = 100_000
 """Largest rank; that of a weight is at most its smaller side."""
 _MAX_ENTRIES = 2_000
 """Largest number of entries of a list or a mapping: a decoder has a few hundred linear layers."""
@@ -186,7 +186,7 @@ def _problems(data: Mapping[str, Any]) -> Iterator[str]:
         for pattern in _listed(data.get(name)):
             if not is_quick(pattern):
                 yield f"{name}: the pattern {pattern!r:.80} is invalid, or could take forever to match"
-    for name, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+    for name, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", is_number)):
         values = data.get(name)
         if values is None:
             continue
@@ -197,11 +197,7 @@ def _problems(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK
 
 
 def _is_boolean(value: object) -> bool:
@@ -225,9 +221,9 @@ def _listed(value: Any) -> list[str]:
 
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "r": (_is_rank, f"an integer of 1 to {MAX_RANK:,}"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number of 0 to below 1"),  # type: ignore[operator]
+    "r": (_is_rank, f"an integer of 1 to {_MAX_RANK:,}"),
+    "lora_alpha": (is_number, "a number"),
+    "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number of 0 to below 1"),  # type: ignore[operator]
     "use_dora": (_is_boolean, "true or false"),
     "use_rslora": (_is_boolean, "true or false"),
     "layers_to_transform": (_are_layers, f"at most {_MAX_ENTRIES:,} integers"),

@@ -68,12 +68,13 @@ def _one_of(*values: str) -> _Check:
     return lambda value: isinstance(value, str) and value in values
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Tell whether a value of JSON is a finite number of a size that settings can have."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
 
 
 def _window(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_number, value)) and value[0] < value[1]
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]
 
 
 def _mapping(check: _Check) -> _Check:
@@ -107,12 +108,12 @@ _VALUES: dict[str, tuple[_Check, str]] = {
     "images.window": (_or_null(_window), "two numbers, the lower one first, or null"),
     "data": (_is_mapping, "a mapping"),
     "data.answer_prompt": (_or_null(_text), _TEXT_OR_NULL),
-    "data.records": (_or_null(_number), _NUMBER_OR_NULL),
+    "data.records": (_or_null(is_number), _NUMBER_OR_NULL),
     "seen": (_is_mapping, "a mapping"),
-    "seen.steps": (_or_null(_number), _NUMBER_OR_NULL),
-    "seen.conversations": (_or_null(_number), _NUMBER_OR_NULL),
-    "seen.supervised_tokens": (_or_null(_number), _NUMBER_OR_NULL),
-    "metrics": (_mapping(lambda value: value is None or _number(value)), "a mapping of numbers"),
+    "seen.steps": (_or_null(is_number), _NUMBER_OR_NULL),
+    "seen.conversations": (_or_null(is_number), _NUMBER_OR_NULL),
+    "seen.supervised_tokens": (_or_null(is_number), _NUMBER_OR_NULL),
+    "metrics": (_mapping(lambda value: value is None or is_number(value)), "a mapping of numbers"),
     "versions": (_mapping(_text), "a mapping of texts"),
     "identity": (_or_null(_is_mapping), "a mapping or null"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +79,6 @@ def _module(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".lora_A")
 
 
-def _by_pattern(values: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of a layer, as the installed PEFT reads the patterns."""
-    return values.get(get_pattern_key(list(values), module), default)
-
-
 class Adapter:
     """The adapter of an artifact, by the canonical names of the weights it changes; tensors are read on demand.
 
@@ -115,12 +110,22 @@ class Adapter:
                 raise ArtifactError(f"{self.path}: {error}") from error
         for weight, keys in parts.items():
             check_parts(keys, self.config, weight, self.path)
-            module, form = _module(keys["lora_A"]), self.config
-            rank = int(_by_pattern(form.rank_pattern, module, form.r))
-            scaling = lora_scaling(form, float(_by_pattern(form.alpha_pattern, module, form.lora_alpha)), rank)
             self.layers[weight] = LoraKeys(
-                keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), rank, scaling
+                keys["lora_A"],
+                keys["lora_B"],
+                keys.get("lora_magnitude_vector"),
+                self._rank(keys["lora_A"]),
+                self._scaling(keys["lora_A"]),
             )
+
+    def _scaling(self, name: str) -> float:
+        alphas = self.config.alpha_pattern
+        alpha = alphas.get(get_pattern_key(alphas.keys(), _module(name)), self.config.lora_alpha)
+        return lora_scaling(self.config, float(alpha), self._rank(name))
+
+    def _rank(self, name: str) -> int:
+        ranks = self.config.rank_pattern
+        return int(ranks.get(get_pattern_key(ranks.keys(), _module(name)), self.config.r))
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its name in the file, in fp32; ArtifactError if it holds NaN or infinity."""

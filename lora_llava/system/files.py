@@ -32,7 +32,7 @@ _MADE_BY = "lora-llava"
 _NEW_SECONDS = 60
 """Age in seconds up to which an empty staging directory may still get its claim."""
 
-MAX_JSON_BYTES = 40 * 2**20
+_MAX_JSON_BYTES = 40 * 2**20
 """Largest JSON file of a model; the largest tokenizers take 17 MB."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -292,8 +292,8 @@ def read_json(path: Path, error: type[LoraLlavaError] = ModelError, fix: str = "
     try:
         if not path.is_file():
             return {}
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise error(f"{path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read; {fix}")
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise error(f"{path} has {size:,} bytes, at most {_MAX_JSON_BYTES:,} are read; {fix}")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text)
     except OSError as cause:

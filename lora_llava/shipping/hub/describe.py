@@ -105,10 +105,12 @@ def tested(facts: Facts) -> str:
     """Return the number of test questions and images, and their dataset."""
     count, images = facts.accuracy.get("questions") or 0, facts.accuracy.get("images") or 0
     path = str(((facts.recipe.get("evaluation") or {}).get("data") or {}).get("path", ""))
-    return f"{counted(count, 'question')} about {counted(images, 'image')}" + (f" of {data_link(path)}" if path else "")
+    return f"{counted(count, 'question')} about {counted(images, 'image')}" + (
+        f" of {_data_link(path)}" if path else ""
+    )
 
 
-def data_link(path: str) -> str:
+def _data_link(path: str) -> str:
     """Return the name of a dataset in Markdown, as a link if it is on the Hub."""
     return code_span(data_name(path)) if is_local(path) else _hub_link(path, "datasets/")
 
@@ -149,6 +151,7 @@ def settings_table(facts: Facts) -> str:
 
 def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, str]:
     seen = _seen(facts, name)
+    size: int | str = seen.get("batch_size", stage["batch_size"])
     epochs = counted(stage["num_train_epochs"], "epoch")
     length = counted(stage["max_steps"], "step") if stage["max_steps"] > 0 else epochs
     aspect = stage["image_aspect_ratio"] or facts.recipe["images"]["image_aspect_ratio"]
@@ -158,7 +161,7 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "projector learning rate": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
         "schedule": f"{stage['lr_scheduler_type']}, warmup {stage['warmup_ratio']:g}",
         "length": length,
-        "conversations per step": _batch(seen.get("batch_size", stage["batch_size"])),
+        "conversations per step": f"{size:,}" if isinstance(size, int) else size,
         "weight decay": f"{stage['weight_decay']:g}",
         "max. tokens per conversation": f"{stage['max_length']:,}",
         "template": stage["template"],
@@ -187,10 +190,6 @@ def _validation_loss(seen: Mapping[str, Any]) -> str:
     return f"{saved} ({figures})"
 
 
-def _batch(size: int | str) -> str:
-    return f"{size:,}" if isinstance(size, int) else size
-
-
 def made_of(facts: Facts) -> str:
     """Return what was trained, in which form and precision."""
     if facts.manifest is None:
@@ -215,7 +214,7 @@ def data_table(facts: Facts) -> str:
         count = f"{own['records']:,}" if own.get("records") is not None else ""
         path = str(stage["data"]["path"])
         split = "" if is_local(path) else markdown(str(stage["data"].get("split") or ""))
-        rows.append([name, data_link(path), split, count])
+        rows.append([name, _data_link(path), split, count])
     return markdown_table(["stage", "data", "split", "conversations"], rows) if rows else ""
 
 

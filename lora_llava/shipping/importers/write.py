@@ -95,6 +95,8 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
         if tuple(tensor.shape) != shapes[name]:
             raise ArtifactError(f"{source}: {name} is {tuple(tensor.shape)}, {shapes[name]} in the base; another base?")
     layers, replaced = _whole_projector(foreign, base)
+    # None: the template's own.
+    own_system = None if foreign.template == get_template(foreign.template.name) else foreign.template.system
     with staged_result(output) as staging:
         save_tensors(_named(layers, replaced), staging / WEIGHTS)
         location = base_location(base.identity, base.directory, output)
@@ -109,7 +111,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
             adapter_sha256=file_sha256(staging / WEIGHTS),
             # Unknown: the files do not record it. The user named the unquantized base.
             quantization={"type": "none", "double_quant": False},
-            template={"name": foreign.template.name, "system": _own_system(foreign.template)},
+            template={"name": foreign.template.name, "system": own_system},
             images=images,
             data={"answer_prompt": None},
             seen={},
@@ -117,11 +119,6 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
             versions=library_versions(),
         )
         write_manifest(staging, manifest, base_fields(base.directory))
-
-
-def _own_system(template: Template) -> str | None:
-    """Return the system prompt for the manifest; None means the template's default."""
-    return None if template == get_template(template.name) else template.system
 
 
 def _whole_projector(foreign: ForeignAdapter, base: Base) -> tuple[dict[str, LayerLora], dict[str, torch.Tensor]]:

@@ -42,10 +42,6 @@ A wrong base, a lost projector or a wrong scale give 0.1 and more.
 """
 
 
-ProbeReport = dict[str, Any]
-"""`probe` (the figures) and `tolerance`, as in a report on disk."""
-
-
 @dataclass(frozen=True, slots=True)
 class Difference:
     """How far a model is from its reference."""
@@ -177,8 +173,10 @@ def difference(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
     )
 
 
-def probe_report(distance: Difference, asked: Sequences, kind: BaseKind, dtypes: Iterable[torch.dtype]) -> ProbeReport:
-    """Return what a report says of the comparison with the artifact on its `kind` base.
+def probe_report(
+    distance: Difference, asked: Sequences, kind: BaseKind, dtypes: Iterable[torch.dtype]
+) -> dict[str, Any]:
+    """Return `probe` (the figures) and `tolerance` of a report: the comparison with the artifact on its `kind` base.
 
     `dtypes`: those of the written weights; the least precise sets the tolerance. Raises ArtifactError if rounding does
     not explain the distance.

@@ -32,11 +32,6 @@ def _training_dtype(manifest: Manifest) -> torch.dtype:
     return dtype
 
 
-def _is_quantized_in_training(name: str) -> bool:
-    """Tell whether NF4 training quantizes a weight: those of the linear layers in the decoder layers."""
-    return name.startswith(LAYERS_PREFIX) and name.endswith("_proj.weight")
-
-
 def through_nf4(weight: torch.Tensor, *, dtype: torch.dtype, double_quant: bool) -> torch.Tensor:
     """Quantize a weight to NF4 as `load_base` does, and return the values that its layer computes with.
 
@@ -57,7 +52,8 @@ def base_reader(files: WeightFiles, manifest: Manifest, kind: BaseKind) -> Read:
 
     def read(name: str) -> torch.Tensor:
         tensor = files.read(name)
-        if _is_quantized_in_training(name):
+        # Training quantizes the linear layers of the decoder layers.
+        if name.startswith(LAYERS_PREFIX) and name.endswith("_proj.weight"):
             return through_nf4(tensor, dtype=dtype, double_quant=double_quant)
         # The other weights had this dtype in training too. The projector had fp32, but the adapter replaces it.
         return tensor.to(dtype)

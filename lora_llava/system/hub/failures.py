@@ -62,7 +62,9 @@ def explain(error: BaseException, repo_id: str, token: str | None) -> Failure | 
             return Failure("HF_HUB_OFFLINE is set; unset it")
         if isinstance(cause, HfHubHTTPError):
             return _of_lfs(cause) if in_store else _of_hub(cause, repo_id, token)
-        if isinstance(cause, (ConnectionError, RuntimeError)) and _is_of_store(str(cause)):
+        if isinstance(cause, (ConnectionError, RuntimeError)) and any(
+            pattern.search(str(cause)) for pattern in (_STORE, _STORE_WORDS)
+        ):
             return _of_store(str(cause), repo_id, token)
     for cause in causes:
         if isinstance(cause, LocalEntryNotFoundError):
@@ -119,10 +121,6 @@ def _of_lfs(error: Any) -> Failure:
     status = error.response.status_code
     verb = "keeps failing" if status in TRANSIENT else "refuses"
     return Failure(f"the store for large files {verb} ({status})")
-
-
-def _is_of_store(text: str) -> bool:
-    return bool(_STORE.search(text) or _STORE_WORDS.search(text))
 
 
 def _of_store(text: str, repo_id: str, token: str | None) -> Failure:

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-REACHABLE_WITHIN = 2.0
+_REACHABLE_WITHIN = 2.0
 """Seconds in which the Hub must accept a connection; otherwise this machine counts as offline."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Statuses that another attempt may not meet."""
@@ -177,7 +177,7 @@ def offline() -> bool:
     # In a thread, since a name lookup has no timeout.
     trying = threading.Thread(target=lambda: answers.append(_can_connect()), daemon=True)
     trying.start()
-    trying.join(REACHABLE_WITHIN)
+    trying.join(_REACHABLE_WITHIN)
     if answers == [True]:
         return False
     _switch_off()
@@ -193,7 +193,7 @@ def _can_connect() -> bool:
     address = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        with socket.create_connection((str(address.hostname), port), timeout=REACHABLE_WITHIN):
+        with socket.create_connection((str(address.hostname), port), timeout=_REACHABLE_WITHIN):
             return True
     except OSError:
         return False
