@@ -77,6 +77,18 @@ def _rewrite_tokenizer(directory: Path) -> None:
     _write(directory / TOKENIZER, dict(sorted(settings.items())))
 
 
+def join_merges(path: Path) -> None:
+    """Write the merges of a tokenizer.json as `a b`, the only form that tokenizers before 0.20 reads.
+
+    A file with a space in a merged token keeps its pairs: in that form, it would not say where they divide.
+    """
+    data = read_json(path)
+    merges = data["model"].get("merges") if data else None
+    if merges and all(isinstance(pair, list) and " " not in "".join(pair) for pair in merges):
+        data["model"]["merges"] = [" ".join(pair) for pair in merges]
+        _write(path, data)
+
+
 def _added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
     """Return the tokens outside the vocabulary of tokenizer.model, by id; the tokenizer without tokenizer.json."""
     tokens = read_json(directory / "tokenizer.json").get("added_tokens") or []

@@ -19,7 +19,7 @@ def main(repository: str, directory: str, questions: str, output: str) -> None:
     # The export's vision tower is named relative to it.
     os.chdir(directory)
     from llava.constants import IMAGE_TOKEN_INDEX
-    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.mm_utils import process_images
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, processor, _ = load_pretrained_model(".", None, "llava", device="cpu", device_map="cpu")
@@ -30,11 +30,22 @@ def main(repository: str, directory: str, questions: str, output: str) -> None:
     for entry in read_questions(questions):
         with Image.open(entry["image"]) as image:
             pixels = process_images([image.convert("RGB")], processor, model.config).float()
-        ids = tokenizer_image_token(entry["prompt"], tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+        ids = torch.tensor([_prompt_ids(entry["prompt"], tokenizer, IMAGE_TOKEN_INDEX)])
         logits.append(model(ids, images=pixels).logits[0, -1].numpy())
         made = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=entry["max_new_tokens"])
         answers.append(tokenizer.decode(made[0], skip_special_tokens=True))
     write_answers(output, answers, logits)
+
+
+def _prompt_ids(prompt: str, tokenizer: Any, image: int) -> list[int]:
+    """Encode a prompt as the original's `tokenizer_image_token` does for a tokenizer that adds a BOS.
+
+    That function takes any first token that equals the BOS for an added one, as in ChatML, and then drops the token
+    after the image.
+    """
+    before, after = (tokenizer(part).input_ids for part in prompt.split("<image>"))
+    added = len(tokenizer("").input_ids)
+    return [*before, image, *after[added:]]
 
 
 def _compute_rotary(model: Any) -> None:

@@ -40,7 +40,7 @@ from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, PRO
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import clip_image_settings
 from lora_llava.formats.tokenizer import read_tokenizer
-from lora_llava.formats.transformers_4 import with_old_names
+from lora_llava.formats.transformers_4 import join_merges, with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.hf import copy_surroundings
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
@@ -78,6 +78,7 @@ def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportR
         if options.vision_tower is None:
             _write_tower(staging / TOWER_DIRECTORY, source, config, files)
         copy_surroundings(source, staging, options)
+        join_merges(staging / "tokenizer.json")
         record_source(staging, source)
         # The original code reads the tower's own preprocessor_config.json.
         for name in _PROCESSORS:

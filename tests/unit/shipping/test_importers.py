@@ -23,6 +23,7 @@ from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles, write_weights
 from lora_llava.formats.llava_original import from_original_name
 from lora_llava.formats.names import EMBEDDINGS, HEAD, WEIGHTS
+from lora_llava.formats.transformers_4 import join_merges
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.llava import export_llava
 from lora_llava.shipping.export.options import ExportOptions
@@ -86,6 +87,35 @@ def test_the_original_names_and_configuration(merged: Path, original: Path) -> N
     assert not any(report.values())
     assert tower.config.image_size == 28
     assert not (original / "processor_config.json").exists()
+
+
+def test_k57_merges_are_in_the_form_that_old_tokenizers_read(merged: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(merged, source)
+    pairs = {
+        "type": "BPE",
+        "vocab": {"a": 0, "b": 1, "ab": 2, "<unk>": 3},
+        "merges": [["a", "b"]],
+        "unk_token": "<unk>",
+    }
+    data = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**data, "model": pairs}), encoding="utf-8")
+    join_merges(path)
+    assert json.loads(path.read_text(encoding="utf-8"))["model"]["merges"] == ["a b"]
+    # A space in a token would make them ambiguous.
+    ambiguous = {**pairs, "merges": [["a", "b"], ["a b", "b"]]}
+    path.write_text(json.dumps({**data, "model": ambiguous}), encoding="utf-8")
+    join_merges(path)
+    assert json.loads(path.read_text(encoding="utf-8"))["model"]["merges"] == ambiguous["merges"]
+    ours = load_model(source, device=CPU, dtype=torch.float32)[0].tokenizer
+    export_llava(source, tmp_path / "llava", ExportOptions())
+    written = json.loads((tmp_path / "llava" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert written["merges"]
+    assert all(isinstance(merge, str) for merge in written["merges"])
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "llava" / "tokenizer.json"))
+    text = "a <image> of 3 Apples, ASSISTANT: ab"
+    assert theirs(text).input_ids == ours(text).input_ids
 
 
 def test_a_model_there_and_back(merged: Path, original: Path, tmp_path: Path) -> None:
