@@ -112,16 +112,7 @@ def compare(
     }
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
-    result = {
-        **summarize(outcome, settings.by),
-        "records": asked.num_records,
-        "passed_over": {
-            "records_without_an_answer": asked.unanswered,
-            "last_questions_without_an_answer": asked.open_ended,
-        },
-        "max_new_tokens": settings.max_new_tokens,
-        "notes": [*cautions, *notes],
-    }
+    result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
     if models.hub is not None:
         result["hub"] = models.hub
     write_predictions(directory / _PREDICTIONS, prediction_rows(outcome))
@@ -132,6 +123,12 @@ def compare(
     for note in notes:
         console.print(note, markup=False, highlight=False)
     return result
+
+
+def _asked(asked: QuestionSet, settings: EvaluationSettings) -> dict[str, Any]:
+    """Return how much of the data was asked, and with which limit."""
+    passed_over = {"records_without_an_answer": asked.unanswered, "last_questions_without_an_answer": asked.open_ended}
+    return {"records": asked.num_records, "passed_over": passed_over, "max_new_tokens": settings.max_new_tokens}
 
 
 def _token_counter(loaded: LoadedModel) -> Any:
