@@ -146,7 +146,7 @@ def artifact_outside(project: Project) -> list[str]:
 
 
 def artifact_with_tower(project: Project) -> list[str]:
-    old, new = "multi_modal_projector.linear_1", "vision_tower.post_layernorm"
+    old, new = "language_model.layers.0.self_attn.q_proj.lora_A", "vision_tower.post_layernorm"
     return rewrite(project, lambda name, tensor: (name.replace(old, new), tensor))
 
 
