@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 ReadParameter = Callable[[str, torch.Tensor], torch.Tensor]
@@ -18,8 +19,11 @@ ReadParameter = Callable[[str, torch.Tensor], torch.Tensor]
 def empty_llava(config: LlavaConfig) -> LlavaForConditionalGeneration:
     """Build a LLaVA with parameters on the meta device; buffers are computed as usual."""
     config._attn_implementation = "sdpa"
-    with init_empty_weights(include_buffers=False):
+    # To draw random values for parameters without memory takes most of the time.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = LlavaForConditionalGeneration(config)
+        # The initialization that was left out would have done this.
+        model.tie_weights()
     return model.eval()
 
 

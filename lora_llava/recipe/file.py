@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +176,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _parse(text: str, where: str) -> Any:
     """Parse YAML. Raises a one-line RecipeError that begins with `where`, however broken the text is."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        # A copy: overrides and paths change what was read.
+        return deepcopy(_load_yaml(text))
     except RecipeError as error:
         raise RecipeError(f"{where}, {error}") from error
     # ValueError: an integer with thousands of digits; RecursionError: thousands of brackets.
@@ -183,6 +186,12 @@ def _parse(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
         raise RecipeError(f"{where}{line}: not valid YAML: {problem}") from error
+
+
+@lru_cache(maxsize=16)
+def _load_yaml(text: str) -> Any:
+    """Load YAML. A run reads its own recipes several times, and PyYAML takes tens of milliseconds for each."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -89,8 +89,8 @@ def short_bounds(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Bounds:
     bounds = Bounds(
         connect=0.5,
         answer=1,
-        patience=1,
-        retry_delay=0.1,
+        patience=2,
+        retry_delay=0.02,
         rate_limit=4,
         store_answer=1,
         store_silence=4,

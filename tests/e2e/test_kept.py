@@ -160,8 +160,8 @@ def test_k7_a_ruined_run_is_told_at_that_step(tiny_base: Path, tmp_path: Path) -
     write_data(tmp_path)
     recipe = write_recipe(tmp_path, {"model_name_or_path": str(tiny_base)})
     good = (
-        "stages.align=null", "stages.instruct.num_train_epochs=24", "stages.instruct.eval_steps=null",
-        "stages.instruct.learning_rate=0.01",
+        "stages.align=null", "stages.instruct.num_train_epochs=12", "stages.instruct.eval_steps=null",
+        "stages.instruct.learning_rate=0.02",
     )  # fmt: skip
     train(recipe, tmp_path / "good", *good)
     ruin = (
