@@ -12,12 +12,12 @@ import pytest
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import claim
-from lora_llava.run_directory.claim import move_into, place, restore, restore_around
+from lora_llava.run_directory.claim import claimed, move_into, place, restore, restore_around
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.run_directory.written import EXCHANGE, NEW, PENDING, STATE, read_written
 from lora_llava.system.files import staging_in
-from tests.helpers.claiming import a_recipe, contents, die, forked, run
+from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run
 from tests.helpers.disk import Disk, read_only
 
 
@@ -127,6 +127,49 @@ def test_k32_directories_of_the_claim_go_and_those_of_the_user_stay(root: Path) 
     left = contents(root, kits=True).keys()
     assert {"align", "instruct", "instruct/mine"} <= left
     assert not {"base", "checkpoints/instruct", STATE} & left
+
+
+def test_k32_a_claim_without_a_checkpoint_leaves_no_trace_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
+    root = tmp_path / "not/there/yet"
+
+    def stop_early() -> None:
+        with claimed(root, recipe.plain()):
+            (root / STATE / NEW / "train_log.jsonl").write_text("{}", encoding="utf-8")
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        stop_early()
+    assert contents(tmp_path, kits=True) == {}
+
+
+def test_k32_an_occupied_directory_is_claimed_to_overwrite_or_to_resume_alone(recipe: Recipe, root: Path) -> None:
+    run(recipe, "old")
+    before = contents(root, kits=True)
+    with pytest.raises(TrainingError, match="overwrite"), claimed(root, recipe.plain()):
+        pass
+    with claimed(root, recipe.plain(), resume=True):
+        assert contents(root, kits=True) == before
+    assert contents(root, kits=True) == before
+
+
+def test_k32_a_disk_that_fails_at_the_end_of_a_claim_hides_no_error_and_the_next_command_undoes_it(
+    recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.mkdir()
+
+    def stop_on_a_failing_disk(patch: pytest.MonkeyPatch) -> None:
+        with claimed(root, recipe.plain()):
+            Disk(root, read_only).install(patch)
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_on_a_failing_disk(patch)
+    with monkeypatch.context() as patch:
+        Disk(root, read_only).install(patch)
+        restore(root)
+    assert (root / STATE / NEW).exists()
+    restore(root)
+    assert contents(root, kits=True) == {}
 
 
 def test_k32_what_a_killed_copy_left_goes_with_its_claim(root: Path) -> None:
