@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 import lora_llava.planning.calibration as calibration
 from lora_llava.data.packing import PlanItem, make_plan, sample_steps, tree_length
+from lora_llava.modeling.fused.layer import FusedLayer
 from lora_llava.modeling.structure import BF16, FLEX, TREES
 from lora_llava.planning.calibration import measure_speed
 from lora_llava.planning.memory import Recompute, activation_bytes, expected_memory, in_4_bits
@@ -149,6 +151,23 @@ def test_a_layer_is_measured_and_leaves_no_trace(changes: Any) -> None:
     assert (speed.dequantizing == 0) or "quantization" not in changes
     assert "to launch" in line
     assert Speed(**asdict(speed)) == speed
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused", "nf4"),
+    [({}, True, True), ({"quantization": {"type": "none"}}, True, False), ({"adapter": {"type": "dora"}}, False, True)],
+)
+def test_the_measured_layer_is_that_of_the_run(changes: Any, fused: bool, nf4: bool) -> None:
+    timer = calibration._LayerTimer(tiny_shapes(**changes), TREES, torch.device("cpu"))
+    layer = timer.text.layers[0]
+    assert isinstance(layer, FusedLayer) == fused
+    query = layer.self_attn.q_proj
+    assert isinstance(query.base_layer, Linear4bit) == nf4
+    assert query.lora_A["default"].weight.shape[0] == tiny_shapes(**changes).adapter.r
+    assert timer.seconds(100) > 0
+    # All of LoRA has a gradient, as in a pass of the run.
+    lora = [one for name, one in layer.named_parameters() if "lora_" in name]
+    assert lora and all(one.grad is not None for one in lora)
 
 
 @pytest.mark.parametrize(
