@@ -272,11 +272,11 @@ def write_artifact(
     """Write an artifact to `staging`, to be moved to `directory`; `weights`, by parameter name, replace the model's."""
     model, location = loaded.model, base_location(loaded.identity, loaded.directory, directory)
     state = {**dict(model.named_parameters()), **weights} if weights else None
+    # PEFT's generic card states a wrong task and wrong tags; the kit writes its own when the model is published.
+    model.create_or_update_model_card = lambda _: None
     model.save_pretrained(staging, save_embedding_layers=False, state_dict=state)
     reference = loaded.identity.reference(loaded.directory)
     write_adapter_config(staging, model.peft_config["default"], reference, location["revision"])
-    # PEFT's generic card states a wrong task and wrong tags; the kit writes its own when the model is published.
-    (staging / "README.md").unlink(missing_ok=True)
     template, dtype = get_template(**facts["template"]), dtype_name(model.get_input_embeddings().weight.dtype)
     save_processor(
         staging,

@@ -15,6 +15,9 @@ from huggingface_hub import constants
 
 from lora_llava.system.hub.network import offline
 
+# As in every command of the kit; set before the first tokenizer is used.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `make torture` ask for more than the short form that every run of the tests has."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,6 @@ from lora_llava.run_directory.written import EXCHANGE, NEW, PENDING, STATE, read
 from lora_llava.system.files import staging_in
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run
 from tests.helpers.disk import Disk, read_only
-
-
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is flushed shows after a power cut alone, and takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,12 +22,6 @@ from lora_llava.run_directory.written import EXCHANGE, NEW, STATE
 from lora_llava.system.files import STAGING
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run, stop_at
 from tests.helpers.disk import Disk, full, read_only
-
-
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is flushed shows after a power cut alone, and takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
