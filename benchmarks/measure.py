@@ -43,6 +43,7 @@ class Peer:
         command.append(f"--threads={torch.get_num_threads()}")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         self.norms: dict[str, float] = {}
 
@@ -64,7 +65,7 @@ class Peer:
 
     def begin(self, job: Mapping[str, Any]) -> None:
         """Give the peer its next job."""
-        self.seconds, self.losses, self.norms = [], [], {}
+        self.seconds, self.cpu_seconds, self.losses, self.norms = [], [], [], {}
         self._write(json.dumps(job))
 
     def step(self) -> float:
@@ -73,6 +74,7 @@ class Peer:
         self._write("go")
         facts = self._read("loss")
         self.seconds.append(facts["seconds"])
+        self.cpu_seconds.append(facts["cpu_seconds"])
         self.losses.append(facts["loss"])
         self.norms = self.norms or facts["gradient_norms"]
         return self.seconds[-1]
@@ -94,6 +96,8 @@ class Peer:
             "useful_utilization": round(possible * facts["separate_tokens"], 3),
             "computed_utilization": round(possible * facts["computed_tokens"], 3),
             "seconds": [round(one, 3) for one in self.seconds],
+            # Of the process: what else runs on the machine changes them little.
+            "cpu_seconds": [round(one, 3) for one in self.cpu_seconds],
             "first_loss": self.losses[0],
             "gradient_norms": self.norms,
             **facts,

@@ -40,7 +40,7 @@ class Gate(TrainerCallback):  # type: ignore[misc]
     """Holds every step until the parent asks for it, and reports it."""
 
     def __init__(self) -> None:
-        self.started = 0.0
+        self.started = self.cpu_started = 0.0
         self.norms: dict[str, float] = {}
 
     def on_step_begin(
@@ -53,7 +53,7 @@ class Gate(TrainerCallback):  # type: ignore[misc]
             raise SystemExit("the parent is gone")
         if word.strip() == "stop":
             raise _StoppedError
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -73,6 +73,7 @@ class Gate(TrainerCallback):  # type: ignore[misc]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started
+        self.cpu_seconds = time.process_time() - self.cpu_started
 
     def on_log(
         self,
@@ -84,7 +85,8 @@ class Gate(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Report a step, when its loss is known."""
         if logs and "loss" in logs:
-            say(step=state.global_step, seconds=self.seconds, loss=logs["loss"], gradient_norms=self.norms)
+            times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+            say(step=state.global_step, **times, loss=logs["loss"], gradient_norms=self.norms)
 
 
 def memory_facts() -> dict[str, int]:
