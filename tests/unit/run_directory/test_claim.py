@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -216,6 +219,31 @@ def test_k32_manifests_of_the_earlier_run_leave_before_what_they_list(
     assert set(leaving[: len(manifests)]) == manifests
 
 
+def test_k43_a_file_of_the_new_run_is_copied_to_the_disk_that_its_name_is_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "instruct").mkdir(parents=True)
+    (root / "align").mkdir()
+    new = tmp_path / "weights"
+    new.write_text("new", encoding="utf-8")
+    stat = Path.stat
+
+    def stat_of_two_disks(path: Path, **options: Any) -> Any:
+        found = stat(path, **options)
+        fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        return SimpleNamespace(**{**fields, "st_dev": int(path.is_relative_to(root / "instruct"))})
+
+    monkeypatch.setattr(Path, "stat", stat_of_two_disks)
+    with ExitStack() as stack:
+        assert claim._on_disk_of(root, "align/weights", new, stack) == new
+        copied = claim._on_disk_of(root, "instruct/step-1/weights", new, stack)
+        assert (copied.parent.parent, copied.name) == (root / "instruct", "weights")
+        assert copied.read_text(encoding="utf-8") == "new"
+        assert copied.stat().st_mtime == new.stat().st_mtime
+    assert not list((root / "instruct").iterdir())
+    assert new.exists()
+
+
 def test_k32_directories_with_files_of_the_user_are_the_run_s_after_an_exchange_too(recipe: Recipe, root: Path) -> None:
     run(recipe, "old")
     (root / "base/mine").write_text("mine", encoding="utf-8")
@@ -257,6 +285,13 @@ def test_k32_files_of_the_run_are_replaced_and_those_of_the_user_are_in_the_way(
         with pytest.raises(TrainingError, match=r"evaluation/accuracy\.json is in the way: .* Move it elsewhere"):
             place(root, tmp_path / "staged", root / "evaluation")
         assert contents(root) == before
+
+
+def test_k32_a_run_whose_log_was_removed_is_evaluated(recipe: Recipe, root: Path, tmp_path: Path) -> None:
+    run(recipe, "old")
+    (root / "train_log.jsonl").unlink()
+    place(root, staged_evaluation(tmp_path), root / "evaluation")
+    assert (root / "evaluation/accuracy.json").read_text(encoding="utf-8") == "again"
 
 
 def test_k32_known_hashes_are_listed_with_the_files(recipe: Recipe, root: Path, tmp_path: Path) -> None:
