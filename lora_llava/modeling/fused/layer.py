@@ -42,8 +42,7 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         if past_key_values is None and position_embeddings is not None and self._is_packed(hidden_states, attention):
             # Every dtype is right already: autocast would only look at each operator.
             device = hidden_states.device.type
-            without_autocast = torch.autocast(device, enabled=False)
-            with without_autocast if torch.is_autocast_enabled(device) else nullcontext():
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 attend = ALL_ATTENTION_FUNCTIONS[attention]
                 return self._packed(hidden_states[0], position_embeddings, attend, attention_mask, kwargs)
         plain: torch.Tensor = super().forward(
