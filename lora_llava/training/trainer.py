@@ -126,6 +126,9 @@ class PackedTrainer:
     def _begin(self) -> None:
         """Prepare model, optimizer and schedule, restore the checkpoint if there is one, and start log and trackers."""
         self.accelerator.free_memory()
+        # accelerate shares this between all trainers of a process, and one that was interrupted while it accumulated
+        # leaves it off: then no optimizer takes a step.
+        self.accelerator.sync_gradients = True
         self.create_optimizer()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.lr_scheduler = make_schedule(self.optimizer, self.args)

@@ -143,11 +143,15 @@ def test_k9_a_model_merged_before_is_exported_with_all_its_ends(tmp_path: Path) 
     base = write_base(tmp_path / "base", tokenizer, EOS_ID)
     merge_artifact(write_artifact(base, tmp_path / "artifact", "chatml"), tmp_path / "merged")
     (tmp_path / "merged/generation_config.json").write_text(json.dumps({"eos_token_id": EOS_ID}))
+    # Earlier versions recorded no identity, either.
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    del report["identity"]
+    (tmp_path / "merged/merge_report.json").write_text(json.dumps(report))
     for layout in ("hf", "llava"):
         FORMATS[layout](tmp_path / "merged", tmp_path / layout, ExportOptions())
         assert stated_ends(tmp_path / layout) == [EOS_ID, IM_END_ID]
     fields = tokenizer_fields(tmp_path / "merged", 320, get_template("chatml"))
-    assert [fields[f"tokenizer.ggml.{name}_token_id"][0] for name in ("eos", "eot")] == [EOS_ID, IM_END_ID]
+    assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot")] == [EOS_ID, IM_END_ID]
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))

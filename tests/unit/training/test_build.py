@@ -60,7 +60,7 @@ class Rows(list[Any]):
 def test_workers_list_the_blocks_of_flex_attention_and_no_others(workers: int) -> None:
     rows = Rows([row_of([branches(3), branches(1)], torch.float32), row_of([branches(2)], torch.float32)])
     trainer: Any = PackedTrainer.__new__(PackedTrainer)
-    trainer.model, trainer.device = build_model(), torch.device("cpu")
+    trainer.model, trainer.device, trainer.saver = build_model(), torch.device("cpu"), None
     trainer.args = type("Arguments", (), {"dataloader_num_workers": workers})
     for attention in (TREES, FLEX):
         set_attention(llava_in(trainer.model), attention)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 
 from lora_llava.data.rows import PackedRows
+from lora_llava.training.checkpoints.background import BackgroundWriter
 from lora_llava.training.checks.check import Check
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.runs import state_of
@@ -49,6 +51,7 @@ class Saver:
         self.asked: list[tuple[int, bool]] = []
         self.saved: list[int] = []
         self.restored = 0
+        self.background = BackgroundWriter()
 
     def is_due(self, trainer: PackedTrainer, loss: float | None) -> bool:
         """Note the step, and whether it has a validation loss."""
@@ -263,6 +266,15 @@ def test_k32_a_projector_without_a_rate_has_that_of_lora(tmp_path: Path) -> None
     trainer, _ = watched(tmp_path, learning_rate=1e-3)
     trainer.create_optimizer()
     assert {group["name"]: group["lr"] for group in trainer.optimizer.param_groups} == {"lora": 1e-3, "projector": 1e-3}
+
+
+def test_another_trainer_that_was_interrupted_does_not_keep_weights_from_changing(tmp_path: Path) -> None:
+    trainer, _ = watched(tmp_path, learning_rate=0.1)
+    before = state_of(trainer.model)
+    # Between two micro-batches of a step; accelerate has one such state in a process.
+    GradientState().sync_gradients = False
+    trainer.train()
+    assert not same(before, state_of(trainer.model))
 
 
 @pytest.mark.parametrize("lost", [False, True])
