@@ -86,7 +86,7 @@ def is_fused(text_config: Any, adapter: AdapterSettings | None) -> bool:
     """
     biased = getattr(text_config, "attention_bias", False) or getattr(text_config, "mlp_bias", False)
     has_dropout = bool(getattr(text_config, "attention_dropout", 0.0))
-    is_plain = adapter is None or (adapter.type != "dora" and not adapter.lora_dropout)
+    is_plain = adapter is None or adapter.type != "dora"
     return is_plain and not biased and not has_dropout and text_config.hidden_act == "silu"
 
 

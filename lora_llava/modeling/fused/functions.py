@@ -71,9 +71,9 @@ class _QueriesKeysValues(torch.autograd.Function):
         """`cos`, `sin`: (T, 1, head_dim); `_factors` are named so that autograd gives them gradients."""
         norm = parts.input_norm
         scale = inverse_rms(x, norm.variance_epsilon)
-        outputs, inner = parts.qkv.forward(scaled(x, norm.weight, scale))
+        outputs, inner, drawn = parts.qkv.forward(scaled(x, norm.weight, scale))
         queries, keys, values = (output.view(len(x), -1, parts.head_dim) for output in outputs)
-        ctx.parts = parts
+        ctx.parts, ctx.drawn = parts, drawn
         ctx.save_for_backward(x, scale, inner, cos, sin)
         return rotate(queries, cos, sin), rotate(keys, cos, sin), values
 
@@ -85,7 +85,8 @@ class _QueriesKeysValues(torch.autograd.Function):
         x, scale, inner, cos, sin = ctx.saved_tensors
         gradients = (rotate_backward(d_queries, cos, sin), rotate_backward(d_keys, cos, sin), d_values)
         normalized = None if inner is None else scaled(x, norm.weight, scale)
-        d_normalized, d_factors = parts.qkv.backward([one.reshape(len(x), -1) for one in gradients], normalized, inner)
+        flat = [one.reshape(len(x), -1) for one in gradients]
+        d_normalized, d_factors = parts.qkv.backward(flat, normalized, inner, ctx.drawn)
         return None, scaled_backward(d_normalized, x, norm.weight, scale), None, None, *d_factors
 
 
@@ -98,11 +99,11 @@ class _OutputAndMLP(torch.autograd.Function):
     ) -> torch.Tensor:
         """`_factors` are named so that autograd gives them gradients."""
         norm = parts.mlp_norm
-        [residual], inner_out = parts.out.forward(attended, x)
+        [residual], inner_out, drawn_out = parts.out.forward(attended, x)
         scale = inverse_rms(residual, norm.variance_epsilon)
-        [gate, up], inner_gate_up = parts.gate_up.forward(scaled(residual, norm.weight, scale))
-        [output], inner_down = parts.down.forward(swiglu(gate, up), residual)
-        ctx.parts = parts
+        [gate, up], inner_gate_up, drawn_gate_up = parts.gate_up.forward(scaled(residual, norm.weight, scale))
+        [output], inner_down, drawn_down = parts.down.forward(swiglu(gate, up), residual)
+        ctx.parts, ctx.drawn = parts, (drawn_out, drawn_gate_up, drawn_down)
         # Attention saves its output as well; without LoRA on `o` it is not needed here.
         attended_for_factors = None if inner_out is None else attended
         ctx.save_for_backward(attended_for_factors, residual, scale, gate, up, inner_out, inner_gate_up, inner_down)
@@ -114,19 +115,20 @@ class _OutputAndMLP(torch.autograd.Function):
         """Return the gradients of x, of attention's output, and of LoRA's factors."""
         parts, norm = ctx.parts, ctx.parts.mlp_norm
         attended, residual, scale, gate, up, inner_out, inner_gate_up, inner_down = ctx.saved_tensors
+        drawn_out, drawn_gate_up, drawn_down = ctx.drawn
 
         # MLP, from its end.
         activated = F.silu(gate)
         mlp_input = None if inner_down is None else activated * up
-        d_mlp_input, d_down = parts.down.backward([dy], mlp_input, inner_down)
+        d_mlp_input, d_down = parts.down.backward([dy], mlp_input, inner_down, drawn_down)
         del mlp_input
         d_gate_up = swiglu_backward(d_mlp_input, gate, up, activated)
         normalized = None if inner_gate_up is None else scaled(residual, norm.weight, scale)
-        d_normalized, d_gate_up_factors = parts.gate_up.backward(d_gate_up, normalized, inner_gate_up)
+        d_normalized, d_gate_up_factors = parts.gate_up.backward(d_gate_up, normalized, inner_gate_up, drawn_gate_up)
 
         # Residual: past the MLP and through it.
         d_residual = scaled_backward(d_normalized, residual, norm.weight, scale, dy)
-        d_attended, d_out = parts.out.backward([d_residual], attended, inner_out)
+        d_attended, d_out = parts.out.backward([d_residual], attended, inner_out, drawn_out)
         return None, d_residual, d_attended, *d_out, *d_gate_up_factors, *d_down
 
 

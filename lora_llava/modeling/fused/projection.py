@@ -6,6 +6,9 @@ Of a layer with weight W (out, in), LoRA factors A (r, in), B (out, r) and scali
 
 The second term is added by the product itself (`addmm_`), and layers with the same input share one product with their
 A's, stacked. Shapes: x (T, in), y (T, out), inner = x A^T (T, sum of r).
+
+With dropout each A reads its own part of x: x times a mask (T, in) of zeros and ones with mean 1 - p, and s / (1 - p)
+takes the place of s. Masks are drawn in PEFT's order, and once more in the backward pass instead of being kept.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch.nn import functional as F
+
+Drawn = torch.Tensor
+"""The state of a random number generator before dropout drew from it; on the host."""
 
 
 class FactorCopies:
@@ -82,6 +88,14 @@ class _Lora:
     b_copy: torch.Tensor
     """B (out, r) in the compute dtype."""
     scaling: float
+    dropout: Any
+    """PEFT's dropout of the input, or its identity."""
+    keep: float
+    """Mean share of the input that dropout leaves."""
+
+    def scale(self, drawn: Drawn | None) -> float:
+        """Return what multiplies x A^T B^T, given what dropout drew."""
+        return self.scaling if drawn is None else self.scaling / self.keep
 
 
 class Projection:
@@ -102,25 +116,34 @@ class Projection:
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Return the outputs (T, out) of each layer, plus `residual`, and `inner`, which `backward` needs."""
-        inner = None if self.a_copy is None else F.linear(x, self.a_copy)
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, Drawn | None]:
+        """Return the outputs (T, out) of each layer, plus `residual`; and what `backward` needs.
+
+        That is `inner`, and the state of the random numbers that dropout drew, None without dropout.
+        """
+        drawn = None if self.a_copy is None or not self._drops() else _random_state(x.device)
+        inner = None if self.a_copy is None else self._inner(x, self.a_copy, drawn)
         parts = self._per_adapter(inner)
         outputs = []
         for frozen, lora in zip(self.weights, self.loras, strict=True):
             weight = frozen.dequantized()
             out = F.linear(x, weight) if residual is None else torch.addmm(residual, x, weight.t())
             if lora is not None:
-                out.addmm_(next(parts), lora.b_copy.t(), alpha=lora.scaling)
+                out.addmm_(next(parts), lora.b_copy.t(), alpha=lora.scale(drawn))
             outputs.append(out)
-        return outputs, inner
+        return outputs, inner, drawn
 
     def backward(
-        self, dys: Sequence[torch.Tensor], x: torch.Tensor | None, inner: torch.Tensor | None
+        self,
+        dys: Sequence[torch.Tensor],
+        x: torch.Tensor | None,
+        inner: torch.Tensor | None,
+        drawn: Drawn | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the gradient of the input, and those of `factors` in fp32.
 
-        `dys`: gradients of the outputs (T, out). `x` is read only where a layer has LoRA.
+        `dys`: gradients of the outputs (T, out); `inner`, `drawn`: from `forward`. `x` is read only where a layer has
+        LoRA.
         """
         # Through the frozen weights.
         dx: torch.Tensor | None = None
@@ -136,15 +159,48 @@ class Projection:
         parts, d_parts, d_bs = self._per_adapter(inner), self._per_adapter(d_inner), []
         for lora, dy in zip(self.loras, dys, strict=True):
             if lora is not None:
-                part, d_part, b = next(parts), next(d_parts), lora.b_copy
-                torch.addmm(d_part, dy, b, beta=0, alpha=lora.scaling, out=d_part)
-                d_bs.append(torch.addmm(b, dy.t(), part, beta=0, alpha=lora.scaling).float())
+                part, d_part, b, scaling = next(parts), next(d_parts), lora.b_copy, lora.scale(drawn)
+                torch.addmm(d_part, dy, b, beta=0, alpha=scaling, out=d_part)
+                d_bs.append(torch.addmm(b, dy.t(), part, beta=0, alpha=scaling).float())
 
-        # Through all A's at once.
-        dx.addmm_(d_inner, self.a_copy)
-        d_a = torch.mm(d_inner.t(), x).float()
-        d_as = d_a.split_with_sizes(self.ranks) if len(self.ranks) > 1 else (d_a,)
+        d_as = self._through_a(dx, d_inner, x, self.a_copy, drawn)
         return dx, [gradient for pair in zip(d_as, d_bs, strict=True) for gradient in pair]
+
+    def _inner(self, x: torch.Tensor, a_copy: torch.Tensor, drawn: Drawn | None) -> torch.Tensor:
+        """Return x A^T (T, sum of r) of all A's; with dropout, of the part of x that each A reads."""
+        if drawn is None:
+            return F.linear(x, a_copy)
+        inner = x.new_empty(len(x), len(a_copy))
+        columns, rows = self._per_adapter(inner), a_copy.split_with_sizes(self.ranks)
+        for column, a, mask in zip(columns, rows, self._masks(x, _default_generator(x.device)), strict=True):
+            torch.mm(x * mask, a.t(), out=column)
+        return inner
+
+    def _through_a(
+        self, dx: torch.Tensor, d_inner: torch.Tensor, x: torch.Tensor, a_copy: torch.Tensor, drawn: Drawn | None
+    ) -> Sequence[torch.Tensor]:
+        """Add the gradient of the input through all A's to `dx`; return the gradients of the A's in fp32."""
+        if drawn is None:
+            dx.addmm_(d_inner, a_copy)
+            d_a = torch.mm(d_inner.t(), x).float()
+            return d_a.split_with_sizes(self.ranks) if len(self.ranks) > 1 else (d_a,)
+        generator, d_as = torch.Generator(x.device), []
+        generator.set_state(drawn)
+        columns, rows = self._per_adapter(d_inner), a_copy.split_with_sizes(self.ranks)
+        for column, a, mask in zip(columns, rows, self._masks(x, generator), strict=True):
+            dx.addcmul_(torch.mm(column, a), mask)
+            d_as.append(torch.mm(column.t(), x * mask).float())
+        return d_as
+
+    def _drops(self) -> bool:
+        """Return whether dropout is at work: a model in training mode, and a rate above 0."""
+        return any(lora.keep < 1 and lora.dropout.training for lora in self.loras if lora is not None)
+
+    def _masks(self, x: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """Yield the mask (T, in) of each adapter."""
+        for lora in self.loras:
+            if lora is not None:
+                yield torch.empty_like(x).bernoulli_(lora.keep, generator=generator)
 
     def _per_adapter(self, inner: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Split (T, sum of r) into views, one for each layer with LoRA."""
@@ -156,4 +212,17 @@ class Projection:
 def _lora_of(module: Any, copies: FactorCopies) -> _Lora:
     [adapter] = module.active_adapters
     a, b = module.lora_A[adapter], module.lora_B[adapter]
-    return _Lora(a, b, copies.stack([b]), float(module.scaling[adapter]))
+    dropout = module.lora_dropout[adapter]
+    keep = 1.0 - getattr(dropout, "p", 0.0)
+    return _Lora(a, b, copies.stack([b]), float(module.scaling[adapter]), dropout, keep)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """Return the generator that PyTorch's dropout draws from; reading its state does not wait for the device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+def _random_state(device: torch.device) -> Drawn:
+    return _default_generator(device).get_state()

@@ -73,8 +73,8 @@ def _not_fused_adapter(module: Any) -> str | None:
     if module.lora_variant.get(adapter) is not None:
         # DoRA is one.
         return f"{type(module.lora_variant[adapter]).__name__} instead of plain LoRA"
-    if getattr(module.lora_dropout[adapter], "p", 0.0):
-        return "lora_dropout"
+    if type(module.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
+        return f"dropout of type {type(module.lora_dropout[adapter]).__name__}"
     if module.lora_bias.get(adapter) or module.fan_in_fan_out:
         return "LoRA with a bias or transposed weights"
     return None

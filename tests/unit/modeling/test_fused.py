@@ -34,6 +34,10 @@ SHAPES = {
     "gate and output": Layers(adapter=AdapterSettings(r=4, lora_alpha=8.0, target_modules=["gate_proj", "o_proj"])),
     "down": Layers(adapter=AdapterSettings(r=4, lora_alpha=8.0, target_modules=["down_proj"])),
     "rank-stabilized": Layers(adapter=AdapterSettings(type="rslora", r=4, lora_alpha=8.0)),
+    "dropout": Layers(adapter=AdapterSettings(r=4, lora_alpha=8.0, lora_dropout=0.3)),
+    "dropout, queries and down": Layers(
+        adapter=AdapterSettings(r=4, lora_alpha=8.0, lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
+    ),
 }
 
 
@@ -47,7 +51,8 @@ def unfuse(model: Any) -> None:
 
 
 def gradients_of(model: Any, *rows: Batch) -> Gradients:
-    """Accumulate the gradients of rows."""
+    """Accumulate the gradients of rows; dropout draws the same numbers each time."""
+    torch.manual_seed(5)
     model.zero_grad(set_to_none=True)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=next(model.parameters()).dtype == torch.bfloat16)
     for row in rows:
@@ -84,14 +89,46 @@ def test_the_gradients_are_those_of_peft_and_bitsandbytes(shapes: Layers) -> Non
     assert worst(after, before) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("policy", "full"), [(True, 0), ("selective", 1), ("selective", 0)])
-def test_recomputing_changes_no_bit(policy: Any, full: int) -> None:
-    model = training_model(Layers(layers=4))
+def test_recomputing_changes_no_bit(policy: Any, full: int, dropout: float) -> None:
+    model = training_model(Layers(layers=4, adapter=AdapterSettings(r=4, lora_alpha=8.0, lora_dropout=dropout)))
     fuse_layers(model)
     whole = gradients_of(model, two_trees())
     set_recompute(model, policy, full)
     again = gradients_of(model, two_trees())
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_dropout_differs_from_row_to_row_and_ends_with_the_training() -> None:
+    model, row = training_model(SHAPES["dropout"]), two_trees()
+    fuse_layers(model)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(packed_loss(model, row, 1))
+
+    assert len({loss() for _ in range(4)}) == 4
+    model.eval()
+    state = torch.get_rng_state()
+    assert loss() == loss()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_backward_pass_takes_the_masks_of_its_forward_pass() -> None:
+    model = training_model(SHAPES["dropout"])
+    fuse_layers(model)
+    expected = gradients_of(model, two_trees())
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss = packed_loss(model, two_trees(), 10)
+    # Neither what was drawn since, nor the mode of the model, matters; nor does it draw itself.
+    model.eval()
+    torch.rand(3)
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one.grad, expected[name]) for name, one in model.named_parameters() if name in expected)
 
 
 def test_an_optimizer_that_leaves_the_version_of_a_factor_is_followed() -> None:
@@ -229,6 +266,10 @@ def with_two_adapters(layer: Any) -> None:
     layer.mlp.down_proj._active_adapter = ["default", "other"]
 
 
+def with_other_dropout(layer: Any) -> None:
+    layer.mlp.down_proj.lora_dropout["default"] = nn.AlphaDropout(0.1)
+
+
 def with_dropout_in_attention(layer: Any) -> None:
     layer.self_attn.attention_dropout = 0.1
 
@@ -243,6 +284,7 @@ def with_dropout_in_attention(layer: Any) -> None:
         (with_a_trained_norm, "trained base weights"),
         (with_other_activation, "act_fn of type GELU"),
         (with_two_adapters, "other than one adapter"),
+        (with_other_dropout, "dropout of type AlphaDropout"),
         (with_dropout_in_attention, "dropout in attention"),
     ],
 )
@@ -257,7 +299,6 @@ def test_what_is_not_known_is_not_fused(change: Callable[[Any], None], reason: s
     ("changes", "reason"),
     [
         ({"adapter": AdapterSettings(type="dora", r=4)}, "DoraLinearVariant instead of plain LoRA"),
-        ({"adapter": AdapterSettings(r=4, lora_dropout=0.1)}, "lora_dropout"),
         ({"dtype": torch.float64, "quantization": "none"}, "weights in torch.float64"),
         ({"dtype": torch.float16, "quantization": "none"}, "weights in torch.float16"),
     ],

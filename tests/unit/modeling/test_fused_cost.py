@@ -100,10 +100,13 @@ def kept_elements(shapes: Layers, row: Batch) -> float:
     return (total(5) - total(4)) / row["input_ids"].numel() / shapes.dtype.itemsize
 
 
-@pytest.mark.parametrize("key_value_heads", [4, 2], ids=["MHA", "GQA"])
-def test_a_layer_keeps_what_the_planner_counts(key_value_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("key_value_heads", "dropout"), [(4, 0.0), (2, 0.0), (4, 0.1)], ids=["MHA", "GQA", "with dropout"]
+)
+def test_a_layer_keeps_what_the_planner_counts(key_value_heads: int, dropout: float) -> None:
     width, intermediate = 256, 704
-    shapes = Layers(width=width, intermediate=intermediate, key_value_heads=key_value_heads)
+    adapter = AdapterSettings(r=RANK, lora_alpha=2.0 * RANK, lora_dropout=dropout)
+    shapes = Layers(width=width, intermediate=intermediate, key_value_heads=key_value_heads, adapter=adapter)
     kept = kept_elements(shapes, two_trees())
     planned = layer_elements(config_of(shapes), LayerSettings(torch.float32, RANK))
     sys.stdout.write(f"kept by a layer: {kept:.0f} elements a token, planned {planned}\n")
