@@ -77,6 +77,8 @@ class Record:
     """All acceptable answers to the last question, if the data lists several; the turns hold one."""
     extra: tuple[tuple[str, Scalar], ...] = ()
     """Additional keys or columns with flat values, such as a patient; read only for an evaluation."""
+    rejected: str | None = None
+    """A worse last answer than that of `turns`, in preference data; only stage `prefer` trains on it."""
 
     @property
     def question(self) -> str:

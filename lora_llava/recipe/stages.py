@@ -40,13 +40,21 @@ class ColumnSettings(Settings):
     """Column with the answers."""
     messages: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Column with whole conversations, instead of question and answer."""
+    chosen: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
+    """Column with the better of two answers, instead of answer; with `rejected`, for stage `prefer`."""
+    rejected: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
+    """Column with the worse answer. If all three, with question, name one column, it holds a JSON object of them."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.messages and (self.question or self.answer):
             raise ValueError("messages cannot be combined with question and answer")
-        if not self.messages and not (self.question and self.answer):
-            raise ValueError("give question and answer, or messages")
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("chosen and rejected belong together; give both, or neither")
+        if self.chosen and (self.answer or self.messages or not self.question):
+            raise ValueError("chosen and rejected go with question alone, not with answer or messages")
+        if not self.messages and not self.chosen and not (self.question and self.answer):
+            raise ValueError("give question and answer, or messages, or question, chosen and rejected")
         return self
 
 

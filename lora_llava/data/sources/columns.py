@@ -23,6 +23,7 @@ from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_dialog, read_question
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.forms import propose_columns
+from lora_llava.data.sources.pairs import read_pair
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_records, read_rows
 from lora_llava.errors import DataError
 from lora_llava.recipe.fields import data_name
@@ -67,10 +68,13 @@ def _record(
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be an object with the keys that columns names")
     references: tuple[str, ...] = ()
+    rejected: str | None = None
     cell = None if columns.image is None else row.get(columns.image)
     if columns.messages is not None:
         dialog = read_dialog(row.get(columns.messages), f"{where}: {columns.messages}")
         turns, references, cell = dialog.turns, dialog.references, join_images(cell, dialog.images)
+    elif columns.chosen is not None:
+        turns, rejected = read_pair(row, columns, where)
     else:
         question = read_question(row.get(str(columns.question)), f"{where}: {columns.question}")
         answer, references = read_answer(row.get(str(columns.answer)), f"{where}: {columns.answer}")
@@ -80,12 +84,13 @@ def _record(
     check_placeholder(turns, image, where)
     prompted = with_answer_prompt(turns, data.answer_prompt)
     group = None if data.group is None else check_group(row.get(data.group), f"{where}: {data.group}")
-    return Record(str(number), image, prompted, where, number, group, references)
+    return Record(str(number), image, prompted, where, number, group, references, rejected=rejected)
 
 
 def _named(data: DataSettings, columns: ColumnSettings) -> list[str]:
     """Return the columns that the settings name."""
-    named = (columns.image, columns.question, columns.answer, columns.messages, data.group)
+    texts = (columns.question, columns.answer, columns.chosen, columns.rejected, columns.messages)
+    named = (columns.image, *texts, data.group)
     return list(dict.fromkeys(column for column in named if column))
 
 

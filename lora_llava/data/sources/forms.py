@@ -18,7 +18,11 @@ _NAMES = {
 """Usual names of each kind of column, most likely first."""
 
 _KNOWN = (
-    ({"chosen", "rejected"}, "It is preference data; only one answer is trained on, such as `chosen`."),
+    (
+        {"chosen", "rejected"},
+        "It is preference data. For stage prefer, add to its data: columns: {image: KEY, question: KEY, "
+        "chosen: chosen, rejected: rejected}; other stages train on one answer, such as `chosen`.",
+    ),
     ({"texts"}, "It has several questions in a row (`texts`); write one row for each."),
     ({"annotations", "data"}, "It is an export of Label Studio; export it as JSON_MIN or CSV, and use `columns`."),
     ({"video"}, "It is about a video; LLaVA-1.5 sees single images: take a frame of each."),

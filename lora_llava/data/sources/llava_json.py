@@ -1,6 +1,7 @@
 """Load LLaVA's data format, JSON or JSON Lines with `id`, `image` and `conversations`, and its variants.
 
 Variants have `messages` of role and content instead of `conversations`, or `images`, a list of one, instead of `image`.
+Preference data also have `rejected`, a worse last answer; stages other than `prefer` ignore it.
 """
 
 from __future__ import annotations
@@ -83,6 +84,14 @@ def _record(entry: Entry, number: int, location: str, images: ImageCells, data: 
     check_placeholder(turns, image, f"{where}: {key}")
     group = None if data.group is None else check_group(record.get(data.group), f"{where}: {data.group}")
     identity = str(number) if given is None else str(given)
+    rejected = record.get("rejected")
     return Record(
-        identity, image, with_answer_prompt(turns, data.answer_prompt), where, number, group, dialog.references
+        identity,
+        image,
+        with_answer_prompt(turns, data.answer_prompt),
+        where,
+        number,
+        group,
+        dialog.references,
+        rejected=check_text(rejected, f"{where}: rejected") if isinstance(rejected, str) else None,
     )
