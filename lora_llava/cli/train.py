@@ -73,7 +73,7 @@ def finetune(
         phase("Loading PyTorch and transformers")
     quiet_libraries()
     if dry_run:
-        from lora_llava.evaluation.questions import load_questions
+        from lora_llava.data.questions import load_questions
         from lora_llava.planning.dry_run import print_dry_run
 
         # Load the questions as a run does, to reject a key of `by` that no record has.

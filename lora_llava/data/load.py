@@ -39,7 +39,7 @@ def load_records(
     bad = BadRecords.by_settings(data)
     records = read_source(data, bad, extra=extra)
     if bad.collects:
-        records = _drop_unusable(records, check, bad)
+        records = drop_unusable(records, check, bad)
         if skipped is not None:
             skipped += sorted(bad.found, key=lambda record: record.record)
     if not records:
@@ -60,7 +60,7 @@ def read_source(data: DataSettings, bad: BadRecords, *, extra: bool = False) -> 
     return load_llava_json(data, root, bad, extra=extra)
 
 
-def _drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRecords) -> list[Record]:
+def drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRecords) -> list[Record]:
     """Return the records that pass `check` and whose image can be opened; each image is opened once."""
     usable = []
     for record in records:

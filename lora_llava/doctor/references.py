@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lora_llava.data.questions import make_questions
 from lora_llava.doctor.compare import Finding, finding_at
 from lora_llava.doctor.survey import Survey
-from lora_llava.evaluation.questions import make_questions
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, is_void, pick_metric
 from lora_llava.system.text import counted, printable
 

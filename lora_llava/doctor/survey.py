@@ -9,10 +9,10 @@ from typing import Literal
 from lora_llava.conversation.encode import check_turns
 from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.load import image_kills_its_reader, read_source, split_records
+from lora_llava.data.questions import answered_part, check_keys, make_questions, without_blank_answer
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
 from lora_llava.errors import DataError
-from lora_llava.evaluation.questions import answered_part, check_keys, make_questions, without_blank_answer
 from lora_llava.planning.preflight.data import sources as data_sources
 from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.settings import Recipe

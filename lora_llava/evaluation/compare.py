@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_llava.data.images.read import open_image
+from lora_llava.data.questions import Question, QuestionSet
 from lora_llava.evaluation.figures import SheetItem, ShownAnswer, contact_sheet
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import (
@@ -25,7 +26,6 @@ from lora_llava.evaluation.outcome import (
     score_all,
     summarize,
 )
-from lora_llava.evaluation.questions import Question, QuestionSet
 from lora_llava.evaluation.report import accuracy_table, confusion_table, most_labels, value_table, write_predictions
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.evaluation.scoring.confusion import confusion

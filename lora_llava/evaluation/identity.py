@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_llava.data.images.fingerprint import picture_facts, same_pictures
 from lora_llava.data.load import fingerprint
-from lora_llava.evaluation.questions import QuestionSet
+from lora_llava.data.questions import QuestionSet
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.fields import settings_of, value_at
 from lora_llava.recipe.settings import Recipe

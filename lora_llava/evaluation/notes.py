@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
+from lora_llava.data.questions import Question
 from lora_llava.evaluation.outcome import BASE, BLIND, START, Outcome
-from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.report import MAJORITY
 from lora_llava.evaluation.scoring.exact_match import answer_tokens
 from lora_llava.evaluation.scoring.metrics import ALL, METRIC_NAMES, Difference, is_void

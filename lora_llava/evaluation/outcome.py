@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lora_llava.evaluation.questions import Question
+from lora_llava.data.questions import Question
 from lora_llava.evaluation.report import MAJORITY
 from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.exact_match import holds_answer

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from lora_llava.artifact import Usage, add_adapter, load_model, read_usage, template_to_ask
 from lora_llava.conversation.templates import Template
+from lora_llava.data.questions import QuestionSet, load_questions
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import Models, compare
 from lora_llava.evaluation.outcome import START
-from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.generation.answers import PromptFormat
 from lora_llava.modeling.folded import can_fold
 from lora_llava.planning.preflight.shipping import refuse_model

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from lora_llava.data.questions import Question
 from lora_llava.data.sampling import spread
-from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.scoring.exact_match import answer_tokens
 
 

@@ -30,6 +30,9 @@ GradientCheckpointing = bool | Literal["selective"]
 class ColumnSettings(Settings):
     """Columns of a table or Hugging Face dataset, or keys of flat JSON records."""
 
+    needs_answer: ClassVar[bool] = True
+    """Whether every record must have an answer."""
+
     example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
     image: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
@@ -53,9 +56,18 @@ class ColumnSettings(Settings):
             raise ValueError("chosen and rejected belong together; give both, or neither")
         if self.chosen and (self.answer or self.messages or not self.question):
             raise ValueError("chosen and rejected go with question alone, not with answer or messages")
-        if not self.messages and not self.chosen and not (self.question and self.answer):
-            raise ValueError("give question and answer, or messages, or question, chosen and rejected")
+        answered = self.answer or self.chosen or not self.needs_answer
+        if not self.messages and not (self.question and answered):
+            trained = " and answer, or messages, or question, chosen and rejected"
+            raise ValueError(f"give question{trained if self.needs_answer else ', or messages'}")
         return self
+
+
+class QuestionColumns(ColumnSettings):
+    """Columns of questions to answer, whose references are optional."""
+
+    needs_answer = False
+    example = "{image: COLUMN, question: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
 
 class ValidationSettings(Settings):
@@ -140,6 +152,12 @@ class DataSettings(Settings):
         if self.path.endswith(RECORD_FILES) and (self.name or self.revision):
             raise ValueError("name and revision apply to Hub datasets; path is a file")
         return self
+
+
+class QuestionSettings(DataSettings):
+    """Where questions to answer come from."""
+
+    columns: QuestionColumns | None = None
 
 
 class StageSettings(Settings):

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from lora_llava.artifact import read_manifest
+from lora_llava.data.questions import QuestionSet, load_questions
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import SAMPLES
 from lora_llava.evaluation.figures import plot_loss
 from lora_llava.evaluation.identity import differing_facts, evaluation_facts
-from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.evaluation.run import Candidate, evaluate_artifact
 from lora_llava.planning.preflight.run import check_setup
 from lora_llava.planning.preflight.setup import Setup, Start

@@ -16,7 +16,7 @@ from PIL import Image
 from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
 from lora_llava.conversation.templates import get_template
-from lora_llava.evaluation.questions import load_questions
+from lora_llava.data.questions import load_questions
 from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.recipe.stages import DataSettings
 

@@ -19,8 +19,8 @@ import lora_llava.shipping.export.gguf.lora as gguf_lora
 import lora_llava.shipping.merge.run as merge_run
 from lora_llava.artifact import load_model
 from lora_llava.cli import cli
+from lora_llava.data.questions import QuestionSet
 from lora_llava.errors import LoraLlavaError, ModelError
-from lora_llava.evaluation.questions import QuestionSet
 from lora_llava.evaluation.run import Candidate, evaluate_artifact
 from lora_llava.generation.chat import Chat
 from lora_llava.recipe.file import load_recipe

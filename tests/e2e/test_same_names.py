@@ -15,9 +15,9 @@ from lora_llava.cli import cli
 from lora_llava.conversation.encode import Turn
 from lora_llava.data.images.fingerprint import picture_facts, same_pictures
 from lora_llava.data.load import load_records
+from lora_llava.data.questions import Question
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows
-from lora_llava.evaluation.questions import Question
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.run_directory.output import read_log

@@ -76,9 +76,11 @@ def _record(
     elif columns.chosen is not None:
         turns, rejected = read_pair(row, columns, where)
     else:
-        question = read_question(row.get(str(columns.question)), f"{where}: {columns.question}")
-        answer, references = read_answer(row.get(str(columns.answer)), f"{where}: {columns.answer}")
-        turns = [Turn("user", question), Turn("assistant", answer)]
+        turns = [Turn("user", read_question(row.get(str(columns.question)), f"{where}: {columns.question}"))]
+        given = None if columns.answer is None else row.get(columns.answer)
+        if given is not None or columns.needs_answer:
+            answer, references = read_answer(given, f"{where}: {columns.answer}")
+            turns.append(Turn("assistant", answer))
     image = images.source(cell, where)
     turns = turns if image is None else place_image(turns)
     check_placeholder(turns, image, where)

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from lora_llava.conversation.encode import Turn
+from lora_llava.data.questions import Question
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
-from lora_llava.evaluation.questions import Question
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.metrics import Metric

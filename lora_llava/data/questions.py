@@ -1,4 +1,8 @@
-"""Questions of an evaluation: one for each answered turn of a record. Turns without an answer are counted."""
+"""Questions to ask a model.
+
+An evaluation asks one for each answered turn of a record, and counts turns without an answer. A prediction needs no
+answers: it also asks a last turn without one, or one question about every image of a directory.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, check_turns
-from lora_llava.data.bad_records import BadRecord
-from lora_llava.data.load import load_records
-from lora_llava.data.record import Record, Scalar
+from lora_llava.data.bad_records import BadRecord, BadRecords
+from lora_llava.data.images.directory import list_images
+from lora_llava.data.load import drop_unusable, load_records
+from lora_llava.data.record import ImageRoot, Record, Scalar, with_answer_prompt
 from lora_llava.errors import DataError
-from lora_llava.recipe.stages import DataSettings
+from lora_llava.recipe.stages import DataSettings, QuestionSettings
 from lora_llava.system.text import counted, listed
 
 _NO_VALUE = "(none)"
@@ -25,7 +31,7 @@ class Question:
 
     record: Record
     references: tuple[str, ...]
-    """Accepted answers; the first is that of the turns."""
+    """Accepted answers; the first is that of the turns. Empty only in a prediction."""
     number: int = 1
     """Which of the answered questions of its record, from 1."""
     of: int = 1
@@ -96,6 +102,56 @@ def load_questions(data: DataSettings, by: Sequence[str] = ()) -> QuestionSet:
         )
     check_keys(question_set.questions, by)
     return replace(question_set, skipped=skipped)
+
+
+def load_open_questions(data: QuestionSettings) -> QuestionSet:
+    """Read the questions of a prediction: references are optional. Raises DataError for an unusable record."""
+    skipped: list[BadRecord] = []
+    records = load_records(data, skipped, _check_open, extra=True)
+    for record in records:
+        _check_open(record)
+    return QuestionSet(_open_questions(records), len(records), skipped=skipped)
+
+
+def load_image_questions(directory: Path, question: str, data: QuestionSettings) -> QuestionSet:
+    """Ask one question about every image below a directory; the id of a record is the path of its image.
+
+    Of `data` only the settings that apply to any record count, such as `on_bad_record`. Raises DataError.
+    """
+    if not question.strip() or IMAGE_PLACEHOLDER in question:
+        raise DataError(f"question {question!r:.80}: write a text without {IMAGE_PLACEHOLDER}")
+    bad, skipped = BadRecords.by_settings(data), []
+    root = ImageRoot(directory, "image", window=data.gray_window)
+    turns = with_answer_prompt([Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.strip()}")], data.answer_prompt)
+    records: list[Record] = []
+    for number, name in enumerate(list_images(directory).images[: data.max_records], start=1):
+        where = f"{directory.name}, image {number}"
+        try:
+            # With "./", a colon in a name is not taken for a scheme.
+            image = root.source(f"./{name}", where)
+            records.append(Record(name, image, turns, where, number))
+        except DataError as error:
+            bad.add(number, name, error)
+    if bad.collects:
+        records = drop_unusable(records, None, bad)
+        skipped = sorted(bad.found, key=lambda record: record.record)
+    return QuestionSet(_open_questions(records), len(records), skipped=skipped)
+
+
+def _open_questions(records: Sequence[Record]) -> tuple[Question, ...]:
+    """Return the last question of each record that ends with one, and every question of an answered record."""
+    questions: list[Question] = []
+    for record in map(without_blank_answer, records):
+        if record.turns[-1].role == "user":
+            questions.append(Question(record, ()))
+        else:
+            questions += make_questions([record]).questions
+    return tuple(questions)
+
+
+def _check_open(record: Record) -> None:
+    turns = without_blank_answer(record).turns
+    check_turns(turns, turns[-1].role if turns else "user", record.where)
 
 
 def make_questions(records: Sequence[Record]) -> QuestionSet:

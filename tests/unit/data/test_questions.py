@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lora_llava.data.questions import QuestionSet, load_questions
 from lora_llava.errors import DataError
-from lora_llava.evaluation.questions import QuestionSet, load_questions
 from lora_llava.recipe.stages import DataSettings
 
 

@@ -1,0 +1,58 @@
+"""List the image files below a directory."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from lora_llava.data.images.read import FORMATS
+from lora_llava.errors import DataError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""A file with such a name is meant to be an image: if it is damaged, that is reported."""
+
+
+class Listing(NamedTuple):
+    """The files below a directory, as sorted paths relative to it."""
+
+    images: list[str]
+    others: list[str]
+    """Files that are not images, neither by name nor by content."""
+
+
+def list_images(directory: Path) -> Listing:
+    """List the files below a directory, without hidden ones; links to directories are not followed.
+
+    Raises DataError if it is not a directory, cannot be read, or holds no image.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory}: {'is not a directory' if directory.exists() else 'does not exist'}; correct it")
+    listing = Listing([], [])
+    for folder, folders, names in os.walk(directory, onerror=_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                is_image = name.lower().endswith(_SUFFIXES) or _has_image_header(path)
+                (listing.images if is_image else listing.others).append(path.relative_to(directory).as_posix())
+    if not listing.images:
+        raise DataError(f"{directory}: holds no images (known formats: {', '.join(FORMATS)}); correct it")
+    return Listing(sorted(listing.images), sorted(listing.others))
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}; correct its permissions")
+
+
+def _has_image_header(path: Path) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path, formats=FORMATS).close()
+    except Exception:  # noqa: BLE001 - a decoder raises anything for bytes that it does not know
+        return False
+    return True
