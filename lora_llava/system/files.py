@@ -127,9 +127,11 @@ def clear_stale(parent: Path) -> None:
     except OSError:
         return
     for entry in named:
-        # Not entry.inode(): on an overlay file system it may be the inode of the lower one.
-        if entry.stat(follow_symlinks=False).st_ino not in _in_use:
-            _clear(Path(entry.path))
+        # Not entry.inode(): on an overlay file system it may be the inode of the lower one. Another thread may have
+        # moved the directory by now.
+        with suppress(FileNotFoundError):
+            if entry.stat(follow_symlinks=False).st_ino not in _in_use:
+                _clear(Path(entry.path))
 
 
 def is_staging(directory: Path) -> bool:

@@ -11,6 +11,7 @@ from lora_llava.artifact import read_manifest
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.system.files import file_sha256
 from lora_llava.training.checkpoints.files import read_verified
+from lora_llava.training.checkpoints.held import HeldWeights
 from tests.helpers.resuming import Stopped, at_step, log_of, stop, train, write_project
 
 EACH_STEP = (
@@ -84,17 +85,16 @@ def test_k31_a_kill_between_holding_and_writing_changes_nothing(
 
 def test_k31_a_run_continues_from_a_checkpoint_with_an_optimizer(recipe: Path, saved: Path, tmp_path: Path) -> None:
     # Killed when the held weights are on the disk and the checkpoint of their time is not.
-    original, calls = resumable.CheckpointSaver._write_held, []
+    original, calls = resumable.CheckpointSaver._write_weights, []
 
-    def write_and_stop(self: resumable.CheckpointSaver, step: int) -> None:
-        held = self.held
-        original(self, step)
-        if held is not None and self.held is None and held.progress.step != step and not calls:
-            calls.append(step)
+    def write_and_stop(self: resumable.CheckpointSaver, held: HeldWeights) -> None:
+        original(self, held)
+        if not calls:
+            calls.append(held.progress.step)
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable.CheckpointSaver, "_write_held", write_and_stop)
+        patch.setattr(resumable.CheckpointSaver, "_write_weights", write_and_stop)
         with pytest.raises(Stopped):
             train(recipe, tmp_path / "run", *EACH_STEP, best_share=-1.0)
     assert calls

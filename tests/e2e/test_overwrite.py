@@ -33,7 +33,7 @@ STEPS = [(run_module, "prepare_base")] + [
     )
 ] + [
     (PackedTrainer, "training_step"), (PackedTrainer, "create_optimizer"), (resumable, "write_checkpoint"),
-    (state, "save_state"), (checkpoint, "file_sha256"), (resumable, "place"),
+    (state.HeldState, "write"), (checkpoint, "file_sha256"), (resumable, "place"),
 ]  # fmt: skip
 """What a run calls from its claim to its first checkpoint, in about that order."""
 

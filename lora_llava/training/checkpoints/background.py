@@ -19,6 +19,11 @@ class BackgroundWriter:
         """Whether a write is under way."""
         return self._thread is not None and self._thread.is_alive()
 
+    def check(self) -> None:
+        """Raise the error that ended the write, if it has ended with one; do not wait."""
+        if not self.is_busy:
+            self.wait()
+
     def start(self, write: Callable[[], object]) -> None:
         """Start a write, after the one before."""
         self.wait()

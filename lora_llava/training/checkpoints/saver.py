@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from lora_llava.system.text import counted
 from lora_llava.training.checkpoints import state as training_state
 from lora_llava.training.checkpoints.background import BackgroundWriter
 from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, find_latest, prune, write_checkpoint
+from lora_llava.training.checkpoints.held import HeldWeights
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.signals import Interruption
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact
@@ -33,20 +34,6 @@ MAX_SAVING_SHARE = 0.02
 """With `save_steps: auto`, maximum share of the time that saving may take."""
 MAX_BEST_SHARE = 0.05
 """Share of the stage's time that saving may take before the best weights wait for the next checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldWeights:
-    """Trained weights of the best validation, copied to the host, to be written while the training continues."""
-
-    progress: Progress
-    weights: dict[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module, progress: Progress) -> HeldWeights:
-        """Copy the trained weights of `model`."""
-        trained = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
-        return cls(progress, {name: one.detach().to("cpu", copy=True) for name, one in trained})
 
 
 def _loss_of(held: HeldWeights) -> float:
@@ -124,8 +111,10 @@ class CheckpointSaver:
         """Tell whether to save the step that was just taken; `loss`: its validation loss, if it was measured.
 
         A step that is saved for its loss alone is saved without the state of the training, unless it is the first. Sets
-        `should_stop` after a signal, or if the validations have lost patience: such a step is saved, too.
+        `should_stop` after a signal, or if the validations have lost patience: such a step is saved, too. Raises the
+        error that ended the write of an earlier step.
         """
+        self.background.check()
         self.saves_held = False
         state, every = trainer.state, self.settings.save_steps
         if every == "auto":
@@ -159,58 +148,66 @@ class CheckpointSaver:
         self.best, self.held = loss, HeldWeights.of(trainer.model, progress)
 
     def save(self, trainer: ResumableTrainer) -> None:
-        """Write the checkpoint of this step, and prune older ones; or start to write the held weights.
+        """Copy the checkpoint of this step, or the held weights, and start to write it, after the one before.
 
-        Sets `should_stop` if a signal comes meanwhile.
+        Waits for the write of the last step, of one that the training stops after, and of a run's first checkpoint,
+        which replaces an earlier run. Sets `should_stop` if a signal comes meanwhile.
         """
         clock = time.monotonic()
-        if self.saves_held and self.held is not None:
-            held, self.held = self.held, None
-            self.background.start(lambda: self._write_weights(held))
-            self.num_saved += 1
-            self.saving_seconds += time.monotonic() - clock
-            return
         self.background.wait()
-        step = trainer.state.global_step
-        loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
-
-        def write(staging: Path, directory: Path) -> None:
-            self.artifact.write(staging, directory, step, {} if loss is None else {"eval_loss": loss})
-            training_state.save_state(staging, trainer.optimizer, trainer.lr_scheduler, trainer.state)
-
-        with writing_named(f"the checkpoint of step {step}", self.run_directory):
-            self._write_held(step)
-            progress = self._progress(trainer, step, loss)
-            write_checkpoint(self.parent, progress, self.memory_plan, self.facts, write, self._place)
-            prune(self.parent, step, self.settings.save_total_limit)
-        if loss is not None:
-            self.best = loss if self.best is None else min(self.best, loss)
+        held, self.held = self.held, None
+        if self.saves_held and held is not None:
+            self.background.start(lambda: self._write_weights(held))
+        else:
+            self._save_whole(trainer, held)
+            self.last_saved = time.monotonic()
+            self.last_duration = self.last_saved - clock
         self.num_saved += 1
-        self.last_saved = time.monotonic()
-        self.last_duration = self.last_saved - clock
-        self.saving_seconds += self.last_duration
+        self.saving_seconds += time.monotonic() - clock
         self.should_stop = self.should_stop or self.interruption.received is not None
 
-    def _write_held(self, step: int) -> None:
-        """Write held weights, without the optimizer, unless those of `step`, saved next, are better."""
-        held, self.held = self.held, None
-        if held is None or held.progress.step == step:
-            return
-        if self.last_loss and self.last_loss[0] == step and self.last_loss[1] < _loss_of(held):
-            return
-        self._write_weights(held)
+    def _save_whole(self, trainer: ResumableTrainer, better: HeldWeights | None) -> None:
+        """Copy weights and state of this step, and start to write them after `better`, weights that are held."""
+        step = trainer.state.global_step
+        loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
+        weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
+        state = training_state.HeldState.of(trainer.optimizer, trainer.lr_scheduler, trainer.state)
+        if better is not None and (better.progress.step == step or (loss is not None and loss < _loss_of(better))):
+            better = None
+
+        def write() -> None:
+            if better is not None:
+                self._write_weights(better)
+            with writing_named(f"the checkpoint of step {step}", self.run_directory):
+                self._write(weights, state)
+                prune(self.parent, step, self.settings.save_total_limit)
+
+        # The first checkpoint moves the log, to which the training would write.
+        waits = is_pending(self.run_directory) or self.should_stop or step >= trainer.state.max_steps
+        self.background.start(write)
+        if waits:
+            self.background.wait()
+        if loss is not None:
+            self.best = loss if self.best is None else min(self.best, loss)
 
     def _write_weights(self, held: HeldWeights) -> None:
-        """Write a checkpoint without the state of the training; reads nothing that training changes."""
-        step, metrics = held.progress.step, {"eval_loss": _loss_of(held)}
+        """Write a checkpoint without the state of the training."""
+        with writing_named(f"the weights of step {held.progress.step}", self.run_directory):
+            self._write(held, None)
+
+    def _write(self, held: HeldWeights, state: training_state.HeldState | None) -> None:
+        """Write a checkpoint; reads nothing that training changes."""
+        step, loss = held.progress.step, held.progress.eval_loss
 
         def write(staging: Path, directory: Path) -> None:
-            self.artifact.write(staging, directory, step, metrics, held.weights)
+            self.artifact.write(staging, directory, step, {} if loss is None else {"eval_loss": loss}, held.weights)
+            if state is not None:
+                state.write(staging)
 
-        with writing_named(f"the weights of step {step}", self.run_directory):
-            write_checkpoint(
-                self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=False
-            )
+        resumable = state is not None
+        write_checkpoint(
+            self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=resumable
+        )
 
     def _place(self, staging: Path, directory: Path, hashes: Mapping[str, str]) -> None:
         place(self.run_directory, staging, directory, hashes, first=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+from copy import copy, deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
 from lora_llava.formats.names import WEIGHTS
+from lora_llava.training.checkpoints.held import copy_to_host
 
 OPTIMIZER, OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
@@ -31,20 +34,37 @@ _TENSOR = "$tensor"
 """Key of a reference to a tensor in the safetensors file."""
 
 
-def save_state(directory: Path, optimizer: Any, scheduler: Any, trainer: TrainerState) -> None:
-    """Write everything that a resumed training needs, except the weights."""
-    save_optimizer(directory, optimizer)
-    _write(directory / SCHEDULER, scheduler.state_dict())
-    save_random_state(directory)
-    trainer.save_to_json(str(directory / TRAINER))
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """Everything that a resumed training needs, except the weights; shares nothing that training changes."""
 
+    texts: dict[str, str]
+    """Content of the JSON files, by name."""
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """Tensors on the host, by the name of their file and their own."""
+    trainer: TrainerState
 
-def save_optimizer(directory: Path, optimizer: Any) -> None:
-    """Write the state of an optimizer, of any kind."""
-    tensors: dict[str, torch.Tensor] = {}
-    content = _without_tensors(optimizer.state_dict(), "", tensors)
-    save_file(tensors, directory / OPTIMIZER_TENSORS)
-    _write(directory / OPTIMIZER, content)
+    @classmethod
+    def of(cls, optimizer: Any, scheduler: Any, trainer: TrainerState) -> HeldState:
+        """Copy the state of a training after a step."""
+        found: dict[str, torch.Tensor] = {}
+        settings = _without_tensors(optimizer.state_dict(), "", found)
+        generators, random_tensors = _random_state()
+        contents = {OPTIMIZER: settings, SCHEDULER: scheduler.state_dict(), RANDOM: generators}
+        held = copy(trainer)
+        # Lines of the log are added, never changed.
+        held.log_history = list(trainer.log_history)
+        held.stateful_callbacks = deepcopy(trainer.stateful_callbacks)
+        tensors = {OPTIMIZER_TENSORS: copy_to_host(found), RANDOM_TENSORS: random_tensors}
+        return cls({name: json.dumps(content) + "\n" for name, content in contents.items()}, tensors, held)
+
+    def write(self, directory: Path) -> None:
+        """Write the files of a checkpoint that hold the state."""
+        for name, tensors in self.tensors.items():
+            save_file(tensors, directory / name)
+        for name, text in self.texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        self.trainer.save_to_json(str(directory / TRAINER))
 
 
 def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
@@ -95,15 +115,13 @@ def load_scheduler(directory: Path, scheduler: Any, step: int, *, settings: bool
     scheduler._last_lr = rates
 
 
-def save_random_state(directory: Path) -> None:
-    """Write the RNG states of Python, numpy and torch."""
+def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the RNG states of Python and numpy, and those of torch."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, directory / RANDOM_TENSORS)
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that libraries draw from
-    content = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
-    _write(directory / RANDOM, content)
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}, tensors
 
 
 def load_random_state(directory: Path) -> None:
@@ -132,8 +150,7 @@ def load_weights(directory: Path, model: PeftModel) -> None:
 def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Return `value` ready for JSON, with its tensors moved to `tensors`."""
     if isinstance(value, torch.Tensor):
-        # Copy: safetensors refuses tensors that share memory.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach()
         return {_TENSOR: name}
     if isinstance(value, dict):
         return {str(key): _without_tensors(one, f"{name}.{key}".lstrip("."), tensors) for key, one in value.items()}
@@ -150,10 +167,6 @@ def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_with_tensors(one, tensors) for one in value]
     return value
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> Any:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
-from lora_llava.training.checkpoints.state import load_optimizer, save_optimizer
-from lora_llava.training.optimizer import make_optimizer
+from lora_llava.training.checkpoints.state import HeldState, load_optimizer
+from lora_llava.training.optimizer import make_optimizer, make_schedule
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
@@ -62,7 +62,7 @@ def test_adamw_is_fused_on_cuda_and_takes_states_of_either_kind(
         fused = [group.get("fused") for group in ours.param_groups]
         assert fused == [saved_by == "cuda" or None]
         before = _steps(ours, weight, 3)
-        save_optimizer(tmp_path, ours)
+        HeldState.of(ours, make_schedule(ours, args), TrainerState()).write(tmp_path)
         theirs, other = make(loaded_by)
         other.data.copy_(before)
         load_optimizer(tmp_path, theirs, settings=True)

@@ -122,6 +122,12 @@ def trainer_of(root: Path) -> PackedTrainer:
     return trainer
 
 
+def save(saver: CheckpointSaver, trainer: PackedTrainer) -> None:
+    """Save, and wait until it is written."""
+    saver.save(trainer)
+    saver.background.wait()
+
+
 def test_k31_steps_that_the_recipe_names_and_the_last_are_saved(tmp_path: Path, clock: Clock) -> None:
     saver = saver_of(Artifact(tmp_path, clock, save_steps=4))
     clock.now += 10_000
@@ -218,7 +224,8 @@ def test_k31_a_checkpoint_holds_the_step_and_what_came_before(tmp_path: Path, cl
     trainer.loss_sum += 0.25
     clock.now += 100.0
     saver.last_loss = (2, 0.5)
-    saver.save(trainer)
+    trainer.state.max_steps = 2
+    save(saver, trainer)
     assert artifact.written == [("step-2", 2, {"eval_loss": 0.5})]
     assert (saver.best, saver.num_saved, saver.last_duration, saver.saving_seconds) == (0.5, 1, 3.0, 3.0)
     assert (saver.last_saved, saver.should_stop) == (clock.now, False)
@@ -229,15 +236,16 @@ def test_k31_a_checkpoint_holds_the_step_and_what_came_before(tmp_path: Path, cl
     assert (progress.loss_sum, progress.loss_total) == (float(trainer.loss_sum), trainer.loss_total)
     assert progress.last_logged_step == trainer.last_logged_step
     assert (progress.seconds, progress.saving_seconds, progress.num_saved) == (100.0, 0.0, 1)
-    # The next has no validation, or a worse one: the best loss stays. Two are left.
+    # The next has no validation, or a worse one: the best loss stays. Two are left. Nothing waits for them.
+    clock.of_a_write = 0.0
     for step, loss, best in ((3, None, 0.5), (4, 0.7, 0.5), (5, 0.2, 0.2)):
-        trainer.state.global_step = step
+        trainer.state.global_step, trainer.state.max_steps = step, 9
         if loss is not None:
             saver.last_loss = (step, loss)
-        saver.save(trainer)
+        save(saver, trainer)
         assert saver.best == best
         assert artifact.written[-1] == (f"step-{step}", step, {} if loss is None else {"eval_loss": loss})
-    assert (saver.num_saved, saver.saving_seconds) == (4, 12.0)
+    assert (saver.num_saved, saver.saving_seconds) == (4, 3.0)
     assert {path.name for path in saver.parent.iterdir()} == {"step-4", "step-5"}
     assert saver.last_whole() == "checkpoints/instruct/step-5"
 
@@ -247,7 +255,7 @@ def test_k31_a_signal_while_a_checkpoint_is_written_ends_the_training(tmp_path: 
     saver = saver_of(Artifact(tmp_path, clock, trainer.model))
     assert saver.last_whole() is None
     saver.interruption.received = signal.SIGINT
-    saver.save(trainer)
+    save(saver, trainer)
     assert saver.should_stop
 
 
@@ -276,7 +284,7 @@ def test_k31_held_weights_are_written_with_the_next_checkpoint_unless_it_is_bett
     trainer.state.global_step = 4
     if loss is not None:
         saver.last_loss = (4, loss)
-    saver.save(trainer)
+    save(saver, trainer)
     assert same(state_of(trainer.model), now)
     assert saver.held is None
     held = read_verified(saver.parent / "step-2")
@@ -292,9 +300,9 @@ def test_k31_held_weights_give_way_to_better_ones_and_to_the_same_step(tmp_path:
     saver = saver_of(Artifact(tmp_path, clock, trainer.model))
     held_at(saver, trainer, 2, 0.3)
     trainer.state.global_step, saver.last_loss = 4, (4, 0.2)
-    saver.save(trainer)
+    save(saver, trainer)
     held_at(saver, trainer, 5, 0.1)
-    saver.save(trainer)
+    save(saver, trainer)
     assert {path.name for path in saver.parent.iterdir()} == {"step-4", "step-5"}
     assert read_verified(saver.parent / "step-5").resumable
     assert saver.held is None
@@ -312,7 +320,7 @@ def test_k31_a_resumed_training_gets_back_what_was_saved(
     saver.last_loss = (2, 0.5)
     clock.now += 100.0
     clock.of_a_write = 2.0
-    saver.save(trainer)
+    save(saver, trainer)
     clock.now = STARTED
     resumed = read_verified(saver.parent / "step-2")
     after_save = torch.rand(3)

@@ -11,15 +11,14 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
 from lora_llava.training.checkpoints.state import (
+    HeldState,
     load_optimizer,
     load_random_state,
     load_scheduler,
-    save_optimizer,
-    save_random_state,
-    save_state,
 )
 
 
@@ -52,7 +51,7 @@ OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
     ours, optimizer, scheduler = trained(OPTIMIZERS[name], 3)
-    save_state(tmp_path, optimizer, scheduler, _Trainer())
+    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
     theirs, other, schedule = trained(OPTIMIZERS[name], 0)
     for here, there in zip(ours, theirs, strict=True):
         there.data.copy_(here.data)
@@ -67,19 +66,14 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
     states = {}
     for label, one in {"ours": optimizer, "theirs": other}.items():
         (tmp_path / label).mkdir()
-        save_optimizer(tmp_path / label, one)
+        HeldState.of(one, scheduler, TrainerState()).write(tmp_path / label)
         states[label] = [(tmp_path / label / name).read_bytes() for name in ("optimizer.json", "optimizer.safetensors")]
     assert states["ours"] == states["theirs"]
 
 
-class _Trainer:
-    def save_to_json(self, path: str) -> None:
-        Path(path).write_text("{}", encoding="utf-8")
-
-
 def test_moments_alone_go_on_with_new_settings(tmp_path: Path) -> None:
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
-    save_state(tmp_path, optimizer, scheduler, _Trainer())
+    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
     _, other, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
     load_optimizer(tmp_path, other, settings=False)
     load_scheduler(tmp_path, schedule, 3, settings=False)
@@ -93,15 +87,15 @@ def test_moments_alone_go_on_with_new_settings(tmp_path: Path) -> None:
 
 
 def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
-    _, optimizer, _ = trained(OPTIMIZERS["adamw_torch"], 1)
-    save_optimizer(tmp_path, optimizer)
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 1)
+    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
     with pytest.raises(TrainingError, match="another number of parameters"):
         load_optimizer(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]), settings=True)
 
 
 def test_k41_a_state_fits_groups_cut_where_biases_begin(tmp_path: Path) -> None:
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
-    save_state(tmp_path, optimizer, scheduler, _Trainer())
+    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
 
     def cut(parameters: list[torch.nn.Parameter]) -> Any:
         groups = [{"params": [one], "weight_decay": decay} for one, decay in zip(parameters, (0.1, 0.0), strict=True)]
@@ -130,9 +124,11 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
             *torch.rand(3).tolist(),
         ]
 
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 0)
     draw()
-    save_random_state(tmp_path)
+    held = HeldState.of(optimizer, scheduler, TrainerState())
     expected = draw()
+    held.write(tmp_path)
     draw()
     load_random_state(tmp_path)
     assert draw() == expected
