@@ -19,7 +19,7 @@ from transformers.trainer_utils import speed_metrics
 
 from lora_llava.data.rows import Batch, PackedRows
 from lora_llava.modeling.attention import attention_of, check_attention, to_device, with_block_lists
-from lora_llava.modeling.packed import llava_in, packed_loss
+from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.saver import CheckpointSaver
@@ -27,6 +27,7 @@ from lora_llava.training.checkpoints.signals import end_with_parent
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.non_finite import forked_rng
 from lora_llava.training.log import TrainingLog
+from lora_llava.training.objectives.objective import Objective, TokenLoss
 from lora_llava.training.optimizer import make_optimizer, make_schedule
 from lora_llava.training.validation import HeldOutLoss, without
 
@@ -52,7 +53,7 @@ class PackedTrainer:
         # What was drawn while the model was built must not decide what dropout draws.
         set_seed(args.seed)
         self.args, self.device = args, args.device
-        # The loss is divided by the tokens of the step, not by its rows.
+        # The loss is divided by the items of the step, not by its rows.
         accumulation = GradientAccumulationPlugin(num_steps=1)
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         self.accelerator = Accelerator(
@@ -72,7 +73,9 @@ class PackedTrainer:
         self.saver: CheckpointSaver | None = None
         self.last_checkpoint: Callable[[], str | None] = lambda: None
         """Names the newest usable checkpoint, for warnings."""
-        self.held_out = HeldOutLoss(self._row_loss)
+        self.objective: Objective = TokenLoss()
+        """What a step minimizes; set before training for a stage with another loss."""
+        self.held_out = HeldOutLoss(self._row_loss, lambda row: self.objective.count(row))
         self.state = TrainerState(train_batch_size=1)
         self._tell("on_init_end")
 
@@ -98,13 +101,13 @@ class PackedTrainer:
         started, first_step = time.time(), self.state.global_step
         for rows in self._steps():
             self._tell("on_step_begin")
-            sizes = [[float(row["shift_labels"].numel()), float(row["input_ids"].numel())] for row in rows]
+            sizes = [[float(self.objective.count(row)), float(row["input_ids"].numel())] for row in rows]
             # Of all processes. Tensors, since CUDA divides less exactly by a number of the host.
-            num_supervised, num_tokens = self.accelerator.reduce(torch.tensor(sizes, device=self.device).sum(0), "sum")
+            num_items, num_tokens = self.accelerator.reduce(torch.tensor(sizes, device=self.device).sum(0), "sum")
             for row in rows:
                 # Data parallelism adds up gradients once per step, with its last row.
                 with nullcontext() if row is rows[-1] else self.accelerator.no_sync(self.wrapped):
-                    self.losses.append(self.training_step(row, num_supervised))
+                    self.losses.append(self.training_step(row, num_items))
                 self._tell("on_substep_end")
             self.loss_sum += self._checked_loss()
             self.state.total_flos += self.flops_per_token * float(num_tokens)
@@ -175,15 +178,16 @@ class PackedTrainer:
             persistent_workers=bool(workers),
         )
 
-    def training_step(self, row: Batch, num_supervised: torch.Tensor) -> torch.Tensor:
+    def training_step(self, row: Batch, num_items: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a row, and return its share of the step's loss, a scalar.
 
-        All shares add up to the mean over the step's supervised tokens. An empty row, which pads a step, adds nothing.
+        All shares add up to the mean over the step's items, such as its supervised tokens. An empty row, which pads a
+        step, adds nothing.
         """
         if row["input_ids"].numel() == 0:
             return torch.zeros((), device=self.device)
-        loss = packed_loss(self.wrapped, to_device(row, self.device), num_supervised)
-        # Data parallelism averages gradients over the processes, but the token count is already the sum over them.
+        loss = self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
+        # Data parallelism averages gradients over the processes, but the count is already the sum over them.
         loss *= self.accelerator.num_processes
         self.accelerator.backward(loss)
         return loss.detach()
@@ -291,7 +295,7 @@ class PackedTrainer:
         return [check.after_training(self.model, self.state.global_step) for check in self.checks]
 
     def evaluate(self) -> dict[str, Any]:
-        """Compute and log the validation loss, the mean over supervised tokens, and what the checks add to it.
+        """Compute and log the validation loss, a mean as in a step, and what the checks add to it.
 
         Training is not affected: RNG state and dropout mode are restored. Records whose loss is not finite are left
         out from the next validation on.
@@ -328,4 +332,4 @@ class PackedTrainer:
         return metrics
 
     def _row_loss(self, row: Batch) -> float:
-        return float(packed_loss(self.model, to_device(row, self.device), 1))
+        return float(self.objective.loss(self.model, to_device(row, self.device), 1))
