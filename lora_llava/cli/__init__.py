@@ -8,10 +8,11 @@ from lora_llava import __version__
 from lora_llava.cli.chat import chat
 from lora_llava.cli.check import check
 from lora_llava.cli.common import PROCESS_ENDS, KitGroup
-from lora_llava.cli.convert import export, import_, merge
+from lora_llava.cli.data import convert_
 from lora_llava.cli.evaluate import evaluate
 from lora_llava.cli.inspect import env, inspect
 from lora_llava.cli.push import push
+from lora_llava.cli.shipping import export, import_, merge
 from lora_llava.cli.train import finetune, quickstart, recipes
 
 
@@ -22,7 +23,21 @@ def cli(debug: bool) -> None:
     """Fine-tune LLaVA-1.5-style models on your own images, on one GPU."""
 
 
-for command in (quickstart, check, finetune, evaluate, chat, merge, export, import_, push, inspect, recipes, env):
+for command in (
+    quickstart,
+    convert_,
+    check,
+    finetune,
+    evaluate,
+    chat,
+    merge,
+    export,
+    import_,
+    push,
+    inspect,
+    recipes,
+    env,
+):
     cli.add_command(command)
 
 

@@ -81,6 +81,11 @@ def read_entries(path: Path) -> Iterator[Entry]:
         yield Entry(entry, None)
 
 
+def read_document(path: Path) -> Any:
+    """Return the whole content of a JSON file; DataError if it cannot be read."""
+    return _parse(_read(path), path.name, lines=False)
+
+
 def read_rows(path: Path) -> Iterator[Entry]:
     """Yield the rows of a .csv or .tsv file as mappings by the names in its first line; an empty cell is None.
 

@@ -54,7 +54,7 @@ def test_python_m_runs_the_command_line() -> None:
     assert done.stdout == f"lora-llava {__version__}\n"
 
 
-COMMANDS = ["quickstart", "check", "finetune", "eval", "chat", "merge", "export", "import", "inspect", "recipes", "env"]
+COMMANDS = "quickstart convert check finetune eval chat merge export import inspect recipes env".split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,1 @@
+"""Convert data sets whose records must be joined or computed to LLaVA's JSON Lines: `run.convert`."""

@@ -1,0 +1,83 @@
+"""Convert a data set to LLaVA's JSON Lines, with its images and a report, all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_llava.errors import DataError
+from lora_llava.system.files import staged_result
+from lora_llava.system.text import counted, listed, printable
+
+if TYPE_CHECKING:
+    from lora_llava.data.convert.writer import ConvertOptions, Report, Writer
+
+    _Converter = Callable[[Path, Path, ConvertOptions], Writer]
+
+REPORT = "report.json"
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What a file system says of names that it cannot hold side by side."""
+
+
+def _lazy(module: str, function: str) -> _Converter:
+    def converter(source: Path, output: Path, options: ConvertOptions) -> Writer:
+        run: _Converter = getattr(import_module(f"lora_llava.data.convert.{module}"), function)
+        return run(source, output, options)
+
+    return converter
+
+
+KINDS: dict[str, _Converter] = {
+    "coco": _lazy("coco", "convert_coco"),
+}
+"""Converters by the name of the form."""
+
+
+def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> dict[str, Any]:
+    """Convert `source`, a data set of a kind in KINDS, to the directory `output`, which must not exist.
+
+    Writes JSON Lines in LLaVA's form, one file for each split; the images below `images/`; and `report.json`, which is
+    returned. The same input, options and seed give the same files. Raises DataError naming file, record and field if
+    nothing can be converted, ArtifactError if `output` exists or the disk is full.
+    """
+    if options.images is not None and not options.images.is_dir():
+        raise DataError(f"--images {options.images}: is not a directory; name the one with the images")
+    with staged_result(output) as staging:
+        try:
+            writer = KINDS[kind](source, staging, options)
+        except OSError as error:
+            if error.errno not in _NAME_ERRORS:
+                raise
+            raise DataError(f"{printable(str(error.filename), 300)}: {error.strerror}; rename the image") from None
+        if not writer.report.splits:
+            raise DataError(f"{source}: nothing could be converted. {_first_drops(writer.report)}")
+        content = {"kind": kind, "seed": options.seed, **writer.report.content()}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (staging / REPORT).write_text(text, encoding="utf-8")
+    return {**content, "examples": writer.report.examples}
+
+
+def _first_drops(report: Report) -> str:
+    if not report.dropped:
+        return "It holds no records; correct SRC"
+    first = next(iter(report.examples.values()))[0]
+    number = sum(report.dropped.values())
+    return f"{counted(number, 'problem')}: the first is {first}"
+
+
+def summary(report: dict[str, Any], output: Path) -> list[str]:
+    """Return what a conversion wrote and left out, as lines for the terminal."""
+    lines = [f"{name}: {counted(count, 'record')}" for name, count in report["records"].items()]
+    lines.append("questions: " + listed([f"{count:,} {name}" for name, count in report["types"].items()]))
+    lines.append("images: " + (listed([f"{count:,} {how}" for how, count in report["images"].items()]) or "none"))
+    lines += [f"rule: {rule}" for rule in report["rules"]]
+    for dropped in report["dropped"]:
+        first = report["examples"][dropped["reason"]][0]
+        lines.append(f"left out: {dropped['count']:,} x {dropped['reason']}; the first: {first}")
+    names = " and ".join(f"path: {output / name}" for name in report["records"])
+    lines += [f"written to {output}; {REPORT} lists what was left out.", f"In a recipe: {names}"]
+    return lines

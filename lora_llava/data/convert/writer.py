@@ -1,0 +1,258 @@
+"""Write converted records, bring their images below the output, and keep account of what is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image, ImageOps
+
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
+from lora_llava.data.convert.fields import WRONG_FIELD, DropError
+from lora_llava.data.images.grayscale import to_eight_bits
+from lora_llava.data.images.headers import header_problem
+from lora_llava.data.images.read import DEEP_GRAY, FORMATS, MAX_BYTES, MAX_PIXELS
+from lora_llava.data.record import ImageRoot, ImageSource, check_text
+from lora_llava.errors import DataError
+
+_IMAGES = "images"
+_MAX_EXAMPLES = 20
+"""Maximum number of things named for each reason in the report."""
+_ORIENTATION = 0x0112
+"""EXIF tag."""
+_REASONS = {
+    "missing_image": "an image is missing",
+    "image_path": "an image path is not allowed",
+    "bad_image": "an image cannot be decoded",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What a user can choose; a converter uses some of it."""
+
+    images: Path | None = None
+    """Directory that the paths of images are relative to; None: that of the annotations."""
+    seed: int = 0
+    per_image: int = 4
+    """Maximum number of questions of a kind about one image."""
+    question: str | None = None
+    """Question for answers that come without one."""
+    table: Path | None = None
+    """CSV file with the reports of a DICOM directory."""
+    window: tuple[float, float] | None = None
+    """Values of a DICOM image shown as black and white; None: as the file says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image below the output."""
+
+    path: str
+    """Relative to the output."""
+    size: tuple[int, int]
+    """Width and height in pixels, upright."""
+    orientation: int = 1
+    """By its EXIF data; above 1 it is turned or mirrored, above 4 width and height are exchanged."""
+
+
+@dataclass
+class Report:
+    """What was written, what was left out, and by which rules."""
+
+    rules: list[str] = field(default_factory=list)
+    names_files: bool = True
+    """Whether the file may name source files: paths of DICOM series often hold the names of patients."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    types: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, error: DataError) -> None:
+        """Count what an error leaves out."""
+        reason = error.reason if isinstance(error, DropError) else _REASONS.get(error.kind, WRONG_FIELD)
+        self.dropped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(str(error))
+
+    def content(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        dropped = [
+            {"reason": reason, "count": count, "examples": self.examples[reason] if self.names_files else []}
+            for reason, count in self.dropped.most_common()
+        ]
+        return {
+            "records": dict(self.splits),
+            "types": dict(self.types),
+            "images": dict(self.images),
+            "rules": self.rules,
+            "dropped": dropped,
+        }
+
+
+class Writer:
+    """Writes one JSON Lines file for each split, and the images below `images/`.
+
+    Images in formats that the kit reads are hard links, or copies where the file system has none; TIFF becomes PNG of 8
+    bits. No link leads out of the output.
+    """
+
+    def __init__(self, output: Path, root: Path, options: ConvertOptions) -> None:
+        self.output, self.options, self.report = output, options, Report()
+        self._root = ImageRoot(root, "image", at_once=True)
+        self._pictures: dict[str, Picture | DataError] = {}
+        self._sources: dict[str, str] = {}
+        self._files: dict[str, TextIO] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def picture(self, name: str, where: str) -> Picture:
+        """Bring an image below the output, once; `name` is its path below the image root.
+
+        Raises DataError if it is missing, damaged, or outside of the root.
+        """
+        known = self._pictures.get(name)
+        if known is None:
+            try:
+                known = self._bring(self._root.source(name, where))
+            except DataError as error:
+                known = error
+            self._pictures[name] = known
+        if isinstance(known, DataError):
+            raise known
+        return known
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is an image of this path below the root."""
+        try:
+            self._root.source(name, "")
+        except DataError:
+            return False
+        return True
+
+    def add_picture(self, name: str, image: Image.Image) -> Picture:
+        """Write an image that a converter has made as PNG."""
+        target = self.output / _IMAGES / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target, "PNG")
+        self.report.images["converted to PNG"] += 1
+        return Picture(f"{_IMAGES}/{name}", image.size)
+
+    def write(self, record: dict[str, Any], *, kind: str, split: str = "records") -> None:
+        """Write a record with `id`, `image`, `question`, `answer` and own keys to the file of a split.
+
+        A record is dropped if a text is empty, holds the image placeholder, or is not valid Unicode.
+        """
+        turns = [record.pop("question"), record.pop("answer")]
+        try:
+            for name, text in zip(("question", "answer"), turns, strict=True):
+                _check_turn(text, f"record {record['id']}: {name}")
+        except DataError as error:
+            self.report.drop(error)
+            return
+        conversation = [
+            {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{turns[0]}"},
+            {"from": "gpt", "value": turns[1]},
+        ]
+        own = {key: value for key, value in record.items() if key not in ("id", "image") and value is not None}
+        row = {"id": record["id"], "image": record["image"], "conversations": conversation, "type": kind, **own}
+        self._file(split).write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.report.types[kind] += 1
+        self.report.splits[f"{split}.jsonl"] += 1
+
+    def _file(self, split: str) -> TextIO:
+        if split not in self._files:
+            path = self.output / f"{split}.jsonl"
+            self._files[split] = self._stack.enter_context(path.open("w", encoding="utf-8"))
+        return self._files[split]
+
+    def _bring(self, source: ImageSource) -> Picture:
+        assert source.path is not None
+        form, size, orientation = _look_at(source)
+        if form == "TIFF":
+            return self.add_picture(self._free_name(f"{Path(source.key).with_suffix('')}.png", source), _tiff(source))
+        if (problem := header_problem(source)) is not None:
+            raise problem
+        name = self._free_name(source.key, source)
+        target = self.output / _IMAGES / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.report.images[_link_or_copy(source.path, target)] += 1
+        return Picture(f"{_IMAGES}/{name}", size, orientation)
+
+    def _free_name(self, name: str, source: ImageSource) -> str:
+        """Return a name that no other image has: a.tif and a.png of one directory would both become a.png."""
+        while self._sources.setdefault(name, source.key) != source.key:
+            name = f"{Path(name).with_suffix('')}_{Path(source.key).suffix.removeprefix('.')}{Path(name).suffix}"
+        return name
+
+
+def _check_turn(text: str, where: str) -> None:
+    check_text(text, where)
+    if not text.strip():
+        raise DropError(f"{where}: is empty", "a text is empty")
+    if IMAGE_PLACEHOLDER in text:
+        raise DropError(f"{where}: holds {IMAGE_PLACEHOLDER}", f"a text holds {IMAGE_PLACEHOLDER}")
+
+
+def _link_or_copy(source: Path, target: Path) -> str:
+    """Link a file, or copy it if the file system does not let us; return what was done."""
+    with suppress(OSError):
+        os.link(source, target)
+        return "linked"
+    shutil.copyfile(source, target)
+    return "copied"
+
+
+def _look_at(source: ImageSource) -> tuple[str, tuple[int, int], int]:
+    """Return format, upright size and EXIF orientation of an image; DataError if it is none."""
+    assert source.path is not None
+    try:
+        if source.path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{source.name}: more than {MAX_BYTES:,} bytes; make it smaller", "bad_image")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source.path, formats=(*FORMATS, "TIFF")) as image:
+                turned = image.getexif().get(_ORIENTATION, 1)
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise DataError(f"{source.name}: more than {MAX_PIXELS:,} pixels; make it smaller", "bad_image")
+                form = str(image.format)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a decoder raises anything for broken bytes
+        raise DataError(f"{source.name}: not an image that can be read ({type(error).__name__})", "bad_image") from None
+    orientation = turned if isinstance(turned, int) and 1 < turned <= 8 else 1
+    return form, (height, width) if orientation > 4 else (width, height), orientation
+
+
+def _tiff(source: ImageSource) -> Image.Image:
+    """Decode the first page of a TIFF file; more than 8 bits become 8 as in training."""
+    assert source.path is not None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source.path, formats=("TIFF",)) as image:
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+        if upright.mode in DEEP_GRAY:
+            import numpy as np
+
+            return Image.fromarray(to_eight_bits(np.asarray(upright)))
+        return upright.convert("RGB")
+    except Exception as error:  # noqa: BLE001 - as above
+        raise DataError(f"{source.name}: the image is damaged ({type(error).__name__})", "bad_image") from None
