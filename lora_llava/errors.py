@@ -7,17 +7,31 @@ LoraLlavaError
 ├── ModelError       a base model, or a built model that does not match its stage
 ├── ArtifactError    a directory that is not what its manifest says, or belongs to another base
 ├── TrainingError    a run that cannot continue
-│   └── RunInterruptedError  a run that was stopped by a signal and has saved; exit code 130 or 143
+│   ├── RunInterruptedError  a run that was stopped by a signal and has saved; exit code 130 or 143
+│   └── LostProcessError     a run of several processes, one of which ended or does not answer
 └── HubError         the Hub refuses, fails, or cannot be reached
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class LoraLlavaError(Exception):
     """Base of all errors that the kit raises on purpose; the message is for the user."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the error by its attributes, so that it reaches other processes whatever its constructor takes."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[LoraLlavaError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LoraLlavaError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class RecipeError(LoraLlavaError):
@@ -61,6 +75,10 @@ class RunInterruptedError(TrainingError):
         super().__init__(message)
         # As in shells.
         self.exit_code = 128 + signal_number
+
+
+class LostProcessError(TrainingError):
+    """Another process of the run ended, or does not answer; that process says why, if it can."""
 
 
 class HubError(LoraLlavaError):

@@ -31,8 +31,8 @@ from lora_llava.data.packing import (
 from lora_llava.data.record import Record
 from lora_llava.recipe.schedule import StageLength, eval_interval, stage_length, steps_line, validation_line
 from lora_llava.recipe.stages import StageName, StageSettings
-from lora_llava.system.device import world_size
 from lora_llava.system.progress import counting
+from lora_llava.system.ranks import world_size
 from lora_llava.system.text import counted
 
 _Encode = Callable[..., Encoded]

@@ -6,7 +6,6 @@ PyTorch is imported inside the functions that need it: a dry run on a machine wi
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 import resource
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lora_llava.errors import ModelError
+from lora_llava.system.ranks import local_rank, world_size
 from lora_llava.system.text import counted
 
 if TYPE_CHECKING:
@@ -46,10 +46,12 @@ def device_type() -> str:
 
 
 def pick_device() -> torch.device:
-    """Return the CUDA device if there is one, else the CPU."""
+    """Return the CUDA device of this process if there is one, else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank()) if world_size() > 1 else torch.device("cuda")
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -74,11 +76,6 @@ def describe_device() -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
-
-
-def world_size() -> int:
-    """Return the number of training processes, as torchrun and accelerate set it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

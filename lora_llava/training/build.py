@@ -15,8 +15,8 @@ from lora_llava.data.stage import StageData
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.schedule import logging_interval
 from lora_llava.run_directory import output
-from lora_llava.system.device import world_size
 from lora_llava.system.processes import available_cores
+from lora_llava.system.ranks import world_size
 from lora_llava.training.checks.blind import BlindCheck, make_image_check
 from lora_llava.training.checks.check import Check
 from lora_llava.training.checks.frozen_weights import FrozenWeights

@@ -40,8 +40,9 @@ from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import parameter_table_view
 from lora_llava.recipe.stages import trains_lora
 from lora_llava.run_directory import output
-from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype, world_size
+from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
 from lora_llava.system.progress import phase
+from lora_llava.system.ranks import world_size
 from lora_llava.system.text import counted
 from lora_llava.training.build import make_trainer
 from lora_llava.training.checkpoints.differences import Resume, run_facts
@@ -173,7 +174,7 @@ def _build_model(
         double_quant=stage.quantization.double_quant,
         keep_dequantized=plan.keep_dequantized,
         dtype=dtype,
-        device=torch.device(machine.device),
+        device=pick_device(),
     )
     # The artifact must name the base by its final path.
     loaded.directory = output.final_path(stage.run_directory, stage.base_directory)

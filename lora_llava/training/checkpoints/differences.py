@@ -21,8 +21,8 @@ from lora_llava.recipe.file import read_recipe
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName, trains_lora
 from lora_llava.run_directory import output
-from lora_llava.system.device import world_size
 from lora_llava.system.files import file_sha256, shown_path
+from lora_llava.system.ranks import world_size
 from lora_llava.system.text import counted, dtype_name
 from lora_llava.training.stage import Stage
 

@@ -1,0 +1,153 @@
+"""The processes of a run agree, end together, and report an error once."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from lora_llava import errors
+from lora_llava.errors import LoraLlavaError, LostProcessError, ModelError, PreflightError, RunInterruptedError
+from lora_llava.system import ranks
+from tests.helpers.processes import ended, start
+
+AGREEING = """
+import json, os, sys
+from contextlib import contextmanager
+from lora_llava.errors import DataError
+from lora_llava.system import ranks
+
+seen = {}
+@contextmanager
+def lock():
+    seen["locked"] = True
+    yield
+    seen["unlocked"] = True
+
+def refuse():
+    raise DataError("row 7 is broken", "image")
+
+with ranks.connected(), ranks.entered_by_first(lock):
+    with ranks.connected():
+        number = ranks.rank()
+    seen["value"] = ranks.by_first(lambda: {"rank": ranks.rank()})
+    seen["least"], seen["largest"] = ranks.least(10 - number), ranks.largest(number)
+    seen["gathered"] = ranks.gathered((number, "x" * number))
+    try:
+        ranks.by_first(refuse)
+    except DataError as error:
+        seen["error"] = [str(error), error.kind]
+        seen["reports"] = ranks.reports(error)
+    print(json.dumps(seen))
+"""
+
+LOSING = """
+import os, signal, sys, time
+from lora_llava.errors import DataError
+from lora_llava.system import ranks
+from lora_llava.system.progress import phase
+
+phase("Counting sheep")
+try:
+    with ranks.connected():
+        ranks.by_first(lambda: None)
+        if ranks.rank() == 1 and sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ranks.rank() == 1 and sys.argv[1] == "raised":
+            raise DataError("row 7 is broken")
+        if ranks.rank() == 1 and sys.argv[1] == "hung":
+            time.sleep(6)
+        import torch
+        torch.distributed.all_reduce(torch.zeros(1))
+except Exception as error:
+    print(type(error).__name__, ranks.reports(error), error)
+"""
+
+
+def test_all_processes_agree_with_the_first() -> None:
+    outcomes = ended(start(["-c", AGREEING], 3))
+    assert [code for code, _, _ in outcomes] == [0, 0, 0], outcomes
+    seen = [json.loads(out) for _, out, _ in outcomes]
+    for one in seen:
+        assert one["value"] == {"rank": 0}
+        assert (one["least"], one["largest"]) == (8, 2)
+        assert one["gathered"] == [[0, ""], [1, "x"], [2, "xx"]]
+        assert one["error"] == ["row 7 is broken", "image"]
+    # The error of all is reported by one; the lock is that of the first.
+    assert sum(one["reports"] for one in seen) == 1
+    assert [one.get("locked", False) for one in seen] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ending", "shown", "words"),
+    [
+        ("killed", [(0, "LostProcessError")], "process 0 of 2: another process of the run ended"),
+        ("raised", [(1, "DataError")], "row 7 is broken"),
+        ("hung", [(0, "LostProcessError")], "did not answer in time; this one was at: Counting sheep"),
+    ],
+)
+def test_a_lost_process_is_reported_once(ending: str, shown: list[tuple[int, str]], words: str) -> None:
+    outcomes = ended(start(["-c", LOSING, ending], 2, **{ranks.TIMEOUT: "3"}))
+    lines = [(number, out.split()[:2], out) for number, (_, out, _) in enumerate(outcomes) if out]
+    reported = [(number, name, out) for number, (name, reports), out in lines if reports == "True"]
+    assert [(number, name) for number, name, _ in reported[:1]] == shown, outcomes
+    assert words in reported[0][2]
+    assert len(reported) == 1
+
+
+def test_a_single_process_agrees_with_itself() -> None:
+    with ranks.connected():
+        assert ranks.by_first(lambda: 3) == ranks.least(3) == ranks.largest(3) == 3
+    assert ranks.gathered("a") == ["a"]
+    assert ranks.is_first()
+    assert (ranks.world_size(), ranks.local_world_size()) == (1, 1)
+
+
+def test_variables_left_over_by_a_launcher_mean_nothing_in_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "LOCAL_RANK": "2", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.rank(), ranks.local_rank(), ranks.local_world_size(), ranks.is_first()) == (0, 0, 1, True)
+
+
+def test_a_plan_for_more_processes_starts_none() -> None:
+    with ranks.planned_for(4), ranks.connected():
+        assert (ranks.world_size(), ranks.rank(), ranks.least(3), ranks.by_first(lambda: 5)) == (4, 0, 3, 5)
+    assert ranks.world_size() == 1
+
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LoraLlavaError)]
+SPECIAL: dict[type, tuple[Any, ...]] = {PreflightError: (["two", "lines"],), RunInterruptedError: ("stopped", 15)}
+
+
+@pytest.mark.parametrize(
+    "error", [kind(*SPECIAL.get(kind, ("words",))) for kind in KINDS], ids=lambda one: str(type(one))
+)
+def test_errors_reach_other_processes_unchanged(error: Any) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy), copy.exit_code) == (
+        type(error),
+        str(error),
+        vars(error),
+        error.exit_code,
+    )
+
+
+def test_processes_on_one_card_are_refused() -> None:
+    ranks._refuse_shared_cards([("a", "1"), ("a", "2"), ("b", "1")])
+    with pytest.raises(ModelError, match="processes 1 and 2 share one card of a"):
+        ranks._refuse_shared_cards([("b", "1"), ("a", "1"), ("a", "1")])
+
+
+def test_a_process_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ModelError, match="has no card: it is number 1 on its machine"):
+        ranks._check_card(1)
+
+
+def test_what_cannot_be_sent_is_sent_as_text() -> None:
+    error = ValueError(lambda: None)
+    assert str(ranks._portable(error)).startswith("ValueError: <function")
+    assert ranks._portable(LostProcessError("x")).args == ("x",)
