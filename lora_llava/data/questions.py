@@ -7,10 +7,12 @@ answers: it also asks a last turn without one, or one question about every image
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, check_turns
 from lora_llava.data.bad_records import BadRecord, BadRecords
@@ -56,6 +58,29 @@ class Question:
         """Return the value of another key of the record, as text."""
         value = self.own.get(key)
         return _NO_VALUE if value is None or value == "" else value if isinstance(value, str) else json.dumps(value)
+
+    def described(self, answer: str, shared: Container[str], reserved: Collection[str]) -> dict[str, Any]:
+        """Return the question, its references and the other keys of its record, as a line of predictions has them.
+
+        `answer`: key of the first reference; `shared`: labels that several images have; `reserved`: keys that the line
+        gets later. A key of the record that is taken gets the prefix `data_`.
+        """
+        image = self.record.image
+        row: dict[str, Any] = {
+            "id": self.record.id,
+            "image": image.label if image else None,
+            "question": self.record.question,
+        }
+        if self.references:
+            row[answer] = self.answer
+        if image and image.label in shared:
+            row["image_key"] = image.key
+        if self.of > 1:
+            row["turn"] = self.number
+        if len(self.references) > 1:
+            row["references"] = list(self.references)
+        taken = {*row, answer, "turn", "references", *reserved}
+        return row | {f"data_{key}" if key in taken else key: value for key, value in self.own.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +226,12 @@ def _question(record: Record, end: int, number: int, of: int) -> Question:
         where=record.where if of == 1 else f"{record.where}, question {number}",
     )
     return Question(asked, (is_last and record.references) or (turns[-1].text,), number, of)
+
+
+def shared_labels(questions: Sequence[Question]) -> set[str]:
+    """Return the labels that several images have, such as file names inside a table."""
+    images = {image.identity: image.label for question in questions if (image := question.record.image) is not None}
+    return {label for label, count in Counter(images.values()).items() if count > 1}
 
 
 def check_keys(questions: Sequence[Question], by: Sequence[str]) -> None:

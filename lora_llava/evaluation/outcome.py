@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lora_llava.data.questions import Question
+from lora_llava.data.questions import Question, shared_labels
 from lora_llava.evaluation.report import MAJORITY
 from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.exact_match import holds_answer
@@ -180,32 +179,13 @@ def _figures(accuracy: Accuracy) -> dict[str, Any]:
 def prediction_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     """Yield the lines of `predictions.jsonl`: question, references, other keys of the record, each model's answer."""
     known = {name: answers.by_index() for name, answers in outcome.answers.items()}
-    shared = _shared_labels(outcome.questions)
+    shared = shared_labels(outcome.questions)
     for index, question in enumerate(outcome.questions):
-        row: dict[str, Any] = {
-            "id": question.record.id,
-            "image": question.record.image.label if question.record.image else None,
-            "question": question.record.question,
-            "answer": question.answer,
-        }
-        if row["image"] in shared and question.record.image:
-            row["image_key"] = question.record.image.key
-        if question.of > 1:
-            row["turn"] = question.number
-        if len(question.references) > 1:
-            row["references"] = list(question.references)
-        taken = {*row, "turn", "references", BASE, START, TUNED, BLIND}
-        row |= {f"data_{key}" if key in taken else key: value for key, value in question.own.items()}
+        row = question.described("answer", shared, (BASE, START, TUNED, BLIND))
         for name, answers in known.items():
             if index in answers:
                 row[name] = _prediction(outcome, name, index, *answers[index])
         yield row
-
-
-def _shared_labels(questions: Sequence[Question]) -> set[str]:
-    """Return the labels that several images have, such as file names inside a table."""
-    images = {image.identity: image.label for question in questions if (image := question.record.image) is not None}
-    return {label for label, count in Counter(images.values()).items() if count > 1}
 
 
 def _prediction(outcome: Outcome, name: str, index: int, text: str, score: float) -> dict[str, Any]:

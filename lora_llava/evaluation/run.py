@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from pydantic import ValidationError
 from rich.console import Console
 
-from lora_llava.artifact import Usage, add_adapter, load_model, read_usage, template_to_ask
+from lora_llava.artifact import add_adapter
 from lora_llava.conversation.templates import Template
 from lora_llava.data.questions import QuestionSet, load_questions
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import Models, compare
 from lora_llava.evaluation.outcome import START
 from lora_llava.generation.answers import PromptFormat
-from lora_llava.modeling.folded import can_fold
-from lora_llava.planning.preflight.shipping import refuse_model
+from lora_llava.generation.asking import as_trained, how_computed, load_to_ask, prompt_format, usage_of
 from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
-from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import refuse_results_in
 from lora_llava.system.hub.artifact import located, source_facts
-from lora_llava.system.progress import phase, shown_on
+from lora_llava.system.progress import shown_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +73,10 @@ def evaluate_candidate(
 ) -> dict[str, Any]:
     """Check the model and `output`, read the questions, ask them, and return what `compare` does; see `evaluate`."""
     refuse_results_in(output)
-    refuse_model(candidate.directory, candidate.base)
-    usage = read_usage(candidate.directory, candidate.template)
-    template_to_ask(usage, candidate.directory)
-    settings = _as_trained(settings, usage)
+    usage = usage_of(candidate.directory, candidate.base, candidate.template)
+    settings = settings.model_copy(update={"data": as_trained(settings.data, usage)})
     questions = load_questions(settings.data, settings.by)
     return evaluate_artifact(candidate, questions, settings, directory=output, console=console)
-
-
-def _as_trained(settings: EvaluationSettings, usage: Usage) -> EvaluationSettings:
-    """Fill in what the data section leaves open from the model's training: text after questions, range of grays."""
-    trained = {"answer_prompt": usage.answer_prompt, "window": usage.window and list(usage.window)}
-    missing = {key: value for key, value in trained.items() if getattr(settings.data, key) is None}
-    return settings.model_copy(update={"data": settings.data.model_copy(update=missing)})
 
 
 def evaluate_artifact(
@@ -100,50 +86,25 @@ def evaluate_artifact(
 
     Returns what `compare` does. Raises ArtifactError if a whole model is to be compared with a start.
     """
-    # The trained model is no longer needed: on a small card there is no room for two.
-    gc.collect()
-    torch.cuda.empty_cache()
-    device = pick_device()
-    phase("Loading the model to ask")
-    loaded, usage = load_model(
-        candidate.directory,
-        device=device,
-        dtype=pick_dtype(candidate.precision, device),
-        base=candidate.base,
-        template=candidate.template,
-        keep_dequantized=None,
+    loaded, usage = load_to_ask(
+        candidate.directory, base=candidate.base, template=candidate.template, precision=candidate.precision
     )
-    if line := _how_computed(loaded.model):
+    if line := how_computed(loaded.model):
         console.print(f"evaluation: {line}")
     is_adapter, start = isinstance(loaded.model, PeftModel), candidate.start
     if start is not None and not is_adapter:
         raise ArtifactError(
             f"{candidate.directory} is a whole model: there is no start on the same base to compare it with"
         )
-    tuned = _prompt_format(usage, candidate.directory)
+    tuned = prompt_format(usage, candidate.directory)
     models = Models(
         loaded,
         tuned,
-        start=None if start is None else _start_format(_prompt_format(add_adapter(loaded, start, START), start), tuned),
+        start=None if start is None else _start_format(prompt_format(add_adapter(loaded, start, START), start), tuned),
         base=candidate.compare_base and is_adapter,
         hub=source_facts(candidate.directory),
     )
     return compare(models, questions, settings, directory, console)
-
-
-def _how_computed(model: Any) -> str | None:
-    """Say with which weights an adapter is asked; None for a whole model."""
-    if not isinstance(model, PeftModel):
-        return None
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
-        return "asked in 4 bits: the dequantized weights would take more than half of the free memory"
-    if can_fold(model):
-        return "asked in fp32, with the adapter folded into the weights, as merge does"
-    return "asked with the adapter next to the base, whose weights are in the compute type"
-
-
-def _prompt_format(usage: Usage, directory: Path) -> PromptFormat:
-    return PromptFormat(template_to_ask(usage, directory), usage.image_aspect_ratio)
 
 
 def _start_format(start: PromptFormat, tuned: PromptFormat) -> PromptFormat:

@@ -50,17 +50,10 @@ def generate_answers(
     `max_rows` bounds the questions in a forward pass; `greedy_decode` says what a row costs. `on_cut` is called with
     the index of each answer that `max_new_tokens` cut short. Raises DataError for an unusable record or image.
     """
-    template = form.template
-
-    # The questions of one image may span two batches; the second finds the image here.
-    @lru_cache(maxsize=max_rows)
-    def pixels(source: ImageSource | None) -> torch.Tensor:
-        return image_tensor(loaded, source, form.aspect_ratio)
-
-    ends = end_token_ids(loaded, template)
+    ends = end_token_ids(loaded, form.template)
     answers = greedy_decode(
         loaded.model,
-        [last_question(loaded, record, template, pixels, form.blind) for record in records],
+        prompts_of(loaded, records, form, max_rows),
         eos_token_ids=ends,
         max_new_tokens=max_new_tokens,
         max_rows=max_rows,
@@ -71,6 +64,22 @@ def generate_answers(
             if not answer or answer[-1] not in ends:
                 on_cut(index)
     return [answer_text(loaded.tokenizer, answer, ends) for answer in answers]
+
+
+def prompts_of(
+    loaded: LoadedModel, records: Sequence[Record], form: PromptFormat, max_images: int = 64
+) -> list[Prompt]:
+    """Encode the last question of each record; images are opened when they are needed, and `max_images` held.
+
+    Raises DataError for an unusable record.
+    """
+
+    # The questions of one image may span two batches; the second finds the image here.
+    @lru_cache(maxsize=max_images)
+    def pixels(source: ImageSource | None) -> torch.Tensor:
+        return image_tensor(loaded, source, form.aspect_ratio)
+
+    return [last_question(loaded, record, form.template, pixels, form.blind) for record in records]
 
 
 def end_token_ids(loaded: LoadedModel, template: Template | OwnTemplate) -> frozenset[int]:

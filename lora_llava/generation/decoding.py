@@ -25,6 +25,8 @@ Progress = Callable[[int, int], None]
 """Called with the number of finished questions and the total."""
 OnToken = Callable[[int], None]
 """Called with each new token of an answer, including the end token."""
+Choose = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+"""Returns the next token of each row, (R,), from its logits, (R, vocabulary), and its index in the batch."""
 
 _USABLE_SHARE = 0.8
 """Share of the free memory that a batch of prompts may take; the rest is for its images and for fragmentation."""
@@ -62,22 +64,19 @@ def greedy_decode(
     and a short question); on CUDA fewer if the free memory holds fewer. `progress` is called after each batch. Raises
     ValueError for an empty prompt, or a limit below 1.
     """
-    if max_new_tokens < 1 or max_rows < 1:
-        raise ValueError(f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}")
-    for index, prompt in enumerate(prompts):
-        if not prompt.input_ids:
-            raise ValueError(f"prompt {index} is empty")
     # Without their images, many questions of a data set are the same.
-    copies = _copies(prompts)
+    copies = equal_prompts(prompts)
     distinct = [prompts[indices[0]] for indices in copies]
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
-    if (free := _free_bytes(next(model.parameters()).device)) is not None and distinct:
-        max_rows = min(max_rows, _rows_that_fit(llava_in(model), distinct, max_new_tokens, free))
     with _inference(model):
-        for batch in plan_batches(distinct, max_rows):
-            state = _prefill(model, [distinct[number] for number in batch])
-            decoded = _decode(model, state, frozenset(eos_token_ids), max_new_tokens)
+        for batch in plan_decoding(model, distinct, max_new_tokens, max_rows):
+            decoded = decode_batch(
+                model,
+                [distinct[number] for number in batch],
+                eos_token_ids=eos_token_ids,
+                max_new_tokens=max_new_tokens,
+            )
             for number, answer in zip(batch, decoded, strict=True):
                 for index in copies[number]:
                     answers[index] = list(answer)
@@ -87,7 +86,39 @@ def greedy_decode(
     return answers
 
 
-def _copies(prompts: Sequence[Prompt]) -> list[list[int]]:
+def plan_decoding(
+    model: nn.Module, prompts: Sequence[Prompt], max_new_tokens: int, max_rows: int = 64
+) -> list[list[int]]:
+    """Return the batches in which to decode `prompts`, as their indices.
+
+    A batch holds at most `max_rows` prompts, on CUDA also no more than the free memory holds.
+    Raises ValueError for an empty prompt, or a limit below 1.
+    """
+    if max_new_tokens < 1 or max_rows < 1:
+        raise ValueError(f"max_new_tokens and max_rows must be at least 1; got {max_new_tokens} and {max_rows}")
+    for index, prompt in enumerate(prompts):
+        if not prompt.input_ids:
+            raise ValueError(f"prompt {index} is empty")
+    if (free := _free_bytes(next(model.parameters()).device)) is not None and prompts:
+        max_rows = min(max_rows, _rows_that_fit(llava_in(model), prompts, max_new_tokens, free))
+    return plan_batches(prompts, max_rows)
+
+
+def decode_batch(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    eos_token_ids: Collection[int],
+    max_new_tokens: int,
+    choose: Choose | None = None,
+) -> list[list[int]]:
+    """Generate the answers to one batch of `plan_decoding`; `choose` replaces taking the most likely token."""
+    with _inference(model):
+        state = _prefill(model, prompts)
+        return _decode(model, state, frozenset(eos_token_ids), max_new_tokens, choose=choose)
+
+
+def equal_prompts(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Group the indices of prompts that are equal, image included, in order of the first of each group."""
     copies: dict[Hashable, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -243,13 +274,18 @@ def _forward(
 
 
 def _decode(
-    model: nn.Module, state: _State, eos: frozenset[int], max_new_tokens: int, on_token: OnToken | None = None
+    model: nn.Module,
+    state: _State,
+    eos: frozenset[int],
+    max_new_tokens: int,
+    on_token: OnToken | None = None,
+    choose: Choose | None = None,
 ) -> list[list[int]]:
     """Decode token by token; finished rows leave the batch, so that only long answers take more steps."""
     answers: list[list[int]] = [[] for _ in range(len(state.mask))]
     alive = list(range(len(answers)))
     for step in range(max_new_tokens):
-        tokens = state.logits.argmax(-1)
+        tokens = state.logits.argmax(-1) if choose is None else choose(state.logits, alive)
         keep: list[int] = []
         for row, token in enumerate(tokens.tolist()):
             answers[alive[row]].append(token)

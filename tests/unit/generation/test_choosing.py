@@ -1,0 +1,108 @@
+"""Tokens by their probabilities: scores equal those of a whole forward pass, draws follow the distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from lora_llava.generation.choosing import Sampled, Scored
+from lora_llava.generation.decoding import decode_batch, greedy_decode, plan_decoding
+from lora_llava.generation.prompts import Prompt
+from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, tiny_llava
+
+PREFIX = [1, 40, IMAGE_ID, IMAGE_ID, IMAGE_ID, IMAGE_ID]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llava(seed=3)
+
+
+def picture(number: int) -> torch.Tensor:
+    return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(number))
+
+
+def prompts() -> list[Prompt]:
+    assert len(PREFIX) == NUM_IMAGE_TOKENS + 2
+    asked = [
+        Prompt([*PREFIX, *range(50, 50 + 3 * length)], len(PREFIX), picture(image), image)
+        for image in (0, 1)
+        for length in (1, 2)
+    ]
+    return [*asked, Prompt([1, 77, 78], 0, None, None)]
+
+
+def forced(model: Any, prompt: Prompt, answer: list[int]) -> float:
+    """The log-probability of an answer by one forward pass over prompt and answer."""
+    ids = torch.tensor([[*prompt.input_ids, *answer]])
+    pixels = {} if prompt.pixel_values is None else {"pixel_values": prompt.pixels()[None]}
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0]
+    scores = torch.log_softmax(logits[len(prompt.input_ids) - 1 : -1].float(), -1)
+    return float(scores.gather(1, torch.tensor(answer)[:, None]).sum())
+
+
+def test_scores_are_those_of_a_whole_forward_pass(model: Any) -> None:
+    asked = prompts()
+    endless = greedy_decode(model, asked, eos_token_ids=[], max_new_tokens=6)
+    # Some answers end early, so that rows leave the batch before others.
+    ends = [endless[0][2], endless[-1][0]]
+    scored = Scored()
+    answers = decode_batch(model, asked, eos_token_ids=ends, max_new_tokens=6, choose=scored)
+    assert answers == greedy_decode(model, asked, eos_token_ids=ends, max_new_tokens=6)
+    assert len({len(answer) for answer in answers}) > 1
+    expected = [forced(model, prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+    assert [scored.log_probabilities[row] for row in range(len(asked))] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_plan_and_its_batches_give_the_answers_of_greedy_decoding(model: Any) -> None:
+    asked = prompts()
+    answers: dict[int, list[int]] = {}
+    for batch in plan_decoding(model, asked, 4, max_rows=2):
+        decoded = decode_batch(model, [asked[index] for index in batch], eos_token_ids=[], max_new_tokens=4)
+        answers.update(zip(batch, decoded, strict=True))
+    assert [answers[index] for index in range(len(asked))] == greedy_decode(
+        model, asked, eos_token_ids=[], max_new_tokens=4
+    )
+
+
+def test_draws_follow_the_distribution_at_the_temperature() -> None:
+    logits = torch.tensor([[1.0, 0.0, -torch.inf, 2.0]]).repeat(20_000, 1)
+    for temperature in (0.5, 1.0, 3.0):
+        draw = Sampled(temperature, [f"{temperature}/{row}" for row in range(len(logits))])
+        counts = Counter(draw(logits, range(len(logits))).tolist())
+        expected = torch.softmax(logits[0] / temperature, -1).tolist()
+        assert [counts[token] / len(logits) for token in range(4)] == pytest.approx(expected, abs=0.015)
+        assert counts[2] == 0
+
+
+def test_an_answer_depends_on_its_seed_not_on_its_batch(model: Any) -> None:
+    asked, seeds = prompts(), [f"seed {index}" for index in range(5)]
+
+    def draw(indices: list[int], temperature: float = 1.0) -> list[list[int]]:
+        return decode_batch(
+            model,
+            [asked[index] for index in indices],
+            eos_token_ids=[],
+            max_new_tokens=6,
+            choose=Sampled(temperature, [seeds[index] for index in indices]),
+        )
+
+    together = draw([0, 1, 2, 3, 4])
+    assert [draw([index])[0] for index in range(5)] == together
+    assert draw([3, 0]) == [together[3], together[0]]
+    assert draw([0, 1, 2, 3, 4], temperature=1e-3) == greedy_decode(model, asked, eos_token_ids=[], max_new_tokens=6)
+    other = decode_batch(model, asked[:1] * 3, eos_token_ids=[], max_new_tokens=6, choose=Sampled(1.0, ["a", "b", "c"]))
+    assert len({tuple(answer) for answer in other}) > 1
+
+
+def test_a_row_keeps_its_stream_when_others_leave(model: Any) -> None:
+    first = Sampled(1.0, ["a", "b"])
+    logits = torch.zeros(2, 50)
+    both = first(logits, [0, 1])
+    rest = first(logits[1:], [1])
+    alone = Sampled(1.0, ["b"])
+    assert [alone(logits[1:], [0]).item(), alone(logits[1:], [0]).item()] == [both[1].item(), rest.item()]
