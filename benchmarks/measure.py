@@ -21,13 +21,13 @@ from lora_llava.artifact import library_versions
 from lora_llava.system.device import pick_device, pick_dtype
 
 SETS = ("S1", "V1", "V4", "V8", "V11", "MX")
-LOSS_TOLERANCE = {"fp32": 6e-5, "bf16": 1e-2}
+LOSS_TOLERANCE = {"fp32": 6e-5, "fp16": 1e-2, "bf16": 1e-2}
 """Relative difference of the first losses; the Trainer rounds what it logs to four digits."""
 FLOPS_A_WEIGHT = 4
 """Of a frozen weight and token: a product on the way forward, and one for the gradient of what came in."""
 MATRIX = {"cuda": 8192, "cpu": 2048}
 """Side of the square matrices whose product shows what the machine can do."""
-NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+NORM_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 5e-2}
 
 
 class EndedEarlyError(click.ClickException):

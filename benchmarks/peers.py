@@ -194,7 +194,7 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
         read = cached_features(llava, task)
     rows = Rows(task, tokens, chosen, read)
     made = arguments(TrainingArguments, task, len(rows.rows), 1, label_names=["labels"], optim=optim)
-    guard = NonFiniteGuard(rows, bf16=made.bf16)
+    guard = NonFiniteGuard(rows, dtype=task.dtype)
     checks = [guard, StageMonitor(skipped=guard.skipped)]
     return PackedTrainer(model, made, rows, None, mm_projector_lr=None, checks=checks), rows.computed_tokens
 

@@ -19,7 +19,7 @@ from lora_llava.generation.prompts import Prompt, pack_prompts, plan_batches
 from lora_llava.modeling.attention import with_attention
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import TREES, image_tokens
-from lora_llava.system.device import free_memory_bytes
+from lora_llava.system.device import autocast, free_memory_bytes
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished questions and the total."""
@@ -201,11 +201,9 @@ def _inference(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator]  # a method of PreTrainedModel
-    # Trained weights are fp32 while the base may be bf16; without autocast their matmuls fail.
-    enabled = embeddings.dtype == torch.bfloat16
-    autocast = torch.autocast(embeddings.device.type, dtype=torch.bfloat16, enabled=enabled)
+    # Trained weights are fp32 while the base may be in half precision; without autocast their matmuls fail.
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(embeddings.device, embeddings.dtype):
             yield
     finally:
         for module in training:

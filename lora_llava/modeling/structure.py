@@ -53,7 +53,7 @@ class Precision:
         return self.name
 
 
-FP32, BF16 = Precision("float32", 4), Precision("bfloat16", 2)
+FP32, FP16, BF16 = Precision("float32", 4), Precision("float16", 2), Precision("bfloat16", 2)
 
 
 @dataclass(frozen=True, slots=True)

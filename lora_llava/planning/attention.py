@@ -17,10 +17,12 @@ from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention, attentio
 _ROW, _SHORT_ROW, _TREE, _PREFIX, _BRANCH = 4096, 2048, 1024, 640, 24
 """Tokens of the two trial rows, of each tree in them, of a tree's prefix (an image), and of a branch (a question)."""
 _TOLERANCE = 2e-2
-"""Largest relative difference of outputs and gradients in bf16 (rounding alone gives 4e-3)."""
-
+"""Largest relative difference of outputs and gradients in bf16 (rounding alone gives 4e-3); fp16 rounds less."""
 _REPEATS = 5
 """Passes that are timed."""
+_FLEX_FROM = (8, 0)
+"""Lowest compute capability on which `auto` tries FlexAttention: its kernels want more shared memory than older cards
+have, and compiling them takes a minute."""
 
 
 def pick_attention(setting: str, text_config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Attention, str]:
@@ -32,6 +34,10 @@ def pick_attention(setting: str, text_config: Any, device: torch.device, dtype: 
         return attention_on_cpu(setting), "recipe" if setting == SDPA else "auto, on a CPU"
     if setting == SDPA:
         return TREES, "recipe"
+    capability = torch.cuda.get_device_capability(device)
+    if setting != FLEX and capability < _FLEX_FROM:
+        number = ".".join(map(str, capability))
+        return TREES, f"auto: flex_attention is not tried on a card of compute capability {number}"
     try:
         heads, keys = int(text_config.num_attention_heads), int(text_config.num_key_value_heads)
         trees, blocks = _compare(heads, keys, int(text_config.head_dim), device, dtype)

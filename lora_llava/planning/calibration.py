@@ -24,9 +24,11 @@ from lora_llava.modeling.fused.layer import fuse_layers
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
-from lora_llava.modeling.structure import BF16, FLEX, LANGUAGE_MODEL, Attention
+from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL, Attention
 from lora_llava.planning.memory_plan import StageShapes
 from lora_llava.planning.speed import Speed
+from lora_llava.system.device import autocast
+from lora_llava.system.text import dtype_name
 
 _SHORT = {"cuda": 128, "cpu": 16}
 """Tokens of a row whose kernels take longer to launch than to compute."""
@@ -127,7 +129,7 @@ class _LayerTimer:
         layer: nn.Module = self.text.layers[0]
 
         def run() -> None:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with autocast(self.device, self.dtype):
                 output = layer(hidden, attention_mask=mask if self.attention == FLEX else None, **inputs)
             output.backward(hidden.detach())
 
@@ -150,7 +152,8 @@ class _LayerTimer:
 
 
 def _torch_dtype(shapes: StageShapes) -> torch.dtype:
-    return torch.bfloat16 if shapes.dtype.itemsize == BF16.itemsize else torch.float32
+    dtype: torch.dtype = getattr(torch, dtype_name(shapes.dtype))
+    return dtype
 
 
 def _row(tokens: int) -> Batch:

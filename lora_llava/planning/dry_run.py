@@ -13,6 +13,7 @@ from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import (
     BF16,
     FLEX,
+    FP16,
     FP32,
     SDPA,
     TREES,
@@ -42,12 +43,13 @@ from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import mebibytes, parameter_table_view, short_part
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName, StageSettings
-from lora_llava.system.device import device_type, pick_device, pick_dtype
+from lora_llava.system.device import device_type, pick_device, pick_dtype, precision_line
 from lora_llava.system.table import Column, FittingTable
 from lora_llava.system.text import counted
 
 _CARDS = (12, 16, 24)
 """Memory of common consumer cards, in GiB."""
+_NAMED = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 
 
 def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -> None:
@@ -95,7 +97,8 @@ def _print_stage(
     machine = this_machine(recipe.attn_implementation, memory)
     plan = plan_memory(shapes, machine)
     data = plan_records(records, settings, plan.tokens_per_micro_batch, recipe.seed)
-    console.print("\n".join([data.summary(), *length_lines(stage, settings, data)]), soft_wrap=not console.is_terminal)
+    lines = [data.summary(), *length_lines(stage, settings, data), precision_line(recipe.precision, dtype)]
+    console.print("\n".join(filter(None, lines)), soft_wrap=not console.is_terminal)
     if offer := cache_offer(settings, data):
         console.print(offer)
     _print_memory(shapes, machine, plan, data, console)
@@ -129,7 +132,7 @@ def _attention_on_cuda(attn_implementation: str) -> Attention:
 
 def _plan_for_cards(shapes: StageShapes, precision: str, attn_implementation: str) -> dict[int, MemoryPlan | None]:
     """Plan a stage for cards of several sizes, in GiB; None where it does not fit."""
-    on_card = replace(shapes, dtype=FP32 if precision == "fp32" else BF16)
+    on_card = replace(shapes, dtype=_NAMED.get(precision, BF16))
     attention = _attention_on_cuda(attn_implementation)
     plans: dict[int, MemoryPlan | None] = {}
     for size in _CARDS:
@@ -141,9 +144,9 @@ def _plan_for_cards(shapes: StageShapes, precision: str, attn_implementation: st
 
 
 def compute_dtype(precision: str) -> ElementType:
-    """Return the compute precision of a run; `bf16` is not checked, since the run may be on another machine."""
-    if precision == "bf16":
-        return BF16
+    """Return the compute precision of a run; one that is named is not checked, since the run may be elsewhere."""
+    if precision in _NAMED:
+        return _NAMED[precision]
     # A CPU computes in fp32; what a GPU supports only PyTorch can tell, which is imported here alone.
     return FP32 if device_type() == "cpu" else pick_dtype(precision, pick_device())
 

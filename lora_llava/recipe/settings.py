@@ -194,8 +194,8 @@ class Recipe(Settings):
     """Directory of the run; null: runs/<name> in the current directory."""
     seed: Annotated[int, Field(ge=0, lt=2**32), OnResume.ORDER] = 42
     """Seed for the order of records, validation splits, and new weights."""
-    precision: Annotated[Literal["auto", "bf16", "fp32"], OnResume.RESOLVED] = "auto"
-    """`auto`: bf16 on CUDA, fp32 on CPU."""
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], OnResume.RESOLVED] = "auto"
+    """`auto`: bf16 on CUDA, fp16 on cards without bf16 (T4, V100, RTX 20), fp32 on CPU."""
     attn_implementation: Annotated[Literal["auto", "sdpa", "flex_attention"], OnResume.RESOLVED] = "auto"
     """Attention kernel of the language model in training. `auto`: the faster one on CUDA, measured; sdpa on CPU."""
     report_to: Annotated[Literal["none"] | list[str], BeforeValidator(_name_as_list), _TRACKERS, OnResume.FREE] = "none"

@@ -19,7 +19,7 @@ import psutil
 
 from lora_llava.errors import ModelError
 from lora_llava.system.ranks import local_rank, world_size
-from lora_llava.system.text import counted
+from lora_llava.system.text import counted, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +55,43 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype of a `precision` setting; `auto`: bf16 on CUDA, fp32 on CPU, where bf16 is 100x slower.
+    """Return the compute dtype of a `precision` setting.
 
-    Raises ModelError for bf16 on a device that does not support it.
+    `auto`: bf16 on CUDA, fp16 on a card without bf16, fp32 on a CPU, where both are 100x slower. Raises ModelError for
+    a half precision that the device does not support.
     """
     import torch
 
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_cuda = device.type == "cuda"
+    if precision == "fp32" or (precision == "auto" and not is_cuda):
+        return torch.float32
+    if precision == "fp16" and not is_cuda:
+        raise ModelError(f"precision: fp16 is not supported on this {device.type}; use auto or fp32")
+    has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
         raise ModelError(f"precision: bf16 is not supported on this {device.type}; use auto or fp32")
-    return torch.bfloat16 if precision != "fp32" and has_bf16 else torch.float32
+    return torch.bfloat16 if precision != "fp16" and has_bf16 else torch.float16
+
+
+def precision_line(precision: str, dtype: object) -> str | None:
+    """Return a line for the console that says why a run computes in fp16; None if it does not."""
+    if dtype_name(dtype) != "float16":
+        return None
+    scaled = "the loss is scaled, so that small gradients do not become 0"
+    if precision != "auto":
+        return f"precision: fp16 (recipe); {scaled}"
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"precision: fp16 (auto: bf16 needs compute capability 8.0, this card has {major}.{minor}); {scaled}"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which a model computes in `dtype`; its trained weights are fp32. In fp32 it does nothing."""
+    import torch
+
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(device.type, dtype=dtype if is_half else torch.bfloat16, enabled=is_half)
 
 
 def describe_device() -> str:

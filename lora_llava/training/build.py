@@ -101,7 +101,7 @@ def _make_checks(
         BlindCheck(sample),
         *([SampleAnswers(loaded, questions, stage.template, stage.aspect_ratio)] if questions else []),
         StageMonitor(data.counts, settings.max_grad_norm, guard.skipped, keeps_best=keeps_best),
-        TrainedWeights(stage.name, guard.skipped),
+        TrainedWeights(stage.name, guard.skipped, guard.overflowed),
         FrozenWeights(stage.name),
     ]
 

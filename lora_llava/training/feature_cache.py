@@ -39,7 +39,7 @@ _MAX_MEMORY_SHARE = 0.5
 _CHECKSUM_BYTES = 32
 """A file of features ends with their SHA-256."""
 _CHUNK = 2**24
-_NUMPY = {torch.float32: "float32", torch.bfloat16: "uint16"}
+_NUMPY = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "uint16"}
 """How features are stored; numpy has no bfloat16, so its bits are kept."""
 
 

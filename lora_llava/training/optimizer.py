@@ -37,6 +37,11 @@ def _groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> I
         yield {"params": [one for _, one in members], "lr": rates[part], "weight_decay": decay, "name": part}
 
 
+def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Create what scales the loss if the model computes in fp16, whose smallest number is 6e-8; else does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, args: TrainingArguments) -> LambdaLR:
     """Create the schedule of `rate_factor`; no step has a rate of 0."""
     kind, warmup = args.lr_scheduler_type.value, args.get_warmup_steps(args.max_steps)

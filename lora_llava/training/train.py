@@ -40,7 +40,7 @@ from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import parameter_table_view
 from lora_llava.recipe.stages import trains_lora
 from lora_llava.run_directory import output
-from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype
+from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype, precision_line
 from lora_llava.system.progress import phase
 from lora_llava.system.ranks import world_size
 from lora_llava.system.text import counted
@@ -140,6 +140,8 @@ def _measure_machine(
     device, dtype = pick_device(), pick_dtype(stage.recipe.precision, pick_device())
     attention, why = pick_attention(stage.recipe.attn_implementation, shapes.config.text_config, device, dtype)
     lines = [f"attn_implementation: {attention} ({why})"]
+    if why_fp16 := precision_line(stage.recipe.precision, dtype):
+        lines.append(why_fp16)
     usable, speed = usable_bytes(device.type, memory), None
     if checkpoint is not None:
         speed = stored_speed(checkpoint)

@@ -21,6 +21,7 @@ from lora_llava.data.rows import Batch, PackedRows
 from lora_llava.modeling.attention import attention_of, check_attention, to_device, with_block_lists
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX
+from lora_llava.system.device import autocast
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.signals import end_with_parent
@@ -28,7 +29,7 @@ from lora_llava.training.checks.check import Check, CompletedStep, ValidationPas
 from lora_llava.training.checks.non_finite import forked_rng
 from lora_llava.training.log import TrainingLog
 from lora_llava.training.objectives.objective import Objective, TokenLoss
-from lora_llava.training.optimizer import make_optimizer, make_schedule
+from lora_llava.training.optimizer import make_optimizer, make_scaler, make_schedule
 from lora_llava.training.validation import HeldOutLoss, without
 
 _CHECKS = "lora_llava_guards"
@@ -53,6 +54,8 @@ class PackedTrainer:
         # What was drawn while the model was built must not decide what dropout draws.
         set_seed(args.seed)
         self.args, self.device = args, args.device
+        self.dtype: torch.dtype = llava_in(model).get_input_embeddings().weight.dtype
+        """What the frozen weights compute in."""
         # The loss is divided by the items of the step, not by its rows.
         accumulation = GradientAccumulationPlugin(num_steps=1)
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
@@ -109,14 +112,18 @@ class PackedTrainer:
                 with nullcontext() if row is rows[-1] else self.accelerator.no_sync(self.wrapped):
                     self.losses.append(self.training_step(row, num_items))
                 self._tell("on_substep_end")
-            self.loss_sum += self._checked_loss()
+            loss, step = self._checked_loss()
+            self.loss_sum += loss
             self.state.total_flos += self.flops_per_token * float(num_tokens)
 
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.args.max_grad_norm or math.inf)
             self._tell("on_pre_optimizer_step")
             self.optimizer.step()
             rate = float(self.lr_scheduler.get_last_lr()[0])
-            self.lr_scheduler.step()
+            if not step.has_overflowed:
+                self.lr_scheduler.step()
+            # What is not due to the scale leaves it.
+            self.scaler.update(self.scaler.get_scale() if step.is_skipped and not step.has_overflowed else None)
             self.wrapped.zero_grad()
             if self._finish_step(norm, rate):
                 break
@@ -135,6 +142,7 @@ class PackedTrainer:
         self.create_optimizer()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.lr_scheduler = make_schedule(self.optimizer, self.args)
+        self.scaler = make_scaler(self.device, self.dtype)
         self.wrapped.train()
         self.wrapped.zero_grad()
         self.losses: list[torch.Tensor] = []
@@ -186,14 +194,20 @@ class PackedTrainer:
         """
         if row["input_ids"].numel() == 0:
             return torch.zeros((), device=self.device)
-        loss = self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
+        # In bf16 accelerate has wrapped the model's forward pass; in fp16 it refuses to on a CPU.
+        with autocast(self.device, self.dtype) if self.dtype == torch.float16 else nullcontext():
+            loss = self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
         # Data parallelism averages gradients over the processes, but the count is already the sum over them.
         loss *= self.accelerator.num_processes
-        self.accelerator.backward(loss)
+        self.accelerator.backward(self.scaler.scale(loss))
         return loss.detach()
 
-    def _checked_loss(self) -> torch.Tensor:
-        """Return the loss of a complete step; 0, with its gradients cleared, if a check skips it."""
+    def _checked_loss(self) -> tuple[torch.Tensor, CompletedStep]:
+        """Return the loss of a complete step, and the step; 0, with its gradients cleared, if a check skips it.
+
+        A step whose scaled gradients overflowed has its gradients cleared, too, but its loss is as good as any.
+        """
+        self.scaler.unscale_(self.optimizer)
         losses = torch.stack(self.losses)
         self.losses.clear()
         groups: dict[str, list[nn.Parameter]] = {}
@@ -201,13 +215,14 @@ class PackedTrainer:
             groups.setdefault(group["name"], []).extend(group["params"])
         total = losses.sum()
         total_of_all = self.accelerator.reduce(total, "sum")
-        step = CompletedStep(self.state.global_step + 1, self.model, groups, losses, total_of_all, self.last_checkpoint)
+        number, scale = self.state.global_step + 1, self.scaler.get_scale
+        step = CompletedStep(number, self.model, groups, losses, total_of_all, self.last_checkpoint, loss_scale=scale)
         for check in self.checks:
             if (warning := check.on_step(step)) is not None:
                 self.log({"warning": warning}, step.number)
             if step.is_skipped:
-                return torch.zeros_like(total)
-        return total
+                return total if step.has_overflowed else torch.zeros_like(total), step
+        return total, step
 
     def _finish_step(self, norm: torch.Tensor, rate: float) -> bool:
         """Count a step; log, validate and save as far as they are due; return whether the saver stops the training.
@@ -304,10 +319,9 @@ class PackedTrainer:
         assert rows is not None
         was_training = self.model.training
         self.model.eval()
-        # Trained weights are fp32, the others bf16: without autocast they cannot be multiplied.
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
-        # A data loader draws from the RNG even without workers.
-        with forked_rng(self.device), torch.no_grad(), autocast:
+        # Trained weights are fp32, the others half: without autocast they cannot be multiplied. A data loader draws
+        # from the RNG even without workers.
+        with forked_rng(self.device), torch.no_grad(), autocast(self.device, self.dtype):
             loss = self.held_out.mean(rows, self._rows_loader(rows))
             metrics: dict[str, Any] = {} if loss is None else {"eval_loss": loss}
             validation = ValidationPass(

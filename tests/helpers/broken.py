@@ -229,6 +229,7 @@ BROKEN: dict[str, tuple[Callable[[Project], list[str]], str]] = {
     "start_from with a tower": (artifact_with_tower, "replaces weights (vision_tower.vision_model.post_layernorm"),
     "start_from of another rank": (artifact_of_rank_2, "adapter.r: is 2, but the LoRA in start_from"),
     "bf16 on a CPU": (override("precision=bf16"), "bf16 cannot be computed on this machine"),
+    "fp16 on a CPU": (override("precision=fp16"), "fp16 cannot be computed on this machine, which has no CUDA device"),
     "flex_attention on a CPU": (override("attn_implementation=flex_attention"), "has no backward pass on a CPU"),
     "layer misspelled": (
         override("adapter.target_modules=[q_porj]"),

@@ -51,8 +51,18 @@ def made_rows(steps: Sequence[int] = range(STEPS), spoilt: Sequence[str] = ()) -
     return PackedRows(rows, records, encoded, Pictures(spoilt))
 
 
-def made_trainer(directory: Path, rows: PackedRows, *, most_skipped: int = 0, **settings: Any) -> PackedTrainer:
-    """A trainer of a tiny model over `rows`, two to a step, at a constant learning rate."""
+def made_trainer(
+    directory: Path,
+    rows: PackedRows,
+    *,
+    most_skipped: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> PackedTrainer:
+    """A trainer of a tiny model over `rows`, two to a step, at a constant learning rate.
+
+    `dtype`: of the frozen weights.
+    """
     arguments = TrainingArguments(
         output_dir=str(directory),
         **{
@@ -72,9 +82,13 @@ def made_trainer(directory: Path, rows: PackedRows, *, most_skipped: int = 0, **
             **settings,
         },
     )
-    guard = NonFiniteGuard(rows, stage="instruct", most_skipped=most_skipped)
+    guard = NonFiniteGuard(rows, stage="instruct", most_skipped=most_skipped, dtype=dtype)
     checks = [guard, StageMonitor(skipped=guard.skipped)]
-    return PackedTrainer(build_model(), arguments, rows, None, mm_projector_lr=5e-4, checks=checks)
+    model = build_model()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and "projector" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return PackedTrainer(model, arguments, rows, None, mm_projector_lr=5e-4, checks=checks)
 
 
 def guard_of(trainer: PackedTrainer) -> NonFiniteGuard:
@@ -88,7 +102,7 @@ def states_of_steps(trainer: PackedTrainer) -> list[State]:
     states: list[State] = []
     checked = trainer._checked_loss
 
-    def watched() -> torch.Tensor:
+    def watched() -> Any:
         states.append(state_of(trainer.model))
         return checked()
 

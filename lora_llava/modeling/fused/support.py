@@ -33,7 +33,7 @@ def why_not_fused(layer: Any) -> str | None:
             if not isinstance(children[name], types):
                 return f"{name} of type {type(children[name]).__name__}"
     dtype = layer.input_layernorm.weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"weights in {dtype}"
     if layer.self_attn.attention_dropout:
         return "dropout in attention"

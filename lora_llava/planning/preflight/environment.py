@@ -87,17 +87,18 @@ def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
 def device_can_compute(setup: Setup) -> Iterator[Finding]:
     """The device supports the precision and the attention of the recipe."""
     recipe = setup.recipe
-    needs_bf16, needs_flex = recipe.precision == "bf16", recipe.attn_implementation == "flex_attention"
-    cards = _capabilities() if setup.here and (needs_bf16 or needs_flex) else None
+    needs_half, needs_flex = recipe.precision in ("bf16", "fp16"), recipe.attn_implementation == "flex_attention"
+    cards = _capabilities() if setup.here and (needs_half or needs_flex) else None
     if cards is None:
         return
     device = f"a card of compute capability {cards[0][0]}.{cards[0][1]}" if cards else "no CUDA device, only a CPU"
-    if needs_bf16 and (not cards or cards[0] < _BF16_FROM):
-        what = f"bf16 cannot be computed on this machine, which has {device}"
+    if needs_half and (not cards or (recipe.precision == "bf16" and cards[0] < _BF16_FROM)):
+        what = f"{recipe.precision} cannot be computed on this machine, which has {device}"
+        taken = "fp16" if cards else "fp32"
         yield Problem(
             "precision",
             what,
-            "Set precision: auto, which takes fp32 here; to plan for another machine, add --memory to --dry-run.",
+            f"Set precision: auto, which takes {taken} here; to plan for another machine, add --memory to --dry-run.",
         )
     if needs_flex and not cards:
         what = "flex_attention has no backward pass on a CPU, and this machine has no CUDA device"

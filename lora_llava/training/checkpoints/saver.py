@@ -47,6 +47,7 @@ class ResumableTrainer(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
     state: TrainerState
     loss_sum: torch.Tensor
     loss_total: float
@@ -171,7 +172,7 @@ class CheckpointSaver:
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
         weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
-        state = training_state.HeldState.of(trainer.optimizer, trainer.lr_scheduler, trainer.state)
+        state = training_state.HeldState.of(trainer.optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler)
         if better is not None and (better.progress.step == step or (loss is not None and loss < _loss_of(better))):
             better = None
 
@@ -283,7 +284,8 @@ class CheckpointSaver:
             directory, progress = self.resumed.directory, self.resumed.progress
             if self.keeps_optimizer:
                 training_state.load_optimizer(directory, trainer.optimizer, settings=self.exact)
-            training_state.load_scheduler(directory, trainer.lr_scheduler, progress.step, settings=self.exact)
+            training_state.load_scheduler(directory, trainer.lr_scheduler, settings=self.exact)
+            training_state.load_scaler(directory, trainer.scaler)
             trainer.loss_sum += progress.loss_sum
             trainer.loss_total, trainer.last_logged_step = progress.loss_total, progress.last_logged_step
             training_state.load_random_state(directory)

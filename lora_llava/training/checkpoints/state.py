@@ -24,6 +24,7 @@ from lora_llava.training.checkpoints.held import copy_to_host
 
 OPTIMIZER, OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
+SCALER = "scaler.json"
 RANDOM, RANDOM_TENSORS = "random.json", "random.safetensors"
 TRAINER = "trainer_state.json"
 """Named as in `transformers`."""
@@ -45,12 +46,16 @@ class HeldState:
     trainer: TrainerState
 
     @classmethod
-    def of(cls, optimizer: Any, scheduler: Any, trainer: TrainerState) -> HeldState:
-        """Copy the state of a training after a step."""
+    def of(
+        cls, optimizer: Any, scheduler: Any, trainer: TrainerState, scaler: torch.amp.GradScaler | None = None
+    ) -> HeldState:
+        """Copy the state of a training after a step; of the scale of the loss only in fp16, where it has one."""
         found: dict[str, torch.Tensor] = {}
         settings = _without_tensors(optimizer.state_dict(), "", found)
         generators, random_tensors = _random_state()
         contents = {OPTIMIZER: settings, SCHEDULER: scheduler.state_dict(), RANDOM: generators}
+        if scaler is not None and scaler.is_enabled():
+            contents[SCALER] = scaler.state_dict()
         held = copy(trainer)
         # Lines of the log are added, never changed.
         held.log_history = list(trainer.log_history)
@@ -102,9 +107,10 @@ def _page(optimizer: Any) -> None:
                 state[name] = pages.copy_(state[name])
 
 
-def load_scheduler(directory: Path, scheduler: Any, step: int, *, settings: bool) -> None:
-    """Restore a scheduler; without `settings`, advance a fresh one to `step` of the current schedule."""
+def load_scheduler(directory: Path, scheduler: Any, *, settings: bool) -> None:
+    """Restore a scheduler; without `settings`, advance a fresh one by as many steps of the current schedule."""
     saved = _read(directory / SCHEDULER)
+    step = int(saved["last_epoch"])
     if settings and len(saved["base_lrs"]) == len(scheduler.base_lrs):
         scheduler.load_state_dict(saved)
         return
@@ -113,6 +119,12 @@ def load_scheduler(directory: Path, scheduler: Any, step: int, *, settings: bool
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
+
+
+def load_scaler(directory: Path, scaler: torch.amp.GradScaler) -> None:
+    """Restore the scale of the loss; a checkpoint of a training in another precision has none."""
+    if scaler.is_enabled() and (path := directory / SCALER).exists():
+        scaler.load_state_dict(_read(path))
 
 
 def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -39,8 +39,12 @@ class CompletedStep:
     """`total` on the host; set by the non-finite guard, which comes first."""
     norms: Mapping[str, float] = field(default_factory=dict)
     """Gradient norm of each group before clipping; set with `loss`."""
+    loss_scale: Callable[[], float] = lambda: 1.0
+    """Returns what the losses were multiplied by for the backward pass; the gradients are divided by it already."""
     is_skipped: bool = False
     """Whether a check has dropped the step; its gradients are then gone, and the checks that follow are not asked."""
+    has_overflowed: bool = False
+    """Whether it was dropped because `loss_scale` was too large; the step is then not one of the schedule's."""
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import to_device, with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits
+from lora_llava.system.device import autocast
 from lora_llava.system.progress import phase
 from lora_llava.system.text import listed
 from lora_llava.training.checks.non_finite import non_finite_tensors
@@ -23,7 +24,7 @@ from lora_llava.training.validation import has_finite_image
 
 MAX_CONVERSATIONS = 3
 """Conversations to compare: enough for one to have neighbors on both sides."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Allowed relative difference of the logits at the supervised positions, by dtype."""
 
 
@@ -44,7 +45,7 @@ def check_first_row(
     single = PackedRows([trees], rows.records, rows.encoded, rows.read_image)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.no_grad(), autocast(device, dtype):
         batch = to_device(single[0], device)
         packed = packed_logits(model, batch).float()
         alone = torch.cat([_logits_alone(model, rows, index, device) for tree in trees for index in tree])

@@ -16,7 +16,7 @@ from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention, to_device
 from lora_llava.modeling.packed import llava_in, packed_loss
-from lora_llava.modeling.structure import BF16, FLEX, TREES, ElementType
+from lora_llava.modeling.structure import FLEX, TREES
 from lora_llava.planning.memory_plan import (
     GIB,
     MemoryPlan,
@@ -26,7 +26,7 @@ from lora_llava.planning.memory_plan import (
     predicted_seconds,
 )
 from lora_llava.planning.speed import Machine
-from lora_llava.system.device import peak_memory_bytes
+from lora_llava.system.device import autocast, peak_memory_bytes
 
 STEPS = 2
 """The second pass runs with gradients allocated, as all later ones do."""
@@ -46,7 +46,7 @@ def try_longest_row(
     model: Any,
     rows: PackedRows,
     items: Sequence[PlanItem],
-    dtype: ElementType,
+    dtype: torch.dtype,
     console: Console,
     *,
     attn_implementation: str = "auto",
@@ -76,7 +76,7 @@ def try_longest_row(
         return Trial(lengths[longest], _pass_twice(model, rows[longest], dtype))
 
 
-def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) -> float:
+def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
     """Return the seconds of the second pass; the first compiles."""
     device = next(model.parameters()).device
     batch = to_device(row, device)
@@ -85,7 +85,7 @@ def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: ElementType) ->
     try:
         for _ in range(STEPS):
             started = _now(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == BF16.itemsize):
+            with autocast(device, dtype):
                 loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             loss.backward()
         return _now(device) - started

@@ -2,12 +2,15 @@
 
 One NaN in the weights or in Adam's moments soon spreads to all of them. So losses and gradients are checked after the
 last backward pass of a step and before clipping: clipping by a norm of NaN or infinity ruins every gradient.
+
+In fp16 the loss is scaled, and gradients that overflow at a finite loss are how the scale is found, often in the first
+steps. Such a step is left out and counted apart; at a scale of 1 or less it is as bad as any other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +22,7 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import to_device
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe.stages import StageName, StageSettings
+from lora_llava.system.device import autocast
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.frozen_weights import frozen_tensors
@@ -34,17 +38,21 @@ class NonFiniteGuard(Check):
 
     key: ClassVar[str] = "skipped"
 
-    def __init__(self, rows: PackedRows, *, stage: str = "training", most_skipped: int = 0, bf16: bool = False) -> None:
+    def __init__(
+        self, rows: PackedRows, *, stage: str = "training", most_skipped: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Guard the steps over `rows`, those of this process; at most `most_skipped` of them may be skipped.
 
-        `bf16`: whether losses are computed under autocast.
+        `dtype`: what the model computes in.
         """
         self.rows = rows
         self.stage = stage
         self.most_skipped = most_skipped
-        self.bf16 = bf16
+        self.dtype = dtype
         self.skipped: list[int] = []
         """Steps that were skipped, counted from 1; other checks read this very list."""
+        self.overflowed: list[int] = []
+        """Steps that were left out because the loss scale was too large; other checks read this list, too."""
         self.fix = ""
         """Advice about the last step that was not finite."""
 
@@ -53,15 +61,18 @@ class NonFiniteGuard(Check):
         cls, rows: PackedRows, stage: StageName, settings: StageSettings, dtype: torch.dtype
     ) -> NonFiniteGuard:
         """Create the guard from `on_non_finite` and `max_non_finite_steps`."""
-        return cls(rows, stage=stage, most_skipped=skip_limit(settings), bf16=dtype == torch.bfloat16)
+        return cls(rows, stage=stage, most_skipped=skip_limit(settings), dtype=dtype)
 
-    def state(self) -> list[int]:
-        """Return the steps that were skipped."""
-        return list(self.skipped)
+    def state(self) -> list[int] | dict[str, list[int]]:
+        """Return the steps that were skipped; apart from them those that overflowed, if there are any."""
+        if not self.overflowed:
+            return list(self.skipped)
+        return {"skipped": list(self.skipped), "overflowed": list(self.overflowed)}
 
-    def restore(self, state: Sequence[int] | None) -> None:
+    def restore(self, state: Sequence[int] | Mapping[str, Sequence[int]] | None) -> None:
         """Continue with the skipped steps of a checkpoint."""
-        self.skipped[:] = state or ()
+        lists = state if isinstance(state, Mapping) else {"skipped": state or ()}
+        self.skipped[:], self.overflowed[:] = lists.get("skipped", ()), lists.get("overflowed", ())
 
     def on_step(self, step: CompletedStep) -> str | None:
         """Compute loss and gradient norms; skip the step, and say why, if one of them is not finite.
@@ -78,11 +89,31 @@ class NonFiniteGuard(Check):
         # nor the optimizer's state.
         step.model.zero_grad(set_to_none=True)
         step.is_skipped = True
+        if math.isfinite(step.loss) and step.loss_scale() > 1:
+            step.has_overflowed = True
+            self.overflowed.append(step.number)
+            return None
         problem = self._describe(step)
         self.skipped.append(step.number)
         if len(self.skipped) > self.most_skipped:
             raise TrainingError(f"{problem} {self._advice(step.last_checkpoint)}")
         return f"{problem} The step was left out, {len(self.skipped)} of at most {self.most_skipped}."
+
+    def on_log(self, step: int, model: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
+        """Add the number of steps that overflowed; a step without gradients has no norm."""
+        if not self.overflowed:
+            return row
+        without_norm = {"grad_norm"} if step in self.overflowed else set()
+        return {key: one for key, one in row.items() if key not in without_norm} | {
+            "overflowed_steps": len(self.overflowed)
+        }
+
+    def on_save(self) -> str | None:
+        """Return a line about the steps that overflowed, if there are any."""
+        if not self.overflowed:
+            return None
+        steps = counted(len(self.overflowed), "step")
+        return f"fp16: {steps} left out, whose gradients overflowed while the loss scale was found"
 
     def on_validation(self, validation: ValidationPass) -> None:
         """Raise TrainingError if a validation loss is not finite because a weight is not."""
@@ -140,7 +171,7 @@ class NonFiniteGuard(Check):
         alone = PackedRows([((index,),)], self.rows.records, self.rows.encoded, self.rows.read_image)
         batch = to_device(alone[0], device)
         with forked_rng(device):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            with autocast(device, self.dtype):
                 loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         norm = get_total_norm([gradient for gradient in gradients if gradient is not None])

@@ -23,10 +23,11 @@ class TrainedWeights(Check):
 
     key: ClassVar[str] = "start"
 
-    def __init__(self, stage: str, skipped: Sequence[int]) -> None:
-        """`skipped`: the steps that were skipped; the guard adds to it."""
+    def __init__(self, stage: str, skipped: Sequence[int], overflowed: Sequence[int] = ()) -> None:
+        """`skipped`, `overflowed`: the steps that were left out; the guard adds to both."""
         self.stage = stage
         self.skipped = skipped
+        self.overflowed = overflowed
         self.start: dict[str, str] = {}
         """Checksum of each part at the start of the stage."""
 
@@ -36,6 +37,11 @@ class TrainedWeights(Check):
 
     def after_training(self, model: nn.Module, num_steps: int) -> str | None:
         """Return a line on a part whose weights did not change, if there is one; TrainingError if none did."""
+        if 0 < num_steps <= len(set(self.overflowed)) and _part_checksums(model) == self.start:
+            raise TrainingError(
+                f"stage {self.stage}: nothing was learned: the gradients of each of the {counted(num_steps, 'step')} "
+                "overflowed in fp16 while the loss scale was found. Train for more steps, or set precision: fp32."
+            )
         return _check_changed(model, self.start, stage=self.stage, num_steps=num_steps, skipped=self.skipped)
 
     def state(self) -> dict[str, str]:

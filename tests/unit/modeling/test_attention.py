@@ -222,6 +222,7 @@ def test_a_cpu_takes_sdpa_and_refuses_flex_attention() -> None:
 def test_on_cuda_the_faster_is_taken_or_what_is_set(
     monkeypatch: pytest.MonkeyPatch, setting: str, seconds: tuple[float, float] | None, chosen: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(choice, "_compare", lambda *_: seconds)
     name, why = choice.pick_attention(setting, SHAPES, CUDA, torch.bfloat16)
     assert name == chosen
@@ -232,11 +233,23 @@ def test_flex_attention_that_fails_is_replaced_unless_it_is_asked_for(monkeypatc
     def fail(*_: Any) -> Any:
         raise RuntimeError("no Triton\nand more")
 
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(choice, "_compare", fail)
     name, why = choice.pick_attention("auto", SHAPES, CUDA, torch.bfloat16)
     assert (name, why) == (TREES, "auto: flex_attention does not work here (RuntimeError: no Triton)")
     with pytest.raises(TrainingError, match=r"no Triton.*set sdpa"):
         choice.pick_attention(FLEX, SHAPES, CUDA, torch.bfloat16)
+
+
+def test_below_sm_80_flex_attention_is_tried_only_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    compared: list[Any] = []
+    monkeypatch.setattr(choice, "_compare", lambda *options: compared.append(options) or (2e-3, 1e-3))
+    name, why = choice.pick_attention("auto", SHAPES, CUDA, torch.float16)
+    assert (name, compared) == (TREES, [])
+    assert why == "auto: flex_attention is not tried on a card of compute capability 7.5"
+    assert choice.pick_attention(FLEX, SHAPES, CUDA, torch.float16)[0] == FLEX
+    assert len(compared) == 1
 
 
 def test_attentions_are_compared_on_trees() -> None:

@@ -231,6 +231,13 @@ def test_too_little_memory_is_an_error_that_says_how_much_is_needed() -> None:
     assert "adapter.r" in str(error.value)
 
 
+@pytest.mark.parametrize("memory", [12, 16, 24])
+def test_a_plan_in_fp16_needs_what_one_in_bf16_needs(memory: int) -> None:
+    machine = Machine("cuda", memory * GIB, TREES)
+    plans = [plan_memory(shapes_of(recipe(), dtype, 700), machine) for dtype in (torch.float16, torch.bfloat16)]
+    assert plans[0] == plans[1]
+
+
 def test_stage_one_needs_less() -> None:
     assert plan(12, stage="align").cost <= plan(12).cost
 

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from lora_llava.errors import ModelError
+from lora_llava.modeling.structure import FP16
 from lora_llava.system.device import (
     CUDA_CONTEXT,
+    autocast,
     free_memory_bytes,
     memory_capped,
     peak_memory_bytes,
+    pick_dtype,
+    precision_line,
     reset_peak_memory,
 )
 
@@ -37,6 +42,50 @@ def test_each_phase_has_its_own_peak() -> None:
     del held
     reset_peak_memory()
     assert peak_memory_bytes() < before - HELD / 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has_bf16", "dtype"),
+    [
+        ("auto", "cpu", False, torch.float32),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("fp32", "cuda", True, torch.float32),
+        ("fp16", "cuda", True, torch.float16),
+        ("fp16", "cuda", False, torch.float16),
+        ("bf16", "cuda", True, torch.bfloat16),
+    ],
+)
+def test_auto_takes_fp16_where_a_card_has_no_bf16(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str, has_bf16: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    assert pick_dtype(precision, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(("precision", "device"), [("bf16", "cpu"), ("fp16", "cpu"), ("bf16", "cuda")])
+def test_a_precision_that_the_device_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(ModelError, match=f"precision: {precision} is not supported on this {device}; use auto or fp32"):
+        pick_dtype(precision, torch.device(device))
+
+
+def test_a_run_says_why_it_computes_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    why = precision_line("auto", torch.float16)
+    assert why is not None
+    assert why.startswith("precision: fp16 (auto: bf16 needs compute capability 8.0, this card has 7.5); ")
+    assert precision_line("fp16", FP16) == precision_line("fp16", torch.float16) != why
+    assert precision_line("auto", torch.bfloat16) is precision_line("fp32", torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_are_in_the_compute_dtype(dtype: torch.dtype) -> None:
+    with autocast(torch.device("cpu"), dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert not torch.is_autocast_enabled("cpu")
 
 
 class Card:

@@ -56,7 +56,7 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
     for here, there in zip(ours, theirs, strict=True):
         there.data.copy_(here.data)
     load_optimizer(tmp_path, other, settings=True)
-    load_scheduler(tmp_path, schedule, 3, settings=True)
+    load_scheduler(tmp_path, schedule, settings=True)
     assert other.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
     for step in (3, 4):
         for one in ((ours, optimizer, scheduler), (theirs, other, schedule)):
@@ -76,7 +76,7 @@ def test_moments_alone_go_on_with_new_settings(tmp_path: Path) -> None:
     HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
     _, other, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
     load_optimizer(tmp_path, other, settings=False)
-    load_scheduler(tmp_path, schedule, 3, settings=False)
+    load_scheduler(tmp_path, schedule, settings=False)
     group = other.param_groups[0]
     assert (group["lr"], group["betas"], group["initial_lr"]) == (0.5 / 4, (0.9, 0.999), 0.5)
     for here, there in zip(optimizer.state.values(), other.state.values(), strict=True):
@@ -104,7 +104,7 @@ def test_k41_a_state_fits_groups_cut_where_biases_begin(tmp_path: Path) -> None:
     parameters, other, _ = trained(cut, 0)
     schedule = torch.optim.lr_scheduler.LambdaLR(other, [lambda step: 1 / (1 + step)] * 2)
     load_optimizer(tmp_path, other, settings=True)
-    load_scheduler(tmp_path, schedule, 3, settings=True)
+    load_scheduler(tmp_path, schedule, settings=True)
     assert [(group["lr"], group["weight_decay"]) for group in other.param_groups] == [(0.125, 0.1), (0.125, 0.0)]
     for here, there in zip(optimizer.state.values(), (other.state[one] for one in parameters), strict=True):
         assert torch.equal(here["exp_avg"], there["exp_avg"])
