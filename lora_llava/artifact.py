@@ -188,8 +188,7 @@ def load_model(
 ) -> tuple[LoadedModel, Usage]:
     """Load an artifact onto its base, or a whole model, for inference; also return how to prompt it.
 
-    `device`: None takes the GPU if there is one; `dtype`: None takes bf16 on a GPU, fp16 on one without
-    bf16, and fp32 on a CPU.
+    `device`: None takes the GPU if there is one; `dtype`: None takes what `precision: auto` takes there.
     `base`, `keep_dequantized` and `template` are as in `load_artifact` and `read_usage`. Raises ArtifactError as these
     do, for a model whose template is unknown, and if `base` is given for a whole model.
     """
