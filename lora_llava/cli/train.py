@@ -78,7 +78,7 @@ def finetune(
 
         # Load the questions as a run does, to reject a key of `by` that no record has.
         if settings.evaluation is not None:
-            load_questions(settings.evaluation.data, settings.evaluation.by)
+            load_questions(settings.evaluation.data, settings.evaluation.broken_down_by)
         print_dry_run(settings, console, memory)
         return
     from lora_llava.training.run import print_outcome, run_recipe

@@ -83,12 +83,14 @@ class OwnTemplate:
     tokens: tuple[tuple[str, str], ...] = ()
     """Pairs of a name (`bos_token`, `eos_token`, ...) and its text."""
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Turn], system: str | None = None) -> str:
         """Render turns as text in the sandbox of transformers; if the user is last, up to the start of the answer.
+
+        `system`: text of a system message before them.
 
         Raises ModelError if the template fails.
         """
-        return _render(self, turns, as_parts=_takes_parts(self))
+        return _render(self, turns, as_parts=_takes_parts(self), system=system)
 
 
 def read_own_template(directory: Path) -> OwnTemplate | None:
@@ -195,7 +197,13 @@ def _quoted(text: str) -> str:
 
 
 def encode_own(
-    turns: Sequence[Turn], own: OwnTemplate, tokenizer: Any, image_tokens: ImageTokens, *, where: str
+    turns: Sequence[Turn],
+    own: OwnTemplate,
+    tokenizer: Any,
+    image_tokens: ImageTokens,
+    *,
+    where: str,
+    system: str | None = None,
 ) -> Encoded:
     """Encode turns that end with the user's in a model's own template, as its processor in transformers does.
 
@@ -203,10 +211,13 @@ def encode_own(
     be parsed as one; ModelError if the template fails or renders no image.
     """
     check_turns(turns, "user", where)
+    texts = [turn.text for turn in turns]
+    if system is not None:
+        texts.append(system)
     for token in tokenizer.added_tokens_encoder:
-        if token != IMAGE_PLACEHOLDER and any(token in turn.text for turn in turns):
+        if token != IMAGE_PLACEHOLDER and any(token in text for text in texts):
             raise DataError(f"{where}: the text contains the special token {token}; remove it or the record")
-    text = own.render(turns)
+    text = own.render(turns, system)
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids: list[int] = []
     image_end = 0
@@ -242,12 +253,13 @@ def _takes_parts(own: OwnTemplate) -> bool:
     return text.count(IMAGE_PLACEHOLDER) == 1 and _QUESTION in text and "'type'" not in text
 
 
-def _render(own: OwnTemplate, turns: Sequence[Turn], *, as_parts: bool) -> str:
+def _render(own: OwnTemplate, turns: Sequence[Turn], *, as_parts: bool, system: str | None = None) -> str:
     # Imported late: transformers takes half a second even without torch.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    messages = [{"role": turn.role, "content": _message_parts(turn.text) if as_parts else turn.text} for turn in turns]
+    texts = [*([] if system is None else [("system", system)]), *((turn.role, turn.text) for turn in turns)]
+    messages = [{"role": role, "content": _message_parts(text) if as_parts else text} for role, text in texts]
     try:
         rendered, _ = render_jinja_template(
             [messages],

@@ -10,7 +10,7 @@ Text from records never becomes a special token: only the markers of the templat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from lora_llava.conversation.templates import (
@@ -71,12 +71,16 @@ def encode(
     *,
     max_length: int,
     where: str,
+    system: str | None = None,
 ) -> Encoded:
     """Encode an answered conversation and cut it off after `max_length` tokens.
+
+    `system` replaces the template's system prompt; unlike that, it is not trusted.
 
     Raises DataError, which begins with `where` (file and record), for turns out of order, an empty answer, a misplaced
     image, a cut through the image, or no supervised token; ModelError if the tokenizer lacks the template's tokens.
     """
+    template = _with_system(template, tokenizer, system, where)
     whole, image_end = _encode(turns, "assistant", template, tokenizer, image_tokens, where)
     if image_end > max_length:
         raise DataError(
@@ -95,15 +99,32 @@ def encode(
 
 
 def encode_prompt(
-    turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, image_tokens: ImageTokens, *, where: str
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: Tokenizer,
+    image_tokens: ImageTokens,
+    *,
+    where: str,
+    system: str | None = None,
 ) -> Encoded:
     """Encode turns that end with the user's, up to the start of the answer; nothing is cut off or supervised.
 
     Raises DataError, which begins with `where`, as `encode` does; ModelError if the tokenizer lacks the template's
     tokens.
     """
+    template = _with_system(template, tokenizer, system, where)
     whole, _ = _encode(turns, "user", template, tokenizer, image_tokens, where)
     return Encoded(whole.input_ids, [IGNORE_INDEX] * len(whole.input_ids), whole.prefix_length)
+
+
+def _with_system(template: Template, tokenizer: Tokenizer, system: str | None, where: str) -> Template:
+    """Return the template with a record's system prompt; DataError if that holds special tokens."""
+    if system is None or template.caption_only:
+        return template
+    # The template's own text is trusted: special tokens in it are parsed, and those of a record must not be.
+    if tokenize(tokenizer, [system], trusted=True) != tokenize(tokenizer, [system], trusted=False):
+        raise DataError(f"{where}: the system prompt {system!r:.80} holds a special token; remove it")
+    return replace(template, system=system)
 
 
 def check_turns(turns: Sequence[Turn], last: str, where: str) -> None:

@@ -137,16 +137,17 @@ def merge_turns(records: Iterable[Record], most: int) -> list[Record]:
     """
     merged: list[list[Record]] = []
     counts: list[int] = []
-    open_at: dict[str, int] = {}
+    open_at: dict[tuple[str, str | None], int] = {}
     for record in records:
         questions = len(record.turns) // 2
-        index = None if record.image is None else open_at.get(record.image.identity)
+        key = None if record.image is None else (record.image.identity, record.system)
+        index = None if key is None else open_at.get(key)
         if index is not None and counts[index] + questions <= most:
             merged[index].append(record)
             counts[index] += questions
             continue
-        if record.image is not None:
-            open_at[record.image.identity] = len(merged)
+        if key is not None:
+            open_at[key] = len(merged)
         merged.append([record])
         counts.append(questions)
     return [_joined(group) for group in merged]
@@ -161,7 +162,7 @@ def _joined(records: list[Record]) -> Record:
     for other in others:
         turns += (Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, "").strip()) for turn in other.turns)
     where = f"{first.where} and {len(others)} more about its image"
-    return Record(first.id, first.image, tuple(turns), where, first.number, first.group)
+    return Record(first.id, first.image, tuple(turns), where, first.number, first.group, system=first.system)
 
 
 def _draw(records: list[Record], share: float, seed: int, name: str) -> set[int]:
@@ -217,6 +218,7 @@ def fingerprint(records: Iterable[Record]) -> str:
     for record in records:
         key = None if record.image is None else record.image.key
         turns = [[turn.role, turn.text] for turn in record.turns]
-        digest.update(json.dumps([record.id, key, turns]).encode())
+        own = [] if record.system is None else [record.system]
+        digest.update(json.dumps([record.id, key, turns, *own]).encode())
         digest.update(b"\n")
     return digest.hexdigest()

@@ -75,6 +75,8 @@ class Record:
     """Value of the `group` key: records of one group stay in one split."""
     references: tuple[str, ...] = ()
     """All acceptable answers to the last question, if the data lists several; the turns hold one."""
+    system: str | None = None
+    """System prompt in the data; None: that of the stage."""
     extra: tuple[tuple[str, Scalar], ...] = ()
     """Additional keys or columns with flat values, such as a patient; read only for an evaluation."""
     rejected: str | None = None

@@ -80,9 +80,11 @@ class EncodedRecords(Sequence[Encoded]):
         """Supervised tokens of each conversation."""
         self.num_cut = 0
         """Conversations that `max_length` truncates."""
-        group_of: dict[str, int] = {}
+        group_of: dict[tuple[str, str | None], int] = {}
         for record, size in zip(records, self._sizes() if sizes is None else sizes, strict=True):
-            group = -1 if record.image is None else group_of.setdefault(record.image.identity, len(group_of))
+            # Trees share all tokens up to the end of the image, and a system prompt comes before it.
+            key = None if record.image is None else (record.image.identity, record.system)
+            group = -1 if key is None else group_of.setdefault(key, len(group_of))
             self.items.append(PlanItem(size.length, size.prefix_length, group))
             self.num_supervised.append(size.num_supervised)
             self.num_cut += size.is_cut
@@ -110,7 +112,7 @@ class EncodedRecords(Sequence[Encoded]):
 
     def _encode_record(self, record: Record) -> Encoded:
         turns: Sequence[Turn] = record.turns
-        return self._encode(turns, where=record.where)
+        return self._encode(turns, where=record.where, system=record.system)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,7 @@ def read_records(stage: StageSettings, tokenizer: Any, image_tokens: ImageTokens
     }
 
     def check(record: Record) -> None:
-        encode(record.turns, where=record.where, **settings)
+        encode(record.turns, where=record.where, system=record.system, **settings)
 
     skipped: list[BadRecord] = []
     train, validation = load_split(stage.data, seed, skipped, check)

@@ -100,7 +100,7 @@ def _encode_side(
 
 def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataError | None]:
     try:
-        return size_of(encoder(record.turns, where=record.where)), None
+        return size_of(encoder(record.turns, where=record.where, system=record.system)), None
     except DataError as error:
         return None, error
 
@@ -165,7 +165,7 @@ def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
 
 def text_runs(record: Record, side: Side, conversations: Conversations) -> list[tuple[TokenKind, str]]:
     """Return a record as the model gets it, in runs of one kind of token, as text."""
-    encoded = conversations.encoders[side.name](record.turns, where=record.where)
+    encoded = conversations.encoders[side.name](record.turns, where=record.where, system=record.system)
     return [
         (kind, f"{IMAGE_PLACEHOLDER} x {len(ids)}" if kind == "image" else _text(ids, conversations.tokenizer))
         for kind, ids in token_runs(encoded, conversations.image_token_id)

@@ -76,7 +76,7 @@ class Survey:
 def survey(recipe: Recipe, workers: int | None = None) -> Survey:
     """Read every source of a recipe and open every image in `workers` processes; bad data raise nothing."""
     sources = list(_sources(recipe))
-    by = recipe.evaluation.by if recipe.evaluation else []
+    by = recipe.evaluation.broken_down_by if recipe.evaluation else []
     for source in sources:
         _read(source, by if source.name == "evaluation" else ())
     images = _open_images((record for source in sources for record in source.records), workers)

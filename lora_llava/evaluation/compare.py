@@ -112,13 +112,13 @@ def compare(
     }
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
-    result = {**summarize(outcome, settings.by), **_asked(asked, settings), "notes": [*cautions, *notes]}
+    result = {**summarize(outcome, settings.broken_down_by), **_asked(asked, settings), "notes": [*cautions, *notes]}
     if models.hub is not None:
         result["hub"] = models.hub
     write_predictions(directory / _PREDICTIONS, prediction_rows(outcome))
     (directory / ACCURACY).write_text(json_text(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _write_samples(directory / SAMPLES, outcome)
-    _show(outcome, settings.by, console)
+    _show(outcome, settings.broken_down_by, console)
     console.print()
     for note in notes:
         console.print(note, markup=False, highlight=False)

@@ -75,7 +75,7 @@ def evaluate_candidate(
     refuse_results_in(output)
     usage = usage_of(candidate.directory, candidate.base, candidate.template)
     settings = settings.model_copy(update={"data": as_trained(settings.data, usage)})
-    questions = load_questions(settings.data, settings.by)
+    questions = load_questions(settings.data, settings.broken_down_by)
     return evaluate_artifact(candidate, questions, settings, directory=output, console=console)
 
 

@@ -90,11 +90,14 @@ def end_token_ids(loaded: LoadedModel, template: Template | OwnTemplate) -> froz
     return frozenset(endings.end_token_ids(template, loaded.tokenizer, ends))
 
 
-def _encode_turns(loaded: LoadedModel, turns: Sequence[Turn], template: Template | OwnTemplate, where: str) -> Encoded:
-    """Encode turns that end with the user's, with a template of the kit or the model's own."""
+def _encode_question(
+    loaded: LoadedModel, turns: Sequence[Turn], template: Template | OwnTemplate, record: Record
+) -> Encoded:
+    """Encode turns of a record that end with the user's, with a template of the kit or the model's own."""
+    tokenizer, tokens = loaded.tokenizer, loaded.image_tokens
     if isinstance(template, OwnTemplate):
-        return encode_own(turns, template, loaded.tokenizer, loaded.image_tokens, where=where)
-    return encode_prompt(turns, template, loaded.tokenizer, loaded.image_tokens, where=where)
+        return encode_own(turns, template, tokenizer, tokens, where=record.where, system=record.system)
+    return encode_prompt(turns, template, tokenizer, tokens, where=record.where, system=record.system)
 
 
 def image_tensor(loaded: LoadedModel, source: ImageSource | None, aspect_ratio: AspectRatio) -> torch.Tensor:
@@ -115,7 +118,7 @@ def last_question(
 ) -> Prompt:
     """Encode the turns of a record up to its last question."""
     turns = record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns
-    encoded = _encode_turns(loaded, turns, template, record.where)
+    encoded = _encode_question(loaded, turns, template, record)
     if record.image is None:
         return Prompt(encoded.input_ids, 0, None, None)
     source = None if blind else record.image

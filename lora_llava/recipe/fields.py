@@ -26,8 +26,8 @@ Count = Annotated[int, Field(ge=1)]
 
 PACKAGED = "package:"
 """Prefix of a model that ships with the package."""
-RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv")
-"""Suffixes of data files that have no splits, configurations or revisions."""
+RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx")
+"""Suffixes of data files that have no splits or revisions."""
 
 
 class OnResume(enum.Enum):
@@ -169,4 +169,4 @@ def value_at(settings: Settings, key: str) -> Any:
         if value is None:
             return None
         value = getattr(value, name)
-    return value if isinstance(value, bool | int | float | list) or value is None else str(value)
+    return value if isinstance(value, bool | int | float | list | dict) or value is None else str(value)

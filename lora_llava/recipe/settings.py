@@ -156,6 +156,12 @@ class EvaluationSettings(Settings):
     blind_questions: Annotated[Count | None, OnResume.AGAIN] = None
     """Number of questions to ask again with a mean-color image; null: none."""
 
+    @property
+    def broken_down_by(self) -> list[str]:
+        """Columns to break accuracy down by: those of `by`, and the `type` of `data.columns`."""
+        own = self.data.columns.type if self.data.columns else None
+        return list(dict.fromkeys([*self.by, *([own] if own else [])]))
+
     @model_validator(mode="after")
     def _no_training_keys(self) -> Self:
         if self.data.validation or self.data.merge_turns:

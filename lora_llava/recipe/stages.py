@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
+from lora_llava.recipe.columns import ColumnSettings, Condition, EncodingName, QuestionColumns
 from lora_llava.recipe.fields import RECORD_FILES, Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
 
 StageName = Literal["align", "instruct"]
@@ -25,49 +26,6 @@ _MIN_RATE = 1e-9
 
 GradientCheckpointing = bool | Literal["selective"]
 """What the backward pass recomputes: nothing (false), cheap ops (`selective`), or whole layers (true)."""
-
-
-class ColumnSettings(Settings):
-    """Columns of a table or Hugging Face dataset, or keys of flat JSON records."""
-
-    needs_answer: ClassVar[bool] = True
-    """Whether every record must have an answer."""
-
-    example = "{image: COLUMN, question: COLUMN, answer: COLUMN} or {image: COLUMN, messages: COLUMN}"
-
-    image: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column with the images or their paths; null: text only."""
-    question: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column with the questions."""
-    answer: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column with the answers."""
-    messages: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column with whole conversations, instead of question and answer."""
-    chosen: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column with the better of two answers, instead of answer; with `rejected`, for stage `prefer`."""
-    rejected: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Column with the worse answer. If all three, with question, name one column, it holds a JSON object of them."""
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        if self.messages and (self.question or self.answer):
-            raise ValueError("messages cannot be combined with question and answer")
-        if (self.chosen is None) != (self.rejected is None):
-            raise ValueError("chosen and rejected belong together; give both, or neither")
-        if self.chosen and (self.answer or self.messages or not self.question):
-            raise ValueError("chosen and rejected go with question alone, not with answer or messages")
-        answered = self.answer or self.chosen or not self.needs_answer
-        if not self.messages and not (self.question and answered):
-            trained = " and answer, or messages, or question, chosen and rejected"
-            raise ValueError(f"give question{trained if self.needs_answer else ', or messages'}")
-        return self
-
-
-class QuestionColumns(ColumnSettings):
-    """Columns of questions to answer, whose references are optional."""
-
-    needs_answer = False
-    example = "{image: COLUMN, question: COLUMN} or {image: COLUMN, messages: COLUMN}"
 
 
 class ValidationSettings(Settings):
@@ -97,22 +55,38 @@ class DataSettings(Settings):
     example = "{path: FILE}"
 
     path: Annotated[str, OnResume.SAME_CONTENT, Names.PATH_OR_ID]
-    """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, parquet, a directory or a Hub id."""
+    """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, XLSX, parquet, a directory or a Hub id."""
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory that image paths are relative to; null: the directory of the data file."""
     split: Annotated[str, OnResume.SAME_CONTENT, Names.TEXT] = "train"
     """Split of the dataset."""
     name: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
-    """Configuration of a Hub dataset."""
+    """Configuration of a Hub dataset, or sheet of an .xlsx file; null: the first sheet."""
     revision: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
     """Commit, branch or tag of a Hub dataset."""
+    encoding: Annotated[
+        EncodingName | None, Form("an encoding, such as utf-16 or cp1252, or null"), OnResume.SAME_CONTENT
+    ] = None
+    """Encoding of a text file; null: UTF-8, or UTF-16 if it says so, or Windows' Latin encoding where it is certain."""
+    records: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
+    """Dotted path to the list of records in a .json file, such as `data`; null: the top level. A mapping of records
+    gives each its key as `id`."""
+    each: Annotated[str | list[str] | None, Form("a column, a list of columns or null"), OnResume.SAME_CONTENT] = None
+    """Column of lists: read one record for each element, which adds its keys to those of the row. Several columns have
+    lists of one length, read side by side."""
+    where: Annotated[
+        dict[str, Condition] | None,
+        Form("a mapping such as {split: train, language: [en, de]}, or null"),
+        OnResume.SAME_CONTENT,
+    ] = None
+    """Read only records whose column has this value, or one of these."""
     columns: ColumnSettings | None = None
     answer_prompt: Annotated[str | None, OnResume.FORM, Names.TEXT] = None
     """Text appended to each question that states the format of the answer."""
     max_records: Annotated[Count | None, OnResume.ORDER] = None
     """Use only the first N records."""
     group: Annotated[str | None, OnResume.ORDER, Names.TEXT] = None
-    """Key or column, such as patient, whose values are never split between training and validation."""
+    """Key, column or template, such as patient, whose values are never split between training and validation."""
     on_bad_record: Annotated[Literal["error", "skip"], OnResume.SAME_CONTENT] = "error"
     """What to do with an unusable record. `error`: stop; `skip`: leave it out, and open every image before the run."""
     max_bad_records: Annotated[Count, OnResume.SAME_CONTENT] = 10

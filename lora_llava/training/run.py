@@ -85,7 +85,7 @@ def run_recipe(
     """
     asked = recipe.evaluation
     # Read the test data before training, so that a mistake in it shows at once and not hours later.
-    questions = load_questions(asked.data, asked.by) if asked else None
+    questions = load_questions(asked.data, asked.broken_down_by) if asked else None
     directory = recipe.resolved_output_dir
     with locked(directory), memory_capped(memory):
         if recipe.start_from is not None:

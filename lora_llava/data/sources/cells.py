@@ -24,7 +24,6 @@ ROLES: dict[str, Literal["user", "assistant"]] = {
 """Roles as LLaVA names them, and as OpenAI and Hugging Face do."""
 
 _ONE_IMAGE = "LLaVA-1.5 takes one image per conversation: write a record for each, or combine them into one picture"
-_SYSTEM = "; take the system messages out, and give their text as `system` of the stage"
 
 
 class Answer(NamedTuple):
@@ -43,6 +42,8 @@ class Dialog(NamedTuple):
     """Images in the content parts of its messages, as cells."""
     references: tuple[str, ...] = ()
     """All acceptable last answers, if the data lists several."""
+    system: str | None = None
+    """Text of a leading system message."""
 
 
 def read_question(value: Any, location: str) -> str:
@@ -59,14 +60,15 @@ def read_answer(value: Any, location: str) -> Answer:
     """
     if isinstance(value, list):
         values = [item["answer"] if isinstance(item, dict) and "answer" in item else item for item in value]
-        texts = [_as_text(item, f"{location}[{index}]") for index, item in enumerate(values)]
+        texts = [as_text(item, f"{location}[{index}]") for index, item in enumerate(values)]
         if not (filled := [text for text in texts if text.strip()]):
             raise DataError(f"{location}: is an empty list; write an answer, or remove the record")
         return Answer(Counter(filled).most_common(1)[0][0], tuple(filled) if len(filled) > 1 else ())
-    return Answer(_as_text(value, location))
+    return Answer(as_text(value, location))
 
 
-def _as_text(value: Any, location: str) -> str:
+def as_text(value: Any, location: str) -> str:
+    """Return text, a number or a boolean as text; DataError for anything else."""
     if isinstance(value, str):
         return check_text(value, location)
     if isinstance(value, bool):
@@ -82,13 +84,14 @@ def _as_text(value: Any, location: str) -> str:
 def read_dialog(value: Any, location: str) -> Dialog:
     """Read a list of turns with from and value, or role and content, whose content may be a list of parts.
 
-    Raises DataError naming the turn.
+    A first turn of the model is left out, as LLaVA does. Raises DataError naming the turn.
     """
     if not isinstance(value, list) or not value:
         kind = "missing" if value is None else "empty" if value == [] else kind_of(value)
         raise DataError(f"{location}: is {kind}, must be a list of turns with from and value, or role and content")
     dialog = Dialog([], [])
     references: tuple[str, ...] = ()
+    system: str | None = None
     for index, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise DataError(f"{location}[{index}]: is {kind_of(turn)}, must be an object with from and value")
@@ -96,12 +99,15 @@ def read_dialog(value: Any, location: str) -> Dialog:
         role_key, text_key = ("from", "value") if is_llava else ("role", "content")
         speaker = turn.get(role_key)
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        content, where = turn.get(text_key), f"{location}[{index}].{text_key}"
+        if speaker == "system" and index == 0:
+            system = _system_text(content, where)
+            continue
         if role is None:
-            hint = _SYSTEM if speaker == "system" else ""
+            hint = "; only the first turn may be a system message" if speaker == "system" else ""
             raise DataError(
                 f"{location}[{index}].{role_key}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}"
             )
-        content, where = turn.get(text_key), f"{location}[{index}].{text_key}"
         if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
             dialog.turns.append(Turn(role, _join_parts(content, where, dialog.images)))
         elif role == "user":
@@ -109,7 +115,22 @@ def read_dialog(value: Any, location: str) -> Dialog:
         else:
             text, references = read_answer(content, where)
             dialog.turns.append(Turn(role, text))
-    return dialog._replace(references=references)
+    if not dialog.turns:
+        raise DataError(f"{location}: has only a system message; add a question and its answer")
+    if len(dialog.turns) > 1 and dialog.turns[0].role == "assistant":
+        del dialog.turns[0]
+    return dialog._replace(references=references, system=system)
+
+
+def _system_text(content: Any, location: str) -> str:
+    """Return the text of a system message."""
+    if not isinstance(content, list):
+        return read_question(content, location)
+    images: list[Any] = []
+    text = _join_parts(content, location, images)
+    if images or IMAGE_PLACEHOLDER in text:
+        raise DataError(f"{location}: has an image, must be text; move the image to a question")
+    return text
 
 
 def _join_parts(parts: list[Any], location: str, images: list[Any]) -> str:

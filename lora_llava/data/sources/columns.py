@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_llava.conversation.encode import Turn
 from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.record import (
     ImageRoot,
@@ -20,14 +19,16 @@ from lora_llava.data.record import (
     with_answer_prompt,
 )
 from lora_llava.data.sources.arrow_cache import image_cells
-from lora_llava.data.sources.cells import ImageCells, join_images, place_image, read_answer, read_dialog, read_question
+from lora_llava.data.sources.cells import ImageCells, place_image
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.forms import propose_columns
-from lora_llava.data.sources.pairs import read_pair
-from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, Entry, read_entries, read_records, read_rows
+from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
+from lora_llava.data.sources.selection import Entry
+from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, read_entries, read_records, read_rows
 from lora_llava.errors import DataError
+from lora_llava.recipe.columns import ColumnSettings, fields_in, is_template
 from lora_llava.recipe.fields import data_name
-from lora_llava.recipe.stages import ColumnSettings, DataSettings
+from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import listed, printable
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -46,54 +47,63 @@ def load_columns(
     """
     path = Path(data.path)
     rows, cache = _open(data, columns, extra)
-    used = set(_named(data, columns)) - {data.group}
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
-    images = ImageCells(ImageRoot(root, str(columns.image), at_once=bad.collects, window=data.gray_window))
+    field = "image" if columns.image is None or is_template(columns.image) else columns.image
+    images = ImageCells(ImageRoot(root, field, at_once=bad.collects, window=data.gray_window))
     location = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
+    read_row = _row_reader(data, columns, images)
+    texts = (columns.image, columns.question, columns.answer, columns.messages)
+    used = {text for text in texts if isinstance(text, str) and text != data.group} if extra else None
 
     def read(row: Entry, number: int) -> Record:
-        line = "" if row.line is None else f" (line {row.line})"
-        record = _record(row.value, number, f"{location}, record {number}{line}", data, columns, images)
-        return replace(record, extra=own_values(row.value, used)) if extra else record
+        line = ", ".join(part for part in ("" if row.line is None else f"line {row.line}", row.part) if part)
+        record = read_row(row.value, number, f"{location}, record {number}{f' ({line})' if line else ''}")
+        return record if used is None else replace(record, extra=own_values(row.value, used))
 
     records = read_records(rows, read, data, bad)
     images.root.check()
     return records
 
 
-def _record(
-    row: Any, number: int, where: str, data: DataSettings, columns: ColumnSettings, images: ImageCells
-) -> Record:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: must be an object with the keys that columns names")
-    references: tuple[str, ...] = ()
-    rejected: str | None = None
-    cell = None if columns.image is None else row.get(columns.image)
-    if columns.messages is not None:
-        dialog = read_dialog(row.get(columns.messages), f"{where}: {columns.messages}")
-        turns, references, cell = dialog.turns, dialog.references, join_images(cell, dialog.images)
-    elif columns.chosen is not None:
-        turns, rejected = read_pair(row, columns, where)
-    else:
-        turns = [Turn("user", read_question(row.get(str(columns.question)), f"{where}: {columns.question}"))]
-        given = None if columns.answer is None else row.get(columns.answer)
-        if given is not None or columns.needs_answer:
-            answer, references = read_answer(given, f"{where}: {columns.answer}")
-            turns.append(Turn("assistant", answer))
-    image = images.source(cell, where)
-    turns = turns if image is None else place_image(turns)
-    check_placeholder(turns, image, where)
-    prompted = with_answer_prompt(turns, data.answer_prompt)
-    group = None if data.group is None else check_group(row.get(data.group), f"{where}: {data.group}")
-    return Record(str(number), image, prompted, where, number, group, references, rejected=rejected)
+def _row_reader(data: DataSettings, columns: ColumnSettings, images: ImageCells) -> Callable[[Any, int, str], Record]:
+    """Return the function that makes a record of a row, given its number and where it is."""
+    reader, group_of = RowReader(columns), make_reader(data.group, "group")
+    group_name = "group" if data.group is None or is_template(data.group) else data.group
+
+    def read(row: Any, number: int, where: str) -> Record:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: must be an object with the keys that columns names")
+        content = reader.read(row, where)
+        image = images.source(content.image, where)
+        turns = content.turns if image is None else place_image(content.turns)
+        check_placeholder(turns, image, where)
+        prompted = with_answer_prompt(turns, data.answer_prompt)
+        group = None if data.group is None else check_group(group_of(row, where), f"{where}: {group_name}")
+        return Record(
+            str(number),
+            image,
+            prompted,
+            where,
+            number,
+            group,
+            content.references,
+            content.system,
+            rejected=content.rejected,
+        )
+
+    return read
 
 
 def _named(data: DataSettings, columns: ColumnSettings) -> list[str]:
-    """Return the columns that the settings name."""
-    texts = (columns.question, columns.answer, columns.chosen, columns.rejected, columns.messages)
-    named = (columns.image, *texts, data.group)
-    return list(dict.fromkeys(column for column in named if column))
+    """Return the columns, and dotted paths into columns, that the settings name."""
+    choices = [columns.choices] if isinstance(columns.choices, str) else columns.choices or []
+    each = [data.each] if isinstance(data.each, str) else data.each or []
+    answers = (columns.answer, columns.chosen, columns.rejected)
+    texts = (columns.image, columns.question, *answers, columns.system, columns.messages, data.group)
+    named = [path for text in texts for path in fields_in(text)]
+    others = (columns.references, columns.type, *choices, *each, *(data.where or ()))
+    return list(dict.fromkeys([*named, *(path for path in others if path is not None)]))
 
 
 def _flat_columns(table: Any) -> list[str]:
@@ -110,20 +120,38 @@ def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Ite
     if path.suffix in _FILES and not path.is_dir():
         return _file_rows(path, data, columns), path.parent
     table, cache = _open_table(path, data)
+    present = list(table.column_names)
     named = _named(data, columns)
-    _check_columns(named, table.column_names, data.path, data.group)
-    if data.max_records is not None:
+    # The keys of a list's elements are seen only when they are read.
+    outer = [path for path in named if data.each is None or column_of(path, present) is not None]
+    _check_columns(outer, present, data.path, data.group)
+    if data.max_records is not None and data.where is None and data.each is None:
         table = table.select(range(min(data.max_records, len(table))))
-    table = table.select_columns(list(dict.fromkeys([*named, *(_flat_columns(table) if extra else [])])))
-    if columns.image is None:
-        return (Entry(row, None) for row in table), cache
-    return _with_images(_with_images_undecoded(table, columns.image, data.path), columns.image), cache
+    taken = [str(column_of(path, present)) for path in outer]
+    table = table.select_columns(list(dict.fromkeys([*taken, *(_flat_columns(table) if extra else [])])))
+    image = None if columns.image is None or is_template(columns.image) else column_of(columns.image, present)
+    rows = _rows(table) if image is None else _with_images(_with_images_undecoded(table, image, data.path), image)
+    return rows, cache
+
+
+def _rows(table: Any) -> Iterator[Entry]:
+    """Yield rows with the names of class labels instead of their numbers."""
+    labels = {name: feature.names for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"}
+    for row in table:
+        for name, names in labels.items():
+            label = row[name]
+            # -1 stands for a row without a label.
+            row[name] = names[label] if label is not None and label >= 0 else None
+        yield Entry(row, None)
 
 
 def _with_images(table: Any, column: str) -> Iterator[Entry]:
     """Yield rows whose images stay on disk."""
-    for row, cell in zip(table.remove_columns(column), image_cells(table, column), strict=True):
-        yield Entry({**row, column: cell}, None)
+    rest = table.remove_columns(column)
+    rows = _rows(rest) if rest.column_names else (Entry({}, None) for _ in range(len(table)))
+    for row, cell in zip(rows, image_cells(table, column), strict=True):
+        row.value[column] = cell
+        yield row
 
 
 def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
@@ -196,14 +224,17 @@ def _with_images_undecoded(table: Any, column: str, name: str) -> Any:
 def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Iterator[Entry]:
     """Yield the rows of a file; DataError if it lacks a named column."""
     is_table = path.suffix in TABLE_SUFFIXES
-    needed = [name for name in _named(data, columns) if is_table or name != columns.image]
+    image_fields = list(fields_in(columns.image))
+    needed = [name for name in _named(data, columns) if is_table or name not in image_fields]
     is_first, has_image = True, columns.image is None
-    for entry in read_rows(path) if is_table else read_entries(path):
+    for entry in read_rows(path) if is_table else read_entries(path, data.records):
         if isinstance(entry.value, dict):
             if is_first:
-                _check_columns(needed, list(entry.value), path.name, data.group)
+                present = list(entry.value)
+                known = [name for name in needed if data.each is None or column_of(name, present) is not None]
+                _check_columns(known, present, path.name, data.group)
                 is_first = False
-            has_image = has_image or columns.image in entry.value
+            has_image = has_image or data.each is not None or _has(entry.value, image_fields)
         yield entry
     if not is_first and not has_image:
         raise DataError(
@@ -211,10 +242,15 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
         )
 
 
+def _has(row: dict[str, Any], fields: list[str]) -> bool:
+    """Tell whether a row has all the columns that the paths lead into."""
+    return all(name in row or name.partition(".")[0] in row for name in fields)
+
+
 def _check_columns(needed: list[str], present: list[str], name: str, group: str | None) -> None:
     """Raise DataError for the first missing column, with the setting that names it: `group` or `columns`."""
     for column in needed:
-        if column in present:
+        if column_of(column, present) is not None:
             continue
         key, hint = "columns", ""
         if column == group:

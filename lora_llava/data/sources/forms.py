@@ -69,17 +69,9 @@ def describe_object(content: Mapping[str, Any]) -> str:
     if {"images", "annotations"} <= content.keys():
         return "it is in COCO's form: write one record for each annotation, with its image's file_name"
     lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(lists) == 1:
-        key = printable(lists[0])
-        return (
-            f'its records are under {key!r}. Write them alone: python -c "import json; '
-            f"json.dump(json.load(open('IN.json'))[{key!r}], open('OUT.json', 'w'))\""
-        )
-    if content and all(isinstance(value, dict) for value in content.values()):
-        return (
-            'its records are named by keys. Write them alone: python -c "import json; '
-            "json.dump([{'id': k, **v} for k, v in json.load(open('IN.json')).items()], open('OUT.json', 'w'))\""
-        )
+    if lists:
+        others = f" (or one of {listed([printable(key) for key in lists[1:]])})" if len(lists) > 1 else ""
+        return f"its records are under {printable(lists[0])!r}. Add to its data: records: {_yaml(lists[0])}{others}"
     return "wrap it in [ ]"
 
 

@@ -20,16 +20,18 @@ from lora_llava.data.record import (
     own_values,
     with_answer_prompt,
 )
-from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_dialog
+from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_dialog, read_question
 from lora_llava.data.sources.forms import describe_record
-from lora_llava.data.sources.tables import Entry, read_entries, read_records
+from lora_llava.data.sources.mapping import make_reader
+from lora_llava.data.sources.selection import Entry
+from lora_llava.data.sources.tables import read_entries, read_records
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import printable
 
 # The second is the spelling in LLaVA-Med's published files.
 _CONVERSATIONS = ("conversations", "conversatons", "messages")
-_KEYS = frozenset({"id", "image", "images", *_CONVERSATIONS})
+_KEYS = frozenset({"id", "image", "images", "system", *_CONVERSATIONS})
 
 
 def load_llava_json(
@@ -47,7 +49,7 @@ def load_llava_json(
         record = _record(entry, number, f"{path.name}, record {number}", images, data)
         return replace(record, extra=own_values(entry.value, _KEYS)) if extra else record
 
-    records = read_records(read_entries(path), read, data, bad, _identity)
+    records = read_records(read_entries(path, data.records), read, data, bad, _identity)
     root.check()
     return records
 
@@ -62,7 +64,8 @@ def _identity(entry: Any) -> str | None:
 
 
 def _record(entry: Entry, number: int, location: str, images: ImageCells, data: DataSettings) -> Record:
-    record, line = entry.value, "" if entry.line is None else f"line {entry.line}"
+    line = ", ".join(part for part in ("" if entry.line is None else f"line {entry.line}", entry.part) if part)
+    record = entry.value
     if not isinstance(record, dict):
         suffix = f" ({line})" if line else ""
         raise DataError(f"{location}{suffix}: is {kind_of(record)}, must be an object with id, image and conversations")
@@ -82,16 +85,13 @@ def _record(entry: Entry, number: int, location: str, images: ImageCells, data: 
     # LLaVA's own form must have the placeholder; in the variants it is optional.
     turns = place_image(dialog.turns) if image is not None and key == "messages" else dialog.turns
     check_placeholder(turns, image, f"{where}: {key}")
-    group = None if data.group is None else check_group(record.get(data.group), f"{where}: {data.group}")
+    group = None
+    if data.group is not None:
+        group = check_group(make_reader(data.group, "group")(record, where), f"{where}: {data.group}")
     identity = str(number) if given is None else str(given)
-    rejected = record.get("rejected")
-    return Record(
-        identity,
-        image,
-        with_answer_prompt(turns, data.answer_prompt),
-        where,
-        number,
-        group,
-        dialog.references,
-        rejected=check_text(rejected, f"{where}: rejected") if isinstance(rejected, str) else None,
-    )
+    prompted = with_answer_prompt(turns, data.answer_prompt)
+    system = dialog.system if (own_system := record.get("system")) in (None, "") else own_system
+    if system is not None:
+        system = read_question(system, f"{where}: system")
+    rejected = check_text(value, f"{where}: rejected") if isinstance(value := record.get("rejected"), str) else None
+    return Record(identity, image, prompted, where, number, group, dialog.references, system, rejected=rejected)

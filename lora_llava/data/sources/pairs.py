@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lora_llava.conversation.encode import Turn
 from lora_llava.data.sources.cells import kind_of, read_answer, read_question
 from lora_llava.errors import DataError
-from lora_llava.recipe.stages import ColumnSettings
+from lora_llava.recipe.columns import ColumnSettings
 
 _KEYS = ("question", "chosen", "rejected")
 

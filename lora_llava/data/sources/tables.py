@@ -7,28 +7,20 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_llava.data.bad_records import BadRecords, Exclusions
 from lora_llava.data.record import MAX_CHARACTERS, Record
-from lora_llava.data.sources.cells import kind_of
 from lora_llava.data.sources.forms import describe_object
+from lora_llava.data.sources.selection import Entry, Where, exploded, records_in
 from lora_llava.errors import DataError
+from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, printable
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = ",;\t|"
-
-
-class Entry(NamedTuple):
-    """One entry of a file: its content, or why it cannot be read."""
-
-    value: Any
-    line: int | None
-    """Its line number, if each record is a line."""
-    error: DataError | None = None
 
 
 def read_records(
@@ -40,15 +32,21 @@ def read_records(
 ) -> list[Record]:
     """Read the first `data.max_records` entries, except those in `data.exclude` and those that `bad` collects.
 
-    `read` gets an entry and its number, counted from 1; `identity` returns the id in an entry's value.
+    With `data.each`, an entry is read for every element of a list; with `data.where`, only entries that meet it are.
+    `read` gets an entry and its number, counted from 1 over all of them; `identity` returns the id in an entry's value.
+    Raises DataError if no entry meets `where`.
     """
     excluded = Exclusions(data.exclude)
     records: list[Record] = []
-    number = 0
-    for entry in entries:
-        if number == data.max_records:
+    number = taken = 0
+    filters = None if data.where is None else Where(data.where, data_name(data.path))
+    for entry in entries if data.each is None else exploded(entries, data.each, data_name(data.path)):
+        if taken == data.max_records:
             break
         number += 1
+        if filters is not None and entry.error is None and not filters.met_by(entry.value):
+            continue
+        taken += 1
         known = None if entry.error is not None else identity(entry.value)
         if excluded.holds(number, known):
             continue
@@ -58,12 +56,17 @@ def read_records(
             records.append(read(entry, number))
         except DataError as error:
             bad.add(number, known, error)
+    if filters is not None and not taken:
+        raise filters.leave_nothing(number)
     excluded.check(number if data.max_records is None else max(number, *excluded.ids, 0))
     return records
 
 
-def read_entries(path: Path) -> Iterator[Entry]:
-    """Yield the entries of a .json or .jsonl file; DataError if the file as a whole cannot be read."""
+def read_entries(path: Path, records: str | None = None) -> Iterator[Entry]:
+    """Yield the entries of a .json or .jsonl file; DataError if the file as a whole cannot be read.
+
+    `records`: dotted path to the list of entries in a .json file.
+    """
     raw = _read(path)
     if path.suffix == ".jsonl":
         for number, line in enumerate(raw.split(b"\n"), start=1):
@@ -73,11 +76,9 @@ def read_entries(path: Path) -> Iterator[Entry]:
                 except DataError as error:
                     yield Entry(None, number, error)
         return
-    entries = _parse(raw, path.name, lines=False)
-    if not isinstance(entries, list):
-        hint = describe_object(entries) if isinstance(entries, dict) else "wrap it in [ ]"
-        raise DataError(f"{path.name}: holds {kind_of(entries)}, must hold a list of records; {hint}")
-    for entry in entries:
+    content = _parse(raw, path.name, lines=False)
+    hint = describe_object(content) if isinstance(content, dict) else "wrap it in [ ]"
+    for entry in records_in(content, records, path.name, hint):
         yield Entry(entry, None)
 
 

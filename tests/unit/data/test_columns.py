@@ -142,8 +142,8 @@ def test_answers_that_are_no_text_are_refused(tmp_path: Path, answer: Any, messa
     [
         ("x", "messages: is text, must be a list of turns"),
         (
-            [{"role": "system", "content": "x"}],
-            "messages[0].role: is 'system', must be one of human, user, gpt, assistant; take the system",
+            [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
+            "messages[1].role: is 'system', must be one of human, user, gpt, assistant; only the first turn may be",
         ),
         ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content: has a part of type 'video'"),
         ([{"role": "user", "content": 3}], "messages[0].content: is a number, must be text"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +209,9 @@ def test_k19_a_spreadsheet_is_named_with_the_line_that_converts_it(folder: Path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"data": [{"question": "Q"}]}, "its records are under 'data'. Write them alone: python -c"),
-        ({"1": {"question": "Q"}, "2": {"question": "Q"}}, "its records are named by keys. Write them alone"),
+        ({"data": [{"question": "Q"}]}, "its records are under 'data'. Add to its data: records: data"),
+        ({"v": "1", "train": [{"q": 1}], "test": [{"q": 2}]}, "Add to its data: records: train (or one of test)"),
+        ({"1": {"question": "Q"}, "2": {"question": "Q"}}, "conversations: is missing; it has id, question. To have"),
         ({"images": [], "annotations": [{"id": 1}]}, "it is in COCO's form"),
         ([{"image": "a.png", "chosen": "a", "rejected": "b"}], "It is preference data"),
         ([{"images": ["a.png"], "texts": [{"user": "Q"}]}], "It has several questions in a row"),
@@ -228,21 +227,39 @@ def test_k19_other_forms_are_named_for_what_they_are(folder: Path, content: Any,
     assert message in refused(folder, content)
 
 
-def test_k19_the_two_lines_that_convert_an_object_do_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_k19_records_inside_an_object_are_read_by_the_setting_that_the_error_names(folder: Path) -> None:
     record = {"image": "a.png", "question": "What?", "answer": "a cat"}
-    monkeypatch.chdir(folder)
-    for content in ({"data": [record]}, {"x7": record}):
-        message = refused(folder, content, "IN.json")
-        line = message.partition('python -c "')[2].rpartition('"')[0]
-        subprocess.run([sys.executable, "-c", line], check=True)
-        assert texts(load_records(DataSettings.model_validate({"path": "OUT.json", "columns": QA}))[0]) == ASKED
+    assert "records: data" in refused(folder, {"data": [record]}, columns=QA)
+    for content, path in (({"data": [record]}, "data"), ({"a": {"b": [record]}}, "a.b"), ({"x7": record}, None)):
+        assert texts(load(folder, content, columns=QA, records=path)[0]) == ASKED
+    (keyed,) = load(folder, {"x7": {"answer": "a cat"}}, columns={"question": "id", "answer": "answer"})
+    assert keyed.turns[0].text == "x7"
 
 
-def test_k19_system_messages_and_several_images_are_refused_with_the_reason(folder: Path) -> None:
-    system = [{"role": "system", "content": "Be brief."}, *CHAT_TURNS]
-    assert "take the system messages out, and give their text as `system` of the stage" in refused(
-        folder, [{"image": "a.png", "messages": system}]
-    )
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "system", "content": "Be brief."}, *CHAT_TURNS]},
+        {"messages": [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *CHAT_TURNS]},
+        {"system": "Be brief.", "conversations": LLAVA_TURNS},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *LLAVA_TURNS]},
+        {"system": "Be brief.", "messages": [{"role": "system", "content": "Be long."}, *CHAT_TURNS]},
+    ],
+)
+def test_k19_system_texts_belong_to_their_record(folder: Path, record: dict[str, Any]) -> None:
+    first, second = load(folder, [{"image": "a.png", **record}, {"image": "a.png", "conversations": LLAVA_TURNS}])
+    assert texts(first) == ASKED
+    assert (first.system, second.system) == ("Be brief.", None)
+
+
+def test_k19_a_leading_turn_of_the_model_is_left_out_as_llava_does(folder: Path) -> None:
+    for turns in (LLAVA_TURNS, CHAT_TURNS):
+        key = "messages" if turns is CHAT_TURNS else "conversations"
+        (record,) = load(folder, [{"image": "a.png", key: [turns[1], *turns]}])
+        assert texts(record) == ASKED
+
+
+def test_k19_several_images_are_refused_with_the_reason(folder: Path) -> None:
     assert "holds 2 images. LLaVA-1.5 takes one" in refused(
         folder, [{"images": ["a.png", "b.png"], "messages": CHAT_TURNS}]
     )

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from lora_llava.data.images.directory import list_images
 from lora_llava.data.questions import QuestionSet, load_image_questions, load_open_questions, load_questions
 from lora_llava.errors import DataError
-from lora_llava.recipe.stages import ColumnSettings, DataSettings, QuestionSettings
+from lora_llava.recipe.columns import ColumnSettings
+from lora_llava.recipe.stages import DataSettings, QuestionSettings
 
 COLUMNS = {"image": "image", "question": "question"}
 
@@ -88,7 +89,7 @@ def test_bad_records_are_collected_if_asked(tmp_path: Path) -> None:
     records = [
         {"conversations": 1},
         {"conversations": human("a?")},
-        {"id": "z", "conversations": human("", "b", "c")[1:]},
+        {"id": "z", "conversations": human("a?", "b", "c?")[::2]},
     ]
     questions = load(tmp_path, records, on_bad_record="skip")
     assert asked(questions) == [("a?", (), 1)]

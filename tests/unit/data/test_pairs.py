@@ -12,7 +12,8 @@ from PIL import Image
 from lora_llava.data.load import load_records
 from lora_llava.data.record import Record
 from lora_llava.errors import DataError
-from lora_llava.recipe.stages import ColumnSettings, DataSettings
+from lora_llava.recipe.columns import ColumnSettings
+from lora_llava.recipe.stages import DataSettings
 
 QUESTION, CHOSEN, REJECTED = "Is there a dog?", "No.", "Yes, on the sofa."
 

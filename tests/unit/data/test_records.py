@@ -112,7 +112,8 @@ def test_broken_files_are_named_with_the_place(folder: Path, content: Any, name:
         ({"conversations": []}, "conversations: is empty"),
         ({"conversations": "x"}, "conversations: is text, must be a list of turns"),
         ({"conversations": ["x"]}, "conversations[0]: is text, must be an object"),
-        ({"conversations": [{"from": "system", "value": "x"}]}, "conversations[0].from: is 'system', must be one of"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "conversations: has only a system message; add a"),
+        ({"conversations": [entry()["conversations"][0], {"from": "system", "value": "x"}]}, "[1].from: is 'system'"),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "conversations[0].from: is ['x'], must be one of"),
         ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0].value: is a number, must be text"),
         (
