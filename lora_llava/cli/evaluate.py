@@ -14,6 +14,8 @@ from lora_llava.recipe.choices import MetricSetting
 from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
     from lora_llava.recipe.settings import EvaluationSettings
 
 _EVALUATION = Path("evaluation")
@@ -129,8 +131,13 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     try:
         return EvaluationSettings.model_validate({**others, **lists, "data": data})
     except ValidationError as error:
-        problems = [
-            f"--{'.'.join(map(str, details['loc']))}: {details['msg'].removeprefix('Value error, ')}"
-            for details in error.errors()
-        ]
-        raise click.UsageError("\n".join(problems)) from error
+        raise click.UsageError(option_problems(error)) from error
+
+
+def option_problems(error: ValidationError) -> str:
+    """Return what is wrong with settings that options gave, a line each."""
+    lines = []
+    for details in error.errors():
+        where = ".".join(map(str, details["loc"]))
+        lines.append((f"--{where}: " if where else "") + details["msg"].removeprefix("Value error, "))
+    return "\n".join(lines)

@@ -21,6 +21,7 @@ from lora_llava.data.load import drop_unusable, load_records
 from lora_llava.data.record import ImageRoot, Record, Scalar, with_answer_prompt
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings, QuestionSettings
+from lora_llava.system.progress import note
 from lora_llava.system.text import counted, listed
 
 _NO_VALUE = "(none)"
@@ -149,7 +150,10 @@ def load_image_questions(directory: Path, question: str, data: QuestionSettings)
     root = ImageRoot(directory, "image", window=data.gray_window)
     turns = with_answer_prompt([Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.strip()}")], data.answer_prompt)
     records: list[Record] = []
-    for number, name in enumerate(list_images(directory).images[: data.max_records], start=1):
+    images, others = list_images(directory)
+    if others:
+        note(f"{counted(len(others), 'file')} in {directory} left out, as no images: {listed(others)}")
+    for number, name in enumerate(images[: data.max_records], start=1):
         where = f"{directory.name}, image {number}"
         try:
             # With "./", a colon in a name is not taken for a scheme.
@@ -160,6 +164,8 @@ def load_image_questions(directory: Path, question: str, data: QuestionSettings)
     if bad.collects:
         records = drop_unusable(records, None, bad)
         skipped = sorted(bad.found, key=lambda record: record.record)
+    if not records:
+        raise DataError(f"{directory}: none of its {counted(len(images), 'image')} can be used: {skipped[0].problem}")
     return QuestionSet(_open_questions(records), len(records), skipped=skipped)
 
 

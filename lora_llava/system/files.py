@@ -226,9 +226,15 @@ def staged(output: Path, place: Place = place_new) -> Iterator[Path]:
 @contextmanager
 def staged_result(output: Path) -> Iterator[Path]:
     """Yield as `staged` does, for the result of a command; ArtifactError if the disk takes no more, or not so much."""
+    with disk_errors(output, "Nothing was written"), staged(output) as staging:
+        yield staging
+
+
+@contextmanager
+def disk_errors(output: Path, state: str) -> Iterator[None]:
+    """Raise ArtifactError if the disk of `output` takes no more, or not so much; `state` says what became of it."""
     try:
-        with staged(output) as staging:
-            yield staging
+        yield
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -236,8 +242,7 @@ def staged_result(output: Path) -> Iterator[Path]:
         free = shutil.disk_usage(nearest).free / 2**20
         raise ArtifactError(
             f"{error.filename or output.name} cannot be written to {shown_path(nearest)}: {error.strerror} "
-            f"({free:,.0f} MiB are free there). Nothing was written; free some space, or name an output on another "
-            "disk."
+            f"({free:,.0f} MiB are free there). {state}; free some space, or name an output on another disk."
         ) from error
 
 
