@@ -17,8 +17,9 @@ from typing import Any
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn, check_turns
 from lora_llava.data.bad_records import BadRecord, BadRecords
 from lora_llava.data.images.directory import list_images
+from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.load import drop_unusable, load_records
-from lora_llava.data.record import ImageRoot, Record, Scalar, with_answer_prompt
+from lora_llava.data.record import Record, Scalar, with_answer_prompt
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings, QuestionSettings
 from lora_llava.system.progress import note
@@ -147,7 +148,7 @@ def load_image_questions(directory: Path, question: str, data: QuestionSettings)
     if not question.strip() or IMAGE_PLACEHOLDER in question:
         raise DataError(f"question {question!r:.80}: write a text without {IMAGE_PLACEHOLDER}")
     bad, skipped = BadRecords.by_settings(data), []
-    root = ImageRoot(directory, "image", window=data.gray_window)
+    root = ImageRoot(directory, "image", data)
     turns = with_answer_prompt([Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.strip()}")], data.answer_prompt)
     records: list[Record] = []
     images, others = list_images(directory)

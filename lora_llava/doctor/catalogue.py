@@ -146,6 +146,12 @@ KINDS: dict[str, Kind] = {
         "may put one in each split.",
         "Keep one file and name it in all records.",
     ),
+    "other_extension": Kind(
+        "note",
+        "Images with another extension than in the data",
+        "The file differs from the name in the data in the case or kind of its extension; it is used.",
+        "Correct the names: other software does not find these files.",
+    ),
     "transparent": Kind(
         "note",
         "Transparent images",

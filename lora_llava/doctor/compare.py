@@ -52,6 +52,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
         yield from _duplicate_ids(source)
         yield from _duplicate_images(survey, source)
         yield from _transparent(survey, source)
+        yield from _other_extensions(source)
         yield from _empty_images(survey, source)
         for record in source.records:
             text = "\0".join(turn.text for turn in record.turns)
@@ -97,6 +98,13 @@ def _transparent(survey: Survey, source: Source) -> Iterator[Finding]:
     for record, image in _images(source.records):
         if survey.facts(image).is_transparent:
             yield finding_at("transparent", source, record, f"{record.where}: image {printable(image.key, 80)}", image)
+
+
+def _other_extensions(source: Source) -> Iterator[Finding]:
+    for record, image in _images(source.records):
+        if image.asked:
+            problem = f"{record.where}: {printable(image.asked, 80)} is {printable(image.key, 80)}"
+            yield finding_at("other_extension", source, record, problem, image)
 
 
 def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:

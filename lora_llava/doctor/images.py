@@ -13,6 +13,7 @@ from PIL import Image
 
 from lora_llava.data.images.grayscale import LEVELS_PER_STRAY
 from lora_llava.data.images.read import DEEP_GRAY, FORMATS, decode_image, read_image
+from lora_llava.data.images.tiff import bits_per_channel
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
@@ -91,13 +92,20 @@ def _levels_left(data: bytes, image: Image.Image) -> int:
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as original:
             is_deep_gray = original.mode in DEEP_GRAY
-            if not is_deep_gray and not (original.format == "PNG" and data[_PNG_DEPTH] == 16):
+            if not is_deep_gray and _bits_per_channel(original, data) <= 8:
                 return 256
             left = int((_histogram(image) > 0).sum(axis=1).max())
             # Pillow reads only the upper 8 bits of deep color, so the loss is unknown there.
             lost = len(np.unique(np.asarray(original))) - left if is_deep_gray else left
             # Losing padding and markers is intended.
             return left if lost * LEVELS_PER_STRAY > left else 256
+
+
+def _bits_per_channel(image: Image.Image, data: bytes) -> int:
+    """Return the bits of a channel in the file, of which Pillow keeps 8 in color images."""
+    if image.format == "TIFF":
+        return bits_per_channel(image)
+    return data[_PNG_DEPTH] if image.format == "PNG" else 8
 
 
 def _is_transparent(data: bytes) -> bool:

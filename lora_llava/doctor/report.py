@@ -136,7 +136,7 @@ def _without_location(problem: str) -> str:
 
 def _without_paths(text: str, source: Source) -> str:
     """Shorten the paths of a source to file names: reports are shared, and show no directory of the user."""
-    for path in (source.data.exclude, source.data.image_root, source.data.path):
+    for path in (source.data.exclude, *source.data.image_roots, source.data.image_root, source.data.path):
         if path is not None and Path(path).is_absolute():
             text = text.replace(path, Path(path).name)
     return text

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -227,9 +227,9 @@ def _check_key(key: str) -> None:
         section = section_in(section.model_fields[name].annotation)
 
 
-def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, bool]]:
-    """List every string that may be a path: its mapping, its key, the string, and whether it can only be a path."""
-    paths = []
+def _paths_in(data: dict[str, Any]) -> list[tuple[Any, Any, str, bool]]:
+    """List every text that may be a path: its mapping or list, its key or index, and whether it can only be a path."""
+    paths: list[tuple[Any, Any, str, bool]] = []
     for setting in settings_of(Recipe):
         *above, key = setting.key.split(".")
         holder: Any = data
@@ -240,6 +240,8 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str, bool
             # `start_from` is a path, unless it has the form of an artifact on the Hub.
             only_path = setting.names is Names.PATH and not (setting.key == "start_from" and is_hub_name(value))
             paths.append((holder, key, value, only_path))
+        elif isinstance(value, list) and get_origin(setting.field.annotation) is list:
+            paths += [(value, index, text, True) for index, text in enumerate(value) if isinstance(text, str)]
     return paths
 
 

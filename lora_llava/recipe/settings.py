@@ -14,12 +14,15 @@ from lora_llava.recipe.choices import MetricSetting
 from lora_llava.recipe.fields import Count, Form, Names, OfNewModel, OnResume, Positive, Settings
 from lora_llava.recipe.stages import (
     STAGES,
+    WINDOW_FORM,
     AlignSettings,
     AspectRatio,
     DataSettings,
     InstructSettings,
     StageName,
     StageSettings,
+    Window,
+    check_window,
 )
 
 _TRACKERS = Form("none or a list of trackers, such as [tensorboard]")
@@ -37,6 +40,21 @@ _LocalPath = Annotated[Path, Field(strict=False)]
 
 PROJECTOR_ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
 """By `mm_projector_type`: `projector_hidden_act` in config.json."""
+
+
+def _with_window(content: dict[str, Any], window: Any) -> dict[str, Any]:
+    """Return the content of a recipe in which all data that set no window have this one."""
+
+    def filled(section: Any) -> Any:
+        data = section.get("data") if isinstance(section, dict) else None
+        if not isinstance(data, dict) or data.get("window") is not None:
+            return section
+        return {**section, "data": {**data, "window": window}}
+
+    stages = content.get("stages")
+    if isinstance(stages, dict):
+        content = {**content, "stages": {name: filled(stage) for name, stage in stages.items()}}
+    return {**content, "evaluation": filled(content["evaluation"])} if "evaluation" in content else content
 
 
 class BaseModelSettings(Settings):
@@ -115,10 +133,18 @@ class AdapterSettings(Settings):
 
 
 class ImageSettings(Settings):
-    """How an image is made square."""
+    """How an image becomes a square of 8-bit colors."""
 
     image_aspect_ratio: Annotated[AspectRatio, OnResume.FORM] = "pad"
     """`pad`: pad with the mean color (stage 2 of LLaVA-1.5); `square`: resize and center-crop (stage 1)."""
+    window: Annotated[Window, WINDOW_FORM, OnResume.FORM] = "auto"
+    """What becomes black and white in gray images of more than 8 bits. `auto`: the lowest and highest value of each
+    image; `full`: 0 and 65535; or two values, such as [0, 4095]."""
+
+    @model_validator(mode="after")
+    def _low_and_high(self) -> Self:
+        check_window(self.window)
+        return self
 
 
 class StagesSettings(Settings):
@@ -216,13 +242,21 @@ class Recipe(Settings):
     evaluation: Annotated[EvaluationSettings | None, OnResume.AGAIN] = None
     card: Annotated[CardSettings, OnResume.CARD] = CardSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _window_of_all(cls, content: Any) -> Any:
+        """Give `images.window` to all data that set no window."""
+        images = content.get("images") if isinstance(content, dict) else None
+        window = images.get("window") if isinstance(images, dict) else None
+        return content if window in (None, "auto") else _with_window(content, window)
+
     @model_validator(mode="after")
     def _same_window(self) -> Self:
-        trained = self.stage(self.stage_names[-1]).data.window
-        if self.evaluation is not None and self.evaluation.data.window != trained:
+        trained = self.stage(self.stage_names[-1]).data
+        if self.evaluation is not None and self.evaluation.data.gray_window != trained.gray_window:
             raise ValueError(
-                f"evaluation.data.window {self.evaluation.data.window} differs from the last stage's {trained}: the "
-                "model would see other shades of gray than in training; use the same window"
+                f"evaluation.data.window {self.evaluation.data.window} differs from the last stage's {trained.window}: "
+                "the model would see other shades of gray than in training; use the same window, in images.window"
             )
         return self
 

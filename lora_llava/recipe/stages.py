@@ -28,6 +28,19 @@ GradientCheckpointing = bool | Literal["selective"]
 """What the backward pass recomputes: nothing (false), cheap ops (`selective`), or whole layers (true)."""
 
 
+Window = Literal["auto", "full"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+"""Which values of gray images of more than 8 bits become black and white; see `ImageSettings`."""
+WINDOW_FORM = Form("auto, full or [low, high]")
+FULL_WINDOW = (0.0, 65535.0)
+"""The range of 16 bits."""
+
+
+def check_window(window: Window | None) -> None:
+    """Raise ValueError for a window whose first value is not the lower one."""
+    if isinstance(window, list) and window[0] >= window[1]:
+        raise ValueError(f"window {window}: the first value, shown as black, must be the lower one")
+
+
 class ValidationSettings(Settings):
     """Records held out of training for validation."""
 
@@ -58,6 +71,8 @@ class DataSettings(Settings):
     """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, XLSX, parquet, a directory or a Hub id."""
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory that image paths are relative to; null: the directory of the data file."""
+    image_roots: Annotated[list[str], OnResume.SAME_CONTENT, Names.PATH] = Field(default_factory=list)
+    """Further directories with images: those that links in `image_root` lead to, or that absolute paths name."""
     split: Annotated[str, OnResume.SAME_CONTENT, Names.TEXT] = "train"
     """Split of the dataset."""
     name: Annotated[str | None, OnResume.SAME_CONTENT, Names.TEXT] = None
@@ -96,22 +111,20 @@ class DataSettings(Settings):
     merge_turns: Annotated[Annotated[int, Field(ge=2)] | None, OnResume.ORDER] = None
     """Merge records about the same image into conversations of at most N questions, as LLaVA-1.5 does; null: do not
     merge. Validation records are never merged."""
-    window: Annotated[
-        Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None, Form("[low, high]"), OnResume.FORM
-    ] = None
-    """For gray images of more than 8 bits: the values shown as black and white, such as [0, 4095]; null: the lowest and
-    highest value of each image."""
+    window: Annotated[Window | None, WINDOW_FORM, OnResume.FORM] = None
+    """Overrides `images.window` for these records."""
     validation: ValidationSettings | None = None
 
     @property
     def gray_window(self) -> tuple[float, float] | None:
-        """`window` as a pair."""
-        return None if self.window is None else (self.window[0], self.window[1])
+        """The values that become black and white; None: the range of each image."""
+        if self.window == "full":
+            return FULL_WINDOW
+        return (self.window[0], self.window[1]) if isinstance(self.window, list) else None
 
     @model_validator(mode="after")
     def _window(self) -> Self:
-        if self.window is not None and self.window[0] >= self.window[1]:
-            raise ValueError(f"window {self.window}: the first value, shown as black, must be the lower one")
+        check_window(self.window)
         return self
 
     @model_validator(mode="after")

@@ -100,6 +100,7 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
     if start is None or start.stage != first:
         return []
     stage, manifest = recipe.stage(first), start.manifest
+    window = stage.data.gray_window
     data = manifest.get("data") or {}
     pairs = {
         f"stages.{first}.template": (stage.template, (manifest.get("template") or {}).get("name")),
@@ -108,7 +109,7 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
             stage.image_aspect_ratio or recipe.images.image_aspect_ratio,
             (manifest.get("images") or {}).get("image_aspect_ratio"),
         ),
-        f"stages.{first}.data.window": (stage.data.window, (manifest.get("images") or {}).get("window")),
+        f"stages.{first}.data.window": (window and list(window), (manifest.get("images") or {}).get("window")),
         f"stages.{first}.data.answer_prompt": (stage.data.answer_prompt, data.get("answer_prompt")),
     }
     if _precision_is_known(manifest):
@@ -160,7 +161,7 @@ def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) ->
     if not named and ratio in ("pad", "square") and ratio != recipe.images.image_aspect_ratio:
         update["image_aspect_ratio"] = ratio
     window = (manifest.get("images") or {}).get("window")
-    if window is not None and "window" not in stage.data.model_fields_set:
+    if window is not None and "window" not in stage.data.model_fields_set | recipe.images.model_fields_set:
         update["data"] = stage.data.model_copy(update={"window": window})
     return stage.model_copy(update=update)
 

@@ -53,6 +53,8 @@ def unused_settings(recipe: Recipe) -> Iterator[Unused]:
     stages = {f"stages.{name}": recipe.stage(name) for name in recipe.stage_names}
     if all(stage.image_aspect_ratio is not None for stage in stages.values()):
         yield from _changed(recipe.images, "images", ["image_aspect_ratio"], "every stage sets its own")
+    if all(stage.data.window not in (None, recipe.images.window) for stage in stages.values()):
+        yield from _changed(recipe.images, "images", ["window"], "the data of every stage set their own")
     for key, stage in stages.items():
         yield from _unused_in_stage(key, stage)
         yield from _unused_in_data(f"{key}.data", stage.data)

@@ -42,9 +42,16 @@ def tracked_settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
         value = value_at(recipe, setting.key)
         if value is None or setting.key.startswith(left_out):
             continue
-        local = setting.may_be_path and is_local(str(value))
-        settings[f"recipe/{setting.key}"] = Path(str(value)).name if local else value
+        if setting.may_be_path:
+            value = (
+                [_without_directory(path) for path in value] if isinstance(value, list) else _without_directory(value)
+            )
+        settings[f"recipe/{setting.key}"] = value
     return settings
+
+
+def _without_directory(value: Any) -> Any:
+    return Path(str(value)).name if is_local(str(value)) else value
 
 
 def tracker_callbacks(recipe: Recipe, stage: StageName, args: TrainingArguments) -> list[TrainerCallback]:

@@ -19,7 +19,8 @@ from lora_llava.data.convert.fields import WRONG_FIELD, DropError
 from lora_llava.data.images.grayscale import to_eight_bits
 from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import DEEP_GRAY, FORMATS, MAX_BYTES, MAX_PIXELS
-from lora_llava.data.record import ImageRoot, ImageSource, check_text
+from lora_llava.data.images.root import ImageRoot
+from lora_llava.data.record import ImageSource, check_text
 from lora_llava.errors import DataError
 
 _IMAGES = "images"

@@ -9,6 +9,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, image_problem, read_image
+from lora_llava.data.images.tiff import is_complete
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
@@ -34,8 +35,12 @@ def _looks_complete(source: ImageSource) -> bool:
                 warnings.simplefilter("ignore")
                 with Image.open(handle, formats=FORMATS) as image:
                     width, height = image.size
-                    form = image.format
-            return size <= MAX_BYTES and width * height <= MAX_PIXELS and _has_expected_end(handle, size, str(form))
+                    if size > MAX_BYTES or width * height > MAX_PIXELS:
+                        return False
+                    if image.format == "TIFF":
+                        return is_complete(image, size)
+                    form = str(image.format)
+            return _has_expected_end(handle, size, form)
     # A decoder raises anything for broken bytes; `open_image` has the messages.
     except Exception:  # noqa: BLE001
         return False

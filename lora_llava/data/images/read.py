@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_llava.data.images.grayscale import Window, to_eight_bits
+from lora_llava.data.images.tiff import check_tiles, is_tiff, shows_low_as_white
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Allowed decoders; the name of a file does not matter."""
 MAX_PIXELS = 64_000_000
 """Maximum number of pixels, by the header; checked before anything is decoded."""
@@ -32,7 +33,7 @@ _RESCALE = 1 / 255
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Decode an image as RGB, upright by its EXIF data; of an animation, the first frame.
+    """Decode an image as RGB, upright by its EXIF data; of an animation or a TIFF, the first frame or page.
 
     Grayscale of more than 8 bits becomes 8 bits by `source.window`, see `to_eight_bits`. Raises DataError naming the
     image if it is missing, too large, damaged, or of another format.
@@ -78,6 +79,12 @@ def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Ima
     except DataError:
         raise
     except UnidentifiedImageError:
+        if is_tiff(data):
+            raise DataError(
+                f"{name}: a TIFF that is damaged, or has pixels that are not read, such as several bands of 16 bits; "
+                "save it as 8-bit RGB or as 16-bit gray",
+                _BAD,
+            ) from None
         raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", _BAD) from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: far more than {MAX_PIXELS:,} pixels; make it smaller", _BAD) from None
@@ -95,11 +102,13 @@ def _decode(image: Image.Image, name: str, window: Window | None) -> Image.Image
         raise DataError(
             f"{name}: {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} are allowed; make it smaller", _BAD
         )
+    check_tiles(image, name)
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode in DEEP_GRAY:
         # convert("RGB") would clip every value above 255 to white.
-        return Image.fromarray(to_eight_bits(np.asarray(upright), window)).convert("RGB")
+        gray = to_eight_bits(np.asarray(upright), window)
+        return Image.fromarray(255 - gray if shows_low_as_white(image) else gray).convert("RGB")
     return upright.convert("RGB")
 
 

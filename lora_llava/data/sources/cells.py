@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
-from lora_llava.data.record import ImageRoot, ImageSource, check_text
+from lora_llava.data.images.root import ImageRoot
+from lora_llava.data.record import ImageSource, check_text
 from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.system.text import counted

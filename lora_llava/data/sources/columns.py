@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.data.bad_records import BadRecords
+from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import (
-    ImageRoot,
     Record,
     check_group,
     check_placeholder,
@@ -50,7 +50,7 @@ def load_columns(
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
     field = "image" if columns.image is None or is_template(columns.image) else columns.image
-    images = ImageCells(ImageRoot(root, field, at_once=bad.collects, window=data.gray_window))
+    images = ImageCells(ImageRoot(root, field, data, at_once=bad.collects))
     location = data_name(data.path) if path.suffix in _FILES else f"{data_name(data.path)} ({data.split})"
     read_row = _row_reader(data, columns, images)
     texts = (columns.image, columns.question, columns.answer, columns.messages)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.data.bad_records import BadRecords
+from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import (
-    ImageRoot,
     Record,
     check_group,
     check_placeholder,
@@ -42,7 +42,7 @@ def load_llava_json(
     `extra`: also keep other keys. Raises DataError naming file, record and field, unless `bad` collects it.
     """
     path = Path(data.path)
-    root = ImageRoot(image_root or path.parent, "image", at_once=bad.collects, window=data.gray_window)
+    root = ImageRoot(image_root or path.parent, "image", data, at_once=bad.collects)
     images = ImageCells(root)
 
     def read(entry: Entry, number: int) -> Record:

@@ -70,6 +70,8 @@ def _data_paths(recipe: Recipe) -> Iterator[_DataPath]:
         # Validation has the image root of its stage.
         if data.image_root is not None and not key.endswith(".validation"):
             yield _DataPath(f"{key}.image_root", Path(data.image_root), is_directory=True)
+        for root in () if key.endswith(".validation") else data.image_roots:
+            yield _DataPath(f"{key}.image_roots", Path(root), is_directory=True)
         if data.exclude is not None:
             yield _DataPath(f"{key}.exclude", Path(data.exclude), is_directory=False)
 

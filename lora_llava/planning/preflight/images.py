@@ -16,7 +16,7 @@ from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.planning.preflight.data import sources
-from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.planning.preflight.findings import Finding, Notice, Problem
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.processes import in_processes
@@ -71,6 +71,15 @@ def images_can_be_opened(images: Images) -> Iterator[Finding]:
             )
             what = f"{len(errors_of_key):,} of {counted(len(sources_of_key), 'image')} cannot be opened: {named}"
             yield Problem(key, what, "lora-llava check lists them all, and on_bad_record: skip leaves them out.")
+
+
+def images_have_their_names(images: Images) -> Iterator[Finding]:
+    """The files of images have the extensions that the data say."""
+    for key, sources_of_key in images.by_key.items():
+        if others := [image for image in sources_of_key.values() if image.asked]:
+            shown = f"{others[0].asked} is {Path(others[0].key).name}"
+            what = f"{counted(len(others), 'image')} found with another extension than in the data, such as: {shown}"
+            yield Notice(key, what)
 
 
 def _local_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:

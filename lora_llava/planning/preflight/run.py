@@ -54,15 +54,21 @@ def preflight(setup: Setup) -> Findings:
 
 
 def check_setup(setup: Setup, console: Console, *, data: bool = True) -> None:
-    """Run the preflight and print its notices; then, with `data`, open all images. Raises PreflightError."""
+    """Run the preflight; then, with `data`, open all images. Print the notices of both. Raises PreflightError."""
     environment.refuse_several_processes()
     findings = preflight(setup)
     findings.refuse()
-    for notice in findings.notices:
-        console.print(f"Note: {notice}", soft_wrap=True, markup=False)
+    _print_notices(findings, console)
     if data:
         phase("Opening all images")
-        _look_at_data(setup).refuse()
+        findings = _look_at_data(setup)
+        findings.refuse()
+        _print_notices(findings, console)
+
+
+def _print_notices(findings: Findings, console: Console) -> None:
+    for notice in findings.notices:
+        console.print(f"Note: {notice}", soft_wrap=True, markup=False)
 
 
 def _look_at_data(setup: Setup) -> Findings:
@@ -73,6 +79,7 @@ def _look_at_data(setup: Setup) -> Findings:
     images_of_run = images.read_images(setup.recipe)
     findings.add(images_of_run.problems)
     findings.add(images.images_can_be_opened(images_of_run))
+    findings.add(images.images_have_their_names(images_of_run))
     counts = {key: len(sources) for key, sources in images_of_run.by_key.items()}
     findings.add(disk.room_for_features(setup, counts))
     return findings

@@ -87,13 +87,13 @@ def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[
 
 def image_fields(stage: Stage, loaded: LoadedModel) -> dict[str, Any]:
     """Collect the fields of the manifest that say how an image becomes tokens."""
-    transform = stage.image_transform(loaded)
+    transform, window = stage.image_transform(loaded), stage.settings.data.gray_window
     return {
         "size": transform.size,
         "mean": list(transform.mean),
         "std": list(transform.std),
         "image_aspect_ratio": transform.aspect_ratio,
-        "window": stage.settings.data.window,
+        "window": window and list(window),
         "vision_feature_layer": loaded.config.vision_feature_layer,
         "vision_feature_select_strategy": loaded.config.vision_feature_select_strategy,
         "num_image_tokens": loaded.image_tokens.count,

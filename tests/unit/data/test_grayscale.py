@@ -156,15 +156,42 @@ def test_k14_chat_and_eval_take_the_window_of_the_training() -> None:
     assert Manifest(**manifest | {"images": {"image_aspect_ratio": "pad"}}).usage.window is None
 
 
-def recipe(trained: Any, asked: Any) -> Recipe:
+def recipe(trained: Any, asked: Any, *, images: Any = "auto") -> Recipe:
     return Recipe.model_validate(
         {
             "name": "r",
             "base": {"model_name_or_path": "x/y"},
+            "images": {"window": images},
             "stages": {"instruct": {"data": {"path": "a.json", "window": trained}}},
             "evaluation": {"data": {"path": "b.json", "window": asked}},
         }
     )
+
+
+def windows(settings: Recipe) -> list[tuple[float, float] | None]:
+    assert settings.stages.instruct is not None
+    assert settings.evaluation is not None
+    return [settings.stages.instruct.data.gray_window, settings.evaluation.data.gray_window]
+
+
+@pytest.mark.parametrize(
+    ("images", "trained", "window"),
+    [("auto", None, None), ("full", None, (0, 65535)), ([0, 4095], None, (0, 4095)), ([0, 4095], "auto", None),
+     ([0, 4095], "full", (0, 65535)), ("auto", [1, 2], (1, 2)), ("full", [1, 2], (1, 2))],
+)  # fmt: skip
+def test_one_window_for_all_data_unless_they_set_their_own(
+    images: Any, trained: Any, window: tuple[float, float] | None
+) -> None:
+    first = recipe(trained, trained, images=images)
+    assert windows(first) == [window, window]
+    # As a run writes it, and reads it again.
+    assert windows(Recipe.model_validate(first.plain() | {"output_dir": None})) == [window, window]
+
+
+@pytest.mark.parametrize("images", ["automatic", [4095, 0], [0], None, 12])
+def test_a_window_that_is_none_is_refused(images: Any) -> None:
+    with pytest.raises(ValueError, match="window"):
+        recipe(None, None, images=images)
 
 
 def test_k14_a_window_is_low_and_high_and_one_for_training_and_evaluation() -> None:

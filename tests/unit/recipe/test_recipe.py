@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_llava.errors import RecipeError
-from lora_llava.recipe.file import dump_resolved, load_recipe
+from lora_llava.recipe.file import dump_portable, dump_resolved, load_recipe
 
 MINIMAL = """\
 name: small
@@ -289,3 +290,16 @@ def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, text: st
     recipe = load_recipe(write(tmp_path, "output_dir: x\n" + MINIMAL), [f"stages.instruct.system='{text}'"])
     assert recipe.stage("instruct").system == text
     assert load_recipe(write(tmp_path, dump_resolved(recipe, tmp_path))) == recipe
+
+
+def test_every_path_of_a_list_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    data = {"path": "a.json", "image_roots": ["../archive", "/mnt/scans"]}
+    content = {"name": "r", "base": {"model_name_or_path": "x/y"}, "stages": {"instruct": {"data": data}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.stage("instruct").data.image_roots == [str(tmp_path.parent / "archive"), "/mnt/scans"]
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "r.yaml").write_text(dump_resolved(recipe, tmp_path / "copy"), encoding="utf-8")
+    assert load_recipe(tmp_path / "copy" / "r.yaml").stage("instruct").data == recipe.stage("instruct").data
+    published = yaml.safe_load(dump_portable(tmp_path / "r.yaml"))["stages"]["instruct"]["data"]
+    assert published["image_roots"] == ["./archive", "./scans"]
