@@ -46,7 +46,7 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
     """Return `value` if it is an object."""
     if isinstance(value, dict):
         return value
-    raise DropError(f"{where}: is {kind_of(value)}, must be an object", WRONG_FIELD)
+    raise DropError(f"{where}: {_got(value)}, must be an object", WRONG_FIELD)
 
 
 def items(document: Any, key: str, where: str) -> list[Any]:

@@ -29,6 +29,8 @@ class Labeled:
     box: Box | None = None
     is_crowd: bool = False
     """Whether it stands for several objects."""
+    is_tag: bool = False
+    """Whether it is of the whole image."""
 
 
 @dataclass(slots=True)
@@ -53,10 +55,11 @@ def ask_about_objects(writer: Writer, scenes: Sequence[Scene]) -> None:
         f"At most {options.per_image} count and location questions an image, and presence questions on average.",
     ]
     presence = _presence(scenes, options.per_image, options.seed)
+    tags = {item.label for scene in scenes for item in scene.objects if item.is_tag}
     for index, scene in enumerate(scenes):
         for label, is_there in presence.get(index, ()):
-            _ask(writer, scene, "presence", label, f"Is there {_article(label)} {label} in the image?{SHORT}",
-                 "Yes" if is_there else "No")  # fmt: skip
+            asked = f'Does "{label}" apply to the image?' if label in tags else _is_there(label)
+            _ask(writer, scene, "presence", label, asked + SHORT, "Yes" if is_there else "No")
         rng = random.Random(f"{options.seed}/{scene.split}/{scene.id}")
         _ask_counts(writer, scene, rng)
         _ask_places(writer, scene, rng)
@@ -118,5 +121,5 @@ def _ask(writer: Writer, scene: Scene, kind: str, label: str, question: str, ans
     writer.write({**record, "group": scene.group}, kind=kind, split=scene.split)
 
 
-def _article(label: str) -> str:
-    return "an" if label[0].lower() in "aeiou" else "a"
+def _is_there(label: str) -> str:
+    return f"Is there {'an' if label[0].lower() in 'aeiou' else 'a'} {label} in the image?"

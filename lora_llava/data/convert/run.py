@@ -33,6 +33,12 @@ def _lazy(module: str, function: str) -> _Converter:
 
 KINDS: dict[str, _Converter] = {
     "coco": _lazy("coco", "convert_coco"),
+    "labelstudio": _lazy("labelstudio", "convert_labelstudio"),
+    "visual-genome": _lazy("visual_genome", "convert_visual_genome"),
+    "rsvqa": _lazy("rsvqa", "convert_rsvqa"),
+    "r2gen": _lazy("r2gen", "convert_r2gen"),
+    "cvat": _lazy("cvat", "convert_cvat"),
+    "dicom": _lazy("dicom", "convert_dicom"),
 }
 """Converters by the name of the form."""
 
@@ -78,6 +84,6 @@ def summary(report: dict[str, Any], output: Path) -> list[str]:
     for dropped in report["dropped"]:
         first = report["examples"][dropped["reason"]][0]
         lines.append(f"left out: {dropped['count']:,} x {dropped['reason']}; the first: {first}")
-    names = " and ".join(f"path: {output / name}" for name in report["records"])
-    lines += [f"written to {output}; {REPORT} lists what was left out.", f"In a recipe: {names}"]
-    return lines
+    lines.append(f"written to {output}; {REPORT} lists what was left out.")
+    group = ", group: group" if report["grouped"] else ""
+    return [*lines, *(f"In a recipe: data: {{path: {output / name}{group}}}" for name in report["records"])]

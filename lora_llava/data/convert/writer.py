@@ -76,6 +76,8 @@ class Report:
     types: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     images: Counter[str] = field(default_factory=Counter)
+    is_grouped: bool = False
+    """Whether the records have a `group`."""
 
     def drop(self, error: DataError) -> None:
         """Count what an error leaves out."""
@@ -95,6 +97,7 @@ class Report:
             "records": dict(self.splits),
             "types": dict(self.types),
             "images": dict(self.images),
+            "grouped": self.is_grouped,
             "rules": self.rules,
             "dropped": dropped,
         }
@@ -137,10 +140,10 @@ class Writer:
             raise known
         return known
 
-    def exists(self, name: str) -> bool:
+    def exists(self, name: str, where: str) -> bool:
         """Tell whether there is an image of this path below the root."""
         try:
-            self._root.source(name, "")
+            self._root.source(name, where)
         except DataError:
             return False
         return True
@@ -173,6 +176,7 @@ class Writer:
         row = {"id": record["id"], "image": record["image"], "conversations": conversation, "type": kind, **own}
         self._file(split).write(json.dumps(row, ensure_ascii=False) + "\n")
         self.report.types[kind] += 1
+        self.report.is_grouped |= record.get("group") is not None
         self.report.splits[f"{split}.jsonl"] += 1
 
     def _file(self, split: str) -> TextIO:
