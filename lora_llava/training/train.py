@@ -18,7 +18,7 @@ from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import LoadedModel, load_base, undo_double_quantization
-from lora_llava.modeling.fused.layer import fuse_layers
+from lora_llava.modeling.fused.layer import fuse_layers, why_not_compiled
 from lora_llava.modeling.metadata import describe_directory
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
@@ -186,6 +186,8 @@ def _build_model(
         undo_double_quantization(model)
     if reason := fuse_layers(model):
         _print_lines(stage, [f"decoder layers train through PEFT's path, not fused: {reason}"], console)
+    elif reason := why_not_compiled(model):
+        _print_lines(stage, [f"elementwise parts of the layers are not compiled: {reason}"], console)
     set_recompute(model, plan.recompute.policy, plan.recompute.full_layers)
     set_attention(llava_in(model), machine.attention)
     return loaded, parameters

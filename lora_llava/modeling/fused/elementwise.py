@@ -1,7 +1,7 @@
 """Elementwise parts of a decoder layer and their gradients: RMSNorm, rotary embeddings, SwiGLU.
 
 Shapes: T tokens of a row, D a width of the model. As in transformers, the norm is computed in fp32 and everything else
-in the dtype of the hidden states.
+in the dtype of the hidden states. `Elementwise` is what a layer calls; `compiled.py` has the same with fewer kernels.
 """
 
 from __future__ import annotations
@@ -56,14 +56,56 @@ def rotate_backward(dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return out
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, all (T, D)."""
-    return F.silu(gate).mul_(up)
+class Elementwise:
+    """The elementwise parts of a layer, one operator after the other."""
 
+    failure: str | None = None
+    """Why they are not compiled although they should be."""
 
-def swiglu_backward(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of `gate` and `up`. Overwrites `dy` and `activated`, which is silu(gate)."""
-    d_up = activated.mul_(dy)
-    return torch.ops.aten.silu_backward(dy.mul_(up), gate), d_up
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return RMSNorm of `x` (T, D), and the scales (T, 1) from which `normalized` computes it again."""
+        scale = inverse_rms(x, eps)
+        return scaled(x, weight, scale), scale
+
+    def normalized(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return RMSNorm of `x` (T, D), given its scales."""
+        return scaled(x, weight, scale)
+
+    def norm_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        more: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the gradient of RMSNorm's input, plus `more`. May overwrite `dy`."""
+        return scaled_backward(dy, x, weight, scale, more)
+
+    def rotate(
+        self, queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply rotary embeddings to queries and keys (T, heads, D)."""
+        return rotate(queries, cos, sin), rotate(keys, cos, sin)
+
+    def rotate_backward(
+        self, d_queries: torch.Tensor, d_keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of `rotate`'s inputs."""
+        return rotate_backward(d_queries, cos, sin), rotate_backward(d_keys, cos, sin)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) * up, all (T, D)."""
+        return F.silu(gate).mul_(up)
+
+    def swiglu_again(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `swiglu` for the backward pass, and what `swiglu_backward` reuses of it."""
+        activated = F.silu(gate)
+        return activated * up, activated
+
+    def swiglu_backward(
+        self, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of `gate` and `up`. May overwrite `dy` and `activated`, which is silu(gate)."""
+        d_up = (F.silu(gate) if activated is None else activated).mul_(dy)
+        return torch.ops.aten.silu_backward(dy.mul_(up), gate), d_up

@@ -17,17 +17,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lora_llava.modeling.fused.elementwise import (
-    inverse_rms,
-    rotate,
-    rotate_backward,
-    scaled,
-    scaled_backward,
-    swiglu,
-    swiglu_backward,
-)
+from lora_llava.modeling.fused.elementwise import Elementwise
 from lora_llava.modeling.fused.projection import FactorCopies, Projection
 
 
@@ -44,9 +35,10 @@ class LayerParts:
     head_dim: int
     adapted: tuple[Any, ...]
     """PEFT's layers among them."""
+    elementwise: Elementwise
 
     @classmethod
-    def of(cls, layer: Any, copies: FactorCopies) -> LayerParts:
+    def of(cls, layer: Any, copies: FactorCopies, elementwise: Elementwise) -> LayerParts:
         """Read the parts of a Llama layer; LoRA's factors are read through `copies`."""
         attention, mlp = layer.self_attn, layer.mlp
         groups = (
@@ -58,7 +50,7 @@ class LayerParts:
         qkv, out, gate_up, down = (Projection(group, copies) for group in groups)
         adapted = tuple(module for group in groups for module in group if hasattr(module, "lora_A"))
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        return cls(qkv, out, gate_up, down, *norms, attention.head_dim, adapted)
+        return cls(qkv, out, gate_up, down, *norms, attention.head_dim, adapted, elementwise)
 
 
 class _QueriesKeysValues(torch.autograd.Function):
@@ -69,25 +61,26 @@ class _QueriesKeysValues(torch.autograd.Function):
         ctx: Any, parts: LayerParts, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_factors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`cos`, `sin`: (T, 1, head_dim); `_factors` are named so that autograd gives them gradients."""
-        norm = parts.input_norm
-        scale = inverse_rms(x, norm.variance_epsilon)
-        outputs, inner, drawn = parts.qkv.forward(scaled(x, norm.weight, scale))
+        norm, elementwise = parts.input_norm, parts.elementwise
+        normalized, scale = elementwise.norm(x, norm.weight, norm.variance_epsilon)
+        outputs, inner, drawn = parts.qkv.forward(normalized)
+        del normalized
         queries, keys, values = (output.view(len(x), -1, parts.head_dim) for output in outputs)
         ctx.parts, ctx.drawn = parts, drawn
         ctx.save_for_backward(x, scale, inner, cos, sin)
-        return rotate(queries, cos, sin), rotate(keys, cos, sin), values
+        return *elementwise.rotate(queries, keys, cos, sin), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_queries: torch.Tensor, d_keys: torch.Tensor, d_values: torch.Tensor) -> Any:
         """Return the gradients of x and of LoRA's factors."""
-        parts, norm = ctx.parts, ctx.parts.input_norm
+        parts, norm, elementwise = ctx.parts, ctx.parts.input_norm, ctx.parts.elementwise
         x, scale, inner, cos, sin = ctx.saved_tensors
-        gradients = (rotate_backward(d_queries, cos, sin), rotate_backward(d_keys, cos, sin), d_values)
-        normalized = None if inner is None else scaled(x, norm.weight, scale)
+        gradients = (*elementwise.rotate_backward(d_queries, d_keys, cos, sin), d_values)
+        normalized = None if inner is None else elementwise.normalized(x, norm.weight, scale)
         flat = [one.reshape(len(x), -1) for one in gradients]
         d_normalized, d_factors = parts.qkv.backward(flat, normalized, inner, ctx.drawn)
-        return None, scaled_backward(d_normalized, x, norm.weight, scale), None, None, *d_factors
+        return None, elementwise.norm_backward(d_normalized, x, norm.weight, scale), None, None, *d_factors
 
 
 class _OutputAndMLP(torch.autograd.Function):
@@ -98,11 +91,12 @@ class _OutputAndMLP(torch.autograd.Function):
         ctx: Any, parts: LayerParts, x: torch.Tensor, attended: torch.Tensor, *_factors: torch.Tensor
     ) -> torch.Tensor:
         """`_factors` are named so that autograd gives them gradients."""
-        norm = parts.mlp_norm
+        norm, elementwise = parts.mlp_norm, parts.elementwise
         [residual], inner_out, drawn_out = parts.out.forward(attended, x)
-        scale = inverse_rms(residual, norm.variance_epsilon)
-        [gate, up], inner_gate_up, drawn_gate_up = parts.gate_up.forward(scaled(residual, norm.weight, scale))
-        [output], inner_down, drawn_down = parts.down.forward(swiglu(gate, up), residual)
+        normalized, scale = elementwise.norm(residual, norm.weight, norm.variance_epsilon)
+        [gate, up], inner_gate_up, drawn_gate_up = parts.gate_up.forward(normalized)
+        del normalized
+        [output], inner_down, drawn_down = parts.down.forward(elementwise.swiglu(gate, up), residual)
         ctx.parts, ctx.drawn = parts, (drawn_out, drawn_gate_up, drawn_down)
         # Attention saves its output as well; without LoRA on `o` it is not needed here.
         attended_for_factors = None if inner_out is None else attended
@@ -113,21 +107,20 @@ class _OutputAndMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         """Return the gradients of x, of attention's output, and of LoRA's factors."""
-        parts, norm = ctx.parts, ctx.parts.mlp_norm
+        parts, norm, elementwise = ctx.parts, ctx.parts.mlp_norm, ctx.parts.elementwise
         attended, residual, scale, gate, up, inner_out, inner_gate_up, inner_down = ctx.saved_tensors
         drawn_out, drawn_gate_up, drawn_down = ctx.drawn
 
         # MLP, from its end.
-        activated = F.silu(gate)
-        mlp_input = None if inner_down is None else activated * up
+        mlp_input, activated = (None, None) if inner_down is None else elementwise.swiglu_again(gate, up)
         d_mlp_input, d_down = parts.down.backward([dy], mlp_input, inner_down, drawn_down)
         del mlp_input
-        d_gate_up = swiglu_backward(d_mlp_input, gate, up, activated)
-        normalized = None if inner_gate_up is None else scaled(residual, norm.weight, scale)
+        d_gate_up = elementwise.swiglu_backward(d_mlp_input, gate, up, activated)
+        normalized = None if inner_gate_up is None else elementwise.normalized(residual, norm.weight, scale)
         d_normalized, d_gate_up_factors = parts.gate_up.backward(d_gate_up, normalized, inner_gate_up, drawn_gate_up)
 
         # Residual: past the MLP and through it.
-        d_residual = scaled_backward(d_normalized, residual, norm.weight, scale, dy)
+        d_residual = elementwise.norm_backward(d_normalized, residual, norm.weight, scale, dy)
         d_attended, d_out = parts.out.backward([d_residual], attended, inner_out, drawn_out)
         return None, d_residual, d_attended, *d_out, *d_gate_up_factors, *d_down
 

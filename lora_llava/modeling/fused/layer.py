@@ -10,6 +10,8 @@ import torch
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, LlamaDecoderLayer
 
 from lora_llava.modeling.attention import PACKED_ATTENTIONS
+from lora_llava.modeling.fused.compiled import CompiledElementwise
+from lora_llava.modeling.fused.elementwise import Elementwise
 from lora_llava.modeling.fused.functions import LayerParts, compute_output, compute_qkv
 from lora_llava.modeling.fused.projection import FactorCopies
 from lora_llava.modeling.fused.support import why_not_fused
@@ -102,8 +104,18 @@ def fuse_layers(model: Any) -> str | None:
         return None
     if reason := next(filter(None, map(why_not_fused, layers)), None):
         return reason
-    copies = FactorCopies(layers[0].input_layernorm.weight.dtype)
+    norm = layers[0].input_layernorm.weight
+    elementwise = CompiledElementwise() if norm.is_cuda else Elementwise()
+    copies = FactorCopies(norm.dtype)
     for number, layer in enumerate(layers):
         layer.__class__ = FusedLayer
-        layer.parts, layer.copies, layer.is_first = LayerParts.of(layer, copies), copies, number == 0
+        layer.parts, layer.copies, layer.is_first = LayerParts.of(layer, copies, elementwise), copies, number == 0
+    if isinstance(elementwise, CompiledElementwise):
+        elementwise.try_on(norm, layers[0].self_attn.config)
     return None
+
+
+def why_not_compiled(model: Any) -> str | None:
+    """Return why elementwise parts of fused layers could not be compiled, for the log; None if nothing failed."""
+    first = llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0]
+    return first.parts.elementwise.failure if isinstance(first, FusedLayer) else None
