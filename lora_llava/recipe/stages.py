@@ -136,8 +136,13 @@ class DataSettings(Settings):
                     f"columns is required because {key} is not a .json or .jsonl file; for example "
                     "columns: {image: COLUMN, question: COLUMN, answer: COLUMN}"
                 )
-        if self.path.endswith(RECORD_FILES) and (self.name or self.revision):
+        is_sheet = self.path.endswith(".xlsx")
+        if self.path.endswith(RECORD_FILES) and ((self.name and not is_sheet) or self.revision):
             raise ValueError("name and revision apply to Hub datasets; path is a file")
+        if self.records and not self.path.endswith(".json"):
+            raise ValueError("records applies to .json files, which hold the list at that path")
+        if self.encoding and (is_sheet or not self.path.endswith(RECORD_FILES)):
+            raise ValueError("encoding applies to text files: .json, .jsonl, .csv and .tsv; remove it")
         return self
 
 

@@ -21,6 +21,7 @@ from lora_llava.data.record import (
 from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, place_image
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
+from lora_llava.data.sources.files.sheets import read_sheet
 from lora_llava.data.sources.forms import propose_columns
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
 from lora_llava.data.sources.selection import Entry
@@ -204,7 +205,7 @@ def _prepared(builder: Any, split: str) -> Any:
 
 def _reader(path: Path) -> str:
     """Return the suffix of the pandas reader for a file, by its extension."""
-    readers = {".xlsx": "excel", ".xls": "excel", ".ods": "excel", ".feather": "feather", ".orc": "orc"}
+    readers = {".xls": "excel", ".ods": "excel", ".feather": "feather", ".orc": "orc"}
     return readers.get(path.suffix.lower(), "table")
 
 
@@ -227,7 +228,7 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
     image_fields = list(fields_in(columns.image))
     needed = [name for name in _named(data, columns) if is_table or name not in image_fields]
     is_first, has_image = True, columns.image is None
-    for entry in read_rows(path) if is_table else read_entries(path, data.records):
+    for entry in _entries(path, data):
         if isinstance(entry.value, dict):
             if is_first:
                 present = list(entry.value)
@@ -240,6 +241,15 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
         raise DataError(
             f"{path.name}: columns: no record has {columns.image!r}; correct columns.image, or leave it out"
         )
+
+
+def _entries(path: Path, data: DataSettings) -> Iterator[Entry]:
+    """Yield the entries of a file in any of its forms."""
+    if path.suffix == ".xlsx":
+        return read_sheet(path, data.name)
+    if path.suffix in TABLE_SUFFIXES:
+        return read_rows(path, data.encoding)
+    return read_entries(path, data.records, data.encoding)
 
 
 def _has(row: dict[str, Any], fields: list[str]) -> bool:

@@ -49,7 +49,7 @@ def load_llava_json(
         record = _record(entry, number, f"{path.name}, record {number}", images, data)
         return replace(record, extra=own_values(entry.value, _KEYS)) if extra else record
 
-    records = read_records(read_entries(path, data.records), read, data, bad, _identity)
+    records = read_records(read_entries(path, data.records, data.encoding), read, data, bad, _identity)
     root.check()
     return records
 

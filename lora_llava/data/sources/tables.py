@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_llava.data.bad_records import BadRecords, Exclusions
 from lora_llava.data.record import MAX_CHARACTERS, Record
+from lora_llava.data.sources.files.encodings import decode, to_utf_8
 from lora_llava.data.sources.forms import describe_object
 from lora_llava.data.sources.selection import Entry, Where, exploded, records_in
 from lora_llava.errors import DataError
@@ -19,7 +20,7 @@ from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, printable
 
 JSON_SUFFIXES = (".json", ".jsonl")
-TABLE_SUFFIXES = (".csv", ".tsv")
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
 _DELIMITERS = ",;\t|"
 
 
@@ -62,12 +63,12 @@ def read_records(
     return records
 
 
-def read_entries(path: Path, records: str | None = None) -> Iterator[Entry]:
+def read_entries(path: Path, records: str | None, encoding: str | None) -> Iterator[Entry]:
     """Yield the entries of a .json or .jsonl file; DataError if the file as a whole cannot be read.
 
-    `records`: dotted path to the list of entries in a .json file.
+    `records`: dotted path to the list of entries in a .json file; `encoding`: None means UTF-8, or UTF-16 if marked.
     """
-    raw = _read(path)
+    raw = to_utf_8(_read(path), encoding, path.name)
     if path.suffix == ".jsonl":
         for number, line in enumerate(raw.split(b"\n"), start=1):
             if line.strip():
@@ -87,25 +88,24 @@ def read_document(path: Path) -> Any:
     return _parse(_read(path), path.name, lines=False)
 
 
-def read_rows(path: Path) -> Iterator[Entry]:
+def read_rows(path: Path, encoding: str | None = None) -> Iterator[Entry]:
     """Yield the rows of a .csv or .tsv file as mappings by the names in its first line; an empty cell is None.
 
     The delimiter is the one that splits the first line into the most names. Raises DataError if the file as a whole
     cannot be read.
     """
-    try:
-        text = _read(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name}: not UTF-8 at byte {error.start + 1}; save it as UTF-8 (Excel: CSV UTF-8)"
-        ) from None
-    first = text.partition("\n")[0]
-    delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=lambda mark: len(_header(first, mark)))
+    text = decode(_read(path), encoding, path.name)
+    if text.startswith("sep=") and text[5:6] in ("\r", "\n"):
+        # Excel's own line about the delimiter.
+        delimiter, text = text[4], text[5:].lstrip("\r\n")
+    else:
+        first = text.partition("\n")[0]
+        delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=lambda mark: len(_header(first, mark)))
     csv.field_size_limit(MAX_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
-        _check_names(names, path)
+        check_names(names, path)
         for row in reader:
             if row:
                 yield _row(row, names, path, reader.line_num)
@@ -117,7 +117,8 @@ def _header(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter), [])
 
 
-def _check_names(names: list[str], path: Path) -> None:
+def check_names(names: list[str], path: Path) -> None:
+    """Raise DataError unless there are names of columns, each once."""
     if not names:
         raise DataError(f"{path.name}: is empty, must begin with a line of column names")
     if duplicate := next((name for name in names if names.count(name) > 1), None):
@@ -137,7 +138,7 @@ def _read(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise DataError(f"data file {path} is not a regular file; correct path")
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror}; correct path") from None
 

@@ -1,0 +1,1 @@
+"""What files are made of: encodings of text, sheets of workbooks."""

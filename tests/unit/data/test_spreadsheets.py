@@ -1,0 +1,204 @@
+"""Tables as spreadsheets write them: .xlsx, and CSV in the encodings of Excel. Never mojibake."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lora_llava.data.load import load_records
+from lora_llava.data.record import Record
+from lora_llava.data.sources.files.encodings import decode
+from lora_llava.data.sources.files.sheets import read_sheet
+from lora_llava.errors import DataError
+from lora_llava.recipe.stages import DataSettings
+from tests.helpers.workbook import write_workbook
+
+QA = {"question": "Frage", "answer": "Antwort"}
+HEAD = ["Frage", "Antwort"]
+
+
+def load(path: Path, **settings: Any) -> list[Record]:
+    return load_records(DataSettings.model_validate({"path": str(path), "columns": QA, **settings}), extra=True)
+
+
+def texts(record: Record) -> tuple[str, ...]:
+    return tuple(turn.text for turn in record.turns)
+
+
+def rows(path: Path, sheet: str | None = None) -> list[Any]:
+    return [entry.value for entry in read_sheet(path, sheet)]
+
+
+# --- .xlsx
+
+
+def test_a_sheet_is_read_by_the_names_in_its_first_row(tmp_path: Path) -> None:
+    sheet = [[None], HEAD, ["Größe?\nja & <b>", 3.0], [None, None], ["Was?", 2.5], ["Ja?", True]]
+    first, second, third = load(write_workbook(tmp_path / "t.xlsx", {"A": sheet}))
+    assert texts(first) == ("Größe?\nja & <b>", "3")
+    assert (texts(second), texts(third)) == (("Was?", "2.5"), ("Ja?", "true"))
+    assert second.where == "t.xlsx, record 2 (line 5)"
+
+
+def test_another_sheet_is_read_by_its_name(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"]], "Zwei": [HEAD, ["c", "d"]]})
+    assert [texts(record) for record in load(path)] == [("a", "b")]
+    assert [texts(record) for record in load(path, name="Zwei")] == [("c", "d")]
+    with pytest.raises(DataError, match=r"t\.xlsx: there is no sheet 'Drei'; it has A, Zwei; correct name"):
+        load(path, name="Drei")
+
+
+def test_dates_are_texts_of_iso_and_other_formats_stay_numbers(tmp_path: Path) -> None:
+    row = [(45413, "date"), (45413.5, "own date"), (0.5, "date"), (3, "percent"), 45413]
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [list("abcde"), row]})
+    assert list(rows(path)[0].values()) == ["2024-05-01", "2024-05-01 12:00:00", "12:00:00", 3, 45413]
+    path = write_workbook(tmp_path / "m.xlsx", {"A": [["a"], [(0, "date"), None]]}, '<workbookPr date1904="1"/>')
+    assert list(rows(path)[0].values()) == ["00:00:00"]
+
+
+def test_cells_of_every_kind(tmp_path: Path) -> None:
+    cells = {
+        '<c r="REF" t="inlineStr"><is><r><t>rich </t></r><r><t>text</t></r><rPh><t>no</t></rPh></is></c>': "rich text",
+        '<c r="REF" t="str"><f>A1</f><v>formula</v></c>': "formula",
+        '<c r="REF"><f>A1</f></c>': None,
+        '<c r="REF" t="d"><v>2024-05-01</v></c>': "2024-05-01",
+        '<c r="REF" t="n"><v>12345678901</v></c>': 12345678901,
+    }
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [[*"abcdef"], [*([cell] for cell in cells), "last"]]})
+    assert list(rows(path)[0].values()) == [*cells.values(), "last"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([['<c r="REF" t="e"><v>#N/A</v></c>'], "x"], r"line 3: cell A3 holds the error #N/A; correct its formula"),
+        (["a", "b", "c"], r"line 3: a value in column 3, which has no name in the first row; name it"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_one_bad_record(tmp_path: Path, row: list[Any], message: str) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"], row, ["c", "d"]]})
+    with pytest.raises(DataError, match=message):
+        load(path)
+    assert [texts(record) for record in load(path, on_bad_record="skip")] == [("a", "b"), ("c", "d")]
+
+
+def test_names_of_columns_are_there_and_each_once(tmp_path: Path) -> None:
+    for sheet, message in (([["a", "a"]], "column 'a' occurs twice"), ([], "is empty"), ([[None]], "is empty")):
+        with pytest.raises(DataError, match=message):
+            rows(write_workbook(tmp_path / "t.xlsx", {"A": sheet}))
+
+
+def test_what_is_no_workbook_is_refused(tmp_path: Path) -> None:
+    good = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"]]}).read_bytes()
+    for content in (b"", b"PK", good[:-40], good[:200], good.replace(b"sheet1", b"sheet9")):
+        (tmp_path / "bad.xlsx").write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.xlsx: is no \.xlsx workbook; save it in Excel"):
+            rows(tmp_path / "bad.xlsx")
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        rows(tmp_path / "absent.xlsx")
+    (tmp_path / "dir.xlsx").mkdir()
+    with pytest.raises(DataError, match="is not a regular file"):
+        rows(tmp_path / "dir.xlsx")
+
+
+def test_a_bomb_in_a_workbook_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"]]})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("xl/sharedStrings.xml", b" " * 2**22)
+    with pytest.raises(DataError, match="unpacks to 4,194,304 bytes, far more than its size"):
+        rows(path)
+
+
+# --- encodings
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252", "cp1251"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_declared_encoding_is_read(tmp_path: Path, encoding: str, end: str) -> None:
+    question = "Какой размер?" if encoding == "cp1251" else "Welche Größe à la carte?"
+    path = tmp_path / "t.csv"
+    path.write_bytes(
+        f'Frage;Antwort{end}{question};"3 °C,{end}etwa"{end}'.replace("°", "" if "1251" in encoding else "°").encode(
+            encoding
+        )
+    )
+    (record,) = load(path, encoding=encoding)
+    assert record.turns[0].text == question
+    assert record.turns[1].text == f"3 {'' if '1251' in encoding else '°'}C,{end}etwa"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark"), [("utf-8", b"\xef\xbb\xbf"), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")]
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.json", "t.jsonl"])
+def test_a_mark_says_the_encoding(tmp_path: Path, encoding: str, mark: bytes, name: str) -> None:
+    record = '{"Frage": "Größe 尺?", "Antwort": "ß"}'
+    delimiter = "\t" if name == "t.tsv" else ","
+    content = {"t.json": f"[{record}]", "t.jsonl": record}.get(
+        name, f"Frage{delimiter}Antwort\nGröße 尺?{delimiter}ß\n"
+    )
+    (tmp_path / name).write_bytes(mark + content.encode(encoding))
+    assert [texts(record) for record in load(tmp_path / name)] == [("Größe 尺?", "ß")]
+
+
+def test_windows_latin_is_read_undeclared_where_it_is_certain(tmp_path: Path) -> None:
+    text = "Frage;Antwort\r\nIst die Lötstelle größer als 3 µm \u2013 „gut“?;4 °C, 5 % § 2\r\n"
+    (tmp_path / "t.csv").write_bytes(text.encode("cp1252"))
+    (record,) = load(tmp_path / "t.csv")
+    assert texts(record) == ("Ist die Lötstelle größer als 3 µm \u2013 „gut“?", "4 °C, 5 % § 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("měření", "cp1250"),
+        ("żółw", "cp1250"),
+        ("Größe", "mac_roman"),
+        ("Größe", "cp850"),
+        ("España", "mac_roman"),
+        ("è caffè", "cp1252"),
+        ("Какой размер", "cp1251"),
+        ("Ποιο μέγεθος", "cp1253"),
+        ("大きさ", "shift_jis"),
+        ("大小", "gb18030"),
+        ("크기", "euc_kr"),
+        ("ölçü ğı", "cp1254"),
+        ("Größe", "utf-16-le"),
+        ("д", "cp1251"),
+        ("№ 5, я", "cp1251"),
+    ],
+)
+def test_no_text_becomes_mojibake_undeclared(text: str, encoding: str) -> None:
+    raw = text.encode(encoding)
+    with pytest.raises(DataError, match=r"t\.csv: not UTF-8 at byte .* encoding: cp1252"):
+        decode(raw, None, "t.csv")
+    assert decode(raw, encoding, "t.csv") == text
+
+
+def test_the_message_shows_how_the_text_would_read() -> None:
+    with pytest.raises(DataError, match=r"not UTF-8 at byte 5 \(as cp1252 it reads 'caffè'\); save it as UTF-8"):
+        decode("a caffè".replace("a c", "c").encode("cp1252") + b" x", None, "t.csv")
+    with pytest.raises(DataError, match=r"t.csv: not ascii at byte 3; correct encoding, or save it as UTF-8"):
+        decode("abß".encode(), "ascii", "t.csv")
+
+
+def test_the_line_of_excel_about_the_delimiter_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sep=;\nFrage;Antwort\na,b;c\n")
+    assert [texts(record) for record in load(tmp_path / "t.csv")] == [("a,b", "c")]
+
+
+def test_settings_of_files_are_refused_where_they_mean_nothing() -> None:
+    for settings, message in (
+        ({"path": "t.xlsx", "encoding": "cp1252"}, "encoding applies to text files"),
+        ({"path": "t.csv", "encoding": "klingon"}, "encoding 'klingon' is not known"),
+        ({"path": "t.csv", "encoding": "zlib"}, "encoding 'zlib' is not known"),
+        ({"path": "t.csv", "records": "data"}, "records applies to .json files"),
+        ({"path": "t.csv", "name": "A"}, "name and revision apply to Hub datasets"),
+        ({"path": "t.xlsx", "revision": "A"}, "name and revision apply to Hub datasets"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            DataSettings.model_validate({"columns": QA, **settings})
