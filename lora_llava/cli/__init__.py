@@ -11,7 +11,7 @@ from lora_llava.cli.common import PROCESS_ENDS, KitGroup
 from lora_llava.cli.data import convert_
 from lora_llava.cli.evaluate import evaluate
 from lora_llava.cli.inspect import env, inspect
-from lora_llava.cli.predict import predict
+from lora_llava.cli.predict import pairs, predict
 from lora_llava.cli.push import push
 from lora_llava.cli.shipping import export, import_, merge
 from lora_llava.cli.train import finetune, quickstart, recipes
@@ -31,6 +31,7 @@ for command in (
     finetune,
     evaluate,
     predict,
+    pairs,
     chat,
     merge,
     export,

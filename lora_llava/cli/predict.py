@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
 from lora_llava.cli.evaluate import option_problems, parse_columns
 from lora_llava.cli.options import base_option, template_option
+from lora_llava.recipe.choices import MetricSetting
+from lora_llava.system.files import refuse_existing
 
 if TYPE_CHECKING:
     from lora_llava.recipe.stages import DataSettings
@@ -118,8 +120,84 @@ def predict(
     directory = open_model(model, base_model)
     quiet_libraries()
     from lora_llava.generation import predict as run
+    from lora_llava.generation.asking import AskedModel
 
     console = make_console()
     asked = run.PredictSettings(settings, question, options["max_new_tokens"], options["max_rows"])
-    for line in run.predict(run.AskedModel(directory, base_model, options["template"]), asked, output, console):
+    for line in run.predict(AskedModel(directory, base_model, options["template"]), asked, output, console):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _share(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse NaN, which no range does."""
+    if value != value:
+        raise click.BadParameter("is not a number")
+    return value
+
+
+@click.command()
+@click.argument("model", type=_PATH)
+@click.option("--data", required=True, help="Answered questions, in any form of training data.")
+@click.option("--output", type=_PATH, required=True, help="File of the pairs: .json or .jsonl.")
+@_data_options(split="train")
+@click.option(
+    "--samples",
+    "num_samples",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Answers drawn for each question.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True, max=100),
+    callback=_share,
+    default=1.0,
+    show_default=True,
+    help="Higher: more varied answers.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all draws.")
+@click.option(
+    "--per-question",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Wrong samples taken of each.",
+)
+@click.option(
+    "--other-image",
+    type=click.FloatRange(min=0, max=1),
+    callback=_share,
+    default=0.5,
+    show_default=True,
+    help="Share of the questions also asked about another image.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(get_args(MetricSetting)),
+    default="auto",
+    show_default=True,
+    help="How answers are scored.",
+)
+@_decoding_options
+@base_option
+@template_option
+def pairs(model: Path, output: Path, data: str, base_model: str | None, template: str | None, **options: Any) -> None:
+    """Make preference pairs from the wrong answers of a model.
+
+    The reference of a question is the chosen answer. Rejected are wrong ones among answers drawn from MODEL, and its
+    answers to the same question about another image. Stage `prefer` trains on the file. See docs/preference.md.
+    """
+    from lora_llava.recipe.stages import DataSettings
+
+    settings = _data_settings(DataSettings, data, options.pop("columns"), options)
+    refuse_existing(output)
+    directory = open_model(model, base_model)
+    quiet_libraries()
+    from lora_llava.evaluation.pairs import PairSettings, make_pairs
+    from lora_llava.generation.asking import AskedModel
+
+    console = make_console()
+    how = {key: value for key, value in options.items() if key not in _DATA}
+    for line in make_pairs(AskedModel(directory, base_model, template), PairSettings(settings, **how), output, console):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

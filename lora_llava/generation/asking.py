@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,18 @@ from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.progress import phase
 
 _Data = TypeVar("_Data", bound=DataSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedModel:
+    """A model to ask."""
+
+    directory: Path
+    """An artifact or a whole model."""
+    base: str | None = None
+    """Directory or Hub id of an artifact's base, if it is not where the artifact says."""
+    template: str | None = None
+    """Template to ask in, for a model that does not say its own."""
 
 
 def usage_of(directory: Path, base: str | None, template: str | None) -> Usage:

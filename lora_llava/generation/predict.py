@@ -24,7 +24,7 @@ from lora_llava.data.questions import (
 )
 from lora_llava.errors import DataError, RecipeError
 from lora_llava.generation.answers import PromptFormat, answer_text, end_token_ids, prompts_of
-from lora_llava.generation.asking import as_trained, how_computed, load_to_ask, prompt_format, usage_of
+from lora_llava.generation.asking import AskedModel, as_trained, how_computed, load_to_ask, prompt_format, usage_of
 from lora_llava.generation.choosing import Scored
 from lora_llava.generation.decoding import decode_batch, equal_prompts, plan_decoding
 from lora_llava.generation.journal import Answer, Facts, Journal, image_stamp, open_journal
@@ -60,18 +60,6 @@ class PredictSettings:
     max_new_tokens: int = 16
     max_rows: int = 64
     """Maximum questions decoded at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class AskedModel:
-    """A model to ask."""
-
-    directory: Path
-    """An artifact or a whole model."""
-    base: str | None = None
-    """Directory or Hub id of an artifact's base, if it is not where the artifact says."""
-    template: str | None = None
-    """Template to ask in, for a model that does not say its own."""
 
 
 def predict(model: AskedModel, settings: PredictSettings, output: Path, console: Console) -> list[str]:
