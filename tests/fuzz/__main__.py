@@ -1,4 +1,4 @@
-"""Damage the directories of every loader in many ways: `python -m tests.fuzz --rounds 10000`.
+"""Damage the directories of every loader and converter in many ways: `python -m tests.fuzz --rounds 10000`.
 
 Case N of a loader is the same on every machine, and a run that was stopped continues where it was. Cases run in forks
 of a process that has loaded everything once; a fork that dies or hangs costs its case only. Run one alone with
@@ -27,7 +27,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lora_llava.system.text import printable
-from tests.fuzz.foreign import SECONDS, Sandbox, make_loaders
+from tests.fuzz.converters import CONVERTERS, make_converters
+from tests.fuzz.foreign import SECONDS, Loader, Sandbox, make_loaders
 
 _CHUNK = 200
 """Cases of one fork."""
@@ -65,7 +66,7 @@ def main() -> int:
     PreTrainedConfig.__repr__ = object.__repr__
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        loaders = make_loaders(Path(scratch) / "models")
+        loaders = _make_all(Path(scratch), options.loader)
         sandboxes = {name: Sandbox(Path(scratch) / name, loaders[name]) for name in options.loader or loaders}
         # Forks share what is loaded; the collector would copy it.
         gc.freeze()
@@ -77,6 +78,12 @@ def main() -> int:
             tallies = _continued(options.directory, list(sandboxes))
             _fuzz(sandboxes, tallies, options.rounds, options.directory)
     return _report({name: tallies[name] for name in sandboxes})
+
+
+def _make_all(scratch: Path, names: list[str] | None) -> dict[str, Loader]:
+    """Make all loaders, or those of converters alone if no model is asked for."""
+    models = {} if names and set(names) <= set(CONVERTERS) else make_loaders(scratch / "models")
+    return models | make_converters(scratch / "sets")
 
 
 def _continued(directory: Path, names: list[str]) -> dict[str, Tally]:

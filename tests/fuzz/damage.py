@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ KEYS = [
     "processor_class", "eos_token_id", "layer_types", "per_layer_config", "adapters", "id2label", "use_bfloat16",
 ]  # fmt: skip
 JSON = (".json", ".jsonl")
+_CELL = re.compile(r'(?:="|(?<=[;\n]))([^";\n]*)')
 
 
 def nested(rng: random.Random) -> Any:
@@ -153,6 +155,16 @@ def dumped(data: Any) -> bytes:
         return b"[" * 3_000
 
 
+def damage_cells(rng: random.Random, data: bytes) -> bytes:
+    """Replace quoted values of XML, or fields between delimiters and lines of CSV, by others."""
+    text = data.decode("utf-8", "replace")
+    spans = [match.span(1) for match in _CELL.finditer(text)]
+    for start, end in sorted(rng.sample(spans, min(len(spans), rng.randint(1, 3))), reverse=True):
+        value = rng.choice([*TEXTS, *map(str, NUMBERS), text[slice(*rng.choice(spans))]])
+        text = text[:start] + value + text[end:]
+    return text.encode("utf-8", "replace")
+
+
 def damage_file(rng: random.Random, path: Path, others: list[Path]) -> None:
     """Damage one file by its kind, or put something else at its path; other links to the file keep its content."""
     data, action = path.read_bytes(), rng.randrange(20)
@@ -169,6 +181,8 @@ def damage_file(rng: random.Random, path: Path, others: list[Path]) -> None:
         path.write_bytes(damage_bytes(rng, data))
     elif path.suffix == ".safetensors":
         path.write_bytes(damage_tensors(rng, data))
+    elif path.suffix in (".xml", ".csv") and rng.random() < 0.7:
+        path.write_bytes(damage_cells(rng, data))
     elif path.suffix in JSON:
         try:
             value = json.loads(data)
