@@ -96,7 +96,7 @@ def conversations(rows: Iterable[Row]) -> Iterator[int]:
     return (index for row in rows for tree in row for index in tree)
 
 
-def tree_length(tree: Tree, items: Sequence[PlanItem]) -> int:
+def tree_length(tree: Sequence[int], items: Sequence[PlanItem]) -> int:
     """Count the tokens of a tree: its prefix once, then the remaining tokens of each conversation."""
     prefix = items[tree[0]].prefix_length
     return prefix + sum(items[index].length - prefix for index in tree)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lora_llava.data.images.read import mean_color, preprocess
-from lora_llava.data.packing import Row, Tree
+from lora_llava.data.packing import PlanItem, Row, Tree, conversations, plan_in_order, tree_length
 from lora_llava.data.rows import ImageTransform, PackedRows
 from lora_llava.data.sampling import spread
 from lora_llava.training.checks.check import Check, MeanLoss, ValidationPass
@@ -73,7 +73,7 @@ def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck 
 
     return ImageCheck(
         PackedRows(sample, rows.records, rows.encoded, rows.read_image),
-        PackedRows(sample, rows.records, rows.encoded, lambda _: nothing),
+        PackedRows(_rows_of_one_image(rows, sample), rows.records, rows.encoded, lambda _: nothing),
         _count_conversations(sample) == _count_conversations(rows.rows),
     )
 
@@ -97,6 +97,28 @@ def sample_rows(rows: PackedRows) -> list[Row]:
     return [tuple(trees) for trees in trees_by_row.values()]
 
 
+def _rows_of_one_image(rows: PackedRows, sample: Sequence[Row]) -> list[Row]:
+    """Pack the conversations of `sample` as if all were about one image; no row is longer than the longest of them.
+
+    With the mean color in place of every image, conversations with the same tokens before it share their prefix, so it
+    is computed once.
+    """
+    indices = list(conversations(sample))
+    items: list[PlanItem] = []
+    group_of: dict[tuple[int, ...], int] = {}
+    for index in indices:
+        encoded = rows.encoded[index]
+        prefix = tuple(encoded.input_ids[: encoded.prefix_length])
+        group = group_of.setdefault(prefix, len(group_of))
+        items.append(PlanItem(len(encoded.input_ids), encoded.prefix_length, group))
+
+    # The planner numbers the conversations of the sample from 0.
+    item_of = dict(zip(indices, items, strict=True))
+    lengths = [sum(tree_length(range(len(tree)), [item_of[index] for index in tree]) for tree in row) for row in sample]
+    planned = plan_in_order(items, tokens_per_row=max(lengths))
+    return [tuple(tuple(indices[number] for number in tree) for tree in row) for row in planned]
+
+
 def _count_conversations(rows: Sequence[Row]) -> int:
     """Count the conversations in rows."""
-    return sum(len(tree) for row in rows for tree in row)
+    return sum(1 for _ in conversations(rows))

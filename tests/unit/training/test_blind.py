@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_llava.data.packing import Row
+from lora_llava.data.packing import Row, conversations
 from lora_llava.data.rows import ImageTransform, PackedRows
 from lora_llava.training.checks.blind import MAX_CONVERSATIONS, MAX_IMAGES, BlindCheck, make_image_check, sample_rows
 from lora_llava.training.trainer import PackedTrainer
@@ -68,18 +68,45 @@ def test_a_model_with_a_dead_projector_does_not_look(tmp_path: Path) -> None:
     assert logged["warning"] == metrics["warning"]
 
 
-def test_blind_rows_differ_in_their_pixels_alone(tmp_path: Path) -> None:
-    rows = made_rows()
+def test_blind_rows_share_the_prefix_of_the_mean_color_and_lose_nothing(tmp_path: Path) -> None:
+    single = made_rows()
+    # Three images a row.
+    trees = [tree for row in single.rows for tree in row]
+    rows = PackedRows(
+        [tuple(trees[start : start + 3]) for start in range(0, len(trees), 3)],
+        single.records,
+        single.encoded,
+        single.read_image,
+    )
     check = make_image_check(rows, TRANSFORM)
     assert check is not None
-    assert len(check.true) == len(rows)
-    for place in range(len(rows)):
-        true, blind = check.true[place], check.blind[place]
-        assert true.keys() == blind.keys()
-        changed = {name for name in true if not torch.equal(true[name], blind[name])}
-        assert changed == {"pixel_values"}
-        # Nearly 0: the mean colour is one of whole numbers.
-        assert blind["pixel_values"].abs().max() < 0.02
+    pixels = check.blind[0]["pixel_values"]
+    # Nearly 0: the mean colour is one of whole numbers.
+    assert pixels.abs().max() < 0.02
+
+    # The rows as they were, with the mean color in place of every image.
+    trainer = made_trainer(tmp_path, rows)
+    unshared = PackedRows(check.true.rows, rows.records, rows.encoded, lambda _: pixels[0])
+    assert sorted(conversations(check.blind.rows)) == sorted(conversations(unshared.rows))
+    with torch.no_grad():
+        losses = [trainer.held_out.mean(one) for one in (check.blind, unshared)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    # Fewer tokens, in rows that are no longer.
+    tokens, before = (
+        [packed[number]["input_ids"].numel() for number in range(len(packed))] for packed in (check.blind, unshared)
+    )
+    assert max(tokens) <= max(before)
+    assert sum(tokens) < 0.8 * sum(before)
+
+
+def test_blind_rows_of_other_prefixes_are_other_trees() -> None:
+    texts = [("<image>\nIs it?", "yes"), ("<image>\nIs it red?", "no")]
+    encoded = [conversation(*text) for text in texts] + [conversation(*text, template="plain") for text in texts[:1]]
+    rows = PackedRows([((0,), (1,), (2,))], [record(number, str(number)) for number in range(3)], encoded, Pictures())
+    check = make_image_check(rows, TRANSFORM)
+    assert check is not None
+    assert sorted(check.blind.rows[0]) == [(0, 1), (2,)]
 
 
 def test_a_sample_of_all_is_computed_once(tmp_path: Path) -> None:
