@@ -7,7 +7,8 @@ is one optimizer step.
 Contract: every step except the last of an epoch holds exactly `batch_size` conversations, and the same ones for any
 packing and row length. Every conversation appears once per epoch. Every step has the same number of rows, so
 gradient accumulation is constant; a step that needs fewer starts with empty rows, which cost nothing. The number of
-its other rows is a multiple of the ranks, so data-parallel ranks work in parallel and finish together.
+its other rows is a multiple of the ranks, so data-parallel ranks work in parallel and finish together; if it has fewer
+conversations than that, the last ranks have an empty row at its end.
 """
 
 from __future__ import annotations
@@ -105,8 +106,7 @@ def tree_length(tree: Sequence[int], items: Sequence[PlanItem]) -> int:
 def make_plan(items: Sequence[PlanItem], settings: RowSettings, *, batch_size: int, num_steps: int, seed: int) -> Plan:
     """Plan every step of a stage.
 
-    Raises ValueError if a single conversation is longer than a row, or if a step has fewer conversations than there
-    are ranks.
+    Raises ValueError if a single conversation is longer than a row.
     """
     for index, item in enumerate(items):
         if item.length > settings.tokens:
@@ -268,14 +268,11 @@ def _balance(
     num_rows = _round_up(len(fallback), settings.ranks)
     if len(trees) < num_rows:
         trees = [(index,) for tree in trees for index in tree]
-    if len(trees) < num_rows:
-        raise ValueError(
-            f"a step of {len(trees)} conversations leaves some of {settings.ranks} processes nothing to do"
-        )
+    num_used = min(num_rows, len(trees))
 
     # Longest tree first, each into the row that is shortest so far.
-    rows: list[list[Tree]] = [[] for _ in range(num_rows)]
-    heap = [(0, row) for row in range(num_rows)]
+    rows: list[list[Tree]] = [[] for _ in range(num_used)]
+    heap = [(0, row) for row in range(num_used)]
     for tree in _longest_first(trees, items):
         filled, row = heapq.heappop(heap)
         rows[row].append(tree)
@@ -284,9 +281,21 @@ def _balance(
     # A row overflows: take the first-fit rows, and move trees to the rows that the ranks still lack.
     if max(filled for filled, _ in heap) > settings.tokens:
         rows = [list(row) for row in fallback]
-        while len(rows) < num_rows:
-            rows.append([max(rows, key=len).pop()])
+        while len(rows) < num_used:
+            rows.append([_take_tree(rows)])
 
-    # Empty rows come first: the gradient of a step is complete only with its last row.
+    # Empty rows come first; those of the ranks that a small step has no conversation for come last.
     empty: list[Row] = [()] * (rows_per_step - num_rows)
-    return (*empty, *(tuple(row) for row in rows))
+    idle: list[Row] = [()] * (num_rows - num_used)
+    return (*empty, *(tuple(row) for row in rows), *idle)
+
+
+def _take_tree(rows: list[list[Tree]]) -> Tree:
+    """Take a tree from the row that has most of them; if each has one, take half of the widest."""
+    most = max(rows, key=len)
+    if len(most) > 1:
+        return most.pop()
+    widest = max(rows, key=lambda row: len(row[0]))
+    tree = widest[0]
+    widest[0] = tree[: len(tree) // 2]
+    return tree[len(tree) // 2 :]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from lora_llava.system.ranks import is_first
 from lora_llava.system.text import printable_lines
 
 _LOG_WIDTH = 160
@@ -17,7 +18,9 @@ class PlainConsole(Console):
     """Escapes control characters and ignores markup and emoji codes: `[red]` in a name is printed as such."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+        # Of the processes of a run, the first speaks.
+        quiet = not is_first()
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width, quiet=quiet)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Render as rich does; only rich's own control segments reach the terminal."""

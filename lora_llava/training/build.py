@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.schedule import logging_interval
 from lora_llava.run_directory import output
 from lora_llava.system.processes import available_cores
-from lora_llava.system.ranks import world_size
+from lora_llava.system.ranks import is_first, rank, world_size
 from lora_llava.training.checks.blind import BlindCheck, make_image_check
 from lora_llava.training.checks.check import Check
 from lora_llava.training.checks.frozen_weights import FrozenWeights
@@ -66,8 +65,7 @@ def make_trainer(
     """Build the trainer of a stage over its planned rows."""
     settings, recipe = stage.settings, stage.recipe
     read_image = _image_reader(stage, loaded, data)
-    rank = int(os.environ.get("RANK", "0"))
-    rows = [row for step in data.plan.steps for row in step[rank :: world_size()]]
+    rows = [row for step in data.plan.steps for row in step[rank() :: world_size()]]
     train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
     if data.validation:
         validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
@@ -84,7 +82,7 @@ def make_trainer(
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
         checks=_make_checks(stage, loaded, data, guard, validation),
-        callbacks=[log_file, *tracker_callbacks(recipe, stage.name, args)],
+        callbacks=[log_file, *(tracker_callbacks(recipe, stage.name, args) if is_first() else ())],
     )
 
 

@@ -30,6 +30,7 @@ from lora_llava.modeling.structure import VISION_TOWER
 from lora_llava.system.device import free_memory_bytes
 from lora_llava.system.files import staged_file
 from lora_llava.system.progress import phase
+from lora_llava.system.ranks import by_first, local_world_size
 from lora_llava.system.text import counted
 
 BATCH = 16
@@ -94,15 +95,16 @@ def use_features(
     if directory is None:
         values = _computed(tower, layer, list(images.values()), transform, None)
     else:
-        values = _kept(tower, layer, list(images.values()), transform, directory)
+        stored = by_first(lambda: _store(tower, layer, list(images.values()), transform, directory))
+        values = _open(*stored, _dtype(tower), "r")
     llava.set_submodule(VISION_TOWER, FeatureTower(tower, layer))
     return ImageFeatures(values, {key: row for row, key in enumerate(images)})
 
 
-def _kept(
+def _store(
     tower: nn.Module, layer: int, records: list[Record], transform: ImageTransform, directory: Path
-) -> torch.Tensor:
-    """Open the features of just these images, by this tower, or compute them into a file."""
+) -> tuple[Path, tuple[int, int, int]]:
+    """Return the file with the features of just these images, by this tower, and their shape; compute it if needed."""
     name = hashlib.sha256(json.dumps(_facts(tower, layer, records, transform)).encode()).hexdigest()[:32]
     path = directory / f"{name}.features"
     shape, dtype = _shape(tower, layer, records, transform), _dtype(tower)
@@ -116,7 +118,7 @@ def _kept(
                 f"cache_image_features: the features could not be written to {directory}: {error.strerror}; make room "
                 "or set cache_image_features: off"
             ) from error
-    return _open(path, shape, dtype, "r")
+    return path, shape
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -209,6 +211,8 @@ def _num_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 def _check_room(shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None) -> None:
     needed = _num_bytes(shape, dtype)
     if path is None:
+        # Each process of the machine has its own copy.
+        needed *= local_world_size()
         free, where = int(_MAX_MEMORY_SHARE * free_memory_bytes("cpu")), "half of the free memory is"
     else:
         free, where = shutil.disk_usage(path.parent).free, f"in {path.parent} are"

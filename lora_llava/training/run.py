@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from lora_llava.run_directory.lock import locked
 from lora_llava.system.device import describe_device, memory_capped, peak_memory_bytes, reset_peak_memory
 from lora_llava.system.files import shown_path, staged
 from lora_llava.system.progress import phase, shown_on
+from lora_llava.system.ranks import by_first, connected, entered_by_first, gathered
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checkpoints.differences import Resume
 from lora_llava.training.checkpoints.resume import (
@@ -63,8 +66,8 @@ def finetune(
         raise RecipeError("overrides apply to a recipe file, and this recipe is already loaded")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     start: Start = "overwrite" if overwrite else "new" if resume == "no" else "resume"
-    with shown_on(console) as shown:
-        check_setup(Setup.of(loaded, start, file), shown)
+    with connected(), shown_on(console) as shown:
+        by_first(lambda: check_setup(Setup.of(loaded, start, file), shown))
         return run_recipe(loaded, shown, overwrite=overwrite, memory=memory, resume=resume)
 
 
@@ -87,16 +90,20 @@ def run_recipe(
     # Read the test data before training, so that a mistake in it shows at once and not hours later.
     questions = load_questions(asked.data, asked.broken_down_by) if asked else None
     directory = recipe.resolved_output_dir
-    with locked(directory), memory_capped(memory):
+
+    def claim() -> AbstractContextManager[None]:
+        return claimed(directory, recipe.plain(), overwrite=overwrite, resume=resume != "no")
+
+    with connected(), entered_by_first(lambda: locked(directory)), memory_capped(memory):
         if recipe.start_from is not None:
             _check_start(recipe.start_from)
-        with claimed(directory, recipe.plain(), overwrite=overwrite, resume=resume != "no"):
+        with entered_by_first(claim):
             summary = _train_stages(recipe, console, memory, resume)
         if questions is not None:
-            _evaluate(recipe, questions, summary, console)
+            by_first(lambda: _evaluate(recipe, questions, summary, console))
         elif output.EVALUATION in summary:
             console.print("evaluation: the recipe no longer has one; the earlier result is kept unchanged")
-        return summary
+        return by_first(lambda: summary)
 
 
 def _evaluate(recipe: Recipe, questions: QuestionSet, summary: dict[str, Any], console: Console) -> None:
@@ -127,17 +134,12 @@ def _evaluate(recipe: Recipe, questions: QuestionSet, summary: dict[str, Any], c
 def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: Resume) -> dict[str, Any]:
     """Train every stage of `recipe` in its claimed directory; see `run_recipe`."""
     directory = recipe.resolved_output_dir
-    summary: dict[str, Any] = {}
-    if resume == "no":
-        output.write_recipe(directory, recipe)
-    else:
-        refuse_another_run(recipe)
-        summary = output.read_summary(directory)
-    summary = {"name": recipe.name, "seconds": {}, **summary, "hardware": describe_device()}
+    summary = by_first(lambda: _open_summary(recipe, resume))
+    summary = {"name": recipe.name, "seconds": {}, **summary, "hardware": _describe_hardware()}
     clock = time.monotonic()
     reset_peak_memory()
     phase("Preparing the base")
-    base_directory, identity = prepare_base(recipe, directory, summary)
+    base_directory, identity = by_first(lambda: prepare_base(recipe, directory, summary))
     summary["seconds"]["base"] = round(time.monotonic() - clock + summary["seconds"].get("base", 0), 1)
     _add_peak(summary, "base", peak_memory_bytes())
     parent = recipe.start_from
@@ -146,20 +148,43 @@ def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: 
         base_directory = output.present_path(directory, base_directory)
         stage = Stage(recipe, name, base_directory, identity, parent)
         parent = stage.directory
-        if resume_finished(stage, summary, resume, console):
+        if by_first(partial(resume_finished, stage, summary, resume, console)):
             recipe = as_finished(stage)
             continue
-        output.write_summary(directory, summary)
+        by_first(lambda: output.write_summary(directory, summary))
         reset_peak_memory()
         summary[name], seconds = train_stage(stage, console, memory=memory, resume=resume)
         summary.pop(output.EVALUATION, None)
         summary["seconds"][name] = round(seconds, 1)
         _add_peak(summary, name, summary[name]["peak_memory_bytes"])
-        with output.writing(directory, output.LOSS_PLOT) as picture:
-            plot_loss(picture, output.read_log(directory))
-    output.write_recipe(directory, recipe)
-    output.write_summary(directory, summary)
+        by_first(lambda: _plot_loss(directory))
+    by_first(lambda: _close(recipe, summary))
     return summary
+
+
+def _open_summary(recipe: Recipe, resume: Resume) -> dict[str, Any]:
+    """Return the summary of the run to resume, after a check that it is this one; of a new run {}."""
+    if resume == "no":
+        output.write_recipe(recipe.resolved_output_dir, recipe)
+        return {}
+    refuse_another_run(recipe)
+    return output.read_summary(recipe.resolved_output_dir)
+
+
+def _describe_hardware() -> str:
+    """Describe the devices of all processes, each kind once."""
+    counts = Counter(gathered(describe_device()))
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+
+
+def _plot_loss(directory: Path) -> None:
+    with output.writing(directory, output.LOSS_PLOT) as picture:
+        plot_loss(picture, output.read_log(directory))
+
+
+def _close(recipe: Recipe, summary: dict[str, Any]) -> None:
+    output.write_recipe(recipe.resolved_output_dir, recipe)
+    output.write_summary(recipe.resolved_output_dir, summary)
 
 
 def _add_peak(summary: dict[str, Any], phase_name: str, peak: int) -> None:

@@ -42,7 +42,7 @@ from lora_llava.recipe.stages import trains_lora
 from lora_llava.run_directory import output
 from lora_llava.system.device import peak_memory_bytes, pick_device, pick_dtype, precision_line
 from lora_llava.system.progress import phase
-from lora_llava.system.ranks import world_size
+from lora_llava.system.ranks import by_first, largest, least
 from lora_llava.system.text import counted
 from lora_llava.training.build import make_trainer
 from lora_llava.training.checkpoints.differences import Resume, run_facts
@@ -83,7 +83,7 @@ def train_stage(
     records, shapes = _read_data(stage, dtype)
 
     # 2. Plan what fits: the checkpoint's plan if there is one, so that sums round alike; else the fastest.
-    checkpoint = find_checkpoint(stage, resume, console)
+    checkpoint = by_first(lambda: find_checkpoint(stage, resume, console))
     machine, measured = _measure_machine(stage, shapes, checkpoint, memory)
     stored = stored_memory_plan(checkpoint, stage, None if memory is None else machine.usable)
     plan = stored or plan_memory(shapes, machine)
@@ -92,9 +92,9 @@ def train_stage(
     _print_lines(stage, [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured], console)
 
     # 3. Resume exactly, or refuse, or list the guarantees that are lost.
-    facts = run_facts(stage, shapes, data, plan, machine)
+    facts = by_first(lambda: run_facts(stage, shapes, data, plan, machine))
     exact = check_unchanged(checkpoint, stage, facts, len(data.plan.steps), resume, console)
-    prepare_log(stage, checkpoint)
+    by_first(lambda: prepare_log(stage, checkpoint))
 
     # 4. Load the base, add what the stage trains, and build the trainer over the planned rows.
     loaded, parameters = _build_model(stage, plan, machine, dtype, console)
@@ -111,7 +111,7 @@ def train_stage(
         trainer.train_and_save(saver)
     kept = _finish(trainer, saver, len(data.plan.steps), console)
     seen = {**seen_until(data, kept.last_step), **kept.metrics, **saver.cost()}
-    memory_facts = {"memory_plan": asdict(plan), "peak_memory_bytes": peak_memory_bytes()}
+    memory_facts = {"memory_plan": asdict(plan), "peak_memory_bytes": largest(peak_memory_bytes())}
     return {**seen, **memory_facts, "parameters": [asdict(part) for part in parameters]}, saver.seconds
 
 
@@ -120,11 +120,11 @@ def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageSha
 
     Skipped records are listed in the run's directory.
     """
-    check_parent(stage)
+    by_first(lambda: check_parent(stage))
     phase(f"{stage.name}: reading the data")
     config, tokenizer = describe_directory(stage.base_directory)
     records = read_records(stage.settings, tokenizer, image_tokens(config), stage.seed)
-    output.note_skipped(stage.run_directory, stage.name, records.skipped)
+    by_first(lambda: output.note_skipped(stage.run_directory, stage.name, records.skipped))
     shapes = stage_shapes(stage.recipe, stage.name, config, dtype, records)
     return records, shapes
 
@@ -135,18 +135,20 @@ def _measure_machine(
     """Choose the attention, and measure memory and speed of the device; also return lines for the console.
 
     The speed is that of the checkpoint if there is one. It is assumed on a CPU, where it would change row lengths, and
-    with them the rounding of sums, from run to run for little gain, and with several processes, which must plan alike.
+    with them the rounding of sums, from run to run for little gain. Processes must plan alike: the first one's choice
+    and speed, and the smallest memory, are those of all.
     """
     device, dtype = pick_device(), pick_dtype(stage.recipe.precision, pick_device())
-    attention, why = pick_attention(stage.recipe.attn_implementation, shapes.config.text_config, device, dtype)
+    setting, config = stage.recipe.attn_implementation, shapes.config.text_config
+    attention, why = by_first(lambda: pick_attention(setting, config, device, dtype))
     lines = [f"attn_implementation: {attention} ({why})"]
     if why_fp16 := precision_line(stage.recipe.precision, dtype):
         lines.append(why_fp16)
-    usable, speed = usable_bytes(device.type, memory), None
+    usable, speed = least(usable_bytes(device.type, memory)), None
     if checkpoint is not None:
         speed = stored_speed(checkpoint)
-    elif device.type == "cuda" and world_size() == 1:
-        speed, line = measure_speed(shapes, attention, device)
+    elif device.type == "cuda":
+        speed, line = by_first(lambda: measure_speed(shapes, attention, device))
         lines.append(line)
     return Machine(device.type, usable, attention, speed), lines
 
@@ -214,7 +216,7 @@ def _check_rows(
     """Try the longest row on CUDA, and compare the first packed row with its conversations one by one."""
     model, rows, device = trainer.model, trainer.train_dataset, pick_device()
     dtype = pick_dtype(stage.recipe.precision, device)
-    if device.type == "cuda":
+    if device.type == "cuda" and any(rows.rows):
         setting = stage.recipe.attn_implementation
         trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
         _print_lines(stage, trial_lines(trial, shapes, plan), console)
@@ -226,7 +228,7 @@ def _finish(trainer: PackedTrainer, saver: CheckpointSaver, num_steps: int, cons
     kept = _keep_weights(trainer, saver, console)
     closing = [*trainer.before_save(), str(saver), saver.stopped_early(kept.last_step, num_steps), str(kept)]
     _print_lines(saver.stage, closing, console)
-    saver.artifact.save(kept.step, kept.metrics)
+    by_first(lambda: saver.artifact.save(kept.step, kept.metrics))
     return kept
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,6 +22,7 @@ from lora_llava.modeling.attention import attention_of, check_attention, to_devi
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX
 from lora_llava.system.device import autocast
+from lora_llava.system.ranks import by_first, is_first, rank, world_size
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.signals import end_with_parent
@@ -30,7 +31,8 @@ from lora_llava.training.checks.non_finite import forked_rng
 from lora_llava.training.log import TrainingLog
 from lora_llava.training.objectives.objective import Objective, TokenLoss
 from lora_llava.training.optimizer import make_optimizer, make_scaler, make_schedule
-from lora_llava.training.validation import HeldOutLoss, without
+from lora_llava.training.parallel.gradients import sum_gradients, summed
+from lora_llava.training.validation import HeldOutLoss, own_indices, without
 
 _CHECKS = "lora_llava_guards"
 """Key of the checks' state in `trainer_state.json`."""
@@ -51,20 +53,17 @@ class PackedTrainer:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_attention(llava_in(model))
-        # What was drawn while the model was built must not decide what dropout draws.
-        set_seed(args.seed)
+        # What was drawn while the model was built must not decide what dropout draws, in each process other masks.
+        set_seed(args.seed + rank())
         self.args, self.device = args, args.device
         self.dtype: torch.dtype = llava_in(model).get_input_embeddings().weight.dtype
         """What the frozen weights compute in."""
         # The loss is divided by the items of the step, not by its rows.
         accumulation = GradientAccumulationPlugin(num_steps=1)
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers
-        )
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation)
         self.model = model.to(self.device)
         self.wrapped = self.model
-        """The model as it is called in training: with autocast, and in data parallelism."""
+        """The model as it is called in training, with autocast."""
         # The forward pass takes two operations per parameter and token, the backward pass four.
         self.flops_per_token = 6.0 * model.num_parameters(exclude_embeddings=True)
         self.train_dataset, self.eval_dataset = rows, validation
@@ -89,7 +88,7 @@ class PackedTrainer:
         """
         for check in self.checks:
             check.before_training(self.model)
-        self.saver, self.last_checkpoint = saver, saver.last_whole
+        self.saver, self.last_checkpoint = saver, lambda: by_first(saver.last_whole)
         saver.restore_weights(self)
         if has_lost_patience(self.state.log_history, saver.settings.early_stopping_patience):
             self.restore_checks()
@@ -106,12 +105,11 @@ class PackedTrainer:
             self._tell("on_step_begin")
             sizes = [[float(self.objective.count(row)), float(row["input_ids"].numel())] for row in rows]
             # Of all processes. Tensors, since CUDA divides less exactly by a number of the host.
-            num_items, num_tokens = self.accelerator.reduce(torch.tensor(sizes, device=self.device).sum(0), "sum")
+            num_items, num_tokens = summed(torch.tensor(sizes, device=self.device).sum(0))
             for row in rows:
-                # Data parallelism adds up gradients once per step, with its last row.
-                with nullcontext() if row is rows[-1] else self.accelerator.no_sync(self.wrapped):
-                    self.losses.append(self.training_step(row, num_items))
+                self.losses.append(self.training_step(row, num_items))
                 self._tell("on_substep_end")
+            sum_gradients([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
             loss, step = self._checked_loss()
             self.loss_sum += loss
             self.state.total_flos += self.flops_per_token * float(num_tokens)
@@ -140,7 +138,9 @@ class PackedTrainer:
         # leaves it off: then no optimizer takes a step.
         self.accelerator.sync_gradients = True
         self.create_optimizer()
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        # Not for data parallelism, which `sum_gradients` does: `evaluation_mode` adds autocast alone.
+        self.wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.lr_scheduler = make_schedule(self.optimizer, self.args)
         self.scaler = make_scaler(self.device, self.dtype)
         self.wrapped.train()
@@ -162,12 +162,12 @@ class PackedTrainer:
     def _steps(self) -> Iterator[list[Batch]]:
         """Yield the rows of each step that is left to train."""
         per_step, done = self.args.gradient_accumulation_steps, self.state.global_step
-        rows = iter(self._rows_loader(self.train_dataset, done * per_step))
+        rows = iter(self._rows_loader(self.train_dataset, range(done * per_step, len(self.train_dataset))))
         for _ in range(done, self.state.max_steps):
             yield list(islice(rows, per_step))
 
-    def _rows_loader(self, rows: Any, start: int = 0) -> DataLoader[Batch]:
-        """Load the rows from index `start` on, in order; each is a micro-batch."""
+    def _rows_loader(self, rows: Any, indices: range | None = None) -> DataLoader[Batch]:
+        """Load the rows at `indices`, or all, in order; each is a micro-batch."""
         workers = self.args.dataloader_num_workers
         if workers and self.saver is not None:
             # A process must not be forked while a thread may hold a lock.
@@ -176,7 +176,7 @@ class PackedTrainer:
         return DataLoader(
             rows,
             batch_size=None,
-            sampler=range(start, len(rows)),
+            sampler=range(len(rows)) if indices is None else indices,
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=end_with_parent,
@@ -197,15 +197,14 @@ class PackedTrainer:
         # In bf16 accelerate has wrapped the model's forward pass; in fp16 it refuses to on a CPU.
         with autocast(self.device, self.dtype) if self.dtype == torch.float16 else nullcontext():
             loss = self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
-        # Data parallelism averages gradients over the processes, but the count is already the sum over them.
-        loss *= self.accelerator.num_processes
         self.accelerator.backward(self.scaler.scale(loss))
         return loss.detach()
 
     def _checked_loss(self) -> tuple[torch.Tensor, CompletedStep]:
-        """Return the loss of a complete step, and the step; 0, with its gradients cleared, if a check skips it.
+        """Return the loss of a complete step over all processes, and the step.
 
-        A step whose scaled gradients overflowed has its gradients cleared, too, but its loss is as good as any.
+        0, with its gradients cleared, if a check skips it. A step whose scaled gradients overflowed has its gradients
+        cleared, too, but its loss is as good as any.
         """
         self.scaler.unscale_(self.optimizer)
         losses = torch.stack(self.losses)
@@ -213,10 +212,9 @@ class PackedTrainer:
         groups: dict[str, list[nn.Parameter]] = {}
         for group in self.optimizer.param_groups:
             groups.setdefault(group["name"], []).extend(group["params"])
-        total = losses.sum()
-        total_of_all = self.accelerator.reduce(total, "sum")
+        total = summed(losses.sum())
         number, scale = self.state.global_step + 1, self.scaler.get_scale
-        step = CompletedStep(number, self.model, groups, losses, total_of_all, self.last_checkpoint, loss_scale=scale)
+        step = CompletedStep(number, self.model, groups, losses, total, self.last_checkpoint, loss_scale=scale)
         for check in self.checks:
             if (warning := check.on_step(step)) is not None:
                 self.log({"warning": warning}, step.number)
@@ -246,15 +244,14 @@ class PackedTrainer:
             return False
         if self.saver.is_due(self, loss):
             self.before_save()
-            if self.accelerator.is_main_process:
-                self.saver.save(self)
+            self.saver.save(self)
             self._tell("on_save")
         return self.saver.should_stop
 
     def _log_loss(self, norm: torch.Tensor, rate: float) -> None:
         """Log the mean loss of the steps since the last line."""
         step = self.state.global_step
-        loss_sum = float(self.accelerator.reduce(self.loss_sum, "mean"))
+        loss_sum = float(self.loss_sum)
         loss = loss_sum / (step - self.last_logged_step)
         self.loss_sum.zero_()
         self.loss_total, self.last_logged_step = self.loss_total + loss_sum, step
@@ -263,7 +260,7 @@ class PackedTrainer:
     def _end(self, started: float, first_step: int) -> None:
         """Report the whole session to the trackers, and end them and the log's display."""
         steps = self.state.global_step - first_step
-        num_rows = steps * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        num_rows = steps * self.args.gradient_accumulation_steps * world_size()
         metrics = speed_metrics("train", started, num_samples=num_rows, num_steps=steps)
         loss_total = self.loss_total + float(self.loss_sum)
         metrics |= {"total_flos": self.state.total_flos, "train_loss": loss_total / max(self.state.global_step, 1)}
@@ -285,7 +282,7 @@ class PackedTrainer:
 
     def _tell(self, event: str, **values: Any) -> None:
         """Call the log and the trackers, as callbacks of transformers."""
-        for callback in self.callbacks if self.accelerator.is_main_process else ():
+        for callback in self.callbacks if is_first() else ():
             getattr(callback, event)(self.args, self.state, TrainerControl(), model=self.model, **values)
 
     @property
@@ -322,7 +319,7 @@ class PackedTrainer:
         # Trained weights are fp32, the others half: without autocast they cannot be multiplied. A data loader draws
         # from the RNG even without workers.
         with forked_rng(self.device), torch.no_grad(), autocast(self.device, self.dtype):
-            loss = self.held_out.mean(rows, self._rows_loader(rows))
+            loss = self.held_out.mean(rows, self._rows_loader(rows, own_indices(len(rows))))
             metrics: dict[str, Any] = {} if loss is None else {"eval_loss": loss}
             validation = ValidationPass(
                 step=self.state.global_step,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from lora_llava.data.packing import Row, conversations
 from lora_llava.data.rows import Batch, PackedRows, ReadImage
+from lora_llava.system.ranks import gathered, rank, world_size
 
 RowLoss = Callable[[Batch], float]
 """Computes the summed loss over the items of a row: its supervised tokens, or pairs."""
@@ -17,7 +18,7 @@ CountItems = Callable[[Batch], int]
 
 
 class HeldOutLoss:
-    """Computes mean losses over rows, and collects the records whose loss is not finite."""
+    """Computes mean losses over rows, which the processes share, and collects the records whose loss is not finite."""
 
     def __init__(self, row_loss: RowLoss, count_items: CountItems) -> None:
         self.row_loss = row_loss
@@ -32,19 +33,36 @@ class HeldOutLoss:
     def mean(self, rows: PackedRows, batches: Iterable[Batch] | None = None) -> float | None:
         """Return the mean loss over the items of `rows`; None if no record has a finite one.
 
-        `batches`: the tensors of all validation rows, in the same order, as a data loader reads them. Without it,
-        `rows` are a sample: those of the last validation, with the same images, are not computed again.
+        `batches`: the tensors of the rows at `own_indices`, in the same order, as a data loader reads them, if `rows`
+        are all validation rows. Without it, they are a sample: those of the last validation, with the same images, are
+        not computed again.
         """
         if batches is not None:
-            self._images, self._known = rows.read_image, {}
-            for row, batch in zip(rows.rows, batches, strict=True):
-                self._known[row] = self._measure(rows, row, batch)
+            self._images = rows.read_image
+            self._known = self._measure_all(rows, own_indices(len(rows)), batches)
         known = self._known if rows.read_image is self._images else {}
+        if missing := [index for index, row in enumerate(rows.rows) if row not in known]:
+            share = [missing[number] for number in own_indices(len(missing))]
+            known = known | self._measure_all(rows, share, (rows[index] for index in share))
+        # In the order of the rows, so that the sum does not depend on the number of processes.
         total, count = 0.0, 0
-        for index, row in enumerate(rows.rows):
-            loss, items = known[row] if row in known else self._measure(rows, row, rows[index])
+        for row in rows.rows:
+            loss, items = known[row]
             total, count = total + loss, count + items
         return total / count if count else None
+
+    def _measure_all(
+        self, rows: PackedRows, own: Sequence[int], batches: Iterable[Batch]
+    ) -> dict[Row, tuple[float, int]]:
+        """Measure the rows of this process, those at `own`, and return the figures of the rows of all processes."""
+        figures = {
+            rows.rows[index]: self._measure(rows, rows.rows[index], batch)
+            for index, batch in zip(own, batches, strict=True)
+        }
+        for others, unusable in gathered((figures, self.unusable)):
+            figures = figures | others
+            self.unusable = self.unusable | unusable
+        return figures
 
     def _measure(self, rows: PackedRows, row: Row, batch: Batch) -> tuple[float, int]:
         """Return the summed loss of a row and the number of its items, without the records whose loss is not finite."""
@@ -63,6 +81,11 @@ class HeldOutLoss:
                 has_image = has_finite_image(alone)
                 self.unusable[index] = "its loss is not finite" if has_image else "its image holds NaN or infinity"
         return total, count
+
+
+def own_indices(count: int) -> range:
+    """Return which of `count` rows this process computes."""
+    return range(rank(), count, world_size())
 
 
 def has_finite_image(batch: Batch) -> bool:

@@ -41,7 +41,10 @@ _OTHER_MODULES = {"tensorboard": "tensorboardX", "neptune": "neptune_scale"}
 
 
 def refuse_several_processes() -> None:
-    """Raise PreflightError if several processes were started, as by torchrun: they would wait for each other."""
+    """Raise PreflightError if several processes were started for a command that works in one.
+
+    `finetune` works in several if torchrun or accelerate started them, which tell each how to reach the others.
+    """
     for name in _WORLD_SIZES:
         value = os.environ.get(name, "1")
         if value.strip() not in ("", "0", "1"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from lora_llava.planning.memory_plan import MemoryPlan
 from lora_llava.run_directory.claim import place
 from lora_llava.run_directory.output import resume_command, writing_named
 from lora_llava.run_directory.written import is_pending
+from lora_llava.system.ranks import by_first, gathered
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints import state as training_state
 from lora_llava.training.checkpoints.background import BackgroundWriter
@@ -113,8 +114,13 @@ class CheckpointSaver:
 
         A step that is saved for its loss alone is saved without the state of the training, unless it is the first. Sets
         `should_stop` after a signal, or if the validations have lost patience: such a step is saved, too. Raises the
-        error that ended the write of an earlier step.
+        error that ended the write of an earlier step. Of several processes, the first decides for all.
         """
+        self.interruption.agree()
+        is_due, self.should_stop = by_first(lambda: (self._is_due(trainer, loss), self.should_stop))
+        return is_due
+
+    def _is_due(self, trainer: ResumableTrainer, loss: float | None) -> bool:
         self.background.check()
         self.saves_held = False
         state, every = trainer.state, self.settings.save_steps
@@ -152,27 +158,36 @@ class CheckpointSaver:
         """Copy the checkpoint of this step, or the held weights, and start to write it, after the one before.
 
         Waits for the write of the last step, of one that the training stops after, and of a run's first checkpoint,
-        which replaces an earlier run. Sets `should_stop` if a signal comes meanwhile.
+        which replaces an earlier run. Sets `should_stop` if a signal comes meanwhile. Of several processes, the first
+        writes, and the others hand over the states of their RNGs.
         """
+        generators = gathered(training_state.torch_random_state())
+        by_first(lambda: self._save(trainer, generators))
+        self.should_stop = self.interruption.agree() is not None or self.should_stop
+
+    def _save(self, trainer: ResumableTrainer, generators: Sequence[training_state.Tensors]) -> None:
         clock = time.monotonic()
         self.background.wait()
         held, self.held = self.held, None
         if self.saves_held and held is not None:
             self.background.start(lambda: self._write_weights(held))
         else:
-            self._save_whole(trainer, held)
+            self._save_whole(trainer, held, generators)
             self.last_saved = time.monotonic()
             self.last_duration = self.last_saved - clock
         self.num_saved += 1
         self.saving_seconds += time.monotonic() - clock
-        self.should_stop = self.should_stop or self.interruption.received is not None
 
-    def _save_whole(self, trainer: ResumableTrainer, better: HeldWeights | None) -> None:
+    def _save_whole(
+        self, trainer: ResumableTrainer, better: HeldWeights | None, generators: Sequence[training_state.Tensors]
+    ) -> None:
         """Copy weights and state of this step, and start to write them after `better`, weights that are held."""
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
         weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
-        state = training_state.HeldState.of(trainer.optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler)
+        state = training_state.HeldState.of(
+            trainer.optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler, generators
+        )
         if better is not None and (better.progress.step == step or (loss is not None and loss < _loss_of(better))):
             better = None
 
@@ -264,7 +279,7 @@ class CheckpointSaver:
 
     def stop_if_asked(self, step: int) -> None:
         """Raise RunInterruptedError if a signal came; the step is saved by now."""
-        if (received := self.interruption.received) is not None:
+        if (received := self.interruption.agree()) is not None:
             raise RunInterruptedError(
                 f"stopped by {received.name} after step {step:,} of stage {self.stage.name}, which is saved. Go on "
                 f"with: {resume_command(self.run_directory)}",

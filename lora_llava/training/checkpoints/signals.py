@@ -8,6 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from lora_llava.system.ranks import is_first, largest
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,6 +36,14 @@ class Interruption:
     ) -> None:
         self._restore()
 
+    def agree(self) -> signal.Signals | None:
+        """Return the signal that any process of the run has received, the same in all; take it over."""
+        number = largest(self.received or 0)
+        if not number:
+            return None
+        self.received = signal.Signals(number)
+        return self.received
+
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -45,6 +55,8 @@ class Interruption:
             os.kill(os.getpid(), number)
             return
         self.received = signal.Signals(number)
+        if not is_first():
+            return
         line = f"\n{self.received.name}: the step is finished and saved before the run stops; once more stops at once\n"
         # os.write, not print: the signal may interrupt a print.
         os.write(2, line.encode())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
 from lora_llava.formats.names import WEIGHTS
+from lora_llava.system.ranks import rank
 from lora_llava.training.checkpoints.held import copy_to_host
 
 OPTIMIZER, OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
@@ -28,6 +30,8 @@ SCALER = "scaler.json"
 RANDOM, RANDOM_TENSORS = "random.json", "random.safetensors"
 TRAINER = "trainer_state.json"
 """Named as in `transformers`."""
+
+Tensors = dict[str, torch.Tensor]
 
 _KERNELS = ("fused", "foreach")
 """Options of torch's optimizers that choose their kernels."""
@@ -47,13 +51,26 @@ class HeldState:
 
     @classmethod
     def of(
-        cls, optimizer: Any, scheduler: Any, trainer: TrainerState, scaler: torch.amp.GradScaler | None = None
+        cls,
+        optimizer: Any,
+        scheduler: Any,
+        trainer: TrainerState,
+        scaler: torch.amp.GradScaler | None = None,
+        generators: Sequence[Tensors] = (),
     ) -> HeldState:
-        """Copy the state of a training after a step; of the scale of the loss only in fp16, where it has one."""
+        """Copy the state of a training after a step; of the scale of the loss only in fp16, where it has one.
+
+        `generators`: torch's RNG states of each process; (): of this one.
+        """
         found: dict[str, torch.Tensor] = {}
         settings = _without_tensors(optimizer.state_dict(), "", found)
-        generators, random_tensors = _random_state()
-        contents = {OPTIMIZER: settings, SCHEDULER: scheduler.state_dict(), RANDOM: generators}
+        # The names of the first process's states have no number, as in a run of one process.
+        random_tensors = {
+            f"{name}.{number}" if number else name: state
+            for number, states in enumerate(generators or [torch_random_state()])
+            for name, state in states.items()
+        }
+        contents = {OPTIMIZER: settings, SCHEDULER: scheduler.state_dict(), RANDOM: _random_state()}
         if scaler is not None and scaler.is_enabled():
             contents[SCALER] = scaler.state_dict()
         held = copy(trainer)
@@ -127,21 +144,32 @@ def load_scaler(directory: Path, scaler: torch.amp.GradScaler) -> None:
         scaler.load_state_dict(_read(path))
 
 
-def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the RNG states of Python and numpy, and those of torch."""
+def torch_random_state() -> Tensors:
+    """Return the states of torch's RNGs that this process draws from."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the RNG states of Python and numpy."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that libraries draw from
-    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}, tensors
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
 def load_random_state(directory: Path) -> None:
-    """Restore the RNG states of Python, numpy and torch."""
+    """Restore the RNG states of Python, numpy and torch.
+
+    A process that had none when they were saved draws a seed from the first one's, and its number makes it another.
+    """
     tensors = load_file(directory / RANDOM_TENSORS)
-    torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_available() and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"])
+    number = f".{rank()}" if f"cpu.{rank()}" in tensors else ""
+    torch.set_rng_state(tensors[f"cpu{number}"])
+    if torch.cuda.is_available() and f"cuda{number}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"cuda{number}"])
+    if rank() and not number:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank())
     content = _read(directory / RANDOM)
     version, numbers, spare = content["python"]
     random.setstate((version, tuple(numbers), spare))

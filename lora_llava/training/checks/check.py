@@ -32,7 +32,7 @@ class CompletedStep:
     losses: torch.Tensor
     """(rows of the step,) of this process."""
     total: torch.Tensor
-    """Sum of the losses over all processes, a scalar."""
+    """Sum of the losses over all processes, a scalar; the gradients are sums over them, too."""
     last_checkpoint: Callable[[], str | None]
     """Names the newest usable checkpoint."""
     loss: float = 0.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from lora_llava.modeling.attention import to_device
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import autocast
+from lora_llava.system.ranks import gathered
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.frozen_weights import frozen_tensors
@@ -139,22 +141,26 @@ class NonFiniteGuard(Check):
         )
 
     def _describe(self, step: CompletedStep) -> str:
-        """Describe a non-finite step: what is not finite, the records, the gradient norms."""
+        """Describe a non-finite step over all processes: what is not finite, the records, the gradient norms."""
         losses: list[float] = step.losses.tolist()
         trained = [parameter for parameters in step.groups.values() for parameter in parameters]
         rows = self.rows.rows[(step.number - 1) * len(losses) : step.number * len(losses)]
         bad = [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
-        what = f"the loss of {len(bad)} of {len(rows)} micro-batches" if bad else "the gradient"
-        suspects = [index for row in bad or rows for tree in row for index in tree]
-        if broken := non_finite_tensors(step.model):
-            why = f"Not finite before the step already: {listed(broken)}. The records: {self._named(suspects)}."
+        num_rows, num_bad = (sum(gathered(len(some))) for some in (rows, bad))
+        what = f"the loss of {num_bad} of {num_rows} micro-batches" if num_bad else "the gradient"
+        own = [index for row in (bad if num_bad else rows) for tree in row for index in tree]
+        broken = non_finite_tensors(step.model)
+        own_guilty = [] if broken else [index for index in own if not self._is_finite_alone(step.model, trained, index)]
+        suspects, guilty = (list(chain(*gathered(self._wheres(some)))) for some in (own, own_guilty))
+        if broken:
+            why = f"Not finite before the step already: {listed(broken)}. The records: {_named(suspects)}."
             self.fix = self.restart_advice()
-        elif guilty := [index for index in suspects if not self._is_finite_alone(step.model, trained, index)]:
+        elif guilty:
             why = f"Not finite by themselves are {len(guilty)} of {counted(len(suspects), 'record')}: "
-            why += f"{self._named(guilty)}."
+            why += f"{_named(guilty)}."
             self.fix = "Repair these records, or exclude them (data.exclude)."
         else:
-            why = f"Each record by itself is finite; together they were {self._named(suspects)}."
+            why = f"Each record by itself is finite; together they were {_named(suspects)}."
             self.fix = "Lower learning_rate: weights that have grown too large overflow with some records only."
         norms = ", ".join(f"{name} {norm:g}" for name, norm in step.norms.items())
         return (
@@ -162,8 +168,8 @@ class NonFiniteGuard(Check):
             f"the step. {why} Gradient norms: {norms}."
         )
 
-    def _named(self, indices: Sequence[int]) -> str:
-        return listed([self.rows.records[index].where for index in indices], separator="; ")
+    def _wheres(self, indices: Sequence[int]) -> list[str]:
+        return [self.rows.records[index].where for index in indices]
 
     def _is_finite_alone(self, model: nn.Module, trained: list[nn.Parameter], index: int) -> bool:
         """Run one conversation forward and backward; gradients and RNG state do not change."""
@@ -176,6 +182,10 @@ class NonFiniteGuard(Check):
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
         return math.isfinite(loss.item()) and math.isfinite(norm.item())
+
+
+def _named(wheres: Sequence[str]) -> str:
+    return listed(wheres, separator="; ")
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:

@@ -11,6 +11,7 @@ from lora_llava.modeling.attention import with_sdpa
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe.stages import AspectRatio
+from lora_llava.system.ranks import by_first
 from lora_llava.training.checks.check import Check, ValidationPass
 
 _SAMPLE_TOKENS = 32
@@ -30,14 +31,16 @@ class SampleAnswers(Check):
 
     def on_validation(self, validation: ValidationPass) -> None:
         """Add `samples`: the question, the true answer and the prediction of each record."""
+        validation.metrics["samples"] = [
+            {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
+            for record, answer in zip(self.records, by_first(self._generate), strict=True)
+        ]
+
+    def _generate(self) -> list[str]:
         with with_sdpa(llava_in(self.loaded.model)):
-            answers = generate_answers(
+            return generate_answers(
                 self.loaded,
                 self.records,
                 PromptFormat(self.template, self.aspect_ratio),
                 max_new_tokens=_SAMPLE_TOKENS,
             )
-        validation.metrics["samples"] = [
-            {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
-            for record, answer in zip(self.records, answers, strict=True)
-        ]
