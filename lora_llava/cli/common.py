@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError, is_panic
-from lora_llava.system import quiet, text
+from lora_llava.system import quiet, ranks, text
 from lora_llava.system.progress import phase, shown_on
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
+ARGUMENTS = "arguments"
+"""Key of a command's context: the arguments of the command line."""
 PROCESS_ENDS = "the process ends with the command"
 """Context object of a command that is the last thing its process does."""
 
@@ -39,6 +41,7 @@ class KitGroup(click.Group):
         """Accept --debug anywhere: users append it to a command that failed."""
         if "--debug" in args:
             args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -51,10 +54,12 @@ class KitGroup(click.Group):
         except click.exceptions.Exit:
             raise
         except (KeyboardInterrupt, click.Abort) as error:
-            click.echo(f"\n{text.printable_lines(str(error)) or 'stopped'}", err=True)
+            if ranks.reports(error):
+                click.echo(f"\n{text.printable_lines(str(error)) or 'stopped'}", err=True)
             ctx.exit(INTERRUPTED)
         except RunInterruptedError as error:
-            click.echo(text.printable_lines(str(error)), err=True)
+            if ranks.reports(error):
+                click.echo(text.printable_lines(str(error)), err=True)
             ctx.exit(error.exit_code)
         except BaseException as error:
             # click exits quietly when a pipe is closed (`| head`).
@@ -62,7 +67,8 @@ class KitGroup(click.Group):
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
-            click.echo(text.printable_lines(f"Error: {_describe(error, debug=ctx.params['debug'])}"), err=True)
+            if ranks.reports(error):
+                click.echo(text.printable_lines(f"Error: {_describe(error, debug=ctx.params['debug'])}"), err=True)
             ctx.exit(error.exit_code if isinstance(error, LoraLlavaError) else 1)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_llava.cli.common import (
+    ARGUMENTS,
     leave_torch_out,
     loading_console,
     look_ahead,
@@ -18,12 +19,24 @@ from lora_llava.cli.common import (
     quiet_libraries,
 )
 from lora_llava.errors import RecipeError
+from lora_llava.system import ranks
 from lora_llava.system.progress import phase
 from lora_llava.system.text import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lora_llava.planning.preflight.setup import Start
+    from lora_llava.recipe.settings import Recipe
     from lora_llava.training.checkpoints.differences import Resume
+
+
+_GPUS = "gpus"
+"""Key of the command's context: the number of processes to start."""
+
+
+def _note_gpus(context: click.Context, _: click.Parameter, gpus: int | None) -> None:
+    context.meta[_GPUS] = gpus or 1
 
 
 @click.command()
@@ -45,6 +58,14 @@ if TYPE_CHECKING:
     help="Plan for a GPU with this much memory, such as 12GiB, and stay within it [free memory].",
 )
 @click.option("--skip-image-check", is_flag=True, help="Do not open every image before training.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    expose_value=False,
+    callback=_note_gpus,
+    help="Train on N GPUs of this machine, in a process for each; with --dry-run, plan for them [1].",
+)
 def finetune(
     recipe: str,
     overrides: tuple[str, ...],
@@ -61,30 +82,49 @@ def finetune(
     """
     if overwrite and resume:
         raise click.UsageError("--overwrite starts over and --resume continues: give only one of them")
-    settings = open_recipe(recipe, overrides)
-    console = make_console()
-    console.print(f"Recipe {settings.name}: {', then '.join(settings.stage_names)}.")
-    if dry_run:
-        leave_torch_out(settings)
-    start: Start = "overwrite" if overwrite else "resume" if resume else "new"
-    here = not dry_run or memory is None
-    look_ahead(settings, recipe, console, start=start, here=here, data=not skip_image_check)
-    if not dry_run:
-        phase("Loading PyTorch and transformers")
-    quiet_libraries()
-    if dry_run:
-        from lora_llava.data.questions import load_questions
-        from lora_llava.planning.dry_run import print_dry_run
+    _start_processes(gpus := click.get_current_context().meta.get(_GPUS, 1), dry_run=dry_run)
+    with ranks.planned_for(gpus) if dry_run and gpus > 1 else ranks.connected():
+        settings = open_recipe(recipe, overrides)
+        console = make_console()
+        console.print(f"Recipe {settings.name}: {', then '.join(settings.stage_names)}.")
+        if dry_run:
+            leave_torch_out(settings)
+        start: Start = "overwrite" if overwrite else "resume" if resume else "new"
+        here = not dry_run or memory is None
+        ranks.by_first(lambda: look_ahead(settings, recipe, console, start=start, here=here, data=not skip_image_check))
+        if not dry_run:
+            phase("Loading PyTorch and transformers")
+        quiet_libraries()
+        if dry_run:
+            ranks.by_first(lambda: _print_dry_run(settings, console, memory))
+            return
+        from lora_llava.training.run import print_outcome, run_recipe
 
-        # Load the questions as a run does, to reject a key of `by` that no record has.
-        if settings.evaluation is not None:
-            load_questions(settings.evaluation.data, settings.evaluation.broken_down_by)
-        print_dry_run(settings, console, memory)
+        run_recipe(settings, console, overwrite=overwrite, memory=memory, resume=resume or "no")
+        print_outcome(settings, console)
+
+
+def _start_processes(gpus: int, *, dry_run: bool) -> None:
+    """With --gpus, run the command in a process for each card, and exit as they do; return in each of these."""
+    context = click.get_current_context()
+    if gpus == 1 or dry_run:
         return
-    from lora_llava.training.run import print_outcome, run_recipe
+    if ranks.world_size() == 1:
+        from lora_llava.system.launch import run_on_cards
 
-    run_recipe(settings, console, overwrite=overwrite, memory=memory, resume=resume or "no")
-    print_outcome(settings, console)
+        context.exit(run_on_cards(gpus, context.meta[ARGUMENTS]))
+    if gpus != ranks.local_world_size():
+        raise click.UsageError(f"--gpus {gpus}: {ranks.world_size()} processes were started already; leave it out")
+
+
+def _print_dry_run(settings: Recipe, console: Console, memory: int | None) -> None:
+    from lora_llava.data.questions import load_questions
+    from lora_llava.planning.dry_run import print_dry_run
+
+    # Load the questions as a run does, to reject a key of `by` that no record has.
+    if settings.evaluation is not None:
+        load_questions(settings.evaluation.data, settings.evaluation.broken_down_by)
+    print_dry_run(settings, console, memory)
 
 
 @click.command()

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from lora_llava.system.ranks import note_phase
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
@@ -44,20 +46,11 @@ def shown_on(console: Console | None = None) -> Iterator[Console]:
         _console.reset(token)
 
 
-_phase = ""
-
-
 def phase(text: str) -> None:
     """Announce a step that may take a while."""
-    global _phase
-    _phase = text
+    note_phase(text)
     if (console := _console.get()) is not None:
         console.print(f"{text} ...", style="dim", markup=False, soft_wrap=True)
-
-
-def current_phase() -> str:
-    """Return the phase that was announced last; "" before the first."""
-    return _phase
 
 
 def note(text: str) -> None:

@@ -17,7 +17,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from lora_llava.errors import LostProcessError, ModelError
-from lora_llava.system.progress import current_phase
 
 T = TypeVar("T")
 
@@ -43,6 +42,8 @@ class _Links:
 
 _links: _Links | None = None
 _planned: int | None = None
+_phase = "its start"
+"""What this process does, for the message of a process that was lost."""
 
 
 def world_size() -> int:
@@ -70,6 +71,22 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def note_phase(text: str) -> None:
+    """Note what this process begins to do, which is said if another one is lost meanwhile."""
+    global _phase
+    _phase = text
+
+
+def is_alone() -> bool:
+    """Tell whether no other process is connected: then nothing here waits for one."""
+    return _group() is None
+
+
+def _group() -> Any:
+    """Return the group for flags and objects; None if no other process is connected."""
+    return None if _links is None or _planned is not None else _links.group
+
+
 @contextmanager
 def planned_for(processes: int) -> Iterator[None]:
     """Plan for `processes` processes inside the `with` block, as the first of them; none is started."""
@@ -88,7 +105,7 @@ def connected() -> Iterator[None]:
     Does nothing in a single process, or where they are connected. Raises ModelError if a process has no card, or two
     share one; LostProcessError, naming the phase, if another process ended or did not answer in time.
     """
-    if world_size() == 1 or _planned or (_links and _links.group):
+    if world_size() == 1 or not _is_launched() or not is_alone():
         yield
         return
     failed = True
@@ -108,7 +125,7 @@ def connected() -> Iterator[None]:
 
 def by_first(make: Callable[[], T]) -> T:
     """Return what `make` returns in the first process, to all; what it raises there is raised in all."""
-    if world_size() == 1 or _planned:
+    if (group := _group()) is None:
         return make()
     import torch
     import torch.distributed as dist
@@ -121,7 +138,7 @@ def by_first(make: Callable[[], T]) -> T:
         except Exception as caught:  # noqa: BLE001 - raised below, in all processes
             error = caught
     box = [value, error and _portable(error)]
-    dist.broadcast_object_list(box, src=0, group=_group(), device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     if not is_first():
         value, error = box
     if error is not None:
@@ -149,24 +166,24 @@ def least(value: int) -> int:
 
 def largest(value: int) -> int:
     """Return the largest of the processes' values."""
-    if world_size() == 1 or _planned:
+    if (group := _group()) is None:
         return value
     import torch
     import torch.distributed as dist
 
     tensor = torch.tensor(value)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
     return int(tensor)
 
 
 def gathered(value: T) -> list[T]:
     """Return the values of all processes, in the order of their ranks."""
-    if world_size() == 1 or _planned:
+    if (group := _group()) is None:
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_group())
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -175,8 +192,8 @@ def reports(error: BaseException) -> bool:
 
     A lost process is reported only if nobody reported why it ended.
     """
-    if world_size() == 1 or _links is None:
-        return is_first()
+    if _links is None:
+        return True
     text = str(error) or type(error).__name__
     if isinstance(error, LostProcessError):
         time.sleep(_REPORT_SECONDS)
@@ -186,6 +203,11 @@ def reports(error: BaseException) -> bool:
         reporter, _, reported = stored.partition(" ")
         return int(reporter) == rank() or (bool(text) and reported != text)
     return True
+
+
+def _is_launched() -> bool:
+    """Tell whether a launcher said how to reach the other processes; a number alone may be left over from another."""
+    return _planned is None and all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _of_launcher(name: str, alone: int) -> int:
@@ -258,12 +280,6 @@ def _refuse_shared_cards(cards: list[tuple[str, str]]) -> None:
             )
 
 
-def _group() -> Any:
-    if _links is None or _links.group is None:
-        raise RuntimeError("the processes are not connected; see `connected`")
-    return _links.group
-
-
 def _portable(error: Exception) -> Exception:
     """Return an error that can be sent: itself, or its text."""
     try:
@@ -287,6 +303,6 @@ def _lost_message(error: BaseException) -> str:
     what = "did not answer in time" if "imed out" in text or "imeout" in text else "ended"
     return (
         f"process {rank()} of {world_size()}: another process of the run {what}; this one was at: "
-        f"{current_phase() or 'its start'}. The last checkpoint is intact: start the run again with --resume. "
+        f"{_phase}. The last checkpoint is intact: start the run again with --resume. "
         f"({text[:200]})"
     )

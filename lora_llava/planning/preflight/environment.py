@@ -14,6 +14,7 @@ from pathlib import Path
 from lora_llava.planning.preflight.findings import Finding, Findings, Problem
 from lora_llava.planning.preflight.setup import Setup
 from lora_llava.system.device import has_driver
+from lora_llava.system.ranks import is_alone
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables in which launchers and schedulers state the number of processes."""
@@ -43,8 +44,10 @@ _OTHER_MODULES = {"tensorboard": "tensorboardX", "neptune": "neptune_scale"}
 def refuse_several_processes() -> None:
     """Raise PreflightError if several processes were started for a command that works in one.
 
-    `finetune` works in several if torchrun or accelerate started them, which tell each how to reach the others.
+    `finetune` connects those that torchrun or accelerate started, before it comes here.
     """
+    if not is_alone():
+        return
     for name in _WORLD_SIZES:
         value = os.environ.get(name, "1")
         if value.strip() not in ("", "0", "1"):
@@ -54,8 +57,9 @@ def refuse_several_processes() -> None:
 
 def _several(value: str) -> tuple[str, str]:
     return (
-        f"is {value} in the environment: this command was started as several processes, and it trains in one",
-        "Start it without torchrun, accelerate launch or srun, on one GPU; or unset the variable if it is left over.",
+        f"is {value} in the environment: this was started as several processes, which cannot reach each other",
+        "On several GPUs, start lora-llava finetune with --gpus, torchrun or accelerate launch; every other command as "
+        "one process. Or unset the variable if it is left over.",
     )
 
 

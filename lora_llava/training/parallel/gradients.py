@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_llava.system.ranks import world_size
+from lora_llava.system.ranks import is_alone
 
 BUCKET_BYTES = 2**26
 """Gradients that travel at one time; they are copied once."""
@@ -21,7 +21,7 @@ BUCKET_BYTES = 2**26
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all processes; in a single process the tensor itself."""
-    if world_size() == 1:
+    if is_alone():
         return tensor
     total = tensor.clone()
     dist.all_reduce(total)
@@ -34,7 +34,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
     A parameter that has no gradient in any process keeps none, so the optimizer leaves it alone, as in a single one.
     """
-    if world_size() == 1:
+    if is_alone():
         return
     # Over the CPU, which does not wait for the device.
     has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)

@@ -67,13 +67,21 @@ def test_a_resumed_stage_takes_the_speed_of_its_checkpoint(asked: list[str]) -> 
     assert asked == []
 
 
-@pytest.mark.parametrize(("device", "processes"), [("cpu", "1"), ("cuda", "2")])
-def test_a_cpu_and_several_processes_plan_with_an_assumed_speed(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch, device: str, processes: str
+def test_a_cpu_plans_with_an_assumed_speed(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "pick_device", lambda: torch.device("cpu"))
+    assert machine()[0].speed == ASSUMED["cpu"]
+    assert asked == []
+
+
+def test_processes_plan_with_the_firsts_choice_and_speed_and_the_least_memory(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "pick_device", lambda: torch.device(device))
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    assert machine()[0].speed == ASSUMED[device]
+    of_first = iter([(TREES, "the first"), (Speed(0.5, 3e-5, 0.0, is_measured=True), "speed of the first")])
+    monkeypatch.setattr(train, "by_first", lambda _: next(of_first))
+    monkeypatch.setattr(train, "least", lambda memory: memory - GIB)
+    found, lines = machine()
+    assert found == Machine("cuda", 20 * GIB, TREES, Speed(0.5, 3e-5, 0.0, is_measured=True))
+    assert lines == ["attn_implementation: sdpa_by_tree (the first)", "speed of the first"]
     assert asked == []
 
 

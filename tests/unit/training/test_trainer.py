@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import GradientState
 
 from lora_llava.data.rows import PackedRows
+from lora_llava.training import trainer as trainer_module
 from lora_llava.training.checkpoints.background import BackgroundWriter
 from lora_llava.training.checks.check import Check
 from lora_llava.training.trainer import PackedTrainer
@@ -240,26 +239,27 @@ def test_k32_an_empty_row_adds_nothing(tmp_path: Path) -> None:
     assert same(state_of(trainer.model), before)
 
 
-def test_k32_gradients_are_summed_once_per_step_and_averaged_over_the_processes(
+def test_k32_gradients_are_summed_over_the_processes_once_per_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, watch = watched(tmp_path)
     trainer.args.max_steps = 1
-    apart: list[int] = []
-    no_sync = trainer.accelerator.no_sync
+    after: list[int] = []
 
-    def noted(model: Any) -> AbstractContextManager[None]:
-        assert model is trainer.wrapped
-        apart.append(watch.events.count("substep_end 0"))
-        return no_sync(model)
+    def double(parameters: list[torch.nn.Parameter]) -> None:
+        after.append(watch.events.count("substep_end 0"))
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= 2
 
-    monkeypatch.setattr(trainer.accelerator, "no_sync", noted)
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
-    # In a group of one process, the average of two is what the one computed.
-    monkeypatch.setattr(trainer.accelerator, "reduce", lambda tensor, _: tensor)
+    # Of a second process with the same rows, so that counts and gradients are twice those of one.
+    monkeypatch.setattr(trainer_module, "sum_gradients", double)
+    monkeypatch.setattr(trainer_module, "summed", lambda tensor: 2 * tensor)
     trainer.train()
-    assert apart == [0]
-    assert error({name: one / 2 for name, one in watch.gradients[0].items()}, of_step(0)[1]) < 1e-5
+    assert after == [2]
+    assert error(watch.gradients[0], of_step(0)[1]) < 1e-5
+    [line] = lines_of(trainer)
+    assert line["loss"] == pytest.approx(of_step(0)[0], rel=1e-5)
 
 
 def test_k32_a_projector_without_a_rate_has_that_of_lora(tmp_path: Path) -> None:
