@@ -210,3 +210,15 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
         if yes := counts.yes:
             figures = [f"{name} {'-' if value is None else f'{100 * value:.1f} %'}" for name, value in yes.items()]
             console.print(f"yes: {', '.join(figures).replace('f1', 'F1')}")
+        _show_yes_bias(outcome, console)
+
+
+def _show_yes_bias(outcome: Outcome, console: Console) -> None:
+    """Print how much more often than it is right each model answers yes."""
+    shown = []
+    for name, matrix in outcome.confusions().items():
+        if (bias := matrix.yes_bias) is not None:
+            interval = f"{100 * bias.low:+.1f} to {100 * bias.high:+.1f}"
+            shown.append(f"{name} {100 * bias.mean:+.1f} points ({interval})")
+    if shown:
+        console.print(f"yes more often than in the references: {', '.join(shown)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_llava.data.questions import Question, shared_labels
 from lora_llava.evaluation.report import MAJORITY
-from lora_llava.evaluation.scoring.confusion import confusion
+from lora_llava.evaluation.scoring.confusion import Confusion, confusion
 from lora_llava.evaluation.scoring.exact_match import holds_answer
 from lora_llava.evaluation.scoring.metrics import (
     ALL,
@@ -84,6 +84,17 @@ class Outcome:
         """Names of what the tuned model is compared with."""
         return [name for name in (BASE, START, MAJORITY, BLIND) if name == MAJORITY or name in self.answers]
 
+    def confusions(self) -> dict[str, Confusion]:
+        """Return the answers by reference of each model that was asked with images, where there is a table."""
+        tables = {}
+        for name in (BASE, START, TUNED):
+            if name in self.answers:
+                answers = self.answers[name]
+                references = [self.questions[index].answer for index in answers.indices]
+                if (table := confusion(references, list(answers.texts))) is not None:
+                    tables[name] = table
+        return tables
+
     def share_holding(self, name: str) -> float:
         """Return the fraction of a model's answers that contain a reference."""
         answers = self.answers[name]
@@ -119,16 +130,10 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
     result["cut"] = {name: len(answers.cut) for name, answers in outcome.answers.items()}
     if by:
         result["by"] = {key: _by_value(outcome, key) for key in by}
-    matrices = {name: confusion(*_pairs(outcome, name)) for name in (BASE, START, TUNED) if name in outcome.answers}
-    if matrices[TUNED]:
-        result["confusion"] = {name: matrix.as_json() for name, matrix in matrices.items() if matrix}
+    matrices = outcome.confusions()
+    if TUNED in matrices:
+        result["confusion"] = {name: matrix.as_json() for name, matrix in matrices.items()}
     return result
-
-
-def _pairs(outcome: Outcome, name: str) -> tuple[list[str], list[str]]:
-    """Return the references and the answers of the questions that a model was asked."""
-    answers = outcome.answers[name]
-    return [outcome.questions[index].answer for index in answers.indices], list(answers.texts)
 
 
 def accuracies_by(outcome: Outcome, key: str) -> dict[str, dict[str, Accuracy]]:

@@ -1,4 +1,4 @@
-"""Confusion tables for small sets of answers; precision, recall and F1 of yes."""
+"""Confusion tables for small sets of answers; precision, recall, F1 and bias of yes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
+from lora_llava.evaluation.scoring.metrics import Difference, difference
 
 _MAX_LABELS = 10
 _YES, _NO = ("yes",), ("no",)
@@ -35,10 +36,32 @@ class Confusion:
             "f1": round(2 * hits / both, 5) if both else None,
         }
 
+    @property
+    def yes_bias(self) -> Difference | None:
+        """Share of yes among the answers to yes/no questions minus that among their references; None without any."""
+        if not {"yes", "no"} <= set(self.labels):
+            return None
+        column = self.labels.index("yes")
+        said: list[float] = []
+        asked: list[float] = []
+        for label in ("yes", "no"):
+            row = self.counts[self.labels.index(label)]
+            said += [1.0] * row[column] + [0.0] * (sum(row) - row[column])
+            asked += [float(label == "yes")] * sum(row)
+        return difference(said, asked) if said else None
+
     def as_json(self) -> dict[str, Any]:
-        """Return the table as in `accuracy.json`."""
+        """Return the table as in `accuracy.json`; the bias in percentage points."""
         table = {"answers": [*self.labels, "other"], "references": self.labels, "counts": self.counts}
-        return {**table, **({"yes": self.yes} if self.yes else {})}
+        if self.yes is None:
+            return table
+        bias = self.yes_bias
+        points = bias and {"points": 100 * bias.mean, "low": 100 * bias.low, "high": 100 * bias.high}
+        return {
+            **table,
+            "yes": self.yes,
+            "yes_bias": points and {name: round(value, 2) for name, value in points.items()},
+        }
 
 
 def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusion | None:

@@ -16,7 +16,7 @@ from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.evaluation.scoring.confusion import confusion
-from lora_llava.evaluation.scoring.metrics import Metric
+from lora_llava.evaluation.scoring.metrics import Metric, difference
 from lora_llava.system.progress import Bar
 
 
@@ -172,6 +172,23 @@ def test_k64_yes_and_no_have_a_confusion_matrix() -> None:
     assert always is not None
     assert always.yes == {"precision": None, "recall": 0.0, "f1": 0.0}
     assert confusion(["a b c", "d e f"], ["a", "b"]) is None
+
+
+def test_the_bias_towards_yes_is_that_of_the_counts() -> None:
+    truth = ["yes"] * 40 + ["no"] * 60
+    made = confusion(truth, ["yes"] * 39 + ["It is."] + ["yes"] * 12 + ["no"] * 48)
+    assert made is not None
+    assert made.yes_bias == difference([1.0] * 39 + [0.0] + [1.0] * 12 + [0.0] * 48, [1.0] * 40 + [0.0] * 60)
+    assert made.as_json()["yes_bias"]["points"] == 11.0
+    assert 0 < made.as_json()["yes_bias"]["low"] < 11 < made.as_json()["yes_bias"]["high"]
+    fair = confusion(truth, truth)
+    assert fair is not None
+    assert fair.yes_bias is not None
+    assert fair.yes_bias.mean == 0
+    colors = confusion(["red", "blue"] * 4, ["red"] * 8)
+    assert colors is not None
+    assert colors.yes_bias is None
+    assert "yes_bias" not in colors.as_json()
 
 
 def test_k64_small_sets_of_labels_have_one_and_large_ones_that_of_yes_and_no() -> None:
