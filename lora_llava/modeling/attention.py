@@ -33,6 +33,7 @@ _NO_TREE = -1
 """Tree number of padding tokens; no other token sees them."""
 _BLOCK_LISTS = ("kv", "full_kv", "q", "full_q")
 """Lists of blocks that a `BlockMask` holds: a tensor `NAME_num_blocks` and a tensor `NAME_indices` of each."""
+_LISTS = [name for kind in _BLOCK_LISTS for name in (f"{kind}_num_blocks", f"{kind}_indices")]
 _ON_HOST = "tree_spans"
 """The tensor of a batch that Python reads: on the device, reading it would wait for all that was launched."""
 _FLEX_NAME = "flex_by_blocks"
@@ -63,16 +64,33 @@ def block_mask(segments: torch.Tensor, lists: Mapping[str, torch.Tensor] | None 
     """
     lists = lists or to_device(_block_lists(segments.cpu()), segments.device)
     # No views: torch.compile would look at what they are views of, and compile again for its size.
-    sees, length = _sees([row.clone() for row in segments]), segments.shape[1]
-    tensors: dict[str, Any] = {
-        name: lists[name] for kind in _BLOCK_LISTS for name in (f"{kind}_num_blocks", f"{kind}_indices")
-    }
-    return BlockMask(
+    rows = [row.clone() for row in segments]
+    sees, length = _sees(rows), segments.shape[1]
+    tensors: dict[str, Any] = {name: lists[name] for name in _LISTS}
+    mask = BlockMask(
         seq_lengths=(length, length),
         BLOCK_SIZE=(_BLOCK, _BLOCK),
         mask_mod=lambda _batch, _head, query, key: sees(query, key),
         **tensors,
     )
+    # For `block_mask_tensors`: the function above hides them.
+    mask.segments = rows  # type: ignore[attr-defined]
+    return mask
+
+
+def has_buffers(mask: Any) -> bool:
+    """Tell whether a mask is one of `block_mask`, which `block_mask_tensors` takes."""
+    return hasattr(mask, "segments")
+
+
+def block_mask_tensors(mask: Any) -> list[torch.Tensor]:
+    """Return the tensors that make a mask of `block_mask` that of its row, in the same order for every mask."""
+    return [*(getattr(mask, name) for name in _LISTS), *mask.segments]
+
+
+def clone_mask(mask: Any) -> BlockMask:
+    """Return a mask of `block_mask` with tensors of its own."""
+    return block_mask(torch.stack(mask.segments), {name: getattr(mask, name).clone() for name in _LISTS})
 
 
 def _block_lists(segments: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -108,16 +126,23 @@ def _block_lists(segments: torch.Tensor) -> dict[str, torch.Tensor]:
     return lists
 
 
-def with_block_lists(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add to a row what its block mask is made from: the work of a data loader's worker, not of the training loop."""
+def with_block_lists(batch: Mapping[str, torch.Tensor], lengths: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+    """Add to a row what its block mask is made from: the work of a data loader's worker, not of the training loop.
+
+    The row will be padded to the first of `lengths`, ascending, that holds it; if none does, as little as possible.
+    """
     segments = batch["segments"]
-    return {**batch, **_block_lists(F.pad(segments, _padding(segments.shape[1]), value=_NO_TREE))}
+    return {**batch, **_block_lists(F.pad(segments, _padding(segments.shape[1], lengths), value=_NO_TREE))}
 
 
-def _padding(length: int) -> tuple[int, int]:
+def padded_length(length: int) -> int:
+    """Return the tokens that FlexAttention pads a row of `length` tokens to."""
+    return max(_MIN_BLOCKS, -(-length // _BLOCK)) * _BLOCK
+
+
+def _padding(length: int, lengths: Sequence[int] = ()) -> tuple[int, int]:
     """Return the padding tokens of a row of `length` tokens for FlexAttention, left and right."""
-    num_blocks = max(_MIN_BLOCKS, -(-length // _BLOCK))
-    return 0, num_blocks * _BLOCK - length
+    return 0, next((one for one in lengths if one >= length), padded_length(length)) - length
 
 
 def _sees(segments: Iterable[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -152,14 +177,15 @@ def masked_inputs(batch: Mapping[str, torch.Tensor], attention: Attention, dtype
             "last_queries": Queries(targets, additive_mask(segments, dtype, targets)),
         }
     if attention == FLEX:
-        padding = _padding(segments.shape[1])
+        lists = batch if "kv_indices" in batch else None
+        padding = _padding(segments.shape[1], [] if lists is None else [lists["kv_indices"].shape[-1] * _BLOCK])
         # Padding with id 0 adds no image: the image token's id is the last of the vocabulary.
         ids, positions = F.pad(ids, padding), F.pad(positions, padding)
         padded = F.pad(segments, padding, value=_NO_TREE)
         return {
             "input_ids": ids,
             "position_ids": positions,
-            "attention_mask": block_mask(padded, batch if "kv_indices" in batch else None),
+            "attention_mask": block_mask(padded, lists),
         }
     return {"input_ids": ids, "position_ids": positions, "attention_mask": additive_mask(segments, dtype)}
 

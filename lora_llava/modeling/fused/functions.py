@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from lora_llava.modeling.fused.elementwise import Elementwise
-from lora_llava.modeling.fused.projection import FactorCopies, Projection
+from lora_llava.modeling.fused.projection import Drawn, FactorCopies, Projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,76 +53,123 @@ class LayerParts:
         return cls(qkv, out, gate_up, down, *norms, attention.head_dim, adapted, elementwise)
 
 
+class Kept(NamedTuple):
+    """What the backward pass of a half needs."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    drawn: tuple[Drawn | None, ...]
+    """The states of the random numbers before each dropout."""
+
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def qkv_forward(parts: LayerParts, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[Heads, Kept]:
+    """Return rotated queries and keys, and values, each (T, heads, head_dim), from the layer's input x (T, D).
+
+    `cos`, `sin`: (T, 1, head_dim).
+    """
+    norm, elementwise = parts.input_norm, parts.elementwise
+    normalized, scale = elementwise.norm(x, norm.weight, norm.variance_epsilon)
+    outputs, inner, drawn = parts.qkv.forward(normalized)
+    del normalized
+    queries, keys, values = (output.view(len(x), -1, parts.head_dim) for output in outputs)
+    rotated = elementwise.rotate(queries, keys, cos, sin)
+    return (*rotated, values), Kept((x, scale, inner, cos, sin), (drawn,))
+
+
+def qkv_backward(parts: LayerParts, kept: Kept, d_heads: Heads) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the gradients of x and of LoRA's factors."""
+    norm, elementwise = parts.input_norm, parts.elementwise
+    x, scale, inner, cos, sin = kept.tensors
+    assert x is not None and scale is not None and cos is not None and sin is not None
+    d_queries, d_keys, d_values = d_heads
+    gradients = (*elementwise.rotate_backward(d_queries, d_keys, cos, sin), d_values)
+    normalized = None if inner is None else elementwise.normalized(x, norm.weight, scale)
+    flat = [one.reshape(len(x), -1) for one in gradients]
+    d_normalized, d_factors = parts.qkv.backward(flat, normalized, inner, kept.drawn[0])
+    return elementwise.norm_backward(d_normalized, x, norm.weight, scale), d_factors
+
+
+def output_forward(parts: LayerParts, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    """Return the layer's output (T, D) from its input x (T, D) and attention's output (T, heads * head_dim)."""
+    norm, elementwise = parts.mlp_norm, parts.elementwise
+    [residual], inner_out, drawn_out = parts.out.forward(attended, x)
+    normalized, scale = elementwise.norm(residual, norm.weight, norm.variance_epsilon)
+    [gate, up], inner_gate_up, drawn_gate_up = parts.gate_up.forward(normalized)
+    del normalized
+    [output], inner_down, drawn_down = parts.down.forward(elementwise.swiglu(gate, up), residual)
+    # Attention saves its output as well; without LoRA on `o` it is not needed here.
+    attended_for_factors = None if inner_out is None else attended
+    tensors = (attended_for_factors, residual, scale, gate, up, inner_out, inner_gate_up, inner_down)
+    return output, Kept(tensors, (drawn_out, drawn_gate_up, drawn_down))
+
+
+def output_backward(
+    parts: LayerParts, kept: Kept, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return the gradients of x, of attention's output, and of LoRA's factors."""
+    norm, elementwise = parts.mlp_norm, parts.elementwise
+    attended, residual, scale, gate, up, inner_out, inner_gate_up, inner_down = kept.tensors
+    assert residual is not None and scale is not None and gate is not None and up is not None
+    drawn_out, drawn_gate_up, drawn_down = kept.drawn
+
+    # MLP, from its end.
+    mlp_input, activated = (None, None) if inner_down is None else elementwise.swiglu_again(gate, up)
+    d_mlp_input, d_down = parts.down.backward([dy], mlp_input, inner_down, drawn_down)
+    del mlp_input
+    d_gate_up = elementwise.swiglu_backward(d_mlp_input, gate, up, activated)
+    normalized = None if inner_gate_up is None else elementwise.normalized(residual, norm.weight, scale)
+    d_normalized, d_gate_up_factors = parts.gate_up.backward(d_gate_up, normalized, inner_gate_up, drawn_gate_up)
+
+    # Residual: past the MLP and through it.
+    d_residual = elementwise.norm_backward(d_normalized, residual, norm.weight, scale, dy)
+    d_attended, d_out = parts.out.backward([d_residual], attended, inner_out, drawn_out)
+    return d_residual, d_attended, [*d_out, *d_gate_up_factors, *d_down]
+
+
 class _QueriesKeysValues(torch.autograd.Function):
-    """Compute rotated queries and keys, and values, each (T, heads, head_dim), from the layer's input x (T, D)."""
+    """`qkv_forward` and its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, parts: LayerParts, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_factors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`cos`, `sin`: (T, 1, head_dim); `_factors` are named so that autograd gives them gradients."""
-        norm, elementwise = parts.input_norm, parts.elementwise
-        normalized, scale = elementwise.norm(x, norm.weight, norm.variance_epsilon)
-        outputs, inner, drawn = parts.qkv.forward(normalized)
-        del normalized
-        queries, keys, values = (output.view(len(x), -1, parts.head_dim) for output in outputs)
-        ctx.parts, ctx.drawn = parts, drawn
-        ctx.save_for_backward(x, scale, inner, cos, sin)
-        return *elementwise.rotate(queries, keys, cos, sin), values
+    ) -> Heads:
+        """`_factors` are named so that autograd gives them gradients."""
+        heads, kept = qkv_forward(parts, x, cos, sin)
+        ctx.parts, ctx.drawn = parts, kept.drawn
+        ctx.save_for_backward(*kept.tensors)
+        return heads
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_queries: torch.Tensor, d_keys: torch.Tensor, d_values: torch.Tensor) -> Any:
+    def backward(ctx: Any, *d_heads: torch.Tensor) -> Any:
         """Return the gradients of x and of LoRA's factors."""
-        parts, norm, elementwise = ctx.parts, ctx.parts.input_norm, ctx.parts.elementwise
-        x, scale, inner, cos, sin = ctx.saved_tensors
-        gradients = (*elementwise.rotate_backward(d_queries, d_keys, cos, sin), d_values)
-        normalized = None if inner is None else elementwise.normalized(x, norm.weight, scale)
-        flat = [one.reshape(len(x), -1) for one in gradients]
-        d_normalized, d_factors = parts.qkv.backward(flat, normalized, inner, ctx.drawn)
-        return None, elementwise.norm_backward(d_normalized, x, norm.weight, scale), None, None, *d_factors
+        d_queries, d_keys, d_values = d_heads
+        kept = Kept(ctx.saved_tensors, ctx.drawn)
+        dx, d_factors = qkv_backward(ctx.parts, kept, (d_queries, d_keys, d_values))
+        return None, dx, None, None, *d_factors
 
 
 class _OutputAndMLP(torch.autograd.Function):
-    """Compute the layer's output (T, D) from its input x (T, D) and attention's output (T, heads * head_dim)."""
+    """`output_forward` and its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, parts: LayerParts, x: torch.Tensor, attended: torch.Tensor, *_factors: torch.Tensor
     ) -> torch.Tensor:
         """`_factors` are named so that autograd gives them gradients."""
-        norm, elementwise = parts.mlp_norm, parts.elementwise
-        [residual], inner_out, drawn_out = parts.out.forward(attended, x)
-        normalized, scale = elementwise.norm(residual, norm.weight, norm.variance_epsilon)
-        [gate, up], inner_gate_up, drawn_gate_up = parts.gate_up.forward(normalized)
-        del normalized
-        [output], inner_down, drawn_down = parts.down.forward(elementwise.swiglu(gate, up), residual)
-        ctx.parts, ctx.drawn = parts, (drawn_out, drawn_gate_up, drawn_down)
-        # Attention saves its output as well; without LoRA on `o` it is not needed here.
-        attended_for_factors = None if inner_out is None else attended
-        ctx.save_for_backward(attended_for_factors, residual, scale, gate, up, inner_out, inner_gate_up, inner_down)
+        output, kept = output_forward(parts, x, attended)
+        ctx.parts, ctx.drawn = parts, kept.drawn
+        ctx.save_for_backward(*kept.tensors)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         """Return the gradients of x, of attention's output, and of LoRA's factors."""
-        parts, norm, elementwise = ctx.parts, ctx.parts.mlp_norm, ctx.parts.elementwise
-        attended, residual, scale, gate, up, inner_out, inner_gate_up, inner_down = ctx.saved_tensors
-        drawn_out, drawn_gate_up, drawn_down = ctx.drawn
-
-        # MLP, from its end.
-        mlp_input, activated = (None, None) if inner_down is None else elementwise.swiglu_again(gate, up)
-        d_mlp_input, d_down = parts.down.backward([dy], mlp_input, inner_down, drawn_down)
-        del mlp_input
-        d_gate_up = elementwise.swiglu_backward(d_mlp_input, gate, up, activated)
-        normalized = None if inner_gate_up is None else elementwise.normalized(residual, norm.weight, scale)
-        d_normalized, d_gate_up_factors = parts.gate_up.backward(d_gate_up, normalized, inner_gate_up, drawn_gate_up)
-
-        # Residual: past the MLP and through it.
-        d_residual = elementwise.norm_backward(d_normalized, residual, norm.weight, scale, dy)
-        d_attended, d_out = parts.out.backward([d_residual], attended, inner_out, drawn_out)
-        return None, d_residual, d_attended, *d_out, *d_gate_up_factors, *d_down
+        d_residual, d_attended, d_factors = output_backward(ctx.parts, Kept(ctx.saved_tensors, ctx.drawn), dy)
+        return None, d_residual, d_attended, *d_factors
 
 
 compute_qkv: Callable[..., Any] = _QueriesKeysValues.apply

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, LlamaDecoderLayer
 
-from lora_llava.modeling.attention import PACKED_ATTENTIONS
+from lora_llava.modeling.attention import PACKED_ATTENTIONS, attention_of, has_buffers
 from lora_llava.modeling.fused.compiled import CompiledElementwise
 from lora_llava.modeling.fused.elementwise import Elementwise
 from lora_llava.modeling.fused.functions import LayerParts, compute_output, compute_qkv
 from lora_llava.modeling.fused.projection import FactorCopies
 from lora_llava.modeling.fused.support import why_not_fused
+from lora_llava.modeling.fused.trunk import Capture, Trunk
 from lora_llava.modeling.packed import llava_in
-from lora_llava.modeling.structure import LANGUAGE_MODEL
+from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL
 
 
 class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has no types
@@ -28,6 +29,41 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
     parts: LayerParts
     copies: FactorCopies
     is_first: bool
+    trunk: Trunk | None = None
+    """The graphs of all fused layers, if there are any."""
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        """Run the layer, checkpointed if it is set to; of a row with graphs, the first layer runs all of them."""
+        if self.trunk is not None and self._is_packed(hidden_states, self.self_attn.config._attn_implementation):
+            if self.is_first:
+                self._start(self.trunk, hidden_states, options)
+            if self.trunk.output is not None:
+                return self.trunk.output.unsqueeze(0)
+        return super().__call__(hidden_states, *args, **options)
+
+    def _start(self, trunk: Trunk, hidden_states: torch.Tensor, options: dict[str, Any]) -> None:
+        """Run all layers through the graphs of a row (1, T, D), if it has some."""
+        mask, tables = options.get("attention_mask"), options.get("position_embeddings")
+        trunk.output = None
+        if tables is not None and options.get("past_key_values") is None and has_buffers(mask):
+            device = hidden_states.device.type
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+                trunk.run(hidden_states[0], *_rotary(tables), mask)
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **options: Any
+    ) -> torch.Tensor:
+        """Return attention's output (1, T, heads, head_dim), given its inputs (1, heads, T, head_dim)."""
+        attention = self.self_attn
+        function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        options = {"dropout": 0.0, "scaling": attention.scaling, **options}
+        attended: torch.Tensor = function(attention, queries, keys, values, mask, **options)[0]
+        return attended
+
+    def factors(self) -> list[torch.Tensor]:
+        """Return LoRA's trained factors, in the order of their gradients in both halves."""
+        parts = self.parts
+        return [factor for part in (parts.qkv, parts.out, parts.gate_up, parts.down) for factor in part.factors()]
 
     def forward(
         self,
@@ -45,8 +81,7 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
             # Every dtype is right already: autocast would only look at each operator.
             device = hidden_states.device.type
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                attend = ALL_ATTENTION_FUNCTIONS[attention]
-                return self._packed(hidden_states[0], position_embeddings, attend, attention_mask, kwargs)
+                return self._packed(hidden_states[0], position_embeddings, attention_mask, kwargs)
         plain: torch.Tensor = super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -71,26 +106,28 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         self,
         x: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attend: Callable[..., tuple[torch.Tensor, Any]],
         attention_mask: Any,
         options: dict[str, Any],
     ) -> torch.Tensor:
         """Return the hidden states (1, T, D) of a row, given its input x (T, D)."""
-        parts, attention = self.parts, self.self_attn
+        parts = self.parts
         if self.is_first:
             self.copies.refresh()
-        cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
-        heads = compute_qkv(parts, x, cos, sin, *parts.qkv.factors())
+        heads = compute_qkv(parts, x, *_rotary(position_embeddings), *parts.qkv.factors())
 
         # Attention as in transformers: (1, heads, T, head_dim) to (1, T, heads, head_dim).
         queries, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in heads)
-        attended, _ = attend(
-            attention, queries, keys, values, attention_mask, dropout=0.0, scaling=attention.scaling, **options
-        )
+        attended = self.attend(queries, keys, values, attention_mask, **options)
 
         factors = [*parts.out.factors(), *parts.gate_up.factors(), *parts.down.factors()]
         output: torch.Tensor = compute_output(parts, x, attended.reshape(len(x), -1), *factors)
         return output.unsqueeze(0)
+
+
+def _rotary(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin (T, 1, head_dim) of transformers' (1, T, head_dim)."""
+    cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
+    return cos, sin
 
 
 def fuse_layers(model: Any) -> str | None:
@@ -113,6 +150,39 @@ def fuse_layers(model: Any) -> str | None:
     if isinstance(elementwise, CompiledElementwise):
         elementwise.try_on(norm, layers[0].self_attn.config)
     return None
+
+
+def install_trunk(model: Any, lengths: Sequence[int], capture: Capture) -> Trunk | str:
+    """Have rows padded to one of `lengths` tokens run through graphs; return why not, for the log, if they cannot.
+
+    Call it when layers are fused and set to be checkpointed or not.
+    """
+    *layers, _last = llava_in(model).get_submodule(LANGUAGE_MODEL).layers
+    if not layers or not isinstance(layers[0], FusedLayer):
+        return "the layers are not fused"
+    if attention_of(llava_in(model)) != FLEX:
+        return "the attention is not flex_attention, whose mask has one shape for all rows of a length"
+    projections = [part for layer in layers for part in (layer.parts.qkv, layer.parts.out, layer.parts.gate_up)]
+    projections += [layer.parts.down for layer in layers]
+    if any(projection.has_dropout for projection in projections):
+        return "lora_dropout draws random numbers, which a graph would repeat"
+    trunk = Trunk(layers, lengths, capture)
+    for layer in layers:
+        layer.trunk = trunk
+    return trunk
+
+
+def remove_trunk(model: Any) -> None:
+    """Have all rows run layer by layer."""
+    for layer in llava_in(model).get_submodule(LANGUAGE_MODEL).layers:
+        if isinstance(layer, FusedLayer):
+            layer.trunk = None
+
+
+def graph_lengths(model: Any) -> list[int]:
+    """Return the tokens that rows are padded to for graphs, ascending; none without graphs."""
+    first = llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0]
+    return first.trunk.lengths if isinstance(first, FusedLayer) and first.trunk is not None else []
 
 
 def why_not_compiled(model: Any) -> str | None:

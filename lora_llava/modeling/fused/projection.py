@@ -192,6 +192,11 @@ class Projection:
             d_as.append(torch.mm(column.t(), x * mask).float())
         return d_as
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a layer's LoRA has dropout in training."""
+        return any(lora.keep < 1 for lora in self.loras if lora is not None)
+
     def _drops(self) -> bool:
         """Return whether dropout is at work: a model in training mode, and a rate above 0."""
         return any(lora.keep < 1 and lora.dropout.training for lora in self.loras if lora is not None)
