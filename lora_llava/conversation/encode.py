@@ -48,14 +48,27 @@ class ImageTokens:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A conversation as ids; `labels` is as long as `input_ids`, with IGNORE_INDEX at unsupervised tokens."""
+    """A conversation as ids; `labels` is as long as `input_ids`, with IGNORE_INDEX at unsupervised tokens.
+
+    Of a preference pair, it is the conversation with the chosen answer, and `rejected` the one with the other.
+    """
 
     input_ids: list[int]
     labels: list[int]
     prefix_length: int
-    """Tokens up to the end of an image in the first turn, which all conversations about it share; 0 without one."""
+    """Tokens up to the end of an image in the first turn, which all conversations about it share; 0 without one. Of a
+    pair: all that both conversations start with, which may include the beginning of their answers."""
     is_cut: bool = False
     """Whether text beyond the maximum length was cut off."""
+    rejected: Encoded | None = None
+    """The other conversation of a pair, with the same `prefix_length`."""
+    reference: tuple[float, float] | None = None
+    """Log-probabilities of the chosen and the rejected answer of a pair, by the model that its stage starts from."""
+
+    @property
+    def branches(self) -> tuple[Encoded, ...]:
+        """The conversations that share the prefix: this one, and of a pair also the rejected one."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def num_supervised(self) -> int:

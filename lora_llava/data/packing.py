@@ -46,6 +46,8 @@ class PlanItem:
     """Leading tokens that every conversation of the same group shares; 0 if it shares none."""
     group: int
     """Number of the image; conversations of different groups never share a prefix."""
+    shared: int = 0
+    """Of a pair, which is one item and never cut apart: the tokens of both its conversations that `length` has once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def make_plan(items: Sequence[PlanItem], settings: RowSettings, *, batch_size: i
         rows_per_step=len(steps[0]),
         num_conversations=len(used),
         num_computed_tokens=sum(tree_length(tree, items) for step in steps for row in step for tree in row),
-        num_separate_tokens=sum(items[index].length for index in used),
+        num_separate_tokens=sum(items[index].length + items[index].shared for index in used),
     )
 
 
@@ -137,7 +139,8 @@ def sample_steps(
         lengths = [[sum(tree_length(tree, items) for tree in row) for row in step] for step in steps]
         return np.array(lengths, dtype=np.int64)
 
-    separate = sum(items[index].length for batch in batches for tree in batch for index in tree)
+    used = [index for batch in batches for tree in batch for index in tree]
+    separate = sum(items[index].length + items[index].shared for index in used)
     return SampledSteps(row_lengths, separate, settings.ranks)
 
 

@@ -30,10 +30,13 @@ Layout = dict[str, npt.NDArray[np.int64]]
 - `tree_spans` (trees, 3): where each tree starts, where its first branch ends, where the tree ends;
 - `target_positions` (S,): positions whose logits predict `shift_labels`;
 - `unique_target_positions`: the same positions, sorted, each once: the branches of a tree share some;
-- `shift_labels` (S,): the token ids to predict.
+- `shift_labels` (S,): the token ids to predict;
+- `answers` (S,), in a row of preference pairs: the number of the answer that each target belongs to, 2 p for the chosen
+  one of pair p and 2 p + 1 for the rejected one. A pair is a tree of two branches, and P is the number of pairs.
 """
 Batch = dict[str, "torch.Tensor"]
-"""The tensors of one forward pass: those of `lay_out`, and `pixel_values` (I, 3, H, W) if the row has images."""
+"""The tensors of one forward pass: those of `lay_out`, `pixel_values` (I, 3, H, W) if the row has images, and for pairs
+`reference` (P, 2), once it is known: log-probabilities of the chosen and the rejected answer by the starting model."""
 ReadImage = Callable[[Record], "torch.Tensor"]
 """Turns the image of a record into the model's input: an `ImageTransform`, or a cache of features."""
 
@@ -52,7 +55,7 @@ def lay_out(trees: Sequence[Sequence[Encoded]]) -> Layout:
     spans: list[tuple[int, int, int]] = []
     target_positions: list[int] = []
     shift_labels: list[int] = []
-    for tree_number, tree in enumerate(trees):
+    for tree_number, tree in enumerate(map(_branches, trees)):
         # The prefix, once for all branches.
         prefix_length = tree[0].prefix_length
         prefix = tree[0].input_ids[:prefix_length]
@@ -85,7 +88,20 @@ def lay_out(trees: Sequence[Sequence[Encoded]]) -> Layout:
         "target_positions": _int64(target_positions),
         "unique_target_positions": np.unique(_int64(target_positions)),
         "shift_labels": _int64(shift_labels),
+        **_answers(trees),
     }
+
+
+def _branches(tree: Sequence[Encoded]) -> list[Encoded]:
+    """List the conversations of a tree; a pair has two."""
+    return [branch for encoded in tree for branch in encoded.branches]
+
+
+def _answers(trees: Sequence[Sequence[Encoded]]) -> Layout:
+    """Number the answer of each target in a row of pairs; {} for other rows."""
+    answers = (answer for tree in trees for pair in tree if pair.rejected is not None for answer in pair.branches)
+    numbers = [number for number, answer in enumerate(answers) for _ in range(answer.num_supervised)]
+    return {"answers": _int64(numbers)} if numbers else {}
 
 
 def _int64(values: Sequence[object]) -> npt.NDArray[np.int64]:
@@ -94,7 +110,11 @@ def _int64(values: Sequence[object]) -> npt.NDArray[np.int64]:
 
 def _predictions(encoded: Encoded) -> Iterator[tuple[int, int]]:
     """Yield, for each supervised token of a conversation, the position that predicts it and its id."""
-    for index in range(max(encoded.prefix_length, 1), len(encoded.input_ids)):
+    start = encoded.prefix_length
+    # The prefix of a pair may end with supervised tokens: the beginning of both answers, which counts for each.
+    if start and encoded.labels[start - 1] != IGNORE_INDEX:
+        start = 1
+    for index in range(max(start, 1), len(encoded.input_ids)):
         if encoded.labels[index] != IGNORE_INDEX:
             yield index - 1, encoded.labels[index]
 
@@ -137,11 +157,14 @@ class PackedRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        """Build a row: the tensors of `lay_out`, and `pixel_values` (I, 3, H, W) if I > 0. An empty row has T = 0."""
+        """Build a row; see `Batch`. An empty row has T = 0."""
         import torch
 
         row = self.rows[index]
-        batch = build_row([[self.encoded[index] for index in tree] for tree in row])
+        trees = [[self.encoded[index] for index in tree] for tree in row]
+        batch = build_row(trees)
+        if references := [one.reference for tree in trees for one in tree if one.reference is not None]:
+            batch["reference"] = torch.tensor(references, dtype=torch.float32)
         # One image for each tree: its conversations share it.
         first_records = [self.records[tree[0]] for tree in row]
         if images := [self.read_image(record) for record in first_records if record.image is not None]:

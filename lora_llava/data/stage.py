@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, overload
 
-from lora_llava.conversation.encode import Encoded, ImageTokens, Turn, encode
+from lora_llava.conversation.encode import Encoded, ImageTokens
 from lora_llava.conversation.templates import Template, Tokenizer, get_template
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.load import load_split
@@ -28,15 +28,13 @@ from lora_llava.data.packing import (
     sample_steps,
     tree_length,
 )
+from lora_llava.data.pairs import encode_record
 from lora_llava.data.record import Record
 from lora_llava.recipe.schedule import StageLength, eval_interval, stage_length, steps_line, validation_line
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.progress import counting
 from lora_llava.system.ranks import world_size
 from lora_llava.system.text import counted
-
-_Encode = Callable[..., Encoded]
-"""`conversation.encode` with everything bound except the turns and their source."""
 
 
 class Size(NamedTuple):
@@ -46,11 +44,21 @@ class Size(NamedTuple):
     prefix_length: int
     num_supervised: int
     is_cut: bool
+    shared: int = 0
+    """Tokens that both conversations of a pair have, and `length` counts once."""
 
 
 def size_of(encoded: Encoded) -> Size:
-    """Count the tokens of a conversation."""
-    return Size(len(encoded.input_ids), encoded.prefix_length, encoded.num_supervised, encoded.is_cut)
+    """Count the tokens of a conversation, or of a pair with its prefix once.
+
+    A pair shares no prefix with other pairs: its own reaches into its text.
+    """
+    length = len(encoded.input_ids)
+    if encoded.rejected is None:
+        return Size(length, encoded.prefix_length, encoded.num_supervised, encoded.is_cut)
+    shared = encoded.prefix_length
+    length += len(encoded.rejected.input_ids) - shared
+    return Size(length, 0, encoded.num_supervised + encoded.rejected.num_supervised, encoded.is_cut, shared)
 
 
 class EncodedRecords(Sequence[Encoded]):
@@ -68,12 +76,18 @@ class EncodedRecords(Sequence[Encoded]):
         image_tokens: ImageTokens,
         *,
         max_length: int,
+        pairs: bool = False,
         sizes: Iterable[Size] | None = None,
     ) -> None:
         self.records = records
-        self._encode: _Encode = partial(
-            encode, template=template, tokenizer=tokenizer, image_tokens=image_tokens, max_length=max_length
+        self.are_pairs = pairs
+        """Whether each record is a pair of a chosen and a rejected answer."""
+        settings: dict[str, Any] = {"template": template, "tokenizer": tokenizer, "image_tokens": image_tokens}
+        self._encode: Callable[[Record], Encoded] = partial(
+            encode_record, pairs=pairs, max_length=max_length, **settings
         )
+        self.reference: Sequence[tuple[float, float]] | None = None
+        """Of pairs, once it is known: what `Encoded.reference` of each is."""
         self.items: list[PlanItem] = []
         """Each conversation as the planner sees it; conversations about one image have the same group."""
         self.num_supervised = array("l")
@@ -85,7 +99,7 @@ class EncodedRecords(Sequence[Encoded]):
             # Trees share all tokens up to the end of the image, and a system prompt comes before it.
             key = None if record.image is None else (record.image.identity, record.system)
             group = -1 if key is None else group_of.setdefault(key, len(group_of))
-            self.items.append(PlanItem(size.length, size.prefix_length, group))
+            self.items.append(PlanItem(size.length, size.prefix_length, group, size.shared))
             self.num_supervised.append(size.num_supervised)
             self.num_cut += size.is_cut
 
@@ -104,15 +118,12 @@ class EncodedRecords(Sequence[Encoded]):
     def __getitem__(self, index: slice) -> list[Encoded]: ...
     def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
         if isinstance(index, slice):
-            return [self._encode_record(record) for record in self.records[index]]
-        return self._encode_record(self.records[index])
+            return [self[number] for number in range(*index.indices(len(self)))]
+        encoded = self._encode(self.records[index])
+        return encoded if self.reference is None else replace(encoded, reference=self.reference[index])
 
     def __iter__(self) -> Iterator[Encoded]:
-        return map(self._encode_record, self.records)
-
-    def _encode_record(self, record: Record) -> Encoded:
-        turns: Sequence[Turn] = record.turns
-        return self._encode(turns, where=record.where, system=record.system)
+        return map(self.__getitem__, range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +145,7 @@ class Longest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StageRecords:
-    """The conversations of one stage, read and encoded."""
+    """The conversations, or pairs, of one stage, read and encoded."""
 
     template: Template
     train: EncodedRecords
@@ -182,13 +193,14 @@ class StageData:
     def summary(self) -> str:
         """Describe in one line what the stage trains on, and what was truncated or skipped."""
         plan, cut = self.plan, self.encoded.num_cut
+        record = "pair" if self.encoded.are_pairs else "conversation"
         held_out = f" and {len(self.validation):,} for validation" if self.validation else ""
         parts = [
-            f"{counted(len(self.encoded), 'conversation')}{held_out}",
+            f"{counted(len(self.encoded), record)}{held_out}",
             steps_line(self.length.num_steps, self.length.num_warmup_steps),
             f"{counted(plan.rows_per_step, 'micro-batch', 'micro-batches')} a step",
             f"{plan.num_computed_tokens:,} tokens, {plan.share_saved:.0%} saved by packing",
-            f"{counted(cut, 'conversation')} cut short by max_length" if cut else "",
+            f"{counted(cut, record)} cut short by max_length" if cut else "",
             f"{counted(len(self.skipped), 'bad record')} skipped" if self.skipped else "",
             _repeated(self.encoded.records),
         ]
@@ -200,7 +212,7 @@ def _repeated(records: Sequence[Record]) -> str:
 
     Such records count twice in training, and they make the validation loss meaningless if one of them is held out.
     """
-    distinct = {(record.image.identity if record.image else None, record.turns) for record in records}
+    distinct = {(record.image and record.image.identity, record.turns, record.rejected) for record in records}
     count = len(records) - len(distinct)
     return f"{count:,} of {counted(len(records), 'record')} repeat another: same image, same text" if count else ""
 
@@ -238,13 +250,10 @@ def read_records(stage: StageSettings, tokenizer: Any, image_tokens: ImageTokens
         "tokenizer": tokenizer,
         "image_tokens": image_tokens,
         "max_length": stage.max_length,
+        "pairs": stage.trains_on_pairs,
     }
-
-    def check(record: Record) -> None:
-        encode(record.turns, where=record.where, system=record.system, **settings)
-
     skipped: list[BadRecord] = []
-    train, validation = load_split(stage.data, seed, skipped, check)
+    train, validation = load_split(stage.data, seed, skipped, partial(encode_record, **settings))
     return StageRecords(template, EncodedRecords(train, **settings), EncodedRecords(validation, **settings), skipped)
 
 

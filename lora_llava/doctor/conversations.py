@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded, encode
+from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.load import merge_turns
+from lora_llava.data.pairs import encode_record
 from lora_llava.data.record import Record
 from lora_llava.data.stage import EncodedRecords, Size, StageData, StageRecords, length_lines, plan_records, size_of
 from lora_llava.doctor.compare import Finding, finding_at
@@ -63,7 +64,8 @@ def _encode_side(
     """Encode the records of a side; then, if the stage merges turns, the merged conversations."""
     stage = recipe.stage(side.stage)
     encoder = partial(
-        encode,
+        encode_record,
+        pairs=stage.trains_on_pairs and side.role != "evaluation",
         template=get_template(stage.template, stage.system),
         tokenizer=conversations.tokenizer,
         image_tokens=image_tokens(config),
@@ -100,7 +102,7 @@ def _encode_side(
 
 def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataError | None]:
     try:
-        return size_of(encoder(record.turns, where=record.where, system=record.system)), None
+        return size_of(encoder(record)), None
     except DataError as error:
         return None, error
 
@@ -165,7 +167,7 @@ def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:
 
 def text_runs(record: Record, side: Side, conversations: Conversations) -> list[tuple[TokenKind, str]]:
     """Return a record as the model gets it, in runs of one kind of token, as text."""
-    encoded = conversations.encoders[side.name](record.turns, where=record.where, system=record.system)
+    encoded = conversations.encoders[side.name](record)
     return [
         (kind, f"{IMAGE_PLACEHOLDER} x {len(ids)}" if kind == "image" else _text(ids, conversations.tokenizer))
         for kind, ids in token_runs(encoded, conversations.image_token_id)

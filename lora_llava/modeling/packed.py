@@ -55,20 +55,47 @@ def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: t
     return _sum_of_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"]) / num_supervised
 
 
+def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Compute the log-probabilities (P, 2), in fp32, of the chosen and the rejected answer of each pair of a row.
+
+    That of an answer is the sum over its tokens; see `answers` of `data.rows.Layout`.
+    """
+    hidden_states = _packed_hidden_states(model, batch)
+    losses = torch.cat(_chunk_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"], "none"))
+    # In fp64, since CUDA adds in any order: its differences are too small for fp32 to show.
+    sums = torch.zeros(2 * len(batch["tree_spans"]), dtype=torch.float64, device=losses.device)
+    return sums.index_add(0, batch["answers"], -losses.double()).view(-1, 2).float()
+
+
+def answer_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Count the tokens (P, 2), in fp32, of the chosen and the rejected answer of each pair of a row."""
+    answers = batch["answers"]
+    # Not `bincount`, which waits for CUDA to know the size of its result.
+    counts = torch.zeros(2 * len(batch["tree_spans"]), device=answers.device)
+    return counts.index_add(0, answers, torch.ones_like(answers, dtype=counts.dtype)).view(-1, 2)
+
+
 def _sum_of_losses(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum cross-entropy in chunks of (HEAD_CHUNK, hidden size) against `labels` (S,).
+    """Sum cross-entropy against `labels` (S,); see `_chunk_losses`."""
+    losses = _chunk_losses(head, hidden_states, labels, "sum")
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _chunk_losses(
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, reduction: str
+) -> list[torch.Tensor]:
+    """Compute cross-entropy against `labels` (S,) in chunks of (HEAD_CHUNK, hidden size), each with `reduction`.
 
     With more than one chunk, the backward pass recomputes the logits instead of keeping (S, vocabulary).
     """
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(_head_logits(head, hidden).float(), targets, reduction="sum")
+        return F.cross_entropy(_head_logits(head, hidden).float(), targets, reduction=reduction)
 
     if len(labels) <= HEAD_CHUNK:
-        return chunk_loss(hidden_states, labels)
+        return [chunk_loss(hidden_states, labels)]
     chunks = zip(hidden_states.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
-    losses: list[torch.Tensor] = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(losses).sum()
+    return [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
 
 
 def _head_logits(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:

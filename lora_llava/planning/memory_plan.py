@@ -213,8 +213,9 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
         parameters = unquantized if keep_dequantized or not nf4 else quantized
         fixed = {optim: sum(part.total for part in expected_memory(optim, parameters)) for optim in optimizers}
         for tokens in _micro_batch_sizes(settings, shapes.longest, _MAX_TOKENS[machine.device]):
-            # All tokens of a row may be supervised.
-            activations = activation_bytes(shapes.config, layer, recompute, tokens, tokens)
+            # All tokens of a row may be supervised, those that the answers of a pair share for each of them.
+            supervised = 2 * tokens if settings.trains_on_pairs else tokens
+            activations = activation_bytes(shapes.config, layer, recompute, tokens, supervised)
             held = held_bytes(activations, recompute, machine.device)
             cost = relative_cost(shapes.steps, tokens, passes, machine.speed)
             for optim in optimizers:

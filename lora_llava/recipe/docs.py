@@ -23,7 +23,9 @@ A setting that has no effect in a recipe is an error; if it affects only speed o
 
 **On resume** says what a changed setting means for `--resume` (see [resume.md](resume.md)):
 """
-_STAGES = ("stages.align", "stages.instruct")
+_STAGES = ("stages.align", "stages.instruct", "stages.prefer")
+_SHARED = ("stages.align.data", "stages.prefer.data", "evaluation.data")
+"""Sections that are the same as `stages.instruct.data`."""
 
 
 def settings_page() -> str:
@@ -36,19 +38,22 @@ def settings_page() -> str:
 
 
 def _sections(section: type[Settings], key: str) -> Iterator[tuple[str, type[Settings]]]:
-    """Yield the sections; those of the data, which both stages and the evaluation share, once."""
+    """Yield the sections; those of the data, which all stages and the evaluation share, once."""
     yield key, section
     for name, field in section.model_fields.items():
         below = section_in(field.annotation)
         path = f"{key}.{name}" if key else name
-        if below is not None and not path.startswith(("stages.align.data", "evaluation.data")):
+        if below is not None and not path.startswith(_SHARED):
             yield from _sections(below, path)
 
 
 def _intro(key: str, section: type[Settings]) -> list[str]:
     lines = [(section.__doc__ or "").strip().split("\n\n")[0]]
     if key == "stages.instruct.data":
-        lines.append("The same for `stages.align.data` and, without `validation` and `merge_turns`, `evaluation.data`.")
+        same = (
+            "`stages.align.data`, `stages.prefer.data` and, without `validation` and `merge_turns`, `evaluation.data`"
+        )
+        lines.append(f"The same for {same}.")
     if key in _STAGES:
         lines.append("`data` is below.")
     return lines

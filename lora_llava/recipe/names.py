@@ -33,6 +33,9 @@ _SYNONYMS = {
     "stages.instruct.template": "chat_template conv_template conversation_template prompt_template prompt_format "
     "conv_mode conv_type conv_version chat_format",
     "stages.instruct.system": "system_prompt default_system system_message system_text",
+    "stages.prefer.beta": "dpo_beta pref_beta preference_beta",
+    "stages.prefer.loss": "loss_type dpo_loss pref_loss preference_loss",
+    "stages.prefer.sft_weight": "rpo_alpha pref_ftx sft_alpha sft_loss_weight",
     "stages.instruct.packing": "sample_packing pack group_by_length group_by_modality_length multipack",
     "stages.instruct.tokens_per_micro_batch": "micro_batch_tokens tokens_per_batch batch_tokens",
     "stages.instruct.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing recompute "
@@ -59,6 +62,7 @@ _SYNONYMS = {
     "validation_data eval_data_path val_data_path validation_dataset",
     "stages.align": "pretrain pretraining stage1 alignment",
     "stages.instruct": "finetune tune sft stage2 instruction instruct_tuning",
+    "stages.prefer": "dpo preference stage3 rlhf",
     "adapter": "lora peft lora_config peft_config qlora lora_enable use_lora use_peft",
     "adapter.r": "lora_r lora_rank rank lora_dim lora_dimension",
     "adapter.lora_alpha": "alpha",
@@ -107,7 +111,7 @@ _REPLACED = {
     ),
     "freeze_backbone freeze_vision_tower freeze_vit freeze_llm freeze_language_model freeze_aligner "
     "tune_mm_mlp_adapter train_projector train_vision train_mm_mlp_adapter unfreeze trainable freeze modules_to_save": (
-        "the stage decides what is trained: align trains the projector, instruct the LoRA and the projector"
+        "the stage decides what is trained: align trains the projector, instruct and prefer the LoRA and the projector"
     ),
     "deepspeed fsdp fsdp_config num_gpus gpus devices tensor_parallel_size nproc_per_node world_size num_processes "
     "accelerator strategy ddp": "a run uses one GPU, or the CPU; remove it",
@@ -165,9 +169,9 @@ def _by_synonym(above: Sequence[str], word: str) -> str | None:
 
 
 def _counterparts(key: str) -> list[str]:
-    """List the settings of the same name in the other stage and the evaluation."""
+    """List the settings of the same name in the other stages and the evaluation."""
     short = key.removeprefix("stages.instruct.")
-    return [f"stages.align.{short}", f"evaluation.{short}"] if short != key else []
+    return [f"stages.align.{short}", f"stages.prefer.{short}", f"evaluation.{short}"] if short != key else []
 
 
 def _in_other_section(above: Sequence[str], word: str) -> str | None:

@@ -92,10 +92,12 @@ class StageLength:
         if settings.batch_size != "auto":
             return None
         records, largest = counted(self.num_records, "record"), settings.llava_batch_size
+        whose = settings.batch_size_of
         if self.batch_size == largest:
-            return f"batch_size: {self.batch_size} (auto: {records}; LLaVA's own)"
+            return f"batch_size: {self.batch_size} (auto: {records}; {whose}'s own)"
         steps = count_steps(self.num_records, largest, settings.num_train_epochs)
-        return f"batch_size: {self.batch_size} (auto: {records}; LLaVA's {largest} would give {counted(steps, 'step')})"
+        reason = f"{records}; {whose}'s {largest} would give {counted(steps, 'step')}"
+        return f"batch_size: {self.batch_size} (auto: {reason})"
 
     def proposal(self, stage: StageName, settings: StageSettings) -> str | None:
         """Propose a batch size and epochs if the stage has too few steps; None if it does not, or sets `max_steps`."""

@@ -19,6 +19,7 @@ from lora_llava.recipe.stages import (
     AspectRatio,
     DataSettings,
     InstructSettings,
+    PreferSettings,
     StageName,
     StageSettings,
     Window,
@@ -116,7 +117,7 @@ class QuantizationSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """LoRA on the language model, in stage `instruct`."""
+    """LoRA on the language model, in stages `instruct` and `prefer`."""
 
     type: Annotated[Literal["lora", "rslora", "dora"], OnResume.FIXED] = "lora"
     """LoRA, rank-stabilized LoRA, or DoRA."""
@@ -150,15 +151,16 @@ class ImageSettings(Settings):
 class StagesSettings(Settings):
     """The stages of a run, in order."""
 
-    example = "{align: {data: {path: FILE}}, instruct: {data: {path: FILE}}}, or one of the two"
+    example = "{align: {data: {path: FILE}}, instruct: {data: {path: FILE}}}, or one of the two, or prefer"
 
     align: AlignSettings | None = None
     instruct: InstructSettings | None = None
+    prefer: PreferSettings | None = None
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:
-        if self.align is None and self.instruct is None:
-            raise ValueError("give align, instruct, or both")
+        if all(getattr(self, name) is None for name in STAGES):
+            raise ValueError("give align, instruct or prefer, or several of them")
         return self
 
 

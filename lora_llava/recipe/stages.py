@@ -12,7 +12,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from lora_llava.recipe.columns import ColumnSettings, Condition, EncodingName, QuestionColumns
 from lora_llava.recipe.fields import RECORD_FILES, Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
 
-StageName = Literal["align", "instruct"]
+StageName = Literal["align", "instruct", "prefer"]
 
 AspectRatio = Literal["pad", "square"]
 """How an image is made square; see `ImageSettings`."""
@@ -159,6 +159,10 @@ class StageSettings(Settings):
     """Whether the stage trains a LoRA on the language model; every stage trains the projector."""
     llava_batch_size: ClassVar[int]
     """Conversations per optimizer step in LLaVA-1.5; the maximum for `batch_size: auto`."""
+    batch_size_of: ClassVar[str] = "LLaVA"
+    """Whose batch size that is."""
+    trains_on_pairs: ClassVar[bool] = False
+    """Whether a record is a pair of a chosen and a rejected answer."""
     data: DataSettings
     template: Annotated[Literal["plain", "vicuna_v1", "chatml"], OnResume.FORM]
     """Chat format of questions and answers."""
@@ -180,8 +184,8 @@ class StageSettings(Settings):
     max_steps: Annotated[int, OnResume.ORDER] = -1
     """Number of optimizer steps; -1: from `num_train_epochs`."""
     batch_size: Annotated[Count | Literal["auto"], OnResume.RESOLVED] = "auto"
-    """Conversations per optimizer step, independent of packing. `auto`: LLaVA-1.5's (align 256, instruct 128), or the
-    largest smaller power of two that gives 30 steps."""
+    """Conversations, or pairs, per optimizer step, independent of packing. `auto`: LLaVA-1.5's (align 256, instruct
+    128) or mDPO's (prefer 32), or the largest smaller power of two that gives 30 steps."""
     learning_rate: Annotated[Positive, OnResume.LATER]
     """Peak learning rate, reached after warmup."""
     lr_scheduler_type: Annotated[Literal["cosine", "linear", "constant", "constant_with_warmup"], OnResume.LATER] = (
@@ -284,7 +288,51 @@ class InstructSettings(StageSettings):
     """Peak learning rate of the projector; null: `learning_rate`."""
 
 
-STAGES: dict[StageName, type[StageSettings]] = {"align": AlignSettings, "instruct": InstructSettings}
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
+
+
+class PreferSettings(InstructSettings):
+    """Stage 3: train LoRA and projector to prefer the chosen answer of each pair to the rejected one."""
+
+    llava_batch_size = 32
+    batch_size_of = "mDPO"
+    trains_on_pairs = True
+    packing: Annotated[Literal["tree"], OnResume.ORDER] = "tree"
+    """The two answers of a pair share image, question, and their common beginning."""
+    learning_rate: Annotated[Positive, OnResume.LATER] = 1e-5
+    """Peak learning rate of the LoRA; 1e-5 as in mDPO (arXiv 2406.11839)."""
+    mm_projector_lr: Annotated[Positive | None, OnResume.LATER] = 2e-6
+    """Peak learning rate of the projector; null: `learning_rate`."""
+    beta: Annotated[Positive, OnResume.LATER] = 0.1
+    """Strength of the tie to the model that the stage starts from; a reward is beta times the change of an answer's
+    log-probability."""
+    loss: Annotated[PreferenceLoss, OnResume.LATER] = "sigmoid"
+    """Loss of the margin between the rewards. `sigmoid`: DPO (arXiv 2305.18290); `ipo`: IPO (arXiv 2310.12036), per
+    token; `hinge`: SLiC (arXiv 2305.10425)."""
+    sft_weight: Annotated[NotNegative, OnResume.LATER] = 0.0
+    """Weight of an added loss that keeps the chosen answer likely: its mean cross-entropy per token, as in RPO (arXiv
+    2404.19733)."""
+    label_smoothing: Annotated[FiniteFloat, Field(ge=0, lt=0.5), OnResume.LATER] = 0.0
+    """With `loss: sigmoid`: assumed fraction of pairs whose answers are swapped (conservative DPO)."""
+
+    @model_validator(mode="after")
+    def _of_pairs(self) -> Self:
+        if self.data.merge_turns:
+            raise ValueError("data.merge_turns joins conversations, and prefer trains on pairs; remove it")
+        columns = self.data.columns
+        if columns is not None and columns.rejected is None:
+            raise ValueError(
+                "data.columns names no rejected answers; name them: {image: COLUMN, question: COLUMN, chosen: COLUMN, "
+                "rejected: COLUMN}"
+            )
+        return self
+
+
+STAGES: dict[StageName, type[StageSettings]] = {
+    "align": AlignSettings,
+    "instruct": InstructSettings,
+    "prefer": PreferSettings,
+}
 """The stages in the order in which a run trains them."""
 
 

@@ -1,4 +1,4 @@
-"""`start_from`: settings that a recipe inherits from the artifact it starts from, and those it may not change.
+"""Settings that a stage inherits from what it continues: the artifact in `start_from`, or the run's own `instruct`.
 
 Rank, scale and layers of the LoRA are always those of the artifact. Template, system prompt, image aspect ratio, window
 and precision are inherited unless the recipe sets them; a difference is reported. Only small JSON files are read here;
@@ -64,10 +64,30 @@ def adapter_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def continued(recipe: Recipe) -> Recipe:
-    """Return the recipe with the settings that it inherits from `start_from`.
+    """Return the recipe with the settings that it inherits from `start_from`, and `prefer` from `instruct`.
 
     Raises RecipeError for `adapter` settings that differ from those of the LoRA in `start_from`.
     """
+    return _with_preference(_started(recipe))
+
+
+def _with_preference(recipe: Recipe) -> Recipe:
+    """Return the recipe with stage `prefer` in the format of stage `instruct`, where it sets none of its own."""
+    before, after = recipe.stages.instruct, recipe.stages.prefer
+    if before is None or after is None:
+        return recipe
+    names = {"template", "system", "image_aspect_ratio"} - after.model_fields_set
+    if "template" in after.model_fields_set and after.template != before.template:
+        names.discard("system")
+    update: dict[str, Any] = {name: getattr(before, name) for name in names}
+    if "window" not in after.data.model_fields_set:
+        update["data"] = after.data.model_copy(update={"window": before.data.window})
+    stages = recipe.stages.model_copy(update={"prefer": after.model_copy(update=update)})
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _started(recipe: Recipe) -> Recipe:
+    """Return the recipe with the settings that its first stage inherits from `start_from`."""
     start = _read_start(recipe.start_from) if recipe.start_from else None
     if start is None:
         return recipe
@@ -77,7 +97,7 @@ def continued(recipe: Recipe) -> Recipe:
             f"start_from: {start.directory} has a LoRA, which stage {first} cannot use: it trains only the projector. "
             f"Remove stages.{first} (stages.{first}=null), or start from an artifact of stage {first}"
         )
-    if start.stage != first:
+    if not _continues(start, first):
         return recipe
     update: dict[str, Any] = {}
     if start.adapter:
@@ -97,7 +117,7 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
     """List the settings of a recipe that differ from those of the artifact in `start_from`, as key and message."""
     start = _read_start(recipe.start_from) if recipe.start_from else None
     first = recipe.stage_names[0]
-    if start is None or start.stage != first:
+    if start is None or not _continues(start, first):
         return []
     stage, manifest = recipe.stage(first), start.manifest
     window = stage.data.gray_window
@@ -119,6 +139,11 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
         for key, (now, before) in pairs.items()
         if now != before
     ]
+
+
+def _continues(start: _Start, first: str) -> bool:
+    """Tell whether stage `first` trains all weights of the artifact further."""
+    return start.stage == first or bool(start.adapter)
 
 
 def _adapter(settings: AdapterSettings, start: _Start) -> AdapterSettings:

@@ -14,7 +14,7 @@ from typing import Any
 from lora_llava.recipe.errors import shown
 from lora_llava.recipe.fields import RECORD_FILES, Settings, is_local
 from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, Recipe
-from lora_llava.recipe.stages import DataSettings, StageSettings, trains_lora
+from lora_llava.recipe.stages import DataSettings, PreferSettings, StageSettings, trains_lora
 
 _PROJECTOR_TYPES = {activation: name for name, activation in PROJECTOR_ACTIVATIONS.items()}
 
@@ -103,6 +103,8 @@ def _unused_in_stage(key: str, stage: StageSettings) -> Iterator[Unused]:
     if stage.max_steps > 0:
         names, because = ["num_train_epochs"], f"max_steps sets the number of steps, {stage.max_steps:,}"
         yield from _changed(stage, key, names, because, refused=False)
+    if isinstance(stage, PreferSettings):
+        yield from _unused_with_pairs(key, stage)
     if stage.packing == "none":
         yield from _changed(stage, key, ["branches_per_tree"], "packing is none", refused=False)
     if stage.gradient_checkpointing != "selective":
@@ -111,6 +113,14 @@ def _unused_in_stage(key: str, stage: StageSettings) -> Iterator[Unused]:
     if stage.data.validation is None:
         names = ["eval_steps", "num_sample_answers", "keep"]
         yield from _changed(stage, key, names, "the stage has no data.validation", refused=False)
+
+
+def _unused_with_pairs(key: str, stage: PreferSettings) -> Iterator[Unused]:
+    if stage.loss != "sigmoid":
+        fix = "Set loss: sigmoid, or remove it"
+        yield from _changed(stage, key, ["label_smoothing"], f"it applies to loss sigmoid, not {stage.loss}", fix)
+    because = "a tree holds one pair, so that its answers share as much as they can"
+    yield from _changed(stage, key, ["branches_per_tree"], because, refused=False)
 
 
 def _unused_in_data(key: str, data: DataSettings) -> Iterator[Unused]:

@@ -26,6 +26,8 @@ TRAIN_LOG = "train_log.jsonl"
 LOSS_PLOT = "loss.png"
 SUMMARY = "summary.json"
 SKIPPED = "skipped.jsonl"
+REFERENCE = "reference.safetensors"
+"""Log-probabilities of the pairs of stage `prefer` by the weights it starts from."""
 BASE = "base"
 EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
@@ -33,7 +35,7 @@ CHECKPOINTS = "checkpoints"
 FEATURES = "features"
 """Cached image features, named by what they depend on, so that a later run can use them too."""
 
-FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED)
+FILES = (RECIPE, TRAIN_LOG, LOSS_PLOT, SUMMARY, SKIPPED, REFERENCE)
 DIRECTORIES = (BASE, EVALUATION, *STAGES, *(f"{CHECKPOINTS}/{stage}" for stage in STAGES))
 """Everything that a run writes, apart from `FEATURES`."""
 

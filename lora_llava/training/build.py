@@ -13,6 +13,7 @@ from lora_llava.data.rows import PackedRows, ReadImage
 from lora_llava.data.stage import StageData
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.schedule import logging_interval
+from lora_llava.recipe.stages import PreferSettings
 from lora_llava.run_directory import output
 from lora_llava.system.processes import available_cores
 from lora_llava.system.ranks import is_first, rank, world_size
@@ -21,10 +22,13 @@ from lora_llava.training.checks.check import Check
 from lora_llava.training.checks.frozen_weights import FrozenWeights
 from lora_llava.training.checks.monitor import StageMonitor
 from lora_llava.training.checks.non_finite import NonFiniteGuard
+from lora_llava.training.checks.preference import PreferenceWatch
 from lora_llava.training.checks.samples import SampleAnswers
 from lora_llava.training.checks.trained_weights import TrainedWeights
 from lora_llava.training.feature_cache import use_features
 from lora_llava.training.log import TrainingLog
+from lora_llava.training.objectives.objective import TokenLoss
+from lora_llava.training.objectives.preference import PreferenceObjective
 from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import run_name, tracker_callbacks
 from lora_llava.training.trainer import PackedTrainer
@@ -75,15 +79,22 @@ def make_trainer(
     if why:
         console.print(f"{stage.name}: dataloader_num_workers: {args.dataloader_num_workers} ({why})")
     log_file = TrainingLog(stage.name, stage.run_directory / output.TRAIN_LOG, data.counts, console)
-    return PackedTrainer(
+    objective = PreferenceObjective(settings) if isinstance(settings, PreferSettings) else TokenLoss()
+    checks = _make_checks(stage, loaded, data, guard, validation)
+    if isinstance(objective, PreferenceObjective):
+        watch = PreferenceWatch(objective, dtype, starts_at_zero=recipe.adapter.lora_dropout == 0)
+        checks.insert(0, watch)
+    trainer = PackedTrainer(
         loaded.model,
         args,
         train,
         validation,
         mm_projector_lr=getattr(settings, "mm_projector_lr", None),
-        checks=_make_checks(stage, loaded, data, guard, validation),
+        checks=checks,
         callbacks=[log_file, *(tracker_callbacks(recipe, stage.name, args) if is_first() else ())],
     )
+    trainer.objective = objective
+    return trainer
 
 
 def _make_checks(
@@ -91,7 +102,9 @@ def _make_checks(
 ) -> list[Check]:
     """List the checks of a stage, in the order in which the trainer asks them."""
     settings = stage.settings
-    sample = make_image_check(validation, stage.image_transform(loaded)) if validation else None
+    # Without the images, the log-probabilities of pairs have no reference to be compared with.
+    sampled = None if settings.trains_on_pairs else validation
+    sample = make_image_check(sampled, stage.image_transform(loaded)) if sampled else None
     questions = data.validation.records[: settings.num_sample_answers]
     keeps_best = settings.keep == "best"
     return [

@@ -65,7 +65,7 @@ class Stage:
 
     @property
     def adapter(self) -> AdapterSettings:
-        """LoRA settings, which `instruct` trains with."""
+        """LoRA settings, which `instruct` and `prefer` train with."""
         return self.recipe.adapter
 
     @property

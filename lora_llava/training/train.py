@@ -61,6 +61,7 @@ from lora_llava.training.checkpoints.state import load_weights
 from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_lines, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
+from lora_llava.training.objectives.reference import attach_reference
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
 from lora_llava.training.trainer import PackedTrainer
@@ -105,6 +106,8 @@ def train_stage(
     with out_of_memory_named(shapes, machine, plan):
         # 5. Check before the first step: the longest row fits, and packing does not change the logits.
         _check_rows(stage, trainer, shapes, data, plan, console)
+        if stage.settings.trains_on_pairs:
+            attach_reference(stage, trainer, data, facts, checkpoint, resume, console)
 
         # 6. Train; then prove that the base is untouched, choose the weights to keep, and save the artifact.
         phase(f"{stage.name}: training for {counted(len(data.plan.steps), 'step')}")

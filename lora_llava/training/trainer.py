@@ -162,11 +162,11 @@ class PackedTrainer:
     def _steps(self) -> Iterator[list[Batch]]:
         """Yield the rows of each step that is left to train."""
         per_step, done = self.args.gradient_accumulation_steps, self.state.global_step
-        rows = iter(self._rows_loader(self.train_dataset, range(done * per_step, len(self.train_dataset))))
+        rows = iter(self.rows_loader(self.train_dataset, range(done * per_step, len(self.train_dataset))))
         for _ in range(done, self.state.max_steps):
             yield list(islice(rows, per_step))
 
-    def _rows_loader(self, rows: Any, indices: range | None = None) -> DataLoader[Batch]:
+    def rows_loader(self, rows: Any, indices: range | None = None) -> DataLoader[Batch]:
         """Load the rows at `indices`, or all, in order; each is a micro-batch."""
         workers = self.args.dataloader_num_workers
         if workers and self.saver is not None:
@@ -319,7 +319,7 @@ class PackedTrainer:
         # Trained weights are fp32, the others half: without autocast they cannot be multiplied. A data loader draws
         # from the RNG even without workers.
         with forked_rng(self.device), torch.no_grad(), autocast(self.device, self.dtype):
-            loss = self.held_out.mean(rows, self._rows_loader(rows, own_indices(len(rows))))
+            loss = self.held_out.mean(rows, self.rows_loader(rows, own_indices(len(rows))))
             metrics: dict[str, Any] = {} if loss is None else {"eval_loss": loss}
             validation = ValidationPass(
                 step=self.state.global_step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,19 @@ def write_project(directory: Path, base: Path) -> Path:
 
 
 def train(
-    recipe: Path, directory: Path, *overrides: str, resume: Resume = "no", best_share: float = math.inf
+    recipe: Path,
+    directory: Path,
+    *overrides: str,
+    resume: Resume = "no",
+    best_share: float = math.inf,
+    settings: Sequence[str] = SETTINGS,
 ) -> tuple[dict[str, Any], str]:
     """Run, or continue; return the summary and what was shown.
 
     `best_share`: share of the time that saving the best may take; of so short a run it takes most.
     """
     shown = io.StringIO()
-    loaded = load_recipe(recipe, (*SETTINGS, f"output_dir={directory}", *overrides))
+    loaded = load_recipe(recipe, (*settings, f"output_dir={directory}", *overrides))
     with pytest.MonkeyPatch.context() as patch:
         # The picture takes as long as the training.
         patch.setattr(run_module, "plot_loss", lambda *_: None)
@@ -83,12 +88,12 @@ def stop(_: PackedTrainer) -> None:
     raise Stopped
 
 
-def stopped_run(recipe: Path, directory: Path, stage: str, step: int) -> Path:
+def stopped_run(recipe: Path, directory: Path, stage: str, step: int, settings: Sequence[str] = SETTINGS) -> Path:
     """Run until a step of a stage is computed, and return the run's directory."""
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, stage, step, stop)
         with pytest.raises(Stopped):
-            train(recipe, directory)
+            train(recipe, directory, settings=settings)
     return directory
 
 

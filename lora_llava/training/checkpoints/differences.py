@@ -11,6 +11,7 @@ from rich.console import Console
 from lora_llava.artifact import library_versions
 from lora_llava.data.images.fingerprint import picture_facts, same_pictures
 from lora_llava.data.load import fingerprint
+from lora_llava.data.pairs import rejected_fingerprint
 from lora_llava.data.stage import StageData
 from lora_llava.errors import TrainingError
 from lora_llava.formats.names import WEIGHTS
@@ -58,6 +59,7 @@ def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPl
         f"{key}.data (number of records)": len(data.encoded),
         f"{key}.data (sha256 of the records)": fingerprint(data.encoded.records),
         f"{key}.data.validation (sha256 of the records)": fingerprint(data.validation.records),
+        **_pair_facts(key, data),
         f"{key}.batch_size": data.length.batch_size,
         f"{key}.{IMAGES}": picture_facts([*data.encoded.records, *data.validation.records]),
         f"{key}.tokens_per_micro_batch": plan.tokens_per_micro_batch,
@@ -69,6 +71,16 @@ def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPl
         "device": machine.device,
         "processes": world_size(),
         **{f"version of {name}": version for name, version in library_versions().items()},
+    }
+
+
+def _pair_facts(key: str, data: StageData) -> dict[str, str]:
+    """Return the facts about rejected answers; {} for records without them, as before there were any."""
+    parts = {f"{key}.data": data.encoded, f"{key}.data.validation": data.validation}
+    return {
+        f"{name} (sha256 of the rejected answers)": rejected_fingerprint(part.records)
+        for name, part in parts.items()
+        if part.are_pairs
     }
 
 

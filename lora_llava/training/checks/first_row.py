@@ -18,7 +18,7 @@ from lora_llava.modeling.attention import to_device, with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits
 from lora_llava.system.device import autocast
 from lora_llava.system.progress import phase
-from lora_llava.system.text import listed
+from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.non_finite import non_finite_tensors
 from lora_llava.training.validation import has_finite_image
 
@@ -42,6 +42,7 @@ def check_first_row(
     if not trees:
         return None
     phase("Checking the packed forward pass on the first row")
+    pairs = rows.encoded[trees[0][0]].rejected is not None
     single = PackedRows([trees], rows.records, rows.encoded, rows.read_image)
     was_training = model.training
     model.eval()
@@ -55,11 +56,13 @@ def check_first_row(
     if not difference <= TOLERANCE[dtype]:
         if _finds_non_finite_image(model, rows, trees, may_skip):
             return None
+        advice = "Report" if pairs else "Set packing: none to train without it, and report"
         raise TrainingError(
-            f"{sum(map(len, trees))} conversations ({rows.records[trees[0][0]].where} and others) have other logits "
+            f"{counted(sum(map(len, trees)), 'pair' if pairs else 'conversation')} "
+            f"({rows.records[trees[0][0]].where} and others) have other logits "
             f"packed than one by one: relative difference {difference:.1e}, allowed {TOLERANCE[dtype]:.0e}. Weights "
             f"and images are finite, so torch or transformers computes packed rows differently on this {device.type}. "
-            "Set packing: none to train without it, and report the versions that `lora-llava env` prints."
+            f"{advice} the versions that `lora-llava env` prints."
         )
     return difference
 
@@ -87,7 +90,10 @@ def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: 
 
 def _first_trees(rows: PackedRows) -> Row:
     """Choose trees of one row that hold a few conversations, the widest first; empty if no row holds several."""
-    row = next((row for row in rows.rows if sum(map(len, row)) > 1), ())
+    first = next((row for row in rows.rows if row), ())
+    # A pair is one record and two conversations.
+    least = 2 if not first or len(rows.encoded[first[0][0]].branches) == 1 else 1
+    row = next((row for row in rows.rows if sum(map(len, row)) >= least), ())
     trees: list[Tree] = []
     left = MAX_CONVERSATIONS
     for tree in sorted(row, key=len, reverse=True):
@@ -98,13 +104,15 @@ def _first_trees(rows: PackedRows) -> Row:
 
 
 def _logits_alone(model: Any, rows: PackedRows, index: int, device: torch.device) -> torch.Tensor:
-    """Return the logits (S, vocabulary) of one conversation at the positions that predict its supervised tokens."""
-    conversation, record = rows.encoded[index], rows.records[index]
+    """Return the logits (S, vocabulary) of a record at the positions that predict its supervised tokens."""
+    record, at_targets = rows.records[index], list[torch.Tensor]()
     pixels = {} if record.image is None else {"pixel_values": rows.read_image(record)[None].to(device)}
-    ids = torch.tensor([conversation.input_ids], device=device)
-    with with_sdpa(llava_in(model)):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
-    labels = enumerate(conversation.labels)
-    positions = [position - 1 for position, label in labels if label != IGNORE_INDEX and position > 0]
-    at_targets: torch.Tensor = logits[positions]
-    return at_targets
+    for conversation in rows.encoded[index].branches:
+        ids = torch.tensor([conversation.input_ids], device=device)
+        with with_sdpa(llava_in(model)):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].float()
+        labels = enumerate(conversation.labels)
+        at_targets.append(
+            logits[[position - 1 for position, label in labels if label != IGNORE_INDEX and position > 0]]
+        )
+    return torch.cat(at_targets)

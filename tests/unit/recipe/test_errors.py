@@ -58,7 +58,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         holder = holder[name]
         if name == "data":
             holder.setdefault("path", "data/train.json")
-    if above in (["evaluation"], ["stages", "align"]):
+    if above in (["evaluation"], ["stages", "align"], ["stages", "prefer"]):
         holder["data"] = {"path": "data/test.json"}
     holder[last] = value
     return recipe

@@ -64,7 +64,7 @@ def test_workers_list_the_blocks_of_flex_attention_and_no_others(workers: int) -
     trainer.args = type("Arguments", (), {"dataloader_num_workers": workers})
     for attention in (TREES, FLEX):
         set_attention(llava_in(trainer.model), attention)
-        loaded = list(trainer._rows_loader(rows))
+        loaded = list(trainer.rows_loader(rows))
         assert len(loaded) == 2
         for row in loaded:
             assert ("full_q_indices" in row) is (attention == FLEX)
