@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.sources.arrow_cache import StoredBytes
@@ -45,6 +47,12 @@ class ImageSource:
     def embedded(self) -> bytes:
         """Return the bytes of an embedded image; OSError if they can no longer be read."""
         return self.data.read() if isinstance(self.data, StoredBytes) else self.data or b""
+
+    def open(self) -> BinaryIO:
+        """Open the image as a file, of which only what is asked for is read; OSError if it cannot be opened."""
+        if self.path is not None:
+            return self.path.open("rb")
+        return self.data.open() if isinstance(self.data, StoredBytes) else io.BytesIO(self.data or b"")
 
     @property
     def label(self) -> str:

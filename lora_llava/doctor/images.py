@@ -15,6 +15,7 @@ from lora_llava.data.images.grayscale import LEVELS_PER_STRAY
 from lora_llava.data.images.read import DEEP_GRAY, FORMATS, decode_image, read_image
 from lora_llava.data.images.tiff import bits_per_channel
 from lora_llava.data.record import ImageSource
+from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
 
 _MAX_DIFFERING_BITS = 8
@@ -59,7 +60,8 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         return ImageFacts(error)
     return ImageFacts(
         None,
-        hashlib.sha256(data).digest(),
+        # The key of a stored image is this hash.
+        bytes.fromhex(source.key) if isinstance(source.data, StoredBytes) else hashlib.sha256(data).digest(),
         image.width,
         image.height,
         _is_transparent(data),

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, image_problem, read_image
+from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, image_problem
 from lora_llava.data.images.tiff import is_complete
 from lora_llava.data.record import ImageSource
 from lora_llava.errors import DataError
@@ -28,7 +28,7 @@ def header_problem(source: ImageSource) -> DataError | None:
 
 def _looks_complete(source: ImageSource) -> bool:
     try:
-        with source.path.open("rb") if source.path is not None else io.BytesIO(read_image(source)) as handle:
+        with source.open() as handle:
             size = handle.seek(0, io.SEEK_END)
             handle.seek(0)
             with warnings.catch_warnings():

@@ -5,17 +5,23 @@ Read through a table's memory map, every image would count as memory of the proc
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lora_llava.system.files import staged_file
+
 _MAPPED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*)$", re.MULTILINE)
 _MAPS = Path("/proc/self/maps")
+_DIGEST = re.compile(r"^(\d+) (\d+) ([0-9a-f]{64})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,92 @@ class StoredBytes:
             raise OSError(None, "the dataset's cache was cut short")
         return data
 
+    def open(self) -> BinaryIO:
+        """Open the bytes as a file of their own, of which only the parts that are asked for are read."""
+        return io.BufferedReader(_Range(self))
+
+
+class _Range(io.RawIOBase):
+    """A range of bytes in a file, as a file."""
+
+    def __init__(self, stored: StoredBytes) -> None:
+        super().__init__()
+        self._stored, self._position = stored, 0
+        self._file = stored.path.open("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stored.length}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self._stored.length - self._position)
+        self._file.seek(self._stored.offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:left])
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class Digests:
+    """The sha256 of stored bytes, remembered in a file next to the cache: all bytes are read only once.
+
+    They hold as long as size and modification time of the cache file stay the same.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, dict[tuple[int, int], str]] = {}
+        self._changed: set[Path] = set()
+
+    def of(self, stored: StoredBytes) -> str:
+        """Return the sha256 (hexadecimal) of stored bytes; OSError if they cannot be read."""
+        if stored.path not in self._known:
+            self._known[stored.path] = _remembered(stored.path)
+        known, span = self._known[stored.path], (stored.offset, stored.length)
+        if span not in known:
+            known[span] = hashlib.sha256(stored.read()).hexdigest()
+            self._changed.add(stored.path)
+        return known[span]
+
+    def remember(self) -> None:
+        """Write what is new; a cache that cannot be written to is left alone."""
+        for path in self._changed:
+            lines = (f"{start} {length} {digest}\n" for (start, length), digest in self._known[path].items())
+            with suppress(OSError), staged_file(_digests_of(path)) as staging:
+                staging.write_text(_state(path) + "".join(lines), encoding="ascii")
+        self._changed.clear()
+
+
+def _digests_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _state(path: Path) -> str:
+    """Return the first line of the file with the digests of `path`."""
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}\n"
+
+
+def _remembered(path: Path) -> dict[tuple[int, int], str]:
+    """Read the digests of a cache file; empty if there are none, or the file has changed since."""
+    try:
+        lines = _digests_of(path).read_text(encoding="ascii").splitlines(keepends=True)
+        if not lines or lines[0] != _state(path):
+            return {}
+    except (OSError, ValueError):
+        return {}
+    matches = [_DIGEST.match(line) for line in lines[1:]]
+    return {(int(match[1]), int(match[2])): match[3] for match in matches if match is not None}
+
 
 class _Mapping(NamedTuple):
     """A part of a file that is mapped into this process."""
@@ -52,12 +144,13 @@ def image_cells(table: Any, column: str) -> Iterator[Any]:
     other than Linux), the cells hold the bytes themselves.
     """
     mappings = _mappings()
+    cells = (cell for chunk in table.data.column(column).chunks for cell in _of_array(chunk, mappings))
     # A selection of rows that is not contiguous is stored as indices next to the table.
-    if table._indices is not None:
-        yield from (row[column] for row in table.select_columns(column))
-        return
-    for chunk in table.data.column(column).chunks:
-        yield from _of_array(chunk, mappings)
+    if table._indices is None:
+        yield from cells
+    else:
+        located = list(cells)
+        yield from (located[index] for index in table._indices.column(0).to_pylist())
 
 
 def _mappings() -> list[_Mapping]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import ImageSource, check_text
-from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.data.sources.arrow_cache import Digests, StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.system.text import counted
 
@@ -176,6 +176,7 @@ class ImageCells:
 
     def __init__(self, root: ImageRoot) -> None:
         self.root = root
+        self.digests = Digests()
         self._embedded: dict[str, ImageSource] = {}
 
     def source(self, cell: Any, where: str) -> ImageSource | None:
@@ -208,7 +209,7 @@ class ImageCells:
 
     def embedded(self, data: bytes | StoredBytes, where: str, path: str | None = None) -> ImageSource:
         """Return an embedded image, whose bytes may stay on disk; `path` is its name in the data."""
-        key = hashlib.sha256(data.read() if isinstance(data, StoredBytes) else data).hexdigest()
+        key = self.digests.of(data) if isinstance(data, StoredBytes) else hashlib.sha256(data).hexdigest()
         source = ImageSource(key, None, data, where, _file_name(path), self.root.window)
         return self._embedded.setdefault(key, source)
 

@@ -64,6 +64,7 @@ def load_columns(
 
     records = read_records(rows, read, data, bad)
     images.root.check()
+    images.digests.remember()
     return records
 
 
