@@ -76,13 +76,14 @@ KINDS: dict[str, Kind] = {
         "warning",
         "Images that show nothing",
         "The image has one color, such as black or white, or nearly so: the model sees nothing.",
-        "Look at the images; export them again, or leave their records out with `exclude`.",
+        "Look at the images. Nearly black ones are often 12 or 16 bits cut to 8: export them again as 16-bit PNG or "
+        "TIFF. Leave records of empty images out with `exclude`.",
     ),
     "few_levels": Kind(
         "warning",
         "Images that lose their gray levels",
         "The image has more than 8 bits, and hardly any of its levels are left in the 8 bits that the model sees.",
-        "Set `window: [low, high]` in the data to the range that matters. Save 16-bit color, or gray "
+        "Set `images.window: [low, high]` to the range that matters. Save 16-bit color, or gray "
         "with transparency, as 16-bit grayscale.",
     ),
     "group_leak": Kind(
@@ -96,6 +97,13 @@ KINDS: dict[str, Kind] = {
         "Images in both training and test",
         "The same image is in training and in validation or test, so the score is better than on new images.",
         "Remove it from one of the two sides.",
+    ),
+    "language_leak": Kind(
+        "warning",
+        "Images in training and test in another language",
+        "The same image is in training and in validation or test, with questions in another script. Splits that are "
+        "clean in each language often leak across them.",
+        "Take one language with `where`, such as `where: {q_lang: en}`, or split by image over all of them.",
     ),
     "near_leak": Kind(
         "warning",
@@ -127,6 +135,47 @@ KINDS: dict[str, Kind] = {
         "The reference normalizes to nothing under `evaluation.metric`, so its score means nothing.",
         "Correct the answer, or choose another metric: `vqa_v2` drops options such as A.",
     ),
+    "void_answer": Kind(
+        "warning",
+        "Answers that say nothing",
+        "The answer is punctuation alone, or what spreadsheets and data frames write for an empty cell, such as nan. "
+        "The model learns to write that.",
+        "Write the answers, or leave the records out with `exclude`.",
+    ),
+    "image_tag": Kind(
+        "warning",
+        "Image tags of other tools in the text",
+        "A text holds the image placeholder of another model or of HTML. It is trained on as letters, which no user "
+        "writes.",
+        "Remove the tags; the place of the image is `<image>`.",
+    ),
+    "choice": Kind(
+        "warning",
+        "Answers that are none of the choices",
+        "The answer is a letter, and the question lists choices with other letters.",
+        "Correct the answer, or add the choice that is missing.",
+    ),
+    "box": Kind(
+        "warning",
+        "Boxes that are not on the image",
+        "LLaVA's boxes are [x1, y1, x2, y2], from 0 to 1, of the image after padding to a square. These leave it, have "
+        "no area, or are in other units.",
+        "Divide by the longer side after adding the padding, as `lora-llava convert` does for detection data.",
+    ),
+    "skewed_answers": Kind(
+        "warning",
+        "Answers that need no image",
+        "One answer, or the usual answer to the same question, is right for most of the records. A model can score as "
+        "much without a look at the image.",
+        "Compare the accuracy with this number, not with 0; balance the answers, or ask more of the rare ones.",
+    ),
+    "few_steps": Kind(
+        "warning",
+        "Fewer optimizer steps than can learn",
+        "Adam moves a weight by about the learning rate in a step, so no weight moves farther than the sum of the "
+        "learning rates, however large the gradients. LLaVA-1.5 takes 2,181 and 5,198 steps.",
+        "Lower `batch_size`, raise `num_train_epochs`, or get more records.",
+    ),
     "duplicate_id": Kind(
         "warning",
         "Duplicate ids",
@@ -145,6 +194,19 @@ KINDS: dict[str, Kind] = {
         "Two files have the same bytes. A run treats them as two images: it computes both, and `validation.share` "
         "may put one in each split.",
         "Keep one file and name it in all records.",
+    ),
+    "mixed_languages": Kind(
+        "note",
+        "Questions in several languages",
+        "The questions are in several scripts. Languages that share a script are not told apart.",
+        "Nothing, if it is intended; or take one language with `where`, and test each by itself with `evaluation.by`.",
+    ),
+    "gray_range": Kind(
+        "note",
+        "Gray images of more than 8 bits",
+        "They are converted to 8 bits by `images.window`. With auto, a value may have two shades in two images.",
+        "Nothing, if only the picture matters. If values mean the same in all images, set `images.window` to "
+        "[low, high].",
     ),
     "other_extension": Kind(
         "note",

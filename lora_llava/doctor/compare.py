@@ -9,10 +9,12 @@ from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.images.grayscale import MIN_LEVELS
 from lora_llava.data.record import ImageSource, Record
-from lora_llava.doctor.images import MAX_BLANK_RANGE, near_pairs
+from lora_llava.doctor.content.scripts import script_of
+from lora_llava.doctor.images import MAX_BLANK_RANGE, NEARLY, ImageFacts, near_pairs
 from lora_llava.doctor.survey import Side, Source, Survey
 from lora_llava.system.text import counted, printable
 
+_SHADES = {"#000000": "black", "#ffffff": "white"}
 _SHORT_ANSWER = 5
 """Words. Longer answers never contradict each other: both may be true."""
 
@@ -54,6 +56,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
         yield from _transparent(survey, source)
         yield from _other_extensions(source)
         yield from _empty_images(survey, source)
+        yield from _gray_ranges(survey, source)
         for record in source.records:
             text = "\0".join(turn.text for turn in record.turns)
             if marker := next((mark for mark in ("USER:", "ASSISTANT:") if mark in text), None):
@@ -111,16 +114,48 @@ def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:
     """Yield images in which the model would see nothing, or next to nothing."""
     for record, image in _images(source.records):
         facts = survey.facts(image)
-        if facts.contrast <= MAX_BLANK_RANGE:
-            color = "#" + facts.colors[:3].hex()
-            shade = {"#000000": "black", "#ffffff": "white"}.get(color, color)
-            shown = f"has values at most {facts.contrast} of 255 apart" if facts.contrast else f"is all {shade}"
+        if (shown := _blank(facts)) is not None:
             problem = f"{record.where}: image {printable(image.key, 80)} {shown}"
             yield finding_at("blank_image", source, record, problem, image)
         elif facts.levels < MIN_LEVELS:
             levels = counted(facts.levels, "shade")
             problem = f"{record.where}: image {printable(image.key, 80)} keeps {levels} in the 8 bits that are seen"
             yield finding_at("few_levels", source, record, problem, image)
+
+
+def _blank(facts: ImageFacts) -> str | None:
+    """Say in which way an image shows nothing; None if it shows something."""
+    low, high, contrast = facts.usual
+    if facts.contrast == 0:
+        color = "#" + facts.colors[:3].hex()
+        return f"is all {_SHADES.get(color, color)}"
+    if facts.contrast <= MAX_BLANK_RANGE:
+        return f"has values at most {facts.contrast} of 255 apart"
+    if contrast <= MAX_BLANK_RANGE:
+        return f"has values at most {contrast} of 255 apart in 99.9% of its pixels"
+    if high <= NEARLY:
+        return f"is nearly black: 99.9% of its values are at most {high} of 255"
+    if low >= 255 - NEARLY:
+        return f"is nearly white: 99.9% of its values are at least {low} of 255"
+    return None
+
+
+def _gray_ranges(survey: Survey, source: Source) -> Iterator[Finding]:
+    """Yield one finding for all gray images of more than 8 bits in a source: which values they use."""
+    deep = [(record, image, span) for record, image in _images(source.records) if (span := survey.facts(image).deep)]
+    if not deep:
+        return
+    record, image, _ = deep[0]
+    lows, highs = [span[0] for *_, span in deep], [span[1] for *_, span in deep]
+    window = source.data.gray_window
+    how = "each is scaled by its own range" if window is None else f"{window[0]:g} is black and {window[1]:g} white"
+    clipped = 0 if window is None else sum(span[0] < window[0] or span[1] > window[1] for *_, span in deep)
+    lost = f"; values of {counted(clipped, 'image')} lie outside and are clipped" if clipped else ""
+    problem = (
+        f"{record.where}: {counted(len(deep), 'image')} of more than 8 bits; their lowest values are {min(lows):g} to "
+        f"{max(lows):g}, their highest {min(highs):g} to {max(highs):g}; {how}{lost}"
+    )
+    yield Finding("gray_range", source.name, source.data_name, record.number, None, problem, (image,), len(deep))
 
 
 def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
@@ -171,12 +206,16 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
     for record, image in _images(trained.records):
         known.setdefault(survey.facts(image).sha256, (record, image))
     asked = []
+    scripts_trained, scripts_asked = _scripts(trained.records), _scripts(tested.records)
     for record, image in _images(tested.records):
         if (other := known.get(survey.facts(image).sha256)) is None:
             asked.append((record, image))
             continue
-        problem = f"{record.where}: image {printable(image.key, 80)} is in the training set too ({other[0].where})"
-        yield finding_at("image_leak", tested.source, record, problem, image, other[1])
+        ours, theirs = scripts_asked.get(image.identity, set()), scripts_trained.get(other[1].identity, set())
+        across = bool(ours and theirs and not ours & theirs)
+        how = f", with questions in {' and '.join(sorted(theirs))}" if across else ""
+        problem = f"{record.where}: image {printable(image.key, 80)} is in the training set too ({other[0].where}){how}"
+        yield finding_at("language_leak" if across else "image_leak", tested.source, record, problem, image, other[1])
     training = list(known.values())
     pairs = near_pairs([survey.facts(image) for _, image in asked], [survey.facts(image) for _, image in training])
     for tested_index, training_index in pairs:
@@ -186,6 +225,15 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
             f"which is in the training set ({other_record.where})"
         )
         yield finding_at("near_leak", tested.source, record, problem, image, other_image)
+
+
+def _scripts(records: list[Record]) -> dict[str, set[str]]:
+    """Return the scripts of the questions about each image, by its identity."""
+    scripts: dict[str, set[str]] = {}
+    for record in records:
+        if record.image is not None and (script := script_of(record.question)) is not None:
+            scripts.setdefault(record.image.identity, set()).add(script)
+    return scripts
 
 
 def _images(records: list[Record]) -> Iterator[tuple[Record, ImageSource]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,8 +23,9 @@ from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import image_tokens
 from lora_llava.planning.dry_run import compute_dtype, this_machine
 from lora_llava.planning.memory_plan import plan_memory, stage_shapes
+from lora_llava.recipe.schedule import FEW_STEPS, rate_factor
 from lora_llava.recipe.settings import Recipe
-from lora_llava.recipe.stages import StageName
+from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.processes import in_processes
 from lora_llava.system.text import counted
 
@@ -136,9 +137,23 @@ def _plan(survey: Survey, stage: StageName, conversations: Conversations, config
         given = settings.tokens_per_micro_batch
         tokens = max(longest, settings.max_length) if given == "auto" else given
     data = plan_records(records, settings, tokens, recipe.seed)
+    conversations.findings += _too_few_steps(stage, settings, data, sides["training"])
     if lines := length_lines(stage, settings, data):
         facts["steps"] = "; ".join(lines)
     return facts | _plan_facts(data, tokens, longest)
+
+
+def _too_few_steps(stage: StageName, settings: StageSettings, data: StageData, side: Side) -> Iterator[Finding]:
+    length = data.length
+    if length.num_steps >= FEW_STEPS:
+        return
+    factors = (
+        rate_factor(settings.lr_scheduler_type, step, length.num_steps, length.num_warmup_steps)
+        for step in range(1, length.num_steps + 1)
+    )
+    rates = f"the learning rates add up to {settings.learning_rate * sum(factors):.1g}"
+    problem = f"{stage}: {counted(length.num_steps, 'optimizer step')}; {rates}, the farthest that Adam moves a weight"
+    yield Finding("few_steps", side.source.name, side.source.data_name, 0, None, problem)
 
 
 def _encoded(side: Side, conversations: Conversations) -> EncodedRecords:

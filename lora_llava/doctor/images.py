@@ -26,6 +26,11 @@ _MAX_COLOR_DIFFERENCE = 10
 MAX_BLANK_RANGE = 2
 """Largest range of values, of 255, in each channel of a blank image."""
 
+NEARLY = 15
+"""Nearly black: no usual value above it; nearly white: none below 255 minus it. 12 bits shifted by 8 end there."""
+_RARE = 0.0005
+"""Share of pixels at each end that are not usual: a line of text on a page is more."""
+
 _PNG_DEPTH = 24
 """Byte of a PNG that holds the bits of a channel."""
 _CELLS = 8
@@ -47,8 +52,12 @@ class ImageFacts:
     """Mean RGB of 8 x 8 cells."""
     contrast: int = 255
     """Largest range of values in a channel; 0 for an image of one color."""
+    usual: tuple[int, int, int] = (0, 255, 255)
+    """Lowest and highest value in any channel, and largest range of a channel, without the rarest at each end."""
     levels: int = 256
     """Distinct values left in a channel of an image of more than 8 bits, if that lost more than strays; else 256."""
+    deep: tuple[float, float] | None = None
+    """Lowest and highest value of a gray image of more than 8 bits; None for others."""
 
 
 def look_at_image(source: ImageSource) -> ImageFacts:
@@ -68,7 +77,8 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         _difference_hash(image),
         image.resize((_CELLS, _CELLS), Image.Resampling.BOX).tobytes(),
         _contrast(image),
-        _levels_left(data, image),
+        _usual_values(image),
+        *_deep_gray(data, image),
     )
 
 
@@ -88,19 +98,35 @@ def _contrast(image: Image.Image) -> int:
     return max(int(np.ptp(np.flatnonzero(channel))) for channel in _histogram(image))
 
 
-def _levels_left(data: bytes, image: Image.Image) -> int:
-    """Count the distinct values left of an image of more than 8 bits; 256 if it has 8, or lost hardly any."""
+def _usual_values(image: Image.Image) -> tuple[int, int, int]:
+    """Return lowest and highest value in any channel and largest range of one, without the rarest at each end."""
+    counts = _histogram(image).cumsum(axis=1)
+    rare = _RARE * counts[0, -1]
+    lows = (counts > rare).argmax(axis=1)
+    highs = (counts >= counts[:, -1:] - rare).argmax(axis=1)
+    return int(lows.min()), int(highs.max()), int((highs - lows).max())
+
+
+def _deep_gray(data: bytes, image: Image.Image) -> tuple[int, tuple[float, float] | None]:
+    """Count the distinct values left of an image of more than 8 bits; 256 if it has 8, or lost hardly any.
+
+    With it, the lowest and highest value of a gray one; None for others.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as original:
             is_deep_gray = original.mode in DEEP_GRAY
             if not is_deep_gray and _bits_per_channel(original, data) <= 8:
-                return 256
+                return 256, None
             left = int((_histogram(image) > 0).sum(axis=1).max())
-            # Pillow reads only the upper 8 bits of deep color, so the loss is unknown there.
-            lost = len(np.unique(np.asarray(original))) - left if is_deep_gray else left
+            if not is_deep_gray:
+                # Pillow reads only the upper 8 bits of deep color, so the loss is unknown.
+                return left, None
+            values = np.unique(np.asarray(original))
+            values = values[np.isfinite(values)]
+            span = (float(values[0]), float(values[-1])) if len(values) else None
             # Losing padding and markers is intended.
-            return left if lost * LEVELS_PER_STRAY > left else 256
+            return left if (len(values) - left) * LEVELS_PER_STRAY > left else 256, span
 
 
 def _bits_per_channel(image: Image.Image, data: bytes) -> int:

@@ -15,9 +15,12 @@ from lora_llava import __version__
 from lora_llava.data.bad_records import BadRecord, Exclusions, write_bad_records
 from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
 from lora_llava.doctor.compare import Finding, compare_sides, finding_at, finding_from_bad_record
+from lora_llava.doctor.content.answers import answer_findings
+from lora_llava.doctor.content.boxes import box_findings
+from lora_llava.doctor.content.references import reference_findings
+from lora_llava.doctor.content.texts import text_findings
 from lora_llava.doctor.conversations import Conversations
 from lora_llava.doctor.figures import side_figures
-from lora_llava.doctor.references import reference_findings
 from lora_llava.doctor.survey import Source, Survey
 from lora_llava.errors import DataError
 from lora_llava.run_directory.written import note_all, read_written
@@ -89,6 +92,7 @@ def make_report(survey: Survey, conversations: Conversations, seconds: float) ->
     for source, record in survey.unanswered:
         all_findings.append(finding_at("no_answer", source, record, record.where, record.image))
     all_findings += reference_findings(survey, conversations.tokenizer)
+    all_findings += [*text_findings(survey), *box_findings(survey), *answer_findings(survey)]
     findings = {kind: [finding for finding in all_findings if finding.kind == kind] for kind in KINDS}
     return Report(
         survey,

@@ -17,7 +17,7 @@ MIN_AUTO_STEPS = 30
 Adam moves a weight by about the learning rate per step, so a stage of a few steps changes little, whatever the data.
 Below 1 / warmup_ratio = 33 steps, even one warmup step is a larger fraction than LLaVA uses.
 """
-_FEW_STEPS = 20
+FEW_STEPS = 20
 """A stage with fewer optimizer steps gets a proposal for a longer one."""
 PROPOSED_STEPS = 50
 """Minimum optimizer steps of the proposed stage."""
@@ -101,7 +101,7 @@ class StageLength:
 
     def proposal(self, stage: StageName, settings: StageSettings) -> str | None:
         """Propose a batch size and epochs if the stage has too few steps; None if it does not, or sets `max_steps`."""
-        if self.num_steps >= _FEW_STEPS or settings.max_steps > 0:
+        if self.num_steps >= FEW_STEPS or settings.max_steps > 0:
             return None
         epochs: float = max(settings.num_train_epochs, _PROPOSED_EPOCHS)
         batch = _largest_batch(self.num_records, epochs, PROPOSED_STEPS, self.batch_size)
@@ -111,7 +111,7 @@ class StageLength:
             steps = count_steps(self.num_records, batch, epochs)
         if steps <= self.num_steps:
             return None
-        more = "" if steps >= _FEW_STEPS else "; more records would help more"
+        more = "" if steps >= FEW_STEPS else "; more records would help more"
         longer = f"stages.{stage}.batch_size={batch} stages.{stage}.num_train_epochs={epochs:g}"
         return (
             f"{counted(self.num_steps, 'optimizer step')} can change the model only a little; with {longer}: "

@@ -110,6 +110,7 @@ def write_recipe(
                 "max_length": 400,
                 "tokens_per_micro_batch": 500,
                 "batch_size": 8,
+                "num_train_epochs": 20,
             }
         },
         "evaluation": {"data": {"path": "test.json", "image_root": "images", **data}, "max_new_tokens": 12},

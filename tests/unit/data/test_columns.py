@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import open_image
 from lora_llava.data.load import load_records
-from lora_llava.data.record import Record
-from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.sources.arrow_cache import StoredBytes, image_cells
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 
@@ -291,6 +292,7 @@ def test_k25_a_cache_that_is_gone_is_named(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys
 from pathlib import Path
+from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import open_image
 from lora_llava.data.load import load_records
 from lora_llava.recipe.stages import DataSettings
@@ -325,3 +327,57 @@ def test_k25_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     count, grown = map(int, done.stdout.split())
     assert count == 640
     assert grown < 150
+
+
+def test_hashes_are_remembered_as_long_as_the_cache_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "vqa.parquet", rows())
+    reads: list[StoredBytes] = []
+    original = StoredBytes.read
+
+    def counted_read(self: StoredBytes) -> bytes:
+        reads.append(self)
+        return original(self)
+
+    monkeypatch.setattr(StoredBytes, "read", counted_read)
+    first = load(path)
+    cache = stored(first[0]).path
+    assert len(reads) == len([record for record in first if record.image])
+    assert load(path) == first
+    assert len(reads) == len([record for record in first if record.image]), "read again"
+    hashes = cache.with_name(f"{cache.name}.sha256")
+    size, *lines = hashes.read_text().splitlines()
+    for damaged in ("", "0 0\n" + "\n".join(lines), size + "\nnonsense\n", "\xff"):
+        reads.clear()
+        hashes.write_bytes(damaged.encode("latin-1"))
+        assert load(path) == first
+        assert reads, damaged
+    os.utime(cache, ns=(1, 1))
+    reads.clear()
+    assert load(path) == first
+    assert reads
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_headers_of_stored_images_are_judged_without_the_rest(tmp_path: Path, form: str) -> None:
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (200, 200), random.Random(0).randbytes(120_000)).save(buffer, form)
+    data = buffer.getvalue()
+    (tmp_path / "cache").write_bytes(b"before" + data + b"after")
+    image = ImageSource("0" * 64, None, StoredBytes(tmp_path / "cache", 6, len(data)))
+    assert header_problem(image) is None
+    with image.open() as file:
+        assert (file.read(), file.read(1)) == (data, b"")
+        assert (file.seek(-3, io.SEEK_END), file.read()) == (len(data) - 3, data[-3:])
+    cut = ImageSource("0" * 64, None, StoredBytes(tmp_path / "cache", 6, len(data) // 2))
+    assert header_problem(cut) is not None
+
+
+def test_rows_chosen_by_index_stay_in_the_cache_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "vqa.parquet", [{"image": cell(n), "question": "?", "answer": "a"} for n in range(6)])
+    table = datasets.load_dataset("parquet", data_files=str(path), split="train").select([5, 0, 3])
+    undecoded = table.cast_column("image", datasets.Image(decode=False))
+    cells = [found["bytes"] for found in image_cells(undecoded, "image")]
+    assert all(isinstance(found, StoredBytes) for found in cells)
+    assert [found.read() for found in cells] == [png(5), png(0), png(3)]

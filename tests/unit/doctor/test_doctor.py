@@ -119,7 +119,7 @@ def test_sound_data_have_no_finding(tiny_base: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = report_in(tmp_path / "run" / "check")
     assert report["findings"] == []
-    assert report["plans"]["instruct"]["optimizer_steps"] == 3
+    assert report["plans"]["instruct"]["optimizer_steps"] == 60
     assert report["plans"]["instruct"]["conversations"] == 24
     assert report["sides"]["instruct training"]["images"] == 8
     assert sum(bar["count"] for bar in report["sides"]["evaluation"]["tokens"]) == 24
