@@ -170,7 +170,7 @@ def _share(_: click.Context, __: click.Parameter, value: float) -> float:
     callback=_share,
     default=0.5,
     show_default=True,
-    help="Share of the questions also asked about another image.",
+    help="Share of the first questions also asked about another image.",
 )
 @click.option(
     "--metric",

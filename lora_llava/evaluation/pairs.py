@@ -35,6 +35,8 @@ from lora_llava.system.text import counted
 Kind = Literal["sampled", "other_image"]
 _RIGHT = 0.5
 """Lowest score of an answer that is not rejected; of exact match, scores are 0 or 1."""
+_FIRST = 2
+"""Turns of a first question with its answer."""
 _RESERVED = frozenset({"id", "image", "images", "system", "conversations", "messages", "rejected", "kind", "times"})
 
 
@@ -50,7 +52,7 @@ class PairSettings:
     per_question: int = 1
     """Maximum pairs of drawn answers for each question: its most frequent wrong ones."""
     other_image: float = 0.5
-    """Share of the questions with an image that are also asked about another image."""
+    """Share of the first questions about an image that are also asked about another image."""
     metric: MetricSetting = "auto"
     max_new_tokens: int = 16
     max_rows: int = 64
@@ -149,7 +151,7 @@ def _sample(
 def _ask_about_others(
     loaded: LoadedModel, form: PromptFormat, questions: Sequence[Question], settings: PairSettings, console: Console
 ) -> dict[int, Sample]:
-    """Answer a share of the questions greedily about another image; return the answers by index of the question."""
+    """Answer a share of the first questions greedily about another image; return the answers by index of question."""
     other = _other_images(questions, settings.seed)
     asked = {
         index: replace(question.record, image=other[question.image])
