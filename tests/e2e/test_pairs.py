@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -170,3 +171,33 @@ def test_an_output_is_not_overwritten(artifact: Path, data: Path) -> None:
     assert "already exists and is not overwritten" in pairs(artifact).output
     assert "its name must end in .json or .jsonl" in pairs(artifact, output="pairs.csv").output
     assert Path("pairs.json").read_text() == "mine"
+
+
+def test_stage_prefer_trains_on_the_pairs(artifact: Path, data: Path) -> None:
+    assert pairs(artifact, *ALL).exit_code == 0
+    recipe = {
+        "version": 1,
+        "name": "pairs",
+        "output_dir": "run",
+        "base": {"model_name_or_path": str(artifact.parent / "base")},
+        "quantization": {"type": "none"},
+        "adapter": {"r": 4, "lora_alpha": 8},
+        "start_from": str(artifact),
+        "stages": {
+            "prefer": {
+                "data": {"path": "pairs.json", "image_root": "data", "group": "patient", "answer_prompt": PROMPT},
+                "learning_rate": 1e-3,
+                "batch_size": 4,
+                "logging_steps": 1,
+                "num_sample_answers": 0,
+                "dataloader_num_workers": 0,
+            }
+        },
+    }
+    Path("prefer.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    result = CliRunner().invoke(cli, ["finetune", "prefer.yaml"])
+    assert result.exit_code == 0, result.output
+    assert (data / "run" / "prefer" / "manifest.json").is_file()
+    manifest = json.loads((data / "run" / "prefer" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["data"]["records"] == len(written())
+    assert manifest["data"]["answer_prompt"] == PROMPT
