@@ -46,6 +46,7 @@ _COMPARED = {*_LOST, OnResume.FIXED}
 _COMPARED_IF_FINISHED = {*_COMPARED, OnResume.RESOLVED, OnResume.FREE}
 BASE, START = "base (its weights)", "start_from (its weights)"
 IMAGES = "data (images)"
+PROCESSES = "processes"
 
 
 def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPlan, machine: Machine) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPl
         "attn_implementation": machine.attention,
         "precision": dtype_name(shapes.dtype),
         "device": machine.device,
-        "processes": world_size(),
+        PROCESSES: world_size(),
         **{f"version of {name}": version for name, version in library_versions().items()},
     }
 

@@ -26,6 +26,7 @@ from lora_llava.system.files import file_sha256, shown_path
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints.differences import (
     IMAGES,
+    PROCESSES,
     Difference,
     Resume,
     changed_facts,
@@ -107,7 +108,8 @@ def check_unchanged(
 ) -> bool:
     """Compare a checkpoint with the run that resumes from it; return whether nothing changed.
 
-    Raises TrainingError as `refuse_or_warn` does, and if the stage now has fewer steps than were trained.
+    Another number of processes is no change: a step holds the same conversations, whatever their number. Raises
+    TrainingError as `refuse_or_warn` does, and if the stage now has fewer steps than were trained.
     """
     if checkpoint is None:
         return True
@@ -116,13 +118,17 @@ def check_unchanged(
     # Older checkpoints have batch_size only as a setting.
     key = f"{stage.key}.batch_size"
     before = {key: value_at(stored_recipe(checkpoint.directory), key), **checkpoint.facts}
-    differences = changed_settings(checkpoint.directory, stage) + changed_facts(before, facts)
+    changed = changed_settings(checkpoint.directory, stage) + changed_facts(before, facts)
+    differences = [difference for difference in changed if difference[0] != PROCESSES]
     refuse_or_warn(differences, stage, checkpoint.directory, resume, console)
     if step > num_steps:
         raise TrainingError(
             f"stage {stage.name} has {counted(num_steps, 'step')} now, and {step:,} were trained already"
         )
-    if not differences:
+    if differences != changed:
+        text = f"{counted(before[PROCESSES], 'process', 'processes')} then, {facts[PROCESSES]} now"
+        console.print(f"{stage.name}: {text}: the steps hold the same conversations, and their sums round differently")
+    elif not differences:
         console.print(f"{stage.name}: data, settings and versions are those of the checkpoint: the run resumes exactly")
     return not differences
 

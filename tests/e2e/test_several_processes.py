@@ -1,0 +1,156 @@
+"""Several processes train what one trains, and end together, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_llava.formats.names import WEIGHTS
+from lora_llava.run_directory import output
+from lora_llava.training.checkpoints.files import read_verified
+from tests.helpers.ranks import Ended, finetune, full_disk, signalled, spoilt_image
+from tests.helpers.resuming import log_of
+from tests.helpers.runs import write_data, write_recipe
+
+STAGES = ("align", "instruct")
+SETTINGS = (
+    "quantization.type=nf4",
+    # Steps of 7 and of 9 conversations, in several micro-batches; the last of an epoch is smaller.
+    "stages.align.batch_size=7",
+    "stages.align.tokens_per_micro_batch=100",
+    "stages.instruct.tokens_per_micro_batch=200",
+    "stages.instruct.save_steps=2",
+)
+
+
+@pytest.fixture(scope="module")
+def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe over data of which a third has no image."""
+    directory = tmp_path_factory.mktemp("several")
+    write_data(directory)
+    path = directory / "train.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    for number, record in enumerate(records):
+        if number % 3 == 0:
+            del record["image"]
+            turn = record["conversations"][0]
+            turn["value"] = turn["value"].replace("<image>\n", "")
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return write_recipe(directory, {"model_name_or_path": str(tiny_base)})
+
+
+def run(project: Path, directory: Path, count: int, *more: str, act: Any = None) -> list[Ended]:
+    arguments = [str(project), *SETTINGS, f"output_dir={directory}", *more]
+    return finetune(directory.with_name(f"{directory.name}-output"), arguments, count, act)
+
+
+@pytest.fixture(scope="module")
+def runs(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The run of one, two and three processes."""
+    directory = tmp_path_factory.mktemp("runs")
+    for count in (1, 2, 3):
+        ended = run(project, directory / str(count), count)
+        assert [one.code for one in ended] == [0] * count, ended
+        # The first speaks.
+        assert [bool(one.out) for one in ended] == [True] + [False] * (count - 1)
+        assert not any(one.err for one in ended), ended
+    return {count: directory / str(count) for count in (1, 2, 3)}
+
+
+def difference(one: Path, other: Path) -> float:
+    """The norm of the difference of two artifacts' weights, relative to that of the weights."""
+    here, there = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    assert here.keys() == there.keys()
+    norm = sum(float(weight.double().square().sum()) for weight in here.values()) ** 0.5
+    apart = sum(float((weight.double() - there[name].double()).square().sum()) for name, weight in here.items()) ** 0.5
+    return apart / norm
+
+
+def said(ended: Sequence[Ended]) -> list[str]:
+    """The errors that the processes printed."""
+    return [line for one in ended for line in one.err.splitlines() if line.startswith("Error")]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_those_of_one_process(runs: dict[int, Path], stage: str, count: int) -> None:
+    assert difference(runs[1] / stage, runs[count] / stage) < 1e-6
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_log_and_summary_are_those_of_one_process(runs: dict[int, Path], count: int) -> None:
+    logs = log_of(runs[1]), log_of(runs[count])
+    assert len(logs[0]) == len(logs[1]) > 8
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        for key in ("step", "loss", "eval_loss", "eval_loss_blind", "grad_norm_lora", "grad_norm_projector"):
+            assert one.get(key) == (None if key not in other else pytest.approx(other[key], rel=2e-4))
+    here, there = (json.loads((runs[number] / output.SUMMARY).read_text()) for number in (1, count))
+    assert there["hardware"] == f"{count} x {here['hardware']}"
+    for stage in STAGES:
+        same = ("steps", "conversations", "questions", "supervised_tokens")
+        assert {key: here[stage][key] for key in same} == {key: there[stage][key] for key in same}
+
+
+def test_a_signal_to_one_process_ends_all_with_one_checkpoint_and_any_number_resumes(
+    project: Path, runs: dict[int, Path], tmp_path: Path
+) -> None:
+    stopped = tmp_path / "stopped"
+    ended = run(project, stopped, 2, act=signalled(1, "instruct", 3, signal.SIGTERM))
+    assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert sum(one.err.count("stopped by SIGTERM after step 3 of stage instruct, which is saved") for one in ended) == 1
+    steps = sorted(path.name for path in (stopped / output.CHECKPOINTS / "instruct").iterdir())
+    assert steps[-1] == "step-3"
+    assert read_verified(stopped / output.CHECKPOINTS / "instruct" / "step-3").facts["processes"] == 2
+    for count in (1, 2, 3):
+        resumed = tmp_path / str(count)
+        shutil.copytree(stopped, resumed)
+        ended = run(project, resumed, count, "--resume")
+        assert [one.code for one in ended] == [0] * count, ended
+        assert difference(runs[1] / "instruct", resumed / "instruct") < 1e-6
+        words = "resumes exactly" if count == 2 else f"2 processes then, {count} now: the steps hold the same"
+        assert sum(one.out.count(words) for one in ended) == 1
+
+
+SHORT = ("stages.align.max_steps=4", "stages.align.save_steps=1", "stages.align.batch_size=2")
+
+
+@pytest.mark.fault("checkpoints: `kill -9` during a save")
+def test_a_process_that_is_killed_ends_all_and_checkpoints_are_whole(project: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    ended = run(project, tmp_path / "run", 3, *SHORT, act=signalled(1, "align", 3, signal.SIGKILL))
+    assert time.monotonic() - started < 60
+    assert [one.code for one in ended] == [1, -signal.SIGKILL, 1], ended
+    [line] = said(ended)
+    assert "another process of the run ended; this one was at: align: training for 4 steps" in line
+    saved = read_verified(tmp_path / "run" / output.CHECKPOINTS / "align" / "step-2")
+    assert saved.progress.step == 2
+
+
+def test_a_record_that_makes_nan_in_one_process_is_named_once(project: Path, tmp_path: Path) -> None:
+    # A step of two conversations: one of the two processes has the record.
+    epoch = "stages.align.max_steps=6"
+    ended = run(project, tmp_path / "run", 2, *SHORT, epoch, act=spoilt_image("captions.json, record 5 "))
+    assert [one.code for one in ended] == [1, 1], ended
+    [line] = said(ended)
+    assert "the loss of 1 of 2 micro-batches is not finite" in line
+    assert "Not finite by themselves are 1 of 1 record: captions.json, record 5 " in line
+
+
+@pytest.mark.fault("checkpoints: a full disk during a save")
+def test_a_full_disk_of_the_first_process_ends_all(project: Path, tmp_path: Path) -> None:
+    ended = run(project, tmp_path / "run", 2, *SHORT, act=full_disk())
+    assert [one.code for one in ended] == [1, 1], ended
+    [line] = said(ended)
+    assert "the checkpoint of step 1 could not be written" in line
+    assert "No space left on device" in line
+    # As it was before the run.
+    assert not (tmp_path / "run").exists()
