@@ -93,19 +93,25 @@ class Passes:
     """Whether the layers are fused. Those that `selective` does not recompute in full then keep everything."""
 
     def row_times(self, lengths: npt.NDArray[np.int64], speed: Speed) -> npt.NDArray[np.float64]:
-        """Return the times of rows of `lengths` tokens, in the unit of `speed`; an empty row takes no time.
+        """Return the times of rows of `lengths` tokens, in the unit of `speed`; an empty row takes no time."""
+        longer = np.maximum(self.launching(speed), self.computing(lengths, speed))
+        times: npt.NDArray[np.float64] = np.where(lengths > 0, longer, 0.0)
+        return times
+
+    def computing(self, lengths: npt.NDArray[np.int64], speed: Speed) -> npt.NDArray[np.float64]:
+        """Return the times that the device computes rows of `lengths` tokens.
 
         The backward pass of a frozen linear layer costs as much as its forward pass: its weight has no gradient.
         """
         dequantizing = speed.dequantizing if self.nf4 and not self.keep_dequantized else 0.0
         repeated = self._mean(1.0, 0.0 if self.is_fused else _SELECTIVE_SHARE, 0.0)
-        computing = (1 + repeated / 2) * (dequantizing + speed.token * lengths)
+        return (1 + repeated / 2) * (dequantizing + speed.token * lengths.astype(np.float64))
+
+    def launching(self, speed: Speed) -> float:
+        """Return the time to launch the kernels of a row."""
         selective = 1.0 if self.is_fused else _SELECTIVE_LAUNCHING
         launching = speed.launching * self._mean(_FULL_LAUNCHING[self.is_fused], selective, 1.0)
-        if self.nf4 and self.keep_dequantized:
-            launching *= _DEQUANTIZED_LAUNCHING[self.is_fused]
-        times: npt.NDArray[np.float64] = np.where(lengths > 0, np.maximum(launching, computing), 0.0)
-        return times
+        return launching * (_DEQUANTIZED_LAUNCHING[self.is_fused] if self.nf4 and self.keep_dequantized else 1.0)
 
     def _mean(self, full: float, selective: float, none: float) -> float:
         """Average a value of each policy over the layers."""

@@ -58,6 +58,7 @@ from lora_llava.training.checkpoints.resume import (
 from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact, seen_until
 from lora_llava.training.checkpoints.state import load_weights
+from lora_llava.training.checks.faster_paths import check_fused, use_graphs
 from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_lines, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
@@ -222,7 +223,12 @@ def _check_rows(
     if device.type == "cuda" and any(rows.rows):
         setting = stage.recipe.attn_implementation
         trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
+        if (line := check_fused(model, rows, data.encoded.items, dtype)) is not None:
+            _print_lines(stage, [line], console)
+            trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
         _print_lines(stage, trial_lines(trial, shapes, plan), console)
+        if stage.settings.cuda_graphs == "auto":
+            _print_lines(stage, [use_graphs(model, rows, data.encoded.items, dtype, (shapes, plan))], console)
     check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import speed_metrics
 
 from lora_llava.data.rows import Batch, PackedRows
 from lora_llava.modeling.attention import attention_of, check_attention, to_device, with_block_lists
+from lora_llava.modeling.fused.layer import graph_lengths
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX
 from lora_llava.system.device import autocast
@@ -172,7 +174,8 @@ class PackedTrainer:
         if workers and self.saver is not None:
             # A process must not be forked while a thread may hold a lock.
             self.saver.background.wait()
-        collate: Any = with_block_lists if attention_of(llava_in(self.model)) == FLEX else None
+        lists = partial(with_block_lists, lengths=graph_lengths(self.model))
+        collate: Any = lists if attention_of(llava_in(self.model)) == FLEX else None
         return DataLoader(
             rows,
             batch_size=None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -152,13 +152,40 @@ def fuse_layers(model: Any) -> str | None:
     return None
 
 
+def has_fused_layers(model: Any) -> bool:
+    """Tell whether the decoder layers but the last are fused."""
+    return isinstance(llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0], FusedLayer)
+
+
+@contextmanager
+def layers_unfused(model: Any) -> Iterator[None]:
+    """Use transformers' and PEFT's own layers inside the `with` block."""
+    layers = [one for one in llava_in(model).get_submodule(LANGUAGE_MODEL).layers if isinstance(one, FusedLayer)]
+    for layer in layers:
+        layer.__class__ = LlamaDecoderLayer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = FusedLayer
+
+
+def unfuse_layers(model: Any) -> None:
+    """Undo `fuse_layers`."""
+    remove_trunk(model)
+    for layer in llava_in(model).get_submodule(LANGUAGE_MODEL).layers:
+        if isinstance(layer, FusedLayer):
+            layer.__class__ = LlamaDecoderLayer
+            del layer.parts, layer.copies, layer.is_first
+
+
 def install_trunk(model: Any, lengths: Sequence[int], capture: Capture) -> Trunk | str:
     """Have rows padded to one of `lengths` tokens run through graphs; return why not, for the log, if they cannot.
 
     Call it when layers are fused and set to be checkpointed or not.
     """
     *layers, _last = llava_in(model).get_submodule(LANGUAGE_MODEL).layers
-    if not layers or not isinstance(layers[0], FusedLayer):
+    if not has_fused_layers(model):
         return "the layers are not fused"
     if attention_of(llava_in(model)) != FLEX:
         return "the attention is not flex_attention, whose mask has one shape for all rows of a length"
@@ -181,8 +208,8 @@ def remove_trunk(model: Any) -> None:
 
 def graph_lengths(model: Any) -> list[int]:
     """Return the tokens that rows are padded to for graphs, ascending; none without graphs."""
-    first = llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0]
-    return first.trunk.lengths if isinstance(first, FusedLayer) and first.trunk is not None else []
+    trunk = getattr(llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0], "trunk", None)
+    return trunk.lengths if isinstance(trunk, Trunk) else []
 
 
 def why_not_compiled(model: Any) -> str | None:

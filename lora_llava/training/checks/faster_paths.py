@@ -1,0 +1,212 @@
+"""Try the faster ways to compute the decoder layers on CUDA, and leave them where they fail or compute something else.
+
+Each is compared with the slower way by the loss and gradients of a row, before the first step. Weights do not change.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_llava.data.packing import PlanItem, tree_length
+from lora_llava.data.rows import PackedRows
+from lora_llava.modeling.attention import padded_length, to_device, with_block_lists
+from lora_llava.modeling.fused.layer import has_fused_layers, install_trunk, layers_unfused, remove_trunk, unfuse_layers
+from lora_llava.modeling.fused.trunk import Capture, CudaGraphs, Trunk
+from lora_llava.modeling.packed import packed_loss
+from lora_llava.modeling.recompute import set_recompute
+from lora_llava.planning.graphs import choose_lengths, why_no_graphs
+from lora_llava.planning.memory_plan import MemoryPlan, StageShapes
+from lora_llava.system.device import autocast
+from lora_llava.system.ranks import world_size
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+"""Largest relative difference of gradients between fused layers and PEFT's, by dtype: each rounds in every layer. A
+term that is missing or wrong changes them by more."""
+GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+"""The same with and without graphs, which run the same kernels."""
+_FILLED = 0.01
+"""Largest value that stands in for zeros: where LoRA's B is zero, so are the gradients of A."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RowPass:
+    """A row's loss, its gradients on the host by parameter, and how long both took."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    seconds: float
+
+    def difference(self, other: _RowPass) -> float:
+        """Return the relative difference of all gradients together, or of the losses if that is larger; NaN if any is.
+
+        Infinite if other parameters have gradients.
+        """
+        if self.gradients.keys() != other.gradients.keys():
+            return math.inf
+        pairs = [(one, other.gradients[name]) for name, one in self.gradients.items()]
+        apart = math.sqrt(sum(float((one - two).double().square().sum()) for one, two in pairs))
+        size = math.sqrt(sum(float(two.double().square().sum()) for _, two in pairs))
+        found = [apart / size if size else apart, abs(self.loss - other.loss) / max(abs(other.loss), 1e-12)]
+        return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+def _pass_row(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> _RowPass:
+    """Compute a row's loss and gradients twice, and return those of the second time; the first compiles."""
+    device = next(model.parameters()).device
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        started = _now(device)
+        with autocast(device, dtype):
+            loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
+        loss.backward()
+        seconds = _now(device) - started
+    gradients = {name: one.grad.to("cpu", copy=True) for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return _RowPass(float(loss.detach()), gradients, seconds)
+
+
+@contextmanager
+def _every_gradient(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put small numbers in trained weights that are all zero, inside the block; `training`: the model's mode there."""
+    zeros = [one for one in model.parameters() if one.requires_grad and not one.any()]
+    was_training = model.training
+    model.train(training)
+    try:
+        with torch.no_grad():
+            for number, weight in enumerate(zeros):
+                generator = torch.Generator(weight.device).manual_seed(number)
+                weight.uniform_(-_FILLED, _FILLED, generator=generator)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in zeros:
+                weight.zero_()
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+
+
+def _now(device: torch.device) -> float:
+    """Return the time when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row_lengths(rows: PackedRows, items: Sequence[PlanItem]) -> list[int]:
+    """Count the tokens of each row; 0 for one that only pads a step."""
+    return [sum(tree_length(tree, items) for tree in row) for row in rows.rows]
+
+
+def check_fused(model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: torch.dtype) -> str | None:
+    """Compare fused layers with PEFT's on the shortest row; return a line for the console if PEFT's are used instead.
+
+    Those keep more activations than was planned, so they are checkpointed in full.
+    """
+    lengths = _row_lengths(rows, items)
+    shortest = min((number for number, length in enumerate(lengths) if length), key=lengths.__getitem__, default=None)
+    if shortest is None or not has_fused_layers(model):
+        return None
+    batch = to_device(rows[shortest], next(model.parameters()).device)
+    try:
+        # Without dropout, of which the two draw other masks on CUDA.
+        with _every_gradient(model, training=False):
+            fused = _pass_row(model, batch, dtype)
+            with layers_unfused(model):
+                peft = _pass_row(model, batch, dtype)
+        # An image may be NaN: the first row is checked for that later.
+        reason = _beyond(fused.difference(peft), TOLERANCE[dtype]) if math.isfinite(peft.loss) else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises
+        reason = _named(error)
+    if reason is None:
+        return None
+    unfuse_layers(model)
+    set_recompute(model, True)
+    return f"decoder layers train through PEFT's path with full recomputation, not fused: {reason}"
+
+
+def use_graphs(
+    model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: torch.dtype, plan: tuple[StageShapes, MemoryPlan]
+) -> str:
+    """Have rows run through CUDA graphs if they pay, and compute the same; return a line for the console."""
+    lengths = _row_lengths(rows, items)
+    padded = [padded_length(length) for length in lengths if length]
+    several = "gradients of several processes are added up by hooks, which graphs have none of"
+    if reason := several if world_size() > 1 else why_no_graphs(*plan, padded):
+        return f"cuda_graphs: off (auto: {reason})"
+    return try_graphs(model, rows, lengths, dtype, CudaGraphs())
+
+
+def try_graphs(model: Any, rows: PackedRows, lengths: Sequence[int], dtype: torch.dtype, capture: Capture) -> str:
+    """Capture graphs, and compare them with the layers on the longest row of each length; remove them where they fail.
+
+    `lengths`: tokens of each of `rows`. Returns a line for the console.
+    """
+    chosen = choose_lengths([padded_length(length) for length in lengths if length])
+    trunk = install_trunk(model, chosen, capture)
+    reason = trunk if isinstance(trunk, str) else None
+    if isinstance(trunk, Trunk):
+        try:
+            with _every_gradient(model, training=True):
+                reason, line = _compare(model, trunk, rows, lengths, dtype)
+        except Exception as error:  # noqa: BLE001 - out of memory too: without graphs there is more
+            reason = _named(error)
+    if reason is None:
+        return line
+    remove_trunk(model)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return f"cuda_graphs: off ({reason})"
+
+
+def _compare(
+    model: Any, trunk: Trunk, rows: PackedRows, lengths: Sequence[int], dtype: torch.dtype
+) -> tuple[str | None, str]:
+    """Return why graphs cannot be used, and a line that says how long rows take with them."""
+    device = next(model.parameters()).device
+    seconds: list[tuple[float, float]] = []
+    # The longest first, so that the others find its memory.
+    for most in reversed(trunk.lengths):
+        longest = max((number for number, length in enumerate(lengths) if length <= most), key=lengths.__getitem__)
+        batch = to_device(with_block_lists(rows[longest], trunk.lengths), device)
+        passes: list[_RowPass] = []
+        for is_on in (False, True):
+            trunk.is_on = is_on
+            passes.append(_pass_row(model, batch, dtype))
+        layers, graphs = passes
+        if trunk.output is None:
+            return f"a row of {most:,} tokens has no graph", ""
+        if reason := _beyond(graphs.difference(layers), GRAPH_TOLERANCE[dtype]):
+            return reason, ""
+        seconds.append((layers.seconds, graphs.seconds))
+    slow, fast = seconds[0]
+    if fast >= slow:
+        return f"the longest row takes {1e3 * fast:.0f} ms with graphs and {1e3 * slow:.0f} ms without", ""
+    padded = ", ".join(f"{length:,}" for length in trunk.lengths)
+    return None, (
+        f"cuda_graphs: rows are padded to {padded} tokens; the longest takes {1e3 * fast:.0f} ms instead of "
+        f"{1e3 * slow:.0f} ms"
+    )
+
+
+def _beyond(difference: float, tolerance: float) -> str | None:
+    """Return what to say about a difference of gradients, if it is beyond the tolerance; NaN is."""
+    if difference <= tolerance:
+        return None
+    return f"gradients differ by {difference:.1e}, allowed {tolerance:.0e}"
+
+
+def _named(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
