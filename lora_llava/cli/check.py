@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, quiet_libraries
+from lora_llava.system.files import refuse_existing
 from lora_llava.system.progress import phase
 
 if TYPE_CHECKING:
@@ -27,10 +28,21 @@ _DIRECTORY = "check"
     help="Directory of the report [check/ in that of the run].",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Number of processes [one per core].")
+@click.option(
+    "--fix",
+    type=click.Path(path_type=Path),
+    help="New directory for the data without bad records, duplicates, first turns of the model and wrong extensions.",
+)
 @click.option("--overwrite", is_flag=True, help="Check for finetune --overwrite.")
 @click.option("--resume", is_flag=True, help="Check for finetune --resume.")
 def check(
-    recipe: str, overrides: tuple[str, ...], output: Path | None, workers: int | None, overwrite: bool, resume: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    workers: int | None,
+    fix: Path | None,
+    overwrite: bool,
+    resume: bool,
 ) -> None:
     """Check all data of a recipe and write a report.
 
@@ -42,6 +54,8 @@ def check(
     directory = output or settings.resolved_output_dir / _DIRECTORY
     if directory.exists() and not directory.is_dir():
         raise click.UsageError(f"{directory} is a file, and the report needs a directory; give another --output")
+    if fix is not None:
+        refuse_existing(fix)
     console = make_console()
     leave_torch_out(settings)
     start: Start = "overwrite" if overwrite else "resume" if resume else "new"
@@ -61,5 +75,12 @@ def check(
     report = make_report(surveyed, conversations, time.monotonic() - clock)
     write_report(report, write_page(report), directory)
     print_report(report, click.format_filename(directory), console)
+    if fix is not None:
+        from lora_llava.doctor.fix import FIXES, RECIPE, write_fixed
+
+        for line in write_fixed(report, fix):
+            console.print(line, soft_wrap=True, markup=False)
+        name = click.format_filename(fix)
+        console.print(f"{name}/{RECIPE} reads the cleaned data, {name}/{FIXES} lists all changes.", soft_wrap=True)
     if report.count("error"):
         click.get_current_context().exit(1)
