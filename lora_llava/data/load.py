@@ -13,6 +13,7 @@ from lora_llava.data.bad_records import BadRecord, BadRecords
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.sources.columns import load_columns
 from lora_llava.data.sources.llava_json import load_llava_json
+from lora_llava.data.sources.tables import JSON_SUFFIXES
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.processes import in_processes
@@ -55,9 +56,9 @@ def read_source(data: DataSettings, bad: BadRecords, *, extra: bool = False) -> 
     if data.answer_prompt and IMAGE_PLACEHOLDER in data.answer_prompt:
         raise DataError(f"answer_prompt: must not contain {IMAGE_PLACEHOLDER}; remove it")
     root = None if data.image_root is None else Path(data.image_root)
-    if data.columns is not None:
-        return load_columns(data, data.columns, root, bad, extra=extra)
-    return load_llava_json(data, root, bad, extra=extra)
+    if data.columns is None and data.path.endswith(JSON_SUFFIXES):
+        return load_llava_json(data, root, bad, extra=extra)
+    return load_columns(data, root, bad, extra=extra)
 
 
 def drop_unusable(records: list[Record], check: CheckRecord | None, bad: BadRecords) -> list[Record]:

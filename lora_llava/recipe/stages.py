@@ -68,7 +68,8 @@ class DataSettings(Settings):
     example = "{path: FILE}"
 
     path: Annotated[str, OnResume.SAME_CONTENT, Names.PATH_OR_ID]
-    """LLaVA JSON or JSONL; or, with `columns`, flat JSON or JSONL, CSV, XLSX, parquet, a directory or a Hub id."""
+    """A file (JSON, JSONL, CSV, TSV, XLSX, parquet), a directory, or a Hub id. Forms that are not known need `columns`;
+    see docs/data_forms.md."""
     image_root: Annotated[str | None, OnResume.SAME_CONTENT, Names.PATH] = None
     """Directory that image paths are relative to; null: the directory of the data file."""
     image_roots: Annotated[list[str], OnResume.SAME_CONTENT, Names.PATH] = Field(default_factory=list)
@@ -129,13 +130,6 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _form(self) -> Self:
-        held_out = self.validation.path if self.validation else None
-        for key, path in (("path", self.path), ("validation.path", held_out)):
-            if path and not self.columns and not path.endswith((".json", ".jsonl")):
-                raise ValueError(
-                    f"columns is required because {key} is not a .json or .jsonl file; for example "
-                    "columns: {image: COLUMN, question: COLUMN, answer: COLUMN}"
-                )
         is_sheet = self.path.endswith(".xlsx")
         if self.path.endswith(RECORD_FILES) and ((self.name and not is_sheet) or self.revision):
             raise ValueError("name and revision apply to Hub datasets; path is a file")

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.images.root import ImageRoot
@@ -24,6 +25,8 @@ ROLES: dict[str, Literal["user", "assistant"]] = {
 }
 """Roles as LLaVA names them, and as OpenAI and Hugging Face do."""
 
+_LABEL_STUDIO = ("/data/upload/", "/data/local-files/?d=")
+"""How Label Studio names images that it serves."""
 _ONE_IMAGE = "LLaVA-1.5 takes one image per conversation: write a record for each, or combine them into one picture"
 
 
@@ -152,10 +155,12 @@ def _join_parts(parts: list[Any], location: str, images: list[Any]) -> str:
 
 def _part_image(part: Mapping[str, Any]) -> Any:
     """Return the image of a content part; None if it is only a placeholder."""
-    for key in ("image", "image_url", "url", "path"):
+    for key in ("image", "image_url", "url", "path", "base64"):
         value = part.get(key)
         if isinstance(value, dict) and "url" in value:
             value = value["url"]
+        if key == "base64" and isinstance(value, str):
+            return value if value.startswith("data:") else f"data:image;base64,{value}"
         if value is not None:
             return value
     return None
@@ -197,7 +202,22 @@ class ImageCells:
         check_text(cell[:4096], location)
         if cell[:5].lower() == "data:":
             return self.embedded(_decoded(cell, location), where)
+        if cell.startswith(_LABEL_STUDIO):
+            cell = self._from_label_studio(cell)
         return self.root.source(cell, where)
+
+    def _from_label_studio(self, name: str) -> str:
+        """Return the path below the root of an image as an export of Label Studio names it.
+
+        An uploaded image has its path in Label Studio's media directory, or its name alone; one of local files has the
+        path below their root.
+        """
+        head, _, local = name.partition("?d=")
+        if local:
+            return unquote(local)
+        upload = head.removeprefix("/data/")
+        names = (upload, upload.removeprefix("upload/"), upload.rpartition("/")[2])
+        return next((one for one in names if (self.root.root / one).is_file()), names[-1])
 
     def _of_mapping(self, cell: Mapping[str, Any], where: str) -> ImageSource | None:
         data, path = cell.get("bytes"), cell.get("path")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.images.root import ImageRoot
@@ -22,8 +22,9 @@ from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, place_image
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.files.sheets import read_sheet
-from lora_llava.data.sources.forms import propose_columns
+from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
+from lora_llava.data.sources.saved import is_saved, open_saved
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, read_entries, read_records, read_rows
 from lora_llava.errors import DataError
@@ -36,18 +37,17 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 
 
-def load_columns(
-    data: DataSettings, columns: ColumnSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False
-) -> list[Record]:
+def load_columns(data: DataSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False) -> list[Record]:
     """Load one record per row of a table; embedded images stay encoded.
 
-    `extra`: also keep unused columns with flat values.
+    Without `columns`, they are those of the form that the names of the columns identify. `extra`: also keep unused
+    columns with flat values.
 
     Image paths are relative to `image_root`, by default the directory of the data. Raises DataError naming dataset,
     record and column, unless `bad` collects it.
     """
     path = Path(data.path)
-    rows, cache = _open(data, columns, extra)
+    data, columns, rows, cache = _open(data, extra)
     directory = path if path.is_dir() else path.parent
     root = image_root or (directory if path.exists() else cache)
     field = "image" if columns.image is None or is_template(columns.image) else columns.image
@@ -113,15 +113,26 @@ def _flat_columns(table: Any) -> list[str]:
     return [name for name, feature in table.features.items() if type(feature).__name__ in ("Value", "ClassLabel")]
 
 
-def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Iterable[Entry], Path]:
-    """Open the data with the named columns; returns its rows and the directory of cached files.
+class _Opened(NamedTuple):
+    """Opened data, and how they are read."""
 
-    `extra`: also with the columns of flat values.
-    """
+    data: DataSettings
+    columns: ColumnSettings
+    rows: Iterable[Entry]
+    cache: Path
+    """Directory of cached files."""
+
+
+def _open(data: DataSettings, extra: bool) -> _Opened:
+    """Open the data with the columns that it names; `extra`: also with those of flat values."""
     path = Path(data.path)
     if path.suffix in _FILES and not path.is_dir():
-        return _file_rows(path, data, columns), path.parent
+        entries = _entries(path, data)
+        first = next((entry for entry in entries if isinstance(entry.value, dict)), None) if not data.columns else None
+        data, columns = _with_form(data, [] if first is None else list(first.value))
+        return _Opened(data, columns, _file_rows(path, data, columns), path.parent)
     table, cache = _open_table(path, data)
+    data, columns = _with_form(data, table.column_names)
     present = list(table.column_names)
     named = _named(data, columns)
     # The keys of a list's elements are seen only when they are read.
@@ -133,7 +144,18 @@ def _open(data: DataSettings, columns: ColumnSettings, extra: bool) -> tuple[Ite
     table = table.select_columns(list(dict.fromkeys([*taken, *(_flat_columns(table) if extra else [])])))
     image = None if columns.image is None or is_template(columns.image) else column_of(columns.image, present)
     rows = _rows(table) if image is None else _with_images(_with_images_undecoded(table, image, data.path), image)
-    return rows, cache
+    return _Opened(data, columns, rows, cache)
+
+
+def _with_form(data: DataSettings, names: list[str]) -> tuple[DataSettings, ColumnSettings]:
+    """Return the settings with columns; without own ones, those of a known form. Raises DataError for any other."""
+    if data.columns is not None:
+        return data, data.columns
+    form = known_form(names)
+    if form is None:
+        raise DataError(f"{data_name(data.path)}: columns: is missing; {describe_record(names)}", "form")
+    each = data.each if form.each is None else form.each
+    return data.model_copy(update={"columns": form.columns, "each": each}), form.columns
 
 
 def _rows(table: Any) -> Iterator[Entry]:
@@ -166,6 +188,8 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
             f"{path.name}: a {path.suffix or 'nameless'} file is not read. Save it as CSV (UTF-8), for instance: "
             f'python -c "{line}"'
         )
+    if path.is_dir() and is_saved(path):
+        return open_saved(path, data.split), path
     if path.is_dir():
         check_directory(path)
     elif path.exists() and not path.is_file():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
+from lora_llava.recipe.columns import ColumnSettings
 from lora_llava.system.text import listed, printable
 
 _NAMES = {
@@ -23,16 +24,48 @@ _KNOWN = (
         "It is preference data. For stage prefer, add to its data: columns: {image: KEY, question: KEY, "
         "chosen: chosen, rejected: rejected}; other stages train on one answer, such as `chosen`.",
     ),
-    ({"texts"}, "It has several questions in a row (`texts`); write one row for each."),
-    ({"annotations", "data"}, "It is an export of Label Studio; export it as JSON_MIN or CSV, and use `columns`."),
+    ({"texts"}, "It has several questions in a row. Add to its data: each: texts, and `columns` for their keys."),
+    ({"annotations", "data"}, "It is an export of Label Studio; have it read with: lora-llava convert labelstudio."),
     ({"video"}, "It is about a video; LLaVA-1.5 sees single images: take a frame of each."),
     ({"videos"}, "It is about videos; LLaVA-1.5 sees single images: take a frame of each."),
-    ({"prefix", "suffix", "image"}, "Add to its data: columns: {image: image, question: prefix, answer: suffix}"),
 )
 """Keys that identify a form of data, and what to do with it."""
 
 _MAX_KEYS = 12
 """Maximum number of a record's keys in a message."""
+
+
+_MIN = frozenset("id annotator annotation_id created_at updated_at lead_time comment".split())
+"""Keys that Label Studio adds to the own ones of JSON_MIN."""
+_QUESTION = "{text: 'What is shown?'}"
+"""Proposed for data that have images and answers alone."""
+
+
+class Form(NamedTuple):
+    """How a known form is read."""
+
+    columns: ColumnSettings
+    each: str | None = None
+
+
+def known_form(keys: Collection[str]) -> Form | None:
+    """Return how to read records of a form that its keys identify; None for any other.
+
+    Known are conversations with images as TRL, Axolotl, LLaMA-Factory and ms-swift have them, queries and responses of
+    ms-swift, The Cauldron's texts, and the lines that Roboflow exports.
+    """
+    image = next((name for name in ("images", "image") if name in keys), None)
+    if image == "images" and "texts" in keys:
+        return Form(ColumnSettings(image=image, question="user", answer="assistant"), "texts")
+    for messages in ("messages", "conversations", "conversatons"):
+        if messages in keys:
+            return Form(ColumnSettings(image=image, messages=messages, system="system" if "system" in keys else None))
+    if image == "image" and {"prefix", "suffix"} <= set(keys):
+        return Form(ColumnSettings(image=image, question="prefix", answer="suffix"))
+    if image == "images" and {"query", "response"} <= set(keys):
+        system = "system" if "system" in keys else None
+        return Form(ColumnSettings(image=image, question="query", answer="response", system=system))
+    return None
 
 
 def propose_columns(keys: Iterable[str]) -> str:
@@ -43,21 +76,25 @@ def propose_columns(keys: Iterable[str]) -> str:
     if messages := _first(known, "messages"):
         return f"columns: {{{prefix}messages: {_yaml(messages)}}}"
     question, answer = _first(known, "question"), _first(known, "answer")
-    if question and answer:
-        return f"columns: {{{prefix}question: {_yaml(question)}, answer: {_yaml(answer)}}}"
+    if {"annotation_id", "lead_time"} <= set(known):
+        # What the annotators chose has the name of the control in their form.
+        answer = next((key for key in known if key not in (*_MIN, image)), None)
+    if answer and (question or image):
+        asked = _yaml(question) if question else _QUESTION
+        return f"columns: {{{prefix}question: {asked}, answer: {_yaml(answer)}}}"
     return ""
 
 
-def describe_record(record: Mapping[str, Any]) -> str:
+def describe_record(record: Collection[str]) -> str:
     """Describe the keys of a record, and how to read it."""
     keys = [printable(str(key)) for key in record]
     shown = f"it has {listed(keys, _MAX_KEYS)}" if keys else "it has no keys"
     return f"{shown}. {_advice(record)}"
 
 
-def _advice(record: Mapping[str, Any]) -> str:
+def _advice(record: Collection[str]) -> str:
     for marks, advice in _KNOWN:
-        if marks <= record.keys():
+        if marks <= set(record):
             return advice
     if proposed := propose_columns(record):
         return f"To have it read, add to its data: {proposed}"

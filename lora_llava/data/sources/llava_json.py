@@ -7,6 +7,7 @@ Preference data also have `rejected`, a worse last answer; stages other than `pr
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lora_llava.data.record import (
     with_answer_prompt,
 )
 from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_dialog, read_question
-from lora_llava.data.sources.forms import describe_record
+from lora_llava.data.sources.columns import load_columns
+from lora_llava.data.sources.forms import describe_record, known_form
 from lora_llava.data.sources.mapping import make_reader
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.tables import read_entries, read_records
@@ -49,9 +51,19 @@ def load_llava_json(
         record = _record(entry, number, f"{path.name}, record {number}", images, data)
         return replace(record, extra=own_values(entry.value, _KEYS)) if extra else record
 
-    records = read_records(read_entries(path, data.records, data.encoding), read, data, bad, _identity)
+    entries = read_entries(path, data.records, data.encoding)
+    first = next(entries, None)
+    if first is not None and _is_flat(first.value):
+        return load_columns(data, image_root, bad, extra=extra)
+    records = read_records(() if first is None else chain([first], entries), read, data, bad, _identity)
     root.check()
     return records
+
+
+def _is_flat(entry: Any) -> bool:
+    """Tell whether an entry is of another form that its keys identify."""
+    is_llava = isinstance(entry, dict) and any(entry.get(key) is not None for key in _CONVERSATIONS)
+    return isinstance(entry, dict) and not is_llava and known_form(entry) is not None
 
 
 def _identity(entry: Any) -> str | None:
@@ -82,6 +94,11 @@ def _record(entry: Entry, number: int, location: str, images: ImageCells, data: 
     dialog = read_dialog(record[key], f"{where}: {key}")
     own = record.get("images") if record.get("image") is None else record["image"]
     image = images.source(join_images(own, dialog.images), where)
+    if record.get("objects") and any("<bbox>" in turn.text for turn in dialog.turns):
+        raise DataError(
+            f"{where}: objects: <bbox> stands for boxes that are not in the text; write them out, such as "
+            "[0.10, 0.20, 0.35, 0.60]"
+        )
     # LLaVA's own form must have the placeholder; in the variants it is optional.
     turns = place_image(dialog.turns) if image is not None and key == "messages" else dialog.turns
     check_placeholder(turns, image, f"{where}: {key}")

@@ -37,7 +37,7 @@ def hub_data_is_available(setup: Setup) -> Iterator[Finding]:
     """Data sets of the Hub are cached, or the Hub can be reached."""
     for key, data in sources(setup.recipe):
         name = data.path
-        if data.columns is None or is_local(name) or Path(name).expanduser().exists():
+        if is_local(name) or Path(name).expanduser().exists():
             continue
         from lora_llava.planning.preflight.model.hub import is_cached_data
         from lora_llava.system.hub.network import offline
@@ -63,7 +63,7 @@ def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
 def _data_paths(recipe: Recipe) -> Iterator[_DataPath]:
     for key, data in sources(recipe):
         path = Path(data.path).expanduser()
-        if data.columns is None:
+        if data.columns is None and data.path.endswith((".json", ".jsonl")):
             yield _DataPath(f"{key}.path", path, is_directory=False)
         elif path.exists() or is_local(data.path):
             yield _DataPath(f"{key}.path", path, is_directory=None)

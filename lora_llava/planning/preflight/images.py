@@ -17,6 +17,7 @@ from lora_llava.data.sources.arrow_cache import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.planning.preflight.data import sources
 from lora_llava.planning.preflight.findings import Finding, Notice, Problem
+from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.processes import in_processes
@@ -84,7 +85,7 @@ def images_have_their_names(images: Images) -> Iterator[Finding]:
 
 def _local_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
     for key, data in sources(recipe):
-        is_here = data.columns is None or Path(data.path).expanduser().exists()
+        is_here = is_local(data.path) or Path(data.path).expanduser().exists()
         if is_here and data.on_bad_record == "error":
             yield key, data
 

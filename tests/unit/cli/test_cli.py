@@ -154,7 +154,6 @@ def test_columns_are_parsed_and_checked() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "folder"], "columns is required"),
         (["--data", "a.json", "--columns", "image"], "image=COLUMN"),
         (["--data", "folder", "--columns", "imgae=i,question=q,answer=a"], "imgae"),
     ],

@@ -138,8 +138,8 @@ def test_k19_conversations_of_other_kits_are_read_as_they_are(folder: Path, reco
     [
         ({"image": "a.png", "question": "What?", "answer": "a cat"}, QA),
         (
-            {"images": ["a.png"], "query": "What?", "response": "a cat"},
-            {"image": "images", "question": "query", "answer": "response"},
+            {"images": ["a.png"], "instruction": "What?", "output": "a cat"},
+            {"image": "images", "question": "instruction", "answer": "output"},
         ),
         (
             {"Image": "a.png", "PatientID": 7, "Question": "What?", "Answer": "a cat"},
@@ -214,7 +214,8 @@ def test_k19_an_old_spreadsheet_is_named_with_the_line_that_converts_it(folder: 
         ({"1": {"question": "Q"}, "2": {"question": "Q"}}, "conversations: is missing; it has id, question. To have"),
         ({"images": [], "annotations": [{"id": 1}]}, "it is in COCO's form"),
         ([{"image": "a.png", "chosen": "a", "rejected": "b"}], "It is preference data"),
-        ([{"images": ["a.png"], "texts": [{"user": "Q"}]}], "It has several questions in a row"),
+        ([{"image": "a.png", "texts": [{"user": "Q"}]}], "It has several questions in a row. Add to its data: each:"),
+        ([{"images": ["a.png"], "texts": [{"user": "Q"}]}], "record 1 (entry 1, texts[0]): assistant: is empty"),
         ([{"video": "a.mp4", "conversation_id": 3}], "It is about a video"),
         (
             [{"pic": "a.png", "wer": "x"}],

@@ -83,16 +83,11 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None
         (("name: small", "name: small\nversion: 2"), "version"),
         (("some/llava", "some/llava, vision_tower: x"), "exclude each other"),
         (("{model_name_or_path: some/llava}", "{language_model: some/lm}"), "vision_tower"),
-        (("data/train.json", "some/data"), "columns is required"),
         (("data/train.json", "train.csv, revision: x, columns: {question: q, answer: a}"), "revision apply to Hub"),
         (("data/train.json", "data/train.json, validation: {share: 1.0}"), "less than 1"),
         (("data/train.json", "data/train.json, validation: {}"), "give path or share"),
         (("  instruct:", "  tune:"), "unknown key"),
         (("data/train.json", "data/train.json, name: x"), "name and revision apply to Hub datasets"),
-        (
-            ("data/train.json", "data/train.json, validation: {path: some/data}"),
-            "because validation.path",
-        ),
         (
             ("model_name_or_path: some/llava", "language_model: a, vision_tower: b, revision: c"),
             "revision needs model_name_or_path",

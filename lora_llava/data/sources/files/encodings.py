@@ -68,6 +68,6 @@ def _certain_latin(raw: bytes) -> str | None:
 
 def _as_latin(raw: bytes, start: int) -> str:
     """Show how the text around a byte reads in cp1252."""
-    around = raw[max(0, start - _SHOWN // 2) : start + _SHOWN // 2].decode(_LATIN, "replace")
+    around = raw[max(0, start - _SHOWN) : start + _SHOWN].decode(_LATIN, "replace")
     words = next((word for word in around.split() if any(ord(char) > 127 for char in word)), "")
     return f" (as cp1252 it reads {printable(words)!r})" if words else ""
