@@ -8,7 +8,7 @@ from lora_llava import __version__
 from lora_llava.cli.chat import chat
 from lora_llava.cli.check import check
 from lora_llava.cli.common import PROCESS_ENDS, KitGroup
-from lora_llava.cli.data import convert_
+from lora_llava.cli.data import convert_, init
 from lora_llava.cli.evaluate import evaluate
 from lora_llava.cli.inspect import env, inspect
 from lora_llava.cli.predict import pairs, predict
@@ -26,6 +26,7 @@ def cli(debug: bool) -> None:
 
 for command in (
     quickstart,
+    init,
     convert_,
     check,
     finetune,

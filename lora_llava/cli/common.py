@@ -126,7 +126,7 @@ def leave_torch_out(recipe: Recipe) -> None:
 
 def quiet_libraries() -> None:
     """Silence warnings and progress bars of libraries, unless --debug was given. Imports transformers."""
-    if not _quiet_environment():
+    if not quiet_environment():
         return
     from transformers.utils import logging as transformers_logging
 
@@ -134,7 +134,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _quiet_environment() -> bool:
+def quiet_environment() -> bool:
     """Set what silences libraries before they are imported; return False if --debug was given."""
     if click.get_current_context().find_root().params.get("debug"):
         quiet.show_advice()
@@ -194,7 +194,7 @@ def look_ahead(
     from lora_llava.planning.preflight.run import check_setup
     from lora_llava.planning.preflight.setup import Setup
 
-    _quiet_environment()
+    quiet_environment()
     check_setup(Setup.of(recipe, start, Path(file), here=here), console, data=data)
 
 

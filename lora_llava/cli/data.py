@@ -1,4 +1,4 @@
-"""Commands that prepare data: convert."""
+"""Commands that prepare data: init, convert."""
 
 from __future__ import annotations
 
@@ -6,12 +6,51 @@ from pathlib import Path
 
 import click
 
-from lora_llava.cli.common import make_console
+from lora_llava.cli.check import check
+from lora_llava.cli.common import make_console, quiet_environment
 from lora_llava.data.convert.run import KINDS, convert, summary
-from lora_llava.system.files import refuse_existing
+from lora_llava.errors import RecipeError
+from lora_llava.system.files import refuse_existing, write_text
 from lora_llava.system.progress import phase
+from lora_llava.system.text import counted, printable
 
 _PATH = click.Path(path_type=Path)
+
+
+_BASE = "llava-hf/llava-1.5-7b-hf"
+
+
+@click.command()
+@click.argument("data")
+@click.option("--output", type=_PATH, default=Path("recipe.yaml"), show_default=True, help="Recipe file to write.")
+@click.option("--base-model", default=_BASE, show_default=True, help="Base model: directory or Hub id.")
+@click.pass_context
+def init(context: click.Context, data: str, output: Path, base_model: str) -> None:
+    """Write a recipe for your data and check it.
+
+    DATA is a file, a directory or the id of a data set on the Hub. The recipe has comments on every choice; edit it as
+    you like.
+    """
+    if output.exists() or output.is_symlink():
+        raise RecipeError(f"{output} already exists and is not overwritten; give another file with --output")
+    console = make_console()
+    quiet_environment()
+    phase("Looking at the data")
+    from lora_llava.planning.proposal.look import look_at
+    from lora_llava.planning.proposal.text import recipe_text
+
+    look = look_at(data)
+    text = recipe_text(look, output, base_model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, text)
+    console.print(
+        printable(f"{data}: {look.form}; {counted(len(look.records), 'record')}."), markup=False, highlight=False
+    )
+    for note in look.notes:
+        console.print(printable(note), markup=False, highlight=False)
+    console.print(printable(f"Wrote {output}. Checking it:"), markup=False, highlight=False)
+    context.invoke(check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False)
+    console.print(printable(f"Next: lora-llava finetune {output} --dry-run"), markup=False, highlight=False)
 
 
 @click.command("convert")

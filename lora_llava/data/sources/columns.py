@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from lora_llava.system.text import listed, printable
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+_MAX_PEEKED = 200
+"""Maximum number of rows that are looked at to recognize data."""
 
 
 def load_columns(data: DataSettings, image_root: Path | None, bad: BadRecords, *, extra: bool = False) -> list[Record]:
@@ -307,3 +310,24 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
 
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+
+
+class Peeked(NamedTuple):
+    """The columns of data, and their first rows."""
+
+    names: list[str]
+    rows: list[dict[str, Any]]
+    """Flat values alone, if the data are no file of text."""
+    splits: list[str]
+
+
+def peek(data: DataSettings) -> Peeked:
+    """Return what data of any form begin with; `data.columns` is not needed. Raises DataError."""
+    path = Path(data.path)
+    if path.suffix in _FILES and not path.is_dir():
+        rows = [entry.value for entry in islice(_entries(path, data), _MAX_PEEKED) if isinstance(entry.value, dict)]
+        return Peeked(list(dict.fromkeys(name for row in rows for name in row)), rows, [])
+    table, _ = _open_table(path, data)
+    flat = table.select_columns(_flat_columns(table)).select(range(min(_MAX_PEEKED, len(table))))
+    rows = [entry.value for entry in _rows(flat)]
+    return Peeked(list(table.column_names), rows, list(table.info.splits or {}))

@@ -1,0 +1,256 @@
+"""Look at a file, a directory or a data set of the Hub, and propose the settings that read it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_llava.data.bad_records import BadRecords
+from lora_llava.data.images.directory import list_images
+from lora_llava.data.load import read_source
+from lora_llava.data.record import Record
+from lora_llava.data.sources.columns import Peeked, peek
+from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
+from lora_llava.errors import DataError
+from lora_llava.planning.proposal.conversions import conversion_of
+from lora_llava.planning.proposal.images import find_images
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.text import counted, listed, printable
+
+_FILES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".parquet")
+_CARDS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json")
+"""Files that describe data next to them."""
+_LLAVA = ("conversations", "conversatons", "messages")
+_GROUPS = (
+    "patient subject person participant case study exam visit specimen slide animal device machine serial batch lot "
+    "site"
+).split()
+"""Columns by which records belong together, most telling first; each also with `id`, `nr`, `no` or `number`."""
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+_MAX_CLASSES, _MAX_CLASS_LENGTH = 20, 40
+"""Maximum number of classes that a question names, and of their characters."""
+READ_FORMS = (
+    "LLaVA JSON, messages with images, a table (CSV, TSV, XLSX, JSON, JSONL or parquet) with columns for image, "
+    "question and answer, a folder for each class of images, tar shards, a saved data set, or the id of a data set on "
+    "the Hub"
+)
+
+
+@dataclass
+class Look:
+    """What data are, and how they are read."""
+
+    form: str
+    data: dict[str, Any]
+    """Settings of `data`; paths are absolute."""
+    test: dict[str, Any] | None = None
+    """Settings of test data, if the data come with them."""
+    records: list[Record] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    """Problems of records that cannot be read."""
+    notes: list[str] = field(default_factory=list)
+    name: str = "data"
+    """Name for the recipe."""
+
+
+def look_at(name: str) -> Look:
+    """Propose the settings for the data `name` and read the records.
+
+    Raises DataError with what was seen, and what would work, if the form is not known or must be converted first.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        path = path.resolve()
+        if (conversion := conversion_of(path)) is not None:
+            raise DataError(conversion.advice(), "form")
+        look = _directory(path) if path.is_dir() else _file(path, path.parent)
+    else:
+        look = _table(name, f"data set {name} of the Hub", {"path": name})
+    bad = BadRecords(DataSettings(**look.data), None)
+    look.records = read_source(DataSettings(**look.data), bad)
+    look.unusable = [record.problem for record in bad.found]
+    if not look.records:
+        first = f": the first is {look.unusable[0]}" if look.unusable else ""
+        raise DataError(f"{name}: {look.form}, but none of its records can be read{first}")
+    look.name = Path(name).stem
+    _name_classes(look)
+    return look
+
+
+def _name_classes(look: Look) -> None:
+    """Let a question that is the same for all records name the answers, if they are classes."""
+    columns = look.data.get("columns", {})
+    classes = sorted({record.turns[-1].text for record in look.records})
+    is_constant = isinstance(columns.get("question"), dict)
+    are_short = max(map(len, classes)) <= _MAX_CLASS_LENGTH
+    if is_constant and are_short and 2 <= len(classes) <= min(_MAX_CLASSES, len(look.records) // 2):
+        columns["question"] = {"text": f"Which of these does the image show: {', '.join(classes)}?"}
+
+
+def _directory(directory: Path) -> Look:
+    files = [path for path in sorted(directory.iterdir()) if path.suffix in _FILES and path.name not in _CARDS]
+    if any((directory / card).is_file() for card in ("dataset_dict.json", "state.json")):
+        return _table(directory.name, "a saved data set", {"path": str(directory)})
+    if files and all(path.suffix == ".parquet" for path in files):
+        return _table(directory.name, "a directory of parquet files", {"path": str(directory)})
+    if files:
+        return _files(files, directory)
+    if shards := sorted(directory.glob("*.tar")):
+        return _shards(directory, len(shards))
+    return _images(directory)
+
+
+def _files(files: list[Path], directory: Path) -> Look:
+    """Take the only file of a directory, or those that are named like splits."""
+    splits = {split: path for split, words in _SPLITS.items() for path in files if _is_named(path, words)}
+    main = files[0] if len(files) == 1 else splits.get("train")
+    if main is None:
+        names = [printable(path.name) for path in files]
+        raise DataError(f"{directory}: holds {len(files)} data files: {listed(names)}; name one of them", "form")
+    look = _file(main, directory)
+    if len(files) > 1:
+        look.notes.append("Files of the directory: " + listed([printable(path.name) for path in files]))
+    for split, path in splits.items():
+        if path != main and path.suffix == main.suffix:
+            if split == "test":
+                look.test = look.data | {"path": str(path)}
+            elif split == "validation":
+                look.data["validation"] = {"path": str(path)}
+    return look
+
+
+def _is_named(path: Path, words: Sequence[str]) -> bool:
+    return any(word in re.split(r"[^a-z]+", path.stem.lower()) for word in words)
+
+
+def _file(path: Path, directory: Path) -> Look:
+    if path.suffix not in _FILES:
+        raise DataError(f"{path.name}: a {path.suffix or 'nameless'} file is not read; what is: {READ_FORMS}", "form")
+    form = f"{path.suffix[1:].upper()} file"
+    if path.suffix in (".json", ".jsonl"):
+        peeked = peek(DataSettings(path=str(path)))
+        if any(peeked.rows[0].get(key) is not None for key in _LLAVA if peeked.rows):
+            look = Look(f"{form} of conversations", {"path": str(path)})
+            _set_root(
+                look, peeked.rows, next((key for key in ("image", "images") if key in peeked.names), None), directory
+            )
+            _set_group(look, peeked)
+            return look
+    return _table(path.name, form, {"path": str(path)}, directory)
+
+
+def _table(name: str, form: str, data: dict[str, Any], directory: Path | None = None) -> Look:
+    """Propose `columns` for a table by the names of its columns; images as paths are looked for in `directory`."""
+    peeked = peek(DataSettings(**data, split="train"))
+    look = Look(f"{form} with the columns {listed([printable(column) for column in peeked.names], 12)}", data)
+    known, proposed = known_form(peeked.names), propose_columns(peeked.names)
+    if known is not None:
+        data["columns"] = known.columns.model_dump(exclude_none=True)
+        if known.each is not None:
+            data["each"] = known.each
+    elif proposed:
+        data |= yaml.safe_load("{" + proposed + "}")
+    else:
+        raise DataError(f"{name}: {form}: {describe_record(peeked.names)}", "form")
+    _set_choices(data["columns"], peeked)
+    image = data["columns"].get("image")
+    if directory is not None:
+        _set_root(look, peeked.rows, image, directory)
+    _set_group(look, peeked)
+    if "test" in peeked.splits:
+        look.test = data | {"split": "test"}
+    return look
+
+
+def _set_choices(columns: dict[str, Any], peeked: Peeked) -> None:
+    """Let an answer that is a number or a letter point into a column of options."""
+    options = next((name for name in ("choices", "options") if name in peeked.names), None)
+    answer = columns.get("answer")
+    if options is None or not isinstance(answer, str) or not peeked.rows:
+        return
+    answers = [row.get(answer) for row in peeked.rows]
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in answers):
+        columns |= {"choices": options, "answer": {"index": answer}}
+    elif all(isinstance(value, str) and re.fullmatch("[A-Z]", value) for value in answers):
+        columns |= {"choices": options, "answer": {"letter": answer}}
+
+
+def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, directory: Path) -> None:
+    """Set `image_root`, and the template of the image, so that the images of the first rows exist."""
+    if image is None or not any(isinstance(row.get(image), str) for row in rows):
+        return
+    columns = look.data.get("columns", {})
+    others = [columns["answer"]] if isinstance(columns.get("answer"), str) else []
+    found = find_images(rows, image, others, directory)
+    if found.share == 0.0:
+        look.notes.append(f"None of the first images was found below {directory}; set image_root.")
+        return
+    if columns:
+        columns["image"] = found.setting
+    if found.root != Path(look.data["path"]).parent:
+        look.data["image_root"] = str(found.root)
+
+
+def _set_group(look: Look, peeked: Peeked) -> None:
+    normalized = {re.sub(r"[^a-z]|(id|nr|no|number|uid)$", "", name.lower()): name for name in reversed(peeked.names)}
+    for word in _GROUPS:
+        column = normalized.get(word)
+        values = [row.get(column) for row in peeked.rows] if column is not None else []
+        if (
+            column is not None
+            and len(set(map(str, values))) > 1
+            and all(isinstance(value, str | int) for value in values)
+        ):
+            look.data["group"] = column
+            return
+
+
+def _shards(directory: Path, number: int) -> Look:
+    """Propose the columns of tar shards in WebDataset's form: an image, and a text or JSON with one."""
+    data: dict[str, Any] = {"path": str(directory)}
+    form = f"{counted(number, 'tar shard')}"
+    names = peek(DataSettings(**data)).names
+    image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in names), None)
+    answer = next((name for name in ("txt", "caption", "cls", "json.answer", "json.caption") if name in names), None)
+    if image is None or answer is None:
+        raise DataError(
+            f"{directory.name}: {form} with the members {listed(names)}: columns must name an image, "
+            "question and answer, such as columns: {image: jpg, question: json.question, answer: json.answer}",
+            "form",
+        )
+    data["columns"] = {"image": image, "question": {"text": "Describe the image."}, "answer": answer}
+    return Look(f"{form} with the members {listed(names)}", data)
+
+
+def _images(directory: Path) -> Look:
+    """Propose the classes of a directory with a folder of images for each."""
+    listing = list_images(directory)
+    folders = sorted({Path(name).parts[0] for name in listing.images if len(Path(name).parts) > 1})
+    flat = sum(len(Path(name).parts) == 1 for name in listing.images)
+    if flat or len(folders) < 2:
+        raise DataError(
+            f"{directory}: holds {counted(len(listing.images), 'image')} ({flat:,} not in a folder, "
+            f"{counted(len(folders), 'folder')}), but no questions and answers. Put the images of each class into a "
+            "folder named like it, or add a table such as answers.csv with the columns image, question and answer",
+            "form",
+        )
+    splits = {split: name for split, words in _SPLITS.items() for name in folders if name.lower() in words}
+    classes = folders
+    if splits.get("train"):
+        deeper = {Path(name).parts[1] for name in listing.images if len(Path(name).parts) > 2}
+        classes = sorted(deeper)
+    columns = {"image": "image", "question": {"text": "What does the image show?"}, "answer": "label"}
+    data = {"path": str(directory), "columns": columns}
+    look = Look(f"a folder for each of {counted(len(classes), 'class', 'classes')} of images", data)
+    if splits.get("train") and splits.get("test"):
+        look.test = data | {"split": "test"}
+    return look

@@ -1,0 +1,204 @@
+"""`lora-llava init`: from data of ten forms to a recipe that is checked and planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from lora_llava.cli import cli
+from tests.helpers.published_sets import coco_captions, coco_instances, cvat, needs_pydicom, r2gen, rsvqa, visual_genome
+from tests.helpers.raw_data import CONVERTED, COUNT, READ, llava_json, table, wrong
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def said(result: Result) -> str:
+    return " ".join(result.output.split())
+
+
+def initialized(data: Path, base: Path) -> dict[str, Any]:
+    """Run init and the dry run; return the recipe."""
+    result = run("init", data, "--base-model", base)
+    assert result.exit_code == 0, result.output
+    assert "0 errors" in said(result), result.output
+    planned = run("finetune", "recipe.yaml", "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    recipe: dict[str, Any] = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))
+    return recipe
+
+
+STAGE = {
+    "class folders": {
+        "path": "./data",
+        "columns": {
+            "image": "image",
+            "question": {"text": "Which of these does the image show: crack, good, stain?"},
+            "answer": "label",
+        },
+    },
+    "csv": {
+        "path": "data/labels.csv",
+        "columns": {
+            "image": "{label}/{file}",
+            "question": {"text": "Which of these does the image show: crack, good, stain?"},
+            "answer": "label",
+        },
+        "group": "device_id",
+    },
+    "llava json": {"path": "data/train.json", "image_root": "data/pictures", "group": "patient"},
+    "messages": {"path": "data/data.jsonl"},
+    "parquet": {
+        "path": "data/data.parquet",
+        "columns": {"image": "image", "question": "question", "answer": "answer"},
+    },
+    "shards": {
+        "path": "./data",
+        "columns": {"image": "png", "question": {"text": "Describe the image."}, "answer": "txt"},
+    },
+}
+SHORT = ("class folders", "csv", "messages", "parquet")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_form_that_is_read_becomes_a_recipe(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    (tmp_path / "data").mkdir()
+    recipe = initialized(READ[name](tmp_path / "data"), tiny_base)
+    data = recipe["stages"]["instruct"]["data"]
+    assert data.pop("validation") == {"share": 0.2}
+    assert data.pop("answer_prompt", None) == (
+        "Answer the question using a single word or phrase." if name in SHORT else None
+    )
+    assert data == STAGE[name]
+    assert recipe["base"] == {"model_name_or_path": str(tiny_base)}
+    assert recipe["stages"]["instruct"]["num_train_epochs"] == 10
+    written = Path("recipe.yaml").read_text(encoding="utf-8")
+    assert f"{9 if name == 'llava json' else COUNT} records on" in written
+    assert "Fewer than 150 may be too few to learn" in written
+    assert ("evaluation" in recipe) == (name == "llava json")
+    assert ("images" in recipe) == (name == "csv")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_pydicom if name == "dicom" else ()) for name in CONVERTED]
+)
+def test_a_form_that_must_be_converted_names_the_command_which_works(
+    tmp_path: Path, tiny_base: Path, name: str
+) -> None:
+    make, command = CONVERTED[name]
+    (tmp_path / "data").mkdir()
+    data = make(tmp_path / "data")
+    refused = run("init", data, "--base-model", tiny_base)
+    assert refused.exit_code == 1
+    assert command.format(data=data) in said(refused)
+    assert not Path("recipe.yaml").exists()
+    parts = command.format(data=data).removesuffix(". Then").replace("REPORTS.csv", str(data / "reports.csv")).split()
+    converted = run(*parts[1:])
+    assert converted.exit_code == 0, converted.output
+    recipe = initialized(Path("converted"), tiny_base)
+    assert recipe["stages"]["instruct"]["data"]["path"] == "converted/records.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(coco_captions, "coco"), (cvat, "cvat"), (r2gen, "r2gen"), (rsvqa, "rsvqa"), (visual_genome, "visual-genome")],
+)
+def test_the_other_forms_are_recognized(tmp_path: Path, make: Any, kind: str) -> None:
+    result = run("init", make(tmp_path / "data"))
+    assert f"lora-llava convert {kind} {tmp_path / 'data'} converted" in said(result)
+
+
+def test_coco_in_its_own_layout_names_file_and_images(tmp_path: Path) -> None:
+    coco_instances(tmp_path / "data" / "val2017")
+    (tmp_path / "data" / "annotations").mkdir()
+    Path("data/val2017/instances_val2017.json").rename("data/annotations/instances_val2017.json")
+    file, images = tmp_path / "data/annotations/instances_val2017.json", tmp_path / "data/val2017"
+    assert f"convert coco {file} converted --images {images}. Then" in said(run("init", "data"))
+
+
+def test_unknown_records_are_answered_with_what_was_seen(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    result = run("init", wrong(tmp_path / "data"))
+    assert result.exit_code == 1
+    assert "it has alpha, beta. To have it read, name its keys in its data: columns: {image: KEY" in said(result)
+
+
+def _nothing(directory: Path) -> None:
+    (directory / "notes.txt").write_text("x", encoding="utf-8")
+
+
+def _images_alone(directory: Path) -> None:
+    table(directory)
+    (directory / "labels.csv").unlink()
+    (directory / "good" / "1.png").rename(directory / "1.png")
+
+
+def _two_tables(directory: Path) -> None:
+    for name in ("a.csv", "b.csv"):
+        (directory / name).write_text("image,question,answer\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_nothing, "holds no images (known formats: JPEG"),
+        (_images_alone, "holds 12 images (1 not in a folder, 3 folders), but no questions and answers. Put the images"),
+        (_two_tables, "holds 2 data files: a.csv, b.csv; name one of them"),
+    ],
+)
+def test_a_directory_without_a_form_is_answered_with_what_would_work(tmp_path: Path, make: Any, message: str) -> None:
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data")
+    result = run("init", "data")
+    assert result.exit_code == 1
+    assert message in said(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a.docx", "a .docx file is not read; what is: LLaVA JSON"), ("b.csv", "none of its records can be read")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, message: str) -> None:
+    Path(name).write_text("image,question,answer\nx.png,,\n", encoding="utf-8")
+    result = run("init", name)
+    assert result.exit_code == 1
+    assert message in said(result)
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_named(tmp_path: Path) -> None:
+    result = run("init", "no/such/data")
+    assert result.exit_code == 1
+    assert "no/such/data: neither an existing file or directory nor a Hub id" in said(result)
+
+
+def test_a_recipe_is_never_overwritten(tmp_path: Path) -> None:
+    Path("recipe.yaml").write_text("mine", encoding="utf-8")
+    result = run("init", "data")
+    assert result.exit_code == 2
+    assert "recipe.yaml already exists and is not overwritten" in said(result)
+    assert Path("recipe.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_records_that_cannot_be_read_are_counted_in_the_recipe(tmp_path: Path, tiny_base: Path) -> None:
+    llava_json(tmp_path / "data")
+    path = tmp_path / "data" / "train.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    records[4]["conversations"][1]["value"] = " "
+    path.write_text(json.dumps(records), encoding="utf-8")
+    result = run("init", "data", "--base-model", tiny_base)
+    assert result.exit_code == 1, "check finds it"
+    written = Path("recipe.yaml").read_text(encoding="utf-8")
+    assert "# 1 record cannot be read; the first: train.json, record 5" in written
+    assert "# on_bad_record: skip" in written
