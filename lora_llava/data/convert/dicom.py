@@ -285,16 +285,17 @@ def _decode(instance: _Instance) -> npt.NDArray[Any]:
     """Return the pixels (H, W) or (H, W, 3) of the middle frame."""
     from pydicom.pixels import get_decoder, pixel_array
 
-    syntax = instance.header.file_meta.TransferSyntaxUID
     try:
+        syntax = instance.header.file_meta.TransferSyntaxUID
+        name = printable(str(syntax.name), 80)
         decoder = get_decoder(syntax)
         missing = "" if decoder.is_available else "; or ".join(decoder.missing_dependencies)
-    except Exception:  # noqa: BLE001 - a syntax that pydicom does not know
-        missing = "no decoder is known"
+    except Exception:  # noqa: BLE001 - a syntax that is missing, or that pydicom does not know
+        raise DropError(f"{instance.where}: TransferSyntaxUID: is not known", "an unknown transfer syntax") from None
     if missing:
         raise DropError(
-            f"{instance.where}: its transfer syntax, {printable(str(syntax.name), 80)}, needs a decoder: {missing}",
-            f"compressed as {printable(str(syntax.name), 80)}, which needs another package: {missing}",
+            f"{instance.where}: its transfer syntax, {name}, needs a decoder: {missing}",
+            f"compressed as {name}, which needs another package: {missing}",
         )
     frames = instance.number("NumberOfFrames") or 1
     try:

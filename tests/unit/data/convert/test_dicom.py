@@ -123,6 +123,16 @@ def test_a_compressed_file_names_its_transfer_syntax_and_what_decodes_it(source:
     assert "pylibjpeg" in reason
 
 
+def test_a_file_without_a_transfer_syntax_is_left_out(source: Path) -> None:
+    path = source / FIRST
+    # The tag becomes one that nobody knows.
+    path.write_bytes(path.read_bytes().replace(b"\x02\x00\x10\x00UI", b"\x02\x00\x11\x00UI"))
+    report, _ = run(source)
+    assert report["records"] == {"records.jsonl": 2}
+    [reason] = [one["reason"] for one in report["dropped"] if one["reason"] != "a row joins no file"]
+    assert reason in ("an unknown transfer syntax", "a damaged DICOM file")
+
+
 def test_a_deflated_file_is_not_inflated(source: Path) -> None:
     data = pydicom.dcmread(source / FIRST)
     data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
