@@ -104,7 +104,7 @@ def _advice(record: Collection[str]) -> str:
 def describe_object(content: Mapping[str, Any]) -> str:
     """Return what to do with a JSON file that holds an object instead of a list."""
     if {"images", "annotations"} <= content.keys():
-        return "it is in COCO's form: write one record for each annotation, with its image's file_name"
+        return "it is in COCO's form; have it converted with: lora-llava convert coco"
     lists = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if lists:
         others = f" (or one of {listed([printable(key) for key in lists[1:]])})" if len(lists) > 1 else ""

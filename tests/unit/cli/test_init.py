@@ -195,7 +195,7 @@ def test_records_that_cannot_be_read_are_counted_in_the_recipe(tmp_path: Path, t
     llava_json(tmp_path / "data")
     path = tmp_path / "data" / "train.json"
     records = json.loads(path.read_text(encoding="utf-8"))
-    records[4]["conversations"][1]["value"] = " "
+    records[4]["conversations"][1]["value"] = None
     path.write_text(json.dumps(records), encoding="utf-8")
     result = run("init", "data", "--base-model", tiny_base)
     assert result.exit_code == 1, "check finds it"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,29 @@ def test_check_takes_what_was_converted(tmp_path: Path, tiny_base: Path, name: s
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     done = CliRunner().invoke(cli, ["check", str(tmp_path / "recipe.yaml"), "--workers", "1"])
     assert done.exit_code == 0, done.output
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    """Return command and result of each row in docs/data_forms.md, by the set."""
+    text = (Path(__file__).parents[4] / "docs/data_forms.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| `([a-z0-9-]+)` \| `(convert [^|]+)` \| ([^|]+) \|$", text, re.MULTILINE)
+    return {name: (command, result) for name, command, result in rows}
+
+
+def test_every_set_is_documented() -> None:
+    assert list(documented()) == list(SETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_documented_command_writes_what_is_documented(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    SETS[name][1](tmp_path / "in")
+    command, result = documented()[name]
+    args = shlex.split(command.replace("SRC", str(tmp_path / "in")).replace("DST", str(tmp_path / "out")))
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert f"{sum(report['records'].values())}: {', '.join(report['types'])}" == result
 
 
 def test_label_studio(tmp_path: Path) -> None:
