@@ -44,6 +44,7 @@ from lora_llava.planning.tables import mebibytes, parameter_table_view, short_pa
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import device_type, pick_device, pick_dtype, precision_line
+from lora_llava.system.ranks import world_size
 from lora_llava.system.table import Column, FittingTable
 from lora_llava.system.text import counted
 
@@ -58,6 +59,9 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
     `memory`: bytes to plan for; None: what is free on this machine.
     """
     console.print("A dry run: nothing is written.")
+    if (cards := world_size()) > 1:
+        line = f"On {cards} cards: each holds the whole model and computes its part of every step."
+        console.print(f"{line} Memory is that of a card.", soft_wrap=not console.is_terminal)
     config, tokenizer = describe_base(recipe.base)
     for stage in recipe.stage_names:
         settings = recipe.stage(stage)

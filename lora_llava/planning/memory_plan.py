@@ -32,6 +32,7 @@ from lora_llava.planning.speed import Machine, Passes, Speed, relative_cost
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import free_memory_bytes
+from lora_llava.system.ranks import world_size
 
 GIB = 1024**3
 _MAX_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -40,6 +41,8 @@ _TOKEN_STEP = 64
 """`auto` considers micro-batches that differ by this many tokens."""
 _CUDA_OVERHEAD = 1.0 * GIB
 """CUDA context, cuBLAS workspace, and one dequantized weight matrix."""
+_LINK_BYTES = 0.4 * GIB
+"""Buffers through which the processes of several cards exchange gradients (NCCL's, and one bucket), an estimate."""
 _USABLE_SHARE = 0.92
 """Share of the memory to plan with; the rest is left to fragmentation."""
 _RETRY_SHARE = 0.85
@@ -130,8 +133,13 @@ def stage_shapes(
 def usable_bytes(device: str, memory: int | None = None) -> int:
     """Return the bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda`, `cpu`)."""
     if memory is not None:
-        return int(_USABLE_SHARE * memory - (_CUDA_OVERHEAD if device == "cuda" else 0))
+        return int(_USABLE_SHARE * memory - _overhead(device))
     return int(_USABLE_SHARE * free_memory_bytes(device))
+
+
+def _overhead(device: str) -> float:
+    """Return the bytes of a device that a plan does not count; what is free on it is without them."""
+    return (_CUDA_OVERHEAD + (_LINK_BYTES if world_size() > 1 else 0)) if device == "cuda" else 0
 
 
 def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
@@ -181,7 +189,7 @@ def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> s
         plan = plan_memory(shapes, replace(machine, usable=usable))
     except TrainingError as error:
         return str(error)
-    size = (usable + (_CUDA_OVERHEAD if machine.device == "cuda" else 0)) / _USABLE_SHARE
+    size = (usable + _overhead(machine.device)) / _USABLE_SHARE
     return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan_line(plan, shapes)}"
 
 

@@ -114,7 +114,9 @@ _REPLACED = {
         "the stage decides what is trained: align trains the projector, instruct and prefer the LoRA and the projector"
     ),
     "deepspeed fsdp fsdp_config num_gpus gpus devices tensor_parallel_size nproc_per_node world_size num_processes "
-    "accelerator strategy ddp": "a run uses one GPU, or the CPU; remove it",
+    "accelerator strategy ddp": (
+        "give the number of GPUs on the command line, as in lora-llava finetune RECIPE --gpus 2; remove it"
+    ),
     "augment augmentation augmentations image_augmentation data_augmentation transforms random_crop flip": (
         "images are not augmented; add augmented copies to the data instead"
     ),

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -63,19 +63,26 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:
-        killed = {number: -failure.exitcode for number, failure in error.failures.items() if failure.exitcode < 0}
-        if killed:
-            click.echo(_killed_line(killed, count), err=True)
+        if line := _killed_line({number: failure.exitcode for number, failure in error.failures.items()}, count):
+            click.echo(line, err=True)
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 
 
-def _killed_line(killed: dict[int, int], count: int) -> str:
-    """Say which process the system ended: not one that was asked to end because another failed."""
-    number, received = min(killed.items(), key=lambda item: item[1] == signal.SIGTERM)
-    memory = ", as the system does when memory runs out" if received == signal.SIGKILL else ""
+def _killed_line(codes: Mapping[int, int], count: int) -> str | None:
+    """Name the process that the system ended, by the exit codes of those that failed.
+
+    None if another one has reported why: the agent ends the others by SIGTERM once one has failed.
+    """
+    killed = {number: signal.Signals(-code) for number, code in codes.items() if code < 0}
+    reported = len(killed) < len(codes)
+    culprits = [number for number, received in killed.items() if received != signal.SIGTERM]
+    if not culprits and (reported or not killed):
+        return None
+    number = culprits[0] if culprits else next(iter(killed))
+    memory = ", as the system does when memory runs out" if killed[number] == signal.SIGKILL else ""
     return (
-        f"Error: process {number} of {count} was ended by {signal.Signals(received).name}{memory}. The last checkpoint "
-        "is intact: start the run again with --resume."
+        f"Error: process {number} of {count} was ended by {killed[number].name}{memory}. The last checkpoint is "
+        "intact: start the run again with --resume."
     )
