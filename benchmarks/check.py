@@ -2,8 +2,9 @@
 
 python -m benchmarks.check [--minutes 8] [--output benchmarks/results/gpu_check.json]
 
-1. Rows of one, two and four trees through PEFT's path, then through fused layers: wall time, kernel time, kernels.
-2. Gradients of both paths.
+1. Rows of one, two and four trees through PEFT's path, through fused layers, and on CUDA through graphs of those: wall
+   time, kernel time, kernels.
+2. Gradients of all paths.
 3. V11, V1 and S1 against Hugging Face in 24 GiB, and a step of V11 in 12 GiB.
 4. Retries of the allocator, which must be none; where the time of a row goes.
 """
@@ -24,9 +25,10 @@ from benchmarks.measure import write_report
 from benchmarks.model import build_model, make_config, release_memory
 from benchmarks.work import SHAPES, Shapes, make_work, pixels
 from lora_llava.data.rows import build_row
-from lora_llava.modeling.attention import set_attention, to_device, with_block_lists
+from lora_llava.modeling.attention import padded_length, set_attention, to_device, with_block_lists
 from lora_llava.modeling.base import drop_unused_layers, undo_double_quantization
-from lora_llava.modeling.fused.layer import fuse_layers
+from lora_llava.modeling.fused.layer import fuse_layers, install_trunk, remove_trunk
+from lora_llava.modeling.fused.trunk import CudaGraphs
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.modeling.structure import FLEX
 from lora_llava.planning.attention import pick_attention
@@ -153,8 +155,35 @@ def check_rows(shapes: Shapes, keep: Callable[..., None]) -> list[str]:
     keep(gradients=difference, row_allocator_retries=retries)
     allowed = MAX_DIFFERENCE[rows.dtype]
     click.echo(f"gradients, fused against PEFT: {difference['relative']:.1e}, allowed {allowed:.0e}")
+    check_graphs(rows, gradients["fused"], keep)
     wrong = [] if float(difference["relative"]) <= allowed else ["the fused layers' gradients differ from PEFT's"]
     return [*wrong, *(["the allocator tried again in rows"] if retries else [])]
+
+
+def check_graphs(rows: Rows, expected: dict[str, torch.Tensor], keep: Callable[..., None]) -> None:
+    """Time rows through CUDA graphs, and compare their gradients with those of fused layers, or say why there are none.
+
+    No problem of the check: `cuda_graphs` is off unless a recipe asks for it.
+    """
+    lengths = [padded_length(rows.row(trees)["input_ids"].shape[1]) for trees in TREES]
+    try:
+        trunk = "no GPU" if rows.device.type != "cuda" else install_trunk(rows.model, lengths, CudaGraphs())
+        if isinstance(trunk, str):
+            keep(graphs={"failure": trunk})
+            click.echo(f"graphs: none: {trunk}")
+            return
+        difference = compare_gradients(expected, rows.gradients(rows.row(1)))
+        figures = [timed(rows, trees)[0] for trees in TREES]
+        keep(graphs={"rows": figures, "gradients": difference, "memory": torch.cuda.max_memory_reserved()})
+        for made in figures:
+            click.echo(f"graphs {made['trees']} trees, {made['tokens']:6,} tokens: {made['wall_ms']:9.2f} ms")
+        click.echo(f"gradients, graphs against layer by layer: {difference['relative']:.1e}")
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        keep(graphs={"failure": f"{type(error).__name__}: {error}"})
+        click.echo(f"graphs: {type(error).__name__}: {error}")
+    finally:
+        remove_trunk(rows.model)
+        rows.model.zero_grad(set_to_none=True)
 
 
 def retried(results: list[dict[str, Any]]) -> list[str]:

@@ -31,6 +31,7 @@ from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_sam
 from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, pick_metric
 from lora_llava.generation.answers import PromptFormat, generate_answers
+from lora_llava.generation.decoding import most_rows
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.folded import folded
 from lora_llava.recipe.choices import Metric
@@ -158,7 +159,7 @@ def _ask(
             [question.record for question in subset],
             replace(form, blind=name == BLIND),
             max_new_tokens=settings.max_new_tokens,
-            max_rows=settings.batch_size,
+            max_rows=most_rows(models.loaded.model) if settings.batch_size == "auto" else settings.batch_size,
             progress=lambda done, _: bar.update(done),
             on_cut=cut.append,
         )

@@ -28,6 +28,8 @@ OnToken = Callable[[int], None]
 Choose = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 """Returns the next token of each row, (R,), from its logits, (R, vocabulary), and its index in the batch."""
 
+_MOST_ROWS = {"cuda": 256, "cpu": 64}
+"""Rows of a batch beyond which a step of decoding takes longer for each more."""
 _USABLE_SHARE = 0.8
 """Share of the free memory that a batch of prompts may take; the rest is for its images and for fragmentation."""
 _HIDDEN_WIDTHS, _MLP_WIDTHS = 8, 3
@@ -116,6 +118,11 @@ def decode_batch(
     with _inference(model):
         state = _prefill(model, prompts)
         return _decode(model, state, frozenset(eos_token_ids), max_new_tokens, choose=choose)
+
+
+def most_rows(model: nn.Module) -> int:
+    """Return the prompts of a forward pass if nothing but memory limits them, which `plan_decoding` looks at."""
+    return _MOST_ROWS["cuda" if next(model.parameters()).is_cuda else "cpu"]
 
 
 def equal_prompts(prompts: Sequence[Prompt]) -> list[list[int]]:

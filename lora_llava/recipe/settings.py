@@ -172,8 +172,9 @@ class EvaluationSettings(Settings):
     data: DataSettings
     max_new_tokens: Annotated[Count, OnResume.AGAIN] = 16
     """Maximum tokens per answer; longer answers are cut off and counted."""
-    batch_size: Annotated[Count, OnResume.AGAIN] = 64
-    """Maximum number of questions decoded at once; on CUDA fewer where the memory is short."""
+    batch_size: Annotated[Count | Literal["auto"], OnResume.AGAIN] = 64
+    """Maximum number of questions decoded at once; on CUDA fewer where the memory is short. `auto`: on CUDA as many as
+    the free memory holds, up to 256; on a CPU 64. Answers do not depend on it."""
     metric: Annotated[MetricSetting, OnResume.AGAIN] = "auto"
     """How answers are scored. `auto`: exact match, or token F1 if at least half of the references have more than five
     words. See docs/evaluation.md."""

@@ -282,6 +282,10 @@ def test_the_estimated_memory_of_a_batch_bounds_the_measured(rows: int, length: 
     assert decoding._rows_that_fit(model, prompts, 8, int(1.3 * measured.peak / 0.8)) >= rows
 
 
+def test_with_nothing_but_memory_as_a_limit_a_cpu_decodes_what_it_did(model: LlavaForConditionalGeneration) -> None:
+    assert decoding.most_rows(model) == 64
+
+
 @pytest.mark.parametrize("share", [0.0, 3.5, 1000.0])
 def test_as_many_prompts_are_decoded_at_once_as_the_free_memory_holds(
     model: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch, share: float

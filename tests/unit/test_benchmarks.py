@@ -91,6 +91,7 @@ def test_rows_of_both_paths_are_timed_and_their_gradients_compared(monkeypatch: 
     assert kept["gradients"]["worst"] < 1e-4
     assert kept["row_allocator_retries"] == 0
     assert any("_OutputAndMLP" in line for line in kept["profile_fused"])
+    assert kept["graphs"] == {"failure": "no GPU"}
 
 
 def test_fused_layers_that_compute_something_else_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from lora_llava.errors import RecipeError
+from lora_llava.evaluation import compare
 from lora_llava.evaluation.run import evaluate
 from tests.helpers.artifacts import make_artifact
 
@@ -29,10 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "test.json"
 
 
-def asked(artifact: Path, data: Path, output: Path) -> tuple[list[Any], str]:
+def asked(artifact: Path, data: Path, output: Path, **changes: Any) -> tuple[list[Any], str]:
     """Evaluate an artifact; return its predictions and what was printed."""
     console = Console(record=True, width=200)
-    settings = {"data": {"path": str(data)}, "max_new_tokens": 6, "blind_questions": 9}
+    settings = {"data": {"path": str(data)}, "max_new_tokens": 6, "blind_questions": 9, **changes}
     evaluate(artifact, settings, output, console=console)
     lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], console.export_text()
@@ -53,3 +55,22 @@ def test_answers_do_not_depend_on_how_they_are_computed(
     assert ours == theirs
     # Answers that tell the models apart, or else the equality says little.
     assert len({row[name]["prediction"] for row in ours for name in ("base", "tuned", "blind")}) > 3
+
+
+def test_answers_do_not_depend_on_how_many_questions_are_asked_at_once(
+    tiny_base: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_artifact(tiny_base, tmp_path / "instruct", nf4=False)
+    generate, rows = compare.generate_answers, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        rows.append(options["max_rows"])
+        return generate(*args, **options)
+
+    monkeypatch.setattr(compare, "generate_answers", noted)
+    monkeypatch.setattr(compare, "most_rows", lambda _: 5)
+    answers = [asked(artifact, data, tmp_path / str(size), batch_size=size)[0] for size in ("auto", 2)]
+    assert answers[0] == answers[1]
+    assert rows == 3 * [5] + 3 * [2]
+    with pytest.raises(RecipeError, match=r"evaluation\.batch_size"):
+        asked(artifact, data, tmp_path / "wrong", batch_size="some")
