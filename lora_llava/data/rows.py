@@ -164,7 +164,7 @@ class PackedRows:
         trees = [[self.encoded[index] for index in tree] for tree in row]
         batch = build_row(trees)
         if references := [one.reference for tree in trees for one in tree if one.reference is not None]:
-            batch["reference"] = torch.tensor(references, dtype=torch.float32)
+            batch["reference"] = torch.tensor(references, dtype=torch.float64)
         # One image for each tree: its conversations share it.
         first_records = [self.records[tree[0]] for tree in row]
         if images := [self.read_image(record) for record in first_records if record.image is not None]:

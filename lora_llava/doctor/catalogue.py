@@ -66,6 +66,12 @@ KINDS: dict[str, Kind] = {
         "All answers are beyond `max_length`, so no token would be trained on.",
         "Raise `max_length`, shorten the question, or leave the records out with `exclude`.",
     ),
+    "pair": Kind(
+        "error",
+        "Records that are no pair",
+        "Stage prefer trains on a chosen and a rejected answer; the record has one only, or two that do not differ.",
+        "Write a worse answer as `rejected`, or leave the records out with `exclude`.",
+    ),
     "micro_batch": Kind(
         "error",
         "A micro-batch too small for the data",
@@ -116,6 +122,12 @@ KINDS: dict[str, Kind] = {
         "Contradictory answers",
         "The same question about the same image has different answers; the model can only guess.",
         "Decide which answer is right and remove the others.",
+    ),
+    "length_bias": Kind(
+        "warning",
+        "Chosen and rejected answers of unlike length",
+        "If chosen answers are mostly longer, or mostly shorter, the model learns the length instead of what is right.",
+        "Add pairs in which it is the other way round, or rewrite answers until both kinds are about as long.",
     ),
     "truncated": Kind(
         "warning",
@@ -237,5 +249,5 @@ KINDS: dict[str, Kind] = {
 """In the order of the report; `DataError.kind` is one of these keys."""
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-EXCLUDABLE = frozenset({"record", "form", "image_path", "missing_image", "bad_image", "unsupervised"})
+EXCLUDABLE = frozenset({"record", "form", "image_path", "missing_image", "bad_image", "unsupervised", "pair"})
 """Kinds by which single records stop a run; those records may be left out."""

@@ -17,6 +17,8 @@ from lora_llava.system.text import counted, printable
 _SHADES = {"#000000": "black", "#ffffff": "white"}
 _SHORT_ANSWER = 5
 """Words. Longer answers never contradict each other: both may be true."""
+_MIN_COMPARED, _ONE_SIDED = 20, 0.7
+"""Pairs of answers of unlike length that show a bias, if this share of them differs in the same direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,30 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
     for side in survey.sides:
         if side.role == "training":
             yield from _same_questions(survey, side)
+            if survey.recipe.stage(side.stage).trains_on_pairs:
+                yield from _length_bias(side)
     for trained, tested in _pairs(survey):
         yield from _group_leaks(trained, tested)
         yield from _image_leaks(survey, trained, tested)
+
+
+def _length_bias(side: Side) -> Iterator[Finding]:
+    """Report, once, that chosen answers are mostly longer, or mostly shorter, than rejected ones."""
+    lengths = [
+        (len(record.turns[-1].text.strip()), len(record.rejected.strip()))
+        for record in side.records
+        if record.rejected is not None
+    ]
+    longer, shorter = (sum(sign * (chosen - rejected) > 0 for chosen, rejected in lengths) for sign in (1, -1))
+    if longer + shorter < _MIN_COMPARED or max(longer, shorter) < _ONE_SIDED * (longer + shorter):
+        return
+    chosen, rejected = (sum(pair[index] for pair in lengths) / len(lengths) for index in (0, 1))
+    problem = (
+        f"{side.source.data_name}: the chosen answer is {'longer' if longer > shorter else 'shorter'} in "
+        f"{max(longer, shorter):,} of {counted(len(lengths), 'pair')}; the means are {chosen:.0f} and {rejected:.0f} "
+        "characters"
+    )
+    yield Finding("length_bias", side.source.name, side.source.data_name, 0, None, problem)
 
 
 def _pairs(survey: Survey) -> Iterator[tuple[Side, Side]]:
@@ -181,7 +204,8 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
 
 
 def _texts(record: Record) -> list[str]:
-    return [" ".join(turn.text.replace(IMAGE_PLACEHOLDER, "").casefold().split()) for turn in record.turns]
+    texts = [*(turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in record.turns), record.rejected or ""]
+    return [" ".join(text.casefold().split()) for text in texts]
 
 
 def _answer(record: Record) -> str:

@@ -56,23 +56,23 @@ def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: t
 
 
 def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the log-probabilities (P, 2), in fp32, of the chosen and the rejected answer of each pair of a row.
+    """Compute the log-probabilities (P, 2), in fp64, of the chosen and the rejected answer of each pair of a row.
 
-    That of an answer is the sum over its tokens; see `answers` of `data.rows.Layout`.
+    That of an answer is the sum over its tokens; see `answers` of `data.rows.Layout`. Losses are made of small
+    differences of these sums, which fp32 would round, and which CUDA adds up in any order.
     """
     hidden_states = _packed_hidden_states(model, batch)
     losses = torch.cat(_chunk_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"], "none"))
-    # In fp64, since CUDA adds in any order: its differences are too small for fp32 to show.
     sums = torch.zeros(2 * len(batch["tree_spans"]), dtype=torch.float64, device=losses.device)
-    return sums.index_add(0, batch["answers"], -losses.double()).view(-1, 2).float()
+    return sums.index_add(0, batch["answers"], -losses.double()).view(-1, 2)
 
 
 def answer_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Count the tokens (P, 2), in fp32, of the chosen and the rejected answer of each pair of a row."""
+    """Count the tokens (P, 2), in fp64, of the chosen and the rejected answer of each pair of a row."""
     answers = batch["answers"]
     # Not `bincount`, which waits for CUDA to know the size of its result.
-    counts = torch.zeros(2 * len(batch["tree_spans"]), device=answers.device)
-    return counts.index_add(0, answers, torch.ones_like(answers, dtype=counts.dtype)).view(-1, 2)
+    counts = torch.zeros(2 * len(batch["tree_spans"]), dtype=torch.float64, device=answers.device)
+    return counts.index_add(0, answers, torch.ones_like(answers, dtype=torch.float64)).view(-1, 2)
 
 
 def _sum_of_losses(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,7 @@ def log_probs_by_definition(model: Any, pairs: Sequence[Encoded]) -> torch.Tenso
         logits = model(**batch).logits[:, :-1].float()
     known = labels.clamp(min=0)[..., None]
     per_token = logits.log_softmax(-1).gather(-1, known)[..., 0] * (labels != IGNORE_INDEX)
-    return per_token.sum(1).view(2, -1).T
+    return per_token.double().sum(1).view(2, -1).T
 
 
 def loss_by_definition(
@@ -101,7 +101,7 @@ def loss_by_definition(
 ) -> torch.Tensor:
     """The mean loss over pairs, written as in the papers."""
     lengths = torch.tensor([[branch.num_supervised for branch in one.branches] for one in pairs])
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for (chosen, rejected), (chosen_0, rejected_0), (num_chosen, num_rejected) in zip(
         log_probs, reference, lengths, strict=True
     ):

@@ -23,6 +23,7 @@ CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     text_side.template_can_be_written,
     text_side.lengths_fit,
     start_from.start_from_fits,
+    start_from.preference_has_a_start,
     data.data_files_are_there,
     data.hub_data_is_available,
     disk.output_dir_can_be_used,

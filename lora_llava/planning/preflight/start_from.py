@@ -12,7 +12,7 @@ from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
 from lora_llava.planning.preflight.setup import LLAVA, Setup
-from lora_llava.recipe.stages import STAGES
+from lora_llava.recipe.stages import STAGES, trains_lora
 from lora_llava.system.files import file_sha256, find_json
 
 _KEY = "start_from"
@@ -41,6 +41,22 @@ def start_from_fits(setup: Setup) -> Iterator[Finding]:
         return
     problems = [*_misfit(path, tensors, setup)]
     yield from problems or _altered(path, setup)
+
+
+def preference_has_a_start(setup: Setup) -> Iterator[Finding]:
+    """Stage `prefer` starts from a model that was taught to answer."""
+    recipe = setup.recipe
+    if "prefer" not in recipe.stage_names or "instruct" in recipe.stage_names or recipe.base.model_name_or_path:
+        return
+    start = recipe.start_from
+    stage = "" if start is None else str((find_json(start / _MANIFEST) or {}).get("stage"))
+    if not trains_lora(stage):
+        given = "no stage before it" if start is None else f"only {start}, of stage {stage},"
+        yield Problem(
+            "stages.prefer",
+            f"has nothing to start from: the base is assembled from parts, and {given} taught it to answer",
+            "Add stages.instruct, or set start_from to an artifact of stage instruct or prefer.",
+        )
 
 
 def _altered(path: Path, setup: Setup) -> Iterator[Finding]:

@@ -82,7 +82,7 @@ class PreferenceObjective:
         log_probs, lengths = answer_log_probs(model, row), answer_lengths(row)
         losses = pair_losses(self.settings, log_probs, row["reference"], lengths)
         self._rows.append(_sums(self.settings.beta, log_probs.detach(), row["reference"]))
-        return losses.sum() / num_items
+        return losses.sum().float() / num_items
 
     def take_sums(self, device: torch.device) -> PairSums:
         """Return the sums over all rows since the last call, over all processes; rows that are not finite are left out.
@@ -124,15 +124,15 @@ def pair_losses(
 
 def _sums(beta: float, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the `PairSums` of a row as a tensor in fp64."""
-    rewards = beta * (log_probs - reference).double()
+    rewards = beta * (log_probs - reference)
     margins = rewards[:, 0] - rewards[:, 1]
     columns = [
         torch.ones_like(margins),
         rewards[:, 0],
         rewards[:, 1],
         (margins > 0).double(),
-        log_probs[:, 0].double(),
-        log_probs[:, 1].double(),
+        log_probs[:, 0],
+        log_probs[:, 1],
         margins.abs(),
     ]
     return torch.stack(columns).sum(1)

@@ -44,7 +44,7 @@ _OF = "of"
 _TRAIN, _VALIDATION = "train", "validation"
 
 Reference = dict[str, torch.Tensor]
-"""Log-probabilities (N, 2), in fp32, of the chosen and rejected answers of the training and the validation records; NaN
+"""Log-probabilities (N, 2), in fp64, of the chosen and rejected answers of the training and the validation records; NaN
 for records that no step trains on."""
 
 
@@ -104,7 +104,7 @@ def _compute(trainer: PackedTrainer, data: StageData) -> Reference:
     with forked_rng(trainer.device), torch.no_grad(), autocast(trainer.device, trainer.dtype):
         reference = {
             _TRAIN: _log_probs(trainer, train),
-            _VALIDATION: torch.zeros(0, 2) if held_out is None else _log_probs(trainer, held_out),
+            _VALIDATION: torch.zeros(0, 2, dtype=torch.float64) if held_out is None else _log_probs(trainer, held_out),
         }
     trainer.model.train()
     return reference
@@ -120,7 +120,7 @@ def _used_rows(data: StageData) -> list[Row]:
 
 
 def _log_probs(trainer: PackedTrainer, rows: PackedRows) -> torch.Tensor:
-    """Compute the log-probabilities (N, 2), in fp32, of the answers of all records; NaN for those that are in no row.
+    """Compute the log-probabilities (N, 2), in fp64, of the answers of all records; NaN for those that are in no row.
 
     The rows are divided among the processes.
     """
@@ -131,7 +131,7 @@ def _log_probs(trainer: PackedTrainer, rows: PackedRows) -> torch.Tensor:
             log_probs = answer_log_probs(trainer.model, to_device(batch, trainer.device)).cpu()
             computed |= zip(conversations([rows.rows[index]]), log_probs, strict=True)
             advance(1)
-    values = torch.full((len(rows.records), 2), math.nan)
+    values = torch.full((len(rows.records), 2), math.nan, dtype=torch.float64)
     for part in gathered(computed):
         for pair, log_probs in part.items():
             values[pair] = log_probs

@@ -15,6 +15,7 @@ from PIL import Image
 from lora_llava.cli import cli
 from lora_llava.doctor.catalogue import KINDS
 from tests.helpers.faulty import encoded, entry, plant, scene, sound_data, write_recipe
+from tests.helpers.pairs import write_preference_project
 
 
 def check(*args: str) -> Result:
@@ -273,3 +274,27 @@ def test_records_that_all_fail_alike_are_one_finding(tiny_base: Path, tmp_path: 
     assert "Nearly every record (23) fails in the same way. The first: turn 2: the answer is empty" in " ".join(
         check(str(recipe)).output.split()
     )
+
+
+def test_pairs_without_a_difference_and_answers_of_unlike_length_are_found(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_preference_project(tmp_path, tiny_base)
+    pairs = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
+    assert len(pairs) == 26
+    pairs[0]["rejected"] = pairs[0]["conversations"][1]["value"]
+    del pairs[1]["rejected"]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    result = check(str(recipe), "stages.prefer.data.validation=null")
+    report = report_in(tmp_path / "run" / "check")
+    kinds = {kind["kind"]: kind["records"] for kind in report["findings"]}
+    assert [one["record"] for one in kinds["pair"]] == [1, 2]
+    assert result.exit_code == 1
+    assert "length_bias" not in kinds
+
+    for entry_ in pairs:
+        entry_["rejected"] = "no"
+        entry_["conversations"][1]["value"] = "a longer answer"
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    check(str(recipe), "stages.prefer.data.validation=null")
+    [bias] = [one for one in report_in(tmp_path / "run" / "check")["findings"] if one["kind"] == "length_bias"]
+    [found] = bias["records"]
+    assert "the chosen answer is longer in 26 of 26 pairs; the means are 15 and 2 characters" in found["problem"]
