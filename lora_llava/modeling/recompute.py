@@ -6,6 +6,8 @@ the cheap rest; *full*: keep only the input of a layer. All give the same gradie
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,8 @@ from lora_llava.recipe.stages import GradientCheckpointing
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "bitsandbytes::gemm_4bit"}
 _ATTENTION = "aten::_scaled_dot_product_"
 
+_FUNCTION = "_gradient_checkpointing_func"
+"""Attribute of transformers' layers: what checkpoints them."""
 _NARROW_RATIO = 16
 """Matmuls more skewed than this are recomputed: LoRA's B has an output as large as the layer's at 1/30 of the cost."""
 
@@ -47,6 +51,20 @@ def set_recompute(model: Any, policy: GradientCheckpointing, full_layers: int = 
         elif in_part:
             contexts = partial(create_selective_checkpoint_contexts, _keep_expensive)
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def recomputed_in_full(model: Any) -> Iterator[None]:
+    """Checkpoint layers fully inside the `with` block."""
+    layers = list(llava_in(model).get_submodule(LANGUAGE_MODEL).layers)
+    before = [(layer.gradient_checkpointing, getattr(layer, _FUNCTION, None)) for layer in layers]
+    set_recompute(model, True)
+    try:
+        yield
+    finally:
+        for layer, (is_on, function) in zip(layers, before, strict=True):
+            layer.gradient_checkpointing = is_on
+            setattr(layer, _FUNCTION, function)
 
 
 def _keep_expensive(_context: Any, operator: Any, *args: Any, **_options: Any) -> CheckpointPolicy:

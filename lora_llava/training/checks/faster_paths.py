@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_llava.data.packing import PlanItem, tree_length
+from lora_llava.data.packing import PlanItem, conversations, tree_length
 from lora_llava.data.rows import PackedRows
 from lora_llava.modeling.attention import padded_length, to_device, with_block_lists
 from lora_llava.modeling.fused.layer import has_fused_layers, install_trunk, layers_unfused, remove_trunk, unfuse_layers
 from lora_llava.modeling.fused.trunk import Capture, CudaGraphs, Trunk
 from lora_llava.modeling.packed import packed_loss
-from lora_llava.modeling.recompute import set_recompute
+from lora_llava.modeling.recompute import recomputed_in_full, set_recompute
 from lora_llava.planning.graphs import choose_lengths, why_no_graphs
 from lora_llava.planning.memory_plan import MemoryPlan, StageShapes
 from lora_llava.system.device import autocast
@@ -75,11 +75,11 @@ def _pass_row(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype)
 
 
 @contextmanager
-def _every_gradient(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put small numbers in trained weights that are all zero, inside the block; `training`: the model's mode there."""
+def _every_gradient(model: nn.Module) -> Iterator[None]:
+    """Train, with small numbers in trained weights that are all zero, inside the block."""
     zeros = [one for one in model.parameters() if one.requires_grad and not one.any()]
     was_training = model.training
-    model.train(training)
+    model.train()
     try:
         with torch.no_grad():
             for number, weight in enumerate(zeros):
@@ -107,25 +107,25 @@ def _row_lengths(rows: PackedRows, items: Sequence[PlanItem]) -> list[int]:
 
 
 def check_fused(model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: torch.dtype) -> str | None:
-    """Compare fused layers with PEFT's on the shortest row; return a line for the console if PEFT's are used instead.
+    """Compare fused layers with PEFT's on the shortest conversation; return a line for the console if they differ.
 
-    Those keep more activations than was planned, so they are checkpointed in full.
+    If the gradients differ, PEFT's layers are used instead. Those keep more activations than was planned, so they are
+    checkpointed in full.
     """
-    lengths = _row_lengths(rows, items)
-    shortest = min((number for number, length in enumerate(lengths) if length), key=lengths.__getitem__, default=None)
+    shortest = min(conversations(rows.rows), key=lambda index: items[index].length, default=None)
     if shortest is None or not has_fused_layers(model):
         return None
-    batch = to_device(rows[shortest], next(model.parameters()).device)
+    single = PackedRows([((shortest,),)], rows.records, rows.encoded, rows.read_image)
+    batch = to_device(single[0], next(model.parameters()).device)
     try:
-        # Without dropout, of which the two draw other masks on CUDA.
-        with _every_gradient(model, training=False):
+        with _every_gradient(model), _without_dropout(model), recomputed_in_full(model):
             fused = _pass_row(model, batch, dtype)
             with layers_unfused(model):
                 peft = _pass_row(model, batch, dtype)
         # An image may be NaN: the first row is checked for that later.
         reason = _beyond(fused.difference(peft), TOLERANCE[dtype]) if math.isfinite(peft.loss) else None
     except torch.OutOfMemoryError:
-        raise
+        return "fused layers are not compared with PEFT's path, which takes more memory than there is"
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises
         reason = _named(error)
     if reason is None:
@@ -133,6 +133,15 @@ def check_fused(model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: 
     unfuse_layers(model)
     set_recompute(model, True)
     return f"decoder layers train through PEFT's path with full recomputation, not fused: {reason}"
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Drop nothing inside the block: on CUDA, two paths draw different masks. The mode is for the caller to restore."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    yield
 
 
 def use_graphs(
@@ -157,7 +166,7 @@ def try_graphs(model: Any, rows: PackedRows, lengths: Sequence[int], dtype: torc
     reason = trunk if isinstance(trunk, str) else None
     if isinstance(trunk, Trunk):
         try:
-            with _every_gradient(model, training=True):
+            with _every_gradient(model):
                 reason, line = _compare(model, trunk, rows, lengths, dtype)
         except Exception as error:  # noqa: BLE001 - out of memory too: without graphs there is more
             reason = _named(error)

@@ -19,6 +19,7 @@ from lora_llava.modeling.fused.layer import FusedLayer, fuse_layers, graph_lengt
 from lora_llava.modeling.fused.projection import Projection
 from lora_llava.modeling.fused.trunk import Trunk
 from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import FLEX
 from lora_llava.training.checks import faster_paths
 from lora_llava.training.checks.faster_paths import check_fused, try_graphs
@@ -125,14 +126,37 @@ def test_an_image_that_is_not_finite_says_nothing_about_the_layers(model: Any) -
     assert isinstance(layers_of(model)[0], FusedLayer)
 
 
-def test_out_of_memory_in_the_comparison_is_raised(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_that_memory_has_no_room_for_is_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(functions, "qkv_forward", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        check_fused(model, ROWS, ITEMS, torch.float32)
+    before = state_of(model)
+    line = check_fused(model, ROWS, ITEMS, torch.float32)
+    assert line == "fused layers are not compared with PEFT's path, which takes more memory than there is"
     assert isinstance(layers_of(model)[0], FusedLayer)
+    assert same(state_of(model), before)
+
+
+def test_the_comparison_keeps_little_drops_nothing_and_restores_what_it_changed(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_recompute(model, False)
+    seen: list[tuple[int, list[bool]]] = []
+    passed = faster_paths._pass_row
+
+    def noted(model: Any, batch: Any, dtype: torch.dtype) -> Any:
+        seen.append((batch["input_ids"].shape[1], [layer.gradient_checkpointing for layer in layers_of(model)]))
+        assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout))
+        assert model.training
+        return passed(model, batch, dtype)
+
+    monkeypatch.setattr(faster_paths, "_pass_row", noted)
+    assert check_fused(model, ROWS, ITEMS, torch.float32) is None
+    shortest = min(len(ROWS.encoded[index].input_ids) for row in ROWS.rows for tree in row for index in tree)
+    assert seen == [(shortest, [True, True, False])] * 2
+    assert [layer.gradient_checkpointing for layer in layers_of(model)] == [False] * 3
+    assert not model.training
 
 
 @pytest.mark.usefixtures("graphs_are_faster")
