@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def read_rows(path: Path, encoding: str | None = None) -> Iterator[Entry]:
         # Excel's own line about the delimiter.
         delimiter, text = text[4], text[5:].lstrip("\r\n")
     else:
-        first = text.partition("\n")[0]
+        first = re.split("[\r\n]", text, maxsplit=1)[0]
         delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=lambda mark: len(_header(first, mark)))
     csv.field_size_limit(MAX_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -34,8 +34,9 @@ def decode(raw: bytes, encoding: str | None, name: str) -> str:
     body = raw.removeprefix(_UTF_8) if encoding is None or codecs.lookup(encoding).name == "utf-8" else raw
     try:
         return body.decode(encoding or "utf-8")
-    except UnicodeDecodeError as error:
-        start = error.start
+    # Some encodings raise it without the byte.
+    except UnicodeError as error:
+        start = error.start if isinstance(error, UnicodeDecodeError) else 0
         if encoding is not None:
             byte = start + 1 + len(raw) - len(body)
             raise DataError(f"{name}: not {encoding} at byte {byte}; correct encoding, or save it as UTF-8") from None
