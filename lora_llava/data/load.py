@@ -6,10 +6,13 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.bad_records import BadRecord, BadRecords
+from lora_llava.data.mixing import check_apart, mixed, source_names
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.sources.columns import load_columns
 from lora_llava.data.sources.llava_json import load_llava_json
@@ -102,6 +105,8 @@ def load_split(
 
     A share is drawn by whole images and groups, so none of them is in both splits. Raises DataError.
     """
+    if data.others:
+        return _load_mix(data, seed, skipped, check)
     records = load_records(data, skipped, check)
     held_out = held_out_source(data)
     if held_out is not None:
@@ -111,11 +116,26 @@ def load_split(
     return (merge_turns(train, data.merge_turns) if data.merge_turns else train), validation
 
 
+def _load_mix(
+    data: DataSettings, seed: int, skipped: list[BadRecord] | None, check: CheckRecord | None
+) -> tuple[list[Record], list[Record]]:
+    """Load the training and validation records of several sources; each holds out its own."""
+    trains: list[list[Record]] = []
+    validation: list[Record] = []
+    for source, name in zip(data.sources, source_names(data.sources), strict=True):
+        train, held_out = load_split(source, seed, skipped, check)
+        trains.append([replace(record, source=name) for record in train])
+        validation += [replace(record, source=name) for record in held_out]
+    check_apart([record for records in trains for record in records], validation)
+    return mixed(data.sources, trains, seed), validation
+
+
 def held_out_source(data: DataSettings) -> DataSettings | None:
     """Return the settings of a separate validation source; None if there is none."""
     if data.validation is None or data.validation.path is None:
         return None
-    update = {"path": data.validation.path, "exclude": data.validation.exclude, "validation": None, "max_records": None}
+    update: dict[str, Any] = {"path": data.validation.path, "exclude": data.validation.exclude, "max_records": None}
+    update |= {"validation": None, "others": []}
     return data.model_copy(update=update)
 
 

@@ -85,6 +85,8 @@ class Record:
     """System prompt in the data; None: that of the stage."""
     extra: tuple[tuple[str, Scalar], ...] = ()
     """Additional keys or columns with flat values, such as a patient; read only for an evaluation."""
+    source: str = ""
+    """Name of its source, of several that a stage mixes; empty for the only one."""
     rejected: str | None = None
     """A worse last answer than that of `turns`, in preference data; only stage `prefer` trains on it."""
 

@@ -268,10 +268,23 @@ def plan_records(records: StageRecords, stage: StageSettings, tokens_per_micro_b
         plan=plan,
         counts=_step_counts(plan, records.train),
         validation=records.validation,
-        validation_rows=plan_in_order(records.validation.items, tokens_per_row=tokens_per_micro_batch),
+        validation_rows=_validation_rows(records.validation, tokens_per_micro_batch),
         length=length,
         skipped=records.skipped,
     )
+
+
+def _validation_rows(validation: EncodedRecords, tokens_per_row: int) -> list[Row]:
+    """Plan the rows of the validation; each holds records of one source, so that their losses can be told apart."""
+    by_source: dict[str, list[int]] = {}
+    for index, record in enumerate(validation.records):
+        by_source.setdefault(record.source, []).append(index)
+    rows: list[Row] = []
+    for indices in by_source.values():
+        items = [validation.items[index] for index in indices]
+        planned = plan_in_order(items, tokens_per_row=tokens_per_row)
+        rows += (tuple(tuple(indices[index] for index in tree) for tree in row) for row in planned)
+    return rows
 
 
 def _step_counts(plan: Plan, encoded: EncodedRecords) -> list[StepCounts]:

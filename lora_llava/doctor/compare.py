@@ -192,7 +192,11 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
             continue
         if _texts(other) == _texts(record):
             yield finding_at(
-                "duplicate_record", side.source, record, f"{record.where}: the same as {other.where}", record.image
+                "duplicate_record",
+                side.source_of(record),
+                record,
+                f"{record.where}: the same as {other.where}",
+                record.image,
             )
             continue
         ours, theirs = _answer(record), _answer(other)
@@ -200,7 +204,7 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
             asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip(), 80)
             answers = f"'{printable(ours, 80)}', and '{printable(theirs, 80)}' in record {other.number}"
             problem = f"{record.where}: '{asked}' is answered {answers}"
-            yield finding_at("contradiction", side.source, record, problem, record.image)
+            yield finding_at("contradiction", side.source_of(record), record, problem, record.image)
 
 
 def _texts(record: Record) -> list[str]:

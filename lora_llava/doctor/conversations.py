@@ -80,15 +80,18 @@ def _encode_side(
     usable = []
     for record, (size, error) in zip(side.records, results, strict=True):
         if error is not None:
-            side.source.bad.add_record(record, error)
+            side.source_of(record).bad.add_record(record, error)
             continue
         usable.append((record, size))
         if token := next((token for token in special if any(token in turn.text for turn in record.turns)), None):
             problem = f"{record.where}: holds {token}"
-            conversations.findings.append(finding_at("special_text", side.source, record, problem, record.image))
+            conversations.findings.append(
+                finding_at("special_text", side.source_of(record), record, problem, record.image)
+            )
     side.records = [record for record, _ in usable]
-    failed = {bad.record for bad in side.source.bad.found}
-    side.source.records = [record for record in side.source.records if record.number not in failed]
+    for source in {id(source): source for source in (side.source, *side.others.values())}.values():
+        failed = {bad.record for bad in source.bad.found}
+        source.records = [record for record in source.records if record.number not in failed]
     sizes = [size for _, size in usable if size is not None]
     if side.role == "training" and stage.data.merge_turns:
         side.records = merge_turns(side.records, stage.data.merge_turns)
@@ -98,7 +101,9 @@ def _encode_side(
     for record, size in zip(side.records, sizes, strict=True):
         if size.is_cut:
             problem = f"{record.where}: is cut to {counted(size.length, 'token')}"
-            conversations.findings.append(finding_at("truncated", side.source, record, problem, record.image))
+            conversations.findings.append(
+                finding_at("truncated", side.source_of(record), record, problem, record.image)
+            )
 
 
 def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataError | None]:

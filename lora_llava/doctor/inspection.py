@@ -22,11 +22,13 @@ from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import image_tokens
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName
-from lora_llava.system.text import counted, printable_lines
+from lora_llava.system.text import counted, printable, printable_lines
 
 _STYLES: dict[TokenKind, str] = {"supervised": "bold green", "context": "default", "image": "cyan"}
 _LINE_FEED = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 _PART = "\N{REPLACEMENT CHARACTER}"
+_SHOWN = 200
+"""Most characters of a value."""
 _EDGE = "\N{LIGHT VERTICAL BAR}"
 
 
@@ -108,6 +110,15 @@ def _facts_view(encoded: Encoded, record: Record, image_size: int) -> Table:
         "prefix that conversations about the image share": encoded.prefix_length,
         "image": f"{image.width} x {image.height} pixels" if image else "none",
     }
+    # What the data say beyond the turns.
+    if record.image is not None:
+        facts["image, in the data"] = printable(record.image.label, _SHOWN)
+    if record.system is not None:
+        facts["system prompt of the record"] = printable(record.system, _SHOWN)
+    if record.references:
+        facts["acceptable answers"] = printable(" | ".join(record.references), _SHOWN)
+    if record.group is not None:
+        facts["group"] = printable(record.group, _SHOWN)
     facts.update({name: f"{array.shape} {array.dtype}" for name, array in lay_out([[encoded]]).items()})
     if image:
         facts["pixel_values"] = f"(1, 3, {image_size}, {image_size}) float32"

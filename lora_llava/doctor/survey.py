@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_llava.conversation.encode import check_turns
 from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.load import image_kills_its_reader, read_source, split_records
+from lora_llava.data.mixing import source_names
 from lora_llava.data.questions import answered_part, check_keys, make_questions, without_blank_answer
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.images import ImageFacts, look_at_image
@@ -54,6 +55,12 @@ class Side:
     role: Role
     source: Source
     records: list[Record]
+    others: Mapping[str, Source] = field(default_factory=dict)
+    """Further sources that the stage mixes with `source`, by the names in their records."""
+
+    def source_of(self, record: Record) -> Source:
+        """Return the source that a record is of."""
+        return self.others.get(record.source, self.source)
 
 
 @dataclass(slots=True)
@@ -148,17 +155,26 @@ def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:
 def _sides(recipe: Recipe, sources: list[Source]) -> Iterator[Side]:
     by_name = {source.name: source for source in sources}
     for stage in recipe.stage_names:
-        source = by_name[stage]
-        held_out = by_name.get(f"{stage}.validation")
-        train, validation = source.records, held_out.records if held_out else []
-        if held_out is None and train:
-            try:
-                train, validation = split_records(source.data, train, recipe.seed)
-            except DataError as error:
-                source.error = error
-        yield Side(f"{stage} training", stage, "training", source, train)
+        training: list[Record] = []
+        validation: list[Record] = []
+        several = recipe.stage(stage).data.sources
+        named = [by_name[f"{stage}.{number}" if number else stage] for number in range(len(several))]
+        held_out = [by_name.get(f"{source.name}.validation") for source in named]
+        names = source_names(several) if len(several) > 1 else [""]
+        for name, source, other in zip(names, named, held_out, strict=True):
+            train, rest = source.records, other.records if other else []
+            if other is None and train:
+                try:
+                    train, rest = split_records(source.data, train, recipe.seed)
+                except DataError as error:
+                    source.error = error
+            training += [replace(record, source=name) for record in train] if name else train
+            validation += [replace(record, source=name) for record in rest] if name else rest
+        yield Side(f"{stage} training", stage, "training", named[0], training, dict(zip(names, named, strict=True)))
         if validation:
-            yield Side(f"{stage} validation", stage, "validation", held_out or source, validation)
+            apart = [other or source for source, other in zip(named, held_out, strict=True)]
+            by_source = dict(zip(names, apart, strict=True))
+            yield Side(f"{stage} validation", stage, "validation", apart[0], validation, by_source)
     if "evaluation" in by_name:
         source = by_name["evaluation"]
         yield Side("evaluation", recipe.stage_names[-1], "evaluation", source, source.records)

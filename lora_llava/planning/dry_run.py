@@ -76,7 +76,7 @@ def _settings_view(stage: StageName, settings: StageSettings) -> FittingTable:
     table = FittingTable(f"Stage {stage}", [Column("", is_number=False), Column("", is_number=False)])
     length = f"{settings.max_steps} steps" if settings.max_steps > 0 else counted(settings.num_train_epochs, "epoch")
     rows = {
-        "data": settings.data.path,
+        "data": ", ".join(source.path for source in settings.data.sources),
         "template": settings.template,
         "length": length,
         "batch_size": "auto" if (size := settings.batch_size) == "auto" else f"{counted(size, 'conversation')} a step",

@@ -133,10 +133,7 @@ def _hint(field: FieldInfo, text: str, value: Any) -> str:
     section = section_in(field.annotation)
     names_file = Names.PATH_OR_ID in field.metadata or (section is not None and "path" in section.model_fields)
     if isinstance(value, list) and len(value) > 1 and names_file:
-        return (
-            ". Several files cannot be read as one: join them, JSON with: jq -s add a.json b.json > all.json, JSON "
-            "Lines with: cat a.jsonl b.jsonl > all.jsonl"
-        )
+        return ". For several files, write a source for each: data: [{path: a.json}, {path: b.json}]"
     if isinstance(value, float) and not math.isfinite(value):
         return "; it must be finite"
     if not isinstance(value, str):

@@ -155,7 +155,9 @@ def _is_text(field: FieldInfo) -> bool:
 
 
 def section_in(annotation: Any) -> type[Settings] | None:
-    """Return the section class in an annotation such as `DataSettings | None`; None if there is none."""
+    """Return the section class in an annotation such as `DataSettings | None`; None if there is none, or a list."""
+    if get_origin(annotation) is list:
+        return None
     for alternative in (annotation, *get_args(annotation)):
         if isinstance(alternative, type) and issubclass(alternative, Settings):
             return alternative
@@ -169,4 +171,6 @@ def value_at(settings: Settings, key: str) -> Any:
         if value is None:
             return None
         value = getattr(value, name)
+    if isinstance(value, list) and value and isinstance(value[0], Settings):
+        return [item.model_dump(mode="json") for item in value]
     return value if isinstance(value, bool | int | float | list | dict) or value is None else str(value)

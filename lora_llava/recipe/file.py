@@ -206,6 +206,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         tree = {name: tree}
     _resolve_paths(tree, Path.cwd(), f"override {key}")
     for name in names[:-1]:
+        if isinstance(data.get(name), list):
+            raise RecipeError(f"override {key}: {name} is a list of sources; write the whole list, as {name}=[...]")
         if not isinstance(data.get(name), dict):
             data[name] = {}
         data, tree = data[name], tree[name]
@@ -232,16 +234,19 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[Any, Any, str, bool]]:
     paths: list[tuple[Any, Any, str, bool]] = []
     for setting in settings_of(Recipe):
         *above, key = setting.key.split(".")
-        holder: Any = data
+        holders: list[Any] = [data]
         for name in above:
-            holder = holder.get(name) if isinstance(holder, dict) else None
-        value = holder.get(key) if setting.may_be_path and isinstance(holder, dict) else None
-        if isinstance(value, str):
-            # `start_from` is a path, unless it has the form of an artifact on the Hub.
-            only_path = setting.names is Names.PATH and not (setting.key == "start_from" and is_hub_name(value))
-            paths.append((holder, key, value, only_path))
-        elif isinstance(value, list) and get_origin(setting.field.annotation) is list:
-            paths += [(value, index, text, True) for index, text in enumerate(value) if isinstance(text, str)]
+            found = [holder.get(name) for holder in holders if isinstance(holder, dict)]
+            # Several sources are a list.
+            holders = [item for value in found for item in (value if isinstance(value, list) else [value])]
+        for holder in holders if setting.may_be_path else ():
+            value = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(value, str):
+                # `start_from` is a path, unless it has the form of an artifact on the Hub.
+                only_path = setting.names is Names.PATH and not (setting.key == "start_from" and is_hub_name(value))
+                paths.append((holder, key, value, only_path))
+            elif isinstance(value, list) and get_origin(setting.field.annotation) is list:
+                paths += [(value, index, text, True) for index, text in enumerate(value) if isinstance(text, str)]
     return paths
 
 

@@ -193,6 +193,8 @@ class EvaluationSettings(Settings):
 
     @model_validator(mode="after")
     def _no_training_keys(self) -> Self:
+        if self.data.others or self.data.weight is not None or self.data.share is not None:
+            raise ValueError("data: an evaluation has one source; remove the others, weight and share")
         if self.data.validation or self.data.merge_turns:
             key = "validation" if self.data.validation else "merge_turns"
             raise ValueError(f"data.{key} applies to training only; remove it")
@@ -216,6 +218,13 @@ class CardSettings(Settings):
     """What it cannot do and where it fails."""
     tags: list[str] = Field(default_factory=list)
     """Tags for the model on the Hub."""
+
+
+def _as_written(data: dict[str, Any]) -> Any:
+    """Return a source as a recipe has it, several as a list; keys of a mix that are not used are left out."""
+    others = data.pop("others")
+    data = {key: value for key, value in data.items() if value is not None or key not in ("weight", "share")}
+    return [data, *map(_as_written, others)] if others else data
 
 
 class Recipe(Settings):
@@ -282,4 +291,9 @@ class Recipe(Settings):
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain values, as YAML writes them."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
+        stages = values["stages"].values()
+        for holder in (*stages, values["evaluation"]):
+            if holder is not None:
+                holder["data"] = _as_written(holder["data"])
+        return values

@@ -5,7 +5,7 @@ Names follow Hugging Face, PEFT and LLaVA.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -114,7 +114,22 @@ class DataSettings(Settings):
     merge. Validation records are never merged."""
     window: Annotated[Window | None, WINDOW_FORM, OnResume.FORM] = None
     """Overrides `images.window` for these records."""
+    weight: Annotated[Positive | None, OnResume.ORDER] = None
+    """Of several sources: how often its training records are used in an epoch, such as 2 or 0.5; null: once."""
+    share: Annotated[Share | None, OnResume.ORDER] = None
+    """Of several sources: the fraction of an epoch that its training records make up, such as 0.2 for general data that
+    keep a model from forgetting. They are drawn, or repeated, to that number."""
+    others: Annotated[list[DataSettings], Form("a list of sources"), OnResume.SAME_CONTENT] = Field(
+        default_factory=list
+    )
+    """Further sources of the stage. Write several sources as a list, which fills this: `data: [{path: A}, {path: B, share:
+    0.2}]`."""
     validation: ValidationSettings | None = None
+
+    @property
+    def sources(self) -> list[DataSettings]:
+        """This source and the others, each by itself."""
+        return [self.model_copy(update={"others": []}), *self.others] if self.others else [self]
 
     @property
     def gray_window(self) -> tuple[float, float] | None:
@@ -122,6 +137,31 @@ class DataSettings(Settings):
         if self.window == "full":
             return FULL_WINDOW
         return (self.window[0], self.window[1]) if isinstance(self.window, list) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        """Turn a list of sources into the first, with the rest as `others`."""
+        if isinstance(value, list) and value and all(isinstance(source, dict) for source in value):
+            return {**value[0], "others": value[1:]} if len(value) > 1 else value[0]
+        return value
+
+    @model_validator(mode="after")
+    def _mix(self) -> Self:
+        sources = self.sources
+        if any(source.others for source in self.others):
+            raise ValueError("others: a source has no others; write all sources as one list")
+        if len(sources) == 1 and not self.others:
+            return self
+        for source in sources:
+            if source.weight is not None and source.share is not None:
+                raise ValueError(f"{source.path}: weight and share exclude each other; give one of them")
+            if source.window != self.window:
+                raise ValueError(f"{source.path}: window must be the same for all sources of a stage")
+        shares = [source.share for source in sources if source.share is not None]
+        if sum(shares) >= 1 or len(shares) == len(sources):
+            raise ValueError(f"share: the sources have {sum(shares):g} in all; leave a rest to one without a share")
+        return self
 
     @model_validator(mode="after")
     def _window(self) -> Self:
@@ -239,6 +279,9 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if not self.data.others and (self.data.weight is not None or self.data.share is not None):
+            key = "weight" if self.data.share is None else "share"
+            raise ValueError(f"data.{key} mixes several sources; write data as a list of them, or remove it")
         if self.template == "plain" and self.data.merge_turns:
             raise ValueError("template plain takes one caption per image; remove data.merge_turns or change template")
         if self.max_steps == 0 or self.max_steps < -1:

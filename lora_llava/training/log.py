@@ -123,6 +123,9 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         if "eval_loss" in row:
             blind = f", without the images {row['eval_loss_blind']:.4f}" if "eval_loss_blind" in row else ""
             self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}{blind}")
+            for key in (key for key in row if key.startswith("eval_loss/")):
+                line = f"{self.stage} {step}/{total}: of {key.partition('/')[2]} {row[key]:.4f}"
+                self.console.print(Text(printable_lines(line)), soft_wrap=True)
             for sample in row.get("samples", []):
                 self.console.print(sample_line(sample))
         if "loss" not in row:

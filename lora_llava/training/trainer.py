@@ -323,7 +323,7 @@ class PackedTrainer:
         # from the RNG even without workers.
         with forked_rng(self.device), torch.no_grad(), autocast(self.device, self.dtype):
             loss = self.held_out.mean(rows, self.rows_loader(rows, own_indices(len(rows))))
-            metrics: dict[str, Any] = {} if loss is None else {"eval_loss": loss}
+            metrics: dict[str, Any] = {} if loss is None else {"eval_loss": loss, **self.held_out.by_source(rows)}
             validation = ValidationPass(
                 step=self.state.global_step,
                 max_steps=self.state.max_steps,

@@ -51,6 +51,17 @@ class HeldOutLoss:
             total, count = total + loss, count + items
         return total / count if count else None
 
+    def by_source(self, rows: PackedRows) -> dict[str, float]:
+        """Return the mean loss of each source as `eval_loss/NAME`, if the last validation had several."""
+        sources: dict[str, list[Row]] = {}
+        for row in rows.rows:
+            sources.setdefault(rows.records[row[0][0]].source, []).append(row)
+        losses = {
+            name: self.mean(PackedRows(own, rows.records, rows.encoded, rows.read_image))
+            for name, own in sources.items()
+        }
+        return {f"eval_loss/{name}": loss for name, loss in losses.items() if loss is not None and len(losses) > 1}
+
     def _measure_all(
         self, rows: PackedRows, own: Sequence[int], batches: Iterable[Batch]
     ) -> dict[Row, tuple[float, int]]:

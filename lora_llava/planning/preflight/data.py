@@ -54,10 +54,15 @@ def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
     data_by_key = {f"stages.{stage}.data": recipe.stage(stage).data for stage in recipe.stage_names}
     if recipe.evaluation is not None:
         data_by_key["evaluation.data"] = recipe.evaluation.data
-    for key, data in data_by_key.items():
-        yield key, data
-        if (held_out := held_out_source(data)) is not None:
-            yield f"{key}.validation", held_out
+    for first, every in data_by_key.items():
+        for number, data in enumerate(every.sources):
+            yield from _with_validation(f"{first}.{number}" if number else first, data)
+
+
+def _with_validation(key: str, data: DataSettings) -> Iterator[tuple[str, DataSettings]]:
+    yield key, data
+    if (held_out := held_out_source(data)) is not None:
+        yield f"{key}.validation", held_out
 
 
 def _data_paths(recipe: Recipe) -> Iterator[_DataPath]:
