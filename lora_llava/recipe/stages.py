@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from lora_llava.recipe.columns import ColumnSettings, Condition, EncodingName, QuestionColumns
+from lora_llava.recipe.columns import ColumnSettings, Condition, EncodingName, QuestionColumns, Template
 from lora_llava.recipe.fields import RECORD_FILES, Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
 
 StageName = Literal["align", "instruct", "prefer"]
@@ -101,7 +101,7 @@ class DataSettings(Settings):
     """Text appended to each question that states the format of the answer."""
     max_records: Annotated[Count | None, OnResume.ORDER] = None
     """Use only the first N records."""
-    group: Annotated[str | None, OnResume.ORDER, Names.TEXT] = None
+    group: Annotated[Template | None, OnResume.ORDER, Names.TEXT] = None
     """Key, column or template, such as patient, whose values are never split between training and validation."""
     on_bad_record: Annotated[Literal["error", "skip"], OnResume.SAME_CONTENT] = "error"
     """What to do with an unusable record. `error`: stop; `skip`: leave it out, and open every image before the run."""
@@ -122,13 +122,13 @@ class DataSettings(Settings):
     others: Annotated[list[DataSettings], Form("a list of sources"), OnResume.SAME_CONTENT] = Field(
         default_factory=list
     )
-    """Further sources of the stage. Write several sources as a list, which fills this: `data: [{path: A}, {path: B, share:
-    0.2}]`."""
+    """Further sources of the stage. Several sources are written as a list, which fills this:
+    `data: [{path: A}, {path: B, share: 0.2}]`."""
     validation: ValidationSettings | None = None
 
     @property
     def sources(self) -> list[DataSettings]:
-        """This source and the others, each by itself."""
+        """The source itself and the others, each alone."""
         return [self.model_copy(update={"others": []}), *self.others] if self.others else [self]
 
     @property

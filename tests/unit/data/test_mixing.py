@@ -193,7 +193,7 @@ def test_validation_rows_hold_one_source_and_their_losses_are_told_apart() -> No
         def __getitem__(self, index: int) -> Any:
             return self.rows[index]
 
-    packed = Rows(rows, records, [], lambda record: None)  # type: ignore[arg-type,return-value]
+    packed = Rows(rows, records, [], lambda _: None)  # type: ignore[arg-type,return-value]
     loss = HeldOutLoss(lambda row: float(sum(tree[0] for tree in row)), lambda row: len(row))
     assert loss.mean(packed, [packed[index] for index in range(2)]) == 1.5
     assert loss.by_source(packed) == {"eval_loss/a": 1.0, "eval_loss/b": 2.0}

@@ -169,6 +169,9 @@ def test_windows_latin_is_read_undeclared_where_it_is_certain(tmp_path: Path) ->
         ("ölçü ğı", "cp1254"),
         ("Größe", "utf-16-le"),
         ("д", "cp1251"),
+        ("Äpfel", "mac_roman"),
+        ("ändern", "cp850"),
+        ("öffnen", "cp850"),
         ("№ 5, я", "cp1251"),
     ],
 )

@@ -199,7 +199,7 @@ def test_k23_other_kits_names_lead_to_settings_that_there_are() -> None:
 def test_k20_several_files_are_named_for_what_they_are(tmp_path: Path, key: str) -> None:
     (line,) = problems(tmp_path, with_value(key, ["a.json", "b.json"]))
     assert line.startswith(f"{key}: ")
-    assert "Several files cannot be read as one: join them" in line
+    assert "For several files, write a source for each: data: [{path: a.json}, {path: b.json}]" in line
     assert '["a.json", "b.json"]' in line
 
 

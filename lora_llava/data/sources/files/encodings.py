@@ -17,6 +17,9 @@ _STRANGE = re.compile(
     r"[^\W\d_](?![\u2019\xa0\xad])[^\w\x00-\x7f][^\W\d_]"
     # Letters beyond ASCII without one of ASCII next to them, or three in a row, as in other alphabets.
     r"|(?<![^\W\d_])(?:(?![a-zA-Z])[^\W\d_])+(?![^\W\d_])|(?:(?![a-zA-Z])[^\W\d_]){3}"
+    # Signs and quotes next to a letter where no text has them.
+    r"|[\u20ac\u2122\u2020\u2021\u2030\u2022\u2026\u201a\u2039\u203a\u201d][^\W\d_]"
+    r"|[^\W\d_][\u20ac\u2020\u2021\u2030\u201a\u2039]"
     # As in UTF-16 without its mark.
     r"|\0"
 )
@@ -40,7 +43,7 @@ def decode(raw: bytes, encoding: str | None, name: str) -> str:
         if encoding is not None:
             byte = start + 1 + len(raw) - len(body)
             raise DataError(f"{name}: not {encoding} at byte {byte}; correct encoding, or save it as UTF-8") from None
-    if (text := _certain_latin(body)) is not None:
+    if body is raw and (text := _certain_latin(raw)) is not None:
         return text
     byte = start + 1 + len(raw) - len(body)
     raise DataError(
@@ -64,6 +67,8 @@ def _certain_latin(raw: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     is_same = all(other == text for other in others)
+    # A low quote that nothing closes is a letter of DOS.
+    is_same = is_same and text.count("\u201e") <= text.count("\u201c") + text.count("\u201d")
     return text if is_same and not _STRANGE.search(text) else None
 
 
