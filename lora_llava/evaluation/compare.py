@@ -38,6 +38,7 @@ from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.system.files import json_text
 from lora_llava.system.progress import Bar
+from lora_llava.system.ranks import gathered, is_first, own_share
 from lora_llava.system.text import counted
 
 ACCURACY = "accuracy.json"
@@ -89,9 +90,9 @@ def compare(
 
     The tuned model and its start are asked all questions, the base `settings.base_questions` of them. Blind replaces
     the images by their mean color, for the first images that hold `settings.blind_questions`. Writes
-    `predictions.jsonl`, `accuracy.json` and `samples.png` to `directory`; returns the content of `accuracy.json`.
+    `predictions.jsonl`, `accuracy.json` and `samples.png` to `directory`; returns the content of `accuracy.json`. The
+    processes of a run share the questions; the first writes, and the others return {}.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     questions = asked.questions
     references = [question.answer for question in questions]
     metric = pick_metric(settings.metric, references)
@@ -111,6 +112,9 @@ def compare(
     answers = {
         name: _ask(models, name, questions, indices, metric, settings, console) for name, indices in subsets.items()
     }
+    if not is_first():
+        return {}
+    directory.mkdir(parents=True, exist_ok=True)
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
     result = {**summarize(outcome, settings.broken_down_by), **_asked(asked, settings), "notes": [*cautions, *notes]}
@@ -150,20 +154,35 @@ def _ask(
 ) -> Answers:
     """Generate and score the answers of one model to the questions at `indices`, with a progress bar."""
     subset = [questions[index] for index in indices]
+    # Neighbors are about one image, which is computed once for them.
+    share = [indices[number] for number in own_share(len(indices))]
+    parts = gathered(_generate(models, name, [questions[index] for index in share], settings, console))
+    texts = [text for part, _ in parts for text in part]
+    are_cut = [is_cut for _, part in parts for is_cut in part]
+    cut = frozenset(index for index, is_cut in zip(indices, are_cut, strict=True) if is_cut)
+    return Answers(indices, texts, score_all(metric, subset, texts), cut)
+
+
+def _generate(
+    models: Models, name: str, questions: Sequence[Question], settings: EvaluationSettings, console: Console
+) -> tuple[list[str], list[bool]]:
+    """Return the answers of one model, and whether `max_new_tokens` cut each short."""
+    if not questions:
+        return [], []
     # The base is asked like the tuned model.
     form = models.start if name == START and models.start is not None else models.tuned
-    cut: list[int] = []
-    with models.as_model(name), Bar(f"answers, {name}", len(subset), console) as bar:
+    cut: set[int] = set()
+    with models.as_model(name), Bar(f"answers, {name}", len(questions), console) as bar:
         texts = generate_answers(
             models.loaded,
-            [question.record for question in subset],
+            [question.record for question in questions],
             replace(form, blind=name == BLIND),
             max_new_tokens=settings.max_new_tokens,
             max_rows=most_rows(models.loaded.model) if settings.batch_size == "auto" else settings.batch_size,
             progress=lambda done, _: bar.update(done),
-            on_cut=cut.append,
+            on_cut=cut.add,
         )
-    return Answers(indices, texts, score_all(metric, subset, texts), frozenset(indices[number] for number in cut))
+    return texts, [number in cut for number in range(len(texts))]
 
 
 def _write_samples(path: Path, outcome: Outcome) -> None:

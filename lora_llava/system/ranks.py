@@ -148,15 +148,10 @@ def by_first(make: Callable[[], T]) -> T:
 
 
 @contextmanager
-def entered_by_first(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Enter a context, such as a lock, in the first process alone; the others wait until it has."""
+def entered_by_first(context: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+    """Enter a context, such as a lock, in the first process alone; the others wait for what it yields."""
     with ExitStack() as stack:
-
-        def enter() -> None:
-            stack.enter_context(context())
-
-        by_first(enter)
-        yield
+        yield by_first(lambda: stack.enter_context(context()))
 
 
 def least(value: int) -> int:
@@ -185,6 +180,14 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def own_share(count: int) -> range:
+    """Return which of `count` items in order this process takes: neighbors, as many as each other process."""
+    if is_alone():
+        return range(count)
+    first, last = (number * count // world_size() for number in (rank(), rank() + 1))
+    return range(first, last)
 
 
 def reports(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from lora_llava.run_directory.lock import locked
 from lora_llava.system.device import describe_device, memory_capped, peak_memory_bytes, reset_peak_memory
 from lora_llava.system.files import shown_path, staged
 from lora_llava.system.progress import phase, shown_on
-from lora_llava.system.ranks import by_first, connected, entered_by_first, gathered
+from lora_llava.system.ranks import by_first, connected, entered_by_first, gathered, largest
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checkpoints.differences import Resume
 from lora_llava.training.checkpoints.resume import (
@@ -100,7 +100,7 @@ def run_recipe(
         with entered_by_first(claim):
             summary = _train_stages(recipe, console, memory, resume)
         if questions is not None:
-            by_first(lambda: _evaluate(recipe, questions, summary, console))
+            _evaluate(recipe, questions, summary, console)
         elif output.EVALUATION in summary:
             console.print("evaluation: the recipe no longer has one; the earlier result is kept unchanged")
         return by_first(lambda: summary)
@@ -111,24 +111,24 @@ def _evaluate(recipe: Recipe, questions: QuestionSet, summary: dict[str, Any], c
     assert recipe.evaluation is not None
     directory = recipe.resolved_output_dir
     artifact = directory / recipe.stage_names[-1]
-    facts = evaluation_facts(recipe, questions, artifact)
-    if output.EVALUATION in summary:
-        changed = differing_facts(summary.get(_EVALUATION_OF, {}), facts)
+    facts = by_first(lambda: evaluation_facts(recipe, questions, artifact))
+    if by_first(lambda: output.EVALUATION in summary):
+        changed = by_first(lambda: differing_facts(summary.get(_EVALUATION_OF, {}), facts))
         if not changed:
             return
         console.print(f"evaluation: made again, because of a change in {listed(changed)}", markup=False)
-    output.note_skipped(directory, output.EVALUATION, questions.skipped)
+    by_first(lambda: output.note_skipped(directory, output.EVALUATION, questions.skipped))
     clock = time.monotonic()
     reset_peak_memory()
-    with staged(directory / output.EVALUATION, partial(place, directory)) as staging:
+    with entered_by_first(lambda: staged(directory / output.EVALUATION, partial(place, directory))) as staging:
         candidate = Candidate(artifact, precision=recipe.precision, start=recipe.start_from)
         summary["evaluation"] = evaluate_artifact(
             candidate, questions, recipe.evaluation, directory=staging, console=console
         )
     summary[_EVALUATION_OF] = facts
     summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
-    _add_peak(summary, "evaluation", peak_memory_bytes())
-    output.write_summary(directory, summary)
+    _add_peak(summary, "evaluation", largest(peak_memory_bytes()))
+    by_first(lambda: output.write_summary(directory, summary))
 
 
 def _train_stages(recipe: Recipe, console: Console, memory: int | None, resume: Resume) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from lora_llava.data.packing import Row, conversations
 from lora_llava.data.rows import Batch, PackedRows, ReadImage
-from lora_llava.system.ranks import gathered, rank, world_size
+from lora_llava.system.ranks import gathered, is_alone, rank, world_size
 
 RowLoss = Callable[[Batch], float]
 """Computes the summed loss over the items of a row: its supervised tokens, or pairs."""
@@ -96,7 +96,7 @@ class HeldOutLoss:
 
 def own_indices(count: int) -> range:
     """Return which of `count` rows this process computes."""
-    return range(rank(), count, world_size())
+    return range(count) if is_alone() else range(rank(), count, world_size())
 
 
 def has_finite_image(batch: Batch) -> bool:

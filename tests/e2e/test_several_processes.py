@@ -33,6 +33,13 @@ SETTINGS = (
 )
 
 
+EVALUATION = (
+    "evaluation.base_questions=5",
+    "evaluation.blind_questions=2",
+    "evaluation.max_new_tokens=3",
+)
+
+
 @pytest.fixture(scope="module")
 def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe over data of which a third has no image."""
@@ -59,7 +66,9 @@ def runs(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     """The run of one, two and three processes."""
     directory = tmp_path_factory.mktemp("runs")
     for count in (1, 2, 3):
-        ended = run(project, directory / str(count), count)
+        data = [f"evaluation.data.path={project.parent / 'train.json'}"]
+        data += [f"evaluation.data.image_root={project.parent / 'images'}"]
+        ended = run(project, directory / str(count), count, *EVALUATION, *data)
         assert [one.code for one in ended] == [0] * count, ended
         # The first speaks.
         assert [bool(one.out) for one in ended] == [True] + [False] * (count - 1)
@@ -100,6 +109,15 @@ def test_log_and_summary_are_those_of_one_process(runs: dict[int, Path], count: 
     for stage in STAGES:
         same = ("steps", "conversations", "questions", "supervised_tokens")
         assert {key: here[stage][key] for key in same} == {key: there[stage][key] for key in same}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_questions_of_the_evaluation_are_shared_out(runs: dict[int, Path], count: int) -> None:
+    for name in ("predictions.jsonl", "accuracy.json"):
+        texts = [(runs[number] / output.EVALUATION / name).read_text(encoding="utf-8") for number in (1, count)]
+        assert texts[0] == texts[1]
+    summary = json.loads((runs[count] / output.SUMMARY).read_text(encoding="utf-8"))
+    assert summary[output.EVALUATION] == json.loads(texts[1])
 
 
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint_and_any_number_resumes(
