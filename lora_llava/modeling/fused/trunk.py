@@ -163,11 +163,13 @@ class Trunk:
 
     def _captured(self, cos: torch.Tensor, sin: torch.Tensor, mask: Any) -> _Row:
         """Capture the graphs for rows of a length, given the tables and mask of any of them."""
-        saved = [gradient.clone() for gradient in self.gradients.values()]
+        # Running the functions adds to gradients; those that are none yet are set to zero when they become some.
+        attached = [buffer for factor, buffer in self.gradients.items() if factor.grad is buffer]
+        before = [buffer.clone() for buffer in attached]
         row = _Row(self, len(cos), mask, (cos, sin))
         row.capture(self._capture)
-        for gradient, before in zip(self.gradients.values(), saved, strict=True):
-            gradient.copy_(before)
+        for buffer, gradient in zip(attached, before, strict=True):
+            buffer.copy_(gradient)
         self._current, self._rows[len(cos)] = None, row
         return row
 
