@@ -52,6 +52,12 @@ class LayerParts:
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         return cls(qkv, out, gate_up, down, *norms, attention.head_dim, adapted, elementwise)
 
+    def read_weights_anew(self) -> None:
+        """Read the frozen weights from their layers in each pass, as sharding needs, which gathers and frees them."""
+        for projection in (self.qkv, self.out, self.gate_up, self.down):
+            for weight in projection.weights:
+                weight.read_anew()
+
 
 class Kept(NamedTuple):
     """What the backward pass of a half needs."""

@@ -57,23 +57,29 @@ class _FrozenWeight:
     """The weight (out, in) of a frozen linear layer, plain or in NF4."""
 
     def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+        self._linear = linear
         # Shares the parameter's memory. Reading it from the parameter in each pass would go through the Python of
         # bitsandbytes' tensor class.
-        self._data: torch.Tensor = linear.weight.data
+        self._data: torch.Tensor | None = linear.weight.data
         self._state = getattr(linear.weight, "quant_state", None)
         self._dtype = dtype
 
+    def read_anew(self) -> None:
+        """Read the weight from its layer in each pass from here on, and hold no reference to it."""
+        self._data = None
+
     def dequantized(self) -> torch.Tensor:
         """Return the weight in the compute dtype."""
+        data: torch.Tensor = self._linear.weight.data if self._data is None else self._data
         state = self._state
         if state is None:
-            return self._data
+            return data
         scales = state.absmax
         if state.nested:
             scales = dequantize_blockwise(scales, state.state2) + state.offset
         # The operator itself: bitsandbytes' function around it costs more than the launch.
         weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self._data, scales, state.blocksize, state.quant_type, state.shape, self._dtype
+            data, scales, state.blocksize, state.quant_type, state.shape, self._dtype
         )
         return weight
 

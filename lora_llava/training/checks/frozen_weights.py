@@ -32,7 +32,7 @@ class FrozenWeights(Check):
         """Checksum the frozen weights of `model`."""
         started = time.monotonic()
         self.model = model
-        self.bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in frozen_tensors(model))
+        self.bytes = sum(_held(tensor).nbytes for _, tensor in frozen_tensors(model))
         self.sums = _checksums(model)
         self.seconds = time.monotonic() - started
 
@@ -74,6 +74,12 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a tensor: its part if it is sharded, else the whole."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def _checksums(model: nn.Module) -> dict[str, str]:
     """Checksum every frozen tensor, each on its own device."""
     return {name: checksum(tensor) for name, tensor in frozen_tensors(model)}
@@ -81,8 +87,11 @@ def _checksums(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> str:
-    """Return a checksum of dtype, shape and bits: SHA-256 on a CPU; elsewhere that of sums computed on the device."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    """Return a checksum of dtype, shape and bits: SHA-256 on a CPU; elsewhere that of sums computed on the device.
+
+    Of a sharded tensor, it is that of this process's part.
+    """
+    data = _held(tensor).detach().contiguous().flatten().view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(data.numpy().data if data.device.type == "cpu" else str(chunk_sums(data)).encode())
     return digest.hexdigest()

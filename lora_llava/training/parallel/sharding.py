@@ -1,0 +1,52 @@
+"""Shard the frozen weights of the decoder layers over the processes of a run, with FSDP2.
+
+Each process keeps its part of every frozen linear layer. Before a decoder layer computes, forward or backward, the
+parts are gathered from all processes; after it, the gathered weight is freed. So a card holds its share of the base,
+and two layers whole at most. What is trained stays whole in every process: LoRA, projector, gradients, optimizer and
+all that reads them are as without sharding.
+
+Gathering is collective: every process must run the same forward and backward passes, in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lora_llava.modeling.fused.layer import FusedLayer
+from lora_llava.modeling.packed import llava_in
+from lora_llava.modeling.structure import LANGUAGE_MODEL
+from lora_llava.system.ranks import world_size
+
+
+def shard_frozen(model: Any) -> None:
+    """Keep only this process's part of each frozen linear layer in the decoder layers.
+
+    Call it when the model is on its device, adapted and fused; weights must not be read by name after it.
+    """
+    device = next(model.parameters()).device
+    language_model = llava_in(model).get_submodule(LANGUAGE_MODEL)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for layer in language_model.layers:
+        sharded = {module.weight for module in layer.modules() if _is_frozen_linear(module)}
+        states = _quantization_states(layer)
+        if isinstance(layer, FusedLayer):
+            layer.parts.read_weights_anew()
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(layer.parameters()) - sharded)
+        for module, state in states.items():
+            # Where checks look for it; bitsandbytes finds it in the module while the weight is gathered.
+            module.quant_state = module.weight.quant_state = state
+    fully_shard(language_model, mesh=mesh, ignored_params=set(language_model.parameters()))
+
+
+def _is_frozen_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not module.weight.requires_grad
+
+
+def _quantization_states(layer: nn.Module) -> dict[Any, Any]:
+    """Return the scales of each 4-bit layer, which stay whole."""
+    return {module: module.weight.quant_state for module in layer.modules() if isinstance(module, Linear4bit)}
