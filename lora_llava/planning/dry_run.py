@@ -27,7 +27,6 @@ from lora_llava.planning.memory import (
     activation_bytes,
     expected_memory,
     held_bytes,
-    in_4_bits,
     largest_row,
 )
 from lora_llava.planning.memory_plan import (
@@ -50,6 +49,8 @@ from lora_llava.system.text import counted
 
 _CARDS = (12, 16, 24)
 """Memory of common consumer cards, in GiB."""
+_SHARDS = (2, 4)
+"""Numbers of cards to divide the frozen weights between where one is too small."""
 _NAMED = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 
 
@@ -106,14 +107,17 @@ def _print_stage(
     if offer := cache_offer(settings, data):
         console.print(offer)
     _print_memory(shapes, machine, plan, data, console)
-    console.print(_cards_view(_plan_for_cards(shapes, recipe.precision, recipe.attn_implementation)))
+    on_card = replace(shapes, dtype=_NAMED.get(recipe.precision, BF16))
+    plans = _plan_for_cards(on_card, recipe.attn_implementation)
+    several = {size: _cards_needed(on_card, recipe.attn_implementation, size) for size in plans if not plans[size]}
+    console.print(_cards_view(plans, several))
+    if any(several.values()):
+        console.print("Several cards: with distributed.shard: true, which divides the frozen weights between them")
 
 
 def _print_memory(shapes: StageShapes, machine: Machine, plan: MemoryPlan, data: StageData, console: Console) -> None:
     """Print the parameters of a stage, and the memory that `plan` needs for its largest micro-batch."""
-    parameters, config, dtype = shapes.parameters, shapes.config, shapes.dtype
-    if shapes.quantization.type == "nf4" and not plan.keep_dequantized:
-        parameters = in_4_bits(parameters, config, shapes.quantization, dtype)
+    config, parameters = shapes.config, shapes.held_parameters(keep_dequantized=plan.keep_dequantized)
     console.print(parameter_table_view(parameters, "Parameters, as they would be"))
     tokens, supervised = largest_row(data)
     activations = activation_bytes(config, shapes.layers(machine.attention), plan.recompute, tokens, supervised)
@@ -134,17 +138,25 @@ def _attention_on_cuda(attn_implementation: str) -> Attention:
     return TREES if attn_implementation == SDPA else FLEX
 
 
-def _plan_for_cards(shapes: StageShapes, precision: str, attn_implementation: str) -> dict[int, MemoryPlan | None]:
+def _plan_for_cards(shapes: StageShapes, attn_implementation: str) -> dict[int, MemoryPlan | None]:
     """Plan a stage for cards of several sizes, in GiB; None where it does not fit."""
-    on_card = replace(shapes, dtype=_NAMED.get(precision, BF16))
-    attention = _attention_on_cuda(attn_implementation)
-    plans: dict[int, MemoryPlan | None] = {}
-    for size in _CARDS:
-        try:
-            plans[size] = plan_memory(on_card, Machine("cuda", usable_bytes("cuda", size * GIB), attention))
-        except TrainingError:
-            plans[size] = None
-    return plans
+    return {size: _plan_for_card(shapes, attn_implementation, size) for size in _CARDS}
+
+
+def _plan_for_card(shapes: StageShapes, attn_implementation: str, size: int) -> MemoryPlan | None:
+    machine = Machine("cuda", usable_bytes("cuda", size * GIB), _attention_on_cuda(attn_implementation))
+    try:
+        return plan_memory(shapes, machine)
+    except TrainingError:
+        return None
+
+
+def _cards_needed(shapes: StageShapes, attn_implementation: str, size: int) -> int | None:
+    """Return the smallest number of cards of `size` GiB that hold a sharded model; None if none of `_SHARDS` does."""
+    for count in _SHARDS:
+        if count > shapes.shards and _plan_for_card(replace(shapes, shards=count), attn_implementation, size):
+            return count
+    return None
 
 
 def compute_dtype(precision: str) -> ElementType:
@@ -174,8 +186,11 @@ def _memory_view(parts: list[PartMemory], activations: int, tokens: int) -> Fitt
     return table
 
 
-def _cards_view(plans: dict[int, MemoryPlan | None]) -> FittingTable:
-    """Lay out the plans for cards of several sizes; the time of the fastest counts as 1."""
+def _cards_view(plans: dict[int, MemoryPlan | None], several: dict[int, int | None]) -> FittingTable:
+    """Lay out the plans for cards of several sizes; the time of the fastest counts as 1.
+
+    `several`: the number of cards that hold it where one does not.
+    """
     columns = [
         Column("GiB"),
         Column("tokens per\nmicro-batch"),
@@ -189,7 +204,8 @@ def _cards_view(plans: dict[int, MemoryPlan | None]) -> FittingTable:
     fastest = min((plan.cost for plan in plans.values() if plan), default=1.0)
     for size, plan in plans.items():
         if plan is None:
-            table.add(str(size), "does not fit", "", "", "", "", "")
+            count = several.get(size)
+            table.add(str(size), f"fits {count} cards" if count else "does not fit", "", "", "", "", "")
             continue
         table.add(
             str(size),

@@ -31,6 +31,8 @@ CPU_HEAP = 1.7
 """On a CPU with activation checkpointing, bytes held per live byte: layers allocate and free blocks of many sizes, and
 glibc's heap keeps the gaps. Measured: 628 MiB held of 370 planned at 1,536 tokens. An M_MMAP_THRESHOLD of 64 KiB would
 avoid it, but costs 25 % more CPU time (median of 3 interleaved runs of 6 Llama layers), mostly in page faults."""
+_GATHERED_LAYERS = 3
+"""Decoder layers whose sharded weights are whole at one time: one computes, the next one is received and unpacked."""
 _MASKED_SHARE = 0.25
 """Share of a row's tokens that need a row in SDPA's mask if all of them are one tree: an estimate."""
 
@@ -99,6 +101,24 @@ def in_4_bits(
 def plain_scale_bytes(config: LlavaConfig) -> int:
     """Return what `undo_double_quantization` adds to the memory of the NF4 weights."""
     return round(linear_weights(config) * (_NF4_BYTES[False] - _NF4_BYTES[True]))
+
+
+def sharded(
+    parameters: list[PartParameters], config: LlavaConfig, bytes_per_weight: float, processes: int
+) -> list[PartParameters]:
+    """Return `parameters` with the language model's linear layers divided between `processes` processes.
+
+    `bytes_per_weight`: of what is divided; the scales of 4-bit weights stay whole.
+    """
+    if processes == 1:
+        return parameters
+    whole = linear_weights(config) * bytes_per_weight
+    gathered = _GATHERED_LAYERS * whole / int(config.text_config.num_hidden_layers)
+    held = min(whole, whole / processes + gathered)
+    return [
+        replace(part, bytes=part.bytes - round(whole - held)) if part.part == LANGUAGE_MODEL else part
+        for part in parameters
+    ]
 
 
 def expected_memory(optim: str, parameters: list[PartParameters]) -> list[PartMemory]:

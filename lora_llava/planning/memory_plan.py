@@ -27,6 +27,7 @@ from lora_llava.planning.memory import (
     held_bytes,
     in_4_bits,
     plain_scale_bytes,
+    sharded,
 )
 from lora_llava.planning.speed import Machine, Passes, Speed, relative_cost
 from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe
@@ -84,6 +85,8 @@ class StageShapes:
     """Tokens of the longest conversation, which a micro-batch must hold whole."""
     steps: SampledSteps
     """The first steps, whose rows are counted for each row length."""
+    shards: int = 1
+    """Number of processes that the frozen weights of the decoder layers are divided between."""
 
     @property
     def parameters(self) -> list[PartParameters]:
@@ -94,6 +97,13 @@ class StageShapes:
     def is_fused(self) -> bool:
         """Whether the decoder layers train fused."""
         return is_fused(self.config.text_config, self.adapter if self.settings.trains_lora else None)
+
+    def held_parameters(self, *, keep_dequantized: bool) -> list[PartParameters]:
+        """Count the parameters of each part as a process holds them: quantized or dequantized, whole or sharded."""
+        parameters, itemsize = self.parameters, float(self.dtype.itemsize)
+        if self.quantization.type == "nf4" and not keep_dequantized:
+            parameters, itemsize = in_4_bits(parameters, self.config, self.quantization, self.dtype), 0.5
+        return sharded(parameters, self.config, itemsize, self.shards)
 
     def layers(self, attention: Attention) -> LayerSettings:
         """Return what decides how much a decoder layer keeps, with this attention."""
@@ -127,7 +137,9 @@ def stage_shapes(
             f"lower stages.{stage}.max_length, which cuts conversations"
         )
     steps = records.sample_steps(settings, recipe.seed)
-    return StageShapes(stage, settings, recipe.quantization, recipe.adapter, config, dtype, longest.length, steps)
+    shards = world_size() if recipe.distributed.shard else 1
+    parts = settings, recipe.quantization, recipe.adapter
+    return StageShapes(stage, *parts, config, dtype, longest.length, steps, shards)
 
 
 def usable_bytes(device: str, memory: int | None = None) -> int:
@@ -179,7 +191,8 @@ def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> st
         f"{name}: {value} ({source if set_to == 'auto' else 'recipe'})" for name, (value, set_to) in values.items()
     ]
     needed, usable = plan.bytes_needed / GIB, plan.bytes_usable / GIB
-    return f"{', '.join(origins)}; needs {needed:.1f} of {usable:.1f} GiB"
+    parts = f", frozen weights in {shapes.shards} parts" if shapes.shards > 1 else ""
+    return f"{', '.join(origins)}{parts}; needs {needed:.1f} of {usable:.1f} GiB"
 
 
 def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> str:
@@ -209,16 +222,14 @@ def _preferred(plans: Sequence[MemoryPlan]) -> MemoryPlan:
 
 def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
     """Yield a plan for each combination of the open choices."""
-    settings, nf4 = shapes.settings, shapes.quantization.type == "nf4"
-    unquantized = shapes.parameters
-    quantized = in_4_bits(unquantized, shapes.config, shapes.quantization, shapes.dtype)
+    settings = shapes.settings
     optimizers, layer = _optimizers(settings, machine.device), shapes.layers(machine.attention)
     for keep_dequantized, recompute in product(
-        _keep_dequantized_choices(shapes.quantization), _recomputes(shapes, machine)
+        _keep_dequantized_choices(shapes.quantization, shapes.shards), _recomputes(shapes, machine)
     ):
         passes = shapes.passes(recompute, keep_dequantized=keep_dequantized)
         # Weights, gradients and optimizer states do not depend on the micro-batch.
-        parameters = unquantized if keep_dequantized or not nf4 else quantized
+        parameters = shapes.held_parameters(keep_dequantized=keep_dequantized)
         fixed = {optim: sum(part.total for part in expected_memory(optim, parameters)) for optim in optimizers}
         for tokens in _micro_batch_sizes(settings, shapes.longest, _MAX_TOKENS[machine.device]):
             # All tokens of a row may be supervised, those that the answers of a pair share for each of them.
@@ -233,10 +244,11 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
                 )
 
 
-def _keep_dequantized_choices(quantization: QuantizationSettings) -> list[bool]:
+def _keep_dequantized_choices(quantization: QuantizationSettings, shards: int) -> list[bool]:
     if quantization.keep_dequantized != "auto":
         return [quantization.keep_dequantized]
-    return [False, True] if quantization.type == "nf4" else [False]
+    # Gathering dequantized weights would take four times as long.
+    return [False, True] if quantization.type == "nf4" and shards == 1 else [False]
 
 
 def _optimizers(settings: StageSettings, device: str) -> list[str]:

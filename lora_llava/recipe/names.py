@@ -73,6 +73,7 @@ _SYNONYMS = {
     "quantization.type": "bits load_in_4bit load_in_8bit quant quant_type quant_bits quant_method quantization_bit "
     "bnb_4bit_quant_type nf4 quantize",
     "quantization.double_quant": "double_quantization bnb_4bit_use_double_quant use_double_quant",
+    "distributed.shard": "fsdp fsdp_config fsdp2 fully_shard full_shard sharding sharding_strategy",
     "precision": "fp16 bf16 fp32 tf32 dtype torch_dtype mixed_precision compute_dtype bnb_4bit_compute_dtype half amp",
     "attn_implementation": "flash_attn flash_attention use_flash_attn use_flash_attention_2 attn attn_impl attention "
     "sdp_attention xformers_attention eager_attention flash_attention_2",
@@ -113,8 +114,13 @@ _REPLACED = {
     "tune_mm_mlp_adapter train_projector train_vision train_mm_mlp_adapter unfreeze trainable freeze modules_to_save": (
         "the stage decides what is trained: align trains the projector, instruct and prefer the LoRA and the projector"
     ),
-    "deepspeed fsdp fsdp_config num_gpus gpus devices tensor_parallel_size nproc_per_node world_size num_processes "
-    "accelerator strategy ddp": (
+    "deepspeed deepspeed_config ds_config zero zero_stage zero_optimization zero2 zero3 engine offload cpu_offload "
+    "offload_optimizer offload_param": (
+        "DeepSpeed is not used: ZeRO hides gradients from the checks that guard a training, and writes checkpoints "
+        "that only it resumes. Set distributed.shard: true to divide the frozen weights between GPUs, and "
+        "stages.instruct.optim: paged_adamw_8bit for an optimizer whose state moves to the host"
+    ),
+    "num_gpus gpus devices tensor_parallel_size nproc_per_node world_size num_processes accelerator strategy ddp": (
         "give the number of GPUs on the command line, as in lora-llava finetune RECIPE --gpus 2; remove it"
     ),
     "augment augmentation augmentations image_augmentation data_augmentation transforms random_crop flip": (

@@ -148,6 +148,16 @@ class ImageSettings(Settings):
         return self
 
 
+class DistributedSettings(Settings):
+    """How the processes of a run with several GPUs share its memory."""
+
+    example = "{shard: true}"
+
+    shard: Annotated[bool, OnResume.FREE] = False
+    """Keep only a part of the language model's frozen weights on each GPU, and gather those of a layer when it computes
+    (FSDP2). Needs several processes; for models that do not fit one GPU, since gathering takes time."""
+
+
 class StagesSettings(Settings):
     """The stages of a run, in order."""
 
@@ -249,6 +259,7 @@ class Recipe(Settings):
     base: BaseModelSettings
     quantization: QuantizationSettings = QuantizationSettings()
     adapter: AdapterSettings = AdapterSettings()
+    distributed: DistributedSettings = DistributedSettings()
     images: ImageSettings = ImageSettings()
     stages: StagesSettings
     evaluation: Annotated[EvaluationSettings | None, OnResume.AGAIN] = None

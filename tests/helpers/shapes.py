@@ -17,3 +17,12 @@ def llava_7b(layers: int = 32) -> LlavaConfig:
         projection_dim=768,
     )
     return LlavaConfig(vision_config=vision, text_config=LlamaConfig(num_hidden_layers=layers, vocab_size=32064))
+
+
+def llava_13b() -> LlavaConfig:
+    """LLaVA-1.5-13B's shapes."""
+    config = llava_7b()
+    config.text_config = LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32064
+    )
+    return config

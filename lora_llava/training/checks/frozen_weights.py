@@ -32,7 +32,7 @@ class FrozenWeights(Check):
         """Checksum the frozen weights of `model`."""
         started = time.monotonic()
         self.model = model
-        self.bytes = sum(_held(tensor).nbytes for _, tensor in frozen_tensors(model))
+        self.bytes = sum(held_part(tensor).nbytes for _, tensor in frozen_tensors(model))
         self.sums = _checksums(model)
         self.seconds = time.monotonic() - started
 
@@ -74,7 +74,7 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def _held(tensor: torch.Tensor) -> torch.Tensor:
+def held_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this process holds of a tensor: its part if it is sharded, else the whole."""
     part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
@@ -91,7 +91,7 @@ def checksum(tensor: torch.Tensor) -> str:
 
     Of a sharded tensor, it is that of this process's part.
     """
-    data = _held(tensor).detach().contiguous().flatten().view(torch.uint8)
+    data = held_part(tensor).detach().contiguous().flatten().view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(data.numpy().data if data.device.type == "cpu" else str(chunk_sums(data)).encode())
     return digest.hexdigest()

@@ -27,7 +27,8 @@ from lora_llava.system.device import autocast
 from lora_llava.system.ranks import gathered
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
-from lora_llava.training.checks.frozen_weights import frozen_tensors
+from lora_llava.training.checks.frozen_weights import frozen_tensors, held_part
+from lora_llava.training.parallel.lockstep import is_in_lockstep
 
 
 def skip_limit(settings: StageSettings) -> int:
@@ -194,9 +195,10 @@ def _gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> 
 
 
 def non_finite_tensors(model: nn.Module) -> list[str]:
-    """List the weights, buffers and 4-bit scales that hold NaN or infinity."""
+    """List the weights, buffers and 4-bit scales that hold NaN or infinity; of a sharded model those of all parts."""
     trained = ((name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad)
-    return [name for name, tensor in (*trained, *frozen_tensors(model)) if not _is_finite(tensor)]
+    names = [name for name, tensor in (*trained, *frozen_tensors(model)) if not _is_finite(held_part(tensor))]
+    return list(dict.fromkeys(chain.from_iterable(gathered(names)))) if is_in_lockstep() else names
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ Gathering is collective: every process must run the same forward and backward pa
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from bitsandbytes.nn import Linear4bit
@@ -28,6 +29,8 @@ def shard_frozen(model: Any) -> None:
 
     Call it when the model is on its device, adapted and fused; weights must not be read by name after it.
     """
+    # The hidden states that a layer returns are a view, on which nothing writes.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device
     language_model = llava_in(model).get_submodule(LANGUAGE_MODEL)
     mesh = init_device_mesh(device.type, (world_size(),))

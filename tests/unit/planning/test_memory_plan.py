@@ -7,6 +7,7 @@ import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
-from lora_llava.modeling.structure import FLEX, TREES, PartParameters, stage_parameters
+from lora_llava.modeling.structure import FLEX, TREES, PartParameters, linear_weights, stage_parameters
+from lora_llava.planning import memory_plan
 from lora_llava.planning.memory import (
     CPU_HEAP,
     LayerSettings,
@@ -36,10 +38,11 @@ from lora_llava.planning.memory import (
     expected_memory,
     in_4_bits,
 )
-from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_memory
+from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_line, plan_memory, stage_shapes
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.settings import AdapterSettings, Recipe
 from lora_llava.recipe.stages import StageName
+from lora_llava.system.ranks import planned_for
 from tests.helpers.shapes import llava_7b
 from tests.helpers.tiny import tiny_config
 
@@ -236,6 +239,43 @@ def test_a_plan_in_fp16_needs_what_one_in_bf16_needs(memory: int) -> None:
     machine = Machine("cuda", memory * GIB, TREES)
     plans = [plan_memory(shapes_of(recipe(), dtype, 700), machine) for dtype in (torch.float16, torch.bfloat16)]
     assert plans[0] == plans[1]
+
+
+def least(shapes: StageShapes) -> MemoryPlan:
+    """The plan that needs the least memory."""
+    return min(memory_plan._candidates(shapes, Machine("cuda", 12 * GIB, FLEX)), key=lambda one: one.bytes_needed)
+
+
+@pytest.mark.parametrize(("quantization", "weight"), [("nf4", 0.5), ("none", 2.0)])
+def test_sharding_divides_what_is_frozen_in_the_decoder_layers(quantization: str, weight: float) -> None:
+    whole = shapes_of(recipe(quantization={"type": quantization}), torch.bfloat16, 700)
+    size, layers = linear_weights(whole.config) * weight, 32
+    needed = {shards: least(replace(whole, shards=shards)).bytes_needed for shards in (1, 2, 4, 32)}
+    for shards in (2, 4):
+        expected = size * (1 - 1 / shards - 3 / layers)
+        assert needed[1] - needed[shards] == pytest.approx(expected, abs=2)
+    # At most what is whole, however few layers there are.
+    few = replace(whole, config=llava_7b(layers=2), shards=2)
+    assert least(few).bytes_needed <= least(replace(few, shards=1)).bytes_needed
+
+
+def test_a_sharded_model_is_not_dequantized_unless_the_recipe_says_so() -> None:
+    machine = Machine("cuda", 80 * GIB, FLEX)
+    whole = shapes_of(recipe(), torch.bfloat16, 700)
+    assert plan_memory(whole, machine).keep_dequantized
+    assert not plan_memory(replace(whole, shards=2), machine).keep_dequantized
+    told = shapes_of(recipe(quantization={"keep_dequantized": True}), torch.bfloat16, 700)
+    assert plan_memory(replace(told, shards=2), machine).keep_dequantized
+    sharded = replace(whole, shards=2)
+    assert "frozen weights in 2 parts" in plan_line(plan_memory(sharded, machine), sharded)
+
+
+@pytest.mark.parametrize(("shard", "processes", "shards"), [(True, 3, 3), (False, 3, 1), (True, 1, 1)])
+def test_a_recipe_shards_over_the_processes_of_its_run(shard: bool, processes: int, shards: int) -> None:
+    records: Any = SimpleNamespace(longest=SimpleNamespace(length=2), sample_steps=lambda *_: None)
+    with planned_for(processes):
+        shapes = stage_shapes(recipe(distributed={"shard": shard}), "instruct", llava_7b(), torch.bfloat16, records)
+    assert shapes.shards == shards
 
 
 def test_stage_one_needs_less() -> None:

@@ -172,7 +172,9 @@ def test_k23_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, key: st
         ),
         ("augment", "images are not augmented"),
         ("warmup_steps", "set stages.instruct.warmup_ratio"),
-        ("deepspeed", "the number of GPUs on the command line"),
+        ("gpus", "the number of GPUs on the command line"),
+        ("deepspeed", "Set distributed.shard: true to divide the frozen weights between GPUs"),
+        ("zero_stage", "writes checkpoints that only it resumes"),
     ],
 )
 def test_k23_what_is_done_otherwise_here_is_explained(tmp_path: Path, key: str, words: str) -> None:
