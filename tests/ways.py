@@ -1,7 +1,8 @@
 """What each way to use several cards needs: `python -m tests.ways` prints the tables of docs/several_gpus.md.
 
 Memory: the smallest plan of stage `instruct` in NF4 and bf16 for rows of 1,024 tokens, by the planner's own formulas;
-a card adds 1 GiB for CUDA and 8 % for fragmentation. Traffic: what a card receives in an optimizer step, as much as it sends.
+a card adds 1 GiB for CUDA and 8 % for fragmentation. Traffic: what a card receives in an optimizer step; it sends as
+much.
 """
 
 from __future__ import annotations

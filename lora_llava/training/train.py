@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from lora_llava.artifact import read_manifest
+from lora_llava.data.rows import PackedRows
 from lora_llava.data.stage import StageData, StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.peft_adapter import Adapter
@@ -63,6 +64,8 @@ from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_lines, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.objectives.reference import attach_reference
+from lora_llava.training.parallel.lockstep import in_lockstep, is_in_lockstep
+from lora_llava.training.parallel.sharding import check_sharded, shard_frozen, sharding_line
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
 from lora_llava.training.trainer import PackedTrainer
@@ -91,7 +94,8 @@ def train_stage(
     plan = stored or plan_memory(shapes, machine)
     data = plan_records(records, stage.settings, plan.tokens_per_micro_batch, stage.seed)
     source = "auto, from the checkpoint" if stored else f"auto, from {machine.usable / GIB:.1f} GiB"
-    _print_lines(stage, [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured], console)
+    lines = [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured, sharding_line(stage)]
+    _print_lines(stage, lines, console)
 
     # 3. Resume exactly, or refuse, or list the guarantees that are lost.
     facts = by_first(lambda: run_facts(stage, shapes, data, plan, machine))
@@ -104,7 +108,10 @@ def train_stage(
     trainer = make_trainer(stage, loaded, data, plan.optim, dtype, console)
     saver = CheckpointSaver(StageArtifact(stage, loaded, data), plan, facts, started, checkpoint, exact=exact)
 
-    with out_of_memory_named(shapes, machine, plan):
+    with out_of_memory_named(shapes, machine, plan), in_lockstep(shapes.shards > 1):
+        if shapes.shards > 1:
+            shard_frozen(trainer.model)
+
         # 5. Check before the first step: the longest row fits, and packing does not change the logits.
         _check_rows(stage, trainer, shapes, data, plan, console)
         if stage.settings.trains_on_pairs:
@@ -113,7 +120,7 @@ def train_stage(
         # 6. Train; then prove that the base is untouched, choose the weights to keep, and save the artifact.
         phase(f"{stage.name}: training for {counted(len(data.plan.steps), 'step')}")
         trainer.train_and_save(saver)
-    kept = _finish(trainer, saver, len(data.plan.steps), console)
+        kept = _finish(trainer, saver, len(data.plan.steps), console)
     seen = {**seen_until(data, kept.last_step), **kept.metrics, **saver.cost()}
     memory_facts = {"memory_plan": asdict(plan), "peak_memory_bytes": largest(peak_memory_bytes())}
     return {**seen, **memory_facts, "parameters": [asdict(part) for part in parameters]}, saver.seconds
@@ -125,6 +132,7 @@ def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageSha
     Skipped records are listed in the run's directory.
     """
     by_first(lambda: check_parent(stage))
+    check_sharded(stage)
     phase(f"{stage.name}: reading the data")
     config, tokenizer = describe_directory(stage.base_directory)
     records = read_records(stage.settings, tokenizer, image_tokens(config), stage.seed)
@@ -219,6 +227,10 @@ def _check_rows(
 ) -> None:
     """Try the longest row on CUDA, and compare the first packed row with its conversations one by one."""
     model, rows, device = trainer.model, trainer.train_dataset, pick_device()
+    if is_in_lockstep():
+        # The same ones in all processes.
+        planned = [row for step in data.plan.steps for row in step]
+        rows = PackedRows(planned, rows.records, rows.encoded, rows.read_image)
     dtype = pick_dtype(stage.recipe.precision, device)
     if device.type == "cuda" and any(rows.rows):
         setting = stage.recipe.attn_implementation

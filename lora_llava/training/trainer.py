@@ -34,7 +34,8 @@ from lora_llava.training.log import TrainingLog
 from lora_llava.training.objectives.objective import Objective, TokenLoss
 from lora_llava.training.optimizer import make_optimizer, make_scaler, make_schedule
 from lora_llava.training.parallel.gradients import sum_gradients, summed
-from lora_llava.training.validation import HeldOutLoss, own_indices, without
+from lora_llava.training.parallel.lockstep import idle_index, is_in_lockstep, own_indices
+from lora_llava.training.validation import HeldOutLoss, without
 
 _CHECKS = "lora_llava_guards"
 """Key of the checks' state in `trainer_state.json`."""
@@ -196,12 +197,25 @@ class PackedTrainer:
         step, adds nothing.
         """
         if row["input_ids"].numel() == 0:
+            if is_in_lockstep():
+                self._pass_idly()
             return torch.zeros((), device=self.device)
-        # In bf16 accelerate has wrapped the model's forward pass; in fp16 it refuses to on a CPU.
-        with autocast(self.device, self.dtype) if self.dtype == torch.float16 else nullcontext():
-            loss = self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
+        loss = self._loss(row, num_items)
         self.accelerator.backward(self.scaler.scale(loss))
         return loss.detach()
+
+    def _loss(self, row: Batch, num_items: torch.Tensor | int) -> torch.Tensor:
+        # In bf16 accelerate has wrapped the model's forward pass; in fp16 it refuses to on a CPU.
+        with autocast(self.device, self.dtype) if self.dtype == torch.float16 else nullcontext():
+            return self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
+
+    def _pass_idly(self) -> None:
+        """Run a forward and a backward pass for nothing, with those that other processes run for their rows."""
+        rows = self.train_dataset
+        idle = PackedRows([((idle_index(rows),),)], rows.records, rows.encoded, rows.read_image)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with forked_rng(self.device):
+            torch.autograd.grad(self._loss(idle[0], 1), trained, allow_unused=True)
 
     def _checked_loss(self) -> tuple[torch.Tensor, CompletedStep]:
         """Return the loss of a complete step over all processes, and the step.

@@ -9,7 +9,8 @@ import torch
 
 from lora_llava.data.packing import Row, conversations
 from lora_llava.data.rows import Batch, PackedRows, ReadImage
-from lora_llava.system.ranks import gathered, is_alone, rank, world_size
+from lora_llava.system.ranks import gathered, is_alone
+from lora_llava.training.parallel.lockstep import own_indices
 
 RowLoss = Callable[[Batch], float]
 """Computes the summed loss over the items of a row: its supervised tokens, or pairs."""
@@ -92,11 +93,6 @@ class HeldOutLoss:
                 has_image = has_finite_image(alone)
                 self.unusable[index] = "its loss is not finite" if has_image else "its image holds NaN or infinity"
         return total, count
-
-
-def own_indices(count: int) -> range:
-    """Return which of `count` rows this process computes."""
-    return range(count) if is_alone() else range(rank(), count, world_size())
 
 
 def has_finite_image(batch: Batch) -> bool:

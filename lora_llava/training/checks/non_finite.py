@@ -28,7 +28,7 @@ from lora_llava.system.ranks import gathered
 from lora_llava.system.text import counted, listed
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.frozen_weights import frozen_tensors, held_part
-from lora_llava.training.parallel.lockstep import is_in_lockstep
+from lora_llava.training.parallel.lockstep import idle_index, is_in_lockstep, num_passes
 
 
 def skip_limit(settings: StageSettings) -> int:
@@ -151,7 +151,7 @@ class NonFiniteGuard(Check):
         what = f"the loss of {num_bad} of {num_rows} micro-batches" if num_bad else "the gradient"
         own = [index for row in (bad if num_bad else rows) for tree in row for index in tree]
         broken = non_finite_tensors(step.model)
-        own_guilty = [] if broken else [index for index in own if not self._is_finite_alone(step.model, trained, index)]
+        own_guilty = [] if broken else self._guilty(step.model, trained, own)
         suspects, guilty = (list(chain(*gathered(self._wheres(some)))) for some in (own, own_guilty))
         if broken:
             why = f"Not finite before the step already: {listed(broken)}. The records: {_named(suspects)}."
@@ -168,6 +168,13 @@ class NonFiniteGuard(Check):
             f"stage {self.stage}, step {step.number}: {what} is not finite; the weights are as they were before "
             f"the step. {why} Gradient norms: {norms}."
         )
+
+    def _guilty(self, model: nn.Module, trained: list[nn.Parameter], suspects: Sequence[int]) -> list[int]:
+        """Return the conversations that are not finite by themselves, among those of this process."""
+        guilty = [index for index in suspects if not self._is_finite_alone(model, trained, index)]
+        for _ in range(num_passes(len(suspects)) - len(suspects)):
+            self._is_finite_alone(model, trained, idle_index(self.rows))
+        return guilty
 
     def _wheres(self, indices: Sequence[int]) -> list[str]:
         return [self.rows.records[index].where for index in indices]

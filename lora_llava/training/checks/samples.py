@@ -13,6 +13,7 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.system.ranks import by_first
 from lora_llava.training.checks.check import Check, ValidationPass
+from lora_llava.training.parallel.lockstep import is_in_lockstep
 
 _SAMPLE_TOKENS = 32
 """Maximum length of a sample answer, in tokens."""
@@ -30,7 +31,12 @@ class SampleAnswers(Check):
         self.aspect_ratio = aspect_ratio
 
     def on_validation(self, validation: ValidationPass) -> None:
-        """Add `samples`: the question, the true answer and the prediction of each record."""
+        """Add `samples`: the question, the true answer and the prediction of each record.
+
+        Not of a sharded model, which would need all processes for each token.
+        """
+        if is_in_lockstep():
+            return
         validation.metrics["samples"] = [
             {"question": record.question, "answer": record.turns[-1].text, "prediction": answer}
             for record, answer in zip(self.records, by_first(self._generate), strict=True)

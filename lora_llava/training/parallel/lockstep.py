@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lora_llava.data.rows import PackedRows
-from lora_llava.system.ranks import largest, rank, world_size
+from lora_llava.system.ranks import is_alone, largest, rank, world_size
 
 _together = False
 
@@ -32,7 +32,7 @@ def in_lockstep(together: bool) -> Iterator[None]:
 
 def own_indices(count: int) -> range:
     """Return which of `count` rows this process computes: its share, or in lockstep all of them."""
-    return range(count) if _together else range(rank(), count, world_size())
+    return range(count) if _together or is_alone() else range(rank(), count, world_size())
 
 
 def num_passes(count: int) -> int:
@@ -40,11 +40,10 @@ def num_passes(count: int) -> int:
     return largest(count) if _together else count
 
 
-def idle_row(rows: PackedRows) -> PackedRows:
-    """Return the shortest conversation as a row, for a pass that only has to gather: if possible one with an image.
+def idle_index(rows: PackedRows) -> int:
+    """Return the index of the shortest conversation, for a pass that only has to gather: if possible with an image.
 
     In a stage that trains the projector alone, a row without an image has no backward pass.
     """
     records, encoded = rows.records, rows.encoded
-    shortest = min(range(len(records)), key=lambda index: (records[index].image is None, len(encoded[index].input_ids)))
-    return PackedRows([((shortest,),)], records, encoded, rows.read_image)
+    return min(range(len(records)), key=lambda index: (records[index].image is None, len(encoded[index].input_ids)))

@@ -15,13 +15,35 @@ from typing import Any
 
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
+from lora_llava.errors import TrainingError
 from lora_llava.modeling.fused.layer import FusedLayer
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.system.ranks import world_size
+from lora_llava.system.text import listed
+from lora_llava.training.stage import Stage
+
+_STAGES = ("align", "instruct")
+"""Stages whose every pass all processes run together."""
+
+
+def check_sharded(stage: Stage) -> None:
+    """Raise TrainingError if the recipe shards a stage that cannot be."""
+    if stage.recipe.distributed.shard and world_size() > 1 and stage.name not in _STAGES:
+        raise TrainingError(
+            f"distributed.shard: stage {stage.name} cannot be sharded, {listed(_STAGES)} can. Train it in a run of its "
+            "own (start_from) without distributed.shard"
+        )
+
+
+def sharding_line(stage: Stage) -> str | None:
+    """Return a line for the console that says what sharding means for a stage; None if the recipe does not shard."""
+    if not stage.recipe.distributed.shard:
+        return None
+    if world_size() == 1:
+        return "distributed.shard: no effect in a single process; start several with --gpus"
+    return "distributed.shard: every process computes all of the validation; no sample answers"
 
 
 def shard_frozen(model: Any) -> None:
@@ -29,6 +51,10 @@ def shard_frozen(model: Any) -> None:
 
     Call it when the model is on its device, adapted and fused; weights must not be read by name after it.
     """
+    # A second to import, for nothing in a single process.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # The hidden states that a layer returns are a view, on which nothing writes.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device
