@@ -171,8 +171,10 @@ class NonFiniteGuard(Check):
 
     def _guilty(self, model: nn.Module, trained: list[nn.Parameter], suspects: Sequence[int]) -> list[int]:
         """Return the conversations that are not finite by themselves, among those of this process."""
+        # Agreed on before the first pass, which waits for the others.
+        num_idle = num_passes(len(suspects)) - len(suspects)
         guilty = [index for index in suspects if not self._is_finite_alone(model, trained, index)]
-        for _ in range(num_passes(len(suspects)) - len(suspects)):
+        for _ in range(num_idle):
             self._is_finite_alone(model, trained, idle_index(self.rows))
         return guilty
 
