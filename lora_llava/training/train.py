@@ -235,11 +235,13 @@ def _check_rows(
     if device.type == "cuda" and any(rows.rows):
         setting = stage.recipe.attn_implementation
         trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
-        if (line := check_fused(model, rows, data.encoded.items, dtype)) is not None:
+        # Neither unfuses nor captures layers whose weights come and go.
+        is_whole = not is_in_lockstep()
+        if is_whole and (line := check_fused(model, rows, data.encoded.items, dtype)) is not None:
             _print_lines(stage, [line], console)
             trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
         _print_lines(stage, trial_lines(trial, shapes, plan), console)
-        if stage.settings.cuda_graphs == "auto":
+        if is_whole and stage.settings.cuda_graphs == "auto":
             _print_lines(stage, [use_graphs(model, rows, data.encoded.items, dtype, (shapes, plan))], console)
     check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 
