@@ -33,9 +33,9 @@ from lora_llava.system.text import counted, listed
 from lora_llava.training.checkpoints.differences import Resume, refuse_or_warn
 from lora_llava.training.checkpoints.files import Checkpoint
 from lora_llava.training.checks.non_finite import forked_rng
+from lora_llava.training.parallel.lockstep import own_indices
 from lora_llava.training.stage import Stage
 from lora_llava.training.trainer import PackedTrainer
-from lora_llava.training.validation import own_indices
 
 FACT = "reference (sha256 of the log-probabilities)"
 """The stage's fact about its reference, after its key."""
