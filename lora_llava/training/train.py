@@ -64,8 +64,8 @@ from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_lines, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.objectives.reference import attach_reference
-from lora_llava.training.parallel.lockstep import in_lockstep, is_in_lockstep
-from lora_llava.training.parallel.sharding import check_sharded, shard_frozen, sharding_line
+from lora_llava.training.parallel.lockstep import is_in_lockstep
+from lora_llava.training.parallel.sharding import check_sharded, sharded, sharding_line
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
 from lora_llava.training.trainer import PackedTrainer
@@ -108,10 +108,7 @@ def train_stage(
     trainer = make_trainer(stage, loaded, data, plan.optim, dtype, console)
     saver = CheckpointSaver(StageArtifact(stage, loaded, data), plan, facts, started, checkpoint, exact=exact)
 
-    with out_of_memory_named(shapes, machine, plan), in_lockstep(shapes.shards > 1):
-        if shapes.shards > 1:
-            shard_frozen(trainer.model)
-
+    with out_of_memory_named(shapes, machine, plan), sharded(trainer.model, shapes.shards):
         # 5. Check before the first step: the longest row fits, and packing does not change the logits.
         _check_rows(stage, trainer, shapes, data, plan, console)
         if stage.settings.trains_on_pairs:

@@ -11,6 +11,8 @@ Gathering is collective: every process must run the same forward and backward pa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bitsandbytes.nn import Linear4bit
@@ -22,6 +24,7 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.system.ranks import world_size
 from lora_llava.system.text import listed
+from lora_llava.training.parallel.lockstep import in_lockstep
 from lora_llava.training.stage import Stage
 
 _STAGES = ("align", "instruct")
@@ -44,6 +47,15 @@ def sharding_line(stage: Stage) -> str | None:
     if world_size() == 1:
         return "distributed.shard: no effect in a single process; start several with --gpus"
     return "distributed.shard: every process computes all of the validation; no sample answers"
+
+
+@contextmanager
+def sharded(model: Any, processes: int) -> Iterator[None]:
+    """Shard a model over `processes` processes, which run the same passes inside the `with` block; 1 changes nothing."""
+    if processes > 1:
+        shard_frozen(model)
+    with in_lockstep(processes > 1):
+        yield
 
 
 def shard_frozen(model: Any) -> None:
