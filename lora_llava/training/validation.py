@@ -9,7 +9,7 @@ import torch
 
 from lora_llava.data.packing import Row, conversations
 from lora_llava.data.rows import Batch, PackedRows, ReadImage
-from lora_llava.system.ranks import gathered, is_alone
+from lora_llava.system.ranks import gathered
 from lora_llava.training.parallel.lockstep import own_indices
 
 RowLoss = Callable[[Batch], float]

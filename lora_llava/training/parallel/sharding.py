@@ -51,7 +51,7 @@ def sharding_line(stage: Stage) -> str | None:
 
 @contextmanager
 def sharded(model: Any, processes: int) -> Iterator[None]:
-    """Shard a model over `processes` processes, which run the same passes inside the `with` block; 1 changes nothing."""
+    """Shard a model over `processes`, which run the same passes inside the `with` block; 1 changes nothing."""
     if processes > 1:
         shard_frozen(model)
     with in_lockstep(processes > 1):
