@@ -191,6 +191,8 @@ class ColumnSettings(Settings):
         if not self.messages and not (self.question and answered):
             trained = " and answer, or messages, or question, chosen and rejected"
             raise ValueError(f"give question{trained if self.needs_answer else ', or messages'}")
+        if isinstance(self.choices, list) and len(self.choices) < 2:
+            raise ValueError(f"choices: has {len(self.choices)} columns, a question has two options or more")
         points = isinstance(self.answer, dict) and self.answer.keys() & set(_POINTERS)
         if points and not self.choices:
             raise ValueError(f"answer by {min(points)} needs choices: the column, or columns, of the options")

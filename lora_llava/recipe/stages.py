@@ -165,6 +165,8 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _window(self) -> Self:
+        if self.each == []:
+            raise ValueError("each: is an empty list; name a column of lists, or remove it")
         check_window(self.window)
         return self
 

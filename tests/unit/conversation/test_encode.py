@@ -62,6 +62,34 @@ def test_chatml_system_text_is_a_block_of_its_own() -> None:
     assert written(encoded).startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?")
 
 
+def test_the_system_prompt_of_a_record_is_encoded_as_that_of_a_stage() -> None:
+    turns = talk("What?", "A cat")
+    for name in ("vicuna_v1", "chatml"):
+        template, own = get_template(name), get_template(name, "Be brief.")
+        options = OPTIONS | {"max_length": 999}
+        assert encode(turns, template, TOKENIZER, system="Be brief.", **options) == encode(
+            turns, own, TOKENIZER, **options
+        )
+        prompts = (
+            encode_prompt(turns[:1], template, TOKENIZER, system="Be brief.", **OPTIONS),
+            encode_prompt(turns[:1], own, TOKENIZER, **OPTIONS),
+        )
+        assert prompts[0] == prompts[1]
+        assert encode(turns, template, TOKENIZER, system=None, **options) == encode(
+            turns, template, TOKENIZER, **options
+        )
+    caption = talk("<image>", "A cat")
+    plain = get_template("plain")
+    assert encode(caption, plain, TOKENIZER, system="x", **options) == encode(caption, plain, TOKENIZER, **options)
+
+
+def test_a_special_token_in_the_system_prompt_of_a_record_is_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"record 3 \(id x\): the system prompt 'a</s>' holds a special token; remove it"
+    ):
+        encode(talk("What?", "A cat"), get_template("vicuna_v1"), TOKENIZER, max_length=999, system="a</s>", **OPTIONS)
+
+
 def test_plain_is_image_caption_and_line_feed() -> None:
     encoded = run(talk("Describe it.\n<image>", "a cat"), "plain")
     assert written(encoded) == "<s>" + "<image>" * 4 + "a cat\n"
