@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask, sdpa_mask
 
+from lora_llava.modeling.fused.tree_attention import Spans, attend_in_trees, spans_of
 from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention
 
 _BLOCK = 128
@@ -167,13 +168,16 @@ def masked_inputs(batch: Mapping[str, torch.Tensor], attention: Attention, dtype
     """
     ids, positions, segments = batch["input_ids"], batch["position_ids"], batch["segments"]
     if attention == TREES:
-        targets = batch["unique_target_positions"]
+        targets, tree_spans = batch["unique_target_positions"], batch["tree_spans"].tolist()
+        # Reading the branches of a row on CUDA would wait for the device.
+        spans = spans_of(segments, tree_spans) if segments.device.type == "cpu" else None
+        trees = {"trees": as_trees(tree_spans, segments, dtype)} if spans is None else {"spans": spans}
         return {
             "input_ids": ids,
             "position_ids": positions,
             # All ones, so that transformers neither infers a packing from the positions nor builds a mask.
             "attention_mask": torch.ones_like(ids),
-            "trees": as_trees(batch["tree_spans"].tolist(), segments, dtype),
+            **trees,
             "last_queries": Queries(targets, additive_mask(segments, dtype, targets)),
         }
     if attention == FLEX:
@@ -239,12 +243,14 @@ def attend_by_tree(
     value: torch.Tensor,
     _attention_mask: torch.Tensor | None,
     *,
-    trees: list[Tree],
+    trees: Sequence[Tree] = (),
+    spans: Sequence[Spans] | None = None,
     scaling: float,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each tree of a row: causally up to the end of its first branch, with a mask after that.
 
+    With `spans` in place of `trees`, without masks: see `attend_in_trees`.
     `query` (1, heads, T, width), `key`, `value` (1, key-value heads, T, width), as transformers' attention functions
     take them; of `options` only `last_queries` is read. Returns (1, T, heads, width), in the last layer zeros except
     at `last_queries`. Nothing is computed across trees, and SDPA's causal kernels do the longest part.
@@ -258,6 +264,9 @@ def attend_by_tree(
     if last is not None and module.layer_idx == module.config.num_hidden_layers - 1:
         attended = attend(query.index_select(2, last.positions), key, value, attn_mask=last.mask)
         return torch.zeros_like(query).index_copy(2, last.positions, attended).transpose(1, 2), None
+
+    if spans is not None:
+        return attend_in_trees(query, key, value, spans, scaling).transpose(1, 2), None
 
     # Every other layer, tree by tree: prefix and first branch causally, later branches with the mask.
     lengths = [tree.length for tree in trees]

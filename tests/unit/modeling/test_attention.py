@@ -267,12 +267,13 @@ def test_k32_masks_are_made_where_the_segments_are() -> None:
     assert additive_mask(places, torch.float32, torch.tensor([1, 2], device="meta")).shape == (1, 1, 2, 7)
 
 
-def test_k32_sdpa_takes_plain_text_trees_and_the_places_that_predict() -> None:
+def test_k32_sdpa_takes_plain_text_trees_and_the_positions_that_predict() -> None:
     row = row_of([branches(3), branches(1)], torch.float32)
     inputs = masked_inputs(row, TREES, torch.float32)
     # All ones: transformers then neither guesses a packing from the positions nor makes a mask.
     assert torch.equal(inputs.pop("attention_mask"), torch.ones_like(row["input_ids"]))
-    assert inputs.pop("trees")[0].length == int(row["tree_spans"][0, 2])
+    first, second = inputs.pop("spans")
+    assert (first.start, first.rest.stop) == (0, second.start) == (0, int(row["tree_spans"][0, 2]))
     queries = inputs.pop("last_queries")
     assert torch.equal(queries.positions, row["unique_target_positions"])
     assert torch.equal(queries.mask[0, 0], additive_mask(row["segments"], torch.float32)[0, 0, queries.positions])
