@@ -244,16 +244,15 @@ def attend_by_tree(
     _attention_mask: torch.Tensor | None,
     *,
     trees: Sequence[Tree] = (),
-    spans: Sequence[Spans] | None = None,
     scaling: float,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each tree of a row: causally up to the end of its first branch, with a mask after that.
 
-    With `spans` in place of `trees`, without masks: see `attend_in_trees`.
-    `query` (1, heads, T, width), `key`, `value` (1, key-value heads, T, width), as transformers' attention functions
-    take them; of `options` only `last_queries` is read. Returns (1, T, heads, width), in the last layer zeros except
-    at `last_queries`. Nothing is computed across trees, and SDPA's causal kernels do the longest part.
+    With `spans` among `options` in place of `trees`, with no masks: see `attend_in_trees`. `query` (1, heads, T, D),
+    `key`, `value` (1, key-value heads, T, D), as transformers' attention functions take them; of `options` only
+    `spans` and `last_queries` are read. Returns (1, T, heads, D), in the last layer zeros except at `last_queries`.
+    Nothing is computed across trees, and SDPA's causal kernels do the longest part.
     """
     # Grouped-query attention: give each query head its key and value.
     key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
@@ -265,6 +264,7 @@ def attend_by_tree(
         attended = attend(query.index_select(2, last.positions), key, value, attn_mask=last.mask)
         return torch.zeros_like(query).index_copy(2, last.positions, attended).transpose(1, 2), None
 
+    spans: Sequence[Spans] | None = options.get("spans")
     if spans is not None:
         return attend_in_trees(query, key, value, spans, scaling).transpose(1, 2), None
 

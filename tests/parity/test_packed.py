@@ -266,7 +266,8 @@ def without_mask(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> B
 
 def as_plain_text(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     """Trees whose later branches see the earlier ones."""
-    return batch | {"tree_spans": batch["tree_spans"][:, [0, 2, 2]]}
+    tree, branch = batch["segments"]
+    return batch | {"segments": torch.stack([tree, branch.clamp(max=1)])}
 
 
 def with_linear_positions(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:

@@ -303,15 +303,19 @@ class Layer:
         self.layer_idx = index
 
 
-def attended(index: int, scaling: float, width: int, at_the_end: bool) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def attended(
+    index: int, scaling: float, width: int, at_the_end: bool, *, by_masks: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Attend in layer `index` of three; returns that, plain softmax attention by the dense mask, and `places`."""
     row = row_of([branches(3), branches(1)], torch.float32)
     query, key, value = torch.randn(3, 1, 2, row["input_ids"].shape[1], width, generator=torch.manual_seed(0))
     inputs = masked_inputs(row, TREES, torch.float32)
     queries = inputs["last_queries"] if at_the_end else None
-    ours, weights = attend_by_tree(
-        Layer(index), query, key, value, None, trees=inputs["trees"], scaling=scaling, last_queries=queries
-    )
+    form = {"spans": inputs["spans"]}
+    if by_masks:
+        # As on CUDA.
+        form = {"trees": as_trees(row["tree_spans"].tolist(), row["segments"], torch.float32)}
+    ours, weights = attend_by_tree(Layer(index), query, key, value, None, **form, scaling=scaling, last_queries=queries)
     assert weights is None
     scores = query @ key.transpose(2, 3) * scaling + additive_mask(row["segments"], torch.float32)
     return ours, (scores.softmax(-1) @ value).transpose(1, 2), row["unique_target_positions"].tolist()
@@ -324,10 +328,11 @@ FIRST_TREE = int(row_of([branches(3), branches(1)], torch.float32)["tree_spans"]
 @pytest.mark.parametrize("scaling", [0.05, 1.0])
 @pytest.mark.parametrize("width", [12, FIRST_TREE])
 @pytest.mark.parametrize(("index", "at_the_end"), [(0, True), (1, True), (2, False)])
+@pytest.mark.parametrize("by_masks", [True, False])
 def test_k32_attention_by_trees_is_that_of_the_dense_mask(
-    scaling: float, width: int, index: int, at_the_end: bool
+    scaling: float, width: int, index: int, at_the_end: bool, by_masks: bool
 ) -> None:
-    ours, dense, _ = attended(index, scaling, width, at_the_end)
+    ours, dense, _ = attended(index, scaling, width, at_the_end, by_masks=by_masks)
     assert torch.allclose(ours, dense, atol=1e-5)
 
 
