@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from lora_llava.formats.llava_hf import expected_shapes, meta_model
 from lora_llava.formats.names import HEAD, canonical_name
 from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.structure import num_image_tokens
+from lora_llava.planning.memory_plan import GIB, usable_bytes
+from lora_llava.system import ranks
 from tests.helpers.broken import COMMANDS, INSTRUCT, Project, command
 from tests.helpers.tiny import tiny_config
 
@@ -77,6 +80,26 @@ def test_k27_one_process_of_a_launcher_is_no_problem(project: Project, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert command("dry run", project).exit_code == 0
+
+
+def test_a_dry_run_plans_for_the_cards_that_are_asked_for(project: Project) -> None:
+    one, two = command("dry run", project), command("dry run", project, "--gpus", "2")
+    assert (one.exit_code, two.exit_code) == (0, 0), two.output
+    assert "On 2 cards: each holds the whole model and computes its part of every step." in two.stdout
+    assert "cards: each" not in one.stdout
+    # Steps are the same, and their rows come in pairs.
+    counts = [re.findall(r"(\d+) optimizer steps?.*; (\d+) micro-batch", result.stdout) for result in (one, two)]
+    assert [steps for steps, _ in counts[0]] == [steps for steps, _ in counts[1]]
+    assert counts[0] != counts[1]
+    assert all(int(rows) % 2 == 0 for _, rows in counts[1])
+    assert ranks.world_size() == 1
+
+
+def test_a_card_of_several_leaves_memory_to_their_links() -> None:
+    alone = usable_bytes("cuda", 12 * GIB)
+    with ranks.planned_for(2):
+        assert alone - GIB < usable_bytes("cuda", 12 * GIB) < alone
+        assert usable_bytes("cpu", 12 * GIB) > alone
 
 
 @pytest.fixture

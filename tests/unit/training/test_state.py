@@ -14,11 +14,13 @@ import torch
 from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
+from lora_llava.training.checkpoints import state as state_module
 from lora_llava.training.checkpoints.state import (
     HeldState,
     load_optimizer,
     load_random_state,
     load_scheduler,
+    torch_random_state,
 )
 
 
@@ -132,3 +134,22 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     draw()
     load_random_state(tmp_path)
     assert draw() == expected
+
+
+def test_each_process_gets_its_own_random_state_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 0)
+    states, expected = [], []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        states.append(torch_random_state())
+        expected.append(torch.rand(3).tolist())
+    HeldState.of(optimizer, scheduler, TrainerState(), generators=states).write(tmp_path)
+    found = []
+    # The third and fourth were not there when the checkpoint was saved.
+    for number in (0, 1, 2, 3, 2):
+        monkeypatch.setattr(state_module, "rank", lambda number=number: number)
+        load_random_state(tmp_path)
+        found.append(torch.rand(3).tolist())
+    assert found[:2] == expected
+    assert found[2] == found[4]
+    assert len({tuple(one) for one in found}) == 4
