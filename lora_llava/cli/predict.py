@@ -165,6 +165,13 @@ def _share(_: click.Context, __: click.Parameter, value: float) -> float:
     help="Wrong samples taken of each.",
 )
 @click.option(
+    "--at-least",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples that must agree on a wrong answer.",
+)
+@click.option(
     "--other-image",
     type=click.FloatRange(min=0, max=1),
     callback=_share,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,6 +51,8 @@ class PairSettings:
     seed: int = 42
     per_question: int = 1
     """Maximum pairs of drawn answers for each question: its most frequent wrong ones."""
+    at_least: int = 1
+    """How many of the drawn answers to a question must agree on a wrong one that is rejected."""
     other_image: float = 0.5
     """Share of the first questions about an image that are also asked about another image."""
     metric: MetricSetting = "auto"
@@ -86,7 +88,9 @@ class PairSet:
     all_right: int
     """Questions without a pair because every answer was right."""
     unusable: int
-    """Questions without a pair because every wrong answer was empty, cut short, or with an image tag."""
+    """Questions whose wrong answers were all empty, cut short, or with an image tag."""
+    too_rare: int = 0
+    """Questions whose wrong answers were too rare among the drawn ones."""
 
 
 def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console: Console) -> list[str]:
@@ -109,7 +113,7 @@ def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console:
         samples = _sample(loaded, form, questions, settings, console)
         others = _ask_about_others(loaded, form, questions, settings, console)
     metric = pick_metric(settings.metric, [question.answer for question in questions])
-    made = pair_up(questions, samples, others, metric, settings.per_question)
+    made = pair_up(questions, samples, others, metric, settings.per_question, settings.at_least)
     if not made.pairs:
         raise DataError(
             f"none of {counted(len(questions), 'question')} gave a pair: {made.all_right:,} were answered right each "
@@ -195,6 +199,7 @@ def pair_up(
     others: dict[int, Sample],
     metric: Metric,
     per_question: int = 1,
+    at_least: int = 1,
 ) -> PairSet:
     """Return the pairs of each question: its most frequent wrong samples, then a wrong answer to another image.
 
@@ -202,31 +207,33 @@ def pair_up(
     the same words, one makes a pair.
     """
     pairs: list[Pair] = []
-    all_right = unusable = 0
+    all_right = unusable = too_rare = 0
     for index, question in enumerate(questions):
         answers = [*samples[index], *([others[index]] if index in others else [])]
         wrong = [answer for answer in answers if is_wrong(metric, question, answer.text)]
-        own = list(_pairs_of(question, samples[index], others.get(index), metric, per_question))
+        groups = _wrong_groups(question, samples[index], metric)
+        own = [
+            Pair(question, texts[0], "sampled", len(texts))
+            for texts in list(groups.values())[:per_question]
+            if len(texts) >= at_least
+        ]
+        other = others.get(index)
+        if other is not None and _is_usable(other) and answer_tokens(other.text) not in groups:
+            own += [Pair(question, other.text, "other_image")] if is_wrong(metric, question, other.text) else []
         pairs += own
         all_right += not wrong
-        unusable += bool(wrong) and not own
-    return PairSet(pairs, len(questions), all_right, unusable)
+        unusable += bool(wrong) and not any(map(_is_usable, wrong))
+        too_rare += any(map(_is_usable, wrong)) and not own
+    return PairSet(pairs, len(questions), all_right, unusable, too_rare)
 
 
-def _pairs_of(
-    question: Question, samples: Sequence[Sample], other: Sample | None, metric: Metric, per_question: int
-) -> Iterator[Pair]:
+def _wrong_groups(question: Question, samples: Sequence[Sample], metric: Metric) -> dict[tuple[str, ...], list[str]]:
+    """Group the wrong answers by their words, the largest group first; of equal ones, the one that was drawn first."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for sample in samples:
         if _is_usable(sample) and is_wrong(metric, question, sample.text):
             groups.setdefault(answer_tokens(sample.text), []).append(sample.text)
-    # The sort is stable: of equally frequent answers, the one that was drawn first.
-    for texts in sorted(groups.values(), key=len, reverse=True)[:per_question]:
-        yield Pair(question, texts[0], "sampled", len(texts))
-    if other is None or not _is_usable(other) or answer_tokens(other.text) in groups:
-        return
-    if is_wrong(metric, question, other.text):
-        yield Pair(question, other.text, "other_image")
+    return dict(sorted(groups.items(), key=lambda group: len(group[1]), reverse=True))
 
 
 def is_wrong(metric: Metric, question: Question, text: str) -> bool:
@@ -285,7 +292,8 @@ def _summary(made: PairSet, data: DataSettings, output: Path) -> list[str]:
         f"{counted(len(kinds), 'pair')} in {shown_path(output)}: {kinds.count('sampled'):,} of wrong samples, "
         f"{kinds.count('other_image'):,} of answers to another image",
         f"{used:,} of {counted(made.num_questions, 'question')} gave pairs; {made.all_right:,} were answered right "
-        f"each time; {made.unusable:,} had only wrong answers that were empty or cut short",
+        f"each time; {made.unusable:,} had only wrong answers that were empty or cut short"
+        + (f", {made.too_rare:,} only rare ones" if made.too_rare else ""),
     ]
     with_path = any(pair.question.record.image and pair.question.record.image.path for pair in made.pairs)
     root = data.image_root or (data.path if Path(data.path).is_dir() else str(Path(data.path).parent))

@@ -34,6 +34,14 @@ def test_the_most_frequent_wrong_answer_is_rejected() -> None:
     assert (made.num_questions, made.all_right, made.unusable) == (1, 0, 0)
 
 
+@pytest.mark.parametrize(("at_least", "rejected"), [(1, ["green", "blue"]), (2, ["green"]), (3, [])])
+def test_rare_wrong_answers_make_no_pair(at_least: int, rejected: list[str]) -> None:
+    samples = whole("blue", "red", "green", "Green")
+    made = pair_up([question("red")], [samples], {}, "exact_match", per_question=2, at_least=at_least)
+    assert [pair.rejected for pair in made.pairs] == rejected
+    assert (made.all_right, made.unusable, made.too_rare) == (0, 0, int(not rejected))
+
+
 def test_an_answer_to_another_image_is_rejected_unless_right_or_known() -> None:
     asked = [question("red"), question("red"), question("red"), question("red")]
     samples = [whole("red"), whole("red"), whole("blue"), whole("green")]
