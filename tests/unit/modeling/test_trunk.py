@@ -123,10 +123,10 @@ def test_recorded_operators_give_the_gradients_of_any_row(name: str, is_recomput
     shapes = SHAPES[name]
     model = model_of(shapes)
     set_recompute(model, is_recomputed)
-    first, second, longer = (row(counts, shapes.dtype) for counts in ([2], [1], [2, 1]))
-    assert [len(one["kv_indices"][0, 0]) * 128 for one in (first, second, longer)] == [256, 256, 512]
-    # Recorded with the first, the second length within a step, then repeated for others.
-    steps = ((first, longer), (second,), (first, second, longer), (longer,))
+    first, second, longer, other = (row(counts, shapes.dtype) for counts in ([2], [1], [2, 1], [1, 1]))
+    assert [len(one["kv_indices"][0, 0]) * 128 for one in (first, second, longer, other)] == [256, 256, 512, 512]
+    # Recorded with the first, the second length within a step, then repeated for others: other trees, and more padding.
+    steps = ((first, longer), (second,), (first, other, second), (longer,))
     expected = [gradients_of(model, *rows) for rows in steps]
     installed(model, Recorder())
     tolerance = TOLERANCE if shapes.dtype == torch.float32 else 1e-2
