@@ -120,7 +120,7 @@ def _prompt_lines(records: Sequence[Record], indent: str, *, comment: bool) -> l
 
 
 def _size_lines(number: int) -> list[str]:
-    batch_size = 16 if number < 4_000 else 32 if number < 20_000 else 128
+    batch_size = 8 if number < 200 else 16 if number < 4_000 else 32 if number < 20_000 else 128
     epochs = min(_EPOCHS, max(3 if number < 5_000 else 1, math.ceil(_STEPS * batch_size / number)))
     steps = max(1, number // batch_size) * epochs
     few = f" Fewer than {_STEPS} may be too few to learn: more records help." if steps < _STEPS else ""

@@ -84,6 +84,7 @@ def test_a_form_that_is_read_becomes_a_recipe(tmp_path: Path, tiny_base: Path, n
     assert data == STAGE[name]
     assert recipe["base"] == {"model_name_or_path": str(tiny_base)}
     assert recipe["stages"]["instruct"]["num_train_epochs"] == 10
+    assert recipe["stages"]["instruct"]["batch_size"] == 8
     written = Path("recipe.yaml").read_text(encoding="utf-8")
     assert f"{9 if name == 'llava json' else COUNT} records on" in written
     assert "Fewer than 150 may be too few to learn" in written

@@ -197,6 +197,21 @@ def test_rsvqa(tmp_path: Path) -> None:
     assert report["dropped"][0]["examples"] == ["LR_split_train_questions.json, questions[4]: is inactive"]
 
 
+def test_rsvqa_takes_the_first_active_answer(tmp_path: Path) -> None:
+    _, output = converted("rsvqa", tmp_path)
+    path = tmp_path / "in" / "LR_split_train_answers.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["answers"][0]["active"] = False
+    path.write_text(json.dumps(content), encoding="utf-8")
+    questions = tmp_path / "in" / "LR_split_train_questions.json"
+    content = json.loads(questions.read_text(encoding="utf-8"))
+    content["questions"][0]["answers_ids"] = [100, 103]
+    questions.write_text(json.dumps(content), encoding="utf-8")
+    output.rename(tmp_path / "first")
+    converted("rsvqa", tmp_path)
+    assert rows(output / "train.jsonl")[0][2] == "rural"
+
+
 def test_r2gen(tmp_path: Path) -> None:
     report, output = converted("r2gen", tmp_path)
     asked = "Write the radiology report of this image."
