@@ -14,7 +14,16 @@ from lora_llava.recipe.file import bundled_recipes, load_recipe
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
-NAMES = {"quickstart", "easy_vqa", "llava_v15_7b", "llava_v15_13b", "medical_vqa", "continue", "quickstart_prefer"}
+NAMES = {
+    "quickstart",
+    "easy_vqa",
+    "llava_v15_7b",
+    "llava_v15_13b",
+    "medical_vqa",
+    "continue",
+    "hallucination",
+    "quickstart_prefer",
+}
 
 
 def header_of(path: Path) -> str:
