@@ -172,5 +172,5 @@ def test_a_full_disk_of_the_first_process_ends_all(project: Path, tmp_path: Path
     [line] = said(ended)
     assert "the checkpoint of step 1 could not be written" in line
     assert "No space left on device" in line
-    # As it was before the run.
-    assert not (tmp_path / "run").exists()
+    # As it was before the run, but for the features, which a later run can use.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [output.FEATURES]
