@@ -61,8 +61,10 @@ def load_columns(data: DataSettings, image_root: Path | None, bad: BadRecords, *
     used = {text for text in texts if isinstance(text, str) and text != data.group} if extra else None
 
     def read(row: Entry, number: int) -> Record:
-        line = ", ".join(part for part in ("" if row.line is None else f"line {row.line}", row.part) if part)
-        record = read_row(row.value, number, f"{location}, record {number}{f' ({line})' if line else ''}")
+        line = "" if row.line is None else f" (line {row.line})"
+        if row.part:
+            line = f" ({row.part})" if row.line is None else f" (line {row.line}, {row.part})"
+        record = read_row(row.value, number, f"{location}, record {number}{line}")
         return record if used is None else replace(record, extra=own_values(row.value, used))
 
     records = read_records(rows, read, data, bad)

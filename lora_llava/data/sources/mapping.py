@@ -43,12 +43,32 @@ class RowReader:
         self._question = make_reader(columns.question, "question")
         self._answer = _answer_reader(columns)
         self._system = make_reader(columns.system, "system", optional=True)
+        self._plain = self._names()
+        self._question_name = _name(columns.question, "question")
+
+    def _names(self) -> tuple[str | None, str, str] | None:
+        """Return the columns of image, question and answer, if they are all that is read, and nothing has a path."""
+        columns = self.columns
+        names = (columns.image, columns.question, columns.answer)
+        given = [name for name in names if name is not None]
+        is_plain = all(isinstance(name, str) and "." not in name and not is_template(name) for name in given)
+        others = (columns.choices, columns.references, columns.system, columns.messages, columns.chosen)
+        if not is_plain or columns.answer is None or not columns.needs_answer or any(others):
+            return None
+        return columns.image, str(columns.question), str(columns.answer)
 
     def read(self, row: Row, where: str) -> Content:
         """Read a row; raises DataError naming the column."""
+        # Most tables are read this way, in fewer calls.
+        if self._plain is not None:
+            image, asked, answered = self._plain
+            turn = Turn("user", read_question(row.get(asked), f"{where}: {asked}"))
+            text, references = read_answer(row.get(answered), f"{where}: {answered}")
+            cell = None if image is None else row.get(image)
+            return Content([turn, Turn("assistant", text)], cell, references, None)
         columns = self.columns
         cell = self._image(row, where)
-        own = self._system(row, where)
+        own = None if columns.system is None else self._system(row, where)
         system = None if own is None or own == "" else check_text(as_text(own, f"{where}: system"), f"{where}: system")
         if columns.messages is not None:
             dialog = read_dialog(value_of(row, columns.messages), f"{where}: {columns.messages}")
@@ -58,7 +78,7 @@ class RowReader:
         if columns.chosen is not None:
             turns, rejected = read_pair(row, columns, where)
             return Content(turns, cell, (), system, rejected)
-        location = f"{where}: {_name(columns.question, 'question')}"
+        location = f"{where}: {self._question_name}"
         question = read_question(self._question(row, where), location)
         if columns.choices is not None:
             options = _options(row, columns.choices, where)
@@ -163,6 +183,8 @@ def make_reader(setting: str | Mapping[str, Any] | None, key: str, *, optional: 
         return lambda _row, _where: constant
     if is_template(setting):
         return lambda row, where: fill(setting, row, f"{where}: {key}", optional=optional)
+    if "." not in setting:
+        return lambda row, _where: row.get(setting)
     return lambda row, _where: value_of(row, setting)
 
 
