@@ -23,7 +23,7 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The directory of the runs, and how much of the weights each process held."""
     project = tmp_path_factory.mktemp("sharded")
     write_project(project, tiny_base)
-    results = ended(start(["-m", "tests.helpers.sharded_runs", str(project)], 2), timeout=240)
+    results = ended(start(["-m", "tests.helpers.sharded_runs", str(project)], 2), timeout=400)
     assert [code for code, _, _ in results] == [0, 0], results
     return project, [json.loads(text.splitlines()[-1]) for _, text, _ in results]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def held_elements(trainer: PackedTrainer) -> list[int]:
 def main(project: Path) -> None:
     """Train, print what this process held, and leave the runs for the tests to compare."""
     torch.set_num_threads(1)
+    # As in all tests: no flush of the disk, which other work may keep busy.
+    os.fsync = os.fstat  # type: ignore[assignment]
     recipe, held = project / "tiny.yaml", dict[str, Any]()
     with connected():
         for name, more in {"whole": (), "parts": (SHARDED,)}.items():

@@ -17,7 +17,7 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def found() -> Found:
     """What each of three processes found: not every weight divides evenly."""
-    results = ended(start(["-m", "tests.helpers.sharded"], 3))
+    results = ended(start(["-m", "tests.helpers.sharded"], 3), timeout=400)
     assert [code for code, _, _ in results] == [0] * 3, results
     return [json.loads(text.splitlines()[-1]) for _, text, _ in results]
 
