@@ -28,6 +28,8 @@ SETTINGS = (
     "stages.align.tokens_per_micro_batch=100",
     "stages.instruct.tokens_per_micro_batch=200",
     "stages.instruct.save_steps=2",
+    "stages.instruct.eval_steps=4",
+    "stages.instruct.num_sample_answers=1",
     "stages.align.cache_image_features=disk",
     "stages.instruct.cache_image_features=memory",
 )

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+import lora_llava.training.run as run_module
 from lora_llava.cli import cli
 from lora_llava.data.record import Record
 from lora_llava.data.rows import ImageTransform
@@ -70,6 +71,8 @@ def _run(variables: dict[str, str], arguments: list[str], output: str, act: Act 
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     torch.set_num_threads(1)
+    # The picture takes as long as the training.
+    pytest.MonkeyPatch().setattr(run_module, "plot_loss", lambda *_: None)
     if act is not None:
         act()
     code: Any = 0
