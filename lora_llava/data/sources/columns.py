@@ -211,7 +211,7 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
             builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
             if path.is_dir():
                 check_files(builder.config.data_files, path)
-        table = _prepared(builder, data.split)
+        table = _prepared(builder, data)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
@@ -219,7 +219,7 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     return table, Path(datasets.config.HF_CACHE_HOME)
 
 
-def _prepared(builder: Any, split: str) -> Any:
+def _prepared(builder: Any, data: DataSettings) -> Any:
     """Convert a dataset into the cache, as `datasets.load_dataset` does, and open it.
 
     Parquet is read page by page: a row group, which `datasets` reads at once, may be the whole file.
@@ -230,7 +230,15 @@ def _prepared(builder: Any, split: str) -> Any:
         # The same builder with the same cache; only the way to read files differs.
         builder.__class__ = PagedParquet
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    table = builder.as_dataset(split=data.split)
+    # A cache that was cut or damaged ends early, and `datasets` takes what is left without an error.
+    known = (builder.info.splits or {}).get(data.split)
+    if known is not None and len(table) != known.num_examples:
+        raise DataError(
+            f"{data_name(data.path)}: its cache is damaged: {len(table):,} of {known.num_examples:,} rows; remove "
+            f"{builder.cache_dir}, to have it written again"
+        )
+    return table
 
 
 def _reader(path: Path) -> str:

@@ -41,6 +41,16 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
     """
     if layout not in FORMATS:
         raise RecipeError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
+    from lora_llava.artifact import read_usage
     from lora_llava.system.hub.artifact import located
 
-    return FORMATS[layout](located(source), Path(output), options or ExportOptions())
+    model = located(source)
+    report = FORMATS[layout](model, Path(output), options or ExportOptions())
+    if (window := read_usage(model).window) is not None:
+        low, high = window
+        report["window"] = list(window)
+        report.setdefault("summary", []).append(
+            f"Trained with images.window [{low:g}, {high:g}], which other software does not know: convert gray images "
+            f"of more than 8 bits to 8 bits before, with {low:g} as black and {high:g} as white"
+        )
+    return report

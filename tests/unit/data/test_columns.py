@@ -381,3 +381,16 @@ def test_rows_chosen_by_index_stay_in_the_cache_file(tmp_path: Path) -> None:
     cells = [found["bytes"] for found in image_cells(undecoded, "image")]
     assert all(isinstance(found, StoredBytes) for found in cells)
     assert [found.read() for found in cells] == [png(5), png(0), png(3)]
+
+
+def test_a_cache_that_ends_early_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "vqa.parquet", [{"image": cell(n), "question": "?", "answer": "a"} for n in range(40)])
+    assert len(load(path)) == 40
+    (cache,) = (tmp_path / "cache").rglob("*.arrow")
+    whole = cache.read_bytes()
+    # Zeros end a stream of Arrow; `datasets` then returns the rows before them.
+    second = whole.rindex(b"\xff\xff\xff\xff", 0, len(whole) - 8)
+    cache.write_bytes(whole[:second] + bytes(len(whole) - second))
+    with pytest.raises(DataError, match=r"vqa\.parquet: its cache is damaged: \d+ of 40 rows; remove .*cache"):
+        load(path)
+    assert len(load(path, split="train[:10]")) == 10
