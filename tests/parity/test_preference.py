@@ -30,6 +30,7 @@ LOSSES: list[dict[str, Any]] = [
     {"loss": "hinge", "beta": 0.2},
     {"sft_weight": 0.7},
 ]
+# Losses are made of log-probabilities of 200, of which fp32 leaves a millionth to rounding.
 MULTI_TURN = ("<image>\nIs there a dog?", "no", "A cat?", "yes, a cat", "yes, a cat and a dog")
 
 
@@ -70,7 +71,7 @@ def test_a_packed_step_equals_padded_sequences(
 ) -> None:
     ours_loss, ours = packed(model, prefer_settings(**settings), pairs, rows)
     theirs_loss, theirs = by_definition(model, prefer_settings(**settings), pairs)
-    assert ours_loss == pytest.approx(theirs_loss, rel=1e-6)
+    assert ours_loss == pytest.approx(theirs_loss, rel=1e-6, abs=2e-6)
     assert error(ours, theirs) < 2e-6
     assert min(float(one.abs().max()) for one in theirs.values()) > 0
 
@@ -80,7 +81,7 @@ def test_only_the_last_answer_of_a_longer_conversation_counts(model: Any) -> Non
     settings = prefer_settings(loss="ipo", sft_weight=0.3)
     ours_loss, ours = packed(model, settings, longer, [slice(0, 1)])
     theirs_loss, theirs = by_definition(model, settings, longer)
-    assert ours_loss == pytest.approx(theirs_loss, rel=1e-6)
+    assert ours_loss == pytest.approx(theirs_loss, rel=1e-6, abs=2e-6)
     assert error(ours, theirs) < 2e-6
     [alone] = [pair(MULTI_TURN[0], *MULTI_TURN[3:])]
     assert [one.num_supervised for one in longer[0].branches] == [one.num_supervised for one in alone.branches]
