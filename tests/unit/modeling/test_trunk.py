@@ -201,7 +201,7 @@ def test_gradients_that_were_there_are_added_to() -> None:
     rows = [row([2]), row([1])]
     expected = gradients_of(model, *rows)
     trunk = installed(model, Recorder())
-    gradients_of(model, rows[0])
+    gradients_of(model, *rows, rows[1])
     # The first row layer by layer, the second through graphs, and the other way around.
     for order in ((False, True), (True, False)):
         model.zero_grad()
