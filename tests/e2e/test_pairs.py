@@ -122,6 +122,8 @@ def test_hard_negatives_are_the_answers_to_the_image_of_others(artifact: Path, d
     loaded, usage = load_model(artifact, device=CPU)
     hard = [entry for entry in written() if entry["kind"] == "other_image"]
     assert hard
+    # Earlier answers describe a question's own image.
+    assert {entry["id"].split("/")[1] for entry in hard} == {"1"}
     for entry in hard:
         answers = []
         for image in sorted({"red", "blue", "green"} - {entry["patient"]}):
