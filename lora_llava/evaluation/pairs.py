@@ -160,7 +160,9 @@ def _ask_about_others(
     asked = {
         index: replace(question.record, image=other[question.image])
         for index, question in enumerate(questions)
-        if question.image in other and random.Random(_seed(settings, question, "other")).random() < settings.other_image
+        if len(question.record.turns) == _FIRST
+        and question.image in other
+        and random.Random(_seed(settings, question, "other")).random() < settings.other_image
     }
     cut: list[int] = []
     with Bar("answers, other image", max(1, len(asked)), console) as bar:
