@@ -59,7 +59,9 @@ def no_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Batch:
         batch = build_row(*args, **kwargs)
         length = batch["input_ids"].shape[1]
-        return batch | {"tree_spans": torch.tensor([[0, length, length]])}
+        one_tree = {"tree_spans": torch.tensor([[0, length, length]]), "segments": torch.zeros(2, length).long()}
+        one_tree["segments"][1] = 1
+        return batch | one_tree
 
     monkeypatch.setattr(batch_module, "build_row", broken)
 
