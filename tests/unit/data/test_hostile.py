@@ -45,7 +45,9 @@ def refused(folder: Path, content: bytes, name: str = "train.json") -> str:
         (b'[{"id": "x"},]', "not valid JSON"),
         (b"[" + b'{"a":' * 50_000, "not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
-        (b"\xff\xfe[\x00]\x00", "not UTF-8"),
+        (b"[\xff]", "not UTF-8"),
+        (b"\xff\xfe[\x00]", "not utf-16"),
+        (b"\xff\xfe[\x00]\x00", "holds no records"),
         (b"", "not valid JSON"),
     ],
 )
