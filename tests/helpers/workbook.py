@@ -11,7 +11,9 @@ from xml.sax.saxutils import escape
 _MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 _OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 _PACKAGE = "http://schemas.openxmlformats.org/package/2006/relationships"
-STYLES = {"date": 1, "own date": 2, "percent": 3}
+_TYPES = "http://schemas.openxmlformats.org/package/2006/content-types"
+_SHEET_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+STYLES = {"date": 1, "own date": 2, "percent": 3, "duration": 4, "Chinese date": 5}
 """Styles of a cell, which is then a tuple of number and style."""
 
 
@@ -29,7 +31,12 @@ def write_workbook(path: Path, sheets: Mapping[str, Sequence[Sequence[Any]]], wo
         f'<Relationship Id="rId{number}" Type="{_OFFICE}/worksheet" Target="worksheets/sheet{number}.xml"/>'
         for number in range(1, len(sheets) + 1)
     )
+    types = "".join(
+        f'<Override PartName="/xl/{name}.xml" ContentType="{_SHEET_TYPE}.{kind}+xml"/>'
+        for name, kind in {"workbook": "sheet.main", "sharedStrings": "sharedStrings", "styles": "styles"}.items()
+    )
     parts |= {
+        "[Content_Types].xml": f'<Types xmlns="{_TYPES}">{types}</Types>',
         "xl/workbook.xml": f'<workbook xmlns="{_MAIN}" xmlns:r="{_OFFICE}">{workbook}'
         f"<sheets>{listed}</sheets></workbook>",
         "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{_PACKAGE}">{relations}</Relationships>',
@@ -39,7 +46,8 @@ def write_workbook(path: Path, sheets: Mapping[str, Sequence[Sequence[Any]]], wo
         "xl/styles.xml": f'<styleSheet xmlns="{_MAIN}"><numFmts count="2">'
         '<numFmt numFmtId="164" formatCode="[$-407]dd&quot;.&quot;mm&quot;.&quot;yyyy"/>'
         '<numFmt numFmtId="165" formatCode="0.0&quot; mm day&quot;"/></numFmts>'
-        '<cellXfs><xf numFmtId="0"/><xf numFmtId="14"/><xf numFmtId="164"/><xf numFmtId="165"/></cellXfs></styleSheet>',
+        '<cellXfs><xf numFmtId="0"/><xf numFmtId="14"/><xf numFmtId="164"/><xf numFmtId="165"/>'
+        '<xf numFmtId="46"/><xf numFmtId="31"/></cellXfs></styleSheet>',
     }
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in parts.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from lora_llava.data.load import load_records
-from lora_llava.data.record import Record
+from lora_llava.data.record import MAX_CHARACTERS, Record
 from lora_llava.data.sources.files.encodings import decode
 from lora_llava.data.sources.files.sheets import read_sheet
 from lora_llava.errors import DataError
@@ -36,6 +39,17 @@ def rows(path: Path, sheet: str | None = None) -> list[Any]:
 # --- .xlsx
 
 
+def changed(path: Path, old: str, new: str) -> Path:
+    """Write a workbook again with a text replaced in all its parts."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert any(old in content for content in parts.values())
+    with zipfile.ZipFile(path.with_name("changed.xlsx"), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(old, new))
+    return path.with_name("changed.xlsx")
+
+
 def test_a_sheet_is_read_by_the_names_in_its_first_row(tmp_path: Path) -> None:
     sheet = [[None], HEAD, ["Größe?\nja & <b>", 3.0], [None, None], ["Was?", 2.5], ["Ja?", True]]
     first, second, third = load(write_workbook(tmp_path / "t.xlsx", {"A": sheet}))
@@ -58,17 +72,29 @@ def test_dates_are_texts_of_iso_and_other_formats_stay_numbers(tmp_path: Path) -
     assert list(rows(path)[0].values()) == ["2024-05-01", "2024-05-01 12:00:00", "12:00:00", 3, 45413]
     path = write_workbook(tmp_path / "m.xlsx", {"A": [["a"], [(0, "date"), None]]}, '<workbookPr date1904="1"/>')
     assert list(rows(path)[0].values()) == ["00:00:00"]
+    row = [(0.25, "duration"), (1.5, "duration"), (45413, "Chinese date"), (45413.25, "Chinese date")]
+    path = write_workbook(tmp_path / "d.xlsx", {"A": [list("abcd"), row]})
+    assert list(rows(path)[0].values()) == ["06:00:00", "36:00:00", "2024-05-01", "2024-05-01 06:00:00"]
+    path = write_workbook(tmp_path / "e.xlsx", {"A": [["a"], [(1, "Chinese date")]]}, '<workbookPr date1904="1"/>')
+    assert list(rows(path)[0].values()) == ["1904-01-02"]
 
 
 def test_cells_of_every_kind(tmp_path: Path) -> None:
     cells = {
-        '<c r="REF" t="inlineStr"><is><r><t>rich </t></r><r><t>text</t></r><rPh><t>no</t></rPh></is></c>': "rich text",
+        '<c r="REF" t="inlineStr"><is><r><t>rich </t></r><r><t>text</t></r>'
+        '<rPh sb="0" eb="1"><t>no</t></rPh></is></c>': "rich text",
         '<c r="REF" t="str"><f>A1</f><v>formula</v></c>': "formula",
         '<c r="REF"><f>A1</f></c>': None,
         '<c r="REF" t="d"><v>2024-05-01</v></c>': "2024-05-01",
         '<c r="REF" t="n"><v>12345678901</v></c>': 12345678901,
+        '<c r="REF" t="n"><v>1E20</v></c>': 1e20,
+        '<c r="REF" t="d"><v>2024-05-01T10:30:00</v></c>': "2024-05-01 10:30:00",
+        '<c r="REF" t="b"><v>0</v></c>': False,
+        '<c r="REF" t="inlineStr"><is><t>a_x000D_b _x263A_</t></is></c>': "a\rb \u263a",
+        '<c r="REF" t="inlineStr"><is><t> </t></is></c>': None,
     }
-    path = write_workbook(tmp_path / "t.xlsx", {"A": [[*"abcdef"], [*([cell] for cell in cells), "last"]]})
+    names = [chr(97 + index) for index in range(len(cells) + 1)]
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [names, [*([cell] for cell in cells), "last"]]})
     assert list(rows(path)[0].values()) == [*cells.values(), "last"]
 
 
@@ -76,6 +102,9 @@ def test_cells_of_every_kind(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ([['<c r="REF" t="e"><v>#N/A</v></c>'], "x"], r"line 3: cell A3 holds the error #N/A; correct its formula"),
+        (["a", (10**8, "date")], r"line 3: cell B3 holds the error #VALUE!; correct its formula"),
+        (["a", "x" * (MAX_CHARACTERS + 1)], r"line 3: cell B3 has 1,000,001 characters; shorten it"),
+        (["a", ['<c r="XFD3"><v>1</v></c>']], r"line 3: a value in column 16384, which has no name"),
         (["a", "b", "c"], r"line 3: a value in column 3, which has no name in the first row; name it"),
     ],
 )
@@ -111,6 +140,40 @@ def test_a_bomb_in_a_workbook_is_refused_before_it_is_unpacked(tmp_path: Path) -
         archive.writestr("xl/sharedStrings.xml", b" " * 2**22)
     with pytest.raises(DataError, match="unpacks to 4,194,304 bytes, far more than its size"):
         rows(path)
+
+
+def test_row_numbers_and_dimensions_that_lie(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"], ["c", "d"]]})
+    expected = [dict(zip(HEAD, row, strict=True)) for row in (("a", "b"), ("c", "d"))]
+    for dimension in ("A1:A1", "B2", "A1:XFD1048576"):
+        assert rows(changed(path, "<sheetData>", f'<dimension ref="{dimension}"/><sheetData>')) == expected
+    last = changed(path, '<row r="3">', '<row r="1048576">')
+    assert [(entry.value, entry.line) for entry in read_sheet(last, None)] == [(expected[0], 2), (expected[1], 2**20)]
+    for old, new in (('<row r="3">', '<row r="1048577">'), ('<row r="3">', f'<row r="{10**18}">'), ('"B3"', '"XFE3"')):
+        with pytest.raises(DataError, match=r"changed\.xlsx: is no \.xlsx workbook"):
+            rows(changed(path, old, new))
+
+
+def test_strict_open_xml_is_refused(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"]]})
+    path = changed(path, "http://schemas.openxmlformats.org/officeDocument/2006", "http://purl.oclc.org/ooxml/document")
+    with pytest.raises(DataError, match=r"is no \.xlsx workbook; save it in Excel"):
+        rows(path)
+
+
+def test_the_warnings_of_the_library_are_silenced_and_no_others(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, *[["a", "b"]] * 200]})
+    path = changed(path, "</worksheet>", '<extLst><ext uri="{x}"/></extLst></worksheet>')
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in read_sheet(path, None):
+            warnings.warn("of the caller", stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["of the caller"] * 200
+
+
+def test_the_library_is_imported_when_a_sheet_is_read() -> None:
+    code = "import sys, lora_llava.data.sources.columns; sys.exit('openpyxl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- encodings

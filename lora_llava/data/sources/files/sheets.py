@@ -1,15 +1,14 @@
-"""Read the rows of an .xlsx file with the standard library. Source of the form: ECMA-376, part 1, section 18."""
+"""Read the rows of an .xlsx file with openpyxl, which is imported only when a sheet is read."""
 
 from __future__ import annotations
 
-import re
+import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import date, time, timedelta
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-from xml.etree import ElementTree
+from typing import IO, Any
 
 from lora_llava.data.record import MAX_CHARACTERS
 from lora_llava.data.sources.selection import Entry
@@ -19,23 +18,10 @@ from lora_llava.system.text import counted, listed, printable
 
 _MAX_BYTES, _MAX_RATIO = 2**30, 200
 """Most unpacked bytes of a part, and the most for a byte of the file: a sheet of equal rows has about 100."""
-_MAX_COLUMNS = 16_384
-_REFERENCE = re.compile(r"([A-Z]{1,3})(\d{1,7})")
-_DATES = {*range(14, 23), 27, 30, 36, *range(45, 48), 50, 57}
-"""Number formats built into Excel that show a date or a time."""
-_DATE_LETTERS = re.compile(r'"[^"]*"|\\.|\[[^\]]*\]|_.')
-"""Parts of a number format that are no letters of a date."""
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ElementTree.ParseError, LookupError, ValueError, EOFError, RuntimeError)
-_NOT_A_WORKBOOK = "is no .xlsx workbook; save it in Excel or LibreOffice again, or as CSV (UTF-8)"
-
-
-class _Book(NamedTuple):
-    """What the sheets of a workbook share."""
-
-    texts: list[str]
-    is_date: list[bool]
-    """By style: whether its numbers are dates."""
-    epoch: datetime
+_MAX_ROWS, _MAX_COLUMNS = 2**20, 2**14
+"""Limits of Excel."""
+_EAST_ASIAN_DATES = {*range(27, 37), *range(50, 59)}
+"""Number formats built into Excel that openpyxl does not take for dates."""
 
 
 def read_sheet(path: Path, sheet: str | None) -> Iterator[Entry]:
@@ -46,178 +32,88 @@ def read_sheet(path: Path, sheet: str | None) -> Iterator[Entry]:
     if path.exists() and not path.is_file():
         raise DataError(f"data file {path} is not a regular file; correct path")
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield from _rows(archive, path, sheet)
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}; correct path") from None
-    except _DAMAGED:
-        raise DataError(f"{path.name}: {_NOT_A_WORKBOOK}") from None
+        with path.open("rb") as file:
+            yield from _entries(_rows(file, path, sheet), path)
+    except (DataError, ImportError):
+        raise
+    except Exception as error:  # noqa: BLE001 - openpyxl raises anything for a damaged file
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"data file {path} cannot be read: {error.strerror}; correct path") from None
+        hint = "save it in Excel or LibreOffice again, or as CSV (UTF-8)"
+        raise DataError(f"{path.name}: is no .xlsx workbook; {hint}") from None
 
 
-def _rows(archive: zipfile.ZipFile, path: Path, sheet: str | None) -> Iterator[Entry]:
-    book, part = _open_book(archive, path, sheet)
-    names: list[str] | None = None
-    with _part(archive, part, path) as stream:
-        for number, cells in _cells(stream, book, path):
-            if isinstance(cells, DataError):
-                yield Entry(None, number, cells)
-                continue
-            if not any(value is not None for value in cells.values()):
-                continue
-            if names is None:
-                last = max(column for column, value in cells.items() if value is not None)
-                names = [str(cells.get(column) or "").strip() for column in range(last + 1)]
-                check_names([name for name in names if name], path)
-                continue
-            beyond = [column for column, value in cells.items() if value is not None and not _name(names, column)]
-            if beyond:
-                problem = f"a value in column {beyond[0] + 1}, which has no name in the first row; name it"
-                yield Entry(None, number, DataError(f"{path.name}, line {number}: {problem}"))
-                continue
-            yield Entry({name: cells.get(column) for column, name in enumerate(names) if name}, number)
-    if names is None:
+def _rows(file: IO[bytes], path: Path, sheet: str | None) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the cells of each row that has any. Raises anything for a damaged file."""
+    for part in zipfile.ZipFile(file).infolist():
+        if part.file_size > min(_MAX_BYTES, max(2**20, _MAX_RATIO * part.compress_size)):
+            raise DataError(f"{path.name}: unpacks to {part.file_size:,} bytes, far more than its size; save it as CSV")
+    with warnings.catch_warnings(action="ignore"):
+        from openpyxl import load_workbook
+
+        book = load_workbook(file, read_only=True, data_only=True, keep_links=False)
+    sheets = {str(item.title): item for item in book.worksheets}
+    if sheet is not None and sheet not in sheets:
+        shown = listed([printable(name, 40) for name in sheets])
+        raise DataError(f"{path.name}: there is no sheet {sheet!r}; it has {shown or 'none'}; correct name")
+    worksheet = sheets[sheet] if sheet is not None else book.worksheets[0]
+    # The dimensions in the file may be wrong. openpyxl fills the gap up to any row number: max_row bounds it.
+    worksheet.reset_dimensions()
+    rows = enumerate(worksheet.iter_rows(max_row=_MAX_ROWS + 1), start=1)
+    while True:
+        with warnings.catch_warnings(action="ignore"):  # never around a `yield`, which runs code of the caller
+            batch = list(islice(rows, 100))
+        if not batch:
+            return
+        for number, row in batch:
+            if number > _MAX_ROWS or len(row) > _MAX_COLUMNS:
+                raise ValueError(number)
+            if row:
+                yield number, row
+
+
+def _entries(rows: Iterator[tuple[int, Any]], path: Path) -> Iterator[Entry]:
+    names: dict[int, str] = {}
+    for number, row in rows:
+        where = f"{path.name}, line {number}"
+        try:
+            cells = ((column, _value(cell, where)) for column, cell in enumerate(row))
+            values = {column: value for column, value in cells if value is not None}
+            if names and (beyond := values.keys() - names.keys()):
+                problem = f"a value in column {min(beyond) + 1}, which has no name in the first row"
+                raise DataError(f"{where}: {problem}; name it")
+        except DataError as error:
+            yield Entry(None, number, error)
+            continue
+        if names and values:
+            yield Entry({name: values.get(column) for column, name in names.items()}, number)
+        elif values:
+            names = {column: name for column, value in values.items() if (name := str(value or "").strip())}
+            check_names(list(names.values()), path)
+    if not names:
         check_names([], path)
 
 
-def _name(names: list[str], column: int) -> str:
-    return names[column] if column < len(names) else ""
+def _value(cell: Any, where: str) -> Any:
+    """Return the value of a cell: a date or a time as text in ISO's form, a whole number as int."""
+    from openpyxl.utils.datetime import from_excel
+    from openpyxl.utils.escape import unescape
 
-
-def _open_book(archive: zipfile.ZipFile, path: Path, sheet: str | None) -> tuple[_Book, str]:
-    """Return what the sheets share, and the part of the archive that holds the sheet."""
-    workbook = _tree(archive, "xl/workbook.xml", path)
-    sheets = {str(item.get("name")): _relation(item) for item in _all(workbook, "sheet")}
-    if not sheets or (sheet is not None and sheet not in sheets):
-        shown = listed([printable(name, 40) for name in sheets])
-        raise DataError(f"{path.name}: there is no sheet {sheet!r}; it has {shown or 'none'}; correct name")
-    targets = {str(item.get("Id")): str(item.get("Target")) for item in _tree(archive, _RELATIONS, path)}
-    target = targets[sheets[sheet if sheet is not None else next(iter(sheets))]]
-    part = target.lstrip("/") if target.startswith("/") else f"xl/{target}"
-    texts = []
-    if "xl/sharedStrings.xml" in archive.namelist():
-        texts = [_text(item) for item in _all(_tree(archive, "xl/sharedStrings.xml", path), "si")]
-    uses_1904 = any(item.get("date1904") in ("1", "true") for item in _all(workbook, "workbookPr"))
-    epoch = datetime(1904, 1, 1) if uses_1904 else datetime(1899, 12, 30)
-    return _Book(texts, _date_styles(archive, path), epoch), part
-
-
-_RELATIONS = "xl/_rels/workbook.xml.rels"
-
-
-def _relation(item: ElementTree.Element) -> str:
-    """Return the id of a sheet's relation, whose attribute has one of two namespaces."""
-    return next(value for key, value in item.attrib.items() if key.endswith("}id"))
-
-
-def _date_styles(archive: zipfile.ZipFile, path: Path) -> list[bool]:
-    if "xl/styles.xml" not in archive.namelist():
-        return []
-    tree = _tree(archive, "xl/styles.xml", path)
-    own = {str(item.get("numFmtId")): str(item.get("formatCode")) for item in _all(tree, "numFmt")}
-    dates = {key for key, code in own.items() if re.search("[ymdhs]", _DATE_LETTERS.sub("", code).lower())}
-    dates |= {str(number) for number in _DATES if str(number) not in own}
-    return [item.get("numFmtId") in dates for cells in _all(tree, "cellXfs") for item in cells]
-
-
-def _part(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
-    """Open a part of the archive; DataError if it unpacks to far more than its size. Raises KeyError if it lacks it."""
-    info = archive.getinfo(name)
-    if info.file_size > _MAX_BYTES or info.file_size > max(2**20, _MAX_RATIO * info.compress_size):
-        raise DataError(f"{path.name}: unpacks to {info.file_size:,} bytes, far more than its size; save it as CSV")
-    return archive.open(info)
-
-
-def _tree(archive: zipfile.ZipFile, name: str, path: Path) -> ElementTree.Element:
-    with _part(archive, name, path) as stream:
-        return ElementTree.parse(stream).getroot()  # noqa: S314 - expat bounds the growth by entities
-
-
-def _all(tree: ElementTree.Element, tag: str) -> Iterator[ElementTree.Element]:
-    """Yield the elements of a name in any namespace."""
-    return (item for item in tree.iter() if _tag(item) == tag)
-
-
-def _tag(item: ElementTree.Element) -> str:
-    return item.tag.rpartition("}")[2]
-
-
-def _text(item: ElementTree.Element) -> str:
-    """Return the text of a string with its formatted runs, without the phonetic ones of Japanese."""
-    parts = []
-    for child in item:
-        if _tag(child) == "t":
-            parts.append(child.text or "")
-        elif _tag(child) == "r":
-            parts += [run.text or "" for run in child if _tag(run) == "t"]
-    return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda match: chr(int(match[1], 16)), "".join(parts))
-
-
-def _cells(stream: IO[bytes], book: _Book, path: Path) -> Iterator[tuple[int, dict[int, Any] | DataError]]:
-    """Yield the number of each row and its values by the index of their column, or why it cannot be read."""
-    number = 0
-    for _, row in ElementTree.iterparse(stream):  # noqa: S314
-        if _tag(row) != "row":
-            continue
-        number = int(row.get("r") or number + 1)
-        try:
-            yield number, _values(row, book, f"{path.name}, line {number}")
-        except DataError as error:
-            yield number, error
-        row.clear()
-
-
-def _values(row: ElementTree.Element, book: _Book, where: str) -> dict[int, Any]:
-    values: dict[int, Any] = {}
-    column = -1
-    for cell in row:
-        if _tag(cell) == "c":
-            column = _column(cell.get("r"), column + 1)
-            values[column] = _value(cell, book, where)
-    return values
-
-
-def _column(reference: str | None, following: int) -> int:
-    """Return the index of the column in a reference such as AB12."""
-    if reference is None or (match := _REFERENCE.fullmatch(reference)) is None:
-        return following
-    index = 0
-    for letter in match[1]:
-        index = 26 * index + ord(letter) - ord("A") + 1
-    if index > _MAX_COLUMNS:
-        raise ValueError(reference)
-    return index - 1
-
-
-def _value(cell: ElementTree.Element, book: _Book, where: str) -> Any:
-    kind = cell.get("t", "n")
-    if kind == "inlineStr":
-        return next((_text(item) for item in cell if _tag(item) == "is"), "").strip() or None
-    raw = next((item.text for item in cell if _tag(item) == "v"), None)
-    if raw is None or not raw.strip():
-        return None
-    if kind == "s":
-        text = book.texts[int(raw)]
-    elif kind == "str":
-        text = raw
-    elif kind == "b":
-        return raw.strip() == "1"
-    elif kind == "e":
-        raise DataError(f"{where}: cell {cell.get('r')} holds the error {printable(raw, 20)}; correct its formula")
-    elif kind == "d":
-        return raw
-    else:
-        return _number(float(raw), cell.get("s"), book)
-    if len(text) > MAX_CHARACTERS:
-        raise DataError(f"{where}: cell {cell.get('r')} has {counted(len(text), 'character')}; shorten it")
-    return text if text.strip() else None
-
-
-def _number(number: float, style: str | None, book: _Book) -> Any:
-    """Return a number, or a date as text in ISO's form."""
-    index = int(style or 0)
-    if index < len(book.is_date) and book.is_date[index] and 0 <= number < 3_000_000:
-        moment = book.epoch + timedelta(days=number)
-        if number < 1:
-            return f"{moment:%H:%M:%S}"
-        return f"{moment:%Y-%m-%d}" if number.is_integer() else f"{moment:%Y-%m-%d %H:%M:%S}"
+    value = cell.value
+    if value is None or isinstance(value, bool):
+        return value
+    if cell.data_type == "e":
+        raise DataError(f"{where}: cell {cell.coordinate} holds the error {printable(value, 20)}; correct its formula")
+    if isinstance(value, str):
+        if len(value) > MAX_CHARACTERS:
+            raise DataError(f"{where}: cell {cell.coordinate} has {counted(len(value), 'character')}; shorten it")
+        return unescape(value) if value.strip() else None
+    if cell.data_type == "n" and cell.style_array.numFmtId in _EAST_ASIAN_DATES and 0 <= value < 2_900_000:
+        value = from_excel(value, cell.parent.parent.epoch)
+    if isinstance(value, timedelta):
+        minutes, seconds = divmod(int(value.total_seconds()), 60)
+        return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
+    if isinstance(value, (date, time)):
+        return str(value).partition(".")[0].removesuffix(" 00:00:00")
+    number = float(value)
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
