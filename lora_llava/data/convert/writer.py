@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.data.convert.fields import WRONG_FIELD, DropError
-from lora_llava.data.images.grayscale import to_eight_bits
 from lora_llava.data.images.headers import header_problem
-from lora_llava.data.images.read import DEEP_GRAY, FORMATS, MAX_BYTES, MAX_PIXELS
+from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, open_image
 from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import ImageSource, check_text
 from lora_llava.errors import DataError
@@ -189,7 +188,8 @@ class Writer:
         assert source.path is not None
         form, size, orientation = _look_at(source)
         if form == "TIFF":
-            return self.add_picture(self._free_name(f"{Path(source.key).with_suffix('')}.png", source), _tiff(source))
+            name = self._free_name(f"{Path(source.key).with_suffix('')}.png", source)
+            return self.add_picture(name, open_image(source))
         if (problem := header_problem(source)) is not None:
             raise problem
         name = self._free_name(source.key, source)
@@ -231,7 +231,7 @@ def _look_at(source: ImageSource) -> tuple[str, tuple[int, int], int]:
             raise DataError(f"{source.name}: more than {MAX_BYTES:,} bytes; make it smaller", "bad_image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source.path, formats=(*FORMATS, "TIFF")) as image:
+            with Image.open(source.path, formats=FORMATS) as image:
                 turned = image.getexif().get(_ORIENTATION, 1)
                 width, height = image.size
                 if width * height > MAX_PIXELS:
@@ -243,21 +243,3 @@ def _look_at(source: ImageSource) -> tuple[str, tuple[int, int], int]:
         raise DataError(f"{source.name}: not an image that can be read ({type(error).__name__})", "bad_image") from None
     orientation = turned if isinstance(turned, int) and 1 < turned <= 8 else 1
     return form, (height, width) if orientation > 4 else (width, height), orientation
-
-
-def _tiff(source: ImageSource) -> Image.Image:
-    """Decode the first page of a TIFF file; more than 8 bits become 8 as in training."""
-    assert source.path is not None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(source.path, formats=("TIFF",)) as image:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-        if upright.mode in DEEP_GRAY:
-            import numpy as np
-
-            return Image.fromarray(to_eight_bits(np.asarray(upright)))
-        return upright.convert("RGB")
-    except Exception as error:  # noqa: BLE001 - as above
-        raise DataError(f"{source.name}: the image is damaged ({type(error).__name__})", "bad_image") from None
