@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +21,42 @@ class ImagePaths(NamedTuple):
     """`columns.image`: the column, or a template of it."""
     share: float
     """Share of the sampled paths that exist."""
+    equal: tuple[Path, ...] = ()
+    """Other roots under which as many paths exist; names alone do not say which is right."""
 
 
 def find_images(rows: Sequence[Mapping[str, Any]], column: str, others: Sequence[str], directory: Path) -> ImagePaths:
     """Return the root and setting under which most images of the sampled rows exist.
 
-    `others`: columns that may name the folder of an image, such as its class.
+    `others`: columns that may name the folder of an image, such as its class. They decide if several folders have
+    images of the same names.
     """
     rows = [row for row in rows if isinstance(row.get(column), str) and row[column]]
-    best = ImagePaths(directory, column, 0.0)
-    for (folder, suffix), root in product(product(("", *others), _SUFFIXES), _roots(directory)):
-        names = [_name(row, column, folder, suffix) for row in rows]
-        found = sum((root / name).is_file() for name in names if name is not None)
-        if found > best.share * len(rows):
-            best = ImagePaths(root, _setting(column, folder, suffix), found / len(rows))
+    roots = list(_roots(directory))
+    names = {root.name for root in roots}
+    # Each column tried costs a look for every row in every root, so only those that name a folder are.
+    folders = [other for other in others if any(str(row.get(other)).split("/")[0] in names for row in rows)]
+    best = _best_paths(rows, column, "", roots)
+    for folder in folders:
+        if best.share == 1.0 and not best.equal:
+            break
+        paths = _best_paths(rows, column, folder, roots)
+        if paths.share > best.share or (best.equal and not paths.equal and paths.share == best.share):
+            best = paths
+    return best
+
+
+def _best_paths(rows: Sequence[Mapping[str, Any]], column: str, folder: str, roots: Sequence[Path]) -> ImagePaths:
+    """Return the root and suffix under which most images exist, with one column, or none, for the folder."""
+    best = ImagePaths(roots[0], column, 0.0)
+    for suffix in _SUFFIXES:
+        names = [name for row in rows if (name := _name(row, column, folder, suffix)) is not None]
+        for root in roots if names else ():
+            share = sum((root / name).is_file() for name in names) / len(rows)
+            if share > best.share:
+                best = ImagePaths(root, _setting(column, folder, suffix), share)
+            elif share == best.share > 0.0 and best.setting == _setting(column, folder, suffix):
+                best = best._replace(equal=(*best.equal, root))
         if best.share == 1.0:
             break
     return best

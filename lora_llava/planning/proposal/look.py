@@ -189,11 +189,18 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
     if image is None or not any(isinstance(row.get(image), str) for row in rows):
         return
     columns = look.data.get("columns", {})
-    others = [columns["answer"]] if isinstance(columns.get("answer"), str) else []
-    found = find_images(rows, image, others, directory)
+    answer = [columns["answer"]] if isinstance(columns.get("answer"), str) else []
+    others = [name for name in rows[0] if columns and name not in (image, *answer)]
+    found = find_images(rows, image, answer + others, directory)
     if found.share == 0.0:
         look.notes.append(f"None of the first images was found below {directory}; set image_root.")
         return
+    if found.equal:
+        look.notes.append(
+            f"The first images are in {counted(1 + len(found.equal), 'directory', 'directories')} under the same "
+            f"names: {listed([printable(str(root)) for root in (found.root, *found.equal)], 4)}. image_root is the "
+            "first; correct it, or add the folder to the names in the data."
+        )
     if columns:
         columns["image"] = found.setting
     if found.root != Path(look.data["path"]).parent:

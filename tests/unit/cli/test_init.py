@@ -11,7 +11,16 @@ import yaml
 from click.testing import CliRunner, Result
 
 from lora_llava.cli import cli
-from tests.helpers.published_sets import coco_captions, coco_instances, cvat, needs_pydicom, r2gen, rsvqa, visual_genome
+from tests.helpers.published_sets import (
+    coco_captions,
+    coco_instances,
+    cvat,
+    needs_pydicom,
+    picture,
+    r2gen,
+    rsvqa,
+    visual_genome,
+)
 from tests.helpers.raw_data import CONVERTED, COUNT, READ, llava_json, table, wrong
 
 
@@ -203,3 +212,21 @@ def test_records_that_cannot_be_read_are_counted_in_the_recipe(tmp_path: Path, t
     written = Path("recipe.yaml").read_text(encoding="utf-8")
     assert "# 1 record cannot be read; the first: train.json, record 5" in written
     assert "# on_bad_record: skip" in written
+
+
+@pytest.mark.parametrize(("heading", "image"), [("kind", "{kind}/{file}"), ("remark", "file")])
+def test_folders_with_the_same_file_names_are_told_apart_by_a_column_or_reported(
+    tmp_path: Path, tiny_base: Path, heading: str, image: str
+) -> None:
+    # The first 200 rows, by which init decides, are of one folder.
+    lines = [f"file;{heading};question;answer"]
+    for number, folder in enumerate(("good", "stain")):
+        picture(tmp_path / "data" / folder / "0.png", (12, 10), number)
+        lines += [f"0.png;{folder if heading == 'kind' else 'x'};Which kind ({n})?;{folder}s" for n in range(201)]
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+    result = run("init", "data", "--base-model", tiny_base)
+    data = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["stages"]["instruct"]["data"]
+    assert data["columns"]["image"] == image
+    reported = "The first images are in 2 directories under the same names"
+    assert (reported in said(result)) == (heading == "remark")
+    assert data.get("image_root") == (None if heading == "kind" else "data/good")
