@@ -8,6 +8,7 @@ import click
 
 from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, quiet_environment
+from lora_llava.cli.evaluate import option_problems, parse_columns
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import RecipeError
 from lora_llava.system.files import refuse_existing, write_text
@@ -24,8 +25,13 @@ _BASE = "llava-hf/llava-1.5-7b-hf"
 @click.argument("data")
 @click.option("--output", type=_PATH, default=Path("recipe.yaml"), show_default=True, help="Recipe file to write.")
 @click.option("--base-model", default=_BASE, show_default=True, help="Base model: directory or Hub id.")
+@click.option(
+    "--columns",
+    callback=lambda _, __, text: parse_columns(text),
+    help="Its columns, such as image=Bild,question=Frage,answer=Befund [by their names].",
+)
 @click.pass_context
-def init(context: click.Context, data: str, output: Path, base_model: str) -> None:
+def init(context: click.Context, data: str, output: Path, base_model: str, columns: dict[str, str] | None) -> None:
     """Write a recipe for your data and check it.
 
     DATA is a file, a directory or the id of a data set on the Hub. The recipe has comments on every choice; edit it as
@@ -33,16 +39,21 @@ def init(context: click.Context, data: str, output: Path, base_model: str) -> No
     """
     if output.exists() or output.is_symlink():
         raise RecipeError(f"{output} already exists and is not overwritten; give another file with --output")
+    refuse_existing(output)
     console = make_console()
     quiet_environment()
     phase("Looking at the data")
+    from pydantic import ValidationError
+
     from lora_llava.planning.proposal.look import look_at
     from lora_llava.planning.proposal.text import recipe_text
 
-    look = look_at(data)
+    try:
+        look = look_at(data, columns)
+    except ValidationError as error:
+        raise click.UsageError(option_problems(error)) from error
     text = recipe_text(look, output, base_model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, text)
+    _write_recipe(output, text)
     console.print(
         printable(f"{data}: {look.form}; {counted(len(look.records), 'record')}."), markup=False, highlight=False
     )
@@ -51,6 +62,17 @@ def init(context: click.Context, data: str, output: Path, base_model: str) -> No
     console.print(printable(f"Wrote {output}. Checking it:"), markup=False, highlight=False)
     context.invoke(check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False)
     console.print(printable(f"Next: lora-llava finetune {output} --dry-run"), markup=False, highlight=False)
+
+
+def _write_recipe(output: Path, text: str) -> None:
+    """Write the recipe. Raises RecipeError if its directory takes no file."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, text)
+    except OSError as error:
+        raise RecipeError(
+            f"{output} cannot be written: {error.strerror}; give a file in a directory that you may write with --output"
+        ) from error
 
 
 @click.command("convert")

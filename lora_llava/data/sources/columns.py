@@ -142,7 +142,7 @@ def _open(data: DataSettings, extra: bool) -> _Opened:
     named = _named(data, columns)
     # The keys of a list's elements are seen only when they are read.
     outer = [path for path in named if data.each is None or column_of(path, present) is not None]
-    _check_columns(outer, present, data.path, data.group)
+    _check_columns(outer, present, data.path, data)
     if data.max_records is not None and data.where is None and data.each is None:
         table = table.select(range(min(data.max_records, len(table))))
     taken = [str(column_of(path, present)) for path in outer]
@@ -271,7 +271,7 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
             if is_first:
                 present = list(entry.value)
                 known = [name for name in needed if data.each is None or column_of(name, present) is not None]
-                _check_columns(known, present, path.name, data.group)
+                _check_columns(known, present, path.name, data)
                 is_first = False
             has_image = has_image or data.each is not None or _has(entry.value, image_fields)
         yield entry
@@ -295,15 +295,16 @@ def _has(row: dict[str, Any], fields: list[str]) -> bool:
     return all(name in row or name.partition(".")[0] in row for name in fields)
 
 
-def _check_columns(needed: list[str], present: list[str], name: str, group: str | None) -> None:
-    """Raise DataError for the first missing column, with the setting that names it: `group` or `columns`."""
+def _check_columns(needed: list[str], present: list[str], name: str, data: DataSettings) -> None:
+    """Raise DataError for the first missing column, with the setting that names it: `group`, `where` or `columns`."""
     for column in needed:
         if column_of(column, present) is not None:
             continue
-        key, hint = "columns", ""
-        if column == group:
+        key = "group" if column == data.group else "where" if column in (data.where or ()) else "columns"
+        hint = f"; correct {key}"
+        if key != "columns":
             near = difflib.get_close_matches(column, [str(label) for label in present], 1)
-            key, hint = "group", f"; did you mean {printable(near[0])}?" if near else ""
+            hint = f"; did you mean {printable(near[0])}?" if near else hint
         elif proposed := propose_columns(present):
             hint = f". To have it read: {proposed}"
         shown = listed([printable(str(label)) for label in present], 20)

@@ -31,6 +31,8 @@ _KNOWN = (
 )
 """Keys that identify a form of data, and what to do with it."""
 
+NAME_KEYS = "To have it read, name its keys in its data: columns: {image: KEY, question: KEY, answer: KEY}"
+"""What to do with records whose keys say nothing."""
 _MAX_KEYS = 12
 """Maximum number of a record's keys in a message."""
 
@@ -98,7 +100,7 @@ def _advice(record: Collection[str]) -> str:
             return advice
     if proposed := propose_columns(record):
         return f"To have it read, add to its data: {proposed}"
-    return "To have it read, name its keys in its data: columns: {image: KEY, question: KEY, answer: KEY}"
+    return NAME_KEYS
 
 
 def describe_object(content: Mapping[str, Any]) -> str:

@@ -15,13 +15,15 @@ from lora_llava.data.images.directory import list_images
 from lora_llava.data.load import read_source
 from lora_llava.data.record import Record
 from lora_llava.data.sources.columns import Peeked, peek
-from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
+from lora_llava.data.sources.forms import NAME_KEYS, describe_record, known_form, propose_columns
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
 from lora_llava.planning.proposal.images import find_images
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed, printable
 
+Columns = Mapping[str, Any]
+"""Settings of `columns`."""
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".parquet")
 _CARDS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json")
 """Files that describe data next to them."""
@@ -62,19 +64,22 @@ class Look:
     """Name for the recipe."""
 
 
-def look_at(name: str) -> Look:
+def look_at(name: str, columns: Columns | None = None) -> Look:
     """Propose the settings for the data `name` and read the records.
 
+    `columns` are used as given; without them, they are inferred. An answer without a question gets a constant one.
     Raises DataError with what was seen, and what would work, if the form is not known or must be converted first.
     """
     path = Path(name).expanduser()
+    if columns and "answer" in columns and not {"question", "messages"} & columns.keys():
+        columns = {**columns, "question": {"text": "What is shown?"}}
     if path.exists():
         path = path.resolve()
-        if (conversion := conversion_of(path)) is not None:
+        if columns is None and (conversion := conversion_of(path)) is not None:
             raise DataError(conversion.advice(), "form")
-        look = _directory(path) if path.is_dir() else _file(path, path.parent)
+        look = _directory(path, columns) if path.is_dir() else _file(path, path.parent, columns)
     else:
-        look = _table(name, f"data set {name} of the Hub", {"path": name})
+        look = _table(name, f"data set {name} of the Hub", {"path": name}, columns)
     bad = BadRecords(DataSettings(**look.data), None)
     look.records = read_source(DataSettings(**look.data), bad)
     look.unusable = [record.problem for record in bad.found]
@@ -96,27 +101,27 @@ def _name_classes(look: Look) -> None:
         columns["question"] = {"text": f"Which of these does the image show: {', '.join(classes)}?"}
 
 
-def _directory(directory: Path) -> Look:
+def _directory(directory: Path, columns: Columns | None) -> Look:
     files = [path for path in sorted(directory.iterdir()) if path.suffix in _FILES and path.name not in _CARDS]
     if any((directory / card).is_file() for card in ("dataset_dict.json", "state.json")):
-        return _table(directory.name, "a saved data set", {"path": str(directory)})
+        return _table(directory.name, "a saved data set", {"path": str(directory)}, columns)
     if files and all(path.suffix == ".parquet" for path in files):
-        return _table(directory.name, "a directory of parquet files", {"path": str(directory)})
+        return _table(directory.name, "a directory of parquet files", {"path": str(directory)}, columns)
     if files:
-        return _files(files, directory)
+        return _files(files, directory, columns)
     if shards := sorted(directory.glob("*.tar")):
-        return _shards(directory, len(shards))
-    return _images(directory)
+        return _shards(directory, len(shards), columns)
+    return _images(directory, columns)
 
 
-def _files(files: list[Path], directory: Path) -> Look:
+def _files(files: list[Path], directory: Path, columns: Columns | None) -> Look:
     """Take the only file of a directory, or those that are named like splits."""
     splits = {split: path for split, words in _SPLITS.items() for path in files if _is_named(path, words)}
     main = files[0] if len(files) == 1 else splits.get("train")
     if main is None:
         names = [printable(path.name) for path in files]
         raise DataError(f"{directory}: holds {len(files)} data files: {listed(names)}; name one of them", "form")
-    look = _file(main, directory)
+    look = _file(main, directory, columns)
     if len(files) > 1:
         look.notes.append("Files of the directory: " + listed([printable(path.name) for path in files]))
     for split, path in splits.items():
@@ -132,11 +137,11 @@ def _is_named(path: Path, words: Sequence[str]) -> bool:
     return any(word in re.split(r"[^a-z]+", path.stem.lower()) for word in words)
 
 
-def _file(path: Path, directory: Path) -> Look:
+def _file(path: Path, directory: Path, columns: Columns | None) -> Look:
     if path.suffix not in _FILES:
         raise DataError(f"{path.name}: a {path.suffix or 'nameless'} file is not read; what is: {READ_FORMS}", "form")
     form = f"{path.suffix[1:].upper()} file"
-    if path.suffix in (".json", ".jsonl"):
+    if columns is None and path.suffix in (".json", ".jsonl"):
         peeked = peek(DataSettings(path=str(path)))
         if any(peeked.rows[0].get(key) is not None for key in _LLAVA if peeked.rows):
             look = Look(f"{form} of conversations", {"path": str(path)})
@@ -145,13 +150,30 @@ def _file(path: Path, directory: Path) -> Look:
             )
             _set_group(look, peeked)
             return look
-    return _table(path.name, form, {"path": str(path)}, directory)
+    return _table(path.name, form, {"path": str(path)}, columns, directory)
 
 
-def _table(name: str, form: str, data: dict[str, Any], directory: Path | None = None) -> Look:
-    """Propose `columns` for a table by the names of its columns; images as paths are looked for in `directory`."""
+def _table(name: str, form: str, data: dict[str, Any], columns: Columns | None, directory: Path | None = None) -> Look:
+    """Use `columns`, or propose them by the names of a table; images as paths are looked for in `directory`."""
     peeked = peek(DataSettings(**data, split="train"))
     look = Look(f"{form} with the columns {listed([printable(column) for column in peeked.names], 12)}", data)
+    if not peeked.names:
+        raise DataError(f"{name}: {form}: holds no records: objects with keys, or rows below a line of column names")
+    if columns is not None:
+        data["columns"] = dict(columns)
+    else:
+        _set_columns(name, form, data, peeked)
+    image = data["columns"].get("image")
+    if directory is not None:
+        _set_root(look, peeked.rows, image, directory)
+    _set_group(look, peeked)
+    if "test" in peeked.splits:
+        look.test = data | {"split": "test"}
+    return look
+
+
+def _set_columns(name: str, form: str, data: dict[str, Any], peeked: Peeked) -> None:
+    """Infer `columns`. Raises DataError with the option that names them, if they cannot be inferred."""
     known, proposed = known_form(peeked.names), propose_columns(peeked.names)
     if known is not None:
         data["columns"] = known.columns.model_dump(exclude_none=True)
@@ -160,15 +182,10 @@ def _table(name: str, form: str, data: dict[str, Any], directory: Path | None = 
     elif proposed:
         data |= yaml.safe_load("{" + proposed + "}")
     else:
-        raise DataError(f"{name}: {form}: {describe_record(peeked.names)}", "form")
+        seen = describe_record(peeked.names)
+        option = ", or give init --columns image=KEY,question=KEY,answer=KEY" if seen.endswith(NAME_KEYS) else ""
+        raise DataError(f"{name}: {form}: {seen}{option}", "form")
     _set_choices(data["columns"], peeked)
-    image = data["columns"].get("image")
-    if directory is not None:
-        _set_root(look, peeked.rows, image, directory)
-    _set_group(look, peeked)
-    if "test" in peeked.splits:
-        look.test = data | {"split": "test"}
-    return look
 
 
 def _set_choices(columns: dict[str, Any], peeked: Peeked) -> None:
@@ -221,11 +238,13 @@ def _set_group(look: Look, peeked: Peeked) -> None:
             return
 
 
-def _shards(directory: Path, number: int) -> Look:
+def _shards(directory: Path, number: int, columns: Columns | None) -> Look:
     """Propose the columns of tar shards in WebDataset's form: an image, and a text or JSON with one."""
     data: dict[str, Any] = {"path": str(directory)}
     form = f"{counted(number, 'tar shard')}"
     names = peek(DataSettings(**data)).names
+    if columns is not None:
+        return Look(f"{form} with the members {listed(names)}", data | {"columns": dict(columns)})
     image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in names), None)
     answer = next((name for name in ("txt", "caption", "cls", "json.answer", "json.caption") if name in names), None)
     if image is None or answer is None:
@@ -238,7 +257,7 @@ def _shards(directory: Path, number: int) -> Look:
     return Look(f"{form} with the members {listed(names)}", data)
 
 
-def _images(directory: Path) -> Look:
+def _images(directory: Path, given: Columns | None) -> Look:
     """Propose the classes of a directory with a folder of images for each."""
     listing = list_images(directory)
     folders = sorted({Path(name).parts[0] for name in listing.images if len(Path(name).parts) > 1})
@@ -256,7 +275,7 @@ def _images(directory: Path) -> Look:
         deeper = {Path(name).parts[1] for name in listing.images if len(Path(name).parts) > 2}
         classes = sorted(deeper)
     columns = {"image": "image", "question": {"text": "What does the image show?"}, "answer": "label"}
-    data = {"path": str(directory), "columns": columns}
+    data = {"path": str(directory), "columns": columns if given is None else dict(given)}
     look = Look(f"a folder for each of {counted(len(classes), 'class', 'classes')} of images", data)
     if splits.get("train") and splits.get("test"):
         look.test = data | {"split": "test"}

@@ -230,3 +230,75 @@ def test_folders_with_the_same_file_names_are_told_apart_by_a_column_or_reported
     reported = "The first images are in 2 directories under the same names"
     assert (reported in said(result)) == (heading == "remark")
     assert data.get("image_root") == (None if heading == "kind" else "data/good")
+
+
+@pytest.mark.parametrize(
+    ("columns", "question"),
+    [
+        ("image=Bild,question=Frage,answer=Befund", "Frage"),
+        ("image=Bild,answer=Befund", {"text": "Which of these does the image show: ja, nein?"}),
+    ],
+)
+def test_headings_that_are_not_known_are_named_by_an_option(
+    tmp_path: Path, tiny_base: Path, columns: str, question: object
+) -> None:
+    lines = ["Patient;Bild;Frage;Befund"]
+    for number in range(COUNT):
+        picture(tmp_path / "bilder" / f"B{number}.png", (12, 10), number)
+        lines.append(f"P{number // 2};B{number};Ist Nr. {number} entz\u00fcndet?;{('ja', 'nein')[number % 2]}")
+    Path("befunde.csv").write_text("\n".join(lines), encoding="utf-8")
+    refused = run("init", "befunde.csv")
+    assert refused.exit_code == 1
+    assert "or give init --columns image=KEY,question=KEY,answer=KEY" in said(refused)
+    result = run("init", "befunde.csv", "--base-model", tiny_base, "--columns", columns)
+    assert result.exit_code == 0, result.output
+    data = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["stages"]["instruct"]["data"]
+    assert data["columns"] == {"image": "{Bild}.png", "question": question, "answer": "Befund"}
+    assert (data["image_root"], data["group"]) == ("./bilder", "Patient")
+
+
+@pytest.mark.parametrize(
+    ("columns", "code", "message"),
+    [
+        ("image=Bild,question=Frage,answer=Wert", 1, "columns: there is no 'Wert'; it has Bild, Frage, Befund"),
+        ("image", 2, "write it as image=COLUMN,question=COLUMN,answer=COLUMN"),
+        ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture"),
+        ("image=Bild,question=Frage", 2, "--columns"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(tmp_path: Path, columns: str, code: int, message: str) -> None:
+    Path("befunde.csv").write_text("Bild,Frage,Befund\n1.png,Was?,nichts\n", encoding="utf-8")
+    result = run("init", "befunde.csv", "--columns", columns)
+    assert result.exit_code == code, result.output
+    assert message in said(result)
+    assert not Path("recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", "image,question,answer\n"), ("a.json", "[]"), ("b.json", "[1]")])
+def test_a_file_without_records_says_so(tmp_path: Path, name: str, text: str) -> None:
+    Path(name).write_text(text, encoding="utf-8")
+    result = run("init", name)
+    assert result.exit_code == 1
+    assert "records" in said(result)
+    assert "no keys" not in said(result)
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        ("file/recipe.yaml", 1, "file/recipe.yaml cannot be created: "),
+        (
+            "/proc/nothing/recipe.yaml",
+            2,
+            "/proc/nothing/recipe.yaml cannot be written: No such file or directory; give",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_written_is_named(
+    tmp_path: Path, tiny_base: Path, output: str, code: int, message: str
+) -> None:
+    llava_json(tmp_path / "data")
+    Path("file").touch()
+    result = run("init", "data", "--base-model", tiny_base, "--output", output)
+    assert result.exit_code == code
+    assert message in said(result)
