@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from lora_llava.modeling.folded import folded
 from lora_llava.modeling.identity import artifact_fields, base_fields, identity_of
 from lora_llava.recipe.stages import QuestionSettings
 from lora_llava.system.device import pick_device, pick_dtype
-from lora_llava.system.files import disk_errors, shown_path, staged_file
+from lora_llava.system.files import disk_errors, refuse_unwritable, shown_path, staged_file
 from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted, dtype_name, listed
 
@@ -92,11 +93,9 @@ def refuse_output(output: Path, *, skips: bool) -> None:
     """Raise RecipeError for an output that exists, or whose name says no form; `skips`: also a list of bad records."""
     check_suffix(output)
     for path in (output, *([output.with_name(output.name + SKIPPED)] if skips else [])):
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             raise RecipeError(f"{path} already exists and is not overwritten; give another output, or remove it")
-    nearest = next(path for path in output.absolute().parents if path.exists())
-    if not nearest.is_dir():
-        raise RecipeError(f"{output} cannot be created: {nearest} is not a directory; give another output")
+    refuse_unwritable(output, RecipeError)
 
 
 def _load(settings: PredictSettings) -> QuestionSet:

@@ -52,11 +52,22 @@ def refuse_existing(output: Path) -> None:
     """Raise ArtifactError if `output` exists or cannot be created: nothing is ever overwritten."""
     if "\0" in str(output):
         raise ArtifactError(f"{printable(str(output), 60)} contains a NUL character, which no path has; remove it")
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         raise ArtifactError(f"{output} already exists and is not overwritten; give another name, or remove it")
-    nearest = next(path for path in output.absolute().parents if os.path.lexists(path))
+    refuse_unwritable(output, ArtifactError)
+
+
+def refuse_unwritable(output: Path, kind: type[LoraLlavaError]) -> None:
+    """Raise `kind` if nothing can be written at `output`, which does not exist or is a directory."""
+    absolute = output.absolute()
+    nearest = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise ArtifactError(f"{output} cannot be created: {nearest} is not a directory; give another name")
+        raise kind(f"{output} cannot be created: {nearest} is not a directory; give another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise kind(
+            f"{output} cannot be created: no permission to write to {nearest}; change its permissions, or give "
+            "another name"
+        )
 
 
 def refuse_results_in(output: Path) -> None:
@@ -65,6 +76,7 @@ def refuse_results_in(output: Path) -> None:
         raise RecipeError(f"{output} is a file; give a directory as output")
     if output.is_dir() and any(output.iterdir()):
         raise RecipeError(f"{output} is not empty, and results are not overwritten; give another output directory")
+    refuse_unwritable(output, RecipeError)
 
 
 def fsync(path: Path) -> None:
