@@ -257,7 +257,7 @@ def test_bad_records_stop_or_are_listed(artifact: Path, data: Path) -> None:
         (["--output", "out.xlsx", "--data", "ask.json"], "output out.xlsx: its name must end in .csv or .jsonl"),
         (["--output", "ask.csv", "--data", "ask.json"], "ask.csv already exists and is not overwritten"),
         (["--output", "ask.csv/x.csv", "--data", "ask.json"], "is not a directory; give another name"),
-        (["--output", "out.csv", "--data", "ask.csv"], "columns is required because path is not a .json or .jsonl"),
+        (["--output", "out.csv", "--data", "ask.csv"], "ask.csv: columns: is missing; it has image, question, answer"),
         (["--output", "out.csv", "--data", "ask.csv", "--columns", "image=image"], "--columns: give question, or"),
         (["--output", "out.csv", "--images", ".", "--question", " "], "write a text without <image>"),
         (["--output", "out.csv", "--images", "gone", "--question", "a?"], "gone: does not exist"),
