@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,22 @@ def test_changed_workbooks(folder: Path, workbook: bytes, data: st.DataObject) -
         )
     except DataError as error:
         assert "t.xlsx" in str(error)
+
+
+@given(data=st.data())
+def test_workbooks_of_changed_parts(folder: Path, workbook: bytes, data: st.DataObject) -> None:
+    with zipfile.ZipFile(io.BytesIO(workbook)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    name = data.draw(st.sampled_from(sorted(parts)))
+    with zipfile.ZipFile(folder / "parts.xlsx", "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, data.draw(changed_bytes([content])) if part == name else content)
+    try:
+        assert all(
+            (entry.error is None) == isinstance(entry.value, dict) for entry in read_sheet(folder / "parts.xlsx", None)
+        )
+    except DataError as error:
+        assert "parts.xlsx" in str(error)
 
 
 @given(text=TEMPLATES)
