@@ -52,7 +52,7 @@ def _rows(file: IO[bytes], path: Path, sheet: str | None) -> Iterator[tuple[int,
         from openpyxl.reader.excel import ExcelReader
         from openpyxl.styles.stylesheet import apply_stylesheet
 
-        # The steps of load_workbook but for names of ranges: its pattern for them takes hours for 50,000 quotes.
+        # The steps of load_workbook without the names of ranges, whose pattern takes time quadratic in their length.
         reader = ExcelReader(file, read_only=True, data_only=True, keep_links=False)
         reader.read_manifest()
         reader.read_strings()
