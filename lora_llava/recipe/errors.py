@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -34,9 +35,23 @@ def problems_in(error: ValidationError, section: str | None = None) -> list[str]
     for details in error.errors():
         if section is not None:
             details["loc"] = (section, *details["loc"])
+        # A source after the first has the keys of the first, and its index in the list.
+        details["loc"], data, index = _source(details["loc"])
         key, text = _problem(details)
+        key = f"{data}.{index}{key.removeprefix(data)}" if index else key
         problems.setdefault(key, f"{key}: {text}" if key else text)
     return list(problems.values())
+
+
+def _source(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], str, int]:
+    """Return a location in one of several sources as that of a single one, the key of the list, and the source's index.
+
+    The index is 0 for the first source, or the only one: a list is stored as the first, with the rest as `others`.
+    """
+    for start, (name, index) in enumerate(pairwise(loc)):
+        if name == "others" and isinstance(index, int):
+            return (*loc[:start], *loc[start + 2 :]), ".".join(map(str, loc[:start])), index + 1
+    return loc, "", 0
 
 
 def _problem(error: ErrorDetails) -> tuple[str, str]:

@@ -172,6 +172,24 @@ def test_a_single_source_is_written_without_the_keys_of_a_mix(tmp_path: Path) ->
     assert written["stages"]["instruct"]["data"].keys().isdisjoint({"others", "weight", "share"})
 
 
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{path: a.json}, {path: b.json, share: 1.3}]", r"data\.1\.share: must be a number greater than 0 and less"),
+        ("[{path: a.json, share: 1.3}, {path: b.json}]", r"data\.share: must be a number greater than 0 and less"),
+        ("[{path: a.json}, {path: b.json, wieght: 2}]", r"data\.1\.wieght: unknown key; did you mean weight\?"),
+        ("[{path: a.json}, {path: b.json}, {share: 0.1}]", r"data\.2\.path: is missing; write "),
+        ("[{path: a.json}, {path: b.json, validation: {share: 2}}]", r"data\.1\.validation\.share: must be a number"),
+    ],
+)
+def test_an_error_in_one_of_several_sources_names_its_index_and_key(tmp_path: Path, sources: str, message: str) -> None:
+    text = f"version: 1\nname: a\nbase: {{model_name_or_path: ./base}}\nstages: {{instruct: {{data: {sources}}}}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=rf"stages\.instruct\.{message}") as refused:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert "others" not in str(refused.value)
+
+
 def test_names_of_sources_differ() -> None:
     paths = ["/x/a.json", "/y/a.json", "org/set", "/z/a.json"]
     assert source_names([DataSettings(path=path) for path in paths]) == [
