@@ -18,3 +18,9 @@ def project(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(tiny_base, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     return Project(tmp_path, write_recipe(tmp_path, {"model_name_or_path": "./base"}))
+
+
+@pytest.fixture
+def masked_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend within trees by masks, as on CUDA."""
+    monkeypatch.setattr("lora_llava.modeling.attention.spans_of", lambda *_: None)

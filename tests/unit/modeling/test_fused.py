@@ -70,6 +70,7 @@ def worst(ours: Gradients, theirs: Gradients) -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
 
 
+@pytest.mark.usefixtures("masked_trees")
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=list(SHAPES))
 def test_the_gradients_are_those_of_peft_and_bitsandbytes(shapes: Layers) -> None:
     model, rows = training_model(shapes), (two_trees(), one_tree())

@@ -22,6 +22,7 @@ from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.layers import RANK, Layers, config_of, one_tree, training_model, two_trees
 from tests.unit.modeling.test_fused import layers_of
 
+pytestmark = pytest.mark.usefixtures("masked_trees")
 VIEWS = set(
     "view _unsafe_view reshape transpose t permute expand unsqueeze squeeze slice split split_with_sizes select alias "
     "detach as_strided narrow unbind".split()

@@ -160,6 +160,7 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.usefixtures("masked_trees")
 @pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "PEFT"])
 @pytest.mark.parametrize(
     "policy", [Recompute(False), Recompute("selective"), Recompute("selective", 4), Recompute(True)]
