@@ -119,9 +119,15 @@ def _header(line: str, delimiter: str) -> list[str]:
 
 
 def check_names(names: list[str], path: Path) -> None:
-    """Raise DataError unless there are names of columns, each once."""
+    """Raise DataError unless there are names of columns, each once, in the right encoding."""
     if not names:
         raise DataError(f"{path.name}: is empty, must begin with a line of column names")
+    if any("\0" in name for name in names):
+        encoding = "utf-16-be" if names[0].startswith("\0") else "utf-16-le"
+        raise DataError(
+            f"{path.name}: its first line holds NUL characters, as UTF-16 without its mark does; save it as UTF-8 "
+            f"(Excel: CSV UTF-8), or add its encoding to its data, such as encoding: {encoding}"
+        )
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{path.name}: column {printable(duplicate)!r} occurs twice in its first line; rename one")
 

@@ -207,8 +207,9 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
         return
     columns = look.data.get("columns", {})
     answer = [columns["answer"]] if isinstance(columns.get("answer"), str) else []
+    # The answer comes last: questions without answers could not use its template.
     others = [name for name in rows[0] if columns and name not in (image, *answer)]
-    found = find_images(rows, image, answer + others, directory)
+    found = find_images(rows, image, others + answer, directory)
     if found.share == 0.0:
         look.notes.append(f"None of the first images was found below {directory}; set image_root.")
         return

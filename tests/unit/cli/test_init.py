@@ -222,7 +222,9 @@ def test_folders_with_the_same_file_names_are_told_apart_by_a_column_or_reported
     lines = [f"file;{heading};question;answer"]
     for number, folder in enumerate(("good", "stain")):
         picture(tmp_path / "data" / folder / "0.png", (12, 10), number)
-        lines += [f"0.png;{folder if heading == 'kind' else 'x'};Which kind ({n})?;{folder}s" for n in range(201)]
+        # The answer names the folder, too, but only answered records have it.
+        answer = folder if heading == "kind" else f"{folder}s"
+        lines += [f"0.png;{folder if heading == 'kind' else 'x'};Which kind ({n})?;{answer}" for n in range(201)]
     (tmp_path / "data" / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
     result = run("init", "data", "--base-model", tiny_base)
     data = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["stages"]["instruct"]["data"]

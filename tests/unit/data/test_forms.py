@@ -379,3 +379,17 @@ def test_k23_a_misspelled_group_is_named_as_such(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"group: there is no 'prat'; it has file, part, .*; did you mean part\?"):
         load_records(settings)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(("answer", "seen"), [("Rohr", "its first line holds NUL characters"), ("Röhre", "not UTF-8")])
+def test_utf_16_without_its_mark_is_named_and_read_once_declared(
+    tmp_path: Path, encoding: str, answer: str, seen: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(f"question,answer\nWas?,{answer}\n".encode(encoding))
+    settings = {"path": str(path), "columns": {"question": "question", "answer": "answer"}}
+    with pytest.raises(DataError, match=f"t.csv: {seen}.*encoding: {encoding}"):
+        load_records(DataSettings.model_validate(settings))
+    (record,) = load_records(DataSettings.model_validate(settings | {"encoding": encoding}))
+    assert record.turns[-1].text == answer

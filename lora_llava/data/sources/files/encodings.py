@@ -46,9 +46,10 @@ def decode(raw: bytes, encoding: str | None, name: str) -> str:
     if body is raw and (text := _certain_latin(raw)) is not None:
         return text
     byte = start + 1 + len(raw) - len(body)
+    declared = _LATIN if b"\0" not in raw else "utf-16-be" if raw.startswith(b"\0") else "utf-16-le"
     raise DataError(
         f"{name}: not UTF-8 at byte {byte}{_as_latin(body, start)}; save it as UTF-8 (Excel: CSV UTF-8), or add its "
-        "encoding to its data, such as encoding: cp1252"
+        f"encoding to its data, such as encoding: {declared}"
     )
 
 
