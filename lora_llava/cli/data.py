@@ -8,7 +8,8 @@ import click
 
 from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, quiet_environment
-from lora_llava.cli.evaluate import option_problems, parse_columns
+from lora_llava.cli.evaluate import option_problems
+from lora_llava.cli.options import parse_columns
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import RecipeError
 from lora_llava.system.files import refuse_existing, write_text

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
-from lora_llava.cli.options import base_option, template_option
-from lora_llava.recipe.choices import MetricSetting
+from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, template_option
 from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
@@ -20,20 +19,8 @@ if TYPE_CHECKING:
 
 _EVALUATION = Path("evaluation")
 _PATH = click.Path(path_type=Path)
-
-
 _DATA = ("path", "image_root", "split", "columns", "answer_prompt", "max_records")
 """Options that are settings of the data."""
-
-
-def parse_columns(text: str | None) -> dict[str, str] | None:
-    """Parse `key=column,key=column`. Raises click.UsageError for anything else."""
-    if text is None:
-        return None
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(key.strip() and value.strip() for key, _, value in pairs):
-        raise click.UsageError(f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN")
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 @click.command("eval")
@@ -44,33 +31,9 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     required=True,
     help="LLaVA JSON or JSONL; or, with --columns, flat JSON, CSV, parquet, a directory or a Hub id.",
 )
-@click.option("--image-root", help="Directory of the images [that of the data file].")
-@click.option(
-    "--columns",
-    callback=lambda _, __, text: parse_columns(text),
-    help="For example image=image,question=question,answer=answer.",
-)
-@click.option("--split", default="test", show_default=True, help="Split of a Hugging Face dataset.")
-@click.option("--answer-prompt", help="Text appended to each question [as in training].")
-@click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Evaluate only the first N records.")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Maximum tokens per answer."
-)
-@click.option(
-    "--max-rows",
-    "batch_size",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Questions decoded at once.",
-)
-@click.option(
-    "--metric",
-    type=click.Choice(get_args(MetricSetting)),
-    default="auto",
-    show_default=True,
-    help="How answers are scored.",
-)
+@data_options(split="test")
+@decoding_options
+@metric_option
 @click.option("--by", multiple=True, metavar="KEY", help="Break accuracy down by a key or column; repeatable.")
 @click.option("--no-base", is_flag=True, help="Do not ask the base.")
 @click.option(
@@ -126,7 +89,8 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     from lora_llava.recipe.settings import EvaluationSettings
 
     data = {key: options[key] for key in _DATA}
-    others = {key: value for key, value in options.items() if key not in _DATA}
+    others = {key: value for key, value in options.items() if key not in (*_DATA, "max_rows")}
+    others["batch_size"] = options["max_rows"]
     lists = {"by": list(options["by"]), "base_questions": options["base_questions"] or None}
     try:
         return EvaluationSettings.model_validate({**others, **lists, "data": data})

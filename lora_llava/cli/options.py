@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from lora_llava.conversation.templates import TEMPLATES
+from lora_llava.recipe.choices import MetricSetting
 
 _CHOICES = ("dequantized", "original")
 """What to merge into: the base as dequantized in training, or the original weights."""
@@ -43,3 +44,57 @@ def onto_option(command: _Command) -> _Command:
 def template_option(command: _Command) -> _Command:
     """Add `--template`: the chat template of a model that does not come with one."""
     return click.option("--template", help=f"Chat template, if the model has none: {', '.join(TEMPLATES)}.")(command)
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Parse `key=column,key=column`. Raises click.UsageError for anything else."""
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(key.strip() and value.strip() for key, _, value in pairs):
+        raise click.UsageError(f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def data_options(split: str) -> Callable[[_Command], _Command]:
+    """Add the options of the data next to its path; `split`: default of the split of a Hugging Face dataset."""
+    options = [
+        click.option("--image-root", help="Directory of the images [that of the data file]."),
+        click.option(
+            "--columns",
+            callback=lambda _, __, text: parse_columns(text),
+            help="For example image=image,question=question,answer=answer.",
+        ),
+        click.option("--split", default=split, show_default=True, help="Split of a Hugging Face dataset."),
+        click.option("--answer-prompt", help="Text appended to each question [as in training]."),
+        click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Use only the first N records."),
+    ]
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def decoding_options(command: _Command) -> _Command:
+    """Add `--max-new-tokens` and `--max-rows`."""
+    tokens = click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Maximum tokens per answer."
+    )
+    rows = click.option(
+        "--max-rows", type=click.IntRange(min=1), default=64, show_default=True, help="Questions decoded at once."
+    )
+    return tokens(rows(command))
+
+
+def metric_option(command: _Command) -> _Command:
+    """Add `--metric`: how answers are scored."""
+    return click.option(
+        "--metric",
+        type=click.Choice(get_args(MetricSetting)),
+        default="auto",
+        show_default=True,
+        help="How answers are scored.",
+    )(command)

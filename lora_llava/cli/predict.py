@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
-from lora_llava.cli.evaluate import option_problems, parse_columns
-from lora_llava.cli.options import base_option, template_option
-from lora_llava.recipe.choices import MetricSetting
+from lora_llava.cli.evaluate import option_problems
+from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, template_option
 from lora_llava.system.files import refuse_existing
 
 if TYPE_CHECKING:
@@ -24,51 +23,23 @@ _DATA = ("image_root", "split", "answer_prompt", "max_records", "on_bad_record",
 _Command = Callable[..., Any]
 
 
-def _data_options(split: str) -> Callable[[_Command], _Command]:
-    """Add the options of the data; `split`: default of the split of a Hugging Face dataset."""
-    options = [
-        click.option("--image-root", help="Directory of the images [that of the data file]."),
-        click.option(
-            "--columns",
-            callback=lambda _, __, text: parse_columns(text),
-            help="For example image=image,question=question.",
-        ),
-        click.option("--split", default=split, show_default=True, help="Split of a Hugging Face dataset."),
-        click.option("--answer-prompt", help="Text appended to each question [as in training]."),
-        click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Use only the first N records."),
-        click.option(
-            "--on-bad-record",
-            type=click.Choice(["error", "skip"]),
-            default="error",
-            show_default=True,
-            help="Stop at an unusable record, or leave it out.",
-        ),
-        click.option(
-            "--max-bad-records",
-            type=click.IntRange(min=1),
-            default=10,
-            show_default=True,
-            help="With --on-bad-record skip: stop after more than this many.",
-        ),
-    ]
-
-    def add(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def _decoding_options(command: _Command) -> _Command:
-    """Add the options of decoding."""
-    tokens = click.option(
-        "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Maximum tokens per answer."
+def _bad_record_options(command: _Command) -> _Command:
+    """Add `--on-bad-record` and `--max-bad-records`."""
+    rule = click.option(
+        "--on-bad-record",
+        type=click.Choice(["error", "skip"]),
+        default="error",
+        show_default=True,
+        help="Stop at an unusable record, or leave it out.",
     )
-    rows = click.option(
-        "--max-rows", type=click.IntRange(min=1), default=64, show_default=True, help="Questions decoded at once."
+    most = click.option(
+        "--max-bad-records",
+        type=click.IntRange(min=1),
+        default=10,
+        show_default=True,
+        help="With --on-bad-record skip: stop after more than this many.",
     )
-    return tokens(rows(command))
+    return rule(most(command))
 
 
 def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: Mapping[str, Any]) -> Any:
@@ -87,8 +58,9 @@ def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: M
 @click.option("--images", type=_PATH, metavar="DIR", help="Instead of --data: ask about every image below DIR.")
 @click.option("--question", help="The question to ask about every image.")
 @click.option("--output", type=_PATH, required=True, help="File of the answers: .csv or .jsonl.")
-@_data_options(split="test")
-@_decoding_options
+@data_options(split="test")
+@_bad_record_options
+@decoding_options
 @base_option
 @template_option
 def predict(
@@ -139,7 +111,8 @@ def _share(_: click.Context, __: click.Parameter, value: float) -> float:
 @click.argument("model", type=_PATH)
 @click.option("--data", required=True, help="Answered questions, in any form of training data.")
 @click.option("--output", type=_PATH, required=True, help="File of the pairs: .json or .jsonl.")
-@_data_options(split="train")
+@data_options(split="train")
+@_bad_record_options
 @click.option(
     "--samples",
     "num_samples",
@@ -179,14 +152,8 @@ def _share(_: click.Context, __: click.Parameter, value: float) -> float:
     show_default=True,
     help="Share of the first questions also asked about another image.",
 )
-@click.option(
-    "--metric",
-    type=click.Choice(get_args(MetricSetting)),
-    default="auto",
-    show_default=True,
-    help="How answers are scored.",
-)
-@_decoding_options
+@metric_option
+@decoding_options
 @base_option
 @template_option
 def pairs(model: Path, output: Path, data: str, base_model: str | None, template: str | None, **options: Any) -> None:

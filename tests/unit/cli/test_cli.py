@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from lora_llava import __version__
 from lora_llava.cli import cli
 from lora_llava.cli.common import KitGroup
-from lora_llava.cli.evaluate import evaluate, parse_columns
+from lora_llava.cli.evaluate import evaluate
+from lora_llava.cli.options import parse_columns
 from lora_llava.errors import DataError, RecipeError
 from lora_llava.recipe.file import bundled_recipes
 from lora_llava.recipe.settings import MetricSetting
