@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.run_directory import output
 from lora_llava.training.checkpoints.files import read_verified
+from tests.helpers.pairs import write_preference_project
 from tests.helpers.ranks import Ended, finetune, full_disk, signalled, spoilt_image
 from tests.helpers.resuming import log_of
 from tests.helpers.runs import write_data, write_recipe
@@ -120,6 +121,29 @@ def test_the_questions_of_the_evaluation_are_shared_out(runs: dict[int, Path], c
         assert texts[0] == texts[1]
     summary = json.loads((runs[count] / output.SUMMARY).read_text(encoding="utf-8"))
     assert summary[output.EVALUATION] == json.loads(texts[1])
+
+
+def test_preferences_of_two_processes_are_those_of_one(tiny_base: Path, tmp_path: Path) -> None:
+    """The reference is computed by both, and so are the sums that the log has means of."""
+    recipe = write_preference_project(tmp_path, tiny_base)
+    settings = ["quantization.type=nf4", "stages.prefer.logging_steps=1", "stages.prefer.eval_steps=2"]
+    for count in (1, 2):
+        arguments = [
+            str(recipe),
+            *settings,
+            "stages.prefer.tokens_per_micro_batch=300",
+            f"output_dir={tmp_path / str(count)}",
+        ]
+        ended = finetune(tmp_path / f"{count}-output", arguments, count)
+        assert [one.code for one in ended] == [0] * count, ended
+    assert difference(tmp_path / "1" / "prefer", tmp_path / "2" / "prefer") < 1e-6
+    logs = [log_of(tmp_path / str(count)) for count in (1, 2)]
+    assert len(logs[0]) == len(logs[1]) > 4
+    names = [name for name in logs[0][0] if name.startswith(("reward", "log_prob", "loss"))]
+    assert len(names) == 7
+    for one, other in zip(*logs, strict=True):
+        for name in (*names, *(f"eval_{name}" for name in names)):
+            assert one.get(name) == (pytest.approx(other[name], rel=1e-4, abs=1e-5) if name in other else None)
 
 
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint_and_any_number_resumes(
