@@ -57,11 +57,13 @@ class HeldOutLoss:
         sources: dict[str, list[Row]] = {}
         for row in rows.rows:
             sources.setdefault(rows.records[row[0][0]].source, []).append(row)
+        if len(sources) < 2:
+            return {}
         losses = {
             name: self.mean(PackedRows(own, rows.records, rows.encoded, rows.read_image))
             for name, own in sources.items()
         }
-        return {f"eval_loss/{name}": loss for name, loss in losses.items() if loss is not None and len(losses) > 1}
+        return {f"eval_loss/{name}": loss for name, loss in losses.items() if loss is not None}
 
     def _measure_all(
         self, rows: PackedRows, own: Sequence[int], batches: Iterable[Batch]

@@ -19,6 +19,7 @@ from lora_llava.recipe.fields import Settings, section_in, settings_of
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import Recipe
 from lora_llava.training.run import run_recipe
+from tests.helpers.pairs import write_pairs
 from tests.helpers.resuming import train
 from tests.helpers.settings import other_values
 
@@ -32,14 +33,18 @@ EVERYTHING = (
     "stages.instruct.data.merge_turns=2", "stages.instruct.gradient_checkpointing=selective",
     "stages.align.gradient_checkpointing=selective", "stages.align.on_non_finite=skip",
     "stages.instruct.data.validation={path: captions.json}",
+    "stages.prefer={data: {path: pairs.json, image_root: images, validation: {share: 0.2}}, max_steps: 1, "
+    "gradient_checkpointing: selective, on_non_finite: skip}",
 )  # fmt: skip
 ELSEWHERE = {
     "version": "has one value",
     "base.language_model": "parts", "base.gguf_file": "parts", "base.vision_tower": "parts",
     "base.mm_projector_type": "parts", "base.projector_init": "parts", "base.vision_feature_layer": "parts",
     "base.vision_feature_select_strategy": "parts",
+    "images.window": "is the default of data.window",
+    **{f"stages.{stage}.cuda_graphs": "CUDA alone" for stage in ("align", "instruct", "prefer")},
 }  # fmt: skip
-"""Settings that this run cannot read: those of a base made of parts are refused beside a whole one."""
+"""Settings that this run cannot read: those of a base made of parts are refused next to a whole one."""
 TABLES = ("columns.", ".name", ".revision", ".split", "card.")
 """Settings of tables and of the Hub, and of the model card, which `push` reads."""
 
@@ -76,6 +81,7 @@ class Reads:
 def reads(project: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """What a run with all of it reads."""
     found = Reads()
+    write_pairs(project.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.parent)
         overrides = (*EVERYTHING, f"output_dir={tmp_path_factory.mktemp('reads') / 'run'}")

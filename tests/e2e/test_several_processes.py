@@ -95,7 +95,7 @@ def said(ended: Sequence[Ended]) -> list[str]:
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_are_those_of_one_process(runs: dict[int, Path], stage: str, count: int) -> None:
+def test_k27_weights_are_those_of_one_process(runs: dict[int, Path], stage: str, count: int) -> None:
     assert difference(runs[1] / stage, runs[count] / stage) < 1e-6
 
 
