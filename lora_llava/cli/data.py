@@ -17,8 +17,6 @@ from lora_llava.system.progress import phase
 from lora_llava.system.text import counted, printable
 
 _PATH = click.Path(path_type=Path)
-
-
 _BASE = "llava-hf/llava-1.5-7b-hf"
 
 

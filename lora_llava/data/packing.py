@@ -144,8 +144,11 @@ def sample_steps(
     return SampledSteps(row_lengths, separate, settings.ranks)
 
 
-def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row]:
-    """Return rows for evaluation: every conversation once, no shuffling; a tree is split only if a row is too short."""
+def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int, indices: Sequence[int] | None = None) -> list[Row]:
+    """Return rows for evaluation: every conversation once, no shuffling; a tree is split only if a row is too short.
+
+    `indices`: those by which the rows name the conversations of `items`; None: their positions.
+    """
     groups: dict[int, list[int]] = {}
     single: list[Tree] = []
     for index, item in enumerate(items):
@@ -154,7 +157,10 @@ def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int) -> list[Row
         else:
             single.append((index,))
     trees = [tree for members in groups.values() for tree in _trees_that_fit(members, items, tokens_per_row)]
-    return [tuple(row) for row in _first_fit(trees + single, items, tokens_per_row)]
+    rows = [tuple(row) for row in _first_fit(trees + single, items, tokens_per_row)]
+    if indices is None:
+        return rows
+    return [tuple(tuple(indices[index] for index in tree) for tree in row) for row in rows]
 
 
 def _all_batches(items: Sequence[PlanItem], branches_per_tree: int, batch_size: int, seed: int) -> Iterator[list[Tree]]:

@@ -282,8 +282,7 @@ def _validation_rows(validation: EncodedRecords, tokens_per_row: int) -> list[Ro
     rows: list[Row] = []
     for indices in by_source.values():
         items = [validation.items[index] for index in indices]
-        planned = plan_in_order(items, tokens_per_row=tokens_per_row)
-        rows += (tuple(tuple(indices[index] for index in tree) for tree in row) for row in planned)
+        rows += plan_in_order(items, tokens_per_row=tokens_per_row, indices=indices)
     return rows
 
 

@@ -164,7 +164,7 @@ def _ask_about_others(
         and question.image in other
         and random.Random(_seed(settings, question, "other")).random() < settings.other_image
     }
-    cut: list[int] = []
+    cut: set[int] = set()
     with Bar("answers, other image", max(1, len(asked)), console) as bar:
         texts = generate_answers(
             loaded,
@@ -173,7 +173,7 @@ def _ask_about_others(
             max_new_tokens=settings.max_new_tokens,
             max_rows=settings.max_rows,
             progress=lambda done, _: bar.update(done),
-            on_cut=cut.append,
+            on_cut=cut.add,
         )
     return {index: Sample(text, number in cut) for number, (index, text) in enumerate(zip(asked, texts, strict=True))}
 

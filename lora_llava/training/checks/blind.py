@@ -112,11 +112,9 @@ def _rows_of_one_image(rows: PackedRows, sample: Sequence[Row]) -> list[Row]:
         group = group_of.setdefault(prefix, len(group_of))
         items.append(PlanItem(len(encoded.input_ids), encoded.prefix_length, group))
 
-    # The planner numbers the conversations of the sample from 0.
     item_of = dict(zip(indices, items, strict=True))
     lengths = [sum(tree_length(range(len(tree)), [item_of[index] for index in tree]) for tree in row) for row in sample]
-    planned = plan_in_order(items, tokens_per_row=max(lengths))
-    return [tuple(tuple(indices[number] for number in tree) for tree in row) for row in planned]
+    return plan_in_order(items, tokens_per_row=max(lengths), indices=indices)
 
 
 def _count_conversations(rows: Sequence[Row]) -> int:

@@ -115,8 +115,7 @@ def _used_rows(data: StageData) -> list[Row]:
     items, used = data.encoded.items, sorted(_used(data))
     rows = [row for step in data.plan.steps for row in step]
     tokens = max(sum(items[index].length for index in conversations([row])) for row in rows)
-    in_order = plan_in_order([items[index] for index in used], tokens_per_row=tokens)
-    return [tuple(tuple(used[index] for index in tree) for tree in row) for row in in_order]
+    return plan_in_order([items[index] for index in used], tokens_per_row=tokens, indices=used)
 
 
 def _log_probs(trainer: PackedTrainer, rows: PackedRows) -> torch.Tensor:
