@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 
 from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
 from lora_llava.modeling.attention import with_sdpa
@@ -15,8 +16,6 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.training.objectives.preference import PreferenceObjective
 from tests.helpers.pairs import TEXTS, log_probs_by_definition, padded, pair, prefer_settings, row_of_pairs
 from tests.parity.test_packed import Gradients, build_model, error, gradients
-
-trl = pytest.importorskip("trl", reason="trl is not installed; the dev extra has it")
 
 CHANGES = torch.tensor([[1.0, -2.0], [-3.0, -1.0], [2.5, 1.5]])
 """Of the log-probabilities since the reference, so that no margin is 0."""

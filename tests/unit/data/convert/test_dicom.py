@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -16,7 +17,6 @@ from lora_llava.data.convert.writer import ConvertOptions
 from lora_llava.errors import DataError
 from tests.helpers.published_sets import dicom
 
-pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed; the dev extra has it")
 FIRST = "P-77/a/IMG0001.dcm"
 
 
