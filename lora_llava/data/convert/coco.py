@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.convert.boxes import clipped, corners
+from lora_llava.data.convert.boxes import Box, check_size, clipped, corners
 from lora_llava.data.convert.fields import (
     WRONG_FIELD,
     DropError,
@@ -77,8 +78,10 @@ class _File:
         self.name = path.name if split == "records" else f"{split}/{path.name}"
         self.scenes: dict[str, Scene] = {}
         self.categories: dict[str, str] = {}
-        self.captions: dict[str, list[tuple[str, str]]] = {}
+        self.captions: dict[str, list[str]] = {}
+        """By the id of the image."""
         self.recorded: dict[str, tuple[float, float]] = {}
+        """Width and height that the file names, by the id of the image."""
 
     def read(self) -> list[Scene]:
         """Write the records of captions; return the images with their objects."""
@@ -95,7 +98,8 @@ class _File:
         self._write_captions()
         return list(self.scenes.values()) if has_objects else []
 
-    def _take(self, add: Any, value: Any, where: str) -> None:
+    def _take(self, add: Callable[[dict[str, Any], str], None], value: Any, where: str) -> None:
+        """Add an entry, or report why it is left out."""
         try:
             add(mapping(value, where), where)
         except DataError as error:
@@ -106,9 +110,9 @@ class _File:
         if key in self.scenes:
             raise DropError(f"{where}: id: {key} occurs twice", "an id occurs twice")
         picture = self.writer.picture(self.prefix + text(entry, "file_name", where), where)
-        self.scenes[key] = Scene(key, picture, self.split)
         if entry.get("width") is not None and entry.get("height") is not None:
             self.recorded[key] = (number(entry, "width", where), number(entry, "height", where))
+        self.scenes[key] = Scene(key, picture, self.split)
 
     def _add_category(self, entry: dict[str, Any], where: str) -> None:
         self.categories[identity(entry, "id", where)] = text(entry, "name", where)
@@ -124,7 +128,7 @@ class _File:
         if "category_id" in entry:
             scene.objects.append(self._object(entry, where, scene.picture, key))
         elif "caption" in entry:
-            self.captions.setdefault(key, []).append((text(entry, "caption", where), where))
+            self.captions.setdefault(key, []).append(text(entry, "caption", where))
         else:
             raise DropError(f"{where}: has neither caption nor category_id", WRONG_FIELD)
 
@@ -152,8 +156,8 @@ class _File:
         for key, captions in self.captions.items():
             rng = random.Random(f"{self.writer.options.seed}/{self.split}/{key}/captions")
             prompts = rng.sample(CAPTION_PROMPTS, len(CAPTION_PROMPTS))
-            references = [caption for caption, _ in captions] if len(captions) > 1 else None
-            for index, (caption, _) in enumerate(captions):
+            references = captions if len(captions) > 1 else None
+            for index, caption in enumerate(captions):
                 record = {"id": f"{key}/caption/{index}", "image": self.scenes[key].picture.path, "answer": caption}
                 question = self.writer.options.question or prompts[index % len(prompts)]
                 self.writer.write(
@@ -161,26 +165,9 @@ class _File:
                 )
 
 
-def _box(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
+def _box(entry: dict[str, Any], where: str) -> Box:
     values = entry.get("bbox")
     if not isinstance(values, list) or len(values) != 4:
         raise DropError(f"{where}: bbox: must be a list of x, y, width and height", WRONG_FIELD)
     left, top, width, height = (finite(value, f"{where}: bbox[{index}]") for index, value in enumerate(values))
     return corners(left, top, width, height)
-
-
-def check_size(picture: Picture, recorded: tuple[float, float] | None, where: str) -> None:
-    """Raise DropError if coordinates refer to an image of another size, or to one before its rotation by EXIF data."""
-    if recorded is not None and recorded != picture.size:
-        raise DropError(
-            f"{where}: the annotations are of an image of {recorded[0]:g} x {recorded[1]:g} pixels, the file has "
-            f"{picture.size[0]} x {picture.size[1]}",
-            "an image has another size than its annotations say",
-        )
-    # With width and height exchanged, the recorded size shows which form is meant.
-    is_known = picture.orientation > 4 and recorded is not None and picture.size[0] != picture.size[1]
-    if picture.orientation > 1 and not is_known:
-        raise DropError(
-            f"{where}: the image is rotated by its EXIF data, and the boxes may be of either form",
-            "boxes in an image that EXIF data rotate",
-        )

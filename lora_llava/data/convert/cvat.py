@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NoReturn
 from xml.parsers import expat
 
-from lora_llava.data.convert.boxes import Box, clipped
-from lora_llava.data.convert.coco import check_size
-from lora_llava.data.convert.fields import DropError, finite, identity, input_file, text
+from lora_llava.data.convert.boxes import Box, check_size, clipped
+from lora_llava.data.convert.fields import DropError, finite, identity, images_near, input_file, is_split, text
 from lora_llava.data.convert.objects import Labeled, Scene, ask_about_objects
 from lora_llava.data.convert.writer import ConvertOptions, Writer
 from lora_llava.errors import DataError
@@ -28,9 +26,7 @@ def convert_cvat(source: Path, output: Path, options: ConvertOptions) -> Writer:
     `source`: an annotation file, or a directory with one; images are below `images/` next to it.
     """
     path = input_file(source, "*.xml")
-    beside = path.parent / "images"
-    root = options.images or (beside if beside.is_dir() else path.parent)
-    with Writer(output, root, options) as writer:
+    with Writer(output, options.images or images_near(path), options) as writer:
         reader = _Reader(writer, path)
         reader.read()
         if any(scene.objects for scene in reader.scenes):
@@ -103,7 +99,7 @@ class _Reader:
         key = identity(attributes, "id", self._image)
         picture = self.writer.picture(text(attributes, "name", self._image), self._image)
         subset = attributes.get("subset", "")
-        split = subset if re.fullmatch(r"[A-Za-z0-9_-]{1,40}", subset) else "records"
+        split = subset if is_split(subset) else "records"
         self._recorded = (_number(attributes, "width", self._image), _number(attributes, "height", self._image))
         self._scene = Scene(key, picture, split)
         self.scenes.append(self._scene)

@@ -19,14 +19,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from lora_llava.data.convert.fields import DropError, text
-from lora_llava.data.convert.writer import ConvertOptions, Writer
+from lora_llava.data.convert.writer import REPORT_QUESTION, ConvertOptions, Writer
 from lora_llava.data.images.grayscale import Window, to_eight_bits
 from lora_llava.data.images.read import MAX_PIXELS
 from lora_llava.data.sources.tables import read_rows
 from lora_llava.errors import DataError
 from lora_llava.system.text import listed, printable
 
-QUESTION = "Write the radiology report of this image."
 _KEYS = {
     "SOPInstanceUID": "sopinstanceuid instanceuid",
     "SeriesInstanceUID": "seriesinstanceuid seriesuid series",
@@ -63,19 +62,19 @@ class _Instance:
 
     def value(self, tag: str) -> str:
         """Return a tag as text; empty if it is missing."""
-        found = self.header.get(tag)
-        return "" if found is None else str(found).strip()
+        value = self.header.get(tag)
+        return "" if value is None else str(value).strip()
 
     def number(self, tag: str) -> float | None:
         """Return the first number of a tag; None if there is none."""
-        found = self.header.get(tag)
-        if found is None or isinstance(found, str | bytes):
+        value = self.header.get(tag)
+        if value is None or isinstance(value, str | bytes):
             return None
         try:
-            value = float(found if isinstance(found, int | float) else found[0])
+            number = float(value if isinstance(value, int | float) else value[0])
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
-        return value if np.isfinite(value) else None
+        return number if np.isfinite(number) else None
 
 
 def convert_dicom(source: Path, output: Path, options: ConvertOptions) -> Writer:
@@ -129,6 +128,7 @@ def _check_pydicom() -> None:
 
 
 def _join_column(columns: list[str], table: Path) -> tuple[str, str]:
+    """Return the tag that joins files with rows, and the column that holds it; DataError if there is none."""
     names = {re.sub(r"[^a-z]", "", name.lower()): name for name in columns}
     for tag, spellings in _KEYS.items():
         for spelling in spellings.split():
@@ -180,7 +180,7 @@ def _read_header(path: Path, where: str, root: Path) -> _Instance | None:
     try:
         if not path.resolve().is_relative_to(root):
             raise DropError(f"{where}: is a link out of SRC; copy the file", "a link out of the directory")
-        if not path.is_file() or not _is_dicom(path):
+        if not path.is_file() or not is_dicom(path):
             if path.suffix.lower() in (".dcm", ".dicom"):
                 raise DropError(f"{where}: is no DICOM file", "not a DICOM file")
             return None
@@ -205,7 +205,8 @@ def _read_header(path: Path, where: str, root: Path) -> _Instance | None:
     return instance
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Tell whether a file has DICOM's preamble. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
@@ -227,7 +228,7 @@ class _Rows:
             raise DropError(f"{where}: {self.columns['key']}: joins no file", "a row joins no file")
         self.used.add(key)
         answer = text(row, self.columns["answer"], where)
-        question = row.get(self.columns["question"]) or self.writer.options.question or QUESTION
+        question = row.get(self.columns["question"]) or self.writer.options.question or REPORT_QUESTION
         instance = _middle(instances)
         image = _render(instance, self.writer.options.window)
         self.number += 1
@@ -246,16 +247,17 @@ class _Rows:
 
 
 def _middle(instances: list[_Instance]) -> _Instance:
-    """Choose an image: of the series with the lowest number the middle one."""
+    """Return the middle image of the series with the lowest number."""
     series: dict[tuple[float, str], list[_Instance]] = {}
     for instance in instances:
         number = instance.number("SeriesNumber")
         key = (float("inf") if number is None else number, instance.value("SeriesInstanceUID"))
         series.setdefault(key, []).append(instance)
-    first = sorted(
-        series[min(series)], key=lambda one: (one.number("InstanceNumber") or 0.0, one.value("SOPInstanceUID"))
+    images = sorted(
+        series[min(series)],
+        key=lambda instance: (instance.number("InstanceNumber") or 0.0, instance.value("SOPInstanceUID")),
     )
-    return first[len(first) // 2]
+    return images[len(images) // 2]
 
 
 def _render(instance: _Instance, window: Window | None) -> Image.Image:
@@ -309,12 +311,13 @@ def _decode(instance: _Instance) -> npt.NDArray[Any]:
 
 
 def _shades(instance: _Instance, pixels: npt.NDArray[Any], window: Window | None, *, inverted: bool) -> Image.Image:
+    """Return gray pixels (H, W) as an image of 8 bits: rescaled, windowed, with padding in black."""
     slope, intercept = instance.number("RescaleSlope"), instance.number("RescaleIntercept")
     values = pixels.astype(np.float64) * (1.0 if slope is None else slope) + (intercept or 0.0)
     padding = instance.number("PixelPaddingValue")
     is_padding = np.zeros(pixels.shape, bool) if padding is None else pixels == padding
     if not is_padding.all():
-        # Black, as it is shown.
+        # The darkest shade, which is the highest value of an inverted image.
         shown = values[~is_padding]
         values = np.where(is_padding, shown.max() if inverted else shown.min(), values)
     gray = to_eight_bits(values, window or _window(instance))

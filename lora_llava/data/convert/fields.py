@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from lora_llava.data.sources.cells import kind_of
 from lora_llava.errors import DataError
 from lora_llava.system.text import listed, printable
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Extensions of image files, in lower case."""
 _MAX_ID = 200
 """Longest id in characters."""
 
@@ -42,8 +45,19 @@ def input_file(source: Path, pattern: str) -> Path:
     raise DataError(f"{source}: {got}; name the file as SRC, and the directory of its images with --images")
 
 
+def images_near(path: Path) -> Path:
+    """Return the directory `images` next to an annotation file, or the directory of the file if there is none."""
+    images = path.parent / "images"
+    return images if images.is_dir() else path.parent
+
+
+def is_split(name: str) -> bool:
+    """Tell whether the name of a split can be the name of a file."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name) is not None
+
+
 def mapping(value: Any, where: str) -> dict[str, Any]:
-    """Return `value` if it is an object."""
+    """Return `value` if it is an object; DropError otherwise."""
     if isinstance(value, dict):
         return value
     raise DropError(f"{where}: {_got(value)}, must be an object", WRONG_FIELD)
@@ -71,7 +85,7 @@ def numbered(values: list[Any], where: str) -> Iterator[tuple[str, Any]]:
 
 
 def text(entry: dict[str, Any], key: str, where: str) -> str:
-    """Return a text that is not blank, without white space around it."""
+    """Return a text that is not blank, without white space around it; DropError for anything else."""
     value = entry.get(key)
     if not isinstance(value, str):
         raise DropError(f"{where}: {key}: {_got(value)}, must be text", WRONG_FIELD)
@@ -81,9 +95,11 @@ def text(entry: dict[str, Any], key: str, where: str) -> str:
 
 
 def identity(entry: dict[str, Any], key: str, where: str) -> str:
-    """Return an id, a string or an integer, as text."""
+    """Return an id, a string or an integer, as text; DropError for anything else."""
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if value == "":
+        raise DropError(f"{where}: {key}: is empty, must be a string or an integer", WRONG_FIELD)
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise DropError(f"{where}: {key}: {_got(value)}, must be a string or an integer", WRONG_FIELD)
     if isinstance(value, int) and value.bit_length() > 64:
         raise DropError(f"{where}: {key}: is a number of {value.bit_length():,} bits, no id", WRONG_FIELD)
@@ -93,12 +109,12 @@ def identity(entry: dict[str, Any], key: str, where: str) -> str:
 
 
 def number(entry: dict[str, Any], key: str, where: str) -> float:
-    """Return a finite number."""
+    """Return a finite number; DropError for anything else."""
     return finite(entry.get(key), f"{where}: {key}")
 
 
 def finite(value: Any, where: str) -> float:
-    """Return `value` as a float if it is a finite number."""
+    """Return `value` as a float if it is a finite number; DropError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DropError(f"{where}: {_got(value)}, must be a number", WRONG_FIELD)
     # An integer of JSON can be larger than any float.

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from lora_llava.data.convert.boxes import Box, clipped, corners
-from lora_llava.data.convert.coco import check_size
-from lora_llava.data.convert.fields import WRONG_FIELD, DropError, identity, input_file, mapping, number, numbered
+from lora_llava.data.convert.boxes import Box, check_size, clipped, corners
+from lora_llava.data.convert.fields import (
+    IMAGE_SUFFIXES,
+    WRONG_FIELD,
+    DropError,
+    identity,
+    input_file,
+    mapping,
+    number,
+    numbered,
+)
 from lora_llava.data.convert.objects import Labeled, Scene, ask_about_objects
 from lora_llava.data.convert.writer import ConvertOptions, Picture, Writer
 from lora_llava.data.record import check_text
@@ -18,7 +27,6 @@ from lora_llava.data.sources.tables import read_document
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _QUESTIONS = ("question", "prompt", "text")
 """Keys of a task that may hold the question of its answers."""
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
@@ -57,6 +65,8 @@ class _Task:
         self.writer, self.where = writer, where
         self.id = identity(entry, "id", where)
         self.data = mapping(entry.get("data"), f"{where}: data")
+        self.answers: Counter[str] = Counter()
+        """Answers so far, by the name of their control: a control of regions has one for each region."""
         self.results = self._annotation(entry)
         self.picture = self._find_picture()
 
@@ -71,6 +81,7 @@ class _Task:
         return scene
 
     def _annotation(self, entry: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Return the results of the annotation to use, each with its location; the others are reported."""
         where = f"{self.where}: annotations"
         annotations = entry.get("annotations")
         if not isinstance(annotations, list):
@@ -89,11 +100,11 @@ class _Task:
         return list(numbered(first["result"], f"{name}: result"))
 
     def _find_picture(self) -> Picture:
-        """Bring the image of the task: of a URL or path of the server, the file of that name is looked for."""
+        """Bring the image of the task below the output; for a URL or a path of the server, the file of that name."""
         paths = {
             key: value
             for key, value in self.data.items()
-            if isinstance(value, str) and _path(value).lower().endswith(_SUFFIXES)
+            if isinstance(value, str) and _path(value).lower().endswith(IMAGE_SUFFIXES)
         }
         if not paths:
             raise DropError(f"{self.where}: data: holds no path of an image", WRONG_FIELD)
@@ -158,13 +169,15 @@ class _Task:
                 "an answer without a question",
             )
         question = question or (self.writer.options.question or "").replace("{name}", name)
-        record = {"id": f"{self.id}/{name}", "image": self.picture.path, "question": question}
+        self.answers[name] += 1
+        suffix = f"/{self.answers[name]}" if self.answers[name] > 1 else ""
+        record = {"id": f"{self.id}/{name}{suffix}", "image": self.picture.path, "question": question}
         check_text(record["id"], where)
         self.writer.write({**record, "answer": ", ".join(texts).strip()}, kind=str(result["type"]))
 
 
 def _path(location: str) -> str:
-    """Return the path in a location: of local files, Label Studio has it in the query."""
+    """Return the path in a location; for local files, Label Studio puts it in the query, as `d=`."""
     try:
         parts = urlsplit(location)
         query = parse_qs(parts.query).get("d")

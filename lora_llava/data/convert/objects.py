@@ -28,9 +28,9 @@ class Labeled:
     """Names the annotation, for messages."""
     box: Box | None = None
     is_crowd: bool = False
-    """Whether it stands for several objects."""
+    """Whether it stands for several objects, or for an unknown number of them."""
     is_tag: bool = False
-    """Whether it is of the whole image."""
+    """Whether it labels the whole image."""
 
 
 @dataclass(slots=True)
@@ -41,11 +41,10 @@ class Scene:
     picture: Picture
     split: str = "records"
     objects: list[Labeled] = field(default_factory=list)
-    group: str | None = None
 
 
 def ask_about_objects(writer: Writer, scenes: Sequence[Scene]) -> None:
-    """Write the presence, count and location questions about all scenes, with a seed the same ones each time."""
+    """Write presence, count and location questions about all scenes; the same seed draws the same ones."""
     options = writer.options
     writer.report.rules += [
         "Presence: for each label as many images without it as with it, drawn with the seed; its absence is taken from "
@@ -58,11 +57,11 @@ def ask_about_objects(writer: Writer, scenes: Sequence[Scene]) -> None:
     tags = {item.label for scene in scenes for item in scene.objects if item.is_tag}
     for index, scene in enumerate(scenes):
         for label, is_there in presence.get(index, ()):
-            asked = f'Does "{label}" apply to the image?' if label in tags else _is_there(label)
+            asked = f'Does "{label}" apply to the image?' if label in tags else _presence_question(label)
             _ask(writer, scene, "presence", label, asked + SHORT, "Yes" if is_there else "No")
         rng = random.Random(f"{options.seed}/{scene.split}/{scene.id}")
         _ask_counts(writer, scene, rng)
-        _ask_places(writer, scene, rng)
+        _ask_locations(writer, scene, rng)
 
 
 def _presence(scenes: Sequence[Scene], per_image: int, seed: int) -> dict[int, list[tuple[str, bool]]]:
@@ -74,17 +73,16 @@ def _presence(scenes: Sequence[Scene], per_image: int, seed: int) -> dict[int, l
     pairs: list[tuple[str, int, int]] = []
     for label in sorted(with_label):
         rng = random.Random(f"{seed}/presence/{label}")
-        there = with_label[label]
-        holders = set(there)
-        absent = [index for index in range(len(scenes)) if index not in holders]
-        number = min(len(there), len(absent))
-        pairs += zip([label] * number, rng.sample(there, number), rng.sample(absent, number), strict=True)
+        present = with_label[label]
+        absent = sorted(set(range(len(scenes))) - set(present))
+        number = min(len(present), len(absent))
+        pairs += zip([label] * number, rng.sample(present, number), rng.sample(absent, number), strict=True)
     most = max(1, per_image * len(scenes) // 2)
     if len(pairs) > most:
         pairs = sorted(random.Random(f"{seed}/presence").sample(pairs, most))
     questions: dict[int, list[tuple[str, bool]]] = {}
-    for label, there_index, absent_index in pairs:
-        questions.setdefault(there_index, []).append((label, True))
+    for label, present_index, absent_index in pairs:
+        questions.setdefault(present_index, []).append((label, True))
         questions.setdefault(absent_index, []).append((label, False))
     return questions
 
@@ -97,7 +95,7 @@ def _ask_counts(writer: Writer, scene: Scene, rng: random.Random) -> None:
         _ask(writer, scene, "count", label, question, str(counts[label]))
 
 
-def _ask_places(writer: Writer, scene: Scene, rng: random.Random) -> None:
+def _ask_locations(writer: Writer, scene: Scene, rng: random.Random) -> None:
     counts = Counter(item.label for item in scene.objects)
     single = {item.label: item for item in scene.objects if counts[item.label] == 1 and not item.is_crowd}
     for label in _draw(sorted(single), writer.options.per_image, rng):
@@ -118,8 +116,8 @@ def _draw(labels: list[str], most: int, rng: random.Random) -> list[str]:
 
 def _ask(writer: Writer, scene: Scene, kind: str, label: str, question: str, answer: str) -> None:
     record = {"id": f"{scene.id}/{kind}/{label}", "image": scene.picture.path, "question": question, "answer": answer}
-    writer.write({**record, "group": scene.group}, kind=kind, split=scene.split)
+    writer.write(record, kind=kind, split=scene.split)
 
 
-def _is_there(label: str) -> str:
+def _presence_question(label: str) -> str:
     return f"Is there {'an' if label[0].lower() in 'aeiou' else 'a'} {label} in the image?"

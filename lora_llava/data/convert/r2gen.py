@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.convert.fields import WRONG_FIELD, DropError, identity, input_file, mapping, numbered, text
-from lora_llava.data.convert.writer import ConvertOptions, Writer
+from lora_llava.data.convert.fields import (
+    WRONG_FIELD,
+    DropError,
+    identity,
+    images_near,
+    input_file,
+    is_split,
+    mapping,
+    numbered,
+    text,
+)
+from lora_llava.data.convert.writer import REPORT_QUESTION, ConvertOptions, Writer
 from lora_llava.data.sources.cells import kind_of
 from lora_llava.data.sources.tables import read_document
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable
 
-QUESTION = "Write the radiology report of this image."
 _GROUPS = ("subject_id", "study_id", "id")
 """Keys of the patient, or of what comes nearest, in order."""
 
@@ -27,15 +35,13 @@ def convert_r2gen(source: Path, output: Path, options: ConvertOptions) -> Writer
     content = read_document(path)
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path.name}: holds {kind_of(content)}, must hold an object with train, val and test")
-    beside = path.parent / "images"
-    root = options.images or (beside if beside.is_dir() else path.parent)
-    with Writer(output, root, options) as writer:
+    with Writer(output, options.images or images_near(path), options) as writer:
         writer.report.rules += [
             "View: the first of image_path, the frontal one in IU X-Ray; further views are left out.",
             f"Group: {', '.join(_GROUPS[:-1])} or {_GROUPS[-1]}, the first that a record has.",
         ]
         for split, reports in content.items():
-            if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", split) or not isinstance(reports, list):
+            if not is_split(split) or not isinstance(reports, list):
                 raise DataError(
                     f"{path.name}: {printable(split, 40)!r}: is no split ({kind_of(reports)}); "
                     "must be a list of reports under train, val or test"
@@ -54,7 +60,7 @@ def _convert_report(writer: Writer, value: Any, where: str, split: str) -> None:
         record = {
             "id": identity(entry, "id", where),
             "image": writer.picture(text({"image_path": views[0]}, "image_path", where), where).path,
-            "question": writer.options.question or QUESTION,
+            "question": writer.options.question or REPORT_QUESTION,
             "answer": text(entry, "report", where),
             "group": next(identity(entry, key, where) for key in _GROUPS if entry.get(key) is not None),
         }

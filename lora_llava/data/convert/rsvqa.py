@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.convert.fields import WRONG_FIELD, DropError, identity, items, mapping, numbered, text
+from lora_llava.data.convert.fields import WRONG_FIELD, DropError, identity, is_split, items, mapping, numbered, text
 from lora_llava.data.convert.objects import SHORT
 from lora_llava.data.convert.writer import ConvertOptions, Writer
 from lora_llava.data.sources.tables import read_document
@@ -20,7 +19,7 @@ _INACTIVE = "marked as inactive"
 def convert_rsvqa(source: Path, output: Path, options: ConvertOptions) -> Writer:
     """Write a record for each active question of a directory with `*questions.json`, `*answers.json`, `*images.json`.
 
-    Files that begin with `all` are read only if there are no others: they repeat the splits.
+    `all_questions.json` is read only if there is no other: it repeats the splits.
     """
     paths = sorted(source.glob("*questions.json"))
     splits = [path for path in paths if not path.name.startswith("all_")] or paths
@@ -36,7 +35,7 @@ def convert_rsvqa(source: Path, output: Path, options: ConvertOptions) -> Writer
 def _convert_split(writer: Writer, path: Path) -> None:
     start = path.name.removesuffix("questions.json")
     name = start.rpartition("split_")[2].strip("_")
-    split = name if re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name) else "records"
+    split = name if is_split(name) else "records"
     images = _by_id(writer, path.with_name(f"{start}images.json"), "images")
     answers = _by_id(writer, path.with_name(f"{start}answers.json"), "answers")
     for where, value in numbered(items(read_document(path), "questions", path.name), f"{path.name}, questions"):
@@ -49,6 +48,7 @@ def _convert_split(writer: Writer, path: Path) -> None:
 
 
 def _by_id(writer: Writer, path: Path, key: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of the list under `key` by their ids, each with its location under the key ""."""
     entries = {}
     for where, value in numbered(items(read_document(path), key, path.name), f"{path.name}, {key}"):
         try:
@@ -76,18 +76,19 @@ def _question(
         raise DropError(f"{where}: img_id: {image} is inactive", _INACTIVE)
     question, kind = text(entry, "question", where), text(entry, "type", where)
     answer = _answer(entry, where, answers)
-    places = (f"{folder}{image}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES)
-    name = next((place for place in places if writer.exists(place, where)), f"{image}.tif")
+    paths = (f"{folder}{image}{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES)
+    name = next((path for path in paths if writer.exists(path, where)), f"{image}.tif")
     picture = writer.picture(name, where)
     return {"id": key, "image": picture.path, "question": question + SHORT, "answer": answer}, kind
 
 
 def _answer(entry: dict[str, Any], where: str, answers: dict[str, dict[str, Any]]) -> str:
+    """Return the first active answer to a question."""
     keys = entry.get("answers_ids")
     if not isinstance(keys, list) or not keys:
         raise DropError(f"{where}: answers_ids: must be a list of ids", WRONG_FIELD)
-    for index in range(len(keys)):
-        key = identity({"answers_ids": keys[index]}, "answers_ids", where)
+    for value in keys:
+        key = identity({"answers_ids": value}, "answers_ids", where)
         if key not in answers:
             raise DropError(f"{where}: answers_ids: {key} is not in the file of answers", "an id joins nothing")
         answer = answers[key]

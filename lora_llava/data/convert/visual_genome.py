@@ -7,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.convert.boxes import corners, llava_box
-from lora_llava.data.convert.coco import check_size
+from lora_llava.data.convert.boxes import check_size, corners, llava_box
 from lora_llava.data.convert.fields import WRONG_FIELD, DropError, identity, mapping, number, numbered, text
 from lora_llava.data.convert.objects import BOX_RULE, WHERE
 from lora_llava.data.convert.writer import ConvertOptions, Picture, Writer
@@ -51,7 +50,7 @@ def convert_visual_genome(source: Path, output: Path, options: ConvertOptions) -
 def _convert_image(writer: Writer, value: Any, where: str) -> None:
     try:
         entry = mapping(value, where)
-        # Of both keys that name the image, the published files have one or the other.
+        # The published files name the image by one key or the other.
         key = identity(entry, "id" if "id" in entry else "image_id", where)
         name = next((folder for folder in _FOLDERS if writer.exists(f"{folder}{key}.jpg", where)), "") + f"{key}.jpg"
         picture = writer.picture(name, where)

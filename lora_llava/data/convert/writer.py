@@ -22,6 +22,8 @@ from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import ImageSource, check_text
 from lora_llava.errors import DataError
 
+REPORT_QUESTION = "Write the radiology report of this image."
+"""Question of a radiology report, which comes without one."""
 _IMAGES = "images"
 _MAX_EXAMPLES = 20
 """Maximum number of things named for each reason in the report."""
@@ -60,7 +62,7 @@ class Picture:
     size: tuple[int, int]
     """Width and height in pixels, upright."""
     orientation: int = 1
-    """By its EXIF data; above 1 it is turned or mirrored, above 4 width and height are exchanged."""
+    """EXIF orientation: above 1 the file is rotated or mirrored, above 4 its width and height are exchanged."""
 
 
 @dataclass
@@ -232,7 +234,7 @@ def _look_at(source: ImageSource) -> tuple[str, tuple[int, int], int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(source.path, formats=FORMATS) as image:
-                turned = image.getexif().get(_ORIENTATION, 1)
+                tag = image.getexif().get(_ORIENTATION, 1)
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise DataError(f"{source.name}: more than {MAX_PIXELS:,} pixels; make it smaller", "bad_image")
@@ -241,5 +243,5 @@ def _look_at(source: ImageSource) -> tuple[str, tuple[int, int], int]:
         raise
     except Exception as error:  # noqa: BLE001 - a decoder raises anything for broken bytes
         raise DataError(f"{source.name}: not an image that can be read ({type(error).__name__})", "bad_image") from None
-    orientation = turned if isinstance(turned, int) and 1 < turned <= 8 else 1
+    orientation = tag if isinstance(tag, int) and 1 < tag <= 8 else 1
     return form, (height, width) if orientation > 4 else (width, height), orientation

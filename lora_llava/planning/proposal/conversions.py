@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_llava.data.convert.dicom import is_dicom
+from lora_llava.data.convert.fields import IMAGE_SUFFIXES
 from lora_llava.data.sources.tables import read_document
 from lora_llava.errors import DataError
 
@@ -24,7 +26,6 @@ _NAMES = {
 """What each kind of `lora-llava convert` reads, in words."""
 _MAX_FILES = 500
 """Maximum number of files that are opened to find DICOM among them."""
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Conversion(NamedTuple):
@@ -59,12 +60,13 @@ def _of_directory(directory: Path) -> Conversion | None:
         return Conversion("rsvqa", directory)
     if any((directory / name).is_file() for name in ("question_answers.json", "region_descriptions.json")):
         return Conversion("visual-genome", directory)
-    files = [*sorted(directory.glob("*.json")), *sorted(directory.glob("annotations/*.json")), *directory.glob("*.xml")]
+    files = [*sorted(directory.glob("*.json")), *sorted(directory.glob("annotations/*.json"))]
+    files += sorted(directory.glob("*.xml"))
     for file in files:
-        if (found := _of_file(file)) is not None:
+        if (conversion := _of_file(file)) is not None:
             is_alone = len(files) == 1 and file.parent == directory
-            return found._replace(source=directory, images=None) if is_alone else found
-    return Conversion("dicom", directory) if any(_is_dicom(path) for path in _first_files(directory)) else None
+            return conversion._replace(source=directory, images=None) if is_alone else conversion
+    return Conversion("dicom", directory) if any(_is_readable_dicom(path) for path in _first_files(directory)) else None
 
 
 def _of_file(path: Path) -> Conversion | None:
@@ -78,7 +80,7 @@ def _of_file(path: Path) -> Conversion | None:
     if path.suffix == ".xml" and path.is_file():
         with path.open("rb") as file:
             return Conversion("cvat", path) if b"<annotations" in file.read(4096) else None
-    return Conversion("dicom", path.parent) if path.is_file() and _is_dicom(path) else None
+    return Conversion("dicom", path.parent) if _is_readable_dicom(path) else None
 
 
 def _kind(content: Any) -> str | None:
@@ -103,27 +105,27 @@ def _kind(content: Any) -> str | None:
 def _images_for(path: Path) -> Path | None:
     """Return the directory with the images of a COCO file, if it is not the one with the file."""
     split = path.stem.rpartition("_")[2]
-    places = (path.parent, path.parent / "images", path.parent.parent / split, path.parent.parent / "images")
-    found = next((place for place in places if _holds_images(place)), None)
-    return None if found == path.parent else found
+    candidates = (path.parent, path.parent / "images", path.parent.parent / split, path.parent.parent / "images")
+    directory = next((candidate for candidate in candidates if _holds_images(candidate)), None)
+    return None if directory == path.parent else directory
 
 
 def _holds_images(directory: Path) -> bool:
     return directory.is_dir() and any(
-        path.suffix.lower() in _IMAGES for path in islice(directory.iterdir(), _MAX_FILES)
+        path.suffix.lower() in IMAGE_SUFFIXES for path in islice(directory.iterdir(), _MAX_FILES)
     )
 
 
 def _first_files(directory: Path) -> Iterator[Path]:
+    """Yield at most `_MAX_FILES` files below a directory that are not images by their names."""
     files = (Path(folder, name) for folder, _, names in os.walk(directory) for name in sorted(names))
-    return islice((path for path in files if path.suffix.lower() not in _IMAGES), _MAX_FILES)
+    return islice((path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES), _MAX_FILES)
 
 
-def _is_dicom(path: Path) -> bool:
+def _is_readable_dicom(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+        return is_dicom(path)
     except OSError:
         return False

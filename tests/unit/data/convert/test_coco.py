@@ -132,6 +132,7 @@ def changed(directory: Path, key: str, index: int, **fields: Any) -> Path:
         ("images", 0, {"file_name": "../secret.jpg"}, "images[0]: image: '../secret.jpg' must be relative to"),
         ("images", 0, {"file_name": 5}, "images[0]: file_name: is a number, must be text"),
         ("images", 1, {"id": 1}, "images[1]: id: 1 occurs twice"),
+        ("images", 1, {"id": ""}, "images[1]: id: is empty, must be a string or an integer"),
         ("images", 0, {"width": 640, "height": 480}, "of an image of 640 x 480 pixels, the file has 64 x 48"),
         ("categories", 0, {"name": "<image>"}, "holds <image>"),
     ],
@@ -143,6 +144,15 @@ def test_a_fault_is_named_by_file_record_and_field(
     examples = [example for dropped in report["dropped"] for example in dropped["examples"]]
     assert any(said in example for example in examples), examples
     assert all(example.startswith(("instances_val2017.json, ", "record ")) for example in examples)
+
+
+def test_an_image_that_is_reported_is_left_out(tmp_path: Path) -> None:
+    report = run(changed(tmp_path / "in", "images", 0, width="64"), tmp_path / "out")
+    reasons = {dropped["reason"]: dropped["examples"] for dropped in report["dropped"]}
+    [said] = reasons["a field is missing or of the wrong type"]
+    assert said.endswith("images[0]: width: is text, must be a number")
+    assert "images/000000000001.jpg" not in {row["image"] for row in rows(tmp_path / "out" / "records.jsonl")}
+    assert len(reasons["an annotation belongs to no image"]) == 3
 
 
 def test_boxes_of_an_image_that_exif_data_rotate_are_left_out(tmp_path: Path) -> None:

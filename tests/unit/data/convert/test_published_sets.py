@@ -167,6 +167,23 @@ def test_label_studio_asks_for_a_question(tmp_path: Path) -> None:
     assert said.endswith("give one with --question, in which {name} stands for 'state'")
 
 
+def test_answers_of_one_control_have_different_ids(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    SETS["labelstudio"][1](source)
+    [path] = source.glob("*.json")
+    tasks = json.loads(path.read_text(encoding="utf-8"))
+    answered = next(task for task in tasks if task["annotations"][0]["result"][0]["type"] == "textarea")
+    [annotation] = answered["annotations"]
+    annotation["result"] = [annotation["result"][0]] * 2
+    path.write_text(json.dumps(tasks), encoding="utf-8")
+    _, output = converted("labelstudio", tmp_path)
+    text = (output / "records.jsonl").read_text(encoding="utf-8")
+    ids = [row["id"] for line in text.splitlines() if (row := json.loads(line))["type"] == "textarea"]
+    assert len(ids) == 2
+    assert ids[1] == f"{ids[0]}/2"
+
+
 def test_visual_genome(tmp_path: Path) -> None:
     _, output = converted("visual-genome", tmp_path)
     made = rows(output / "records.jsonl")
