@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, quiet_libraries
+from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, print_lines, quiet_libraries
 from lora_llava.system.files import refuse_existing
 from lora_llava.system.progress import phase
 
@@ -78,8 +78,7 @@ def check(
     if fix is not None:
         from lora_llava.doctor.fix import FIXES, RECIPE, write_fixed
 
-        for line in write_fixed(report, fix):
-            console.print(line, soft_wrap=True, markup=False)
+        print_lines(write_fixed(report, fix), console)
         name = click.format_filename(fix)
         console.print(f"{name}/{RECIPE} reads the cleaned data, {name}/{FIXES} lists all changes.", soft_wrap=True)
     if report.count("error"):

@@ -1,4 +1,4 @@
-"""Shared by the commands: errors as one message, quiet libraries, the console, opening a recipe."""
+"""What the commands share: errors as one message, quiet libraries, the console, opening a recipe or a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,12 @@ def make_console(*, stderr: bool = False) -> Console:
     from lora_llava.system.console import open_console
 
     return click.get_current_context().with_resource(shown_on(open_console(stderr=stderr)))
+
+
+def print_lines(lines: Iterable[str], console: Console) -> None:
+    """Print the lines of a summary literally: no markup, no highlighting, no line breaks."""
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def loading_console() -> Console:

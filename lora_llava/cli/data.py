@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lora_llava.cli.check import check
-from lora_llava.cli.common import make_console, quiet_environment
+from lora_llava.cli.common import make_console, print_lines, quiet_environment
 from lora_llava.cli.evaluate import option_problems
 from lora_llava.cli.options import parse_columns
 from lora_llava.data.convert.run import KINDS, convert, summary
@@ -110,8 +110,7 @@ def convert_(
     from lora_llava.data.convert.writer import ConvertOptions
 
     report = convert(kind, source, output, ConvertOptions(window=window, **options))  # type: ignore[arg-type]
-    for line in summary(report, output):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print_lines(summary(report, output), console)
 
 
 convert_.help = (convert_.help or "").replace("{kinds}", ", ".join(KINDS))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_llava.cli.common import make_console, open_model, quiet_libraries
+from lora_llava.cli.common import make_console, open_model, print_lines, quiet_libraries
 from lora_llava.cli.evaluate import option_problems
 from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, template_option
 from lora_llava.system.files import refuse_existing
@@ -96,12 +96,11 @@ def predict(
 
     console = make_console()
     asked = run.PredictSettings(settings, question, options["max_new_tokens"], options["max_rows"])
-    for line in run.predict(AskedModel(directory, base_model, options["template"]), asked, output, console):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print_lines(run.predict(AskedModel(directory, base_model, options["template"]), asked, output, console), console)
 
 
-def _share(_: click.Context, __: click.Parameter, value: float) -> float:
-    """Refuse NaN, which no range does."""
+def _not_nan(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Return a number. Raises click.BadParameter for NaN, which is within no range, and which click lets pass."""
     if value != value:
         raise click.BadParameter("is not a number")
     return value
@@ -124,7 +123,7 @@ def _share(_: click.Context, __: click.Parameter, value: float) -> float:
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True, max=100),
-    callback=_share,
+    callback=_not_nan,
     default=1.0,
     show_default=True,
     help="Higher: more varied answers.",
@@ -147,7 +146,7 @@ def _share(_: click.Context, __: click.Parameter, value: float) -> float:
 @click.option(
     "--other-image",
     type=click.FloatRange(min=0, max=1),
-    callback=_share,
+    callback=_not_nan,
     default=0.5,
     show_default=True,
     help="Share of the first questions also asked about another image.",
@@ -173,5 +172,5 @@ def pairs(model: Path, output: Path, data: str, base_model: str | None, template
 
     console = make_console()
     how = {key: value for key, value in options.items() if key not in _DATA}
-    for line in make_pairs(AskedModel(directory, base_model, template), PairSettings(settings, **how), output, console):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    model_to_ask = AskedModel(directory, base_model, template)
+    print_lines(make_pairs(model_to_ask, PairSettings(settings, **how), output, console), console)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
-from lora_llava.cli.common import make_console, quiet_libraries
+from lora_llava.cli.common import make_console, print_lines, quiet_libraries
 from lora_llava.system.text import printable_lines
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def push(
         # Not escaped in a pipe, so that a file holds the card itself.
         click.echo(printable_lines(prepared.card) if sys.stdout.isatty() else prepared.card)
         return
-    for line in push_prepared(prepared, Target(public=not private, **options)):
-        console.print(line, soft_wrap=True, markup=False)
+    print_lines(push_prepared(prepared, Target(public=not private, **options)), console)
 
 
 def _show_files(prepared: Prepared, console: Console) -> None:
@@ -105,5 +104,4 @@ def _show_files(prepared: Prepared, console: Console) -> None:
         lines.append(f"the card will say NAMESPACE/{prepared.repo_id}, with the namespace of your token")
     if prepared.needs_local_base:
         lines.append("the base model is a local directory, which others need too; or merge first and push the result")
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+    print_lines(lines, console)

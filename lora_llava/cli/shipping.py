@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lora_llava.cli.common import file_size, loading_console, open_model
+from lora_llava.cli.common import file_size, loading_console, open_model, print_lines
 from lora_llava.cli.options import base_option, onto_option, template_option
 from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export import export as export_model
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.system.files import refuse_existing
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _PATH = click.Path(path_type=Path)
 
@@ -57,13 +55,7 @@ def merge(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=max_shard_size,
     )
-    _show(summary(report, output), console)
-
-
-def _show(lines: list[str], console: Console) -> None:
-    """Print the lines of a summary."""
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+    print_lines(summary(report, output), console)
 
 
 @click.command()
@@ -97,8 +89,8 @@ def export(
     model = open_model(model, base_model)
     console = loading_console()
     base: Any = onto  # checked by click
-    report = FORMATS[layout](model, output, ExportOptions(base_model=base_model, base=base, **options))
-    _show(report["summary"], console)
+    report = export_model(model, output, layout, ExportOptions(base_model=base_model, base=base, **options))
+    print_lines(report["summary"], console)
 
 
 @click.command("import")
@@ -122,4 +114,4 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     console = loading_console()
     from lora_llava.shipping.importers import import_any
 
-    _show(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)
+    print_lines(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)

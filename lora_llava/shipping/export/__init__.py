@@ -45,12 +45,13 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
     from lora_llava.system.hub.artifact import located
 
     model = located(source)
-    report = FORMATS[layout](model, Path(output), options or ExportOptions())
-    if (window := read_usage(model).window) is not None:
+    options = options or ExportOptions()
+    report = FORMATS[layout](model, Path(output), options)
+    if (window := read_usage(model, options.template).window) is not None:
         low, high = window
         report["window"] = list(window)
         report.setdefault("summary", []).append(
-            f"Trained with images.window [{low:g}, {high:g}], which other software does not know: convert gray images "
-            f"of more than 8 bits to 8 bits before, with {low:g} as black and {high:g} as white"
+            f"Trained with images.window [{low:g}, {high:g}], which other software does not know: first convert gray "
+            f"images of more than 8 bits to 8 bits, with {low:g} as black and {high:g} as white"
         )
     return report

@@ -22,8 +22,8 @@ from lora_llava.shipping.hub.usage import gguf_commands, python_code, vllm_comma
 from lora_llava.system.text import counted
 
 _TASK = "visual-question-answering"
-_MARK = "<!-- Made by lora-llava from the run; sha256 of the above: "
-_USE = "To answer questions about images like those it was trained on."
+_SIGNATURE = "<!-- Made by lora-llava from the run; sha256 of the above: "
+_INTENDED_USE = "To answer questions about images like those it was trained on."
 _LIMITS = (
     "Its answers can be wrong and sound confident. It is untested on images unlike its training and test data. "
     "It has the biases and errors of its base and of its data."
@@ -47,7 +47,7 @@ def make_card(facts: Facts, repo_id: str) -> str:
         tested=describe.tested(facts),
         metric=describe.metric(facts),
         pictures=facts.pictures,
-        intended_use=card.get("intended_use") or _USE,
+        intended_use=card.get("intended_use") or _INTENDED_USE,
         limits=card.get("limits") or _LIMITS,
         is_adapter=facts.is_adapter,
         code=python_code(facts, repo_id),
@@ -60,12 +60,12 @@ def make_card(facts: Facts, repo_id: str) -> str:
         license=describe.license_note(facts),
     )
     text = f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body}\n"
-    return f"{text}{_MARK}{_digest(text)} -->\n"
+    return f"{text}{_SIGNATURE}{_digest(text)} -->\n"
 
 
 def is_unedited(text: str) -> bool:
     """Tell whether the kit wrote the card and nobody edited it."""
-    above, mark, rest = text.rpartition(_MARK)
+    above, mark, rest = text.rpartition(_SIGNATURE)
     return bool(mark) and rest == f"{_digest(above)} -->\n"
 
 
@@ -103,7 +103,7 @@ def _metadata(facts: Facts, name: str) -> ModelCardData:
         base_model=facts.base_id,
         base_model_relation=relation if facts.base_id else None,
         datasets=describe.data_sets(facts) or None,
-        metrics=["accuracy"] if results else None,
+        metrics=[results[0].metric_type] if results else None,
         model_name=name if results else None,
         eval_results=results or None,
     )

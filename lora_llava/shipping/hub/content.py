@@ -74,21 +74,21 @@ def collect(facts: Facts) -> Content:
     if not facts.is_adapter:
         listed += _shards(directory)
     present = [name for name in listed if (directory / name).is_file()]
-    files = [RepoFile(name, _published(_within_its_directory(directory / name), facts)) for name in present]
+    files = [RepoFile(name, _published(_refuse_outside_link(directory / name), facts)) for name in present]
     if (directory / CARD).is_file():
-        _within_its_directory(directory / CARD)
+        _refuse_outside_link(directory / CARD)
     names = {file.name for file in files}
     if missing := {_TOKENIZER, "tokenizer_config.json"} - names:
         raise ArtifactError(
             f"{directory}: {', '.join(sorted(missing))} is missing; the model cannot be used without it"
         )
-    files += [RepoFile(name, _within_its_directory(path)) for name, path in facts.pictures.items()]
+    files += [RepoFile(name, _refuse_outside_link(path)) for name, path in facts.pictures.items()]
     others = [path for path in directory.iterdir() if path.name not in names | {CARD}]
     left_out = [f"{path.name}/" if path.is_dir() else path.name for path in others]
     return Content(sorted(files, key=lambda file: file.name), sorted(left_out))
 
 
-def _within_its_directory(path: Path) -> Path:
+def _refuse_outside_link(path: Path) -> Path:
     """Return a file to publish; ArtifactError if it is a link to a file that lies outside of its directory."""
     real, directory = path.resolve(), path.parent.resolve()
     # A snapshot in the Hub's cache consists of links to the blobs of its repository.

@@ -57,7 +57,7 @@ class _Remote:
 
     @property
     def names(self) -> set[str]:
-        """Names of the files there."""
+        """Names of its files."""
         return {file.rfilename for file in self.info.siblings or []}
 
     def tree(self, revision: str | None) -> dict[str, RemoteFile]:
@@ -114,8 +114,7 @@ def push(prepared: Prepared, target: Target = Target()) -> list[str]:
     """Create the repository if it does not exist, and commit what it lacks. Returns the lines to show.
 
     All files appear at once, in one commit on the revision that was compared. Files of an earlier push that this one
-    lacks are removed; other files stay. Raises HubError, and KeyboardInterrupt, with what is known of the repository
-    then.
+    lacks are removed; other files stay. HubError and KeyboardInterrupt say in which state they leave the repository.
     """
     if target.create_pr and target.revision is not None:
         raise HubError("a pull request goes to the main branch; leave --revision or --create-pr out")
@@ -124,7 +123,7 @@ def push(prepared: Prepared, target: Target = Target()) -> list[str]:
     left = (
         f" An empty repository was created at {remote.url}: delete it there, or push again." if remote.created else ""
     )
-    with _told(f"{_NOTHING}{left}"):
+    with _errors_with(f"{_NOTHING}{left}"):
         files, lines = _with_card(prepared, remote)
         names = {file.name for file in files}
         stale = sorted(name for name in remote.names - names if is_ours(name))
@@ -133,7 +132,7 @@ def push(prepared: Prepared, target: Target = Target()) -> list[str]:
     if not additions and not stale:
         present = f"nothing to do, its {len(files)} files are there already"
         return [f"{remote.url}: {present} ({where}, commit {str(remote.info.sha)[:8]})", *lines]
-    with _told(f"{_NOTHING}{left or f' {_AGAIN}'}"):
+    with _errors_with(f"{_NOTHING}{left or f' {_AGAIN}'}"):
         ask(f"upload the files of {remote.id}", remote.id, lambda: _upload(remote, additions), token)
     oid, url = _commit(remote, additions, stale, left)
     _check_remote(remote, oid, additions)
@@ -146,8 +145,8 @@ def push(prepared: Prepared, target: Target = Target()) -> list[str]:
 
 
 @contextmanager
-def _told(state: str) -> Iterator[None]:
-    """Add to an error, or to an interruption, what is known of the repository."""
+def _errors_with(state: str) -> Iterator[None]:
+    """Add the state of the repository to a HubError, or to an interruption, inside the `with` block."""
     try:
         yield
     except HubError as error:
@@ -157,14 +156,14 @@ def _told(state: str) -> Iterator[None]:
 
 
 def _where(remote: _Remote) -> str:
-    """Return visibility, and the branch if it is not the main one."""
+    """Return the visibility of the repository, and the branch if it is not the main one."""
     branch = f"branch {remote.target.revision}" if remote.target.revision else ""
     return ", ".join(filter(None, ["private" if remote.info.private else "public", branch]))
 
 
 def _open(api: HfApi, name: str, target: Target, token: str) -> _Remote:
     """Look at the repository, and at its branch; create what does not exist. Raises HubError for another visibility."""
-    with _told(_NOTHING):
+    with _errors_with(_NOTHING):
         info = ask(f"look at {name}", name, lambda: _look(api, name), token)
         created = info is None
         if info is None:

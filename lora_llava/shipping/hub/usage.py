@@ -58,6 +58,7 @@ def python_code(facts: Facts, repo: str) -> str:
 
 
 def _load_adapter(facts: Facts, repo: str) -> list[str]:
+    """Return the lines that load the base and the adapter."""
     assert facts.manifest is not None
     lines = []
     base = [python_literal(facts.base_id or "path/to/the/base")]
@@ -79,7 +80,7 @@ def vllm_commands(facts: Facts, repo: str) -> str:
     """Return the commands that serve the model with vLLM."""
     if not facts.is_adapter:
         return f"vllm serve {shlex.quote(repo)}"
-    name, option = _local(facts, repo)
+    name, option = _directory(repo), _base_option(facts)
     form = adapter_form(facts)
     if not form or form["type"] == "dora" or form["r"] > VLLM_RANKS[-1]:
         return f"{_download(repo)}\nlora-llava merge {name} {name}-merged{option}\nvllm serve {name}-merged"
@@ -92,15 +93,19 @@ def vllm_commands(facts: Facts, repo: str) -> str:
 
 def gguf_commands(facts: Facts, repo: str) -> str:
     """Return the commands that export the model for llama.cpp and Ollama."""
-    name, option = _local(facts, repo)
-    return f"{_download(repo)}\nlora-llava export {name} {name}-gguf --format gguf{option}"
+    name = _directory(repo)
+    return f"{_download(repo)}\nlora-llava export {name} {name}-gguf --format gguf{_base_option(facts)}"
 
 
-def _local(facts: Facts, repo: str) -> tuple[str, str]:
-    return shlex.quote(
-        repo.rpartition("/")[2]
-    ), " --base-model path/to/the/base" if facts.is_adapter and not facts.base_id else ""
+def _directory(repo: str) -> str:
+    """Return the directory to download to, quoted for a shell."""
+    return shlex.quote(repo.rpartition("/")[2])
+
+
+def _base_option(facts: Facts) -> str:
+    """Return the option that names the base of an adapter, if it is not on the Hub."""
+    return " --base-model path/to/the/base" if facts.is_adapter and not facts.base_id else ""
 
 
 def _download(repo: str) -> str:
-    return f"hf download {shlex.quote(repo)} --local-dir {shlex.quote(repo.rpartition('/')[2])}"
+    return f"hf download {shlex.quote(repo)} --local-dir {_directory(repo)}"

@@ -115,10 +115,8 @@ def import_projector(source: Path, output: Path, options: ImportOptions) -> list
     if parts.lora or not all(name.startswith(PROJECTOR_PREFIX) for name in parts.replaced):
         raise ArtifactError(f"{source}: holds more than a projector; give the directory that it is in")
     base = open_base(options.base_model, source)
-    template, reason = (
-        get_template(options.template or "plain"),
-        "from --template" if options.template else "the default for captions",
-    )
+    template = get_template(options.template or "plain")
+    reason = "from --template" if options.template else "the default for captions"
     foreign = ForeignAdapter({}, parts.replaced, None, template, _original_ratio(source.parent))
     write_artifact(output, foreign, base, source)
     return [f"{source}: a projector; written as an artifact: {output}", *_notes(foreign, base, reason)]

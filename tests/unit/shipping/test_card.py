@@ -98,6 +98,16 @@ def test_the_card_of_a_run(tiny_base: Path, tmp_path: Path) -> None:
     assert {file.name for file in collect(facts).files} >= {"loss.png", "samples.png"}
 
 
+@pytest.mark.parametrize(("metric", "expected"), [("exact_match", "accuracy"), ("token_f1", "f1")])
+def test_the_metadata_name_the_metric(tiny_base: Path, tmp_path: Path, metric: str, expected: str) -> None:
+    made = make_run(tiny_base, tmp_path / "run")
+    change(tmp_path / "run/evaluation/accuracy.json", lambda data: data.update(metric=metric))
+    data = ModelCard(make_card(gather(made, None), REPO)).data.to_dict()
+    assert data["metrics"] == [expected]
+    [kind] = {result["metrics"][0]["type"] for result in data["model-index"][0]["results"]}
+    assert kind == expected
+
+
 def test_a_base_on_the_hub_is_named(tiny_base: Path, tmp_path: Path) -> None:
     made = make_run(tiny_base, tmp_path / "run", "medical_vqa", base_id="llava-hf/llava-1.5-7b-hf", nf4=True)
     text = make_card(gather(made, None), REPO)

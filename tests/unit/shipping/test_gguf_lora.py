@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_llava.shipping.export.gguf import lora as gguf_lora
 from lora_llava.shipping.export.gguf.file import deinterleave
 from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, make_artifact, save, train
+from tests.helpers.changed import BASE, exchanged_ids
 from tests.helpers.gguf_model import GGUFContent, image_features, text_logits
 from tests.helpers.tiny import IMAGE_SIZE, tiny_config
 from tests.unit.shipping.test_export_gguf import IDS
@@ -113,6 +115,8 @@ def test_an_artifact_is_merged_as_it_was_trained(tiny_base: Path, tmp_path: Path
     artifact = make_artifact(tiny_base, tmp_path / "instruct", nf4=True)
     lines = export(artifact, tmp_path / "a" / "out", "gguf", outtype="q8_0")
     assert any("base: dequantized" in line for line in lines)
+    lines = export(artifact, tmp_path / "original", "gguf", outtype="f32", base="original")
+    assert any("base: original (chosen with --onto" in line for line in lines)
     export(artifact, tmp_path / "merged", "hf")
     export(tmp_path / "merged", tmp_path / "b" / "out", "gguf", outtype="q8_0")
     ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / one / "out").iterdir()} for one in "ab")
@@ -160,3 +164,13 @@ def test_k70_without_that_base_the_difference_is_measured_and_said(tiny_base: Pa
     plain = make_artifact(tiny_base, tmp_path / "plain")
     with pytest.raises(ArtifactError, match="there is no dequantized base"):
         export(plain, tmp_path / "none", base="dequantized")
+
+
+def test_the_dequantized_base_has_the_tokenizer_of_training(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / BASE)
+    artifact = make_artifact(tmp_path / BASE, tmp_path / "run/instruct", nf4=True)
+    export(artifact, tmp_path / "before" / "out")
+    exchanged_ids(BASE)(tmp_path)
+    export(artifact, tmp_path / "after" / "out")
+    before, after = (GGUFContent(tmp_path / state / "out/text.gguf").fields for state in ("before", "after"))
+    assert after["tokenizer.ggml.tokens"] == before["tokenizer.ggml.tokens"]

@@ -44,9 +44,8 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
     """Write the LoRA of an artifact as `lora.gguf`, its projector and the tower as `mmproj.gguf`, and its template.
 
     For an adapter that was trained on NF4, also `text.gguf` with the dequantized base, unless `options.base` says
-    `original`.
-    Each file is read back and compared. Raises ArtifactError for an artifact that llama.cpp's LoRA cannot express:
-    DoRA, no LoRA, or other changes to the language model.
+    `original`. Each file is read back and compared. Raises ArtifactError for an artifact that llama.cpp's LoRA cannot
+    express: DoRA, no LoRA, or other changes to the language model.
     """
     outtype = out_type(options, "f32")
     if outtype not in ("f32", "f16"):
@@ -63,18 +62,19 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         # llama.cpp applies LoRA to the language model only, so LoRA on the vision tower is merged.
         read = merged_reader(opened.files, opened.files.read, opened.adapter, torch.float32)
         vision: OutType = "f32" if options.outtype == "f32" else "f16"
-        count = write_mmproj(staging / FILE, opened.config, read, opened.base, output.name, vision)
+        count = write_mmproj(staging / FILE, opened.config, read, opened.surroundings, output.name, vision)
         _write_template(staging, opened)
         record_source(staging, source)
-        about_base = _write_base(staging, opened, choose_base(opened, options.base), vision)
+        base_lines = _write_base(staging, opened, choose_base(opened, options.base), vision)
     lines = [f"{output}: {_LORA_FILE}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal"]
-    return {"summary": [*lines, *about_base, KNOWN_DEFECT]}
+    return {"summary": [*lines, *base_lines, KNOWN_DEFECT]}
 
 
 def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType) -> list[str]:
-    """Write the base that an adapter trained on NF4 fits: dequantized. Return the lines to show about the base.
+    """Write the dequantized base, which an adapter trained on NF4 needs. Return the lines to show about the base.
 
-    On the stored weights the adapter computes something else; how far that is, is measured where it is chosen.
+    For `original`, nothing is written, and the lines say how far the adapter on the stored base is from the trained
+    model.
     """
     stored = "base: the GGUF of the language model that it was trained on (lora-llava export BASE OUT --format gguf)"
     if not source.nf4:
@@ -82,7 +82,7 @@ def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType)
     if kind == "original":
         return [stored, f"it was trained on that base in NF4. On the stored weights: {_distance(source)}"]
     read = base_reader(source.files, source.manifest, kind)
-    tensors = write_text(staging / TEXT_FILE, source.base, source.config, read, outtype, source.template)
+    tensors = write_text(staging / TEXT_FILE, source.surroundings, source.config, read, outtype, source.template)
     return [
         f"base: {TEXT_FILE}, {outtype}, {len(tensors)} tensors: the weights that training saw, dequantized from NF4. "
         "It does not fit the stored ones; --onto original leaves the base out and measures the difference"
@@ -93,11 +93,12 @@ def _distance(source: Source) -> Difference:
     """Measure how far the adapter on the stored base is from the trained model."""
     phase("Asking the adapter on the stored base, and on the base that it was trained on")
     shipped = adapted_model(source.files.read, source.config, source.adapter)
-    asked = ask(shipped, source.config, source.template, source.base)
+    asked = ask(shipped, source.config, source.template, source.surroundings)
     return difference(logits_of(shipped, asked), artifact_logits(source, "dequantized", asked), asked)
 
 
 def _check_form(source: Source) -> None:
+    """Raise ArtifactError for an adapter that llama.cpp's LoRA cannot express."""
     adapter = source.adapter
     if adapter.config.use_dora:
         raise ArtifactError(f"{source.artifact} is DoRA, whose row norms llama.cpp's LoRA cannot hold. {_INSTEAD}")

@@ -46,7 +46,7 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
         model, lines = source, list[str]()
         if is_artifact(source):
             model = staging / _MERGED
-            report = merge_artifact(source, model, base_model=options.base_model)
+            report = merge_artifact(source, model, base=options.base, base_model=options.base_model)
             lines = summary(report, model)[1:]
         template = read_usage(model, options.template).prompt_template
         lines = _write(model, staging, output.name, outtype, template) + lines
@@ -58,10 +58,11 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
 
 def out_type(options: ExportOptions, default: OutType) -> OutType:
     """Return the type to store weights in. Raises RecipeError for an unknown name."""
-    for known in get_args(OutType):
-        if known == (options.outtype or default):
-            return cast("OutType", known)
-    raise RecipeError(f"outtype {options.outtype!r} is unknown; one of {', '.join(get_args(OutType))}")
+    if options.outtype is None:
+        return default
+    if options.outtype not in get_args(OutType):
+        raise RecipeError(f"outtype {options.outtype!r} is unknown; one of {', '.join(get_args(OutType))}")
+    return cast("OutType", options.outtype)
 
 
 def _write(model: Path, staging: Path, name: str, outtype: OutType, template: AnyTemplate) -> list[str]:
@@ -103,9 +104,9 @@ def write_text(
 def _loss_by_rounding(
     model: Path, config: LlavaConfig, files: WeightFiles, tensors: list[Tensor], template: AnyTemplate
 ) -> list[str]:
-    """Ask the model before and after quantization the probe questions; return the lines to show."""
+    """Ask the model the probe questions before and after quantization; return the lines to show."""
     if not isinstance(template, Template):
-        return ["not asked what quantization changes: the model's template is none of the kit's"]
+        return ["the effect of quantization was not measured: the model's template is none of the kit's"]
     phase("Asking the model before and after quantization")
     rounded = {tensor.name: tensor for tensor in tensors}
 
@@ -123,7 +124,7 @@ def _loss_by_rounding(
 
 
 def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[str]:
-    """Write the Modelfile; return the lines to show of what it does not hold."""
+    """Write the Modelfile; return the lines to show about what it lacks."""
     tokenizer = read_tokenizer(model)
     ends = stated_ends(model) if template is None else end_token_ids(template, tokenizer, stated_ends(model))
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends) if token in tokenizer.added_tokens_encoder]
@@ -139,6 +140,6 @@ def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[
 
 
 def _unquantized(tensors: list[Tensor], outtype: OutType) -> list[str]:
-    """Say how many tensors could not be quantized."""
+    """Return a line on the tensors that could not be quantized; empty if there are none."""
     count = sum(tensor.kind == F16 for tensor in tensors) if outtype.startswith("q") else 0
     return [f"{count} tensors are in f16: their rows do not divide into blocks of 32"] if count else []
