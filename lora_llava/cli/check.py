@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_llava.cli.common import leave_torch_out, look_ahead, make_console, open_recipe, print_lines, quiet_libraries
-from lora_llava.system.files import refuse_existing
+from lora_llava.errors import RecipeError
+from lora_llava.system.files import refuse_existing, refuse_unwritable
 from lora_llava.system.progress import phase
 
 if TYPE_CHECKING:
     from lora_llava.planning.preflight.setup import Start
+    from lora_llava.recipe.settings import Recipe
 
 _DIRECTORY = "check"
 """Directory of the report, inside the run's directory."""
@@ -51,9 +53,7 @@ def check(
     """
     clock = time.monotonic()
     settings = open_recipe(recipe, overrides)
-    directory = output or settings.resolved_output_dir / _DIRECTORY
-    if directory.exists() and not directory.is_dir():
-        raise click.UsageError(f"{directory} is a file, and the report needs a directory; give another --output")
+    directory = _report_directory(output, settings)
     if fix is not None:
         refuse_existing(fix)
     console = make_console()
@@ -83,3 +83,13 @@ def check(
         console.print(f"{name}/{RECIPE} reads the cleaned data, {name}/{FIXES} lists all changes.", soft_wrap=True)
     if report.count("error"):
         click.get_current_context().exit(1)
+
+
+def _report_directory(output: Path | None, settings: Recipe) -> Path:
+    """Return the directory of the report. Raises RecipeError or click.UsageError if it cannot be one."""
+    if output is not None:
+        refuse_unwritable(output, RecipeError)
+    directory = output or settings.resolved_output_dir / _DIRECTORY
+    if directory.exists() and not directory.is_dir():
+        raise click.UsageError(f"{directory} is a file, and the report needs a directory; give another --output")
+    return directory

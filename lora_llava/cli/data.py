@@ -12,7 +12,7 @@ from lora_llava.cli.evaluate import option_problems
 from lora_llava.cli.options import parse_columns
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import RecipeError
-from lora_llava.system.files import refuse_existing, write_text
+from lora_llava.system.files import disk_errors, new_file, refuse_existing
 from lora_llava.system.progress import phase
 from lora_llava.system.text import counted, printable
 
@@ -36,9 +36,7 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     DATA is a file, a directory or the id of a data set on the Hub. The recipe has comments on every choice; edit it as
     you like.
     """
-    if output.exists() or output.is_symlink():
-        raise RecipeError(f"{output} already exists and is not overwritten; give another file with --output")
-    refuse_existing(output)
+    refuse_existing(output, RecipeError)
     console = make_console()
     quiet_environment()
     phase("Looking at the data")
@@ -52,7 +50,8 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     except ValidationError as error:
         raise click.UsageError(option_problems(error)) from error
     text = recipe_text(look, output, base_model)
-    _write_recipe(output, text)
+    with disk_errors(output, "Nothing was written"), new_file(output) as file:
+        file.write_text(text, encoding="utf-8")
     console.print(
         printable(f"{data}: {look.form}; {counted(len(look.records), 'record')}."), markup=False, highlight=False
     )
@@ -61,17 +60,6 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     console.print(printable(f"Wrote {output}. Checking it:"), markup=False, highlight=False)
     context.invoke(check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False)
     console.print(printable(f"Next: lora-llava finetune {output} --dry-run"), markup=False, highlight=False)
-
-
-def _write_recipe(output: Path, text: str) -> None:
-    """Write the recipe. Raises RecipeError if its directory takes no file."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, text)
-    except OSError as error:
-        raise RecipeError(
-            f"{output} cannot be written: {error.strerror}; give a file in a directory that you may write with --output"
-        ) from error
 
 
 @click.command("convert")

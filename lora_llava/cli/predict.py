@@ -11,7 +11,7 @@ import click
 from lora_llava.cli.common import make_console, open_model, print_lines, quiet_libraries
 from lora_llava.cli.evaluate import option_problems
 from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, template_option
-from lora_llava.system.files import refuse_existing
+from lora_llava.generation.output import CSV, JSONL, SKIPPED, refuse_output
 
 if TYPE_CHECKING:
     from lora_llava.recipe.stages import DataSettings
@@ -89,6 +89,8 @@ def predict(
         # A folder is a table of images, all with the same question.
         columns = {"image": "image", "question": "question"}
     settings = _data_settings(QuestionSettings, data or str(images), columns, options)
+    skips = settings.on_bad_record == "skip"
+    refuse_output(output, (CSV, JSONL), *([output.with_name(output.name + SKIPPED)] if skips else []))
     directory = open_model(model, base_model)
     quiet_libraries()
     from lora_llava.generation import predict as run
@@ -164,7 +166,7 @@ def pairs(model: Path, output: Path, data: str, base_model: str | None, template
     from lora_llava.recipe.stages import DataSettings
 
     settings = _data_settings(DataSettings, data, options.pop("columns"), options)
-    refuse_existing(output)
+    refuse_output(output, (".json", JSONL))
     directory = open_model(model, base_model)
     quiet_libraries()
     from lora_llava.evaluation.pairs import PairSettings, make_pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from lora_llava.cli.common import (
 )
 from lora_llava.errors import RecipeError
 from lora_llava.system import ranks
+from lora_llava.system.files import disk_errors, new_file
 from lora_llava.system.progress import phase
 from lora_llava.system.text import printable
 
@@ -187,10 +189,8 @@ def _copy_recipe(name: str, target: Path | None) -> None:
     if source is None:
         raise RecipeError(f"there is no recipe {name}; the bundled ones are {', '.join(sorted(bundled))}")
     target = target or Path(source.name)
-    if target.is_dir():
+    if os.path.lexists(target) and target.is_dir():
         target /= source.name
-    if target.exists() or target.is_symlink():
-        raise RecipeError(f"{target} already exists and is not overwritten; give another file with --to")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    with disk_errors(target, "Nothing was written"), new_file(target) as file:
+        shutil.copyfile(source, file)
     click.echo(printable(f"copied to {target}; run it with: lora-llava finetune {target}"))

@@ -24,7 +24,7 @@ from lora_llava.doctor.figures import side_figures
 from lora_llava.doctor.survey import Source, Survey
 from lora_llava.errors import DataError
 from lora_llava.run_directory.written import note_all, read_written
-from lora_llava.system.files import json_text, shown_path, staged_file
+from lora_llava.system.files import disk_errors, json_text, shown_path, staged_file
 
 REPORT, PAGE, _LISTS = "check.json", "check.html", "bad_records"
 _FORMAT = 1
@@ -191,7 +191,7 @@ def write_report(report: Report, page: str, directory: Path) -> None:
 @contextmanager
 def _listed(directory: Path, name: str) -> Iterator[Path]:
     """Yield a path to write to; when the block ends, the file gets its name and is recorded as the kit's."""
-    with staged_file(directory / name) as path:
+    with disk_errors(directory / name, "The report is not complete"), staged_file(directory / name) as path:
         yield path
         note_all(directory, {name: path})
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.questions import Question, load_questions
 from lora_llava.data.record import ImageSource
-from lora_llava.errors import DataError, RecipeError
+from lora_llava.errors import DataError
 from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
 from lora_llava.evaluation.scoring.metrics import pick_metric, score_answer
 from lora_llava.generation.answers import PromptFormat, answer_text, end_token_ids, generate_answers, prompts_of
@@ -28,7 +28,7 @@ from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.folded import folded
 from lora_llava.recipe.choices import Metric, MetricSetting
 from lora_llava.recipe.stages import DataSettings
-from lora_llava.system.files import disk_errors, json_text, refuse_existing, shown_path, staged_file
+from lora_llava.system.files import disk_errors, json_text, new_file, shown_path
 from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted
 
@@ -99,9 +99,6 @@ def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console:
     The file is in LLaVA's form with the key `rejected`, which stage `prefer` reads; the same arguments give the same
     pairs. Returns the lines of a summary. Raises LoraLlavaError's subclasses; DataError if there is no pair.
     """
-    if output.suffix not in (".json", ".jsonl"):
-        raise RecipeError(f"output {output}: its name must end in .json or .jsonl")
-    refuse_existing(output)
     usage = usage_of(model.directory, model.base, model.template)
     data = as_trained(settings.data, usage)
     questions = load_questions(data).questions
@@ -119,9 +116,8 @@ def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console:
             f"none of {counted(len(questions), 'question')} gave a pair: {made.all_right:,} were answered right each "
             "time; draw more samples, at a higher temperature, or take harder questions"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(output, "Nothing was written"), staged_file(output) as temporary:
-        _write(temporary, [_record(pair, data.answer_prompt) for pair in made.pairs], output.suffix)
+    with disk_errors(output, "Nothing was written"), new_file(output) as temporary:
+        _write(temporary, [_record(pair, data.answer_prompt) for pair in made.pairs], output.suffix.lower())
     return _summary(made, data, output)
 
 

@@ -21,7 +21,7 @@ from lora_llava.generation.answers import PromptFormat
 from lora_llava.generation.asking import as_trained, how_computed, load_to_ask, prompt_format, usage_of
 from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
-from lora_llava.system.files import refuse_results_in
+from lora_llava.system.files import disk_errors, refuse_results_in
 from lora_llava.system.hub.artifact import located, source_facts
 from lora_llava.system.progress import shown_on
 
@@ -76,7 +76,8 @@ def evaluate_candidate(
     usage = usage_of(candidate.directory, candidate.base, candidate.template)
     settings = settings.model_copy(update={"data": as_trained(settings.data, usage)})
     questions = load_questions(settings.data, settings.broken_down_by)
-    return evaluate_artifact(candidate, questions, settings, directory=output, console=console)
+    with disk_errors(output, "The results are not complete"):
+        return evaluate_artifact(candidate, questions, settings, directory=output, console=console)
 
 
 def evaluate_artifact(

@@ -10,27 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.errors import RecipeError
-from lora_llava.system.files import json_text, staged_file
+from lora_llava.system.files import json_text, new_file, refuse_existing
 
 CSV, JSONL = ".csv", ".jsonl"
+SKIPPED = ".skipped.jsonl"
+"""What is appended to the name of an output, for the records that were left out."""
 _FORMULA = re.compile("\\s*[=+\\-@\uff1d\uff0b\uff0d\uff20]")
 """Start of a text that a spreadsheet would compute; the last four are the full-width forms of the signs."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
-def check_suffix(path: Path) -> None:
-    """Raise RecipeError unless the name of an output says one of the two forms."""
-    if path.suffix.lower() not in (CSV, JSONL):
-        raise RecipeError(f"output {path}: its name must end in {CSV} or {JSONL}")
+def refuse_output(path: Path, forms: Sequence[str], *others: Path) -> None:
+    """Raise RecipeError for an output whose name says none of the `forms`, or which exists or cannot be created.
+
+    `others`: files that are written with it.
+    """
+    if path.suffix.lower() not in forms:
+        raise RecipeError(f"output {path}: its name must end in {' or '.join(forms)}")
+    for file in (path, *others):
+        refuse_existing(file, RecipeError)
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], last: Sequence[str]) -> None:
-    """Write rows atomically in the form that the name of `path` says, JSON Lines unless it ends in .csv.
+    """Write rows to a new file in the form that the name of `path` says, JSON Lines unless it ends in .csv.
 
     A CSV has the columns of all rows, those of `last` at the end, and opens in Excel: it is UTF-8 with a byte order
     mark, and text that Excel would compute as a formula gets an apostrophe in front.
     """
-    with staged_file(path) as temporary:
+    with new_file(path) as temporary:
         if path.suffix.lower() == CSV:
             _write_csv(temporary, list(rows), last)
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,24 +22,24 @@ from lora_llava.data.questions import (
     load_open_questions,
     shared_labels,
 )
-from lora_llava.errors import DataError, RecipeError
+from lora_llava.errors import DataError
 from lora_llava.generation.answers import PromptFormat, answer_text, end_token_ids, prompts_of
 from lora_llava.generation.asking import AskedModel, as_trained, how_computed, load_to_ask, prompt_format, usage_of
 from lora_llava.generation.choosing import Scored
 from lora_llava.generation.decoding import decode_batch, equal_prompts, plan_decoding
 from lora_llava.generation.journal import Answer, Facts, Journal, image_stamp, open_journal
-from lora_llava.generation.output import check_suffix, write_table
+from lora_llava.generation.output import SKIPPED, write_table
 from lora_llava.modeling.base import LoadedModel, hash_weights
 from lora_llava.modeling.folded import folded
 from lora_llava.modeling.identity import artifact_fields, base_fields, identity_of
 from lora_llava.recipe.stages import QuestionSettings
 from lora_llava.system.device import pick_device, pick_dtype
-from lora_llava.system.files import disk_errors, refuse_unwritable, shown_path, staged_file
+from lora_llava.system.files import disk_errors, new_file, shown_path
 from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted, dtype_name, listed
 
-PARTIAL, SKIPPED = ".partial", ".skipped.jsonl"
-"""What is appended to the name of the output, for the answers so far and for the records that were left out."""
+PARTIAL = ".partial"
+"""What is appended to the name of the output, for the answers so far."""
 FIELDS = ("prediction", "logprob_mean", "logprob_sum", "tokens", "cut")
 """Fields of an answer, after those of its question."""
 _CHUNK = 4096
@@ -69,7 +68,6 @@ def predict(model: AskedModel, settings: PredictSettings, output: Path, console:
     Answers are those of an evaluation. Until they are complete, they are in a journal next to `output`, and a call with
     the same arguments continues from there. Raises LoraLlavaError's subclasses.
     """
-    refuse_output(output, skips=settings.data.on_bad_record == "skip")
     usage = usage_of(model.directory, model.base, model.template)
     settings = replace(settings, data=as_trained(settings.data, usage))
     asked = _load(settings)
@@ -83,19 +81,10 @@ def predict(model: AskedModel, settings: PredictSettings, output: Path, console:
         with disk_errors(output, f"The answers stay in {journal_path.name}, and the same command writes them again"):
             write_table(output, _rows(asked.questions, journal.answers), FIELDS)
             if asked.skipped:
-                with staged_file(output.with_name(output.name + SKIPPED)) as temporary:
+                with new_file(output.with_name(output.name + SKIPPED)) as temporary:
                     write_bad_records(temporary, asked.skipped)
         journal_path.unlink()
         return _summary(asked, journal.answers, settings, output)
-
-
-def refuse_output(output: Path, *, skips: bool) -> None:
-    """Raise RecipeError for an output that exists, or whose name says no form; `skips`: also a list of bad records."""
-    check_suffix(output)
-    for path in (output, *([output.with_name(output.name + SKIPPED)] if skips else [])):
-        if os.path.lexists(path):
-            raise RecipeError(f"{path} already exists and is not overwritten; give another output, or remove it")
-    refuse_unwritable(output, RecipeError)
 
 
 def _load(settings: PredictSettings) -> QuestionSet:

@@ -43,22 +43,32 @@ Place = Callable[[Path, Path], None]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What a disk says that is full, too small, damaged or read-only."""
+_FIXES = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOSPC: "free some space, or give an output on another disk",
+    errno.EDQUOT: "free some space, or give an output on another disk",
+}
+"""What to do about an output that cannot be created; for anything else, take another directory."""
 
 _in_use: dict[int, int] = {}
 """Staging directories of this process: inode to the file descriptor that holds the lock."""
 
 
-def refuse_existing(output: Path) -> None:
-    """Raise ArtifactError if `output` exists or cannot be created: nothing is ever overwritten."""
+def refuse_existing(output: Path, kind: type[LoraLlavaError] = ArtifactError) -> None:
+    """Raise `kind` if `output` exists or cannot be created: nothing is ever overwritten."""
     if "\0" in str(output):
-        raise ArtifactError(f"{printable(str(output), 60)} contains a NUL character, which no path has; remove it")
+        raise kind(f"{printable(str(output), 60)} contains a NUL character, which no path has; remove it")
     if os.path.lexists(output):
-        raise ArtifactError(f"{output} already exists and is not overwritten; give another name, or remove it")
-    refuse_unwritable(output, ArtifactError)
+        raise kind(f"{output} already exists and is not overwritten; give another name, or remove it")
+    refuse_unwritable(output, kind)
 
 
 def refuse_unwritable(output: Path, kind: type[LoraLlavaError]) -> None:
-    """Raise `kind` if nothing can be written at `output`, which does not exist or is a directory."""
+    """Raise `kind` if nothing can be written at `output`, which does not exist or is a directory.
+
+    An empty directory is created for a moment: permissions alone do not show that a disk is full or read-only, and say
+    nothing of what root may do.
+    """
     absolute = output.absolute()
     nearest = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
     if not nearest.is_dir():
@@ -68,13 +78,25 @@ def refuse_unwritable(output: Path, kind: type[LoraLlavaError]) -> None:
             f"{output} cannot be created: no permission to write to {nearest}; change its permissions, or give "
             "another name"
         )
+    missing = [nearest / name for name in absolute.parts[len(nearest.parts) :]]
+    try:
+        for path in (*missing, absolute):
+            # Longer than the file system allows.
+            with suppress(FileNotFoundError):
+                path.lstat()
+        Path(tempfile.mkdtemp(prefix=STAGING, dir=nearest)).rmdir()
+    except OSError as error:
+        fix = _FIXES.get(error.errno or 0, "give an output elsewhere")
+        raise kind(f"{output} cannot be created in {nearest}: {error.strerror}; {fix}") from error
 
 
 def refuse_results_in(output: Path) -> None:
     """Raise RecipeError if `output` is a file, or a directory with anything in it: results are not overwritten."""
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"{output} is a file; give a directory as output")
-    if output.is_dir() and any(output.iterdir()):
+    # Path.is_dir() raises for a name that is too long.
+    is_there = os.path.lexists(output)
+    if is_there and not output.is_dir():
+        raise RecipeError(f"{output} is not a directory; give a directory as output")
+    if is_there and any(output.iterdir()):
         raise RecipeError(f"{output} is not empty, and results are not overwritten; give another output directory")
     refuse_unwritable(output, RecipeError)
 
@@ -277,6 +299,23 @@ def staged_file(path: Path) -> Iterator[Path]:
             fsync(temporary)
             temporary.replace(path)
             fsync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path, kind: type[LoraLlavaError] = RecipeError) -> Iterator[Path]:
+    """Yield a path to write a file to; when the block succeeds, it becomes `path`, whose directories are created.
+
+    Raises `kind` if `path` exists. After an error, nothing is left.
+    """
+    refuse_existing(path, kind)
+    created = make_directories(path.parent)
+    try:
+        with staged_file(path) as temporary:
+            yield temporary
+            refuse_existing(path, kind)
+    except BaseException:
+        remove_empty(created)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

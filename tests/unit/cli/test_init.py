@@ -283,24 +283,3 @@ def test_a_file_without_records_says_so(tmp_path: Path, name: str, text: str) ->
     assert result.exit_code == 1
     assert "records" in said(result)
     assert "no keys" not in said(result)
-
-
-@pytest.mark.parametrize(
-    ("output", "code", "message"),
-    [
-        ("file/recipe.yaml", 1, "file/recipe.yaml cannot be created: "),
-        (
-            "/proc/nothing/recipe.yaml",
-            2,
-            "/proc/nothing/recipe.yaml cannot be written: No such file or directory; give",
-        ),
-    ],
-)
-def test_a_recipe_that_cannot_be_written_is_named(
-    tmp_path: Path, tiny_base: Path, output: str, code: int, message: str
-) -> None:
-    llava_json(tmp_path / "data")
-    Path("file").touch()
-    result = run("init", "data", "--base-model", tiny_base, "--output", output)
-    assert result.exit_code == code
-    assert message in said(result)
