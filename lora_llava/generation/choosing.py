@@ -1,6 +1,6 @@
 """Choose the next tokens of a batch: the most likely ones with their log-probabilities, or drawn ones.
 
-Shapes: R rows of the batch that are not finished.
+Shapes: R rows of the batch, each with the answers to a prompt that begin alike and are not finished.
 """
 
 from __future__ import annotations
@@ -20,33 +20,40 @@ class Scored:
 
     def __init__(self) -> None:
         self.log_probabilities: dict[int, float] = defaultdict(float)
-        """By the index of a row: natural logarithm of the probability of all its tokens, the end token included."""
+        """By the index of an answer: natural logarithm of the probability of all its tokens, the end token included."""
 
-    def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Return the tokens, (R,), with the highest `logits`, (R, vocabulary)."""
+    def __call__(self, logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the tokens with the highest `logits`, (R, vocabulary), for the answers of each row."""
         tokens = logits.argmax(-1)
         scores = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
         for row, score in zip(rows, scores.tolist(), strict=True):
-            self.log_probabilities[row] += score
-        return tokens
+            for answer in row:
+                self.log_probabilities[answer] += score
+        return [[token] * len(row) for row, token in zip(rows, tokens.tolist(), strict=True)]
 
 
 class Sampled:
-    """Draws tokens at a temperature, each row with a stream of random numbers.
+    """Draws tokens at a temperature, each answer with a stream of random numbers.
 
-    A row's stream depends on its seed alone, so its answer does not depend on the batch it is in, up to rounding.
+    The stream of an answer depends on its seed alone, so it does not depend on the batch it is in, up to rounding.
     """
 
     def __init__(self, temperature: float, seeds: Sequence[str]) -> None:
         self.temperature = temperature
         self._streams = [random.Random(seed) for seed in seeds]
 
-    def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Return the tokens, (R,), drawn from softmax(`logits` / temperature), by inverting its distribution function.
+    def __call__(self, logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Draw from softmax(`logits` / temperature) for the answers of each row, by inverting the distribution.
 
         One random number a token; on the CPU, where sums are the same in every run.
         """
         cumulative = torch.softmax(logits.cpu().double() / self.temperature, -1).cumsum(-1)
-        draws = torch.tensor([self._streams[row].random() for row in rows], dtype=torch.float64)
-        tokens = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
-        return tokens.clamp(max=logits.shape[-1] - 1).to(logits.device)
+        # (R, most answers of a row): the others of a row stay 0, and nothing is read for them.
+        draws = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64)
+        for number, row in enumerate(rows):
+            draws[number, : len(row)] = torch.tensor(
+                [self._streams[answer].random() for answer in row], dtype=torch.float64
+            )
+        tokens = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+        drawn = tokens.clamp(max=logits.shape[-1] - 1).tolist()
+        return [one[: len(row)] for row, one in zip(rows, drawn, strict=True)]

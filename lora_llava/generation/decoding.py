@@ -1,6 +1,6 @@
-"""Greedy decoding: prefill what prompts have in common once, then decode all of them in one batch.
+"""Decoding: prefill what prompts have in common once, then decode all of them in one batch.
 
-Shapes: I images, R rows (prompts), S tokens of the longest prompt.
+Shapes: I images, R rows (distinct prompts, and what their answers begin with), S tokens of the longest prompt.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Progress = Callable[[int, int], None]
 """Called with the number of finished questions and the total."""
 OnToken = Callable[[int], None]
 """Called with each new token of an answer, including the end token."""
-Choose = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
-"""Returns the next token of each row, (R,), from its logits, (R, vocabulary), and its index in the batch."""
+Choose = Callable[[torch.Tensor, Sequence[Sequence[int]]], list[list[int]]]
+"""Returns the next token of each answer, from the logits (R, vocabulary) of each row and the indices of its answers."""
 
 _MOST_ROWS = {"cuda": 256, "cpu": 64}
 """Rows of a batch beyond which a step of decoding takes longer for each more."""
@@ -114,10 +114,14 @@ def decode_batch(
     max_new_tokens: int,
     choose: Choose | None = None,
 ) -> list[list[int]]:
-    """Generate the answers to one batch of `plan_decoding`; `choose` replaces taking the most likely token."""
+    """Generate the answers to one batch of `plan_decoding`; `choose` replaces taking the most likely token.
+
+    Equal prompts are one row until their answers part, so several drawn answers cost little more than one.
+    """
+    copies = equal_prompts(prompts)
     with _inference(model):
-        state = _prefill(model, prompts)
-        return _decode(model, state, frozenset(eos_token_ids), max_new_tokens, choose=choose)
+        state = _prefill(model, [prompts[indices[0]] for indices in copies])
+        return _decode(model, state, copies, frozenset(eos_token_ids), max_new_tokens, choose or _most_likely)
 
 
 def most_rows(model: nn.Module) -> int:
@@ -179,7 +183,8 @@ class CachedConversation:
             cache.crop(shared - len(cached_ids))
         with _inference(self.model):
             state = self._prefill(prompt, cache, shared)
-            [answer] = _decode(self.model, state, frozenset(eos_token_ids), max_new_tokens, on_token)
+            ends = frozenset(eos_token_ids)
+            [answer] = _decode(self.model, state, [[0]], ends, max_new_tokens, _most_likely, on_token)
         # The last token was never an input, so the cache does not hold it.
         self._cache, self._ids = cache, [*prompt.input_ids, *answer[:-1]]
         return answer
@@ -278,35 +283,55 @@ def _forward(
     return logits
 
 
+def _most_likely(logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[token] * len(row) for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True)]
+
+
 def _decode(
     model: nn.Module,
     state: _State,
+    rows: Sequence[list[int]],
     eos: frozenset[int],
     max_new_tokens: int,
+    choose: Choose,
     on_token: OnToken | None = None,
-    choose: Choose | None = None,
 ) -> list[list[int]]:
-    """Decode token by token; finished rows leave the batch, so that only long answers take more steps."""
-    answers: list[list[int]] = [[] for _ in range(len(state.mask))]
-    alive = list(range(len(answers)))
+    """Decode token by token; `rows` (R) holds the indices of the answers to each prompt.
+
+    Answers that begin alike share a row, which is split where they part. Finished answers leave the batch, so that only
+    long ones take more steps.
+    """
+    answers: list[list[int]] = [[] for row in rows for _ in row]
     for step in range(max_new_tokens):
-        tokens = state.logits.argmax(-1) if choose is None else choose(state.logits, alive)
-        keep: list[int] = []
-        for row, token in enumerate(tokens.tolist()):
-            answers[alive[row]].append(token)
-            if on_token is not None:
-                on_token(token)
-            if token not in eos:
-                keep.append(row)
-        if not keep or step + 1 == max_new_tokens:
+        # The rows of the next step: the row each comes from, its token, and its answers.
+        parents: list[int] = []
+        inputs: list[int] = []
+        parts: list[list[int]] = []
+        for number, (row, tokens) in enumerate(zip(rows, choose(state.logits, rows), strict=True)):
+            continued: dict[int, list[int]] = {}
+            for answer, token in zip(row, tokens, strict=True):
+                answers[answer].append(token)
+                if on_token is not None:
+                    on_token(token)
+                if token not in eos:
+                    continued.setdefault(token, []).append(answer)
+            parents += [number] * len(continued)
+            inputs += continued
+            parts += continued.values()
+        if not parents or step + 1 == max_new_tokens:
             break
-        if len(keep) < len(alive):
-            alive = [alive[row] for row in keep]
-            rows = torch.tensor(keep, device=tokens.device)
-            tokens = tokens[rows]
-            state.mask, state.lengths = state.mask[rows], state.lengths[rows]
-            state.cache.batch_select_indices(rows)
-        state.mask = torch.cat([state.mask, state.mask.new_ones(len(alive), 1)], dim=1)
-        state.logits = _forward(model, tokens[:, None], state.mask, state.lengths[:, None], state.cache)
+        if parents != list(range(len(rows))):
+            _take_rows(state, parents)
+        rows = parts
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], dim=1)
+        ids = torch.tensor(inputs, device=state.mask.device)[:, None]
+        state.logits = _forward(model, ids, state.mask, state.lengths[:, None], state.cache)
         state.lengths = state.lengths + 1
     return answers
+
+
+def _take_rows(state: _State, rows: Sequence[int]) -> None:
+    """Replace the rows of a batch by its `rows`, some of them several times."""
+    indices = torch.tensor(rows, device=state.mask.device)
+    state.mask, state.lengths = state.mask[indices], state.lengths[indices]
+    state.cache.batch_select_indices(indices)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_llava.generation import decoding
 from lora_llava.generation.choosing import Sampled, Scored
 from lora_llava.generation.decoding import decode_batch, greedy_decode, plan_decoding
 from lora_llava.generation.prompts import Prompt
@@ -73,7 +74,7 @@ def test_draws_follow_the_distribution_at_the_temperature() -> None:
     logits = torch.tensor([[1.0, 0.0, -torch.inf, 2.0]]).repeat(20_000, 1)
     for temperature in (0.5, 1.0, 3.0):
         draw = Sampled(temperature, [f"{temperature}/{row}" for row in range(len(logits))])
-        counts = Counter(draw(logits, range(len(logits))).tolist())
+        counts = Counter(token for [token] in draw(logits, [[row] for row in range(len(logits))]))
         expected = torch.softmax(logits[0] / temperature, -1).tolist()
         assert [counts[token] / len(logits) for token in range(4)] == pytest.approx(expected, abs=0.015)
         assert counts[2] == 0
@@ -99,10 +100,42 @@ def test_an_answer_depends_on_its_seed_not_on_its_batch(model: Any) -> None:
     assert len({tuple(answer) for answer in other}) > 1
 
 
-def test_a_row_keeps_its_stream_when_others_leave(model: Any) -> None:
+def test_answers_to_one_prompt_share_rows_until_they_part(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several answers to a prompt are those of each drawn alone; a step computes what they have in common once."""
+    widths: list[int] = []
+    forward = decoding._forward
+
+    def counted(model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        widths.append(len(ids))
+        return forward(model, ids, *rest)
+
+    asked, count = prompts(), 6
+    seeds = [f"{number}/{draw}" for number in range(len(asked)) for draw in range(count)]
+    # Of a sharp distribution some answers are equal, some part late, and some end before others.
+    settings: dict[str, Any] = {"eos_token_ids": range(100, 140), "max_new_tokens": 6}
+    alone = [
+        decode_batch(model, [asked[index // count]], choose=Sampled(0.15, [seed]), **settings)[0]
+        for index, seed in enumerate(seeds)
+    ]
+    monkeypatch.setattr(decoding, "_forward", counted)
+    rows = [prompt for prompt in asked for _ in range(count)]
+    assert decode_batch(model, rows, choose=Sampled(0.15, seeds), **settings) == alone
+
+    expected = [
+        len({(index // count, *answer[:step]) for index, answer in enumerate(alone) if len(answer) > step})
+        for step in range(1, max(map(len, alone)))
+    ]
+    assert widths == expected
+    assert len(asked) < max(expected) < len(rows)
+    assert len({len(answer) for answer in alone}) > 1
+
+
+def test_an_answer_keeps_its_stream_when_others_leave() -> None:
     first = Sampled(1.0, ["a", "b"])
     logits = torch.zeros(2, 50)
-    both = first(logits, [0, 1])
-    rest = first(logits[1:], [1])
+    both = first(logits, [[0], [1]])
+    rest = first(logits[1:], [[1]])
     alone = Sampled(1.0, ["b"])
-    assert [alone(logits[1:], [0]).item(), alone(logits[1:], [0]).item()] == [both[1].item(), rest.item()]
+    assert [alone(logits[1:], [[0]]), alone(logits[1:], [[0]])] == [both[1:], rest]
+    # Alike in one row, which has one distribution.
+    assert Sampled(1.0, ["a", "b"])(logits[:1], [[0, 1]]) == [[both[0][0], both[1][0]]]
