@@ -15,21 +15,23 @@ from lora_llava.doctor.survey import Side, Source, Survey
 from lora_llava.system.text import counted, printable
 
 _SHADES = {"#000000": "black", "#ffffff": "white"}
-_SHORT_ANSWER = 5
-"""Words. Longer answers never contradict each other: both may be true."""
+SHORT_ANSWER = 5
+"""Words. Longer answers are descriptions: they hardly repeat, and different ones may both be true."""
 _MIN_COMPARED, _ONE_SIDED = 20, 0.7
 """Pairs of answers of unlike length that show a bias, if this share of them differs in the same direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One problem, at one record or (with number 0) at a whole source."""
+    """One problem, at one record or at a whole source."""
 
     kind: str
     source: str
     """`Source.name`."""
     data: str
+    """Name of the file or data set."""
     record: int
+    """Number of the record, from 1; 0: the whole source."""
     id: str | None
     problem: str
     images: tuple[ImageSource, ...] = ()
@@ -43,6 +45,11 @@ def finding_at(kind: str, source: Source, record: Record, problem: str, *images:
     identity = None if record.id == str(record.number) else record.id
     shown = tuple(image for image in images if image is not None)
     return Finding(kind, source.name, source.data_name, record.number, identity, problem, shown)
+
+
+def finding_about(kind: str, source: Source, problem: str) -> Finding:
+    """Return a finding about a whole source."""
+    return Finding(kind, source.name, source.data_name, 0, None, problem)
 
 
 def finding_from_bad_record(source: Source, bad: BadRecord) -> Finding:
@@ -68,7 +75,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
             yield from _same_questions(survey, side)
             if survey.recipe.stage(side.stage).trains_on_pairs:
                 yield from _length_bias(side)
-    for trained, tested in _pairs(survey):
+    for trained, tested in _splits(survey):
         yield from _group_leaks(trained, tested)
         yield from _image_leaks(survey, trained, tested)
 
@@ -89,10 +96,10 @@ def _length_bias(side: Side) -> Iterator[Finding]:
         f"{max(longer, shorter):,} of {counted(len(lengths), 'pair')}; the means are {chosen:.0f} and {rejected:.0f} "
         "characters"
     )
-    yield Finding("length_bias", side.source.name, side.source.data_name, 0, None, problem)
+    yield finding_about("length_bias", side.source, problem)
 
 
-def _pairs(survey: Survey) -> Iterator[tuple[Side, Side]]:
+def _splits(survey: Survey) -> Iterator[tuple[Side, Side]]:
     """Pair each training side with what tests it: the validation of its stage, and the evaluation."""
     for trained in survey.sides:
         if trained.role == "training":
@@ -147,7 +154,7 @@ def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:
 
 
 def _blank(facts: ImageFacts) -> str | None:
-    """Say in which way an image shows nothing; None if it shows something."""
+    """Return in which way an image shows nothing; None if it shows something."""
     low, high, contrast = facts.usual
     if facts.contrast == 0:
         color = "#" + facts.colors[:3].hex()
@@ -199,8 +206,8 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
                 record.image,
             )
             continue
-        ours, theirs = _answer(record), _answer(other)
-        if ours != theirs and max(len(ours.split()), len(theirs.split())) <= _SHORT_ANSWER:
+        ours, theirs = normalized(record.turns[1].text), normalized(other.turns[1].text)
+        if ours != theirs and max(len(ours.split()), len(theirs.split())) <= SHORT_ANSWER:
             asked = printable(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip(), 80)
             answers = f"'{printable(ours, 80)}', and '{printable(theirs, 80)}' in record {other.number}"
             problem = f"{record.where}: '{asked}' is answered {answers}"
@@ -212,8 +219,9 @@ def _texts(record: Record) -> list[str]:
     return [" ".join(text.casefold().split()) for text in texts]
 
 
-def _answer(record: Record) -> str:
-    return " ".join(record.turns[1].text.casefold().strip(" .").split())
+def normalized(text: str) -> str:
+    """Return a text without differences of case, white space, and periods at its ends."""
+    return " ".join(text.casefold().split()).strip(" .")
 
 
 def _group_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
@@ -223,9 +231,10 @@ def _group_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
         if record.group in known and record.group not in seen:
             seen.add(record.group)
             other = known[record.group]
-            group = f"{printable(str(tested.source.data.group), 80)} {printable(str(record.group), 80)}"
+            source = tested.source_of(record)
+            group = f"{printable(str(source.data.group), 80)} {printable(str(record.group), 80)}"
             problem = f"{record.where}: {group} is in the training set too ({other.where})"
-            yield finding_at("group_leak", tested.source, record, problem, record.image, other.image)
+            yield finding_at("group_leak", source, record, problem, record.image, other.image)
 
 
 def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Finding]:
@@ -243,7 +252,8 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
         across = bool(ours and theirs and not ours & theirs)
         how = f", with questions in {' and '.join(sorted(theirs))}" if across else ""
         problem = f"{record.where}: image {printable(image.key, 80)} is in the training set too ({other[0].where}){how}"
-        yield finding_at("language_leak" if across else "image_leak", tested.source, record, problem, image, other[1])
+        kind = "language_leak" if across else "image_leak"
+        yield finding_at(kind, tested.source_of(record), record, problem, image, other[1])
     training = list(known.values())
     pairs = near_pairs([survey.facts(image) for _, image in asked], [survey.facts(image) for _, image in training])
     for tested_index, training_index in pairs:
@@ -252,7 +262,7 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
             f"{record.where}: image {printable(image.key, 80)} looks almost like {printable(other_image.key, 80)}, "
             f"which is in the training set ({other_record.where})"
         )
-        yield finding_at("near_leak", tested.source, record, problem, image, other_image)
+        yield finding_at("near_leak", tested.source_of(record), record, problem, image, other_image)
 
 
 def _scripts(records: list[Record]) -> dict[str, set[str]]:

@@ -15,7 +15,7 @@ from lora_llava.data.load import merge_turns
 from lora_llava.data.pairs import encode_record
 from lora_llava.data.record import Record
 from lora_llava.data.stage import EncodedRecords, Size, StageData, StageRecords, length_lines, plan_records, size_of
-from lora_llava.doctor.compare import Finding, finding_at
+from lora_llava.doctor.compare import Finding, finding_about, finding_at
 from lora_llava.doctor.survey import Side, Survey
 from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError, RecipeError, TrainingError
@@ -30,7 +30,7 @@ from lora_llava.system.processes import in_processes
 from lora_llava.system.text import counted
 
 _NO_BOUND = 2**31
-"""Maximum length of questions of the evaluation, which are not truncated."""
+"""Maximum length of the questions of an evaluation, which are never truncated."""
 
 
 @dataclass(slots=True)
@@ -74,9 +74,9 @@ def _encode_side(
     )
     conversations.encoders[side.name] = encoder
     results = in_processes(
-        partial(_size, encoder), side.records, on_crash=_died, workers=workers, label=f"conversations, {side.name}"
+        partial(_size, encoder), side.records, on_crash=_crashed, workers=workers, label=f"conversations, {side.name}"
     )
-    special = set(conversations.tokenizer.all_special_tokens) - {IMAGE_PLACEHOLDER}
+    special = [token for token in conversations.tokenizer.all_special_tokens if token != IMAGE_PLACEHOLDER]
     usable = []
     for record, (size, error) in zip(side.records, results, strict=True):
         if error is not None:
@@ -95,7 +95,7 @@ def _encode_side(
     sizes = [size for _, size in usable if size is not None]
     if side.role == "training" and stage.data.merge_turns:
         side.records = merge_turns(side.records, stage.data.merge_turns)
-        merged = in_processes(partial(_size, encoder), side.records, on_crash=_died, workers=workers)
+        merged = in_processes(partial(_size, encoder), side.records, on_crash=_crashed, workers=workers)
         sizes = [size for size, _ in merged if size is not None]
     conversations.sizes[side.name] = sizes
     for record, size in zip(side.records, sizes, strict=True):
@@ -113,8 +113,8 @@ def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataE
         return None, error
 
 
-def _died(record: Record) -> tuple[Size | None, DataError | None]:
-    return None, DataError(f"{record.where}: encoding it ended the process; take it out")
+def _crashed(record: Record) -> tuple[Size | None, DataError | None]:
+    return None, DataError(f"{record.where}: encoding it crashed the process; remove the record")
 
 
 def _plan(survey: Survey, stage: StageName, conversations: Conversations, config: LlavaConfig) -> dict[str, Any]:
@@ -134,8 +134,7 @@ def _plan(survey: Survey, stage: StageName, conversations: Conversations, config
         shapes = stage_shapes(recipe, stage, config, dtype, records)
         tokens = plan_memory(shapes, this_machine(recipe.attn_implementation, None)).tokens_per_micro_batch
     except RecipeError as error:
-        source = sides["training"].source
-        conversations.findings.append(Finding("micro_batch", source.name, source.data_name, 0, None, str(error)))
+        conversations.findings.append(finding_about("micro_batch", sides["training"].source, str(error)))
         tokens = longest
     except TrainingError as error:
         facts["problem"] = str(error)
@@ -158,7 +157,7 @@ def _too_few_steps(stage: StageName, settings: StageSettings, data: StageData, s
     )
     rates = f"the learning rates add up to {settings.learning_rate * sum(factors):.1g}"
     problem = f"{stage}: {counted(length.num_steps, 'optimizer step')}; {rates}, the farthest that Adam moves a weight"
-    yield Finding("few_steps", side.source.name, side.source.data_name, 0, None, problem)
+    yield finding_about("few_steps", side.source, problem)
 
 
 def _encoded(side: Side, conversations: Conversations) -> EncodedRecords:

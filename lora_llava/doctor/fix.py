@@ -27,7 +27,7 @@ from lora_llava.system.text import counted
 RECIPE, FIXES = "recipe.yaml", "fixes.json"
 _DUPLICATE = "duplicate_record"
 _CORRECTED = frozenset({_DUPLICATE, "other_extension"})
-"""Kinds that are gone from the cleaned data, besides bad records."""
+"""Kinds of findings that the cleaned data no longer have, besides bad records."""
 _CONVERSATIONS = ("conversations", "conversatons", "messages")
 _IMAGES = ("image", "images")
 
@@ -43,6 +43,7 @@ class _Fixes:
     file: str | None = None
     """Name of what was written; None if nothing was wrong."""
     kept: int = 0
+    """Number of records that stay."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -70,6 +71,7 @@ def write_fixed(report: Report, output: Path) -> list[str]:
 
 
 def _fix(report: Report, source: Source, staging: Path) -> _Fixes:
+    """Write one source to `staging`, cleaned, or the list of its records to leave out, if anything is wrong."""
     dropped = {bad.record: bad for bad in source.bad.found}
     for finding in report.findings.get(_DUPLICATE, []):
         if finding.source == source.name:
@@ -82,11 +84,9 @@ def _fix(report: Report, source: Source, staging: Path) -> _Fixes:
             with (staging / fixes.file).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     elif dropped:
-        fixes.file, fixes.kept = f"{source.name}.exclude.jsonl", len(source.records)
-        fixes.kept -= fixes.reasons[_DUPLICATE]
-        before = Exclusions(source.data.exclude).ids.items()
-        excluded = [BadRecord(source.data_name, number, name, "excluded", "left out before") for number, name in before]
-        write_bad_records(staging / fixes.file, [*dropped.values(), *excluded])
+        fixes.file = f"{source.name}.exclude.jsonl"
+        fixes.kept = len(source.records) - fixes.reasons[_DUPLICATE]
+        write_bad_records(staging / fixes.file, [*dropped.values(), *source.excluded()])
     return fixes
 
 
@@ -159,22 +159,34 @@ def _rename(row: dict[str, Any], data: DataSettings, record: Record) -> bool:
 def _with_data(recipe: Recipe, fixes: _Fixes, path: Path) -> Recipe:
     """Return a recipe that reads what was written for a source."""
     source = fixes.source
-    section, _, part = source.key.removeprefix("stages.").partition(".data")
+    is_validation = source.key.endswith(".validation")
+    # `stages.instruct.data.1` is the second source of a list, `stages.instruct.data` the first or only one.
+    section, _, number = source.key.removesuffix(".validation").removeprefix("stages.").partition(".data")
     holder = recipe.evaluation if section == "evaluation" else recipe.stage(section)  # type: ignore[arg-type]
     assert holder is not None
     update: dict[str, Any] = {"exclude": str(path)}
     if path.suffixes[-2:] != [".exclude", ".jsonl"]:
         update = {"path": str(path), "exclude": None}
-        if not part:
+        if not is_validation:
             root = source.data.image_root or str(Path(source.data.path).parent)
             update |= {"image_root": root, "records": None, "encoding": None}
-    if part:
-        assert holder.data.validation is not None
-        update = {"validation": holder.data.validation.model_copy(update=update)}
-    changed = holder.model_copy(update={"data": holder.data.model_copy(update=update)})
+    changed = holder.model_copy(update={"data": _changed_data(holder.data, number, update, is_validation)})
     if section == "evaluation":
         return recipe.model_copy(update={"evaluation": changed})
     return recipe.model_copy(update={"stages": recipe.stages.model_copy(update={section: changed})})
+
+
+def _changed_data(data: DataSettings, number: str, update: dict[str, Any], is_validation: bool) -> DataSettings:
+    """Return the settings of a stage's data with an update of one source, or of its validation; `number`: as `.1`."""
+    if number:
+        index = int(number.removeprefix(".")) - 1
+        others = list(data.others)
+        others[index] = _changed_data(others[index], "", update, is_validation)
+        return data.model_copy(update={"others": others})
+    if is_validation:
+        assert data.validation is not None
+        update = {"validation": data.validation.model_copy(update=update)}
+    return data.model_copy(update=update)
 
 
 def _left(report: Report) -> list[dict[str, Any]]:

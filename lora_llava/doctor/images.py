@@ -67,6 +67,7 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         image = decode_image(data, source.name, window=source.window)
     except DataError as error:
         return ImageFacts(error)
+    histogram = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
     return ImageFacts(
         None,
         # The key of a stored image is this hash.
@@ -76,9 +77,9 @@ def look_at_image(source: ImageSource) -> ImageFacts:
         _is_transparent(data),
         _difference_hash(image),
         image.resize((_CELLS, _CELLS), Image.Resampling.BOX).tobytes(),
-        _contrast(image),
-        _usual_values(image),
-        *_deep_gray(data, image),
+        _contrast(histogram),
+        _usual_values(histogram),
+        *_deep_gray(data, histogram),
     )
 
 
@@ -88,29 +89,27 @@ def _difference_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
 
 
-def _histogram(image: Image.Image) -> npt.NDArray[np.int64]:
-    """Return the histogram of each channel, (3, 256)."""
-    return np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
+def _contrast(histogram: npt.NDArray[np.int64]) -> int:
+    """Return the largest range of values in a channel, from the histogram (3, 256)."""
+    return max(int(np.ptp(np.flatnonzero(channel))) for channel in histogram)
 
 
-def _contrast(image: Image.Image) -> int:
-    """Return the largest range of values in a channel."""
-    return max(int(np.ptp(np.flatnonzero(channel))) for channel in _histogram(image))
+def _usual_values(histogram: npt.NDArray[np.int64]) -> tuple[int, int, int]:
+    """Return lowest and highest value in any channel and largest range of one, without the rarest at each end.
 
-
-def _usual_values(image: Image.Image) -> tuple[int, int, int]:
-    """Return lowest and highest value in any channel and largest range of one, without the rarest at each end."""
-    counts = _histogram(image).cumsum(axis=1)
+    `histogram`: of each channel, (3, 256).
+    """
+    counts = histogram.cumsum(axis=1)
     rare = _RARE * counts[0, -1]
     lows = (counts > rare).argmax(axis=1)
     highs = (counts >= counts[:, -1:] - rare).argmax(axis=1)
     return int(lows.min()), int(highs.max()), int((highs - lows).max())
 
 
-def _deep_gray(data: bytes, image: Image.Image) -> tuple[int, tuple[float, float] | None]:
-    """Count the distinct values left of an image of more than 8 bits; 256 if it has 8, or lost hardly any.
+def _deep_gray(data: bytes, histogram: npt.NDArray[np.int64]) -> tuple[int, tuple[float, float] | None]:
+    """Return `ImageFacts.levels` and `ImageFacts.deep` of an image.
 
-    With it, the lowest and highest value of a gray one; None for others.
+    `data`: the file; `histogram`: of the decoded image of 8 bits, (3, 256).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,7 +117,7 @@ def _deep_gray(data: bytes, image: Image.Image) -> tuple[int, tuple[float, float
             is_deep_gray = original.mode in DEEP_GRAY
             if not is_deep_gray and _bits_per_channel(original, data) <= 8:
                 return 256, None
-            left = int((_histogram(image) > 0).sum(axis=1).max())
+            left = int((histogram > 0).sum(axis=1).max())
             if not is_deep_gray:
                 # Pillow reads only the upper 8 bits of deep color, so the loss is unknown.
                 return left, None

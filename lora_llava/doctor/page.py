@@ -21,14 +21,19 @@ from lora_llava.doctor.conversations import text_runs
 from lora_llava.doctor.report import Report
 from lora_llava.doctor.survey import Side
 from lora_llava.errors import DataError
+from lora_llava.system.text import printable
 
 _NUM_SAMPLES = 10
 """Records shown as the model gets them."""
 
 _NUM_SHOWN = 6
+"""Findings of a kind shown with their images."""
 _NUM_NAMED = 50
+"""Findings of a kind listed."""
 _SIDE = 168
-_MAX_TEXT = 3000
+"""Longer side of a picture, in pixels."""
+_MAX_TEXT, _MAX_PROBLEM = 3000, 400
+"""Characters of a sample and of a problem."""
 _FIGURES = {
     "tokens": "Tokens of a conversation",
     "supervised_tokens": "Supervised tokens of a conversation",
@@ -67,12 +72,12 @@ def _kind(kind: str, findings: list[Finding]) -> dict[str, Any]:
         "count": sum(finding.count for finding in findings),
         "shown": [
             {
-                "problem": _short(finding.problem),
+                "problem": printable(finding.problem, _MAX_PROBLEM),
                 "pictures": [picture for image in finding.images if (picture := _picture(image))],
             }
             for finding in shown
         ],
-        "named": [_short(finding.problem) for finding in findings[:_NUM_NAMED]],
+        "named": [printable(finding.problem, _MAX_PROBLEM) for finding in findings[:_NUM_NAMED]],
         "more": max(0, len(findings) - _NUM_NAMED),
     }
 
@@ -118,16 +123,12 @@ def _samples(report: Report) -> Iterator[dict[str, Any]]:
 
 
 def _sampled(sides: list[Side]) -> Iterator[tuple[Side, Record]]:
-    """Yield NUM_SAMPLES records in all, evenly spaced within each side."""
-    filled = [side for side in sides if side.records]
-    for number, side in enumerate(filled):
-        share = _NUM_SAMPLES // len(filled) + (number < _NUM_SAMPLES % len(filled))
-        for record in spread(side.records, share):
+    """Yield `_NUM_SAMPLES` records in all, evenly spaced within each side."""
+    with_records = [side for side in sides if side.records]
+    for number, side in enumerate(with_records):
+        count = _NUM_SAMPLES // len(with_records) + (number < _NUM_SAMPLES % len(with_records))
+        for record in spread(side.records, count):
             yield side, record
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 400 else f"{text[:399]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _picture(source: ImageSource, side: int = _SIDE) -> str | None:

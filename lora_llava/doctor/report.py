@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava import __version__
-from lora_llava.data.bad_records import BadRecord, Exclusions, write_bad_records
+from lora_llava.data.bad_records import BadRecord, write_bad_records
 from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
-from lora_llava.doctor.compare import Finding, compare_sides, finding_at, finding_from_bad_record
+from lora_llava.doctor.compare import Finding, compare_sides, finding_about, finding_at, finding_from_bad_record
 from lora_llava.doctor.content.answers import answer_findings
 from lora_llava.doctor.content.boxes import box_findings
 from lora_llava.doctor.content.references import reference_findings
@@ -50,8 +50,8 @@ class Report:
 
     def count(self, severity: Severity) -> int:
         """Count findings of one severity."""
-        counted_kinds = (kind for kind in self.findings if KINDS[kind].severity == severity)
-        return sum(finding.count for kind in counted_kinds for finding in self.findings[kind])
+        kinds = (kind for kind in self.findings if KINDS[kind].severity == severity)
+        return sum(finding.count for kind in kinds for finding in self.findings[kind])
 
     @property
     def lists(self) -> dict[str, tuple[str, int]]:
@@ -104,15 +104,16 @@ def make_report(survey: Survey, conversations: Conversations, seconds: float) ->
 
 
 def _bad_records(survey: Survey) -> Iterator[Finding]:
+    """Yield the sources that cannot be read, and the bad records of the others."""
     for source in survey.sources:
         if source.error is not None:
             kind = "key" if source.error.kind == "key" else "data_file"
-            yield Finding(kind, source.name, source.data_name, 0, None, _without_paths(str(source.error), source))
+            yield finding_about(kind, source, _without_paths(str(source.error), source))
         assert all(bad.kind in EXCLUDABLE for bad in source.bad.found)
-        yield from _of_source(source)
+        yield from _bad_records_of(source)
 
 
-def _of_source(source: Source) -> Iterator[Finding]:
+def _bad_records_of(source: Source) -> Iterator[Finding]:
     """Yield a finding for each bad record, or a single one if nearly all records fail in the same way."""
     bad = sorted(source.bad.found, key=lambda record: record.record)
     reasons = Counter(map(_reason, bad))
@@ -174,13 +175,9 @@ def write_report(report: Report, page: str, directory: Path) -> None:
         if not source.bad.found or not source.records:
             (directory / name).unlink(missing_ok=True)
             continue
-        # The new list replaces the one in use, so it takes over its records.
-        before = [
-            BadRecord(source.data_name, number, identity, "excluded", "left out before")
-            for number, identity in Exclusions(source.data.exclude).ids.items()
-        ]
         with _listed(directory, name) as path:
-            write_bad_records(path, [*source.bad.found, *before])
+            # The new list replaces the one in use, so it takes over its records.
+            write_bad_records(path, [*source.bad.found, *source.excluded()])
     if not any(lists.iterdir()):
         lists.rmdir()
     for name, text in ((PAGE, page), (REPORT, json_text(report.as_json(), indent=2, ensure_ascii=False) + "\n")):
@@ -197,6 +194,7 @@ def _listed(directory: Path, name: str) -> Iterator[Path]:
 
 
 def _refuse_foreign(directory: Path, lists: list[str], in_use: set[str]) -> None:
+    """Raise DataError for a file in the way that no check wrote; `in_use`: lists that the recipe excludes by."""
     written = read_written(directory)
     for name in (PAGE, REPORT, *lists):
         path = directory / name

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_llava.conversation.encode import check_turns
-from lora_llava.data.bad_records import BadRecords
+from lora_llava.data.bad_records import BadRecord, BadRecords, Exclusions
 from lora_llava.data.load import image_kills_its_reader, read_source, split_records
 from lora_llava.data.mixing import source_names
 from lora_llava.data.questions import answered_part, check_keys, make_questions, without_blank_answer
@@ -43,6 +43,13 @@ class Source:
         """Name of the file or data set."""
         return data_name(self.data.path)
 
+    def excluded(self) -> list[BadRecord]:
+        """Return the records that `exclude` leaves out already."""
+        return [
+            BadRecord(self.data_name, number, identity, "excluded", "left out before")
+            for number, identity in Exclusions(self.data.exclude).ids.items()
+        ]
+
 
 @dataclass(slots=True)
 class Side:
@@ -59,7 +66,7 @@ class Side:
     """Further sources that the stage mixes with `source`, by the names in their records."""
 
     def source_of(self, record: Record) -> Source:
-        """Return the source that a record is of."""
+        """Return the source of a record."""
         return self.others.get(record.source, self.source)
 
 

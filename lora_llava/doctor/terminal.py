@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
@@ -22,27 +23,39 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     """Print the findings and what to do about them; `directory` holds the report."""
     console.print(_sides_view(report))
     for stage, plan in report.conversations.plans.items():
-        problem = f"; {plan['problem']}" if "problem" in plan else ""
-        lines = [plan.get("problem", "")]
-        if "optimizer_steps" in plan:
-            steps = steps_line(plan["optimizer_steps"], plan["warmup_steps"])
-            saved = f"{plan['share_saved_by_packing']:.0%} saved by packing{problem}"
-            lines = [
-                f"{steps}, {plan['computed_tokens']:,} tokens, {saved}",
-                *([plan["steps"]] if "steps" in plan else []),
-            ]
-        for line in lines:
+        for line in _plan_lines(plan):
             console.print(f"{stage}: {line}", markup=False, soft_wrap=not console.is_terminal)
     if report.findings:
         console.print(Group(*(part for kind in report.findings for part in _kind_view(report, kind))))
     for key, (file, count) in report.lists.items():
-        console.print(
-            f"{counted(count, 'bad record')} can be left out with {key}={Path(directory) / file}",
-            soft_wrap=True,
-        )
+        how = _exclusion(report, key, Path(directory) / file)
+        console.print(f"{counted(count, 'bad record')} can be left out with {how}", soft_wrap=True, markup=False)
     counts = ", ".join(counted(report.count(severity), severity) for severity in SEVERITIES)
     line = f"{counts}. In {printable(directory)}: {PAGE} to look at, {REPORT} to work with."
     console.print(line, soft_wrap=True, markup=False)
+
+
+def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return what a run of one stage will compute, or why nothing is planned."""
+    if "optimizer_steps" not in plan:
+        return [plan["problem"]]
+    problem = f"; {plan['problem']}" if "problem" in plan else ""
+    steps = steps_line(plan["optimizer_steps"], plan["warmup_steps"])
+    saved = f"{plan['share_saved_by_packing']:.0%} saved by packing{problem}"
+    return [f"{steps}, {plan['computed_tokens']:,} tokens, {saved}", *([plan["steps"]] if "steps" in plan else [])]
+
+
+def _exclusion(report: Report, key: str, path: Path) -> str:
+    """Return the override that leaves out the records in a list, or what to write in the recipe.
+
+    No override reaches into a list of sources.
+    """
+    section, _, part = key.removesuffix(".exclude").partition(".data")
+    if all(source.key != f"{section}.data.1" for source in report.survey.sources):
+        return f"{key}={path}"
+    number = int(part.removesuffix(".validation").removeprefix(".") or 0) + 1
+    of_validation = "the validation of " if part.endswith(".validation") else ""
+    return f"exclude: {path} in {of_validation}source {number} of {section}.data in the recipe"
 
 
 def _sides_view(report: Report) -> FittingTable:

@@ -6,15 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
-from lora_llava.doctor.compare import Finding
+from lora_llava.doctor.compare import SHORT_ANSWER, Finding, finding_about, normalized
 from lora_llava.doctor.survey import Side, Survey
 from lora_llava.system.text import counted, printable
 
 _MIN_QUESTIONS = 20
 _MAX_SHARE = 0.6
-"""Share of right answers without a look from which it is named: a coin gets half of yes and no."""
-_SHORT_ANSWER = 5
-"""Words. Longer answers are descriptions, which never repeat."""
+"""Report a side from this share of right answers without a look on: a coin gets half of yes and no."""
 
 
 def answer_findings(survey: Survey) -> Iterator[Finding]:
@@ -28,13 +26,16 @@ def answer_findings(survey: Survey) -> Iterator[Finding]:
 
 
 def _majority(side: Side) -> Iterator[Finding]:
+    """Compare with always giving the most frequent answer."""
     pairs = _pairs(side)
     if len(pairs) < _MIN_QUESTIONS:
         return
     [(answer, count)] = Counter(answer for _, answer in pairs).most_common(1)
-    if count >= _MAX_SHARE * len(pairs) and len(answer.split()) <= _SHORT_ANSWER:
+    if count >= _MAX_SHARE * len(pairs) and len(answer.split()) <= SHORT_ANSWER:
         share = f"{printable(answer, 60)!r} is {count / len(pairs):.0%} of {counted(len(pairs), 'answer')}"
-        yield _finding(side, f"{share}; always answering it is right as often")
+        yield finding_about(
+            "skewed_answers", side.source, f"{side.name}: {share}; always answering it is right as often"
+        )
 
 
 def _by_question(side: Side, trained: list[Side]) -> Iterator[Finding]:
@@ -48,22 +49,14 @@ def _by_question(side: Side, trained: list[Side]) -> Iterator[Finding]:
     right = sum(guesses.get(question) == answer for question, answer in pairs)
     if len(pairs) >= _MIN_QUESTIONS and right >= _MAX_SHARE * len(pairs):
         share = f"{right / len(pairs):.0%} of {counted(len(pairs), 'question')} are answered right"
-        yield _finding(side, f"{share} by the most frequent answer to the same question in training")
-
-
-def _finding(side: Side, problem: str) -> Finding:
-    source = side.source
-    return Finding("skewed_answers", source.name, source.data_name, 0, None, f"{side.name}: {problem}")
+        problem = f"{side.name}: {share} by the most frequent answer to the same question in training"
+        yield finding_about("skewed_answers", side.source, problem)
 
 
 def _pairs(side: Side) -> list[tuple[str, str]]:
-    """Return all questions of a side with their answers, without differences of case, blanks and final periods."""
+    """Return all questions of a side with their answers, both normalized."""
     return [
-        (_plain(asked.text.replace(IMAGE_PLACEHOLDER, "")), _plain(answered.text))
+        (normalized(asked.text.replace(IMAGE_PLACEHOLDER, "")), normalized(answered.text))
         for record in side.records
         for asked, answered in zip(record.turns[::2], record.turns[1::2], strict=False)
     ]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().strip(" .").split())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.data.record import Record
-from lora_llava.doctor.compare import Finding, finding_at
+from lora_llava.doctor.compare import Finding, finding_about, finding_at
 from lora_llava.doctor.content.scripts import script_of
 from lora_llava.doctor.survey import Side, Source, Survey
 from lora_llava.system.text import counted, printable
@@ -82,5 +82,4 @@ def _mixed_scripts(side: Side) -> Iterator[Finding]:
             f"{counted(count, 'record')} in {script}"
             for script, count in sorted(used, key=lambda pair: (-pair[1], pair[0]))
         )
-        source = side.source
-        yield Finding("mixed_languages", source.name, source.data_name, 0, None, f"{side.name}: {shown}")
+        yield finding_about("mixed_languages", side.source, f"{side.name}: {shown}")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lora_llava.doctor.catalogue import KINDS
+from lora_llava.doctor.compare import normalized
 from lora_llava.doctor.content.scripts import script_of
 from tests.helpers.faulty import encoded, entry, scene, sound_data, write_recipe
 from tests.unit.data.test_grayscale import SCAN
@@ -246,3 +247,8 @@ def test_every_kind_says_what_to_do_and_is_in_the_documentation() -> None:
     for name, kind in KINDS.items():
         assert kind.advice.endswith(".")
         assert f"`{name}`" in page, name
+
+
+@pytest.mark.parametrize("text", ["Yes", " yes. ", "yes.\n", "\n YES ."])
+def test_answers_are_compared_without_case_space_and_final_periods(text: str) -> None:
+    assert normalized(text) == "yes"

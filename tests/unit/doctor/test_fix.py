@@ -150,3 +150,36 @@ def test_a_validation_file_is_cleaned_with_its_training_file(tiny_base: Path, tm
     assert lines(tmp_path / "clean/instruct.validation.jsonl") == tested[:3], result.output
     again = check(str(tmp_path / "clean" / RECIPE), "--output", str(tmp_path / "again"))
     assert again.exit_code == 0, again.output
+
+
+def test_every_source_of_a_list_is_cleaned_by_its_own_list(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    gone = entry("gone", "gone.png", "What?", "a")
+    leak = entry("leak", "0.png", "Why?", "because")
+    (tmp_path / "more.json").write_text(json.dumps([*tested[:3], gone]), encoding="utf-8")
+    (tmp_path / "held.json").write_text(json.dumps([*tested[3:6], gone, leak]), encoding="utf-8")
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested[12:])
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    instruct = content["stages"]["instruct"]
+    more = {"path": "more.json", "image_root": "images", "validation": {"path": "held.json"}}
+    instruct["data"] = [instruct["data"], more]
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    result = check(str(recipe), "--fix", str(tmp_path / "clean"))
+    assert lines(tmp_path / "clean/instruct.1.jsonl") == tested[:3], result.output
+    assert lines(tmp_path / "clean/instruct.1.validation.jsonl") == [*tested[3:6], leak]
+    clean = load_recipe(tmp_path / "clean" / RECIPE).stage("instruct").data
+    assert [Path(source.path).name for source in clean.sources] == ["train.json", "instruct.1.jsonl"]
+    again = check(str(tmp_path / "clean" / RECIPE), "--output", str(tmp_path / "again"))
+    assert again.exit_code == 0, again.output
+
+    # An override cannot name a source of a list, so the advice is about the recipe.
+    bad = tmp_path / "run/check/bad_records"
+    said = "1 bad record can be left out with exclude: {} in {}source 2 of stages.instruct.data in the recipe"
+    assert said.format(bad / "instruct.1.jsonl", "") in result.output
+    assert said.format(bad / "instruct.1.validation.jsonl", "the validation of ") in result.output
+    findings = json.loads((tmp_path / "run/check/check.json").read_text(encoding="utf-8"))["findings"]
+    [leaks] = [kind["records"] for kind in findings if kind["kind"] == "image_leak"]
+    assert [(one["source"], one["data"], one["id"]) for one in leaks] == [
+        ("instruct.1.validation", "held.json", "leak")
+    ]
