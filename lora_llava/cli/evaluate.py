@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
-from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, template_option
+from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, split_of, template_option
 from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
 
     from lora_llava.recipe.settings import EvaluationSettings
 
-    data = {key: options[key] for key in _DATA}
+    data = {key: options[key] for key in _DATA} | {"split": split_of(options["path"], options["split"], "test")}
     others = {key: value for key, value in options.items() if key not in (*_DATA, "max_rows")}
     others["batch_size"] = options["max_rows"]
     lists = {"by": list(options["by"]), "base_questions": options["base_questions"] or None}

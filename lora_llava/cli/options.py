@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.recipe.choices import MetricSetting
+from lora_llava.system.text import printable
 
 _CHOICES = ("dequantized", "original")
 """What to merge into: the base as dequantized in training, or the original weights."""
@@ -57,7 +59,7 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
 
 
 def data_options(split: str) -> Callable[[_Command], _Command]:
-    """Add the options of the data next to its path; `split`: default of the split of a Hugging Face dataset."""
+    """Add the options of the data next to its path; `split`: what `split_of` takes if none is given."""
     options = [
         click.option("--image-root", help="Directory of the images [that of the data file]."),
         click.option(
@@ -65,7 +67,7 @@ def data_options(split: str) -> Callable[[_Command], _Command]:
             callback=lambda _, __, text: parse_columns(text),
             help="For example image=image,question=question,answer=answer.",
         ),
-        click.option("--split", default=split, show_default=True, help="Split of a Hugging Face dataset."),
+        click.option("--split", help=f"Split of a data set [{split}, or the only one]."),
         click.option("--answer-prompt", help="Text appended to each question [as in training]."),
         click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Use only the first N records."),
     ]
@@ -76,6 +78,19 @@ def data_options(split: str) -> Callable[[_Command], _Command]:
         return command
 
     return add
+
+
+def split_of(path: str, given: str | None, usual: str) -> str:
+    """Return the split to ask about: the given one, or the only one of a directory, or the usual one."""
+    if given is not None:
+        return given
+    from lora_llava.data.sources.columns import splits_of
+
+    names = splits_of(Path(path)) if Path(path).is_dir() else []
+    if len(names) == 1 and names != [usual]:
+        click.echo(printable(f"Note: the questions are those of {names[0]}, the only split of {path}"), err=True)
+        return names[0]
+    return usual
 
 
 def decoding_options(command: _Command) -> _Command:

@@ -10,7 +10,7 @@ import click
 
 from lora_llava.cli.common import make_console, open_model, print_lines, quiet_libraries
 from lora_llava.cli.evaluate import option_problems
-from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, template_option
+from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, split_of, template_option
 from lora_llava.generation.output import CSV, JSONL, SKIPPED, refuse_output
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def predict(
     if images is not None:
         # A folder is a table of images, all with the same question.
         columns = {"image": "image", "question": "question"}
+    options["split"] = "test" if data is None else split_of(data, options["split"], "test")
     settings = _data_settings(QuestionSettings, data or str(images), columns, options)
     skips = settings.on_bad_record == "skip"
     refuse_output(output, (CSV, JSONL), *([output.with_name(output.name + SKIPPED)] if skips else []))
@@ -165,6 +166,7 @@ def pairs(model: Path, output: Path, data: str, base_model: str | None, template
     """
     from lora_llava.recipe.stages import DataSettings
 
+    options["split"] = split_of(data, options["split"], "train")
     settings = _data_settings(DataSettings, data, options.pop("columns"), options)
     refuse_output(output, (".json", JSONL))
     directory = open_model(model, base_model)

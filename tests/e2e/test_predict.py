@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -245,6 +247,25 @@ def test_bad_records_stop_or_are_listed(artifact: Path, data: Path) -> None:
         "more than max_bad_records 1"
         in predict(artifact, "--on-bad-record", "skip", "--max-bad-records", 1, output="b.csv").output
     )
+
+
+def test_the_only_split_of_a_directory_is_asked(artifact: Path, data: Path) -> None:
+    rows_of_table = [{"image": f"{name}.png", "question": "what color is it?"} for name in COLORS]
+    Path("set").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows_of_table), "set/train.parquet")
+    options = ("--columns", "image=image,question=question", "--image-root", ".")
+    result = predict(artifact, *options, data="set")
+    assert result.exit_code == 0, result.output
+    assert "Note: the questions are those of train, the only split of set" in result.output
+    assert [row["image"] for row in rows()] == [f"{name}.png" for name in COLORS]
+    # With two, the command does not choose, but says how to.
+    pq.write_table(pa.Table.from_pylist(rows_of_table), "set/validation.parquet")
+    for arguments in ([], ["--split", "tset"]):
+        result = predict(artifact, *options, *arguments, data="set", output="other.jsonl")
+        assert result.exit_code == 1
+        assert "it has train, validation. Name one of them: in a recipe with split, in a command with --split" in (
+            " ".join(result.output.split())
+        )
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ from lora_llava.data.record import (
 from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, place_image
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
+from lora_llava.data.sources.files.shards import damaged_shard
 from lora_llava.data.sources.files.sheets import read_sheet
 from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
-from lora_llava.data.sources.saved import is_saved, open_saved
+from lora_llava.data.sources.saved import is_saved, no_split, open_saved, saved_splits
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, read_entries, read_records, read_rows
 from lora_llava.errors import DataError
@@ -203,20 +204,37 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     import datasets
 
     try:
-        if path.is_file():
-            files = {data.split.partition("[")[0]: str(path)}
-            builder = datasets.load_dataset_builder("parquet", data_files=files)
-        else:
-            revision = None if path.is_dir() else data.revision
-            builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
-            if path.is_dir():
-                check_files(builder.config.data_files, path)
-        table = _prepared(builder, data)
+        table = _prepared(_builder(path, data), data)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
-        raise _unreadable(data.path, error) from None
+        damage = damaged_shard(path) if path.is_dir() else None
+        raise damage or _unreadable(data.path, error) from None
     return table, Path(datasets.config.HF_CACHE_HOME)
+
+
+def _builder(path: Path, data: DataSettings) -> Any:
+    """Return what reads a Parquet file, a directory or a dataset of the Hub. Raises anything."""
+    import datasets
+
+    if path.is_file():
+        files = {data.split.partition("[")[0]: str(path)}
+        return datasets.load_dataset_builder("parquet", data_files=files)
+    revision = None if path.is_dir() else data.revision
+    builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
+    if path.is_dir():
+        check_files(builder.config.data_files, path)
+    return builder
+
+
+def splits_of(directory: Path) -> list[str]:
+    """Return the splits of a local directory of data; none if it is saved without, or cannot be read."""
+    if is_saved(directory):
+        return saved_splits(directory)
+    try:
+        return [str(name) for name in _builder(directory, DataSettings(path=str(directory))).config.data_files or {}]
+    except Exception:  # noqa: BLE001 - who reads the data has the message
+        return []
 
 
 def _prepared(builder: Any, data: DataSettings) -> Any:
@@ -230,6 +248,8 @@ def _prepared(builder: Any, data: DataSettings) -> Any:
         # The same builder with the same cache; only the way to read files differs.
         builder.__class__ = PagedParquet
     builder.download_and_prepare()
+    if (split := re.split(r"[\[+]", data.split)[0]) not in (splits := builder.info.splits or {split: None}):
+        raise no_split(data_name(data.path), split, splits)
     table = builder.as_dataset(split=data.split)
     # A cache that was cut or damaged ends early, and `datasets` takes what is left without an error.
     known = (builder.info.splits or {}).get(data.split)

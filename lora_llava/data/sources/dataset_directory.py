@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from lora_llava.data.sources.files.shards import check_shard
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable
 
@@ -53,6 +54,8 @@ def check_directory(directory: Path) -> None:
                 )
     for folder, _, names in os.walk(directory):
         for name in names:
+            if name.endswith(".tar"):
+                check_shard(Path(folder, name))
             if not name.lower().endswith(_IMAGES) and (kind := _archive_kind(path := Path(folder, name))):
                 _check_archive(path, kind)
 

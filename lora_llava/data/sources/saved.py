@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ def open_saved(directory: Path, split: str) -> Any:
     Raises DataError if it cannot be read, or names files elsewhere.
     """
     if (directory / _SPLITS).is_file():
-        splits = _read(directory / _SPLITS).get("splits")
-        names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+        names = saved_splits(directory)
         if split not in names or Path(split).name != split:
-            raise DataError(f"{directory.name}: split: there is no {split!r}; it has {listed(names) or 'none'}")
+            raise no_split(directory.name, split, names)
         directory = directory / split
     files = _read(directory / _STATE).get("_data_files")
     for file in files if isinstance(files, list) else []:
@@ -42,6 +42,23 @@ def open_saved(directory: Path, split: str) -> Any:
         return datasets.load_from_disk(str(directory))
     except Exception as error:  # noqa: BLE001 - arrow and the library raise anything
         raise DataError(f"{directory.name}: the saved data set cannot be read: {first_line(error)}") from None
+
+
+def saved_splits(directory: Path) -> list[str]:
+    """Return the splits of a saved data set; none if it was saved without."""
+    if not (directory / _SPLITS).is_file():
+        return []
+    splits = _read(directory / _SPLITS).get("splits")
+    return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+
+
+def no_split(name: str, split: str, splits: Iterable[str]) -> DataError:
+    """Return the error for data without the split that is asked for."""
+    shown = listed([printable(other, 40) for other in splits]) or "none"
+    return DataError(
+        f"{name}: split: there is no {printable(split, 40)!r}; it has {shown}. Name one of them: in a recipe with "
+        "split, in a command with --split"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
