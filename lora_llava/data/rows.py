@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
 from lora_llava.data.images.read import open_image, preprocess
-from lora_llava.data.packing import Row
+from lora_llava.data.packing import Row, conversations
 from lora_llava.data.record import Record
 from lora_llava.recipe.stages import AspectRatio
 
@@ -35,8 +35,9 @@ Layout = dict[str, npt.NDArray[np.int64]]
   one of pair p and 2 p + 1 for the rejected one. A pair is a tree of two branches, and P is the number of pairs.
 """
 Batch = dict[str, "torch.Tensor"]
-"""The tensors of one forward pass: those of `lay_out`, `pixel_values` (I, 3, H, W) if the row has images, and for pairs
-`reference` (P, 2), once it is known: log-probabilities of the chosen and the rejected answer by the starting model."""
+"""The tensors of one forward pass: those of `lay_out`; `pixel_values` (I, 3, H, W) if the row has images; for pairs
+`reference` (P, 2), once it is known: log-probabilities of the chosen and the rejected answer by the starting model; of
+several sources `sources` (S,), of pairs (P,): the number of the source of each target or pair."""
 ReadImage = Callable[[Record], "torch.Tensor"]
 """Turns the image of a record into the model's input: an `ImageTransform`, or a cache of features."""
 
@@ -146,8 +147,15 @@ class PackedRows:
     """The rows of a plan, in its order, as a map-style dataset; images are decoded when a row is requested."""
 
     def __init__(
-        self, rows: Sequence[Row], records: Sequence[Record], encoded: Sequence[Encoded], read_image: ReadImage
+        self,
+        rows: Sequence[Row],
+        records: Sequence[Record],
+        encoded: Sequence[Encoded],
+        read_image: ReadImage,
+        sources: Sequence[str] = (),
     ) -> None:
+        """`sources`: names of the sources that the batches tell apart; (): they do not."""
+        self.sources = sources
         self.rows = rows
         self.records = records
         self.encoded = encoded
@@ -165,8 +173,18 @@ class PackedRows:
         batch = build_row(trees)
         if references := [one.reference for tree in trees for one in tree if one.reference is not None]:
             batch["reference"] = torch.tensor(references, dtype=torch.float64)
+        if self.sources:
+            batch["sources"] = torch.tensor(self._sources_of(row), dtype=torch.int64)
         # One image for each tree: its conversations share it.
         first_records = [self.records[tree[0]] for tree in row]
         if images := [self.read_image(record) for record in first_records if record.image is not None]:
             batch["pixel_values"] = torch.stack(images)
         return batch
+
+    def _sources_of(self, row: Row) -> list[int]:
+        """Return the number of the source of each target of a row, or of each pair."""
+        numbers: list[int] = []
+        for index in conversations([row]):
+            encoded, number = self.encoded[index], self.sources.index(self.records[index].source)
+            numbers += [number] * (1 if encoded.rejected is not None else encoded.num_supervised)
+        return numbers

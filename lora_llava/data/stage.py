@@ -103,6 +103,12 @@ class EncodedRecords(Sequence[Encoded]):
             self.num_supervised.append(size.num_supervised)
             self.num_cut += size.is_cut
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of the records, in their order; () if they are of one."""
+        names = dict.fromkeys(record.source for record in self.records)
+        return tuple(names) if len(names) > 1 else ()
+
     def _sizes(self) -> Iterator[Size]:
         with counting("encoding conversations", len(self.records)) as advance:
             for encoded in self:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 _RIGHT, _WRONG, _TEXT = "#1a7f37", "#c62828", "#1f2328"
 _RAW, _SMOOTH, _VALIDATION, _RATE = "#9ec5e8", "#14507f", "#d9730d", "#8c959f"
+_SOURCES = ("#7b3fa0", "#1a7f37", "#c62828", "#b58900")
+"""Of the losses of a stage's sources; with more sources they are not drawn."""
 _COLUMNS = 4
+_MAX_NAME = 24
+"""Characters of the name of a source."""
 _COLUMN_INCHES = 3.4
 _IMAGE_INCHES = 2.6
 _LINE_INCHES = 0.19
@@ -153,7 +157,8 @@ def _sheet_cell(
 def plot_loss(path: Path, log_rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a PNG with one panel per stage: raw and smoothed loss, validation loss and learning rate.
 
-    `log_rows` are the lines of `train_log.jsonl`, with "stage", "step", and "loss", "learning_rate" or "eval_loss".
+    `log_rows` are the lines of `train_log.jsonl`, with "stage", "step", and "loss", "learning_rate" or "eval_loss". Up
+    to four sources ("loss/NAME") have a line each.
     """
     stages = list(dict.fromkeys(str(row["stage"]) for row in log_rows)) or ["no step was logged"]
     with _figure(path, (6.4 * len(stages), 4.2)) as figure:
@@ -172,6 +177,11 @@ def _loss_panel(panel: SubFigure, stage: str, rows: Sequence[Mapping[str, Any]])
     marker = "." if len(steps) < 2 else ""  # a line with one point is invisible
     axes.plot(steps, losses, color=_RAW, linewidth=1, marker=marker, label="loss")
     axes.plot(steps, smoothed(losses), color=_SMOOTH, linewidth=1.8, label="loss, smoothed")
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("loss/"))
+    for name, color in zip(names, _SOURCES, strict=False) if len(names) <= len(_SOURCES) else ():
+        of_source, values = _series(rows, name)
+        label = f"of {_short(name.removeprefix('loss/'))}"
+        axes.plot(of_source, smoothed(values), color=color, linewidth=1, marker=marker, label=label)
     axes.plot(
         *_series(rows, "eval_loss"),
         color=_VALIDATION,
@@ -208,7 +218,15 @@ def _legend(axes: Axes, rates: Axes) -> None:
     """Add a legend of the lines of both axes that have points."""
     lines = [line for line in (*axes.get_lines(), *rates.get_lines()) if len(line.get_xdata(orig=True))]  # type: ignore[arg-type]
     if lines:
-        axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", fontsize=8, framealpha=0.85)
+        labels = [str(line.get_label()) for line in lines]
+        legend = axes.legend(lines, labels, loc="upper right", fontsize=8, framealpha=0.85)
+        for text in legend.get_texts():
+            # A name may hold what looks like a formula.
+            text.set_parse_math(False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

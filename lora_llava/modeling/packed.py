@@ -7,7 +7,7 @@ work, of a model of eight layers a tenth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,6 +55,23 @@ def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: t
     return _sum_of_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"]) / num_supervised
 
 
+def packed_loss_by_token(
+    model: Any, batch: Mapping[str, torch.Tensor], num_supervised: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `packed_loss`, to the bit, and the cross-entropy (S,) of each supervised token, detached."""
+    hidden_states = _packed_hidden_states(model, batch)
+    head, labels = llava_in(model).lm_head, batch["shift_labels"]
+
+    def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # What `F.cross_entropy` computes, with the log-probabilities at hand.
+        log_probs = F.log_softmax(_head_logits(head, hidden).float(), dim=-1)
+        by_token = -log_probs.detach().gather(1, targets[:, None])[:, 0]
+        return F.nll_loss(log_probs, targets, reduction="sum"), by_token
+
+    sums, by_token = zip(*_in_chunks(chunk_losses, hidden_states, labels), strict=True)
+    return _added(sums) / num_supervised, torch.cat(by_token)
+
+
 def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Compute the log-probabilities (P, 2), in fp64, of the chosen and the rejected answer of each pair of a row.
 
@@ -77,25 +94,33 @@ def answer_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _sum_of_losses(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum cross-entropy against `labels` (S,); see `_chunk_losses`."""
-    losses = _chunk_losses(head, hidden_states, labels, "sum")
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return _added(_chunk_losses(head, hidden_states, labels, "sum"))
+
+
+def _added(sums: Sequence[torch.Tensor]) -> torch.Tensor:
+    return sums[0] if len(sums) == 1 else torch.stack(list(sums)).sum()
 
 
 def _chunk_losses(
     head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, reduction: str
 ) -> list[torch.Tensor]:
-    """Compute cross-entropy against `labels` (S,) in chunks of (HEAD_CHUNK, hidden size), each with `reduction`.
-
-    With more than one chunk, the backward pass recomputes the logits instead of keeping (S, vocabulary).
-    """
+    """Compute cross-entropy against `labels` (S,) in chunks, each with `reduction`; see `_in_chunks`."""
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(_head_logits(head, hidden).float(), targets, reduction=reduction)
 
+    return _in_chunks(chunk_loss, hidden_states, labels)
+
+
+def _in_chunks(compute: Callable[..., Any], hidden_states: torch.Tensor, labels: torch.Tensor) -> list[Any]:
+    """Call `compute` with chunks of (HEAD_CHUNK, hidden size) and their labels.
+
+    With more than one chunk, the backward pass recomputes the logits instead of keeping (S, vocabulary).
+    """
     if len(labels) <= HEAD_CHUNK:
-        return [chunk_loss(hidden_states, labels)]
+        return [compute(hidden_states, labels)]
     chunks = zip(hidden_states.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
-    return [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+    return [checkpoint(compute, *chunk, use_reentrant=False) for chunk in chunks]
 
 
 def _head_logits(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:

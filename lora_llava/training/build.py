@@ -70,7 +70,7 @@ def make_trainer(
     settings, recipe = stage.settings, stage.recipe
     read_image = _image_reader(stage, loaded, data)
     rows = [row for step in data.plan.steps for row in step[rank() :: world_size()]]
-    train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image), None
+    train, validation = PackedRows(rows, data.encoded.records, data.encoded, read_image, data.encoded.sources), None
     if data.validation:
         validation = PackedRows(data.validation_rows, data.validation.records, data.validation, read_image)
     guard = NonFiniteGuard.by_settings(train, stage.name, settings, dtype)

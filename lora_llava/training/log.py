@@ -21,6 +21,8 @@ from lora_llava.system.text import printable, printable_lines
 
 MAX_SHOWN = 200
 """Characters of a question or an answer that the log shows on the screen."""
+_MAX_NAME = 24
+"""Characters of the name of a source on a line of figures."""
 
 
 class TrainingLog(TrainerCallback):  # type: ignore[misc]
@@ -123,8 +125,8 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
         if "eval_loss" in row:
             blind = f", without the images {row['eval_loss_blind']:.4f}" if "eval_loss_blind" in row else ""
             self.console.print(f"{self.stage} {step}/{total}: validation loss {row['eval_loss']:.4f}{blind}")
-            for key in (key for key in row if key.startswith("eval_loss/")):
-                line = f"{self.stage} {step}/{total}: of {key.partition('/')[2]} {row[key]:.4f}"
+            for name, loss in by_source(row, "eval_loss").items():
+                line = f"{self.stage} {step}/{total}: of {name} {loss:.4f}"
                 self.console.print(Text(printable_lines(line)), soft_wrap=True)
             for sample in row.get("samples", []):
                 self.console.print(sample_line(sample))
@@ -145,14 +147,22 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
 def log_figures(row: dict[str, Any]) -> list[str]:
     """Format the figures of a log line, the most important first."""
     norms = [f"{key.removeprefix('grad_norm_')} {one:.2g}" for key, one in row.items() if key.startswith("grad_norm_")]
+    sources = [f"{printable(name, _MAX_NAME)} {loss:.4f}" for name, loss in by_source(row, "loss").items()]
     figures = [
         f"loss {row['loss']:.4f}",
+        *([f"of {', '.join(sources)}"] if sources else []),
         f"lr {row['learning_rate']:.2e}",
         f"{row['questions_per_second']:.1f} questions/s",
         f"{row['supervised_tokens_per_second']:.0f} supervised tokens/s",
     ]
     figures += [f"gradients: {', '.join(norms)}"] if norms else []
     return figures + ([f"projector moved {row['projector_change']:.1%}"] if "projector_change" in row else [])
+
+
+def by_source(row: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Return the losses of the sources in a log line, by their names; `key`: that of the loss of all."""
+    start = f"{key}/"
+    return {name.removeprefix(start): loss for name, loss in row.items() if name.startswith(start)}
 
 
 def fitting(figures: Sequence[str], width: int) -> list[str]:

@@ -31,6 +31,7 @@ from lora_llava.training.checkpoints.signals import end_with_parent
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
 from lora_llava.training.checks.non_finite import forked_rng
 from lora_llava.training.log import TrainingLog
+from lora_llava.training.objectives.by_source import LossBySource
 from lora_llava.training.objectives.objective import Objective, TokenLoss
 from lora_llava.training.optimizer import make_optimizer, make_scaler, make_schedule
 from lora_llava.training.parallel.gradients import sum_gradients, summed
@@ -39,6 +40,8 @@ from lora_llava.training.validation import HeldOutLoss, without
 
 _CHECKS = "lora_llava_guards"
 """Key of the checks' state in `trainer_state.json`."""
+_SOURCES = "lora_llava_loss_by_source"
+"""Key of the sums of `LossBySource` there."""
 
 
 class PackedTrainer:
@@ -80,6 +83,7 @@ class PackedTrainer:
         """Names the newest usable checkpoint, for warnings."""
         self.objective: Objective = TokenLoss()
         """What a step minimizes; set before training for a stage with another loss."""
+        self.by_source = LossBySource(rows.sources, self.device)
         self.held_out = HeldOutLoss(self._row_loss, lambda row: self.objective.count(row))
         self.state = TrainerState(train_batch_size=1)
         self._tell("on_init_end")
@@ -114,6 +118,7 @@ class PackedTrainer:
                 self._tell("on_substep_end")
             sum_gradients([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
             loss, step = self._checked_loss()
+            self.by_source.end_step(counts=not step.is_skipped or step.has_overflowed)
             self.loss_sum += loss
             self.state.total_flos += self.flops_per_token * float(num_tokens)
 
@@ -158,6 +163,7 @@ class PackedTrainer:
         self.state.compute_steps(self.args, self.args.max_steps)
         self._tell("on_train_begin")
         self.restore_checks()
+        self.by_source.restore(self.state.stateful_callbacks.get(_SOURCES))
         if self.saver is not None:
             # Last, since trackers may draw random numbers.
             self.saver.restore(self)
@@ -200,14 +206,19 @@ class PackedTrainer:
             if is_in_lockstep():
                 self._pass_idly()
             return torch.zeros((), device=self.device)
-        loss = self._loss(row, num_items)
+        loss = self._loss(row, num_items, self.by_source if self.by_source.sources else None)
         self.accelerator.backward(self.scaler.scale(loss))
         return loss.detach()
 
-    def _loss(self, row: Batch, num_items: torch.Tensor | int) -> torch.Tensor:
+    def _loss(self, row: Batch, num_items: torch.Tensor | int, by_source: LossBySource | None = None) -> torch.Tensor:
+        row = to_device(row, self.device)
         # In bf16 accelerate has wrapped the model's forward pass; in fp16 it refuses to on a CPU.
         with autocast(self.device, self.dtype) if self.dtype == torch.float16 else nullcontext():
-            return self.objective.loss(self.wrapped, to_device(row, self.device), num_items)
+            if by_source is None:
+                return self.objective.loss(self.wrapped, row, num_items)
+            loss, losses = self.objective.loss_by_item(self.wrapped, row, num_items)
+        by_source.add(row["sources"], losses)
+        return loss
 
     def _pass_idly(self) -> None:
         """Run a forward and a backward pass for nothing, with those that other processes run for their rows."""
@@ -261,6 +272,8 @@ class PackedTrainer:
             return False
         if self.saver.is_due(self, loss):
             self.before_save()
+            if sums := self.by_source.state():
+                state.stateful_callbacks[_SOURCES] = sums
             self.saver.save(self)
             self._tell("on_save")
         return self.saver.should_stop
@@ -272,7 +285,7 @@ class PackedTrainer:
         loss = loss_sum / (step - self.last_logged_step)
         self.loss_sum.zero_()
         self.loss_total, self.last_logged_step = self.loss_total + loss_sum, step
-        self.log({"loss": loss, "grad_norm": float(norm), "learning_rate": rate})
+        self.log({"loss": loss, **self.by_source.take(), "grad_norm": float(norm), "learning_rate": rate})
 
     def _end(self, started: float, first_step: int) -> None:
         """Report the whole session to the trackers, and end them and the log's display."""

@@ -1,43 +1,72 @@
-"""A run over two sources, with system prompts of records: losses by source, and the same run again from its recipe."""
+"""Runs over two sources, with system prompts of records: losses by source, resumed runs, and the same run again."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from rich.console import Console
 
 from lora_llava.artifact import read_manifest
 from lora_llava.recipe.file import load_recipe
 from lora_llava.training.run import run_recipe
+from tests.helpers.resuming import log_of, stopped_run, train
 from tests.helpers.runs import write_data, write_recipe
 
+SETTINGS = ("stages.instruct.max_steps=20", "stages.instruct.logging_steps=2", "stages.instruct.save_steps=3")
 
-def test_a_run_mixes_two_sources_and_tells_their_losses_apart(tmp_path: Path, tiny_base: Path) -> None:
-    write_data(tmp_path)
-    records = json.loads((tmp_path / "train.json").read_text())
+
+def write_mix(directory: Path, base: Path, **settings: Any) -> Path:
+    """Write a recipe over two sources, which have the same images under unlike system prompts: no tree holds both."""
+    write_data(directory)
+    records = json.loads((directory / "train.json").read_text())
     held = [record for record in records if record["image"] == records[-1]["image"]]
     rest = [record for record in records if record["image"] != records[-1]["image"]]
-    # The same images under another system prompt: no tree may hold both.
     for name, system in (("own", {}), ("brief", {"system": "Be brief."})):
         for part, chosen in ((name, rest), (f"held_{name}", held)):
-            (tmp_path / f"{part}.json").write_text(json.dumps([{**record, **system} for record in chosen]))
-    path = write_recipe(tmp_path, {"model_name_or_path": str(tiny_base)}, ["instruct"])
+            (directory / f"{part}.json").write_text(json.dumps([{**record, **system} for record in chosen]))
+    path = write_recipe(directory, {"model_name_or_path": str(base)}, ["instruct"])
     recipe = yaml.safe_load(path.read_text())
     own = {"path": "own.json", "image_root": "images", "validation": {"path": "held_own.json"}}
     brief = {"path": "brief.json", "image_root": "images", "validation": {"path": "held_brief.json"}, "share": 0.5}
-    recipe["stages"]["instruct"] |= {"data": [own, brief], "max_steps": 2, "num_sample_answers": 0}
+    recipe["stages"]["instruct"] |= {"data": [own, brief], "num_sample_answers": 0, **settings}
     path.write_text(yaml.safe_dump(recipe))
+    return path
 
-    run_recipe(load_recipe(path), Console(quiet=True))
+
+def test_a_run_mixes_two_sources_and_tells_their_losses_apart(tmp_path: Path, tiny_base: Path) -> None:
+    run_recipe(load_recipe(write_mix(tmp_path, tiny_base, max_steps=2)), Console(quiet=True))
     lines = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     validation = [line for line in lines if "eval_loss" in line][-1]
     losses = [validation["eval_loss/own.json"], validation["eval_loss/brief.json"]]
     assert min(losses) < validation["eval_loss"] < max(losses)
+    trained = [line for line in lines if "loss" in line]
+    assert len(trained) == 2
+    for line in trained:
+        losses = [line["loss/own.json"], line["loss/brief.json"]]
+        assert min(losses) < line["loss"] < max(losses)
 
     again = load_recipe(tmp_path / "run" / "recipe.yaml", [f"output_dir={tmp_path / 'again'}"])
     assert len(again.stage("instruct").data.sources) == 2
     run_recipe(again, Console(quiet=True))
     first, second = (read_manifest(tmp_path / name / "instruct").adapter_sha256 for name in ("run", "again"))
     assert first == second
+
+
+@pytest.mark.fault("checkpoints: a resumed run that differs from an uninterrupted one")
+def test_k31_losses_by_source_of_a_resumed_run_are_those_of_an_uninterrupted_one(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """The checkpoint of step 3 is between the lines of steps 2 and 4."""
+    recipe = write_mix(tmp_path, tiny_base, batch_size=2, branches_per_tree=1, eval_steps=20)
+    train(recipe, tmp_path / "whole", settings=SETTINGS)
+    stopped = stopped_run(recipe, tmp_path / "stopped", "instruct", 4, settings=SETTINGS)
+    assert [line["step"] for line in log_of(stopped) if "loss" in line] == [2]
+    train(recipe, stopped, settings=SETTINGS, resume="exact")
+    whole, resumed = log_of(tmp_path / "whole"), log_of(stopped)
+    assert whole == resumed
+    named = [line for line in whole if "loss/own.json" in line and "loss/brief.json" in line]
+    assert len(named) > 7

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from lora_llava.formats.names import WEIGHTS
@@ -124,8 +125,15 @@ def test_the_questions_of_the_evaluation_are_shared_out(runs: dict[int, Path], c
 
 
 def test_preferences_of_two_processes_are_those_of_one(tiny_base: Path, tmp_path: Path) -> None:
-    """The reference is computed by both, and so are the sums that the log has means of."""
+    """The reference is computed by both, and so are the sums that the log has means of: of all, and of each source."""
     recipe = write_preference_project(tmp_path, tiny_base)
+    pairs = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    data = content["stages"]["prefer"]["data"]
+    content["stages"]["prefer"]["data"] = [data, {**data, "path": "replay.json", "validation": None, "share": 0.3}]
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    for name, part in (("pairs", pairs[:20]), ("replay", pairs[20:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
     settings = ["quantization.type=nf4", "stages.prefer.logging_steps=1", "stages.prefer.eval_steps=2"]
     for count in (1, 2):
         arguments = [
@@ -140,7 +148,8 @@ def test_preferences_of_two_processes_are_those_of_one(tiny_base: Path, tmp_path
     logs = [log_of(tmp_path / str(count)) for count in (1, 2)]
     assert len(logs[0]) == len(logs[1]) > 4
     names = [name for name in logs[0][0] if name.startswith(("reward", "log_prob", "loss"))]
-    assert len(names) == 7
+    assert {"loss/pairs.json", "loss/replay.json"} < set(names)
+    assert len(names) == 9
     for one, other in zip(*logs, strict=True):
         for name in (*names, *(f"eval_{name}" for name in names)):
             assert one.get(name) == (pytest.approx(other[name], rel=1e-4, abs=1e-5) if name in other else None)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_llava.data.rows import Batch
-from lora_llava.modeling.packed import packed_loss
+from lora_llava.modeling.packed import packed_loss, packed_loss_by_token
 
 
 class Objective(Protocol):
@@ -23,6 +23,9 @@ class Objective(Protocol):
     def loss(self, model: Any, row: Batch, num_items: torch.Tensor | int) -> torch.Tensor:
         """Return the sum of the losses of a row's items divided by `num_items`, a scalar in fp32."""
 
+    def loss_by_item(self, model: Any, row: Batch, num_items: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `loss`, to the bit, and the loss (N,) of each of the row's N items, detached and not divided."""
+
 
 class TokenLoss:
     """The cross-entropy of the supervised tokens."""
@@ -34,3 +37,7 @@ class TokenLoss:
     def loss(self, model: Any, row: Batch, num_items: torch.Tensor | int) -> torch.Tensor:
         """Return the sum of a row's cross-entropies divided by `num_items`, a scalar in fp32."""
         return packed_loss(model, row, num_items)
+
+    def loss_by_item(self, model: Any, row: Batch, num_items: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `loss`, and the cross-entropy of each supervised token."""
+        return packed_loss_by_token(model, row, num_items)

@@ -79,10 +79,14 @@ class PreferenceObjective:
 
     def loss(self, model: Any, row: Batch, num_items: torch.Tensor | int) -> torch.Tensor:
         """Return the sum of the losses of a row's pairs divided by `num_items`, a scalar in fp32."""
+        return self.loss_by_item(model, row, num_items)[0]
+
+    def loss_by_item(self, model: Any, row: Batch, num_items: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `loss`, and the loss of each pair."""
         log_probs, lengths = answer_log_probs(model, row), answer_lengths(row)
         losses = pair_losses(self.settings, log_probs, row["reference"], lengths)
         self._rows.append(_sums(self.settings.beta, log_probs.detach(), row["reference"]))
-        return losses.sum().float() / num_items
+        return losses.sum().float() / num_items, losses.detach()
 
     def take_sums(self, device: torch.device) -> PairSums:
         """Return the sums over all rows since the last call, over all processes; rows that are not finite are left out.

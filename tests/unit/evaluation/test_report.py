@@ -190,6 +190,21 @@ def test_loss_plot_has_a_panel_for_each_stage(tmp_path: Path) -> None:
     assert has("#d9730d", two)
 
 
+def test_loss_plot_has_a_line_for_each_of_a_few_sources(tmp_path: Path) -> None:
+    names = ["_own.json", "a $\\frac name", "replay", "long" * 20, "fifth"]
+    colors = ["#7b3fa0", "#1a7f37", "#c62828", "#b58900"]
+    for count in (2, 4, 5):
+        rows = [{**row, **{f"loss/{name}": row["loss"] + 1 for name in names[:count]}} for row in log_rows()[59:118]]
+        for row in rows:
+            # Apart, so that no line hides another.
+            row |= {key: row[key] + 0.1 * number for number, key in enumerate(row) if key.startswith("loss/")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plot_loss(tmp_path / "loss.png", rows)
+        drawn = pixels(tmp_path / "loss.png")
+        assert [has(color, drawn) for color in colors] == [count < 5 and number < count for number in range(4)]
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_loss_plot_takes_a_log_that_has_hardly_begun(tmp_path: Path, count: int) -> None:
     with warnings.catch_warnings():
