@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
-from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable
 

@@ -15,7 +15,7 @@ from lora_llava.data.images.grayscale import LEVELS_PER_STRAY
 from lora_llava.data.images.read import DEEP_GRAY, FORMATS, decode_image, read_image
 from lora_llava.data.images.tiff import bits_per_channel
 from lora_llava.data.record import ImageSource
-from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.errors import DataError
 
 _MAX_DIFFERING_BITS = 8

@@ -13,7 +13,8 @@ from urllib.parse import unquote
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import ImageSource, check_text
-from lora_llava.data.sources.arrow_cache import Digests, StoredBytes
+from lora_llava.data.sources.stored.arrow import Digests
+from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.system.text import counted
 

@@ -19,7 +19,6 @@ from lora_llava.data.record import (
     own_values,
     with_answer_prompt,
 )
-from lora_llava.data.sources.arrow_cache import image_cells
 from lora_llava.data.sources.cells import ImageCells, place_image
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.files.shards import damaged_shard
@@ -28,6 +27,8 @@ from lora_llava.data.sources.forms import describe_record, known_form, propose_c
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
 from lora_llava.data.sources.saved import is_saved, no_split, open_saved, saved_splits
 from lora_llava.data.sources.selection import Entry
+from lora_llava.data.sources.stored.arrow import image_cells
+from lora_llava.data.sources.stored.cells import CACHE, from_row, is_location, location_root
 from lora_llava.data.sources.tables import JSON_SUFFIXES, TABLE_SUFFIXES, read_entries, read_records, read_rows
 from lora_llava.errors import DataError
 from lora_llava.recipe.columns import ColumnSettings, fields_in, is_template
@@ -149,7 +150,11 @@ def _open(data: DataSettings, extra: bool) -> _Opened:
     taken = [str(column_of(path, present)) for path in outer]
     table = table.select_columns(list(dict.fromkeys([*taken, *(_flat_columns(table) if extra else [])])))
     image = None if columns.image is None or is_template(columns.image) else column_of(columns.image, present)
-    rows = _rows(table) if image is None else _with_images(_with_images_undecoded(table, image, data.path), image)
+    root = location_root(path)
+    if image is None or is_location(table.features[image]):
+        rows = _rows(table, root)
+    else:
+        rows = _with_images(_with_images_undecoded(table, image, data.path), image, root)
     return _Opened(data, columns, rows, cache)
 
 
@@ -164,21 +169,24 @@ def _with_form(data: DataSettings, names: list[str]) -> tuple[DataSettings, Colu
     return data.model_copy(update={"columns": form.columns, "each": each}), form.columns
 
 
-def _rows(table: Any) -> Iterator[Entry]:
-    """Yield rows with the names of class labels instead of their numbers."""
+def _rows(table: Any, root: Path) -> Iterator[Entry]:
+    """Yield rows with the names of class labels instead of their numbers, and images that stay below `root`."""
+    located = [name for name, feature in table.features.items() if is_location(feature)]
     labels = {name: feature.names for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"}
     for row in table:
         for name, names in labels.items():
             label = row[name]
             # -1 stands for a row without a label.
             row[name] = names[label] if label is not None and label >= 0 else None
+        for name in located:
+            row[name] = from_row(row[name], root)
         yield Entry(row, None)
 
 
-def _with_images(table: Any, column: str) -> Iterator[Entry]:
+def _with_images(table: Any, column: str, root: Path) -> Iterator[Entry]:
     """Yield rows whose images stay on disk."""
     rest = table.remove_columns(column)
-    rows = _rows(rest) if rest.column_names else (Entry({}, None) for _ in range(len(table)))
+    rows = _rows(rest, root) if rest.column_names else (Entry({}, None) for _ in range(len(table)))
     for row, cell in zip(rows, image_cells(table, column), strict=True):
         row.value[column] = cell
         yield row
@@ -217,11 +225,12 @@ def _builder(path: Path, data: DataSettings) -> Any:
     """Return what reads a Parquet file, a directory or a dataset of the Hub. Raises anything."""
     import datasets
 
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / CACHE)
     if path.is_file():
         files = {data.split.partition("[")[0]: str(path)}
-        return datasets.load_dataset_builder("parquet", data_files=files)
+        return datasets.load_dataset_builder("parquet", data_files=files, cache_dir=cache)
     revision = None if path.is_dir() else data.revision
-    builder = datasets.load_dataset_builder(data.path, data.name, revision=revision)
+    builder = datasets.load_dataset_builder(data.path, data.name, revision=revision, cache_dir=cache)
     if path.is_dir():
         check_files(builder.config.data_files, path)
     return builder
@@ -240,13 +249,14 @@ def splits_of(directory: Path) -> list[str]:
 def _prepared(builder: Any, data: DataSettings) -> Any:
     """Convert a dataset into the cache, as `datasets.load_dataset` does, and open it.
 
-    Parquet is read page by page: a row group, which `datasets` reads at once, may be the whole file.
+    The images of Parquet files stay in them.
     """
     if type(builder).__name__ == "Parquet":
-        from lora_llava.data.sources.parquet import PagedParquet
+        from lora_llava.data.sources.stored.parquet import LocatingParquet
 
-        # The same builder with the same cache; only the way to read files differs.
-        builder.__class__ = PagedParquet
+        # The same builder; only the way to read files differs.
+        builder.__class__ = LocatingParquet
+        builder.root = location_root(Path(data.path))
     builder.download_and_prepare()
     if (split := re.split(r"[\[+]", data.split)[0]) not in (splits := builder.info.splits or {split: None}):
         raise no_split(data_name(data.path), split, splits)
@@ -360,5 +370,5 @@ def peek(data: DataSettings) -> Peeked:
         return Peeked(list(dict.fromkeys(name for row in rows for name in row)), rows, [])
     table, _ = _open_table(path, data)
     flat = table.select_columns(_flat_columns(table)).select(range(min(_MAX_PEEKED, len(table))))
-    rows = [entry.value for entry in _rows(flat)]
+    rows = [entry.value for entry in _rows(flat, location_root(path))]
     return Peeked(list(table.column_names), rows, list(table.info.splits or {}))

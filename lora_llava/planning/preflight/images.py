@@ -13,7 +13,7 @@ from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import image_problem
 from lora_llava.data.load import image_kills_its_reader, read_source
 from lora_llava.data.record import ImageSource, Record
-from lora_llava.data.sources.arrow_cache import StoredBytes
+from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.planning.preflight.data import sources
 from lora_llava.planning.preflight.findings import Finding, Notice, Problem

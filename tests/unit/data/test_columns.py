@@ -22,7 +22,8 @@ from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import open_image
 from lora_llava.data.load import load_records
 from lora_llava.data.record import ImageSource, Record
-from lora_llava.data.sources.arrow_cache import StoredBytes, image_cells
+from lora_llava.data.sources.stored.arrow import image_cells
+from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 
@@ -245,18 +246,17 @@ def stored(record: Record) -> StoredBytes:
         ({"max_records": 2}, [1, 2]),
     ],
 )
-def test_k25_images_in_parquet_stay_in_the_cache_file(
-    tmp_path: Path, settings: dict[str, Any], kept: list[int]
-) -> None:
+def test_k25_images_in_parquet_stay_in_the_file(tmp_path: Path, settings: dict[str, Any], kept: list[int]) -> None:
     records = load(write(tmp_path / "vqa.parquet", rows()), **settings)
     assert [stored(record).read() for record in records if record.image] == [png(red) for red in kept]
+    assert all(stored(record).path == tmp_path / "vqa.parquet" for record in records if record.image)
     assert [record.image.key for record in records if record.image] == [sha256(png(red)).hexdigest() for red in kept]
     assert [open_image(record.image).getpixel((0, 0)) for record in records if record.image] == [
         (red, 0, 0) for red in kept
     ]
 
 
-def test_k25_images_of_a_directory_with_several_files_stay_in_the_cache_files(tmp_path: Path) -> None:
+def test_k25_images_of_a_directory_with_several_files_stay_in_them(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number in range(3):
         write(
@@ -268,7 +268,7 @@ def test_k25_images_of_a_directory_with_several_files_stay_in_the_cache_files(tm
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize("in_list", [False, True])
-def test_k25_plain_bytes_and_lists_of_images_stay_in_the_cache_file(tmp_path: Path, kind: Any, in_list: bool) -> None:
+def test_k25_plain_bytes_and_lists_of_images_stay_in_the_file(tmp_path: Path, kind: Any, in_list: bool) -> None:
     if in_list:
         images = pa.array(
             [[cell(5)], [], None, [cell(6)]], pa.list_(pa.struct([("bytes", kind), ("path", pa.string())]))
@@ -281,7 +281,7 @@ def test_k25_plain_bytes_and_lists_of_images_stay_in_the_cache_file(tmp_path: Pa
     assert [stored(record).read() for record in records if record.image] == [png(5), png(6)]
 
 
-def test_k25_a_cache_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_k25_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     [record] = load(write(tmp_path / "vqa.parquet", rows()[:1]))
     stored(record).path.unlink()
     assert record.image is not None
@@ -332,7 +332,9 @@ def test_k25_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 def test_hashes_are_remembered_as_long_as_the_cache_stays_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "vqa.parquet", rows())
+    path = tmp_path / "saved"
+    table = datasets.Dataset.from_list(rows()).cast_column("image", datasets.Image(decode=False))
+    table.save_to_disk(path)
     reads: list[StoredBytes] = []
     original = StoredBytes.read
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lora_llava.data.sources.stored.cells import CACHE
 from lora_llava.system.hub.failures import gated
 from lora_llava.system.hub.network import bounded, offline
 
@@ -58,5 +59,6 @@ def is_cached_data(name: str) -> bool:
 
     home = Path(constants.HF_HOME)
     tables = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
-    paths = (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}", tables / name.replace("/", "___"))
+    files = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    paths = (files, tables / CACHE / name.replace("/", "___"))
     return any(path.is_dir() for path in paths)

@@ -6,75 +6,21 @@ Read through a table's memory map, every image would count as memory of the proc
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.system.files import staged_file
 
 _MAPPED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*)$", re.MULTILINE)
 _MAPS = Path("/proc/self/maps")
 _DIGEST = re.compile(r"^(\d+) (\d+) ([0-9a-f]{64})$")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBytes:
-    """A range of bytes in a file."""
-
-    path: Path
-    offset: int
-    length: int
-
-    def read(self) -> bytes:
-        """Read the bytes; OSError if the file is gone or has become shorter."""
-        with self.path.open("rb") as handle:
-            handle.seek(self.offset)
-            data = handle.read(self.length)
-        if len(data) < self.length:
-            raise OSError(None, "the dataset's cache was cut short")
-        return data
-
-    def open(self) -> BinaryIO:
-        """Open the bytes as a file of their own, of which only the parts that are asked for are read."""
-        return io.BufferedReader(_Range(self))
-
-
-class _Range(io.RawIOBase):
-    """A range of bytes in a file, as a file."""
-
-    def __init__(self, stored: StoredBytes) -> None:
-        super().__init__()
-        self._stored, self._position = stored, 0
-        self._file = stored.path.open("rb", buffering=0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stored.length}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        left = max(0, self._stored.length - self._position)
-        self._file.seek(self._stored.offset + self._position)
-        count = self._file.readinto(memoryview(buffer)[:left])
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 class Digests:
@@ -89,6 +35,8 @@ class Digests:
 
     def of(self, stored: StoredBytes) -> str:
         """Return the sha256 (hexadecimal) of stored bytes; OSError if they cannot be read."""
+        if stored.digest:
+            return stored.digest
         if stored.path not in self._known:
             self._known[stored.path] = _remembered(stored.path)
         known, span = self._known[stored.path], (stored.offset, stored.length)

@@ -1,0 +1,1 @@
+"""Embedded images that stay in the file that holds them."""
