@@ -79,7 +79,9 @@ def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Ten
     differences of these sums, which fp32 would round, and which CUDA adds up in any order.
     """
     hidden_states = _packed_hidden_states(model, batch)
-    losses = torch.cat(_chunk_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"], "none"))
+    head = llava_in(model).lm_head
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    losses = torch.cat(_chunk_losses(head, hidden_states, batch["shift_labels"], "none", dtype))
     sums = torch.zeros(2 * len(batch["tree_spans"]), dtype=torch.float64, device=losses.device)
     return sums.index_add(0, batch["answers"], -losses.double()).view(-1, 2)
 
@@ -94,7 +96,7 @@ def answer_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _sum_of_losses(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum cross-entropy against `labels` (S,); see `_chunk_losses`."""
-    return _added(_chunk_losses(head, hidden_states, labels, "sum"))
+    return _added(_chunk_losses(head, hidden_states, labels, "sum", torch.float32))
 
 
 def _added(sums: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -102,12 +104,12 @@ def _added(sums: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _chunk_losses(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, reduction: str
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, reduction: str, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """Compute cross-entropy against `labels` (S,) in chunks, each with `reduction`; see `_in_chunks`."""
+    """Compute cross-entropy in `dtype` against `labels` (S,) in chunks, each with `reduction`; see `_in_chunks`."""
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(_head_logits(head, hidden).float(), targets, reduction=reduction)
+        return F.cross_entropy(_head_logits(head, hidden).to(dtype), targets, reduction=reduction)
 
     return _in_chunks(chunk_loss, hidden_states, labels)
 

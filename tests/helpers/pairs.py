@@ -59,16 +59,18 @@ def has_image(encoded: Encoded) -> bool:
     return IMAGE_ID in encoded.input_ids
 
 
-def row_of_pairs(pairs: Sequence[Encoded], reference: torch.Tensor, start: int = 0) -> Batch:
+def row_of_pairs(
+    pairs: Sequence[Encoded], reference: torch.Tensor, start: int = 0, dtype: torch.dtype = torch.float32
+) -> Batch:
     """Pack pairs in one row; image `start` + k belongs to pair k, `reference` (P, 2)."""
     batch = build_row([[one] for one in pairs])
-    images = [image(start + number, torch.float32) for number, one in enumerate(pairs) if has_image(one)]
+    images = [image(start + number, dtype) for number, one in enumerate(pairs) if has_image(one)]
     if images:
         batch["pixel_values"] = torch.stack(images)
     return {**batch, "reference": reference}
 
 
-def padded(pairs: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+def padded(pairs: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Lay both answers of all pairs out as padded sequences (2 P, T): all chosen ones, then all rejected ones."""
     branches = [branch for side in zip(*(one.branches for one in pairs), strict=True) for branch in side]
     length = max(len(branch.input_ids) for branch in branches)
@@ -81,7 +83,7 @@ def padded(pairs: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([of([1] * len(branch.input_ids), 0) for branch in branches]),
         "labels": torch.tensor([of(branch.labels, IGNORE_INDEX) for branch in branches]),
     }
-    images = [image(number, torch.float32) for number, one in enumerate(pairs) if has_image(one)]
+    images = [image(number, dtype) for number, one in enumerate(pairs) if has_image(one)]
     return batch | ({"pixel_values": torch.stack(images * 2)} if images else {})
 
 
