@@ -6,6 +6,7 @@ answers: it also asks a last turn without one, or one question about every image
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Container, Sequence
@@ -110,6 +111,12 @@ class QuestionSet:
                 "only the earlier ones are asked"
             )
         return lines
+
+
+def answers_fingerprint(questions: Sequence[Question]) -> str:
+    """Return the sha256 (hexadecimal) of the references and the other keys of questions, in order."""
+    answers = [(question.references, question.own) for question in questions]
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
 
 
 def load_questions(data: DataSettings, by: Sequence[str] = ()) -> QuestionSet:

@@ -29,6 +29,7 @@ _DUPLICATE = "duplicate_record"
 _CORRECTED = frozenset({_DUPLICATE, "other_extension"})
 """Kinds of findings that the cleaned data no longer have, besides bad records."""
 _CONVERSATIONS = ("conversations", "conversatons", "messages")
+"""Keys of the turns, one of them misspelled as in published data."""
 _IMAGES = ("image", "images")
 
 

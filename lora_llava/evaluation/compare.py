@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,17 +26,18 @@ from lora_llava.evaluation.outcome import (
     score_all,
     summarize,
 )
-from lora_llava.evaluation.report import accuracy_table, confusion_table, most_labels, value_table, write_predictions
+from lora_llava.evaluation.report import accuracy_table, confusion_table, max_labels, value_table
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
 from lora_llava.evaluation.scoring.confusion import confusion
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, pick_metric
 from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.generation.decoding import most_rows
+from lora_llava.generation.output import write_table
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.folded import folded
 from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.settings import EvaluationSettings
-from lora_llava.system.files import json_text
+from lora_llava.system.files import json_text, write_text
 from lora_llava.system.progress import Bar
 from lora_llava.system.ranks import gathered, is_first, own_share
 from lora_llava.system.text import counted
@@ -65,7 +66,7 @@ class Models:
     def as_model(self, name: str) -> Iterator[None]:
         """Switch adapters inside the `with` block, so that the loaded model answers as this one.
 
-        Ask the base first: folding an adapter into its weights and out again rounds them.
+        Ask the base first: merging an adapter into its weights and out again rounds them.
         """
         if name == BASE:
             with self.loaded.model.disable_adapter():
@@ -96,10 +97,10 @@ def compare(
     questions = asked.questions
     references = [question.answer for question in questions]
     metric = pick_metric(settings.metric, references)
-    cautions = question_notes(questions, metric, settings.max_new_tokens, _token_counter(models.loaded))
+    warnings = question_notes(questions, metric, settings.max_new_tokens, _token_counter(models.loaded))
     # Print these before generating: they may call for another setting.
-    for caution in cautions:
-        console.print(f"evaluation: {caution}", style="yellow", markup=False, highlight=False)
+    for warning in warnings:
+        console.print(f"evaluation: {warning}", style="yellow", markup=False, highlight=False)
     everything = range(len(questions))
     subsets: dict[str, Sequence[int]] = {}
     if models.base:
@@ -117,11 +118,11 @@ def compare(
     directory.mkdir(parents=True, exist_ok=True)
     outcome = Outcome(questions, metric, answers)
     notes = [*asked.passed_over(), *outcome_notes(outcome, settings.max_new_tokens)]
-    result = {**summarize(outcome, settings.broken_down_by), **_asked(asked, settings), "notes": [*cautions, *notes]}
+    result = {**summarize(outcome, settings.broken_down_by), **_asked(asked, settings), "notes": [*warnings, *notes]}
     if models.hub is not None:
         result["hub"] = models.hub
-    write_predictions(directory / _PREDICTIONS, prediction_rows(outcome))
-    (directory / ACCURACY).write_text(json_text(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_table(directory / _PREDICTIONS, prediction_rows(outcome))
+    write_text(directory / ACCURACY, json_text(result, indent=2, ensure_ascii=False) + "\n")
     _write_samples(directory / SAMPLES, outcome)
     _show(outcome, settings.broken_down_by, console)
     console.print()
@@ -136,7 +137,9 @@ def _asked(asked: QuestionSet, settings: EvaluationSettings) -> dict[str, Any]:
     return {"records": asked.num_records, "passed_over": passed_over, "max_new_tokens": settings.max_new_tokens}
 
 
-def _token_counter(loaded: LoadedModel) -> Any:
+def _token_counter(loaded: LoadedModel) -> Callable[[Sequence[str]], list[int]]:
+    """Return a function that counts the tokens of texts, without special tokens."""
+
     def num_tokens(texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in loaded.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
@@ -204,7 +207,7 @@ def _write_samples(path: Path, outcome: Outcome) -> None:
 
 
 def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
-    """Print the tables."""
+    """Print the tables of accuracies, and of answers by reference."""
     console.print()
     width = console.width
     console.print(accuracy_table(outcome.tables(), outcome.metric, width))
@@ -223,7 +226,7 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
     tuned = outcome.answers[TUNED]
     if counts := confusion([question.answer for question in outcome.questions], tuned.texts):
         console.print()
-        if len(counts.labels) <= most_labels(width):
+        if len(counts.labels) <= max_labels(width):
             console.print(confusion_table(counts, TUNED, width))
         else:
             console.print(f"{ACCURACY} has the answers by reference, too many for {width} columns.")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_llava.data.images.fingerprint import picture_facts, same_pictures
 from lora_llava.data.load import fingerprint
-from lora_llava.data.questions import QuestionSet
+from lora_llava.data.questions import QuestionSet, answers_fingerprint
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.recipe.fields import settings_of, value_at
 from lora_llava.recipe.settings import Recipe
@@ -22,7 +20,6 @@ _IMAGES = "evaluation.data (images)"
 def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> dict[str, Any]:
     """Return what an evaluation depends on: the content of its data, not their location."""
     records = [question.record for question in questions.questions]
-    answers = [(question.references, question.own) for question in questions.questions]
     settings = [
         setting.key
         for setting in settings_of(Recipe)
@@ -31,7 +28,7 @@ def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> 
     return {
         **{key: value_at(recipe, key) for key in settings},
         "evaluation.data (sha256 of the records)": fingerprint(records),
-        "evaluation.data (sha256 of answers and own keys)": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+        "evaluation.data (sha256 of answers and own keys)": answers_fingerprint(questions.questions),
         _IMAGES: picture_facts(records),
         "precision": recipe.precision,
         "artifact": file_sha256(artifact / WEIGHTS),
@@ -41,9 +38,8 @@ def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> 
 
 def differing_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the names of inputs that changed since an evaluation was made."""
-    return [
-        key
-        for key, value in now.items()
-        if (key == _IMAGES and not (before.get(key) and same_pictures(before[key], value)))
-        or (key != _IMAGES and before.get(key) != value)
-    ]
+    return [key for key, value in now.items() if not _is_same(key, before.get(key), value)]
+
+
+def _is_same(key: str, before: Any, now: Any) -> bool:
+    return bool(before and same_pictures(before, now)) if key == _IMAGES else bool(before == now)

@@ -1,10 +1,8 @@
-"""Results for people: predictions as JSON Lines, tables of accuracies and of answers by reference."""
+"""Tables of results: accuracies, and answers by reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from lora_llava.evaluation.scoring.confusion import Confusion
 from lora_llava.evaluation.scoring.metrics import (
@@ -18,7 +16,6 @@ from lora_llava.evaluation.scoring.metrics import (
     Accuracy,
 )
 from lora_llava.recipe.choices import Metric
-from lora_llava.system.files import json_text
 from lora_llava.system.table import MUST, Column, FittingTable, markdown_table
 from lora_llava.system.text import printable
 
@@ -30,13 +27,6 @@ _WIDTH = 80
 _MAX_VALUES = 12
 """Values of a key of the data that a table lists."""
 _MAX_LABEL = 20
-
-
-def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON Lines in UTF-8."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json_text(row, ensure_ascii=False) + "\n")
 
 
 def accuracy_rows(results: Mapping[str, Mapping[str, Accuracy]]) -> list[list[str]]:
@@ -59,6 +49,7 @@ def _rows(
     heading: str,
     labels: Mapping[str, str],
 ) -> list[list[str]]:
+    """Return accuracies as rows of text, the heading first; `whole`: the group of all questions, if there is one."""
     most = {group: max(table[group].total for table in results.values() if group in table) for group in groups}
     asked = {
         name: table[whole].total if whole in table else sum(accuracy.total for accuracy in table.values())
@@ -92,7 +83,7 @@ def _cell(accuracy: Accuracy | None, *, bare: bool) -> str:
     if accuracy is None or accuracy.total == 0:
         return "-"
     if bare:
-        # It is computed from these questions, so it has no interval.
+        # The baseline is computed from these questions, so it has no interval.
         return f"{100 * accuracy.share:.1f}"
     return f"{100 * accuracy.share:.1f} ({100 * accuracy.low:.1f}-{100 * accuracy.high:.1f})"
 
@@ -116,7 +107,7 @@ def _score_title(metric: Metric) -> str:
     return "Token F1 in %" if metric == "token_f1" else f"Accuracy in %, {METRIC_NAMES[metric]}"
 
 
-def most_labels(width: int) -> int:
+def max_labels(width: int) -> int:
     """Return how many labels a table of answers by reference can show in `width` columns."""
     return (width - 14) // 6 - 1
 

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from lora_llava.errors import RecipeError
 from lora_llava.system.files import disk_errors, shown_path
 
-FORMAT = 1
+_FORMAT = 1
 Facts = Mapping[str, str | int | None]
 """What answers depend on, by names for messages."""
 
@@ -58,25 +58,36 @@ def open_journal(path: Path, facts: Facts) -> Iterator[Journal]:
     """Open the journal of a prediction, or begin one; an empty one is removed at the end.
 
     Raises RecipeError if it depends on other `facts`, is damaged, or is in use by another process; ArtifactError if the
-    disk is full.
+    disk takes no more.
     """
     if path.exists() and not path.is_file():
         raise RecipeError(f"{path} is not a regular file; remove it, or give another output")
-    with disk_errors(path, "Nothing was written"), path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(f"{path} is in use: another process writes these answers; wait for it") from None
-        except OSError:
-            # A file system without locks.
-            pass
-        journal = Journal(path, file, _read(file, path, facts))
+    with ExitStack() as stack:
+        # Not around the block: an error there, such as that of reading the model, is not one of this file.
+        with disk_errors(path, "Nothing was written"):
+            file = stack.enter_context(path.open("a+b"))
+            _lock(file, path)
+            journal = Journal(path, file, _read(file, path, facts))
         try:
             yield journal
         finally:
             if not journal.answers:
                 with suppress(OSError):
                     path.unlink()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Lock a journal for this process. Raises RecipeError if another one has it, or finished with it just now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(f"{path} is in use: another process writes these answers; wait for it") from None
+    except OSError:
+        # A file system without locks.
+        return
+    # Between opening and locking it, its owner may have removed it.
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise RecipeError(f"{path} was removed by another process, which finished these answers; look at the output")
 
 
 def _read(file: BinaryIO, path: Path, facts: Facts) -> dict[int, Answer]:
@@ -88,12 +99,12 @@ def _read(file: BinaryIO, path: Path, facts: Facts) -> dict[int, Answer]:
         file.truncate(whole)
     lines = content[:whole].splitlines()
     if not lines:
-        _append(file, {"format": FORMAT, **facts})
+        _append(file, {"format": _FORMAT, **facts})
         return {}
     try:
         before, *batches = map(json.loads, lines)
         answers = {int(index): Answer(**answer) for batch in batches for index, answer in batch.items()}
-        _refuse_others(path, before, {"format": FORMAT, **facts})
+        _refuse_others(path, before, {"format": _FORMAT, **facts})
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise RecipeError(f"{path} is damaged; remove it to ask all questions again") from None
     return answers

@@ -31,8 +31,8 @@ def refuse_output(path: Path, forms: Sequence[str], *others: Path) -> None:
         refuse_existing(file, RecipeError)
 
 
-def write_table(path: Path, rows: Iterable[Mapping[str, Any]], last: Sequence[str]) -> None:
-    """Write rows to a new file in the form that the name of `path` says, JSON Lines unless it ends in .csv.
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]], last: Sequence[str] = ()) -> None:
+    """Write rows to a new file: as CSV if `path` ends in .csv, else as JSON Lines in UTF-8.
 
     A CSV has the columns of all rows, those of `last` at the end, and opens in Excel: it is UTF-8 with a byte order
     mark, and text that Excel would compute as a formula gets an apostrophe in front.

@@ -18,6 +18,7 @@ from lora_llava.data.load import fingerprint
 from lora_llava.data.questions import (
     Question,
     QuestionSet,
+    answers_fingerprint,
     load_image_questions,
     load_open_questions,
     shared_labels,
@@ -47,7 +48,7 @@ _CHUNK = 4096
 _NUM_NAMED = 3
 """Bad records that the summary names."""
 _DIGITS = 6
-"""Decimals of a log-probability; later ones differ from machine to machine."""
+"""Decimals of a log-probability; further ones differ between machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def predict(model: AskedModel, settings: PredictSettings, output: Path, console:
     journal_path = output.with_name(output.name + PARTIAL)
     with open_journal(journal_path, _facts(model, usage, settings, asked)) as journal:
         _drop_outdated(journal, asked.questions)
-        with _what_stays(journal, len(asked.questions)):
+        with _errors_with_progress(journal, len(asked.questions)):
             if len(journal.answers) < len(asked.questions):
                 _ask_rest(model, settings, asked.questions, journal, console)
         with disk_errors(output, f"The answers stay in {journal_path.name}, and the same command writes them again"):
@@ -94,16 +95,15 @@ def _load(settings: PredictSettings) -> QuestionSet:
 
 
 def _facts(model: AskedModel, usage: Usage, settings: PredictSettings, asked: QuestionSet) -> Facts:
-    """Return what the answers depend on, but for the content of the images."""
+    """Return everything that the answers depend on, except the content of the images."""
     device = pick_device()
-    own = [(question.references, question.own) for question in asked.questions]
     records = fingerprint(question.record for question in asked.questions)
     form = [str(usage.prompt_template), usage.image_aspect_ratio, settings.data.window]
     return {
         "the model": _identity(model.directory),
         "the form in which it is asked": hashlib.sha256(json.dumps(form).encode()).hexdigest(),
         "the questions": records,
-        "the other columns": hashlib.sha256(json.dumps(own).encode()).hexdigest(),
+        "the other columns": answers_fingerprint(asked.questions),
         "max_new_tokens": settings.max_new_tokens,
         "max_rows": settings.max_rows,
         "the device": f"{device.type}, {dtype_name(pick_dtype('auto', device))}",
@@ -120,7 +120,7 @@ def _identity(directory: Path) -> str:
 
 
 def _drop_outdated(journal: Journal, questions: Sequence[Question]) -> None:
-    """Forget the answers about images that changed since."""
+    """Drop the answers about images that changed since they were given."""
     for index, answer in list(journal.answers.items()):
         if answer.image != _stamp(questions[index]):
             del journal.answers[index]
@@ -132,8 +132,8 @@ def _stamp(question: Question) -> str | None:
 
 
 @contextmanager
-def _what_stays(journal: Journal, total: int) -> Iterator[None]:
-    """Add to an error about the data, or to a stop, how to continue."""
+def _errors_with_progress(journal: Journal, total: int) -> Iterator[None]:
+    """Add the number of answers so far, and how to continue, to a DataError or an interruption inside the block."""
     try:
         yield
     except (DataError, KeyboardInterrupt) as error:
@@ -173,7 +173,7 @@ def _ask_rest(
 def _answers(
     loaded: LoadedModel, form: PromptFormat, settings: PredictSettings, questions: Sequence[Question], done: set[int]
 ) -> Iterator[dict[int, Answer]]:
-    """Yield the answers of each batch by the index of their question, without the questions that are `done`."""
+    """Yield the answers of each batch by the index of their question; batches that are all `done` are skipped."""
     if len(done) == len(questions):
         return
     ends = end_token_ids(loaded, form.template)

@@ -13,8 +13,6 @@ from lora_llava.evaluation.scoring.exact_match import answer_tokens, exact_match
 from lora_llava.evaluation.scoring.vqa_v2 import normalize_answer, vqa_v2
 from lora_llava.recipe.choices import Metric, MetricSetting
 
-__all__ = ["exact_match", "normalize_answer", "token_f1", "vqa_v2"]
-
 METRIC_NAMES: dict[Metric, str] = {"exact_match": "exact match", "vqa_v2": "VQA v2", "token_f1": "token F1"}
 _LONG_REFERENCE = 5
 """Words. If at least half of the references have more, `auto` is token F1."""

@@ -27,7 +27,8 @@ Columns = Mapping[str, Any]
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".parquet")
 _CARDS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json")
 """Files that describe data next to them."""
-_LLAVA = ("conversations", "conversatons", "messages")
+_CONVERSATIONS = ("conversations", "conversatons", "messages")
+"""Keys of the turns, one of them misspelled as in published data."""
 _GROUPS = (
     "patient subject person participant case study exam visit specimen slide animal device machine serial batch lot "
     "site"
@@ -61,7 +62,7 @@ class Look:
     """Problems of records that cannot be read."""
     notes: list[str] = field(default_factory=list)
     name: str = "data"
-    """Name for the recipe."""
+    """Name of the recipe."""
 
 
 def look_at(name: str, columns: Columns | None = None) -> Look:
@@ -102,6 +103,7 @@ def _name_classes(look: Look) -> None:
 
 
 def _directory(directory: Path, columns: Columns | None) -> Look:
+    """Look at a directory: a saved data set, data files, tar shards, or folders of images."""
     files = [path for path in sorted(directory.iterdir()) if path.suffix in _FILES and path.name not in _CARDS]
     if any((directory / card).is_file() for card in ("dataset_dict.json", "state.json")):
         return _table(directory.name, "a saved data set", {"path": str(directory)}, columns)
@@ -138,23 +140,23 @@ def _is_named(path: Path, words: Sequence[str]) -> bool:
 
 
 def _file(path: Path, directory: Path, columns: Columns | None) -> Look:
+    """Look at a data file; its images are searched for in `directory`."""
     if path.suffix not in _FILES:
         raise DataError(f"{path.name}: a {path.suffix or 'nameless'} file is not read; what is: {READ_FORMS}", "form")
     form = f"{path.suffix[1:].upper()} file"
     if columns is None and path.suffix in (".json", ".jsonl"):
         peeked = peek(DataSettings(path=str(path)))
-        if any(peeked.rows[0].get(key) is not None for key in _LLAVA if peeked.rows):
+        if peeked.rows and any(peeked.rows[0].get(key) is not None for key in _CONVERSATIONS):
             look = Look(f"{form} of conversations", {"path": str(path)})
-            _set_root(
-                look, peeked.rows, next((key for key in ("image", "images") if key in peeked.names), None), directory
-            )
+            image = next((key for key in ("image", "images") if key in peeked.names), None)
+            _set_root(look, peeked.rows, image, directory)
             _set_group(look, peeked)
             return look
     return _table(path.name, form, {"path": str(path)}, columns, directory)
 
 
 def _table(name: str, form: str, data: dict[str, Any], columns: Columns | None, directory: Path | None = None) -> Look:
-    """Use `columns`, or propose them by the names of a table; images as paths are looked for in `directory`."""
+    """Use `columns`, or infer them from the names of a table; image paths are searched for in `directory`."""
     peeked = peek(DataSettings(**data, split="train"))
     look = Look(f"{form} with the columns {listed([printable(column) for column in peeked.names], 12)}", data)
     if not peeked.names:
@@ -209,23 +211,24 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
     answer = [columns["answer"]] if isinstance(columns.get("answer"), str) else []
     # The answer comes last: questions without answers could not use its template.
     others = [name for name in rows[0] if columns and name not in (image, *answer)]
-    found = find_images(rows, image, others + answer, directory)
-    if found.share == 0.0:
+    paths = find_images(rows, image, others + answer, directory)
+    if paths.share == 0.0:
         look.notes.append(f"None of the first images was found below {directory}; set image_root.")
         return
-    if found.equal:
+    if paths.equal:
         look.notes.append(
-            f"The first images are in {counted(1 + len(found.equal), 'directory', 'directories')} under the same "
-            f"names: {listed([printable(str(root)) for root in (found.root, *found.equal)], 4)}. image_root is the "
+            f"The first images are in {counted(1 + len(paths.equal), 'directory', 'directories')} under the same "
+            f"names: {listed([printable(str(root)) for root in (paths.root, *paths.equal)], 4)}. image_root is the "
             "first; correct it, or add the folder to the names in the data."
         )
     if columns:
-        columns["image"] = found.setting
-    if found.root != Path(look.data["path"]).parent:
-        look.data["image_root"] = str(found.root)
+        columns["image"] = paths.setting
+    if paths.root != Path(look.data["path"]).parent:
+        look.data["image_root"] = str(paths.root)
 
 
 def _set_group(look: Look, peeked: Peeked) -> None:
+    """Set `group` to the first column that names a patient, a device or the like, and differs between records."""
     normalized = {re.sub(r"[^a-z]|(id|nr|no|number|uid)$", "", name.lower()): name for name in reversed(peeked.names)}
     for word in _GROUPS:
         column = normalized.get(word)

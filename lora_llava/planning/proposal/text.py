@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ _SHORT = "Answer the question using a single word or phrase."
 """How LLaVA-1.5 was asked for short answers."""
 _SHORT_WORDS = 3
 """Maximum number of words of the median answer for which it is asked."""
-_STEPS, _EPOCHS = 150, 10
-"""Optimizer steps below which a LoRA hardly learns, and epochs beyond which small data are learned by heart."""
+_MIN_STEPS, _MAX_EPOCHS = 150, 10
+"""A LoRA hardly learns in fewer optimizer steps, and memorizes small data in more epochs."""
 _MAX_OPENED = 500
 """Maximum number of images that are opened to see what they are."""
 
@@ -50,7 +51,7 @@ def recipe_text(look: Look, output: Path, base_model: str) -> str:
         "  type: nf4",
         *_image_lines(look.records),
         "adapter:",
-        "  # More data can use a higher rank; of few, it would only learn them by heart sooner.",
+        "  # More data can use a higher rank; with few records it would only memorize them sooner.",
         f"  r: {rank}",
         f"  lora_alpha: {2 * rank}",
         "stages:",
@@ -65,7 +66,8 @@ def recipe_text(look: Look, output: Path, base_model: str) -> str:
 
 
 def _commands(output: Path) -> list[str]:
-    name = os.path.relpath(output)
+    """Return the commands to run with the recipe, as they are typed in a shell."""
+    name = printable(shlex.quote(os.path.relpath(output)))
     return [f"check {name}", f"finetune {name} --dry-run", f"finetune {name}"]
 
 
@@ -107,7 +109,7 @@ def _share(number: int) -> float:
 
 
 def _prompt_lines(records: Sequence[Record], indent: str, *, comment: bool) -> list[str]:
-    """Ask for short answers where they are short, unless the questions do so."""
+    """Return `answer_prompt`, if the answers are short and the questions do not ask for that."""
     answers = [record.turns[-1].text for record in records]
     words = statistics.median(len(answer.split()) for answer in answers)
     asked = sum(_SHORT.lower() in record.turns[0].text.lower() for record in records)
@@ -120,10 +122,11 @@ def _prompt_lines(records: Sequence[Record], indent: str, *, comment: bool) -> l
 
 
 def _size_lines(number: int) -> list[str]:
+    """Return batch size and epochs for a number of training records."""
     batch_size = 8 if number < 200 else 16 if number < 4_000 else 32 if number < 20_000 else 128
-    epochs = min(_EPOCHS, max(3 if number < 5_000 else 1, math.ceil(_STEPS * batch_size / number)))
+    epochs = min(_MAX_EPOCHS, max(3 if number < 5_000 else 1, math.ceil(_MIN_STEPS * batch_size / number)))
     steps = max(1, number // batch_size) * epochs
-    few = f" Fewer than {_STEPS} may be too few to learn: more records help." if steps < _STEPS else ""
+    few = f" Fewer than {_MIN_STEPS} may be too few to learn: more records help." if steps < _MIN_STEPS else ""
     return [
         f"    # About {counted(steps, 'optimizer step')}.{few}",
         f"    num_train_epochs: {epochs}",
@@ -132,7 +135,7 @@ def _size_lines(number: int) -> list[str]:
 
 
 def _image_lines(records: Sequence[Record]) -> list[str]:
-    """Say how images of more than 8 bits are shown, if there are any among the first."""
+    """Return the section `images`, if there are images of more than 8 bits among the first."""
     sources = list({record.image.identity: record.image for record in records if record.image is not None}.values())
     deep = sum(_mode(source.path) in DEEP_GRAY for source in sources[:_MAX_OPENED] if source.path is not None)
     if not deep:
@@ -157,13 +160,13 @@ def _mode(path: Path) -> str:
 
 def _relative(data: Mapping[str, Any], start: Path) -> dict[str, Any]:
     """Return settings with paths relative to a directory where they are below it; others stay absolute."""
-    made = dict(data)
+    settings = dict(data)
     for key in _PATHS:
-        if key in made and (path := Path(made[key])).is_absolute() and path.is_relative_to(start):
+        if key in settings and (path := Path(settings[key])).is_absolute() and path.is_relative_to(start):
             relative = os.path.relpath(path, start)
             # One without a slash could be the name of a data set on the Hub.
-            made[key] = relative if "/" in relative or path.is_file() else f"./{relative}"
-    return made
+            settings[key] = relative if "/" in relative or path.is_file() else f"./{relative}"
+    return settings
 
 
 def _settings(data: Mapping[str, Any], indent: str) -> list[str]:

@@ -18,12 +18,12 @@ from lora_llava.evaluation.report import (
     accuracy_rows,
     accuracy_table,
     confusion_table,
-    most_labels,
+    max_labels,
     value_table,
-    write_predictions,
 )
 from lora_llava.evaluation.scoring.confusion import Confusion
 from lora_llava.evaluation.scoring.metrics import accuracy_by_type, accuracy_by_value
+from lora_llava.generation.output import write_table
 
 ANSWERS = ["yes", "no", "2", "left lung"]
 RESULTS = {
@@ -34,7 +34,7 @@ RESULTS = {
 
 def test_predictions_are_one_json_object_a_line(tmp_path: Path) -> None:
     rows = [{"id": "7", "question": "Où ?\n"}, {"id": "8", "image": None}]
-    write_predictions(tmp_path / "predictions.jsonl", rows)
+    write_table(tmp_path / "predictions.jsonl", rows)
     raw = (tmp_path / "predictions.jsonl").read_bytes()
     assert raw.count(b"\n") == 2
     assert b"\r" not in raw
@@ -69,14 +69,14 @@ def test_tables_fit_the_terminal(width: int) -> None:
     with console.capture() as capture:
         console.print(accuracy_table(dict.fromkeys(names, wide), "vqa_v2", width))
         console.print(value_table(dict.fromkeys(names[1:], values), "patient", "token_f1", width))
-        labels = [f"label number {number}" for number in range(min(10, most_labels(width)))]
+        labels = [f"label number {number}" for number in range(min(10, max_labels(width)))]
         counts = Confusion(labels, [[9999] * (len(labels) + 1)] * len(labels))
         console.print(confusion_table(counts, "tuned", width))
     lines = capture.get().splitlines()
     assert max(map(len, lines)) <= width
     assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines if "a long name" not in line)
     assert "Accuracy in %, VQA v2 (95 % interval)" in capture.get()
-    assert most_labels(80) == 10
+    assert max_labels(80) == 10
     assert "and 28 more" in capture.get()
     assert ("100.0 (99.7-100.0)" in capture.get()) == (width == 160)
 

@@ -110,3 +110,21 @@ def test_a_full_disk_keeps_the_whole_batches(tmp_path: Path, monkeypatch: pytest
                 journal.add(BATCHES[1])
         assert journal.answers == BATCHES[0]
     assert read(path) == BATCHES[0]
+
+
+def test_an_error_of_another_disk_is_not_one_of_the_journal(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Input/output error") as caught, open_journal(tmp_path / "j", FACTS):
+        raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+    assert caught.value.filename == "model.safetensors"
+
+
+def test_a_journal_that_its_owner_removes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = module.fcntl.flock
+
+    def finish_first(file: Any, how: int) -> None:
+        (tmp_path / "j").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", finish_first)
+    with pytest.raises(RecipeError, match="was removed by another process, which finished these answers"):
+        read(tmp_path / "j")

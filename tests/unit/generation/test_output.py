@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lora_llava.errors import RecipeError
-from lora_llava.generation.output import check_suffix, write_table
+from lora_llava.generation.output import CSV, JSONL, refuse_output, write_table
 
 LAST = ("prediction", "cut")
 
@@ -95,4 +95,4 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["out", "out.xlsx", "out.json", ".csv"])
 def test_other_forms_are_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=r"its name must end in .csv or .jsonl"):
-        check_suffix(Path(name))
+        refuse_output(Path(name), (CSV, JSONL))

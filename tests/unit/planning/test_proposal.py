@@ -1,0 +1,28 @@
+"""The text of a proposed recipe."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_llava.conversation.encode import Turn
+from lora_llava.data.record import Record
+from lora_llava.planning.proposal.look import Look
+from lora_llava.planning.proposal.text import recipe_text
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "my recipe.yaml", "a\nbase: b.yaml"])
+def test_the_commands_of_a_recipe_can_be_pasted_and_are_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = Record("1", None, (Turn("user", "What?"), Turn("assistant", "a")), "data.json, record 1")
+    text = recipe_text(Look("JSON file", {"path": "data.json"}, records=[record]), tmp_path / name, "base")
+    commands = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   lora-llava")]
+    assert [shlex.split(command)[1] for command in commands] == ["check", "finetune", "finetune"]
+    assert yaml.safe_load(text)["base"] == {"model_name_or_path": "base"}
+    if "\n" not in name:
+        assert {shlex.split(command)[2] for command in commands} == {name}
