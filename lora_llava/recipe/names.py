@@ -114,11 +114,14 @@ _REPLACED = {
     "tune_mm_mlp_adapter train_projector train_vision train_mm_mlp_adapter unfreeze trainable freeze modules_to_save": (
         "the stage decides what is trained: align trains the projector, instruct and prefer the LoRA and the projector"
     ),
-    "deepspeed deepspeed_config ds_config zero zero_stage zero_optimization zero2 zero3 engine offload cpu_offload "
-    "offload_optimizer offload_param": (
-        "DeepSpeed is not used: ZeRO hides gradients from the checks that guard a training, and writes checkpoints "
-        "that only it resumes. Set distributed.shard: true to divide the frozen weights between GPUs, and "
-        "stages.instruct.optim: paged_adamw_8bit for an optimizer whose state moves to the host"
+    "deepspeed deepspeed_config ds_config zero zero_stage zero_optimization zero2 cpu_offload offload_optimizer": (
+        "set distributed: {engine: deepspeed, offload: true}, which is ZeRO-2 with the optimizer on the host; the rest "
+        "of a DeepSpeed configuration follows from the recipe"
+    ),
+    "zero3 offload_param": (
+        "ZeRO-3 is refused: it replaces the frozen weights, so the checks that they have not changed fail, and lm_head "
+        "is gathered only inside the model's own forward pass. Set distributed.shard: true to divide the frozen "
+        "weights between GPUs (FSDP2)"
     ),
     "num_gpus gpus devices tensor_parallel_size nproc_per_node world_size num_processes accelerator strategy ddp": (
         "give the number of GPUs on the command line, as in lora-llava finetune RECIPE --gpus 2; remove it"

@@ -151,11 +151,36 @@ class ImageSettings(Settings):
 class DistributedSettings(Settings):
     """How the processes of a run with several GPUs share its memory."""
 
-    example = "{shard: true}"
+    example = "{shard: true}, or {engine: deepspeed, offload: true}"
 
     shard: Annotated[bool, OnResume.FREE] = False
     """Keep only a part of the language model's frozen weights on each GPU, and gather those of a layer when it computes
     (FSDP2). Needs several processes; for models that do not fit one GPU, since gathering takes time."""
+    engine: Annotated[Literal["torch", "deepspeed"], OnResume.FREE] = "torch"
+    """What adds up gradients and updates the trained weights. `deepspeed`: ZeRO-2, with `offload: true`; needs several
+    processes and the extra `lora-llava[deepspeed]`."""
+    offload: Annotated[bool, OnResume.FREE] = False
+    """With `engine: deepspeed`: divide gradients and the optimizer's state between the processes, and keep them in the
+    host's memory. Saves up to 12 bytes for each trained weight of a GPU."""
+
+    @model_validator(mode="after")
+    def _engine_and_offload(self) -> Self:
+        if self.engine == "deepspeed" and not self.offload:
+            raise ValueError(
+                "engine: deepspeed needs offload: true: with the optimizer on the GPUs, ZeRO-2 adds a copy of the "
+                "trained weights, and needs more memory than AdamW in 8 bits (stages.instruct.optim: adamw_8bit)"
+            )
+        if self.offload and self.engine != "deepspeed":
+            raise ValueError(
+                "offload: true needs engine: deepspeed; for an optimizer whose state moves to the host when memory is "
+                "short, set stages.instruct.optim: paged_adamw_8bit"
+            )
+        if self.offload and self.shard:
+            raise ValueError(
+                "shard: true and engine: deepspeed cannot be combined; shard divides the frozen weights, deepspeed "
+                "gradients and optimizer: take the one that docs/several_gpus.md names for your GPUs"
+            )
+        return self
 
 
 class StagesSettings(Settings):
@@ -281,6 +306,16 @@ class Recipe(Settings):
                 f"evaluation.data.window {self.evaluation.data.window} differs from the last stage's {trained.window}: "
                 "the model would see other shades of gray than in training; use the same window, in images.window"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_of_engine(self) -> Self:
+        for name in self.stage_names if self.distributed.offload else ():
+            if (optim := self.stage(name).optim) not in ("auto", "adamw_torch"):
+                raise ValueError(
+                    f"stages.{name}.optim is {optim}, but distributed.engine: deepspeed updates the weights with "
+                    "adamw_torch, on the host; set auto or adamw_torch"
+                )
         return self
 
     @property

@@ -29,6 +29,7 @@ from lora_llava.training.feature_cache import use_features
 from lora_llava.training.log import TrainingLog
 from lora_llava.training.objectives.objective import TokenLoss
 from lora_llava.training.objectives.preference import PreferenceObjective
+from lora_llava.training.parallel.offload import offloads
 from lora_llava.training.stage import Stage
 from lora_llava.training.trackers import run_name, tracker_callbacks
 from lora_llava.training.trainer import PackedTrainer
@@ -93,7 +94,7 @@ def make_trainer(
         checks=checks,
         callbacks=[log_file, *(tracker_callbacks(recipe, stage.name, args) if is_first() else ())],
     )
-    trainer.objective = objective
+    trainer.objective, trainer.offloads = objective, offloads(stage)
     return trainer
 
 

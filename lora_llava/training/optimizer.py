@@ -13,11 +13,19 @@ from transformers import Trainer, TrainingArguments
 
 from lora_llava.recipe.schedule import rate_factor
 from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART, part_of
+from lora_llava.training.parallel.offload import OffloadedAdamW
 
 
-def make_optimizer(model: nn.Module, args: TrainingArguments, mm_projector_lr: float | None) -> torch.optim.Optimizer:
-    """Create the optimizer that `args.optim` names; None for `mm_projector_lr`: the learning rate of LoRA."""
+def make_optimizer(
+    model: nn.Module, args: TrainingArguments, mm_projector_lr: float | None, *, offloads: bool = False
+) -> torch.optim.Optimizer:
+    """Create the optimizer that `args.optim` names; None for `mm_projector_lr`: the learning rate of LoRA.
+
+    `offloads`: with its state on the hosts of all processes, once it is divided.
+    """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if offloads:
+        optimizer_class = OffloadedAdamW
     if args.optim == "adamw_torch" and args.device.type == "cuda":
         # A few kernels instead of a dozen for each parameter; the state has the same names.
         options["fused"] = True
@@ -35,6 +43,14 @@ def _groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> I
         trained, key=lambda pair: (part_of(pair[0]), 0.0 if pair[0].endswith(".bias") else weight_decay)
     ):
         yield {"params": [one for _, one in members], "lr": rates[part], "weight_decay": decay, "name": part}
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters by the name of their group, with and without weight decay together."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        groups.setdefault(group["name"], []).extend(group["params"])
+    return groups
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:

@@ -65,6 +65,7 @@ from lora_llava.training.checks.longest_row import out_of_memory_named, trial_li
 from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.objectives.reference import attach_reference
 from lora_llava.training.parallel.lockstep import is_in_lockstep
+from lora_llava.training.parallel.offload import check_offload, offload_line, offloads
 from lora_llava.training.parallel.sharding import check_sharded, sharded, sharding_line
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
@@ -94,7 +95,7 @@ def train_stage(
     plan = stored or plan_memory(shapes, machine)
     data = plan_records(records, stage.settings, plan.tokens_per_micro_batch, stage.seed)
     source = "auto, from the checkpoint" if stored else f"auto, from {machine.usable / GIB:.1f} GiB"
-    lines = [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured, sharding_line(stage)]
+    lines = [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured, _sharing_line(stage)]
     _print_lines(stage, lines, console)
 
     # 3. Resume exactly, or refuse, or list the guarantees that are lost.
@@ -130,6 +131,7 @@ def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageSha
     """
     by_first(lambda: check_parent(stage))
     check_sharded(stage)
+    check_offload(stage, dtype)
     phase(f"{stage.name}: reading the data")
     config, tokenizer = describe_directory(stage.base_directory)
     records = read_records(stage.settings, tokenizer, image_tokens(config), stage.seed)
@@ -167,6 +169,11 @@ def _data_lines(stage: Stage, data: StageData) -> list[str | None]:
     batch = None if stage.settings.batch_size == "auto" else f"batch_size: {data.length.batch_size:,} (recipe)"
     lines = length_lines(stage.name, stage.settings, data)
     return [data.summary(), batch, *lines, cache_offer(stage.settings, data)]
+
+
+def _sharing_line(stage: Stage) -> str | None:
+    """Return a line about how several processes share the model or the optimizer, if there is something to say."""
+    return sharding_line(stage) or offload_line(stage)
 
 
 def _print_lines(stage: Stage, lines: Sequence[str | None], console: Console) -> None:
@@ -238,7 +245,8 @@ def _check_rows(
             _print_lines(stage, [line], console)
             trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
         _print_lines(stage, trial_lines(trial, shapes, plan), console)
-        if is_whole and stage.settings.cuda_graphs == "auto":
+        # Graphs would read the trained weights where they are before they are divided.
+        if is_whole and stage.settings.cuda_graphs == "auto" and not offloads(stage):
             _print_lines(stage, [use_graphs(model, rows, data.encoded.items, dtype, (shapes, plan))], console)
     check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 

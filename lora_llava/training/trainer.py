@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import speed_metrics
@@ -33,9 +31,10 @@ from lora_llava.training.checks.non_finite import forked_rng
 from lora_llava.training.log import TrainingLog
 from lora_llava.training.objectives.by_source import LossBySource
 from lora_llava.training.objectives.objective import Objective, TokenLoss
-from lora_llava.training.optimizer import make_optimizer, make_scaler, make_schedule
-from lora_llava.training.parallel.gradients import sum_gradients, summed
+from lora_llava.training.optimizer import groups_of, make_optimizer, make_scaler, make_schedule
+from lora_llava.training.parallel.gradients import Gradients, WholeGradients, summed
 from lora_llava.training.parallel.lockstep import idle_index, is_in_lockstep, own_indices
+from lora_llava.training.parallel.offload import OffloadedGradients
 from lora_llava.training.validation import HeldOutLoss, without
 
 _CHECKS = "lora_llava_guards"
@@ -84,6 +83,8 @@ class PackedTrainer:
         self.objective: Objective = TokenLoss()
         """What a step minimizes; set before training for a stage with another loss."""
         self.by_source = LossBySource(rows.sources, self.device)
+        self.offloads = False
+        """Whether the optimizer's state and the gradients are divided between the hosts of the processes."""
         self.held_out = HeldOutLoss(self._row_loss, lambda row: self.objective.count(row))
         self.state = TrainerState(train_batch_size=1)
         self._tell("on_init_end")
@@ -116,13 +117,13 @@ class PackedTrainer:
             for row in rows:
                 self.losses.append(self.training_step(row, num_items))
                 self._tell("on_substep_end")
-            sum_gradients([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
+            self.gradients.complete()
             loss, step = self._checked_loss()
             self.by_source.end_step(counts=not step.is_skipped or step.has_overflowed)
             self.loss_sum += loss
             self.state.total_flos += self.flops_per_token * float(num_tokens)
 
-            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.args.max_grad_norm or math.inf)
+            norm = self.gradients.clip(self.args.max_grad_norm)
             self._tell("on_pre_optimizer_step")
             self.optimizer.step()
             rate = float(self.lr_scheduler.get_last_lr()[0])
@@ -137,7 +138,7 @@ class PackedTrainer:
 
     def create_optimizer(self) -> None:
         """Create the optimizer, with a separate learning rate for the projector."""
-        self.optimizer = make_optimizer(self.model, self.args, self.mm_projector_lr)
+        self.optimizer = make_optimizer(self.model, self.args, self.mm_projector_lr, offloads=self.offloads)
 
     def _begin(self) -> None:
         """Prepare model, optimizer and schedule, restore the checkpoint if there is one, and start log and trackers."""
@@ -149,6 +150,12 @@ class PackedTrainer:
         # Not for data parallelism, which `sum_gradients` does: `evaluation_mode` adds autocast alone.
         self.wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        whole: Any = self.optimizer
+        self.gradients: Gradients = (
+            OffloadedGradients(whole.optimizer)
+            if self.offloads
+            else WholeGradients(self.accelerator, self.wrapped, groups_of(whole))
+        )
         self.lr_scheduler = make_schedule(self.optimizer, self.args)
         self.scaler = make_scaler(self.device, self.dtype)
         self.wrapped.train()
@@ -205,9 +212,13 @@ class PackedTrainer:
         if row["input_ids"].numel() == 0:
             if is_in_lockstep():
                 self._pass_idly()
+            self.gradients.idle()
             return torch.zeros((), device=self.device)
+        zero = self.gradients.before_row()
         loss = self._loss(row, num_items, self.by_source if self.by_source.sources else None)
-        self.accelerator.backward(self.scaler.scale(loss))
+        scaled = self.scaler.scale(loss)
+        has_image = row.get("pixel_values") is not None
+        self.gradients.backward(scaled if zero is None else scaled + zero, has_image=has_image)
         return loss.detach()
 
     def _loss(self, row: Batch, num_items: torch.Tensor | int, by_source: LossBySource | None = None) -> torch.Tensor:
@@ -237,12 +248,11 @@ class PackedTrainer:
         self.scaler.unscale_(self.optimizer)
         losses = torch.stack(self.losses)
         self.losses.clear()
-        groups: dict[str, list[nn.Parameter]] = {}
-        for group in self.optimizer.param_groups:
-            groups.setdefault(group["name"], []).extend(group["params"])
-        total = summed(losses.sum())
+        total, groups = summed(losses.sum()), groups_of(self.optimizer)
         number, scale = self.state.global_step + 1, self.scaler.get_scale
-        step = CompletedStep(number, self.model, groups, losses, total, self.last_checkpoint, loss_scale=scale)
+        step = CompletedStep(
+            number, self.model, groups, losses, total, self.gradients, self.last_checkpoint, loss_scale=scale
+        )
         for check in self.checks:
             if (warning := check.on_step(step)) is not None:
                 self.log({"warning": warning}, step.number)

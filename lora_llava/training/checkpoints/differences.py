@@ -112,7 +112,7 @@ def changed_settings(directory: Path, stage: Stage, *, finished: bool = False) -
     changeable = [setting.key for setting in settings_of(Recipe) if setting.on_resume in compared]
     keys = [key for key in changeable if _affects(key, stage.name)]
     if finished and stage.is_last:
-        keys += ["report_to", "distributed.shard"]
+        keys += ["report_to", "distributed.shard", "distributed.engine", "distributed.offload"]
     return differing_values(keys, stored_recipe(directory), stage.recipe)
 
 

@@ -117,7 +117,9 @@ class CheckpointSaver:
         error that ended the write of an earlier step. Of several processes, the first decides for all.
         """
         self.interruption.agree()
-        is_due, self.should_stop = by_first(lambda: (self._is_due(trainer, loss), self.should_stop))
+        is_due, self.should_stop, self.saves_held = by_first(
+            lambda: (self._is_due(trainer, loss), self.should_stop, self.saves_held)
+        )
         return is_due
 
     def _is_due(self, trainer: ResumableTrainer, loss: float | None) -> bool:
@@ -162,32 +164,39 @@ class CheckpointSaver:
         writes, and the others hand over the states of their RNGs.
         """
         generators = gathered(training_state.torch_random_state())
-        by_first(lambda: self._save(trainer, generators))
+        # All processes take part, since each may hold a part of it.
+        optimizer = {} if self.saves_held else trainer.optimizer.state_dict()
+        by_first(lambda: self._save(trainer, optimizer, generators))
         self.should_stop = self.interruption.agree() is not None or self.should_stop
 
-    def _save(self, trainer: ResumableTrainer, generators: Sequence[training_state.Tensors]) -> None:
+    def _save(
+        self, trainer: ResumableTrainer, optimizer: dict[str, Any], generators: Sequence[training_state.Tensors]
+    ) -> None:
         clock = time.monotonic()
         self.background.wait()
         held, self.held = self.held, None
-        if self.saves_held and held is not None:
+        if self.saves_held:
+            assert held is not None, "set with the weights"
             self.background.start(lambda: self._write_weights(held))
         else:
-            self._save_whole(trainer, held, generators)
+            self._save_whole(trainer, held, optimizer, generators)
             self.last_saved = time.monotonic()
             self.last_duration = self.last_saved - clock
         self.num_saved += 1
         self.saving_seconds += time.monotonic() - clock
 
     def _save_whole(
-        self, trainer: ResumableTrainer, better: HeldWeights | None, generators: Sequence[training_state.Tensors]
+        self,
+        trainer: ResumableTrainer,
+        better: HeldWeights | None,
+        optimizer: dict[str, Any],
+        generators: Sequence[training_state.Tensors],
     ) -> None:
         """Copy weights and state of this step, and start to write them after `better`, weights that are held."""
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
         weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
-        state = training_state.HeldState.of(
-            trainer.optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler, generators
-        )
+        state = training_state.HeldState.of(optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler, generators)
         if better is not None and (better.progress.step == step or (loss is not None and loss < _loss_of(better))):
             better = None
 

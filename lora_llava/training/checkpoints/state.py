@@ -52,7 +52,7 @@ class HeldState:
     @classmethod
     def of(
         cls,
-        optimizer: Any,
+        optimizer: dict[str, Any],
         scheduler: Any,
         trainer: TrainerState,
         scaler: torch.amp.GradScaler | None = None,
@@ -60,10 +60,10 @@ class HeldState:
     ) -> HeldState:
         """Copy the state of a training after a step; of the scale of the loss only in fp16, where it has one.
 
-        `generators`: torch's RNG states of each process; (): of this one.
+        `optimizer`: its state; `generators`: torch's RNG states of each process; (): of this one.
         """
         found: dict[str, torch.Tensor] = {}
-        settings = _without_tensors(optimizer.state_dict(), "", found)
+        settings = _without_tensors(optimizer, "", found)
         # The names of the first process's states have no number, as in a run of one process.
         random_tensors = {
             f"{name}.{number}" if number else name: state

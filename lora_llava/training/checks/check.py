@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_llava.data.rows import PackedRows
+from lora_llava.training.parallel.gradients import Gradients
 
 Groups = Mapping[str, Sequence[nn.Parameter]]
 """Trained parameters by the name of their optimizer group, such as lora and projector."""
@@ -33,6 +34,7 @@ class CompletedStep:
     """(rows of the step,) of this process."""
     total: torch.Tensor
     """Sum of the losses over all processes, a scalar; the gradients are sums over them, too."""
+    gradients: Gradients
     last_checkpoint: Callable[[], str | None]
     """Names the newest usable checkpoint."""
     loss: float = 0.0

@@ -10,7 +10,7 @@ steps. Such a step is left out and counted apart; at a scale of 1 or less it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -82,15 +82,15 @@ class NonFiniteGuard(Check):
 
         Raises TrainingError, with the weights unchanged, if the step may not be skipped.
         """
-        norms = [_gradient_norm(parameters, step.total.device) for parameters in step.groups.values()]
+        norms = step.gradients.norms()
         # The only synchronization with the device in a step.
-        values: list[float] = torch.stack([step.total, *norms]).tolist()
-        step.loss, step.norms = values[0], dict(zip(step.groups, values[1:], strict=True))
+        values: list[float] = torch.stack([step.total, *(one.to(step.total.device) for one in norms.values())]).tolist()
+        step.loss, step.norms = values[0], dict(zip(norms, values[1:], strict=True))
         if all(map(math.isfinite, values)):
             return None
         # Frees memory for the passes that look for the culprit; and a step without gradients changes neither weights
         # nor the optimizer's state.
-        step.model.zero_grad(set_to_none=True)
+        step.gradients.drop()
         step.is_skipped = True
         if math.isfinite(step.loss) and step.loss_scale() > 1:
             step.has_overflowed = True
@@ -196,11 +196,6 @@ class NonFiniteGuard(Check):
 
 def _named(wheres: Sequence[str]) -> str:
     return listed(wheres, separator="; ")
-
-
-def _gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
-    """Compute the total norm of the gradients; 0 if there is none."""
-    return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]).to(device)
 
 
 def non_finite_tensors(model: nn.Module) -> list[str]:

@@ -7,16 +7,86 @@ within a step, whatever its rows hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from lora_llava.system.ranks import is_alone
 
 BUCKET_BYTES = 2**26
 """Gradients that travel at one time; they are copied once."""
+
+
+class Gradients(Protocol):
+    """The gradients of an optimizer step: how they are added up, and what the loop and its checks see of them."""
+
+    def before_row(self) -> torch.Tensor | None:
+        """Prepare the forward pass of a row; return what its loss adds, if anything: a scalar 0."""
+
+    def backward(self, loss: torch.Tensor, *, has_image: bool) -> None:
+        """Add the gradients of a row; `has_image`: whether the projector has any."""
+
+    def idle(self) -> None:
+        """Take part in a pass in which this process has no row."""
+
+    def complete(self) -> None:
+        """Add up the gradients of all processes, after the last row of the step."""
+
+    def norms(self) -> Mapping[str, torch.Tensor]:
+        """Compute the norm of the sums of each group, such as lora and projector: scalars; 0 without gradients."""
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale the sums to a total norm of at most `max_norm`, if it is not 0; return the norm before, a scalar."""
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not applied: it changes neither weights nor the optimizer's state."""
+
+
+class WholeGradients:
+    """Gradients in `parameter.grad`, whole in every process."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]
+    ) -> None:
+        """Handle the gradients of `model`; `groups`: its trained parameters, by the name of their group."""
+        self.accelerator, self.model, self.groups = accelerator, model, groups
+
+    def before_row(self) -> None:
+        """Do nothing: a row completes the gradients that it has."""
+
+    def backward(self, loss: torch.Tensor, *, has_image: bool) -> None:
+        """Add the gradients of a row."""
+        self.accelerator.backward(loss)
+
+    def idle(self) -> None:
+        """Do nothing: processes wait for each other only in `complete`."""
+
+    def complete(self) -> None:
+        """Add up the gradients of all processes."""
+        sum_gradients(list(chain.from_iterable(self.groups.values())))
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Compute the norm of each group, a scalar; 0 without gradients."""
+        return {
+            name: get_total_norm([one.grad for one in parameters if one.grad is not None])
+            for name, parameters in self.groups.items()
+        }
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip the gradients to a total norm of `max_norm`, if it is not 0; return the norm before."""
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf)
+        return norm
+
+    def drop(self) -> None:
+        """Free the gradients."""
+        self.model.zero_grad(set_to_none=True)
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:

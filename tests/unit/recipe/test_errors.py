@@ -177,12 +177,33 @@ def test_k23_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, key: st
         ("augment", "images are not augmented"),
         ("warmup_steps", "set stages.instruct.warmup_ratio"),
         ("gpus", "the number of GPUs on the command line"),
-        ("deepspeed", "Set distributed.shard: true to divide the frozen weights between GPUs"),
-        ("zero_stage", "writes checkpoints that only it resumes"),
+        ("deepspeed", "set distributed: {engine: deepspeed, offload: true}, which is ZeRO-2"),
+        ("zero_stage", "the rest of a DeepSpeed configuration follows from the recipe"),
+        ("zero3", "ZeRO-3 is refused: it replaces the frozen weights"),
     ],
 )
 def test_k23_what_is_done_otherwise_here_is_explained(tmp_path: Path, key: str, words: str) -> None:
     (line,) = problems(tmp_path, plain_recipe(), f"{key}=1")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("distributed.engine=deepspeed",), "engine: deepspeed needs offload: true"),
+        (("distributed.offload=true",), "offload: true needs engine: deepspeed"),
+        (
+            ("distributed.engine=deepspeed", "distributed.offload=true", "distributed.shard=true"),
+            "shard: true and engine: deepspeed cannot be combined",
+        ),
+        (
+            ("distributed.engine=deepspeed", "distributed.offload=true", "stages.instruct.optim=adamw_8bit"),
+            "stages.instruct.optim is adamw_8bit, but distributed.engine: deepspeed updates the weights with",
+        ),
+    ],
+)
+def test_what_deepspeed_does_not_do_here_is_refused(tmp_path: Path, more: tuple[str, ...], words: str) -> None:
+    (line,) = problems(tmp_path, plain_recipe(), *more)
     assert words in line
 
 

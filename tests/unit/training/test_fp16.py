@@ -143,7 +143,7 @@ def test_the_scale_grows_as_torch_has_it(tmp_path: Path) -> None:
 def test_the_scale_and_its_age_are_saved(tmp_path: Path) -> None:
     trainer = fp16_trainer(tmp_path, 8.0, growth_interval=4)
     trainer.train()
-    HeldState.of(trainer.optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler).write(tmp_path)
+    HeldState.of(trainer.optimizer.state_dict(), trainer.lr_scheduler, trainer.state, trainer.scaler).write(tmp_path)
     other = make_scaler(CPU, torch.float16)
     load_scaler(tmp_path, other)
     assert other.state_dict() == trainer.scaler.state_dict()
@@ -158,7 +158,7 @@ def test_other_precisions_have_no_scale_and_no_file(tmp_path: Path, dtype: torch
     trainer = made_trainer(tmp_path, made_rows([0]))
     trainer.train()
     assert not trainer.scaler.is_enabled()
-    HeldState.of(trainer.optimizer, trainer.lr_scheduler, trainer.state, scaler).write(tmp_path)
+    HeldState.of(trainer.optimizer.state_dict(), trainer.lr_scheduler, trainer.state, scaler).write(tmp_path)
     assert not (tmp_path / SCALER).exists()
     load_scaler(tmp_path, make_scaler(CPU, torch.float16))
     (tmp_path / SCALER).write_text('{"scale": 2.0}', encoding="utf-8")

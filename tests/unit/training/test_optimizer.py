@@ -62,7 +62,7 @@ def test_adamw_is_fused_on_cuda_and_takes_states_of_either_kind(
         fused = [group.get("fused") for group in ours.param_groups]
         assert fused == [saved_by == "cuda" or None]
         before = _steps(ours, weight, 3)
-        HeldState.of(ours, make_schedule(ours, args), TrainerState()).write(tmp_path)
+        HeldState.of(ours.state_dict(), make_schedule(ours, args), TrainerState()).write(tmp_path)
         theirs, other = make(loaded_by)
         other.data.copy_(before)
         load_optimizer(tmp_path, theirs, settings=True)

@@ -53,7 +53,7 @@ OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
     ours, optimizer, scheduler = trained(OPTIMIZERS[name], 3)
-    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
     theirs, other, schedule = trained(OPTIMIZERS[name], 0)
     for here, there in zip(ours, theirs, strict=True):
         there.data.copy_(here.data)
@@ -68,14 +68,14 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
     states = {}
     for label, one in {"ours": optimizer, "theirs": other}.items():
         (tmp_path / label).mkdir()
-        HeldState.of(one, scheduler, TrainerState()).write(tmp_path / label)
+        HeldState.of(one.state_dict(), scheduler, TrainerState()).write(tmp_path / label)
         states[label] = [(tmp_path / label / name).read_bytes() for name in ("optimizer.json", "optimizer.safetensors")]
     assert states["ours"] == states["theirs"]
 
 
 def test_moments_alone_go_on_with_new_settings(tmp_path: Path) -> None:
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
-    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
     _, other, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
     load_optimizer(tmp_path, other, settings=False)
     load_scheduler(tmp_path, schedule, settings=False)
@@ -90,14 +90,14 @@ def test_moments_alone_go_on_with_new_settings(tmp_path: Path) -> None:
 
 def test_a_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 1)
-    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
     with pytest.raises(TrainingError, match="another number of parameters"):
         load_optimizer(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]), settings=True)
 
 
 def test_k41_a_state_fits_groups_cut_where_biases_begin(tmp_path: Path) -> None:
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
-    HeldState.of(optimizer, scheduler, TrainerState()).write(tmp_path)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
 
     def cut(parameters: list[torch.nn.Parameter]) -> Any:
         groups = [{"params": [one], "weight_decay": decay} for one, decay in zip(parameters, (0.1, 0.0), strict=True)]
@@ -128,7 +128,7 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
 
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 0)
     draw()
-    held = HeldState.of(optimizer, scheduler, TrainerState())
+    held = HeldState.of(optimizer.state_dict(), scheduler, TrainerState())
     expected = draw()
     held.write(tmp_path)
     draw()
@@ -143,7 +143,7 @@ def test_each_process_gets_its_own_random_state_back(tmp_path: Path, monkeypatch
         torch.manual_seed(seed)
         states.append(torch_random_state())
         expected.append(torch.rand(3).tolist())
-    HeldState.of(optimizer, scheduler, TrainerState(), generators=states).write(tmp_path)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState(), generators=states).write(tmp_path)
     found = []
     # The third and fourth were not there when the checkpoint was saved.
     for number in (0, 1, 2, 3, 2):

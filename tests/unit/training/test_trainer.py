@@ -15,6 +15,7 @@ from lora_llava.data.rows import PackedRows
 from lora_llava.training import trainer as trainer_module
 from lora_llava.training.checkpoints.background import BackgroundWriter
 from lora_llava.training.checks.check import Check
+from lora_llava.training.parallel import gradients as gradients_module
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.runs import state_of
 from tests.helpers.steps import IN_A_STEP, made_rows, made_trainer, same
@@ -253,7 +254,7 @@ def test_k32_gradients_are_summed_over_the_processes_once_per_step(
                 parameter.grad *= 2
 
     # Of a second process with the same rows, so that counts and gradients are twice those of one.
-    monkeypatch.setattr(trainer_module, "sum_gradients", double)
+    monkeypatch.setattr(gradients_module, "sum_gradients", double)
     monkeypatch.setattr(trainer_module, "summed", lambda tensor: 2 * tensor)
     trainer.train()
     assert after == [2]
