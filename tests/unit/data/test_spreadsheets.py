@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from lora_llava.data.load import load_records
 from lora_llava.data.record import MAX_CHARACTERS, Record
+from lora_llava.data.sources.files import sheets
 from lora_llava.data.sources.files.encodings import decode
 from lora_llava.data.sources.files.sheets import read_sheet
 from lora_llava.errors import DataError
@@ -152,6 +154,59 @@ def test_row_numbers_and_dimensions_that_lie(tmp_path: Path) -> None:
     for old, new in (('<row r="3">', '<row r="1048577">'), ('<row r="3">', f'<row r="{10**18}">'), ('"B3"', '"XFE3"')):
         with pytest.raises(DataError, match=r"changed\.xlsx: is no \.xlsx workbook"):
             rows(changed(path, old, new))
+
+
+def test_no_row_is_dropped_whatever_its_number(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, *([f"q{number}", "a"] for number in range(4))]})
+    path = changed(path, '<row r="3">', '<row r="2">')  # as often as the row before
+    path = changed(path, '<row r="4">', "<row>")  # without a number: one more than the row before
+    path = changed(path, '<row r="5">', '<row r="1">')  # below the row before
+    assert [entry.value["Frage"] for entry in read_sheet(path, None)] == ["q0", "q1", "q2", "q3"]
+    assert [entry.line for entry in read_sheet(path, None)] == [2, 2, 3, 1]
+
+
+HOSTILE = {
+    "a dimension without end": ("<sheetData>", f'<dimension ref="{"A" * 300_000}"/><sheetData>', 2),
+    "rows as wide as Excel allows": ("</sheetData>", '<row><c r="XFD1"/></row>' * 20_000 + "</sheetData>", 2),
+    "rows at both ends": (
+        "</sheetData>",
+        '<row r="1048576"><c r="A1"><v>1</v></c></row><row r="1"/>' * 5_000 + "</sheetData>",
+        5_002,
+    ),
+    "merged ranges": ("</sheetData>", "</sheetData>" + '<mergeCell ref="A1:XFD1048576"/>' * 30_000, 2),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_attributes_cost_no_more_than_their_text(tmp_path: Path, name: str) -> None:
+    old, new, count = HOSTILE[name]
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, ["a", "b"], ["c", "d"]]})
+    path = changed(path, old, new)
+    start = time.process_time()
+    assert len(rows(path)) == count
+    # Filled up to the widest column, the second would take minutes.
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("bound", "most", "message"),
+    [
+        ("_MAX_ROWS", 150, "has more than 150 rows or 16,777,216 cells; save it as CSV"),
+        ("_MAX_CELLS", 50, "has more than 1,048,576 rows or 50 cells; save it as CSV"),
+        ("_MAX_STRINGS", 30, "has more than 30 different texts; save it as CSV"),
+        ("_MAX_ELEMENTS", 3, "a row or text has more than 3 parts; save it as CSV"),
+        ("_MAX_TAGS", 5, r"[\w./\[\]]+ has more than 5 tags; save it as CSV"),
+    ],
+)
+def test_a_workbook_beyond_a_bound_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, most: int, message: str
+) -> None:
+    path = write_workbook(tmp_path / "t.xlsx", {"A": [HEAD, *([f"q{number}", "a"] for number in range(40))]})
+    path = changed(path, "</sheetData>", '<row r="1"/>' * 160 + "</sheetData>")
+    assert len(rows(path)) == 40
+    monkeypatch.setattr(sheets, bound, most)
+    with pytest.raises(DataError, match=rf"changed\.xlsx: {message}"):
+        rows(path)
 
 
 def test_names_of_ranges_cost_no_time(tmp_path: Path) -> None:
