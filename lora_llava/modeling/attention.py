@@ -170,7 +170,7 @@ def masked_inputs(batch: Mapping[str, torch.Tensor], attention: Attention, dtype
     if attention == TREES:
         targets, tree_spans = batch["unique_target_positions"], batch["tree_spans"].tolist()
         # Reading the branches of a row on CUDA would wait for the device.
-        spans = spans_of(segments, tree_spans) if segments.device.type == "cpu" else None
+        spans = spans_of(segments, tree_spans, dtype) if segments.device.type == "cpu" else None
         trees = {"trees": as_trees(tree_spans, segments, dtype)} if spans is None else {"spans": spans}
         return {
             "input_ids": ids,

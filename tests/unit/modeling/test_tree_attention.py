@@ -78,27 +78,41 @@ def test_scores_far_apart_do_not_overflow() -> None:
 
 def test_a_branch_may_have_nothing_after_the_prefix() -> None:
     row = build_row([[conversation(7, 3), conversation(7, 0), conversation(7, 2)]])
-    [tree] = spans_of(row["segments"], row["tree_spans"].tolist()) or []
+    [tree] = spans_of(row["segments"], row["tree_spans"].tolist(), torch.float32) or []
     assert (tree.prefix, tree.branches) == (7, (3, 2))
     assert max(compared(row, torch.float64)) < 1e-12
 
 
 def test_branches_without_a_prefix_take_the_mask() -> None:
     row = build_row([[conversation(0, 3), conversation(0, 2)]])
-    assert spans_of(row["segments"], row["tree_spans"].tolist()) is None
+    assert spans_of(row["segments"], row["tree_spans"].tolist(), torch.float32) is None
     assert "trees" in masked_inputs(row, TREES, torch.float32)
 
 
 def test_no_branch_is_computed_against_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products that are computed: causal for the prefix, branches by prefix, and causal within each branch."""
     row = build_row([[conversation(40, own) for own in (5, 9)], [conversation(3, 4)]])
+    assert products(row, monkeypatch) == [(40, 40, True), (14, 40, False), (5, 5, True), (9, 9, True), (7, 7, True)]
+
+
+def test_a_long_prefix_is_cut_into_blocks_that_see_no_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = build_row([[conversation(399, own) for own in (5, 9)]])
+    blocks = [(133, 133, True), (133, 266, False), (133, 399, False)]
+    assert products(row, monkeypatch) == [*blocks, (14, 399, False), (5, 5, True), (9, 9, True)]
+    assert max(compared(row, torch.float64)) < 1e-12
+    assert max(compared(row, torch.float32)) < 5e-6
+
+
+def products(row: Batch, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """Return queries, keys, and whether the kernel's causal mask is used, of each call in a forward pass."""
     calls: list[tuple[int, int, bool]] = []
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-    def counted(query: Any, key: Any, value: Any, dropout: float, causal: bool, *, scale: float) -> Any:
+    def counted(query: Any, key: Any, value: Any, dropout: float, causal: bool, **options: Any) -> Any:
         calls.append((query.shape[2], key.shape[2], causal))
-        return kernel(query, key, value, dropout, causal, scale=scale)
+        return kernel(query, key, value, dropout, causal, **options)
 
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", counted)
-    attended(row, drawn(row, torch.float32))
-    assert calls == [(40, 40, True), (14, 40, False), (5, 5, True), (9, 9, True), (7, 7, True)]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", counted)
+        attended(row, drawn(row, torch.float32))
+    return calls
