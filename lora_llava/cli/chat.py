@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
-from lora_llava.cli.options import base_option, template_option
+from lora_llava.cli.options import PATH, base_option, template_option
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable_lines
 
 if TYPE_CHECKING:
     from lora_llava.generation.chat import Chat
 
-_PATH = click.Path(path_type=Path)
 _LAST_WORDS = ("exit", "quit", "/exit", "/quit")
 
 
@@ -34,9 +33,9 @@ def _single_image(_: click.Context, __: click.Parameter, images: tuple[Path, ...
 
 
 @click.command()
-@click.argument("artifact", type=_PATH)
+@click.argument("artifact", type=PATH)
 @click.argument("question", required=False)
-@click.option("--image", type=_PATH, multiple=True, callback=_single_image, help="Image to ask about [none].")
+@click.option("--image", type=PATH, multiple=True, callback=_single_image, help="Image to ask about [none].")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Maximum tokens per answer."
 )

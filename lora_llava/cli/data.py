@@ -9,20 +9,19 @@ import click
 from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, print_lines, quiet_environment
 from lora_llava.cli.evaluate import option_problems
-from lora_llava.cli.options import parse_columns
+from lora_llava.cli.options import PATH, parse_columns
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import RecipeError
 from lora_llava.system.files import disk_errors, new_file, refuse_existing
 from lora_llava.system.progress import phase
 from lora_llava.system.text import counted, printable
 
-_PATH = click.Path(path_type=Path)
 _BASE = "llava-hf/llava-1.5-7b-hf"
 
 
 @click.command()
 @click.argument("data")
-@click.option("--output", type=_PATH, default=Path("recipe.yaml"), show_default=True, help="Recipe file to write.")
+@click.option("--output", type=PATH, default=Path("recipe.yaml"), show_default=True, help="Recipe file to write.")
 @click.option("--base-model", default=_BASE, show_default=True, help="Base model: directory or Hub id.")
 @click.option(
     "--columns",
@@ -64,9 +63,9 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
 
 @click.command("convert")
 @click.argument("kind", type=click.Choice(list(KINDS)), metavar="KIND")
-@click.argument("source", type=_PATH, metavar="SRC")
-@click.argument("output", type=_PATH, metavar="DST")
-@click.option("--images", type=_PATH, help="Directory of the images [that of the annotations].")
+@click.argument("source", type=PATH, metavar="SRC")
+@click.argument("output", type=PATH, metavar="DST")
+@click.option("--images", type=PATH, help="Directory of the images [that of the annotations].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
 @click.option(
     "--per-image",
@@ -76,7 +75,7 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     help="Maximum questions of a kind about one image.",
 )
 @click.option("--question", help="Question for answers that come without one.")
-@click.option("--table", type=_PATH, help="dicom: CSV file of the reports.")
+@click.option("--table", type=PATH, help="dicom: CSV file of the reports.")
 @click.option("--window", type=float, nargs=2, help="dicom: values shown as black and white [as the file says].")
 def convert_(
     kind: str,

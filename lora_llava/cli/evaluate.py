@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
-from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, split_of, template_option
+from lora_llava.cli.options import (
+    PATH,
+    base_option,
+    data_options,
+    decoding_options,
+    metric_option,
+    split_of,
+    template_option,
+)
 from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
@@ -18,13 +26,12 @@ if TYPE_CHECKING:
     from lora_llava.recipe.settings import EvaluationSettings
 
 _EVALUATION = Path("evaluation")
-_PATH = click.Path(path_type=Path)
 _DATA = ("path", "image_root", "split", "columns", "answer_prompt", "max_records")
 """Options that are settings of the data."""
 
 
 @click.command("eval")
-@click.argument("artifact", type=_PATH)
+@click.argument("artifact", type=PATH)
 @click.option(
     "--data",
     "path",
@@ -50,8 +57,8 @@ _DATA = ("path", "image_root", "split", "columns", "answer_prompt", "max_records
     metavar="N",
     help="Ask N questions again without their images.",
 )
-@click.option("--start", type=_PATH, help="Another artifact on the same base to compare with.")
-@click.option("--output", type=_PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
+@click.option("--start", type=PATH, help="Another artifact on the same base to compare with.")
+@click.option("--output", type=PATH, default=_EVALUATION, show_default=True, help="Directory of the results.")
 @base_option
 @template_option
 def evaluate(

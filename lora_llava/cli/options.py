@@ -12,6 +12,8 @@ from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.recipe.choices import MetricSetting
 from lora_llava.system.text import printable
 
+PATH = click.Path(path_type=Path)
+"""Type of an option or argument that names a file or directory, which need not exist."""
 _CHOICES = ("dequantized", "original")
 """What to merge into: the base as dequantized in training, or the original weights."""
 

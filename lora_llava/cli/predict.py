@@ -10,13 +10,20 @@ import click
 
 from lora_llava.cli.common import make_console, open_model, print_lines, quiet_libraries
 from lora_llava.cli.evaluate import option_problems
-from lora_llava.cli.options import base_option, data_options, decoding_options, metric_option, split_of, template_option
+from lora_llava.cli.options import (
+    PATH,
+    base_option,
+    data_options,
+    decoding_options,
+    metric_option,
+    split_of,
+    template_option,
+)
 from lora_llava.generation.output import CSV, JSONL, SKIPPED, refuse_output
 
 if TYPE_CHECKING:
     from lora_llava.recipe.stages import DataSettings
 
-_PATH = click.Path(path_type=Path)
 _DATA = ("image_root", "split", "answer_prompt", "max_records", "on_bad_record", "max_bad_records")
 """Options that are settings of the data, next to its path and columns."""
 
@@ -32,14 +39,14 @@ def _bad_record_options(command: _Command) -> _Command:
         show_default=True,
         help="Stop at an unusable record, or leave it out.",
     )
-    most = click.option(
+    limit = click.option(
         "--max-bad-records",
         type=click.IntRange(min=1),
         default=10,
         show_default=True,
         help="With --on-bad-record skip: stop after more than this many.",
     )
-    return rule(most(command))
+    return rule(limit(command))
 
 
 def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: Mapping[str, Any]) -> Any:
@@ -53,11 +60,11 @@ def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: M
 
 
 @click.command()
-@click.argument("model", type=_PATH)
+@click.argument("model", type=PATH)
 @click.option("--data", help="Questions, in any form of training data; answers are optional.")
-@click.option("--images", type=_PATH, metavar="DIR", help="Instead of --data: ask about every image below DIR.")
+@click.option("--images", type=PATH, metavar="DIR", help="Instead of --data: ask about every image below DIR.")
 @click.option("--question", help="The question to ask about every image.")
-@click.option("--output", type=_PATH, required=True, help="File of the answers: .csv or .jsonl.")
+@click.option("--output", type=PATH, required=True, help="File of the answers: .csv or .jsonl.")
 @data_options(split="test")
 @_bad_record_options
 @decoding_options
@@ -110,9 +117,9 @@ def _not_nan(_: click.Context, __: click.Parameter, value: float) -> float:
 
 
 @click.command()
-@click.argument("model", type=_PATH)
+@click.argument("model", type=PATH)
 @click.option("--data", required=True, help="Answered questions, in any form of training data.")
-@click.option("--output", type=_PATH, required=True, help="File of the pairs: .json or .jsonl.")
+@click.option("--output", type=PATH, required=True, help="File of the pairs: .json or .jsonl.")
 @data_options(split="train")
 @_bad_record_options
 @click.option(

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from lora_llava.cli.common import make_console, print_lines, quiet_libraries
+from lora_llava.cli.options import PATH
 from lora_llava.system.text import printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_llava.shipping.hub.prepare import Prepared
-
-_PATH = click.Path(path_type=Path)
 
 
 class _Options(TypedDict):
@@ -33,10 +32,10 @@ def _note_former(_: click.Context, __: click.Parameter, given: bool) -> None:
 
 
 @click.command()
-@click.argument("model", metavar="ARTIFACT_OR_MODEL", type=_PATH)
+@click.argument("model", metavar="ARTIFACT_OR_MODEL", type=PATH)
 @click.argument("repo_id")
 @click.option("--private/--public", "private", default=True, show_default=True, help="Visibility of a new repository.")
-@click.option("--run", type=_PATH, help="Directory of the run, for results and plots [that of the artifact].")
+@click.option("--run", type=PATH, help="Directory of the run, for results and plots [that of the artifact].")
 @click.option("--samples", is_flag=True, help="Upload samples.png too, which shows test images [no].")
 @click.option("--no-samples", is_flag=True, hidden=True, expose_value=False, is_eager=True, callback=_note_former)
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to; created if missing [the main one].")

@@ -9,19 +9,17 @@ from typing import Any
 import click
 
 from lora_llava.cli.common import file_size, loading_console, open_model, print_lines
-from lora_llava.cli.options import base_option, onto_option, template_option
+from lora_llava.cli.options import PATH, base_option, onto_option, template_option
 from lora_llava.shipping.export import FORMATS
 from lora_llava.shipping.export import export as export_model
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.system.files import refuse_existing
 
-_PATH = click.Path(path_type=Path)
-
 
 @click.command()
-@click.argument("artifact", type=_PATH)
-@click.argument("output", type=_PATH)
+@click.argument("artifact", type=PATH)
+@click.argument("output", type=PATH)
 @base_option
 @onto_option
 @click.option(
@@ -59,8 +57,8 @@ def merge(
 
 
 @click.command()
-@click.argument("model", type=_PATH)
-@click.argument("output", type=_PATH)
+@click.argument("model", type=PATH)
+@click.argument("output", type=PATH)
 @click.option(
     "--format", "layout", type=click.Choice(list(FORMATS), case_sensitive=False), required=True, help="Format to write."
 )
@@ -94,8 +92,8 @@ def export(
 
 
 @click.command("import")
-@click.argument("source", type=_PATH)
-@click.argument("output", type=_PATH)
+@click.argument("source", type=PATH)
+@click.argument("output", type=PATH)
 @partial(base_option, text="Base model of an adapter, in the llava-hf layout: directory or Hub id.")
 @click.option("--vision-tower", help="Vision tower of an original checkpoint, if not the one in its config.")
 @template_option

@@ -83,11 +83,13 @@ def _kind(kind: str, findings: list[Finding]) -> dict[str, Any]:
 
 
 def _side(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of a side, and its charts as (title, bars); a bar is (label, count, percent of the highest)."""
     charts = []
     for key, title in _FIGURES.items():
         if bars := figures.get(key):
-            most = max(bar["count"] for bar in bars)
-            charts.append((title, [(bar["label"], bar["count"], round(100 * bar["count"] / most, 1)) for bar in bars]))
+            highest = max(bar["count"] for bar in bars)
+            rows = [(bar["label"], bar["count"], round(100 * bar["count"] / highest, 1)) for bar in bars]
+            charts.append((title, rows))
     counts = {key: value for key, value in figures.items() if isinstance(value, int)}
     return {"name": name, "counts": counts, "charts": charts}
 

@@ -77,9 +77,9 @@ def _presence(scenes: Sequence[Scene], per_image: int, seed: int) -> dict[int, l
         absent = sorted(set(range(len(scenes))) - set(present))
         number = min(len(present), len(absent))
         pairs += zip([label] * number, rng.sample(present, number), rng.sample(absent, number), strict=True)
-    most = max(1, per_image * len(scenes) // 2)
-    if len(pairs) > most:
-        pairs = sorted(random.Random(f"{seed}/presence").sample(pairs, most))
+    max_pairs = max(1, per_image * len(scenes) // 2)
+    if len(pairs) > max_pairs:
+        pairs = sorted(random.Random(f"{seed}/presence").sample(pairs, max_pairs))
     questions: dict[int, list[tuple[str, bool]]] = {}
     for label, present_index, absent_index in pairs:
         questions.setdefault(present_index, []).append((label, True))
@@ -110,8 +110,9 @@ def _ask_locations(writer: Writer, scene: Scene, rng: random.Random) -> None:
         _ask(writer, scene, "where", label, WHERE.format(label), box)
 
 
-def _draw(labels: list[str], most: int, rng: random.Random) -> list[str]:
-    return labels if len(labels) <= most else sorted(rng.sample(labels, most))
+def _draw(labels: list[str], count: int, rng: random.Random) -> list[str]:
+    """Return `count` of the labels, in order; all if there are fewer."""
+    return labels if len(labels) <= count else sorted(rng.sample(labels, count))
 
 
 def _ask(writer: Writer, scene: Scene, kind: str, label: str, question: str, answer: str) -> None:

@@ -27,8 +27,8 @@ def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
             yield finding_at("void_reference", source, question.record, problem, question.record.image)
     if tokenizer is None or not answers:
         return
-    most = settings.max_new_tokens
+    limit = settings.max_new_tokens
     for question, ids in zip(questions, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
-        if len(ids) > most:
-            problem = f"{question.record.where}: {counted(len(ids), 'token')}, max_new_tokens is {most}"
+        if len(ids) > limit:
+            problem = f"{question.record.where}: {counted(len(ids), 'token')}, max_new_tokens is {limit}"
             yield finding_at("long_reference", source, question.record, problem, question.record.image)

@@ -19,7 +19,6 @@ from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.system.files import staged_result
 
 _COPIED = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
-_REPLACED = ("model.safetensors.index.json", "config.json")
 
 
 def export_hf(source: Path, output: Path, options: ExportOptions) -> ExportReport:
@@ -50,7 +49,8 @@ def copy_surroundings(source: Path, staging: Path, options: ExportOptions) -> No
     """
     for pattern in _COPIED:
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in _REPLACED:
+            # An index names the files of the source, not those that are written here.
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, staging / path.name)
     add_old_files(staging, is_model=True)
     template = read_usage(source, options.template).prompt_template

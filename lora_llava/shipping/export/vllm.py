@@ -23,7 +23,7 @@ from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, WEI
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.shipping.export.options import REPORT, VLLM_RANKS, ExportOptions, ExportReport, max_lora_rank
 from lora_llava.shipping.merge.probe import (
-    Difference,
+    LogitDifference,
     adapted_model,
     ask,
     difference,
@@ -161,7 +161,7 @@ def _verify(source: Source, kind: BaseKind, written: WeightFiles, staging: Path)
     ours = logits_of(model, asked)
     del model
 
-    def distance(on: BaseKind) -> Difference:
+    def distance(on: BaseKind) -> LogitDifference:
         return difference(ours, artifact_logits(source, on, asked), asked)
 
     try:
@@ -182,7 +182,7 @@ def _summary(report: ExportReport, output: Path, form: _Form, layers: int) -> li
         probe_line(report, "the artifact"),
     ]
     if trained := report.get("distance_from_trained"):
-        lines.append(f"against the trained model: {Difference(**trained)}")
+        lines.append(f"against the trained model: {LogitDifference(**trained)}")
     lines.append(
         f"vllm serve {output / _BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
         f"--lora-modules tuned={output / _ADAPTER}"

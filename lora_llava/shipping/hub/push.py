@@ -293,21 +293,21 @@ def _tree(remote: _Remote, revision: str | None, what: str) -> dict[str, RemoteF
 
 def _check_remote(remote: _Remote, revision: str, additions: list[CommitOperationAdd]) -> None:
     """Raise HubError, which says that the commit was made, unless it holds each file with the hash of the local one."""
-    made = f"The commit was made ({remote.url}/commit/{revision})"
+    committed = f"The commit was made ({remote.url}/commit/{revision})"
     check = "look at it there, or push again, which compares, and sends only what differs"
     try:
         tree = _tree(remote, revision, f"read {remote.id} back")
     except HubError as error:
         raise HubError(
-            f"{made}, but its files were not compared with the local ones: {error}. To compare, {check}"
+            f"{committed}, but its files were not compared with the local ones: {error}. To compare, {check}"
         ) from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped. {made}, but its files were not compared; {check}") from None
+        raise KeyboardInterrupt(f"stopped. {committed}, but its files were not compared; {check}") from None
     wrong = [added.path_in_repo for added in additions if not _same(added, tree.get(added.path_in_repo))]
     if wrong:
         raise HubError(
-            f"{made}, but {counted(len(wrong), 'file')} there differ from the local ones: {', '.join(wrong)}. Push "
-            "again, and please report it"
+            f"{committed}, but {counted(len(wrong), 'file')} there differ from the local ones: {', '.join(wrong)}. "
+            "Push again, and please report it"
         )
 
 

@@ -43,7 +43,7 @@ A wrong base, a lost projector or a wrong scale give 0.1 and more.
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class LogitDifference:
     """How far a model is from its reference."""
 
     max_abs: float
@@ -154,7 +154,7 @@ def logits_of(model: nn.Module, asked: Sequences) -> list[torch.Tensor]:
     return [logits[-min(len(row), _POSITIONS) :] for row, logits in zip(rows, output.logits, strict=True)]
 
 
-def difference(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], asked: Sequences) -> Difference:
+def difference(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], asked: Sequences) -> LogitDifference:
     """Compare the logits of a model with those of its reference, each as `logits_of` returns them.
 
     A greedy answer is the same if the reference's most likely token at each of its positions is the answer's next one.
@@ -165,7 +165,7 @@ def difference(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
         rows[-len(answer) :].argmax(-1).tolist() == answer
         for rows, answer in zip(reference, asked.answers, strict=True)
     )
-    return Difference(
+    return LogitDifference(
         max_abs=float(error.abs().max()),
         relative=float(error.norm() / theirs.double().norm()),
         answers_equal=answers_equal,
@@ -174,7 +174,7 @@ def difference(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
 
 
 def probe_report(
-    distance: Difference, asked: Sequences, kind: BaseKind, dtypes: Iterable[torch.dtype]
+    distance: LogitDifference, asked: Sequences, kind: BaseKind, dtypes: Iterable[torch.dtype]
 ) -> dict[str, Any]:
     """Return `probe` (the figures) and `tolerance` of a report: the comparison with the artifact on its `kind` base.
 
@@ -192,7 +192,7 @@ def probe_report(
 def probe_line(report: Mapping[str, Any], reference: str) -> str:
     """Return the line that a command shows of a probe report."""
     probe = report["probe"]
-    distance = Difference(**{key: probe[key] for key in ("max_abs", "relative", "answers_equal", "answers")})
+    distance = LogitDifference(**{key: probe[key] for key in ("max_abs", "relative", "answers_equal", "answers")})
     return (
         f"against {reference}, logits of {counted(probe['questions'], 'question')}: {distance} "
         f"(rounding explains at most {report['tolerance']:g} relative)"

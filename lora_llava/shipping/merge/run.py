@@ -31,7 +31,7 @@ from lora_llava.modeling.identity import base_fields, check_base_files
 from lora_llava.modeling.merged import with_identity
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.merge.probe import (
-    Difference,
+    LogitDifference,
     Sequences,
     adapted_model,
     ask,
@@ -226,5 +226,5 @@ def summary(report: dict[str, Any], output: Path) -> list[str]:
         probe_line(report, "base + adapter"),
     ]
     for name, distance in report.get("distance_from_trained", {}).items():
-        lines.append(f"against the trained model, merged into the {name} base: {Difference(**distance)}")
+        lines.append(f"against the trained model, merged into the {name} base: {LogitDifference(**distance)}")
     return lines

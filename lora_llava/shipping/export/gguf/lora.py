@@ -29,7 +29,7 @@ from lora_llava.shipping.export.gguf.model import TEXT_FILE, out_type, write_tex
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, rotated_heads
 from lora_llava.shipping.export.gguf.tokenizer import MEDIA_MARKER
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
-from lora_llava.shipping.merge.probe import Difference, adapted_model, ask, difference, logits_of
+from lora_llava.shipping.merge.probe import LogitDifference, adapted_model, ask, difference, logits_of
 from lora_llava.shipping.merge.run import Source, artifact_logits, choose_base, open_source
 from lora_llava.shipping.merge.stream import BaseKind, base_reader, merged_reader
 from lora_llava.system.files import staged_result
@@ -89,7 +89,7 @@ def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType)
     ]
 
 
-def _distance(source: Source) -> Difference:
+def _distance(source: Source) -> LogitDifference:
     """Measure how far the adapter on the stored base is from the trained model."""
     phase("Asking the adapter on the stored base, and on the base that it was trained on")
     shipped = adapted_model(source.files.read, source.config, source.adapter)
