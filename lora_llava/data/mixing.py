@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -56,10 +57,12 @@ def _keys(record: Record) -> list[str]:
 
 
 def source_names(sources: Sequence[DataSettings]) -> list[str]:
-    """Return a name for each source of a stage, by its file or data set; the second of one name is `NAME (2)`."""
+    """Return a name for each source: `source`, or that of its file or data set; a second one of it is `NAME (2)`."""
+    given = {source.source for source in sources}
     names: list[str] = []
     for source in sources:
-        name = data_name(source.path)
-        count = sum(other == name or other.startswith(f"{name} (") for other in names)
-        names.append(f"{name} ({count + 1})" if count else name)
+        own = source.source or data_name(source.path)
+        numbered = (f"{own} ({number})" if number > 1 else own for number in itertools.count(1))
+        free = (name for name in numbered if name not in names and name not in given)
+        names.append(source.source or next(free))
     return names

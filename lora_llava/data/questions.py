@@ -20,6 +20,7 @@ from lora_llava.data.bad_records import BadRecord, BadRecords
 from lora_llava.data.images.directory import list_images
 from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.load import drop_unusable, load_records
+from lora_llava.data.mixing import source_names
 from lora_llava.data.record import Record, Scalar, with_answer_prompt
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings, QuestionSettings
@@ -74,6 +75,8 @@ class Question:
             "image": image.label if image else None,
             "question": self.record.question,
         }
+        if self.record.source:
+            row["source"] = self.record.source
         if self.references:
             row[answer] = self.answer
         if image and image.label in shared:
@@ -120,20 +123,24 @@ def answers_fingerprint(questions: Sequence[Question]) -> str:
 
 
 def load_questions(data: DataSettings, by: Sequence[str] = ()) -> QuestionSet:
-    """Read the questions of an evaluation.
+    """Read the questions of an evaluation, those of several sources one source after another.
 
-    Raises DataError for an unusable record, if no record has an answer, or if no record has a key of `by`.
+    Raises DataError for an unusable record, if no record of a source has an answer, or if no record at all has a key of
+    `by`.
     """
     skipped: list[BadRecord] = []
-    records = load_records(data, skipped, _check, extra=True)
-    for record in records:
-        _check(record)
+    records: list[Record] = []
+    for source, name in zip(data.sources, source_names(data.sources), strict=True):
+        own = load_records(source, skipped, _check, extra=True)
+        for record in own:
+            _check(record)
+        if not any(map(answered_part, own)):
+            raise DataError(
+                f"evaluation: none of the {counted(len(own), 'record')} of {source.path} has an answer to compare "
+                "with; add the answers, or ask single questions with lora-llava chat"
+            )
+        records += [replace(record, source=name) for record in own] if data.others else own
     question_set = make_questions(records)
-    if not question_set.questions:
-        raise DataError(
-            f"evaluation: none of the {counted(len(records), 'record')} of {data.path} has an answer to compare with; "
-            "add the answers, or ask single questions with lora-llava chat"
-        )
     check_keys(question_set.questions, by)
     return replace(question_set, skipped=skipped)
 

@@ -28,7 +28,7 @@ class Source:
     """One file or dataset of the recipe, and its records."""
 
     name: str
-    """`align`, `instruct`, `instruct.validation`, `evaluation`."""
+    """`align`, `instruct`, `instruct.validation`, `instruct.1` (the second of several), `evaluation`."""
     key: str
     """Recipe key of its settings."""
     data: DataSettings
@@ -42,6 +42,11 @@ class Source:
     def data_name(self) -> str:
         """Name of the file or data set."""
         return data_name(self.data.path)
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether its records are questions of the evaluation."""
+        return self.key.startswith("evaluation.")
 
     def excluded(self) -> list[BadRecord]:
         """Return the records that `exclude` leaves out already."""
@@ -63,7 +68,7 @@ class Side:
     source: Source
     records: list[Record]
     others: Mapping[str, Source] = field(default_factory=dict)
-    """Further sources that the stage mixes with `source`, by the names in their records."""
+    """All sources of a side, by the names in their records."""
 
     def source_of(self, record: Record) -> Source:
         """Return the source of a record."""
@@ -92,13 +97,14 @@ def survey(recipe: Recipe, workers: int | None = None) -> Survey:
     sources = list(_sources(recipe))
     by = recipe.evaluation.broken_down_by if recipe.evaluation else []
     for source in sources:
-        _read(source, by if source.name == "evaluation" else ())
+        _read(source, extra=bool(by) and source.is_evaluation)
+    _check_keys([source for source in sources if source.is_evaluation], by)
     images = _open_images((record for source in sources for record in source.records), workers)
     unanswered: list[tuple[Source, Record]] = []
     for source in sources:
         _put_aside(source, images)
-        if source.name == "evaluation":
-            unanswered = [(source, record) for record in source.records if record.turns[-1].role == "user"]
+        if source.is_evaluation:
+            unanswered += [(source, record) for record in source.records if record.turns[-1].role == "user"]
             answered = (answered_part(record) for record in source.records)
             source.records = [record for record in answered if record is not None]
     return Survey(recipe, sources, list(_sides(recipe, sources)), images, unanswered)
@@ -122,11 +128,11 @@ def _sources(recipe: Recipe) -> Iterator[Source]:
         yield Source(key.removeprefix("stages.").replace(".data", ""), key, data, BadRecords(data, None))
 
 
-def _read(source: Source, by: Sequence[str] = ()) -> None:
-    """Read the records of a source; those of the evaluation need the keys of `by`."""
+def _read(source: Source, *, extra: bool) -> None:
+    """Read the records of a source; `extra`: with their other keys."""
     try:
-        records = read_source(source.data, source.bad, extra=bool(by))
-        if source.name == "evaluation":
+        records = read_source(source.data, source.bad, extra=extra)
+        if source.is_evaluation:
             records = [without_blank_answer(record) for record in records]
         if not records and not source.bad.found:
             raise DataError(f"{source.data_name}: contains no records; correct path or split")
@@ -135,16 +141,21 @@ def _read(source: Source, by: Sequence[str] = ()) -> None:
         return
     for record in records:
         try:
-            check_turns(
-                record.turns, record.turns[-1].role if source.name == "evaluation" else "assistant", record.where
-            )
+            check_turns(record.turns, record.turns[-1].role if source.is_evaluation else "assistant", record.where)
             source.records.append(record)
         except DataError as error:
             source.bad.add_record(record, error)
+
+
+def _check_keys(evaluation: Sequence[Source], by: Sequence[str]) -> None:
+    """Note at the first source of the evaluation that no record of any has a key of `by`."""
+    if not by or any(source.error for source in evaluation):
+        return
+    records = [record for source in evaluation for record in source.records]
     try:
-        check_keys(make_questions(source.records).questions if by else (), by)
+        check_keys(make_questions(records).questions, by)
     except DataError as error:
-        source.error = error
+        evaluation[0].error = error
 
 
 def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:
@@ -164,10 +175,9 @@ def _sides(recipe: Recipe, sources: list[Source]) -> Iterator[Side]:
     for stage in recipe.stage_names:
         training: list[Record] = []
         validation: list[Record] = []
-        several = recipe.stage(stage).data.sources
-        named = [by_name[f"{stage}.{number}" if number else stage] for number in range(len(several))]
+        by_source = _named(recipe.stage(stage).data, stage, by_name)
+        names, named = list(by_source), list(by_source.values())
         held_out = [by_name.get(f"{source.name}.validation") for source in named]
-        names = source_names(several) if len(several) > 1 else [""]
         for name, source, other in zip(names, named, held_out, strict=True):
             train, rest = source.records, other.records if other else []
             if other is None and train:
@@ -175,13 +185,24 @@ def _sides(recipe: Recipe, sources: list[Source]) -> Iterator[Side]:
                     train, rest = split_records(source.data, train, recipe.seed)
                 except DataError as error:
                     source.error = error
-            training += [replace(record, source=name) for record in train] if name else train
-            validation += [replace(record, source=name) for record in rest] if name else rest
-        yield Side(f"{stage} training", stage, "training", named[0], training, dict(zip(names, named, strict=True)))
+            training += _of_source(name, train)
+            validation += _of_source(name, rest)
+        yield Side(f"{stage} training", stage, "training", named[0], training, by_source)
         if validation:
             apart = [other or source for source, other in zip(named, held_out, strict=True)]
-            by_source = dict(zip(names, apart, strict=True))
-            yield Side(f"{stage} validation", stage, "validation", apart[0], validation, by_source)
-    if "evaluation" in by_name:
-        source = by_name["evaluation"]
-        yield Side("evaluation", recipe.stage_names[-1], "evaluation", source, source.records)
+            by_held = dict(zip(names, apart, strict=True))
+            yield Side(f"{stage} validation", stage, "validation", apart[0], validation, by_held)
+    if recipe.evaluation is not None:
+        asked = _named(recipe.evaluation.data, "evaluation", by_name)
+        records = [record for name, source in asked.items() for record in _of_source(name, source.records)]
+        yield Side("evaluation", recipe.stage_names[-1], "evaluation", by_name["evaluation"], records, asked)
+
+
+def _of_source(name: str, records: list[Record]) -> list[Record]:
+    return [replace(record, source=name) for record in records] if name else records
+
+
+def _named(data: DataSettings, section: str, by_name: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the sources of a stage or of the evaluation by the names in their records; that of a single one is ""."""
+    names = source_names(data.sources) if data.others else [""]
+    return {name: by_name[f"{section}.{number}" if number else section] for number, name in enumerate(names)}

@@ -24,7 +24,9 @@ from lora_llava.evaluation.outcome import (
     accuracies_by,
     prediction_rows,
     score_all,
+    source_of,
     summarize,
+    value_of,
 )
 from lora_llava.evaluation.report import accuracy_table, confusion_table, max_labels, value_table
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
@@ -220,9 +222,12 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
         console.print("\nThe same questions without their images (the mean color in place of each):")
         blind = {TUNED: outcome.table(TUNED, on=BLIND), BLIND: outcome.table(BLIND)}
         console.print(accuracy_table(blind, outcome.metric, width))
+    if outcome.has_sources:
+        console.print()
+        console.print(value_table(accuracies_by(outcome, source_of), "source", outcome.metric, width))
     for key in by:
         console.print()
-        console.print(value_table(accuracies_by(outcome, key), key, outcome.metric, width))
+        console.print(value_table(accuracies_by(outcome, value_of(key)), key, outcome.metric, width))
     tuned = outcome.answers[TUNED]
     if counts := confusion([question.answer for question in outcome.questions], tuned.texts):
         console.print()

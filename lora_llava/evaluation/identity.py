@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_llava.recipe.settings import Recipe
 from lora_llava.system.files import file_sha256
 
 _IMAGES = "evaluation.data (images)"
+_OTHERS = "evaluation.data.others"
 
 
 def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> dict[str, Any]:
@@ -23,10 +25,13 @@ def evaluation_facts(recipe: Recipe, questions: QuestionSet, artifact: Path) -> 
     settings = [
         setting.key
         for setting in settings_of(Recipe)
-        if setting.key.startswith("evaluation.") and not setting.may_be_path
+        if setting.key.startswith("evaluation.") and not setting.may_be_path and setting.key != _OTHERS
     ]
+    sources = Counter(record.source for record in records)
     return {
         **{key: value_at(recipe, key) for key in settings},
+        # The content of further sources is in what follows.
+        **({"evaluation.data (questions of each source)": dict(sources)} if len(sources) > 1 else {}),
         "evaluation.data (sha256 of the records)": fingerprint(records),
         "evaluation.data (sha256 of answers and own keys)": answers_fingerprint(questions.questions),
         _IMAGES: picture_facts(records),

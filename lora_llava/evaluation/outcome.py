@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from lora_llava.recipe.choices import Metric
 BASE, START, TUNED, BLIND = "base", "start", "tuned", "blind"
 TUNED_ON_BLIND = "tuned_on_blind_questions"
 _TUNED_ON_BASE = "tuned_on_base_questions"
+ValueOf = Callable[[Question], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,11 @@ class Outcome:
         """Names of what the tuned model is compared with."""
         return [name for name in (BASE, START, MAJORITY, BLIND) if name == MAJORITY or name in self.answers]
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether the questions are of several sources."""
+        return len({question.record.source for question in self.questions}) > 1
+
     def confusions(self) -> dict[str, Confusion]:
         """Return the answers by reference of each model that was asked with images, where there is a table."""
         tables = {}
@@ -129,26 +135,38 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
     result["comparisons"] = {f"tuned_over_{name}": _gap(outcome.over(name)) for name in outcome.compared}
     result["cut"] = {name: len(answers.cut) for name, answers in outcome.answers.items()}
     if by:
-        result["by"] = {key: _by_value(outcome, key) for key in by}
+        result["by"] = {key: _by_value(outcome, value_of(key)) for key in by}
+    if outcome.has_sources:
+        result["by_source"] = _by_value(outcome, source_of)
     matrices = outcome.confusions()
     if TUNED in matrices:
         result["confusion"] = {name: matrix.as_json() for name, matrix in matrices.items()}
     return result
 
 
-def accuracies_by(outcome: Outcome, key: str) -> dict[str, dict[str, Accuracy]]:
-    """Return the accuracies of each model by the values of a key of the data."""
+def accuracies_by(outcome: Outcome, of: ValueOf) -> dict[str, dict[str, Accuracy]]:
+    """Return the accuracies of each model by a value of each question, such as that of a key of the data."""
     tables = {}
     for name in (BASE, START, TUNED):
         if name in outcome.answers:
             answers = outcome.answers[name]
-            values = [outcome.questions[index].value(key) for index in answers.indices]
+            values = [of(outcome.questions[index]) for index in answers.indices]
             tables[name] = accuracy_by_value(answers.scores, values)
     return tables
 
 
-def _by_value(outcome: Outcome, key: str) -> dict[str, dict[str, Any]]:
-    tables = accuracies_by(outcome, key)
+def value_of(key: str) -> ValueOf:
+    """Return a function from a question to the value of a key of its record."""
+    return lambda question: question.value(key)
+
+
+def source_of(question: Question) -> str:
+    """Return the name of the source of a question, of several."""
+    return question.record.source
+
+
+def _by_value(outcome: Outcome, of: ValueOf) -> dict[str, dict[str, Any]]:
+    tables = accuracies_by(outcome, of)
     return {
         value: {name: _figures(table[value]) for name, table in tables.items() if value in table}
         for value in tables[TUNED]

@@ -49,7 +49,9 @@ def usage_of(directory: Path, base: str | None, template: str | None) -> Usage:
 def as_trained(data: _Data, usage: Usage) -> _Data:
     """Fill in what settings of data leave open from the model's training: text after questions, range of grays."""
     trained = {"answer_prompt": usage.answer_prompt, "window": usage.window and list(usage.window)}
-    missing = {key: value for key, value in trained.items() if getattr(data, key) is None}
+    missing: dict[str, Any] = {key: value for key, value in trained.items() if getattr(data, key) is None}
+    if data.others:
+        missing["others"] = [as_trained(other, usage) for other in data.others]
     return data.model_copy(update=missing)
 
 

@@ -50,10 +50,8 @@ def _sections(section: type[Settings], key: str) -> Iterator[tuple[str, type[Set
 def _intro(key: str, section: type[Settings]) -> list[str]:
     lines = [(section.__doc__ or "").strip().split("\n\n")[0]]
     if key == "stages.instruct.data":
-        same = (
-            "`stages.align.data`, `stages.prefer.data` and, without `validation` and `merge_turns`, `evaluation.data`"
-        )
-        lines.append(f"The same for {same}.")
+        same = "`stages.align.data`, `stages.prefer.data` and `evaluation.data`"
+        lines.append(f"The same for {same}; an evaluation has no `validation`, `merge_turns`, `weight` or `share`.")
     if key in _STAGES:
         lines.append("`data` is below.")
     return lines

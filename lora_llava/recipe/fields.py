@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.fields import FieldInfo
@@ -69,6 +69,17 @@ class Form:
     """Describes in words what a text must look like; accompanies a pattern."""
 
     words: str
+
+
+Window = Literal["auto", "full"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+"""Which values of gray images of more than 8 bits become black and white; see `ImageSettings`."""
+WINDOW_FORM = Form("auto, full or [low, high]")
+FULL_WINDOW = (0.0, 65535.0)
+"""The range of 16 bits."""
+KEYS_OF_MIX = ("share", "weight", "source")
+"""Settings that only one of several sources can have."""
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]{0,39}$")]
+SOURCE_FORM = Form("a name of at most 40 letters, digits, spaces, _, - and ., such as replay")
 
 
 class Settings(BaseModel):
@@ -128,6 +139,17 @@ def _settings_below(model: type[Settings], prefix: str, outer: OnResume | None) 
             if names is None and _is_text(field):
                 raise TypeError(f"{model.__name__}.{name} does not say what its text names: add a Names")
             yield Setting(key, field, on_resume, names)
+
+
+def check_window(window: Window | None) -> None:
+    """Raise ValueError for a window whose first value is not the lower one."""
+    if isinstance(window, list) and window[0] >= window[1]:
+        raise ValueError(f"window {window}: the first value, shown as black, must be the lower one")
+
+
+def key_of_mix(data: Settings) -> str | None:
+    """Return a setting of a source that only one of several can have; None if it has none."""
+    return next((key for key in KEYS_OF_MIX if getattr(data, key) is not None), None)
 
 
 def packaged(name: str) -> Path:

@@ -11,10 +11,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
 from lora_llava.recipe.choices import MetricSetting
-from lora_llava.recipe.fields import Count, Form, Names, OfNewModel, OnResume, Positive, Settings
+from lora_llava.recipe.fields import (
+    KEYS_OF_MIX,
+    WINDOW_FORM,
+    Count,
+    Form,
+    Names,
+    OfNewModel,
+    OnResume,
+    Positive,
+    Settings,
+    Window,
+    check_window,
+    key_of_mix,
+)
 from lora_llava.recipe.stages import (
     STAGES,
-    WINDOW_FORM,
     AlignSettings,
     AspectRatio,
     DataSettings,
@@ -22,8 +34,6 @@ from lora_llava.recipe.stages import (
     PreferSettings,
     StageName,
     StageSettings,
-    Window,
-    check_window,
 )
 
 _TRACKERS = Form("none or a list of trackers, such as [tensorboard]")
@@ -47,10 +57,14 @@ def _with_window(content: dict[str, Any], window: Any) -> dict[str, Any]:
     """Return the content of a recipe in which all data that set no window have this one."""
 
     def filled(section: Any) -> Any:
-        data = section.get("data") if isinstance(section, dict) else None
-        if not isinstance(data, dict) or data.get("window") is not None:
+        if not isinstance(section, dict) or "data" not in section:
             return section
-        return {**section, "data": {**data, "window": window}}
+        data = section["data"]
+        return {**section, "data": [of(source) for source in data] if isinstance(data, list) else of(data)}
+
+    def of(source: Any) -> Any:
+        is_open = isinstance(source, dict) and source.get("window") is None
+        return {**source, "window": window} if is_open else source
 
     stages = content.get("stages")
     if isinstance(stages, dict):
@@ -223,16 +237,20 @@ class EvaluationSettings(Settings):
     @property
     def broken_down_by(self) -> list[str]:
         """Columns to break accuracy down by: those of `by`, and the `type` of `data.columns`."""
-        own = self.data.columns.type if self.data.columns else None
-        return list(dict.fromkeys([*self.by, *([own] if own else [])]))
+        types = [source.columns.type for source in self.data.sources if source.columns is not None]
+        return list(dict.fromkeys([*self.by, *(one for one in types if one)]))
 
     @model_validator(mode="after")
     def _no_training_keys(self) -> Self:
-        if self.data.others or self.data.weight is not None or self.data.share is not None:
-            raise ValueError("data: an evaluation has one source; remove the others, weight and share")
-        if self.data.validation or self.data.merge_turns:
-            key = "validation" if self.data.validation else "merge_turns"
-            raise ValueError(f"data.{key} applies to training only; remove it")
+        if not self.data.others and self.data.source is not None:
+            raise ValueError("data.source is for one of several sources; write data as a list of them, or remove it")
+        for number, source in enumerate(self.data.sources):
+            where = f"data.{number}" if number else "data"
+            if (mixed := key_of_mix(source)) in ("weight", "share"):
+                raise ValueError(f"{where}.{mixed}: an evaluation asks each question once; remove it")
+            if source.validation or source.merge_turns:
+                key = "validation" if source.validation else "merge_turns"
+                raise ValueError(f"{where}.{key} applies to training only; remove it")
         return self
 
 
@@ -258,7 +276,7 @@ class CardSettings(Settings):
 def _as_written(data: dict[str, Any]) -> Any:
     """Return a source as a recipe has it, several as a list; keys of a mix that are not used are left out."""
     others = data.pop("others")
-    data = {key: value for key, value in data.items() if value is not None or key not in ("weight", "share")}
+    data = {key: value for key, value in data.items() if value is not None or key not in KEYS_OF_MIX}
     return [data, *map(_as_written, others)] if others else data
 
 

@@ -10,7 +10,24 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from lora_llava.recipe.columns import ColumnSettings, Condition, EncodingName, QuestionColumns, Template
-from lora_llava.recipe.fields import RECORD_FILES, Count, Form, Names, NotNegative, OnResume, Positive, Settings, Share
+from lora_llava.recipe.fields import (
+    FULL_WINDOW,
+    RECORD_FILES,
+    SOURCE_FORM,
+    WINDOW_FORM,
+    Count,
+    Form,
+    Names,
+    NotNegative,
+    OnResume,
+    Positive,
+    Settings,
+    Share,
+    SourceName,
+    Window,
+    check_window,
+    key_of_mix,
+)
 
 StageName = Literal["align", "instruct", "prefer"]
 
@@ -26,19 +43,6 @@ _MIN_RATE = 1e-9
 
 GradientCheckpointing = bool | Literal["selective"]
 """What the backward pass recomputes: nothing (false), cheap ops (`selective`), or whole layers (true)."""
-
-
-Window = Literal["auto", "full"] | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
-"""Which values of gray images of more than 8 bits become black and white; see `ImageSettings`."""
-WINDOW_FORM = Form("auto, full or [low, high]")
-FULL_WINDOW = (0.0, 65535.0)
-"""The range of 16 bits."""
-
-
-def check_window(window: Window | None) -> None:
-    """Raise ValueError for a window whose first value is not the lower one."""
-    if isinstance(window, list) and window[0] >= window[1]:
-        raise ValueError(f"window {window}: the first value, shown as black, must be the lower one")
 
 
 class ValidationSettings(Settings):
@@ -114,6 +118,8 @@ class DataSettings(Settings):
     merge. Validation records are never merged."""
     window: Annotated[Window | None, WINDOW_FORM, OnResume.FORM] = None
     """Overrides `images.window` for these records."""
+    source: Annotated[SourceName | None, SOURCE_FORM, OnResume.FREE] = None
+    """Of several sources: its name in the log, in reports and predictions, such as replay; null: that of its path."""
     weight: Annotated[Positive | None, OnResume.ORDER] = None
     """Of several sources: how often its training records are used in an epoch, such as 2 or 0.5; null: once."""
     share: Annotated[Share | None, OnResume.ORDER] = None
@@ -130,6 +136,16 @@ class DataSettings(Settings):
     def sources(self) -> list[DataSettings]:
         """The source itself and the others, each alone."""
         return [self.model_copy(update={"others": []}), *self.others] if self.others else [self]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a source has validation records."""
+        return any(source.validation is not None for source in (self, *self.others))
+
+    def with_window(self, window: Window | None) -> Self:
+        """Return the settings with this window in all sources."""
+        others = [other.model_copy(update={"window": window}) for other in self.others]
+        return self.model_copy(update={"window": window, "others": others})
 
     @property
     def gray_window(self) -> tuple[float, float] | None:
@@ -158,20 +174,19 @@ class DataSettings(Settings):
                 raise ValueError(f"{source.path}: weight and share exclude each other; give one of them")
             if source.window != self.window:
                 raise ValueError(f"{source.path}: window must be the same for all sources of a stage")
+        names = [source.source for source in sources if source.source is not None]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"source: two sources are named {repeated}; give each another name")
         shares = [source.share for source in sources if source.share is not None]
         if sum(shares) >= 1 or len(shares) == len(sources):
             raise ValueError(f"share: the sources have {sum(shares):g} in all; leave a rest to one without a share")
         return self
 
     @model_validator(mode="after")
-    def _window(self) -> Self:
+    def _form(self) -> Self:
         if self.each == []:
             raise ValueError("each: is an empty list; name a column of lists, or remove it")
         check_window(self.window)
-        return self
-
-    @model_validator(mode="after")
-    def _form(self) -> Self:
         is_sheet = self.path.endswith(".xlsx")
         if self.path.endswith(RECORD_FILES) and ((self.name and not is_sheet) or self.revision):
             raise ValueError("name and revision apply to Hub datasets; path is a file")
@@ -281,9 +296,8 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not self.data.others and (self.data.weight is not None or self.data.share is not None):
-            key = "weight" if self.data.share is None else "share"
-            raise ValueError(f"data.{key} mixes several sources; write data as a list of them, or remove it")
+        if not self.data.others and (key := key_of_mix(self.data)) is not None:
+            raise ValueError(f"data.{key} is for one of several sources; write data as a list of them, or remove it")
         if self.template == "plain" and self.data.merge_turns:
             raise ValueError("template plain takes one caption per image; remove data.merge_turns or change template")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -292,8 +306,8 @@ class StageSettings(Settings):
             raise ValueError(
                 f"max_steps {self.max_steps:,} is more than {_MAX_STEPS:,}; remove it to train for num_train_epochs"
             )
-        if self.early_stopping_patience is not None and (self.data.validation is None or self.eval_steps is None):
-            missing = "data.validation" if self.data.validation is None else "eval_steps"
+        if self.early_stopping_patience is not None and (not self.data.holds_out or self.eval_steps is None):
+            missing = "eval_steps" if self.data.holds_out else "data.validation"
             raise ValueError(f"early_stopping_patience needs {missing}: it counts validations during training")
         if self.num_train_epochs > _MAX_EPOCHS:
             raise ValueError(

@@ -81,7 +81,7 @@ def _with_preference(recipe: Recipe) -> Recipe:
         names.discard("system")
     update: dict[str, Any] = {name: getattr(before, name) for name in names}
     if "window" not in after.data.model_fields_set:
-        update["data"] = after.data.model_copy(update={"window": before.data.window})
+        update["data"] = after.data.with_window(before.data.window)
     stages = recipe.stages.model_copy(update={"prefer": after.model_copy(update=update)})
     return recipe.model_copy(update={"stages": stages})
 
@@ -107,7 +107,7 @@ def _started(recipe: Recipe) -> Recipe:
     update["stages"] = recipe.stages.model_copy(update={first: stage})
     if recipe.evaluation is not None and stage.data.window != recipe.stage(first).data.window:
         # The evaluation follows the last stage and must show images as that stage did.
-        data = recipe.evaluation.data.model_copy(update={"window": stage.data.window})
+        data = recipe.evaluation.data.with_window(stage.data.window)
         update["evaluation"] = recipe.evaluation.model_copy(update={"data": data})
     update["quantization"] = _quantization(recipe.quantization, start.manifest)
     return recipe.model_copy(update=update)
@@ -187,7 +187,7 @@ def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) ->
         update["image_aspect_ratio"] = ratio
     window = (manifest.get("images") or {}).get("window")
     if window is not None and "window" not in stage.data.model_fields_set | recipe.images.model_fields_set:
-        update["data"] = stage.data.model_copy(update={"window": window})
+        update["data"] = stage.data.with_window(window)
     return stage.model_copy(update=update)
 
 

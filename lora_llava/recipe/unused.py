@@ -57,9 +57,9 @@ def unused_settings(recipe: Recipe) -> Iterator[Unused]:
         yield from _changed(recipe.images, "images", ["window"], "the data of every stage set their own")
     for key, stage in stages.items():
         yield from _unused_in_stage(key, stage)
-        yield from _unused_in_data(f"{key}.data", stage.data)
+        yield from _unused_in_sources(f"{key}.data", stage.data)
     if recipe.evaluation is not None:
-        yield from _unused_in_data("evaluation.data", recipe.evaluation.data)
+        yield from _unused_in_sources("evaluation.data", recipe.evaluation.data)
 
 
 def unlike_the_model(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Unused]:
@@ -91,7 +91,8 @@ def _unused_in_stage(key: str, stage: StageSettings) -> Iterator[Unused]:
     if stage.template == "plain":
         yield from _changed(stage, key, ["system"], "template plain has no system prompt")
         because = "template plain has no question"
-        yield from _changed(stage.data, f"{key}.data", ["answer_prompt"], because)
+        for number, source in enumerate(stage.data.sources):
+            yield from _changed(source, f"{key}.data.{number}" if number else f"{key}.data", ["answer_prompt"], because)
     if stage.lr_scheduler_type == "constant":
         fix = "Set lr_scheduler_type: constant_with_warmup, or remove it"
         yield from _changed(stage, key, ["warmup_ratio"], "lr_scheduler_type constant has no warmup", fix)
@@ -110,7 +111,7 @@ def _unused_in_stage(key: str, stage: StageSettings) -> Iterator[Unused]:
     if stage.gradient_checkpointing != "selective":
         names, because = ["gradient_checkpointing_layers"], "gradient_checkpointing is not selective"
         yield from _changed(stage, key, names, because, refused=False)
-    if stage.data.validation is None:
+    if not stage.data.holds_out:
         names = ["eval_steps", "num_sample_answers", "keep"]
         yield from _changed(stage, key, names, "the stage has no data.validation", refused=False)
 
@@ -121,6 +122,11 @@ def _unused_with_pairs(key: str, stage: PreferSettings) -> Iterator[Unused]:
         yield from _changed(stage, key, ["label_smoothing"], f"it applies to loss sigmoid, not {stage.loss}", fix)
     because = "a tree holds one pair, so that its answers share as much as they can"
     yield from _changed(stage, key, ["branches_per_tree"], because, refused=False)
+
+
+def _unused_in_sources(key: str, data: DataSettings) -> Iterator[Unused]:
+    for number, source in enumerate(data.sources):
+        yield from _unused_in_data(f"{key}.{number}" if number else key, source)
 
 
 def _unused_in_data(key: str, data: DataSettings) -> Iterator[Unused]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ def write_mix(directory: Path, base: Path, **settings: Any) -> Path:
     recipe = yaml.safe_load(path.read_text())
     own = {"path": "own.json", "image_root": "images", "validation": {"path": "held_own.json"}}
     brief = {"path": "brief.json", "image_root": "images", "validation": {"path": "held_brief.json"}, "share": 0.5}
+    asked = [{"path": f"held_{name}.json", "image_root": "images"} for name in ("own", "brief")]
+    recipe["evaluation"] = {"data": [asked[0], {**asked[1], "source": "short answers"}], "max_new_tokens": 3}
     recipe["stages"]["instruct"] |= {"data": [own, brief], "num_sample_answers": 0, **settings}
     path.write_text(yaml.safe_dump(recipe))
     return path
 
 
 def test_a_run_mixes_two_sources_and_tells_their_losses_apart(tmp_path: Path, tiny_base: Path) -> None:
-    run_recipe(load_recipe(write_mix(tmp_path, tiny_base, max_steps=2)), Console(quiet=True))
+    shown = io.StringIO()
+    run_recipe(load_recipe(write_mix(tmp_path, tiny_base, max_steps=2)), Console(file=shown, width=120))
     lines = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     validation = [line for line in lines if "eval_loss" in line][-1]
     losses = [validation["eval_loss/own.json"], validation["eval_loss/brief.json"]]
@@ -49,11 +53,29 @@ def test_a_run_mixes_two_sources_and_tells_their_losses_apart(tmp_path: Path, ti
         losses = [line["loss/own.json"], line["loss/brief.json"]]
         assert min(losses) < line["loss"] < max(losses)
 
+    check_answers_by_source(tmp_path / "run" / "evaluation", shown.getvalue())
     again = load_recipe(tmp_path / "run" / "recipe.yaml", [f"output_dir={tmp_path / 'again'}"])
     assert len(again.stage("instruct").data.sources) == 2
     run_recipe(again, Console(quiet=True))
     first, second = (read_manifest(tmp_path / name / "instruct").adapter_sha256 for name in ("run", "again"))
     assert first == second
+
+
+def check_answers_by_source(directory: Path, shown: str) -> None:
+    """The figures of the sources add up to those of all questions, and each answer names its source."""
+    figures = json.loads((directory / "accuracy.json").read_text(encoding="utf-8"))
+    names = {"held_own.json", "short answers"}
+    assert figures["by_source"].keys() == names
+    for model in ("base", "tuned"):
+        for key in ("correct", "questions"):
+            assert sum(figures["by_source"][name][model][key] for name in names) == figures[model][key]
+    rows = [json.loads(line) for line in (directory / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = {name: [row for row in rows if row["source"] == name] for name in names}
+    assert {len(of_source) for of_source in asked.values()} == {len(rows) / 2}
+    for name, of_source in asked.items():
+        assert sum(row["tuned"]["correct"] for row in of_source) == figures["by_source"][name]["tuned"]["correct"]
+    assert "by source (95 % interval)" in shown
+    assert "short answers" in shown
 
 
 @pytest.mark.fault("checkpoints: a resumed run that differs from an uninterrupted one")

@@ -15,15 +15,16 @@ from lora_llava.system.text import counted, printable
 def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
     """Yield references that normalize to nothing and, with a tokenizer, those longer than `max_new_tokens`."""
     settings = survey.recipe.evaluation
-    source = next((source for source in survey.sources if source.name == "evaluation"), None)
-    if settings is None or source is None:
+    side = next((side for side in survey.sides if side.role == "evaluation"), None)
+    if settings is None or side is None:
         return
-    questions = make_questions(source.records).questions
+    questions = make_questions(side.records).questions
     answers = [question.answer for question in questions]
     metric = pick_metric(settings.metric, answers)
     for question in questions:
         if is_void(metric, question.answer):
             problem = f"{question.record.where}: {printable(question.answer)!r} under {METRIC_NAMES[metric]}"
+            source = side.source_of(question.record)
             yield finding_at("void_reference", source, question.record, problem, question.record.image)
     if tokenizer is None or not answers:
         return
@@ -31,4 +32,5 @@ def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
     for question, ids in zip(questions, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):
         if len(ids) > limit:
             problem = f"{question.record.where}: {counted(len(ids), 'token')}, max_new_tokens is {limit}"
+            source = side.source_of(question.record)
             yield finding_at("long_reference", source, question.record, problem, question.record.image)

@@ -36,7 +36,7 @@ def text_findings(survey: Survey) -> Iterator[Finding]:
         for record in source.records:
             yield from _image_tags(source, record)
             # Those of an evaluation are judged by its metric, as `void_reference`.
-            if source.name != "evaluation":
+            if not source.is_evaluation:
                 yield from _answers_that_say_nothing(source, record)
             yield from _missing_choices(source, record)
     for side in survey.sides:

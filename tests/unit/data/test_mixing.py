@@ -124,8 +124,8 @@ def test_mixes_without_meaning_are_refused(given: list[Any], message: str) -> No
 
 
 def test_a_share_of_one_source_is_refused() -> None:
-    for key, value in (("share", 0.5), ("weight", 2.0)):
-        with pytest.raises(ValidationError, match=rf"data\.{key} mixes several sources"):
+    for key, value in (("share", 0.5), ("weight", 2.0), ("source", "replay")):
+        with pytest.raises(ValidationError, match=rf"data\.{key} is for one of several sources; write data as a list"):
             InstructSettings.model_validate({"data": {"path": "a.json", key: value}})
 
 
@@ -198,6 +198,36 @@ def test_names_of_sources_differ() -> None:
         "org/set",
         "a.json (3)",
     ]
+    named = [
+        DataSettings(path="/x/a.json"),
+        DataSettings(path="/y/b.json", source="a.json"),
+        DataSettings(path="b.json"),
+    ]
+    assert source_names(named) == ["a.json (2)", "a.json", "b.json"]
+
+
+def test_a_window_for_all_data_is_that_of_each_source(tmp_path: Path) -> None:
+    text = RECIPE + "images: {window: full}\nevaluation: {data: [{path: a.json}, {path: b.json}]}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.evaluation is not None
+    everything = [*recipe.stage("instruct").data.sources, *recipe.evaluation.data.sources]
+    assert [source.window for source in everything] == ["full"] * 4
+    assert [source.window for source in recipe.evaluation.data.with_window([0, 5]).sources] == [[0, 5]] * 2
+
+
+def test_settings_without_effect_are_named_in_every_source(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("exclude: bad.jsonl", "max_bad_records: 3"))
+    with pytest.raises(RecipeError, match=r"instruct\.data\.1\.max_bad_records: 3 has no effect"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_any_source_may_hold_out_validation_records(tmp_path: Path) -> None:
+    text = RECIPE.replace(", validation: {path: held.json}", "").replace(
+        "exclude: bad.jsonl", "validation: {share: 0.1}"
+    )
+    (tmp_path / "recipe.yaml").write_text(text.replace("    data:", "    early_stopping_patience: 2\n    data:"))
+    assert load_recipe(tmp_path / "recipe.yaml").stage("instruct").data.holds_out
 
 
 def test_validation_rows_hold_one_source_and_their_losses_are_told_apart() -> None:
