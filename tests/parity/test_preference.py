@@ -9,7 +9,9 @@ import torch
 
 import lora_llava.modeling.packed as packed_module
 from lora_llava.conversation.encode import Encoded
+from lora_llava.modeling.fused.layer import fuse_layers, has_fused_layers, layers_unfused
 from lora_llava.training.objectives.preference import PreferenceObjective
+from tests.helpers.layers import Layers, training_model
 from tests.helpers.pairs import (
     TEXTS,
     log_probs_by_definition,
@@ -93,6 +95,27 @@ def test_the_head_in_chunks_changes_nothing(model: Any, pairs: list[Encoded], mo
     loss, chunked = packed(model, prefer_settings(), pairs, [slice(0, 4)])
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     assert error(chunked, whole) < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["PEFT's layers", "fused layers"])
+@pytest.mark.parametrize("rows", [[slice(0, 4)], [slice(0, 1), slice(1, 4)]], ids=["one row", "two rows"])
+def test_a_packed_step_over_an_nf4_base_equals_padded_sequences(
+    pairs: list[Encoded], rows: list[slice], fused: bool
+) -> None:
+    """As in training with QLoRA; the padded sequences go through the layers of PEFT and bitsandbytes."""
+    model, settings = training_model(Layers()), prefer_settings(beta=0.5, label_smoothing=0.1, sft_weight=0.3)
+    if fused:
+        assert fuse_layers(model) is None
+    ours_loss, ours = packed(model, settings, pairs, rows)
+    assert has_fused_layers(model) == fused
+    with layers_unfused(model):
+        theirs_loss, theirs = by_definition(model, settings, pairs)
+    assert ours_loss == pytest.approx(theirs_loss, rel=1e-6, abs=2e-6)
+    assert error(ours, theirs) < 2e-6
+    assert min(float(one.abs().max()) for one in theirs.values()) > 0
+    # What NF4 rounds is far more than that.
+    unquantized = training_model(Layers(quantization="none"))
+    assert error(packed(unquantized, settings, pairs, rows)[1], theirs) > 1e-2
 
 
 def test_a_pair_takes_fewer_tokens_than_its_padded_answers(pairs: list[Encoded]) -> None:

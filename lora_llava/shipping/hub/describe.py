@@ -21,6 +21,7 @@ from lora_llava.system.text import code_span, counted, markdown
 
 _KIT = "[lora-llava](https://github.com/lora-llava/lora-llava)"
 _FORMS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+_LOSSES = {"sigmoid": "DPO", "ipo": "IPO", "hinge": "hinge"}
 _BASE_KEYS = ("language_model", "vision_tower")
 
 
@@ -161,7 +162,8 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "projector learning rate": f"{rate:g}" if (rate := stage.get("mm_projector_lr")) else "",
         "schedule": f"{stage['lr_scheduler_type']}, warmup {stage['warmup_ratio']:g}",
         "length": length,
-        "conversations per step": f"{size:,}" if isinstance(size, int) else size,
+        "preference loss": _preference_loss(stage) if "beta" in stage else "",
+        "conversations per step": (f"{size:,}" if isinstance(size, int) else size) + " pairs" * ("beta" in stage),
         "weight decay": f"{stage['weight_decay']:g}",
         "max. tokens per conversation": f"{stage['max_length']:,}",
         "template": stage["template"],
@@ -175,6 +177,13 @@ def _settings(facts: Facts, name: str, stage: Mapping[str, Any]) -> dict[str, st
         "final loss": f"{seen['train_loss']:.4g}" if seen.get("train_loss") is not None else "",
         "validation loss": _validation_loss(seen),
     }
+
+
+def _preference_loss(stage: Mapping[str, Any]) -> str:
+    """Return the loss of stage `prefer` and its settings, without those that are 0."""
+    weights = ((stage["sft_weight"], "SFT weight"), (stage["label_smoothing"], "label smoothing"))
+    added = [f", {label} {value:g}" for value, label in weights if value]
+    return f"{_LOSSES[stage['loss']]}, beta {stage['beta']:g}" + "".join(added)
 
 
 def _validation_loss(seen: Mapping[str, Any]) -> str:
@@ -203,7 +212,8 @@ def made_of(facts: Facts) -> str:
     double = ", double quantized" if quantization["double_quant"] else ""
     precision = f", computed in {quantization['compute_dtype']}" if "compute_dtype" in quantization else ""
     parts.append(f"its base was in NF4{double}{precision}" if nf4(facts) else f"its base was not quantized{precision}")
-    return "; ".join(parts) + "."
+    before = " It started from an earlier artifact, whose training is not described here."
+    return "; ".join(parts) + "." + (before if facts.recipe.get("start_from") else "")
 
 
 def data_table(facts: Facts) -> str:
