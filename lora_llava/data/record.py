@@ -151,7 +151,9 @@ def _with_line(text: str, answer_prompt: str) -> str:
 
 def check_placeholder(turns: Sequence[Turn], image: ImageSource | None, location: str) -> None:
     """Raise DataError if there is an image but no placeholder in a user turn, or a placeholder but no image."""
-    shown = any(turn.role == "user" and IMAGE_PLACEHOLDER in turn.text for turn in turns)
+    shown = False
+    for turn in turns:
+        shown = shown or (turn.role == "user" and IMAGE_PLACEHOLDER in turn.text)
     if shown and image is None:
         raise DataError(
             f"{location}: {IMAGE_PLACEHOLDER} in the text, but the record has no image; add it or remove the tag"

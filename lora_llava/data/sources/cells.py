@@ -169,9 +169,13 @@ def _part_image(part: Mapping[str, Any]) -> Any:
 
 def place_image(turns: list[Turn]) -> list[Turn]:
     """Put the placeholder before the first question, unless a turn has one."""
-    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
-        return turns
-    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    first = None
+    # A loop, since generators would take a tenth of the time that a record takes.
+    for index, turn in enumerate(turns):
+        if IMAGE_PLACEHOLDER in turn.text:
+            return turns
+        if first is None and turn.role == "user":
+            first = index
     if first is None:
         return turns
     return [*turns[:first], Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}"), *turns[first + 1 :]]
@@ -187,19 +191,26 @@ class ImageCells:
 
     def source(self, cell: Any, where: str) -> ImageSource | None:
         """Return the image of a cell, None if it is empty; DataError naming the field if it is not an image."""
+        if isinstance(cell, str):
+            return self._of_text(cell, where)
         location = f"{where}: {self.root.field_name}"
         if isinstance(cell, list):
             if len(cell) > 1:
                 raise DataError(f"{location}: holds {counted(len(cell), 'image')}. {_ONE_IMAGE}")
             cell = cell[0] if cell else None
+            if isinstance(cell, str):
+                return self._of_text(cell, where)
         if isinstance(cell, dict) and {"bytes", "path", "url"} & cell.keys():
             return self._of_mapping(cell, where)
         if cell is None:
             return None
         if isinstance(cell, bytes | StoredBytes):
             return self.embedded(cell, where)
-        if not isinstance(cell, str):
-            raise DataError(f"{location}: is {kind_of(cell)}, must be a path relative to image_root")
+        raise DataError(f"{location}: is {kind_of(cell)}, must be a path relative to image_root")
+
+    def _of_text(self, cell: str, where: str) -> ImageSource:
+        """Return the image of a path or a data URL."""
+        location = f"{where}: {self.root.field_name}"
         check_text(cell[:4096], location)
         if cell[:5].lower() == "data:":
             return self.embedded(_decoded(cell, location), where)

@@ -23,6 +23,7 @@ from lora_llava.system.text import counted, printable
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
 _DELIMITERS = ",;\t|"
+_BOM = "\ufeff"
 
 
 def read_records(
@@ -152,7 +153,10 @@ def _read(path: Path) -> bytes:
 
 def _parse(raw: bytes, location: str, *, lines: bool) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+        text = raw.decode("utf-8")
+        if text.startswith(_BOM):
+            raise _NotJsonError("it begins with a byte order mark; save it as UTF-8 without")
+        return _DECODER.decode(text)
     except _NotJsonError as error:
         raise DataError(f"{location}: not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
@@ -181,3 +185,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(word: str) -> None:
     raise _NotJsonError(f"{word} is not a number of JSON; write null, or a number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+"""One for all lines: making it takes as long as parsing a record."""
