@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from lora_llava.data.record import Record
 from lora_llava.errors import DataError
@@ -35,20 +36,33 @@ def _repeated(records: list[Record], count: int, seed: str) -> list[Record]:
     return [*(records * times), *(records[index] for index in drawn)]
 
 
-def check_apart(train: Sequence[Record], validation: Sequence[Record]) -> None:
-    """Raise DataError if an image or group of one source's training records is among another's validation records."""
+def split_leaks(
+    train: Sequence[Record], validation: Sequence[Record]
+) -> Iterator[tuple[Record, Record, Literal["image", "group"]]]:
+    """Yield each image and group of validation records that another source trains on.
+
+    Each with the first record that holds it out, and the first that is trained on.
+    """
     first: dict[str, Record] = {}
     for record in train:
         for key in _keys(record):
             first.setdefault(key, record)
+    seen: set[str] = set()
     for record in validation:
         for key in _keys(record):
-            if (other := first.get(key)) is not None and other.source != record.source:
-                what = "image" if key.startswith("image/") else f"group {record.group!r:.80}"
-                raise DataError(
-                    f"{record.where}: is held out for validation, but its {what} is trained on in {other.where}; "
-                    "leave it out of one source, or hold it out of both"
-                )
+            if (other := first.get(key)) is not None and other.source != record.source and key not in seen:
+                seen.add(key)
+                yield record, other, "image" if key.startswith("image/") else "group"
+
+
+def check_apart(train: Sequence[Record], validation: Sequence[Record]) -> None:
+    """Raise DataError if an image or group of one source's training records is among another's validation records."""
+    for record, other, kind in split_leaks(train, validation):
+        what = "image" if kind == "image" else f"group {record.group!r:.80}"
+        raise DataError(
+            f"{record.where}: is held out for validation, but its {what} is trained on in {other.where}; "
+            "leave it out of one source, or hold it out of both"
+        )
 
 
 def _keys(record: Record) -> list[str]:

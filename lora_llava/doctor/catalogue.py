@@ -98,6 +98,12 @@ KINDS: dict[str, Kind] = {
         "Records of one `group`, which must not be split, are in training and in validation or test.",
         "Move all records of a group to one side, or let `validation.share` draw them.",
     ),
+    "source_leak": Kind(
+        "error",
+        "Images or groups that one source holds out and another trains on",
+        "A run over several sources stops there: its validation loss would be of images that it is trained on.",
+        "Leave the records out of one source with `exclude`, or hold them out of both with `validation.path`.",
+    ),
     "image_leak": Kind(
         "warning",
         "Images in both training and test",

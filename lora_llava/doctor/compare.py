@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.images.grayscale import MIN_LEVELS
+from lora_llava.data.mixing import split_leaks
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.doctor.content.scripts import script_of
 from lora_llava.doctor.images import MAX_BLANK_RANGE, NEARLY, ImageFacts, near_pairs
@@ -76,6 +77,8 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
             if survey.recipe.stage(side.stage).trains_on_pairs:
                 yield from _length_bias(side)
     for trained, tested in _splits(survey):
+        if tested.role == "validation":
+            yield from _source_leaks(trained, tested)
         yield from _group_leaks(trained, tested)
         yield from _image_leaks(survey, trained, tested)
 
@@ -224,11 +227,26 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .")
 
 
+def _source_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
+    """Yield what one source of a stage holds out and another trains on, which stops a run."""
+    for record, other, kind in split_leaks(trained.records, tested.records):
+        what = f"group {printable(str(record.group), 80)}"
+        if kind == "image" and record.image is not None:
+            what = f"image {printable(record.image.key, 80)}"
+        problem = f"{record.where}: {what} is held out here, and trained on in {other.where}"
+        yield finding_at("source_leak", tested.source_of(record), record, problem, record.image, other.image)
+
+
+def _is_across(tested: Side, record: Record, other: Record) -> bool:
+    """Tell whether two records are of two sources of a stage, of which one holds out what the other trains on."""
+    return tested.role == "validation" and record.source != other.source
+
+
 def _group_leaks(trained: Side, tested: Side) -> Iterator[Finding]:
     known = {record.group: record for record in reversed(trained.records) if record.group is not None}
     seen = set()
     for record in tested.records:
-        if record.group in known and record.group not in seen:
+        if record.group in known and record.group not in seen and not _is_across(tested, record, known[record.group]):
             seen.add(record.group)
             other = known[record.group]
             source = tested.source_of(record)
@@ -247,6 +265,8 @@ def _image_leaks(survey: Survey, trained: Side, tested: Side) -> Iterator[Findin
     for record, image in _images(tested.records):
         if (other := known.get(survey.facts(image).sha256)) is None:
             asked.append((record, image))
+            continue
+        if other[1].identity == image.identity and _is_across(tested, record, other[0]):
             continue
         ours, theirs = scripts_asked.get(image.identity, set()), scripts_trained.get(other[1].identity, set())
         across = bool(ours and theirs and not ours & theirs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import LlavaConfig
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Encoded
 from lora_llava.conversation.templates import get_template
 from lora_llava.data.load import merge_turns
+from lora_llava.data.mixing import mixed
 from lora_llava.data.pairs import encode_record
 from lora_llava.data.record import Record
 from lora_llava.data.stage import EncodedRecords, Size, StageData, StageRecords, length_lines, plan_records, size_of
@@ -40,6 +42,8 @@ class Conversations:
     sizes: dict[str, list[Size]] = field(default_factory=dict)
     """Sizes of the conversations of each side, by its name, as trained on or asked."""
     plans: dict[StageName, dict[str, Any]] = field(default_factory=dict)
+    mixes: dict[StageName, list[dict[str, Any]]] = field(default_factory=dict)
+    """What each source is of an epoch, of the stages that mix several."""
     findings: list[Finding] = field(default_factory=list)
     encoders: dict[str, partial[Encoded]] = field(default_factory=dict)
     """By the name of the side."""
@@ -93,8 +97,8 @@ def _encode_side(
         failed = {bad.record for bad in source.bad.found}
         source.records = [record for record in source.records if record.number not in failed]
     sizes = [size for _, size in usable if size is not None]
-    if side.role == "training" and stage.data.merge_turns:
-        side.records = merge_turns(side.records, stage.data.merge_turns)
+    if side.role == "training" and any(source.data.merge_turns for source in side.others.values()):
+        side.records = _merged(side)
         merged = in_processes(partial(_size, encoder), side.records, on_crash=_crashed, workers=workers)
         sizes = [size for size, _ in merged if size is not None]
     conversations.sizes[side.name] = sizes
@@ -104,6 +108,16 @@ def _encode_side(
             conversations.findings.append(
                 finding_at("truncated", side.source_of(record), record, problem, record.image)
             )
+
+
+def _merged(side: Side) -> list[Record]:
+    """Merge the turns of the sources that ask for it, each by itself, as a run does."""
+    records: list[Record] = []
+    for name, source in side.others.items():
+        own = [record for record in side.records if record.source == name]
+        most = source.data.merge_turns
+        records += [replace(record, source=name) for record in merge_turns(own, most)] if most else own
+    return records
 
 
 def _size(encoder: partial[Encoded], record: Record) -> tuple[Size | None, DataError | None]:
@@ -123,11 +137,10 @@ def _plan(survey: Survey, stage: StageName, conversations: Conversations, config
     sides = {side.role: side for side in survey.sides if side.stage == stage and side.role != "evaluation"}
     if not sides["training"].records:
         return {"problem": "Nothing to train on: no record could be read."}
-    encoded = {role: _encoded(side, conversations) for role, side in sides.items()}
-    validation = encoded.get("validation") or _encoded(
-        Side("", stage, "validation", sides["training"].source, []), conversations
-    )
-    records = StageRecords(get_template(settings.template, settings.system), encoded["training"], validation)
+    nothing = Side("", stage, "validation", sides["training"].source, [])
+    validation = _encoded(sides.get("validation", nothing), conversations)
+    training = _mixed(recipe, sides["training"], conversations)
+    records = StageRecords(get_template(settings.template, settings.system), training, validation)
     longest, facts = records.longest.length, dict[str, Any]()
     try:
         dtype = compute_dtype(recipe.precision)
@@ -164,6 +177,40 @@ def _encoded(side: Side, conversations: Conversations) -> EncodedRecords:
     """Return a side's encoded records, with the sizes that are already known."""
     encoder = next(iter(conversations.encoders.values()))
     return EncodedRecords(side.records, **encoder.keywords, sizes=conversations.sizes.get(side.name, []))
+
+
+def _mixed(recipe: Recipe, side: Side, conversations: Conversations) -> EncodedRecords:
+    """Return the encoded training records of an epoch, those of several sources mixed; also note their mix."""
+    sources = recipe.stage(side.stage).data.sources
+    if len(sources) == 1:
+        return _encoded(side, conversations)
+    sizes = dict(zip(map(id, side.records), conversations.sizes[side.name], strict=True))
+    of_source = {name: [record for record in side.records if record.source == name] for name in side.others}
+    records = mixed(sources, list(of_source.values()), recipe.seed)
+    encoder = conversations.encoders[side.name]
+    encoded = EncodedRecords(records, **encoder.keywords, sizes=(sizes[id(record)] for record in records))
+    conversations.mixes[side.stage] = _mix(of_source, encoded)
+    return encoded
+
+
+def _mix(of_source: Mapping[str, Sequence[Record]], epoch: EncodedRecords) -> list[dict[str, Any]]:
+    """Return what each source is of an epoch: records, supervised tokens, and the fractions of both."""
+    records: Counter[str] = Counter()
+    supervised: Counter[str] = Counter()
+    for record, count in zip(epoch.records, epoch.num_supervised, strict=True):
+        records[record.source] += 1
+        supervised[record.source] += count
+    return [
+        {
+            "source": name,
+            "records": len(own),
+            "records_of_epoch": records[name],
+            "share_of_records": round(records[name] / len(epoch), 4),
+            "supervised_tokens": supervised[name],
+            "share_of_supervised_tokens": round(supervised[name] / max(1, supervised.total()), 4),
+        }
+        for name, own in of_source.items()
+    ]
 
 
 def _plan_facts(data: StageData, tokens: int, longest: int) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def write_page(report: Report) -> str:
         sources=report.survey.sources,
         sides=[_side(name, figures) for name, figures in report.figures.items()],
         plans=_plans(report),
+        mixes=report.conversations.mixes,
         samples=list(_samples(report)),
     )
 

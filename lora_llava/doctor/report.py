@@ -82,6 +82,7 @@ class Report:
             "findings": [_kind_as_json(kind, findings) for kind, findings in self.findings.items()],
             "exclude": {key: {"file": file, "records": count} for key, (file, count) in self.lists.items()},
             "plans": dict(self.conversations.plans),
+            **({"mixes": dict(self.conversations.mixes)} if self.conversations.mixes else {}),
             "sides": self.figures,
         }
 

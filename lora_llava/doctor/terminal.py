@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ _NUM_NAMED = 3
 def print_report(report: Report, directory: str, console: Console) -> None:
     """Print the findings and what to do about them; `directory` holds the report."""
     console.print(_sides_view(report))
+    for stage, mix in report.conversations.mixes.items():
+        console.print(_mix_view(stage, mix))
     for stage, plan in report.conversations.plans.items():
         for line in _plan_lines(plan):
             console.print(f"{stage}: {line}", markup=False, soft_wrap=not console.is_terminal)
@@ -33,6 +35,19 @@ def print_report(report: Report, directory: str, console: Console) -> None:
     counts = ", ".join(counted(report.count(severity), severity) for severity in SEVERITIES)
     line = f"{counts}. In {printable(directory)}: {PAGE} to look at, {REPORT} to work with."
     console.print(line, soft_wrap=True, markup=False)
+
+
+def _mix_view(stage: str, mix: Sequence[Mapping[str, Any]]) -> FittingTable:
+    """Return a table of what each source is of an epoch."""
+    headings = ("records", "in an epoch", "share", "supervised\ntokens", "share of\ntokens")
+    ranks = (3, 0, 1, 4, 2)
+    columns = [Column(heading, importance=rank) for heading, rank in zip(headings, ranks, strict=True)]
+    table = FittingTable(f"An epoch of {stage}", [Column("source", is_number=False), *columns])
+    for one in mix:
+        counts = [f"{one[key]:,}" for key in ("records", "records_of_epoch", "supervised_tokens")]
+        shares = [f"{one[key]:.1%}" for key in ("share_of_records", "share_of_supervised_tokens")]
+        table.add(printable(one["source"], 40), *counts[:2], shares[0], counts[2], shares[1])
+    return table
 
 
 def _plan_lines(plan: Mapping[str, Any]) -> list[str]:

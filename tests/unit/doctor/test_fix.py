@@ -170,8 +170,10 @@ def test_every_source_of_a_list_is_cleaned_by_its_own_list(tiny_base: Path, tmp_
     assert lines(tmp_path / "clean/instruct.1.validation.jsonl") == [*tested[3:6], leak]
     clean = load_recipe(tmp_path / "clean" / RECIPE).stage("instruct").data
     assert [Path(source.path).name for source in clean.sources] == ["train.json", "instruct.1.jsonl"]
+    # What one source holds out and the other trains on takes judgment, and stops a run.
     again = check(str(tmp_path / "clean" / RECIPE), "--output", str(tmp_path / "again"))
-    assert again.exit_code == 0, again.output
+    assert again.exit_code == 1, again.output
+    assert "1 error," in again.output
 
     # An override cannot name a source of a list, so the advice is about the recipe.
     bad = tmp_path / "run/check/bad_records"
@@ -179,7 +181,7 @@ def test_every_source_of_a_list_is_cleaned_by_its_own_list(tiny_base: Path, tmp_
     assert said.format(bad / "instruct.1.jsonl", "") in result.output
     assert said.format(bad / "instruct.1.validation.jsonl", "the validation of ") in result.output
     findings = json.loads((tmp_path / "run/check/check.json").read_text(encoding="utf-8"))["findings"]
-    [leaks] = [kind["records"] for kind in findings if kind["kind"] == "image_leak"]
+    [leaks] = [kind["records"] for kind in findings if kind["kind"] == "source_leak"]
     assert [(one["source"], one["data"], one["id"]) for one in leaks] == [
         ("instruct.1.validation", "held.json", "leak")
     ]
