@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "note"]
-"""`error`: a run would stop, or train something wrong; `warning`: it would train worse, or its score would mislead."""
+"""`error`: a run would stop or train incorrectly; `warning`: it would train worse, or its score would mislead."""
 
 
 class Kind(NamedTuple):
@@ -133,7 +133,7 @@ KINDS: dict[str, Kind] = {
         "warning",
         "Chosen and rejected answers of unlike length",
         "If chosen answers are mostly longer, or mostly shorter, the model learns the length instead of what is right.",
-        "Add pairs in which it is the other way round, or rewrite answers until both kinds are about as long.",
+        "Add pairs in which it is the other way round, or rewrite answers until both kinds have similar lengths.",
     ),
     "truncated": Kind(
         "warning",
@@ -165,7 +165,7 @@ KINDS: dict[str, Kind] = {
         "Image tags of other tools in the text",
         "A text holds the image placeholder of another model or of HTML. It is trained on as letters, which no user "
         "writes.",
-        "Remove the tags; the place of the image is `<image>`.",
+        "Remove the tags; `<image>` marks the position of the image.",
     ),
     "choice": Kind(
         "warning",
@@ -183,8 +183,8 @@ KINDS: dict[str, Kind] = {
     "skewed_answers": Kind(
         "warning",
         "Answers that need no image",
-        "One answer, or the usual answer to the same question, is right for most of the records. A model can score as "
-        "much without a look at the image.",
+        "One answer, or the most frequent answer to the same question, is right for most of the records. A model can "
+        "score as much without looking at the image.",
         "Compare the accuracy with this number, not with 0; balance the answers, or ask more of the rare ones.",
     ),
     "few_steps": Kind(
@@ -217,7 +217,7 @@ KINDS: dict[str, Kind] = {
         "note",
         "Questions in several languages",
         "The questions are in several scripts. Languages that share a script are not told apart.",
-        "Nothing, if it is intended; or take one language with `where`, and test each by itself with `evaluation.by`.",
+        "Nothing, if it is intended; or take one language with `where`, and test each alone with `evaluation.by`.",
     ),
     "gray_range": Kind(
         "note",

@@ -47,7 +47,7 @@ def usage_of(directory: Path, base: str | None, template: str | None) -> Usage:
 
 
 def as_trained(data: _Data, usage: Usage) -> _Data:
-    """Fill in what settings of data leave open from the model's training: text after questions, range of grays."""
+    """Fill in `answer_prompt` and `window`, where the settings leave them open, from the model's training."""
     trained = {"answer_prompt": usage.answer_prompt, "window": usage.window and list(usage.window)}
     missing: dict[str, Any] = {key: value for key, value in trained.items() if getattr(data, key) is None}
     if data.others:
@@ -75,14 +75,14 @@ def load_to_ask(
 
 
 def how_computed(model: Any) -> str | None:
-    """Say with which weights an adapter is asked; None for a whole model."""
+    """Return a line that says with which weights an adapter is asked; None for a whole model."""
     if not isinstance(model, PeftModel):
         return None
     if any(isinstance(module, Linear4bit) for module in model.modules()):
         return "asked in 4 bits: the dequantized weights would take more than half of the free memory"
     if can_fold(model):
-        return "asked in fp32, with the adapter folded into the weights, as merge does"
-    return "asked with the adapter next to the base, whose weights are in the compute type"
+        return "asked in fp32, with the adapter merged into the weights, as merge does"
+    return "asked with the adapter next to the base, whose weights are in the compute dtype"
 
 
 def prompt_format(usage: Usage, directory: Path) -> PromptFormat:

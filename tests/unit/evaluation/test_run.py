@@ -1,4 +1,4 @@
-"""An evaluation gives the same answers with the adapter folded into dequantized weights as in 4 bits."""
+"""An evaluation gives the same answers with the adapter merged into dequantized weights as in 4 bits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_answers_do_not_depend_on_how_they_are_computed(
 ) -> None:
     artifact = make_artifact(tiny_base, tmp_path / "instruct", nf4=nf4)
     ours, said = asked(artifact, data, tmp_path / "ours")
-    assert said.count("evaluation: asked in fp32, with the adapter folded into the weights, as merge does") == 1
+    assert said.count("evaluation: asked in fp32, with the adapter merged into the weights, as merge does") == 1
     monkeypatch.setattr("lora_llava.modeling.base.free_memory_bytes", lambda _: 1000)
     monkeypatch.setattr("lora_llava.modeling.folded.can_fold", lambda _: False)
     theirs, said = asked(artifact, data, tmp_path / "theirs")
