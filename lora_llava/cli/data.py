@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, print_lines, quiet_environment
 from lora_llava.cli.evaluate import option_problems
-from lora_llava.cli.options import PATH, parse_columns
+from lora_llava.cli.options import COLUMNS_EXAMPLE, PATH, parse_columns
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import RecipeError
 from lora_llava.system.files import disk_errors, new_file, refuse_existing
@@ -26,10 +27,10 @@ _BASE = "llava-hf/llava-1.5-7b-hf"
 @click.option(
     "--columns",
     callback=lambda _, __, text: parse_columns(text),
-    help="Its columns, such as image=Bild,question=Frage,answer=Befund [by their names].",
+    help=f"Such as image=Bild,question=Frage,answer=Befund, or as in a recipe: {COLUMNS_EXAMPLE} [by their names].",
 )
 @click.pass_context
-def init(context: click.Context, data: str, output: Path, base_model: str, columns: dict[str, str] | None) -> None:
+def init(context: click.Context, data: str, output: Path, base_model: str, columns: dict[str, Any] | None) -> None:
     """Write a recipe for your data and check it.
 
     DATA is a file, a directory or the id of a data set on the Hub. The recipe has comments on every choice; edit it as

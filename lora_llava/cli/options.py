@@ -17,6 +17,9 @@ PATH = click.Path(path_type=Path)
 _CHOICES = ("dequantized", "original")
 """What to merge into: the base as dequantized in training, or the original weights."""
 
+COLUMNS_EXAMPLE = """'{image: COLUMN, question: {text: "Is it cracked?"}, answer: COLUMN}'"""
+"""Columns with a text that is the same for all records."""
+
 _Command = Callable[..., Any]
 
 
@@ -50,14 +53,31 @@ def template_option(command: _Command) -> _Command:
     return click.option("--template", help=f"Chat template, if the model has none: {', '.join(TEMPLATES)}.")(command)
 
 
-def parse_columns(text: str | None) -> dict[str, str] | None:
-    """Parse `key=column,key=column`. Raises click.UsageError for anything else."""
+def parse_columns(text: str | None) -> dict[str, Any] | None:
+    """Parse `key=column,key=column`, or a mapping as in a recipe. Raises click.UsageError for anything else."""
     if text is None:
         return None
+    if text.lstrip().startswith("{"):
+        return _mapping(text)
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(key.strip() and value.strip() for key, _, value in pairs):
-        raise click.UsageError(f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN")
+        raise click.UsageError(
+            f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN, or as in a recipe: "
+            f"{COLUMNS_EXAMPLE}"
+        )
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        columns = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        columns = None
+    if not isinstance(columns, dict) or not all(isinstance(key, str) for key in columns):
+        raise click.UsageError(f"--columns {text!r}: is no mapping of YAML; write it as in a recipe: {COLUMNS_EXAMPLE}")
+    return columns
 
 
 def data_options(split: str) -> Callable[[_Command], _Command]:
@@ -67,7 +87,7 @@ def data_options(split: str) -> Callable[[_Command], _Command]:
         click.option(
             "--columns",
             callback=lambda _, __, text: parse_columns(text),
-            help="For example image=image,question=question,answer=answer.",
+            help=f"Such as image=file,question=question,answer=label, or as in a recipe: {COLUMNS_EXAMPLE}.",
         ),
         click.option("--split", help=f"Split of a data set [{split}, or the only one]."),
         click.option("--answer-prompt", help="Text appended to each question [as in training]."),

@@ -31,7 +31,10 @@ _KNOWN = (
 )
 """Keys that identify a form of data, and what to do with it."""
 
-NAME_KEYS = "To have it read, name its keys in its data: columns: {image: KEY, question: KEY, answer: KEY}"
+_NAME_KEYS = (
+    "To have it read, name its keys: in its data in a recipe by columns: {image: KEY, question: KEY, answer: KEY}, "
+    "in a command by --columns image=KEY,question=KEY,answer=KEY"
+)
 """What to do with records whose keys say nothing."""
 _MAX_KEYS = 12
 """Maximum number of a record's keys in a message."""
@@ -100,7 +103,7 @@ def _advice(record: Collection[str]) -> str:
             return advice
     if proposed := propose_columns(record):
         return f"To have it read, add to its data: {proposed}"
-    return NAME_KEYS
+    return _NAME_KEYS
 
 
 def describe_object(content: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from lora_llava.data.images.directory import list_images
 from lora_llava.data.load import read_source
 from lora_llava.data.record import Record
 from lora_llava.data.sources.columns import Peeked, peek
-from lora_llava.data.sources.forms import NAME_KEYS, describe_record, known_form, propose_columns
+from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
 from lora_llava.planning.proposal.images import find_images
@@ -30,8 +31,8 @@ _CARDS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state
 _CONVERSATIONS = ("conversations", "conversatons", "messages")
 """Keys of the turns, one of them misspelled as in published data."""
 _GROUPS = (
-    "patient subject person participant case study exam visit specimen slide animal device machine serial batch lot "
-    "site"
+    "patient patienten subject person participant case study exam visit specimen slide animal device gerat geraet "
+    "machine maschine serial batch lot site"
 ).split()
 """Columns by which records belong together, most telling first; each also with `id`, `nr`, `no` or `number`."""
 _SPLITS = {
@@ -72,6 +73,7 @@ def look_at(name: str, columns: Columns | None = None) -> Look:
     Raises DataError with what was seen, and what would work, if the form is not known or must be converted first.
     """
     path = Path(name).expanduser()
+    asks_its_own = columns is not None and "question" in columns
     if columns and "answer" in columns and not {"question", "messages"} & columns.keys():
         columns = {**columns, "question": {"text": "What is shown?"}}
     if path.exists():
@@ -88,7 +90,8 @@ def look_at(name: str, columns: Columns | None = None) -> Look:
         first = f": the first is {look.unusable[0]}" if look.unusable else ""
         raise DataError(f"{name}: {look.form}, but none of its records can be read{first}")
     look.name = Path(name).stem
-    _name_classes(look)
+    if not asks_its_own:
+        _name_classes(look)
     return look
 
 
@@ -184,9 +187,7 @@ def _set_columns(name: str, form: str, data: dict[str, Any], peeked: Peeked) -> 
     elif proposed:
         data |= yaml.safe_load("{" + proposed + "}")
     else:
-        seen = describe_record(peeked.names)
-        option = ", or give init --columns image=KEY,question=KEY,answer=KEY" if seen.endswith(NAME_KEYS) else ""
-        raise DataError(f"{name}: {form}: {seen}{option}", "form")
+        raise DataError(f"{name}: {form}: {describe_record(peeked.names)}", "form")
     _set_choices(data["columns"], peeked)
 
 
@@ -229,7 +230,7 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
 
 def _set_group(look: Look, peeked: Peeked) -> None:
     """Set `group` to the first column that names a patient, a device or the like, and differs between records."""
-    normalized = {re.sub(r"[^a-z]|(id|nr|no|number|uid)$", "", name.lower()): name for name in reversed(peeked.names)}
+    normalized = {_normalized(name): name for name in reversed(peeked.names)}
     for word in _GROUPS:
         column = normalized.get(word)
         values = [row.get(column) for row in peeked.rows] if column is not None else []
@@ -240,6 +241,12 @@ def _set_group(look: Look, peeked: Peeked) -> None:
         ):
             look.data["group"] = column
             return
+
+
+def _normalized(column: str) -> str:
+    """Return the letters of a column's name without accents, and without a word for a number at its end."""
+    letters = unicodedata.normalize("NFKD", column).lower()
+    return re.sub(r"[^a-z]|(id|nr|no|number|uid)$", "", letters)
 
 
 def _shards(directory: Path, number: int, columns: Columns | None) -> Look:

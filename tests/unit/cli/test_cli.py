@@ -148,6 +148,13 @@ def test_an_unknown_recipe_is_not_copied() -> None:
 def test_columns_are_parsed_and_checked() -> None:
     assert parse_columns("image=img, question=q,answer=a") == {"image": "img", "question": "q", "answer": "a"}
     assert parse_columns(None) is None
+    assert parse_columns(" {question: {text: 'a, b=c?'}, answer: a}") == {
+        "question": {"text": "a, b=c?"},
+        "answer": "a",
+    }
+    for text in ("{", "{1: a}", "{a: !!python/name:os.system x}"):
+        with pytest.raises(click.UsageError, match="is no mapping of YAML"):
+            parse_columns(text)
     with pytest.raises(click.UsageError, match="image=COLUMN"):
         parse_columns("image")
 

@@ -142,7 +142,10 @@ def test_unknown_records_are_answered_with_what_was_seen(tmp_path: Path) -> None
     (tmp_path / "data").mkdir()
     result = run("init", wrong(tmp_path / "data"))
     assert result.exit_code == 1
-    assert "it has alpha, beta. To have it read, name its keys in its data: columns: {image: KEY" in said(result)
+    assert (
+        "it has alpha, beta. To have it read, name its keys: in its data in a recipe by columns: {image: KEY"
+        in said(result)
+    )
 
 
 def _nothing(directory: Path) -> None:
@@ -239,24 +242,28 @@ def test_folders_with_the_same_file_names_are_told_apart_by_a_column_or_reported
     [
         ("image=Bild,question=Frage,answer=Befund", "Frage"),
         ("image=Bild,answer=Befund", {"text": "Which of these does the image show: ja, nein?"}),
+        (
+            "{image: Bild, question: {text: 'Ist da, oder dort, etwas?'}, answer: Befund}",
+            {"text": "Ist da, oder dort, etwas?"},
+        ),
     ],
 )
 def test_headings_that_are_not_known_are_named_by_an_option(
     tmp_path: Path, tiny_base: Path, columns: str, question: object
 ) -> None:
-    lines = ["Patient;Bild;Frage;Befund"]
+    lines = ["Patienten-Nr;Bild;Frage;Befund"]
     for number in range(COUNT):
         picture(tmp_path / "bilder" / f"B{number}.png", (12, 10), number)
         lines.append(f"P{number // 2};B{number};Ist Nr. {number} entz\u00fcndet?;{('ja', 'nein')[number % 2]}")
     Path("befunde.csv").write_text("\n".join(lines), encoding="utf-8")
     refused = run("init", "befunde.csv")
     assert refused.exit_code == 1
-    assert "or give init --columns image=KEY,question=KEY,answer=KEY" in said(refused)
+    assert "in a command by --columns image=KEY,question=KEY,answer=KEY" in said(refused)
     result = run("init", "befunde.csv", "--base-model", tiny_base, "--columns", columns)
     assert result.exit_code == 0, result.output
     data = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["stages"]["instruct"]["data"]
     assert data["columns"] == {"image": "{Bild}.png", "question": question, "answer": "Befund"}
-    assert (data["image_root"], data["group"]) == ("./bilder", "Patient")
+    assert (data["image_root"], data["group"]) == ("./bilder", "Patienten-Nr")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +273,12 @@ def test_headings_that_are_not_known_are_named_by_an_option(
         ("image", 2, "write it as image=COLUMN,question=COLUMN,answer=COLUMN"),
         ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture"),
         ("image=Bild,question=Frage", 2, "--columns"),
+        ("{image: Bild, question: {txt: Was}, answer: Befund}", 2, "--columns.question: must be a column"),
+        (
+            "{image: Bild, answer",
+            2,
+            "is no mapping of YAML; write it as in a recipe: '{image: COLUMN, question: {text:",
+        ),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(tmp_path: Path, columns: str, code: int, message: str) -> None:

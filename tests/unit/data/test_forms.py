@@ -219,7 +219,7 @@ def test_k19_an_old_spreadsheet_is_named_with_the_line_that_converts_it(folder: 
         ([{"video": "a.mp4", "conversation_id": 3}], "It is about a video"),
         (
             [{"pic": "a.png", "wer": "x"}],
-            "name its keys in its data: columns: {image: KEY, question: KEY, answer: KEY}",
+            "name its keys: in its data in a recipe by columns: {image: KEY, question: KEY, answer: KEY}",
         ),
         ([{}], "it has no keys"),
     ],
