@@ -74,20 +74,26 @@ class KitGroup(click.Group):
 
 
 def memory_size(value: str) -> int:
-    """Parse a memory size such as 12GiB or 11500 MiB into bytes. Raises click.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", value.strip(), re.IGNORECASE)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a size; write a number and GiB or MiB, such as 12GiB")
-    # A "12 GB" GPU has 12 GiB.
-    return int(float(match[1]) * (2**30 if match[2][0] in "gG" else 2**20))
+    """Parse a memory size such as 12GiB or 11500 MiB into bytes. Raises click.BadParameter.
+
+    GB is GiB here: a "12 GB" GPU has 12 GiB.
+    """
+    number, unit, _ = _parse_size(value, "MG", "GiB or MiB, such as 12GiB")
+    return int(number * 1024 ** ("KMG".index(unit) + 1))
 
 
 def file_size(value: str) -> int:
     """Parse a file size such as 5GB into bytes; GB is 10^9, GiB 2^30. Raises click.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", value.strip(), re.IGNORECASE)
+    number, unit, is_binary = _parse_size(value, "KMG", "MB or GB, such as 2GB")
+    return int(number * (1024 if is_binary else 1000) ** ("KMG".index(unit) + 1))
+
+
+def _parse_size(value: str, units: str, allowed: str) -> tuple[float, str, bool]:
+    """Return number, unit (a letter of `units`), and whether it is binary (GiB, not GB), of a size above 0."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*([{units}])(i?)B", value.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise click.BadParameter(f"{value!r} is not a size; write a number and MB or GB, such as 2GB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMG".index(match[2].upper()) + 1))
+        raise click.BadParameter(f"{value!r} is not a size; write a number and {allowed}")
+    return float(match[1]), match[2].upper(), bool(match[3])
 
 
 def _describe(error: BaseException, *, debug: bool) -> str:

@@ -14,7 +14,6 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lora_llava.artifact import Usage, load_model, read_usage, template_to_ask
 from lora_llava.cli import cli
-from lora_llava.cli.common import file_size
 from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.encode import ImageTokens, Turn, encode, encode_prompt
 from lora_llava.conversation.templates import get_template
@@ -81,10 +80,6 @@ def test_merge_fails_with_one_message(artifact: Path, merged: Path, tmp_path: Pa
     assert "is not an artifact" in wrong.stderr
     assert run("merge", artifact, tmp_path / "out", "--max-shard-size", "3").exit_code == 2
     assert not list(tmp_path.iterdir())
-
-
-def test_sizes_of_files() -> None:
-    assert [file_size(text) for text in ("5GB", "2 MB", "1.5GiB", "10kb")] == [5 * 10**9, 2 * 10**6, 3 * 2**29, 10**4]
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (28, 28), (33, 61)])

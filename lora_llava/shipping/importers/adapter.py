@@ -32,6 +32,7 @@ from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.importers.write import Base, ForeignAdapter, LayerLora, open_base, write_artifact
 from lora_llava.system.files import read_json
+from lora_llava.system.text import counted
 
 _ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -84,7 +85,7 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
     kind = "the original's LoRA" if original else "a PEFT adapter"
     projector = "its own projector" if has_projector else "the base's projector, as it has none"
     return [
-        f"{source}: {kind} on {len(layers)} layers with {projector}; written as an artifact: {output}",
+        f"{source}: {kind} on {counted(len(layers), 'layer')} with {projector}; written as an artifact: {output}",
         *_notes(foreign, base, reason),
     ]
 

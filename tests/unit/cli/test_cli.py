@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from lora_llava import __version__
 from lora_llava.cli import cli
-from lora_llava.cli.common import KitGroup
+from lora_llava.cli.common import KitGroup, file_size, memory_size
 from lora_llava.cli.evaluate import evaluate
 from lora_llava.cli.options import parse_columns
 from lora_llava.errors import DataError, RecipeError
@@ -189,3 +189,15 @@ def test_env_names_versions_and_no_path() -> None:
 def test_eval_offers_the_metrics_of_recipes() -> None:
     [option] = [one for one in evaluate.params if one.name == "metric"]
     assert list(getattr(option.type, "choices", [])) == list(get_args(MetricSetting))
+
+
+def test_sizes_of_files_and_of_memory() -> None:
+    assert [file_size(text) for text in ("5GB", "2 MB", "1.5GiB", "10kb")] == [5 * 10**9, 2 * 10**6, 3 * 2**29, 10**4]
+    assert [memory_size(text) for text in ("12GiB", "12 gb", " 1.5MB ")] == [12 * 2**30, 12 * 2**30, 3 * 2**19]
+
+
+@pytest.mark.parametrize("text", ["", "12", "GiB", "-1GiB", "0GiB", "1,5GiB", "12GiB x", "12TB"])
+def test_other_sizes_are_refused(text: str) -> None:
+    for parse, example in ((file_size, "2GB"), (memory_size, "12GiB")):
+        with pytest.raises(click.BadParameter, match=rf"is not a size; write a number and .*such as {example}"):
+            parse(text)

@@ -142,4 +142,4 @@ def _write_modelfile(staging: Path, model: Path, template: AnyTemplate) -> list[
 def _unquantized(tensors: list[Tensor], outtype: OutType) -> list[str]:
     """Return a line on the tensors that could not be quantized; empty if there are none."""
     count = sum(tensor.kind == F16 for tensor in tensors) if outtype.startswith("q") else 0
-    return [f"{count} tensors are in f16: their rows do not divide into blocks of 32"] if count else []
+    return [f"{counted(count, 'tensor')} in f16: rows that do not divide into blocks of 32"] if count else []
