@@ -40,19 +40,20 @@ def scaled_backward(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary embeddings to `x` (T, heads, D); `cos` and `sin` are (T, 1, D)."""
-    half = x.shape[-1] // 2
     out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    # One call for both halves: from Python, a slice costs half as much as a kernel.
+    (first, second), (x_first, x_second), (sin_first, sin_second) = (one.chunk(2, dim=-1) for one in (out, x, sin))
+    first.addcmul_(x_second, sin_first, value=-1)
+    second.addcmul_(x_first, sin_second)
     return out
 
 
 def rotate_backward(dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return the gradient of `rotate`'s input: the transpose of the same rotation."""
-    half = dy.shape[-1] // 2
     out = dy * cos
-    out[..., :half].addcmul_(dy[..., half:], sin[..., half:])
-    out[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
+    (first, second), (dy_first, dy_second), (sin_first, sin_second) = (one.chunk(2, dim=-1) for one in (out, dy, sin))
+    first.addcmul_(dy_second, sin_second)
+    second.addcmul_(dy_first, sin_first, value=-1)
     return out
 
 

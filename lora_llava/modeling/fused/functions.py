@@ -32,7 +32,7 @@ class LayerParts:
     down: Projection
     input_norm: Any
     mlp_norm: Any
-    head_dim: int
+    attention: Any
     adapted: tuple[Any, ...]
     """PEFT's layers among them."""
     elementwise: Elementwise
@@ -50,7 +50,7 @@ class LayerParts:
         qkv, out, gate_up, down = (Projection(group, copies) for group in groups)
         adapted = tuple(module for group in groups for module in group if hasattr(module, "lora_A"))
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        return cls(qkv, out, gate_up, down, *norms, attention.head_dim, adapted, elementwise)
+        return cls(qkv, out, gate_up, down, *norms, attention, adapted, elementwise)
 
     def read_weights_anew(self) -> None:
         """Read the frozen weights from their layers in each pass, as sharding needs, which gathers and frees them."""
@@ -79,7 +79,7 @@ def qkv_forward(parts: LayerParts, x: torch.Tensor, cos: torch.Tensor, sin: torc
     normalized, scale = elementwise.norm(x, norm.weight, norm.variance_epsilon)
     outputs, inner, drawn = parts.qkv.forward(normalized)
     del normalized
-    queries, keys, values = (output.view(len(x), -1, parts.head_dim) for output in outputs)
+    queries, keys, values = (output.view(len(x), -1, parts.attention.head_dim) for output in outputs)
     rotated = elementwise.rotate(queries, keys, cos, sin)
     return (*rotated, values), Kept((x, scale, inner, cos, sin), (drawn,))
 
@@ -134,48 +134,61 @@ def output_backward(
     return d_residual, d_attended, [*d_out, *d_gate_up_factors, *d_down]
 
 
+# Both functions take and return tensors in transformers' layouts. Views that autograd saw would each cost a node.
+
+
 class _QueriesKeysValues(torch.autograd.Function):
-    """`qkv_forward` and its gradient."""
+    """`qkv_forward` and its gradient: hidden states (1, T, D) to queries, keys and values (1, heads, T, head_dim)."""
 
     @staticmethod
     def forward(
-        ctx: Any, parts: LayerParts, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_factors: torch.Tensor
+        ctx: Any,
+        parts: LayerParts,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *_factors: torch.Tensor,
     ) -> Heads:
         """`_factors` are named so that autograd gives them gradients."""
-        heads, kept = qkv_forward(parts, x, cos, sin)
+        (queries, keys, values), kept = qkv_forward(parts, hidden_states[0], cos, sin)
         ctx.parts, ctx.drawn = parts, kept.drawn
         ctx.save_for_backward(*kept.tensors)
-        return heads
+        return _by_head(queries), _by_head(keys), _by_head(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_heads: torch.Tensor) -> Any:
-        """Return the gradients of x and of LoRA's factors."""
-        d_queries, d_keys, d_values = d_heads
+        """Return the gradients of the hidden states and of LoRA's factors."""
+        d_queries, d_keys, d_values = (one[0].transpose(0, 1) for one in d_heads)
         kept = Kept(ctx.saved_tensors, ctx.drawn)
         dx, d_factors = qkv_backward(ctx.parts, kept, (d_queries, d_keys, d_values))
-        return None, dx, None, None, *d_factors
+        return None, dx.unsqueeze(0), None, None, *d_factors
+
+
+def _by_head(tokens: torch.Tensor) -> torch.Tensor:
+    """Return a view (1, heads, T, head_dim) of (T, heads, head_dim)."""
+    return tokens.transpose(0, 1).unsqueeze(0)
 
 
 class _OutputAndMLP(torch.autograd.Function):
-    """`output_forward` and its gradient."""
+    """`output_forward` and its gradient: the layer's input (1, T, D) and attention's output (1, T, heads, head_dim)."""
 
     @staticmethod
     def forward(
-        ctx: Any, parts: LayerParts, x: torch.Tensor, attended: torch.Tensor, *_factors: torch.Tensor
+        ctx: Any, parts: LayerParts, hidden_states: torch.Tensor, attended: torch.Tensor, *_factors: torch.Tensor
     ) -> torch.Tensor:
         """`_factors` are named so that autograd gives them gradients."""
-        output, kept = output_forward(parts, x, attended)
-        ctx.parts, ctx.drawn = parts, kept.drawn
+        output, kept = output_forward(parts, hidden_states[0], attended.reshape(attended.shape[1], -1))
+        ctx.parts, ctx.drawn, ctx.attended_shape = parts, kept.drawn, attended.shape
         ctx.save_for_backward(*kept.tensors)
-        return output
+        return output.unsqueeze(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        """Return the gradients of x, of attention's output, and of LoRA's factors."""
-        d_residual, d_attended, d_factors = output_backward(ctx.parts, Kept(ctx.saved_tensors, ctx.drawn), dy)
-        return None, d_residual, d_attended, *d_factors
+        """Return the gradients of the layer's input, of attention's output, and of LoRA's factors."""
+        d_residual, d_attended, d_factors = output_backward(ctx.parts, Kept(ctx.saved_tensors, ctx.drawn), dy[0])
+        return None, d_residual.unsqueeze(0), d_attended.view(ctx.attended_shape), *d_factors
 
 
 compute_qkv: Callable[..., Any] = _QueriesKeysValues.apply

@@ -20,6 +20,23 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL
 
 
+class RotaryTables:
+    """cos and sin of a row in the form that fused layers take, made once for all of them."""
+
+    def __init__(self) -> None:
+        self._given: object = None
+        self._tables: tuple[torch.Tensor, torch.Tensor]
+
+    def tables(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin (T, 1, head_dim) of transformers' (1, T, head_dim)."""
+        # The same tuple for all layers of a row; layers that are checkpointed may get an earlier row's again.
+        if self._given is not position_embeddings:
+            self._given = position_embeddings
+            cos, sin = position_embeddings
+            self._tables = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        return self._tables
+
+
 class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has no types
     """A decoder layer with the same modules and parameters, and another forward pass for packed rows.
 
@@ -28,13 +45,14 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
 
     parts: LayerParts
     copies: FactorCopies
+    rotary: RotaryTables
     is_first: bool
     trunk: Trunk | None = None
     """The graphs of all fused layers, if there are any."""
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         """Run the layer, checkpointed if it is set to; of a row with graphs, the first layer runs all of them."""
-        if self.trunk is not None and self._is_packed(hidden_states, self.self_attn.config._attn_implementation):
+        if self.trunk is not None and self._is_packed(hidden_states, self.parts.attention.config._attn_implementation):
             if self.is_first:
                 self._start(self.trunk, hidden_states, options)
             if self.trunk.output is not None:
@@ -48,13 +66,13 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         if tables is not None and options.get("past_key_values") is None and has_buffers(mask):
             device = hidden_states.device.type
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                trunk.run(hidden_states[0], *_rotary(tables), mask)
+                trunk.run(hidden_states[0], *self.rotary.tables(tables), mask)
 
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **options: Any
     ) -> torch.Tensor:
         """Return attention's output (1, T, heads, head_dim), given its inputs (1, heads, T, head_dim)."""
-        attention = self.self_attn
+        attention = self.parts.attention
         function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         options = {"dropout": 0.0, "scaling": attention.scaling, **options}
         attended: torch.Tensor = function(attention, queries, keys, values, mask, **options)[0]
@@ -76,12 +94,12 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the hidden states (1, T, D) after this layer; the arguments are transformers'."""
-        attention = self.self_attn.config._attn_implementation
+        attention = self.parts.attention.config._attn_implementation
         if past_key_values is None and position_embeddings is not None and self._is_packed(hidden_states, attention):
             # Every dtype is right already: autocast would only look at each operator.
             device = hidden_states.device.type
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                return self._packed(hidden_states[0], position_embeddings, attention_mask, kwargs)
+                return self._packed(hidden_states, position_embeddings, attention_mask, kwargs)
         plain: torch.Tensor = super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -104,30 +122,21 @@ class FusedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has n
 
     def _packed(
         self,
-        x: torch.Tensor,
+        hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any,
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """Return the hidden states (1, T, D) of a row, given its input x (T, D)."""
+        """Return the hidden states (1, T, D) of a row after this layer."""
         parts = self.parts
         if self.is_first:
             self.copies.refresh()
-        heads = compute_qkv(parts, x, *_rotary(position_embeddings), *parts.qkv.factors())
-
-        # Attention as in transformers: (1, heads, T, head_dim) to (1, T, heads, head_dim).
-        queries, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in heads)
+        tables = self.rotary.tables(position_embeddings)
+        queries, keys, values = compute_qkv(parts, hidden_states, *tables, *parts.qkv.factors())
         attended = self.attend(queries, keys, values, attention_mask, **options)
-
         factors = [*parts.out.factors(), *parts.gate_up.factors(), *parts.down.factors()]
-        output: torch.Tensor = compute_output(parts, x, attended.reshape(len(x), -1), *factors)
-        return output.unsqueeze(0)
-
-
-def _rotary(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin (T, 1, head_dim) of transformers' (1, T, head_dim)."""
-    cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
-    return cos, sin
+        output: torch.Tensor = compute_output(parts, hidden_states, attended, *factors)
+        return output
 
 
 def fuse_layers(model: Any) -> str | None:
@@ -143,10 +152,11 @@ def fuse_layers(model: Any) -> str | None:
         return reason
     norm = layers[0].input_layernorm.weight
     elementwise = CompiledElementwise() if norm.is_cuda else Elementwise()
-    copies = FactorCopies(norm.dtype)
+    copies, rotary = FactorCopies(norm.dtype), RotaryTables()
     for number, layer in enumerate(layers):
         layer.__class__ = FusedLayer
-        layer.parts, layer.copies, layer.is_first = LayerParts.of(layer, copies, elementwise), copies, number == 0
+        layer.parts, layer.copies, layer.rotary = LayerParts.of(layer, copies, elementwise), copies, rotary
+        layer.is_first = number == 0
     if isinstance(elementwise, CompiledElementwise):
         elementwise.try_on(norm, layers[0].self_attn.config)
     return None
@@ -176,7 +186,7 @@ def unfuse_layers(model: Any) -> None:
     for layer in llava_in(model).get_submodule(LANGUAGE_MODEL).layers:
         if isinstance(layer, FusedLayer):
             layer.__class__ = LlamaDecoderLayer
-            del layer.parts, layer.copies, layer.is_first
+            del layer.parts, layer.copies, layer.rotary, layer.is_first
 
 
 def install_trunk(model: Any, lengths: Sequence[int], capture: Capture) -> Trunk | str:

@@ -34,14 +34,15 @@ class FactorCopies:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._factors: list[Any] = []
+        self._factors: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
 
-    def stack(self, factors: Sequence[Any]) -> torch.Tensor:
-        """Return a buffer for the weights of `factors`, all of the same width, one below the other."""
-        rows = [factor.weight.shape[0] for factor in factors]
-        weight = factors[0].weight
-        stacked = torch.empty(sum(rows), weight.shape[1], dtype=self.dtype, device=weight.device)
+    def stack(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return a buffer for `factors` (r, width), one below the other; a single one in the right dtype itself."""
+        if len(factors) == 1 and factors[0].dtype == self.dtype:
+            return factors[0]
+        rows = [len(factor) for factor in factors]
+        stacked = torch.empty(sum(rows), factors[0].shape[1], dtype=self.dtype, device=factors[0].device)
         self._factors += factors
         self._copies += stacked.split(rows)
         return stacked
@@ -50,7 +51,7 @@ class FactorCopies:
         """Copy every factor, cast to the compute dtype."""
         if self._factors:
             with torch.no_grad():
-                torch._foreach_copy_(self._copies, [factor.weight for factor in self._factors])
+                torch._foreach_copy_(self._copies, self._factors)
 
 
 class _FrozenWeight:
@@ -88,9 +89,9 @@ class _FrozenWeight:
 class _Lora:
     """The adapter of one linear layer."""
 
-    a: Any
-    b: Any
-    """PEFT's linear layers A and B, whose weights the optimizer trains."""
+    a: torch.Tensor
+    b: torch.Tensor
+    """Parameters A (r, in) and B (out, r)."""
     b_copy: torch.Tensor
     """B (out, r) in the compute dtype."""
     scaling: float
@@ -112,13 +113,16 @@ class Projection:
         self.weights = [_FrozenWeight(getattr(module, "base_layer", module), copies.dtype) for module in modules]
         self.loras = [_lora_of(module, copies) if hasattr(module, "lora_A") else None for module in modules]
         a_factors = [lora.a for lora in self.loras if lora is not None]
-        self.ranks = [a.weight.shape[0] for a in a_factors]
+        self._factors = [factor for lora in self.loras if lora is not None for factor in (lora.a, lora.b)]
+        self.ranks = [len(a) for a in a_factors]
         self.a_copy = copies.stack(a_factors) if a_factors else None
         """All A's (sum of r, in) in the compute dtype."""
+        self.has_dropout = any(lora.keep < 1 for lora in self.loras if lora is not None)
+        """Whether a layer's LoRA has dropout in training."""
 
     def factors(self) -> list[torch.Tensor]:
         """Return the trained A and B of each layer that has LoRA, in the order of `backward`'s gradients."""
-        return [factor.weight for lora in self.loras if lora is not None for factor in (lora.a, lora.b)]
+        return self._factors
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -198,13 +202,10 @@ class Projection:
             d_as.append(torch.mm(column.t(), x * mask).float())
         return d_as
 
-    @property
-    def has_dropout(self) -> bool:
-        """Whether a layer's LoRA has dropout in training."""
-        return any(lora.keep < 1 for lora in self.loras if lora is not None)
-
     def _drops(self) -> bool:
         """Return whether dropout is at work: a model in training mode, and a rate above 0."""
+        if not self.has_dropout:
+            return False
         return any(lora.keep < 1 and lora.dropout.training for lora in self.loras if lora is not None)
 
     def _masks(self, x: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -222,7 +223,7 @@ class Projection:
 
 def _lora_of(module: Any, copies: FactorCopies) -> _Lora:
     [adapter] = module.active_adapters
-    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     dropout = module.lora_dropout[adapter]
     keep = 1.0 - getattr(dropout, "p", 0.0)
     return _Lora(a, b, copies.stack([b]), float(module.scaling[adapter]), dropout, keep)

@@ -214,7 +214,7 @@ def test_flex_attention_is_called_by_fused_layers(monkeypatch: pytest.MonkeyPatc
         lengths: list[int] = []
         packed = FusedLayer._packed
         monkeypatch.setattr(
-            FusedLayer, "_packed", lambda layer, x, *args: lengths.append(len(x)) or packed(layer, x, *args)
+            FusedLayer, "_packed", lambda layer, x, *args: lengths.append(x.shape[1]) or packed(layer, x, *args)
         )
         blocks = packed_logits(model, two_trees())
     assert len(lengths) == 2
