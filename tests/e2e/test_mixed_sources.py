@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from lora_llava.artifact import read_manifest
+from lora_llava.data.load import load_split
 from lora_llava.recipe.file import load_recipe
 from lora_llava.training.run import run_recipe
 from tests.helpers.resuming import log_of, stopped_run, train
@@ -92,3 +94,34 @@ def test_k31_losses_by_source_of_a_resumed_run_are_those_of_an_uninterrupted_one
     assert whole == resumed
     named = [line for line in whole if "loss/own.json" in line and "loss/brief.json" in line]
     assert len(named) > 7
+
+
+def test_the_recipe_against_forgetting_in_the_docs_runs(tmp_path: Path, tiny_base: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = page.partition("### Replay")[2].partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "replay.yaml").write_text(text, encoding="utf-8")
+    write_data(tmp_path)
+    (tmp_path / "general_images").mkdir()
+    records = json.loads((tmp_path / "train.json").read_text())
+    # Four questions about each image: those of the first seven, and those of the rest.
+    for name, root, part in (("inspection", "images", records[:28]), ("general", "general_images", records[28:])):
+        for image in {record["image"] for record in part}:
+            (tmp_path / "images" / image).rename(tmp_path / root / image)
+        (tmp_path / f"{name}.json").write_text(json.dumps(part[4:]))
+        (tmp_path / f"{name}_test.json").write_text(json.dumps(part[:4]))
+    tiny = [f"base.model_name_or_path={tiny_base}", "quantization.type=none", "adapter.r=4", "adapter.lora_alpha=8"]
+    short = ["stages.instruct.max_steps=2", "stages.instruct.batch_size=8", "stages.instruct.num_sample_answers=0"]
+    settings = [*tiny, *short, "evaluation.max_new_tokens=1"]
+    recipe = load_recipe(tmp_path / "replay.yaml", settings)
+    trained, validation = load_split(recipe.stage("instruct").data, recipe.seed)
+    counts = Counter(record.source for record in trained)
+    assert counts["replay"] / counts.total() == pytest.approx(0.2, abs=0.02)
+    assert {record.source for record in validation} == {"inspection.json", "replay"}
+
+    _, shown = train(tmp_path / "replay.yaml", tmp_path / "run", settings=settings)
+    rows = log_of(tmp_path / "run")
+    assert any("loss/replay" in row for row in rows)
+    assert all("eval_loss/replay" in row for row in rows if "eval_loss" in row)
+    figures = json.loads((tmp_path / "run" / "evaluation" / "accuracy.json").read_text(encoding="utf-8"))
+    assert figures["by_source"]["replay"]["base"]["questions"] == 4
+    assert "of replay " in shown
