@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 
 from lora_llava.data.packing import PlanItem, RowSettings, sample_steps
 from lora_llava.modeling.structure import BF16, FLEX, linear_weights
-from lora_llava.planning.memory import Recompute, activation_bytes
+from lora_llava.planning.memory import Recompute, activation_bytes, expected_memory
 from lora_llava.planning.memory_plan import GIB, StageShapes
 from lora_llava.recipe.settings import Recipe
 from tests.helpers.shapes import llava_7b, llava_13b
@@ -58,10 +58,18 @@ def memory(shapes: StageShapes, cards: int, per_trained: float) -> float:
     return (sum(part.bytes for part in held) + per_trained * trained(shapes) + activations) / GIB
 
 
+def offloaded_memory(shapes: StageShapes) -> float:
+    """Return the GiB that a card needs with the optimizer on the host, and of the gradients a bucket on the card."""
+    held = shapes.held_parameters(keep_dequantized=False)
+    parts = sum(part.total for part in expected_memory("adamw_torch", held, offloads=True))
+    return memory(shapes, 1, 0.0) + (parts - sum(part.bytes for part in held)) / GIB
+
+
 def memory_columns(shapes: StageShapes) -> dict[str, float]:
     """Return the GiB of each way.
 
-    ZeRO-2 is on paper: it divides gradients and moments, and keeps a flat fp32 copy; its buckets are not counted.
+    ZeRO-2 without offload, which is refused, is on paper: it divides gradients and moments, and adds a flat fp32 copy;
+    its buckets are not counted.
     """
     in_8_bits, in_fp32 = _FP32 + _MOMENTS_8BIT, _FP32 + _MOMENTS
     return {
@@ -70,7 +78,7 @@ def memory_columns(shapes: StageShapes) -> dict[str, float]:
         "sharded over 2, 8-bit Adam": memory(shapes, 2, in_8_bits),
         "sharded over 4, 8-bit Adam": memory(shapes, 4, in_8_bits),
         "ZeRO-2 over 2": memory(shapes, 1, _FP32 + (_FP32 + _MOMENTS) / 2),
-        "ZeRO-2, optimizer on the host": memory(shapes, 1, _FP32 / 2),
+        "ZeRO-2, offloaded": offloaded_memory(shapes),
     }
 
 
@@ -81,6 +89,7 @@ def smallest_way(shapes: StageShapes, size: int) -> str:
     for name, way in (
         ("each card whole, AdamW", "whole"),
         ("each card whole, 8-bit Adam", "whole, 8-bit"),
+        ("ZeRO-2, offloaded", "deepspeed, 2 cards"),
         ("sharded over 2, 8-bit Adam", "shard, 2 cards"),
         ("sharded over 4, 8-bit Adam", "shard, 4 cards"),
     ):
@@ -92,7 +101,7 @@ def smallest_way(shapes: StageShapes, size: int) -> str:
 def traffic(shapes: StageShapes, cards: int) -> dict[str, float]:
     """Return the GB that a card receives in a step of `_ROWS` rows."""
     share, weights = (cards - 1) / cards, trained(shapes)
-    # A ring adds up in two passes; ZeRO-2 adds up after every row, and then sends the new weights to all.
+    # A ring adds up in two passes; ZeRO-2 sends each card its part of the sums after every row, then all new weights.
     sums = 2 * share * _FP32 * weights
     gathered = 2 * share * 0.5 * linear_weights(shapes.config) * _ROWS
     zero2 = share * _FP32 * weights * (_ROWS + 1)

@@ -123,7 +123,7 @@ def _print_memory(shapes: StageShapes, machine: Machine, plan: MemoryPlan, data:
     activations = activation_bytes(config, shapes.layers(machine.attention), plan.recompute, tokens, supervised)
     activations = held_bytes(activations, plan.recompute, machine.device)
     console.print(f"On this machine: {plan_line(plan, shapes)}")
-    console.print(_memory_view(expected_memory(plan.optim, parameters), activations, tokens))
+    console.print(_memory_view(expected_memory(plan.optim, parameters, offloads=shapes.offloads), activations, tokens))
 
 
 def this_machine(attn_implementation: str, memory: int | None) -> Machine:

@@ -33,6 +33,9 @@ glibc's heap keeps the gaps. Measured: 628 MiB held of 370 planned at 1,536 toke
 avoid it, but costs 25 % more CPU time (median of 3 interleaved runs of 6 Llama layers), mostly in page faults."""
 _GATHERED_LAYERS = 3
 """Decoder layers whose sharded weights are whole at one time: one computes, the next one is received and unpacked."""
+_OFFLOAD_BYTES = 2**28
+"""Gradients of one part on the device while DeepSpeed takes them to the host: two copies of a bucket of 64 MiB, the
+largest weight, and those of a layer that wait for their turn. An upper estimate, not measured on CUDA."""
 _MASKED_SHARE = 0.25
 """Share of a row's tokens that need a row in SDPA's mask if all of them are one tree: an estimate."""
 
@@ -121,8 +124,13 @@ def sharded(
     ]
 
 
-def expected_memory(optim: str, parameters: list[PartParameters]) -> list[PartMemory]:
-    """Estimate weights, gradients and AdamW's two moments of each part; trainable parameters are fp32."""
+def expected_memory(optim: str, parameters: list[PartParameters], *, offloads: bool = False) -> list[PartMemory]:
+    """Estimate weights, gradients and AdamW's two moments of each part; trainable parameters are fp32.
+
+    `offloads`: gradients and moments are on the host, and a bucket of gradients on the device.
+    """
+    if offloads:
+        return [PartMemory(part.part, part.bytes, min(_OFFLOAD_BYTES, 4 * part.trainable), 0) for part in parameters]
     moments = 2 if "8bit" in optim else 8
     return [PartMemory(part.part, part.bytes, 4 * part.trainable, moments * part.trainable) for part in parameters]
 

@@ -87,6 +87,8 @@ class StageShapes:
     """The first steps, whose rows are counted for each row length."""
     shards: int = 1
     """Number of processes that the frozen weights of the decoder layers are divided between."""
+    offloads: bool = False
+    """Whether gradients and optimizer are divided between the hosts of several processes."""
 
     @property
     def parameters(self) -> list[PartParameters]:
@@ -138,8 +140,9 @@ def stage_shapes(
         )
     steps = records.sample_steps(settings, recipe.seed)
     shards = world_size() if recipe.distributed.shard else 1
+    offloads = recipe.distributed.offload and world_size() > 1
     parts = settings, recipe.quantization, recipe.adapter
-    return StageShapes(stage, *parts, config, dtype, longest.length, steps, shards)
+    return StageShapes(stage, *parts, config, dtype, longest.length, steps, shards, offloads)
 
 
 def usable_bytes(device: str, memory: int | None = None) -> int:
@@ -192,6 +195,7 @@ def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> st
     ]
     needed, usable = plan.bytes_needed / GIB, plan.bytes_usable / GIB
     parts = f", frozen weights in {shapes.shards} parts" if shapes.shards > 1 else ""
+    parts += ", gradients and optimizer on the host" if shapes.offloads else ""
     return f"{', '.join(origins)}{parts}; needs {needed:.1f} of {usable:.1f} GiB"
 
 
@@ -223,14 +227,15 @@ def _preferred(plans: Sequence[MemoryPlan]) -> MemoryPlan:
 def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
     """Yield a plan for each combination of the open choices."""
     settings = shapes.settings
-    optimizers, layer = _optimizers(settings, machine.device), shapes.layers(machine.attention)
+    optimizers, layer = _optimizers(shapes, machine.device), shapes.layers(machine.attention)
     for keep_dequantized, recompute in product(
         _keep_dequantized_choices(shapes.quantization, shapes.shards), _recomputes(shapes, machine)
     ):
         passes = shapes.passes(recompute, keep_dequantized=keep_dequantized)
         # Weights, gradients and optimizer states do not depend on the micro-batch.
         parameters = shapes.held_parameters(keep_dequantized=keep_dequantized)
-        fixed = {optim: sum(part.total for part in expected_memory(optim, parameters)) for optim in optimizers}
+        memory = {optim: expected_memory(optim, parameters, offloads=shapes.offloads) for optim in optimizers}
+        fixed = {optim: sum(part.total for part in parts) for optim, parts in memory.items()}
         for tokens in _micro_batch_sizes(settings, shapes.longest, _MAX_TOKENS[machine.device]):
             # All tokens of a row may be supervised, those that the answers of a pair share for each of them.
             supervised = 2 * tokens if settings.trains_on_pairs else tokens
@@ -251,10 +256,10 @@ def _keep_dequantized_choices(quantization: QuantizationSettings, shards: int) -
     return [False, True] if quantization.type == "nf4" and shards == 1 else [False]
 
 
-def _optimizers(settings: StageSettings, device: str) -> list[str]:
-    if settings.optim != "auto":
-        return [settings.optim]
-    return ["adamw_torch", "paged_adamw_8bit"] if device == "cuda" else ["adamw_torch"]
+def _optimizers(shapes: StageShapes, device: str) -> list[str]:
+    if shapes.settings.optim != "auto":
+        return [shapes.settings.optim]
+    return ["adamw_torch", "paged_adamw_8bit"] if device == "cuda" and not shapes.offloads else ["adamw_torch"]
 
 
 def _recomputes(shapes: StageShapes, machine: Machine) -> list[Recompute]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
+from lora_llava.errors import TrainingError
 from lora_llava.recipe.schedule import rate_factor
 from lora_llava.training.checks.trained_weights import LORA_PART, PROJECTOR_PART, part_of
 from lora_llava.training.parallel.offload import OffloadedAdamW
@@ -21,10 +22,16 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Create the optimizer that `args.optim` names; None for `mm_projector_lr`: the learning rate of LoRA.
 
-    `offloads`: with its state on the hosts of all processes, once it is divided.
+    `offloads`: with its state on the hosts of all processes, once it is divided; raises TrainingError if that is not
+    AdamW with fp32 states.
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if offloads:
+        if args.optim != "adamw_torch":
+            raise TrainingError(
+                f"the checkpoint's optimizer is {args.optim.value}, and distributed.engine: deepspeed updates weights "
+                "with adamw_torch: resume without distributed.engine and distributed.offload"
+            )
         optimizer_class = OffloadedAdamW
     if args.optim == "adamw_torch" and args.device.type == "cuda":
         # A few kernels instead of a dozen for each parameter; the state has the same names.

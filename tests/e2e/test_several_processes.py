@@ -209,3 +209,56 @@ def test_a_full_disk_of_the_first_process_ends_all(project: Path, tmp_path: Path
     assert "No space left on device" in line
     # As it was before the run, but for the features, which a later run can use.
     assert [path.name for path in (tmp_path / "run").iterdir()] == [output.FEATURES]
+
+
+OFFLOADED = ("distributed.engine=deepspeed", "distributed.offload=true")
+
+
+@pytest.fixture(scope="module")
+def offloaded(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes with gradients and optimizer in parts on the host, stopped after step 3 of `instruct`."""
+    directory = tmp_path_factory.mktemp("offloaded") / "run"
+    ended = run(project, directory, 2, *OFFLOADED, act=signalled(1, "instruct", 3, signal.SIGTERM))
+    assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
+    return directory
+
+
+@pytest.mark.parametrize(("count", "settings"), [(2, OFFLOADED), (1, ())], ids=["offloaded", "one process"])
+def test_offloaded_weights_norms_and_states_are_those_of_one_process_and_either_resumes(
+    project: Path, runs: dict[int, Path], offloaded: Path, tmp_path: Path, count: int, settings: Sequence[str]
+) -> None:
+    directory = tmp_path / "resumed"
+    shutil.copytree(offloaded, directory)
+    ended = run(project, directory, count, *settings, "--resume")
+    assert [one.code for one in ended] == [0] * count, ended
+    assert not any(one.err for one in ended), ended
+    # The first speaks, and DeepSpeed is silent.
+    assert not any(one.out for one in ended[1:])
+    assert "deepspeed" not in ended[0].out.lower()
+    for stage in STAGES:
+        assert difference(runs[1] / stage, directory / stage) < 1e-6
+    logs = log_of(runs[1]), log_of(directory)
+    assert len(logs[0]) == len(logs[1]) > 8
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        for key in ("step", "loss", "eval_loss", "grad_norm", "grad_norm_lora", "grad_norm_projector"):
+            assert one.get(key) == (None if key not in other else pytest.approx(other[key], rel=2e-4))
+    # What a checkpoint holds of the optimizer has the same names and settings, and the same averages.
+    last = [run / output.CHECKPOINTS / "instruct" / "step-5" for run in (runs[1], directory)]
+    assert len({(one / "optimizer.json").read_bytes() for one in last}) == 1
+    here, there = (load_file(one / "optimizer.safetensors") for one in last)
+    for name, tensor in here.items():
+        assert float((tensor - there[name]).norm()) <= 1e-5 * float(tensor.norm())
+
+
+def test_the_guard_leaves_out_the_same_step_of_an_offloaded_run(project: Path, tmp_path: Path) -> None:
+    """The gradients of the step are dropped in all processes, and neither weights nor averages see it."""
+    settings = (*SHORT, "stages.align.max_steps=6", "stages.instruct=null", "stages.align.on_non_finite=skip")
+    warnings = []
+    for name, more in {"whole": (), "offloaded": OFFLOADED}.items():
+        ended = run(project, tmp_path / name, 2, *settings, *more, act=spoilt_image("captions.json, record 5 "))
+        assert [one.code for one in ended] == [0, 0], ended
+        warnings.append([row["warning"] for row in log_of(tmp_path / name) if "warning" in row])
+    assert "Not finite by themselves are 1 of 1 record: captions.json, record 5 " in warnings[0][0]
+    assert warnings[0] == warnings[1]
+    assert difference(tmp_path / "whole" / "align", tmp_path / "offloaded" / "align") < 1e-6

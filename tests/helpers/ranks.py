@@ -44,7 +44,7 @@ def finetune(directory: Path, arguments: Sequence[str], count: int, act: Act | N
     """Run `lora-llava finetune ARGUMENTS` in `count` processes; `directory` takes their output."""
     directory.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_llava.training.run", __name__])
+    context.set_forkserver_preload(["lora_llava.training.run", "deepspeed", __name__])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     for rank in range(count):

@@ -80,7 +80,10 @@ def trackers_are_installed(setup: Setup) -> Iterator[Finding]:
 
 
 def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
-    """The library bitsandbytes is installed if a setting needs it."""
+    """The libraries bitsandbytes and deepspeed are installed if a setting needs them."""
+    if setup.recipe.distributed.engine == "deepspeed" and not _is_installed("deepspeed"):
+        fix = "Install it: pip install 'lora-llava[deepspeed]'"
+        yield Problem("distributed.engine", "deepspeed needs DeepSpeed, which is not installed", fix)
     if _is_installed("bitsandbytes"):
         return
     fix = "Install it: pip install bitsandbytes"

@@ -27,7 +27,6 @@ from torch.optim import AdamW
 
 from lora_llava.errors import TrainingError
 from lora_llava.system.ranks import gathered, is_first, rank, world_size
-from lora_llava.system.text import listed
 from lora_llava.training.checks.trained_weights import PROJECTOR_PART
 from lora_llava.training.parallel.gradients import summed
 from lora_llava.training.stage import Stage
@@ -41,7 +40,7 @@ _STAGES = ("align", "instruct")
 
 def offloads(stage: Stage) -> bool:
     """Tell whether the recipe has the optimizer of a stage divided between several processes."""
-    return bool(stage.recipe.distributed.offload) and world_size() > 1
+    return stage.recipe.distributed.offload and world_size() > 1
 
 
 class OffloadedAdamW(AdamW):
@@ -217,8 +216,8 @@ def check_offload(stage: Stage, dtype: torch.dtype) -> None:
         )
     if stage.name not in _STAGES:
         raise TrainingError(
-            f"distributed.engine: stage {stage.name} cannot be trained with deepspeed, {listed(_STAGES)} can. Train it "
-            "in a run of its own (start_from) without distributed.engine and distributed.offload"
+            f"distributed.engine: stage {stage.name} cannot be trained with deepspeed, {' and '.join(_STAGES)} can. "
+            "Train it in a run of its own (start_from) without distributed.engine and distributed.offload"
         )
     if dtype == torch.float16:
         raise TrainingError(
@@ -278,6 +277,8 @@ def _initialized(model: nn.Module, parts: AdamW) -> tuple[Any, Any]:
             "stage": 2,
             "offload_optimizer": {"device": "cpu"},
             "overlap_comm": False,
+            # Each part of the sums goes to its process alone.
+            "use_multi_rank_bucket_allreduce": False,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
             "allgather_bucket_size": _BUCKET_ELEMENTS,
         },

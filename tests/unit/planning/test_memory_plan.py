@@ -279,6 +279,27 @@ def test_a_recipe_shards_over_the_processes_of_its_run(shard: bool, processes: i
     assert shapes.shards == shards
 
 
+@pytest.mark.parametrize(("offload", "processes", "offloads"), [(True, 2, True), (False, 2, False), (True, 1, False)])
+def test_the_optimizer_of_several_processes_moves_to_the_host(offload: bool, processes: int, offloads: bool) -> None:
+    records: Any = SimpleNamespace(longest=SimpleNamespace(length=2), sample_steps=lambda *_: None)
+    made = recipe(distributed={"engine": "deepspeed", "offload": True} if offload else {})
+    with planned_for(processes):
+        assert stage_shapes(made, "instruct", llava_7b(), torch.bfloat16, records).offloads == offloads
+
+
+def test_an_offloaded_optimizer_needs_a_bucket_for_gradients() -> None:
+    whole = shapes_of(recipe(), torch.bfloat16, 700)
+    offloaded, machine = replace(whole, offloads=True), Machine("cuda", 8 * GIB, FLEX)
+    trained = {part.part: 4 * part.trainable for part in whole.parameters}
+    buckets = sum(min(size, 2**28) for size in trained.values())
+    assert 0 < buckets < sum(trained.values()) / 2
+    saved = least(replace(whole, settings=whole.settings.model_copy(update={"optim": "adamw_torch"}))).bytes_needed
+    assert saved - least(offloaded).bytes_needed == 3 * sum(trained.values()) - buckets
+    plan = plan_memory(offloaded, machine)
+    assert plan.optim == "adamw_torch"
+    assert ", gradients and optimizer on the host; needs" in plan_line(plan, offloaded)
+
+
 def test_stage_one_needs_less() -> None:
     assert plan(12, stage="align").cost <= plan(12).cost
 
