@@ -33,10 +33,11 @@ from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted
 
 Kind = Literal["sampled", "other_image"]
-_RIGHT = 0.5
-"""Lowest score of an answer that is not rejected; of exact match, scores are 0 or 1."""
-_FIRST = 2
+_MIN_RIGHT_SCORE = 0.5
+"""Lowest score of an answer that is not rejected; scores of exact match are 0 or 1."""
+_TURNS_OF_FIRST = 2
 """Turns of a first question with its answer."""
+_SPEAKERS = {"user": "human", "assistant": "gpt"}
 _RESERVED = frozenset({"id", "image", "images", "system", "conversations", "messages", "rejected", "kind", "times"})
 
 
@@ -77,6 +78,8 @@ class Pair:
     kind: Kind
     times: int = 1
     """How many of the drawn answers it is."""
+    number: int = 1
+    """Its number among the pairs of drawn answers to the question, from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +120,14 @@ def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console:
             "time; draw more samples, at a higher temperature, or take harder questions"
         )
     with disk_errors(output, "Nothing was written"), new_file(output) as temporary:
-        _write(temporary, [_record(pair, data.answer_prompt) for pair in made.pairs], output.suffix.lower())
+        _write(temporary, [pair_record(pair, data.answer_prompt) for pair in made.pairs], output.suffix.lower())
     return _summary(made, data, output)
 
 
 def _sample(
     loaded: LoadedModel, form: PromptFormat, questions: Sequence[Question], settings: PairSettings, console: Console
 ) -> list[list[Sample]]:
-    """Draw answers to each question; each depends on the seed, its record and its number alone."""
+    """Draw answers to each question; an answer depends only on the seed, its question and its number."""
     ends, count = end_token_ids(loaded, form.template), settings.num_samples
     prompts = prompts_of(loaded, [question.record for question in questions], form, settings.max_rows)
     rows = [prompt for prompt in prompts for _ in range(count)]
@@ -156,7 +159,7 @@ def _ask_about_others(
     asked = {
         index: replace(question.record, image=other[question.image])
         for index, question in enumerate(questions)
-        if len(question.record.turns) == _FIRST
+        if len(question.record.turns) == _TURNS_OF_FIRST
         and question.image in other
         and random.Random(_seed(settings, question, "other")).random() < settings.other_image
     }
@@ -211,8 +214,8 @@ def pair_up(
         wrong = [answer for answer in answers if is_wrong(metric, question, answer.text)]
         groups = _wrong_groups(question, samples[index], metric)
         own = [
-            Pair(question, texts[0], "sampled", len(texts))
-            for texts in list(groups.values())[:per_question]
+            Pair(question, texts[0], "sampled", len(texts), number)
+            for number, texts in enumerate(list(groups.values())[:per_question], start=1)
             if len(texts) >= at_least
         ]
         other = others.get(index)
@@ -236,14 +239,14 @@ def _wrong_groups(question: Question, samples: Sequence[Sample], metric: Metric)
 
 def is_wrong(metric: Metric, question: Question, text: str) -> bool:
     """Tell whether an answer can be rejected: with ten references, even the most frequent one may score below half."""
-    return score_answer(metric, text, question.references) < _RIGHT and not exact_match(text, question.answer)
+    return score_answer(metric, text, question.references) < _MIN_RIGHT_SCORE and not exact_match(text, question.answer)
 
 
 def _is_usable(sample: Sample) -> bool:
     return bool(sample.text.strip()) and not sample.is_cut and IMAGE_PLACEHOLDER not in sample.text
 
 
-def _record(pair: Pair, answer_prompt: str | None) -> dict[str, Any]:
+def pair_record(pair: Pair, answer_prompt: str | None) -> dict[str, Any]:
     """Return a pair in LLaVA's form, as the data had it: without the text that settings append to questions."""
     record = pair.question.record
     name = f"{record.id}/{pair.question.number}" if pair.question.of > 1 else record.id
@@ -252,7 +255,7 @@ def _record(pair: Pair, answer_prompt: str | None) -> dict[str, Any]:
     system = {} if record.system is None else {"system": record.system}
     turns = [{"from": _SPEAKERS[turn.role], "value": _asked_text(turn, answer_prompt)} for turn in record.turns]
     return {
-        "id": f"{name}/{pair.kind}",
+        "id": f"{name}/{pair.kind}" + (f"/{pair.number}" if pair.number > 1 else ""),
         **image,
         **system,
         "conversations": turns,
@@ -261,9 +264,6 @@ def _record(pair: Pair, answer_prompt: str | None) -> dict[str, Any]:
         "times": pair.times,
         **own,
     }
-
-
-_SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 def _asked_text(turn: Turn, answer_prompt: str | None) -> str:

@@ -7,7 +7,7 @@ import pytest
 from lora_llava.conversation.encode import Turn
 from lora_llava.data.questions import Question
 from lora_llava.data.record import Record
-from lora_llava.evaluation.pairs import Pair, Sample, is_wrong, pair_up
+from lora_llava.evaluation.pairs import Pair, Sample, is_wrong, pair_record, pair_up
 from lora_llava.recipe.choices import Metric
 
 
@@ -32,6 +32,17 @@ def test_the_most_frequent_wrong_answer_is_rejected() -> None:
     made = pair_up([asked], [samples], {}, "exact_match", per_question=3)
     assert kinds(list(made.pairs)) == [("sampled", "green", 2), ("sampled", "blue", 1)]
     assert (made.num_questions, made.all_right, made.unusable) == (1, 0, 0)
+
+
+def test_every_pair_of_a_question_has_its_own_id() -> None:
+    samples = [whole("blue", "green", "green")]
+    made = pair_up([question("red")], samples, {0: whole("gray")[0]}, "exact_match", per_question=2)
+    records = [pair_record(pair, None) for pair in made.pairs]
+    assert [(record["id"], record["rejected"]) for record in records] == [
+        ("1/sampled", "green"),
+        ("1/sampled/2", "blue"),
+        ("1/other_image", "gray"),
+    ]
 
 
 @pytest.mark.parametrize(("at_least", "rejected"), [(1, ["green", "blue"]), (2, ["green"]), (3, [])])
