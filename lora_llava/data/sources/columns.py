@@ -251,7 +251,8 @@ def _prepared(builder: Any, data: DataSettings) -> Any:
 
     The images of Parquet files stay in them.
     """
-    if type(builder).__name__ == "Parquet":
+    # Of a directory or a dataset of the Hub, the builder is of a subclass that the library made.
+    if any(kind.__name__ == "Parquet" for kind in type(builder).__mro__):
         from lora_llava.data.sources.stored.parquet import LocatingParquet
 
         # The same builder; only the way to read files differs.

@@ -264,6 +264,7 @@ def test_k25_images_of_a_directory_with_several_files_stay_in_them(tmp_path: Pat
         )
     records = load(tmp_path / "set")
     assert [stored(record).read() for record in records] == [png(number) for number in (0, 0, 1, 1, 2, 2)]
+    assert [stored(record).path.name[6] for record in records] == list("001122")
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])

@@ -151,6 +151,21 @@ def test_the_cache_of_other_programs_keeps_the_images(tmp_path: Path) -> None:
     assert where_stored(load(path)[0]) == path
 
 
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_images_of_the_hub_stay_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_inside: bool) -> None:
+    files = tmp_path / ("hub" if is_inside else "elsewhere") / "datasets--some--set" / "snapshots" / "0"
+    files.mkdir(parents=True)
+    write_images(files / "train.parquet", [png(1), png(2)])
+    load_builder = datasets.load_dataset_builder
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *_, cache_dir, **__: load_builder(str(files), cache_dir=cache_dir)
+    )
+    records = load(Path("some/set"))
+    assert [record.image and open_image(record.image).getpixel((0, 0))[0] for record in records] == [1, 2]
+    assert {where_stored(record).suffix for record in records} == {".parquet" if is_inside else ".arrow"}
+
+
 def test_images_of_an_element_stay_in_the_file(tmp_path: Path) -> None:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array(
