@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ _PROJECT_VARIABLES = {
 """Variables from which transformers reads a tracker's project; a value that the user has set wins."""
 _STAY_OPEN = ("wandb", "swanlab")
 """Trackers whose run transformers leaves open; the next stage would write into it."""
+_SOURCE_LOSS = re.compile(r"^(loss|eval_loss)/")
 _BATCH = 100
 """Maximum number of parameters in one call to mlflow."""
 
@@ -60,7 +63,26 @@ def tracker_callbacks(recipe: Recipe, stage: StageName, args: TrainingArguments)
         return []
     # First, since the others read the environment when they are created; but the last to be told of what happens.
     run = _TrackedRun(recipe, stage)
-    return [*(kind() for kind in get_reporting_integration_callbacks(args.report_to)), run]
+    return [*(_renaming(kind()) for kind in get_reporting_integration_callbacks(args.report_to)), run]
+
+
+def _renaming(callback: Any) -> Any:
+    """Return a tracker's callback that gets log lines with the names of `tracked_figures`."""
+    on_log = callback.on_log
+
+    def on_renamed_log(*args: Any, logs: Mapping[str, Any], **options: Any) -> None:
+        on_log(*args, logs=tracked_figures(logs), **options)
+
+    callback.on_log = on_renamed_log
+    return callback
+
+
+def tracked_figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a log line with losses by source as `loss_by_source/NAME`.
+
+    MLflow keeps `loss` as a file and `loss/NAME` in a directory of that name, which cannot both exist.
+    """
+    return {_SOURCE_LOSS.sub(r"\1_by_source/", key): value for key, value in row.items()}
 
 
 class _TrackedRun(TrainerCallback):  # type: ignore[misc]

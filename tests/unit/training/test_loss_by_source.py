@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lora_llava.modeling.packed import packed_logits, packed_loss, packed_loss_b
 from lora_llava.training.log import log_figures
 from lora_llava.training.objectives.by_source import LossBySource
 from lora_llava.training.objectives.preference import PreferenceObjective
+from lora_llava.training.trackers import _renaming
 from tests.helpers.pairs import prefer_settings
 from tests.helpers.runs import state_of
 from tests.helpers.steps import IN_A_STEP, made_rows, made_trainer, same
@@ -177,3 +179,14 @@ def test_the_line_on_the_screen_names_the_sources_after_the_loss() -> None:
     assert not any("of " in figure for figure in log_figures(row))
     named = {**row, "loss/own.json": 0.5, f"loss/a\x1b{'long' * 20}": 1.25}
     assert log_figures(named)[1] == "of own.json 0.5000, a\\elonglonglonglonglongl\N{HORIZONTAL ELLIPSIS} 1.2500"
+
+
+def test_no_name_of_a_tracked_figure_is_a_directory_of_another() -> None:
+    """MLflow keeps figures as files, so `loss` and `loss/replay` cannot both exist."""
+    seen: list[dict[str, float]] = []
+    callback = SimpleNamespace(on_log=lambda _args, logs, step: seen.append({**logs, "at": step}))
+    row = {"loss": 1.0, "loss/replay": 2.0, "loss/org/set": 3.0, "eval_loss": 4.0, "eval_loss/replay": 5.0, "lr": 6.0}
+    _renaming(callback).on_log("args", logs=row, step=7)
+    assert list(seen[0].values()) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7]
+    assert "loss_by_source/org/set" in seen[0]
+    assert not any(one.startswith(f"{other}/") for one in seen[0] for other in seen[0])
