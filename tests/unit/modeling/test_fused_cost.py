@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
+from lora_llava.conversation.encode import IGNORE_INDEX, Encoded
 from lora_llava.data.rows import Batch
 from lora_llava.modeling.base import undo_double_quantization
 from lora_llava.modeling.fused.elementwise import Elementwise
@@ -20,6 +21,8 @@ from lora_llava.modeling.packed import packed_loss
 from lora_llava.planning.memory import LayerSettings, layer_elements
 from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.layers import RANK, Layers, config_of, one_tree, training_model, two_trees
+from tests.helpers.tiny import IMAGE_ID, NUM_IMAGE_TOKENS
+from tests.parity.test_packed import row_of
 from tests.unit.modeling.test_fused import layers_of
 
 pytestmark = pytest.mark.usefixtures("masked_trees")
@@ -154,7 +157,10 @@ def test_a_layer_keeps_what_the_planner_counts(key_value_heads: int, dropout: fl
 
 def test_the_python_of_many_narrow_layers_takes_little_time() -> None:
     shapes = Layers(layers=32, intermediate=128, heads=2, key_value_heads=2)
-    peft, fused, row = training_model(shapes), training_model(shapes), one_tree()
+    # A dozen tokens, so that little is left but Python, dispatch and autograd.
+    ids = [1, 5, 6, *[IMAGE_ID] * NUM_IMAGE_TOKENS, 11, 12, 13, 14, 15]
+    row = row_of([[Encoded(ids, [IGNORE_INDEX] * 9 + ids[9:], 7)]], torch.float32)
+    peft, fused = training_model(shapes), training_model(shapes)
     undo_double_quantization(fused)
     fuse_layers(fused)
     fastest = {id(model): float("inf") for model in (peft, fused)}
@@ -166,8 +172,8 @@ def test_the_python_of_many_narrow_layers_takes_little_time() -> None:
             fastest[id(model)] = min(fastest[id(model)], time.process_time() - started)
     ratio = fastest[id(fused)] / fastest[id(peft)]
     sys.stdout.write(f"CPU time of 32 narrow layers: {ratio:.2f} of PEFT's\n")
-    # Alone on a machine, in a row of a dozen tokens: 0.5.
-    assert ratio <= 0.75
+    # Measured: 0.53.
+    assert ratio <= 0.65
 
 
 def test_factors_of_the_whole_model_are_cast_by_one_call_a_row() -> None:
