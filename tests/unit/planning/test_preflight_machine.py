@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import LlavaConfig
@@ -19,6 +21,7 @@ from lora_llava.formats.names import HEAD, canonical_name
 from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.planning.memory_plan import GIB, usable_bytes
+from lora_llava.planning.preflight import environment
 from lora_llava.system import ranks
 from tests.helpers.broken import COMMANDS, INSTRUCT, Project, command
 from tests.helpers.tiny import tiny_config
@@ -179,3 +182,13 @@ def test_k10_a_template_other_than_the_bases_is_told_by_all_three(project: Proje
         said = command(name, project, *limits, f"output_dir=./{name[:3]}").stdout
         line = next(line for line in said.splitlines() if line.startswith(f"Note: {INSTRUCT}.template: "))
         assert "it is chatml; to train in the base's own format, set template: chatml" in line
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_deepspeed_is_looked_for_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, is_installed: bool) -> None:
+    monkeypatch.setattr(environment, "_is_installed", lambda name: name != "deepspeed" or is_installed)
+    for engine in ("torch", "deepspeed"):
+        asked: Any = SimpleNamespace(recipe=SimpleNamespace(distributed=SimpleNamespace(engine=engine)))
+        problems = list(environment.libraries_are_installed(asked))
+        assert bool(problems) == (engine == "deepspeed" and not is_installed)
+        assert all("pip install 'lora-llava[deepspeed]'" in str(one) for one in problems)
