@@ -333,10 +333,10 @@ def _check_columns(needed: list[str], present: list[str], name: str, data: DataS
             continue
         key = "group" if column == data.group else "where" if column in (data.where or ()) else "columns"
         hint = f"; correct {key}"
-        if key != "columns":
-            near = difflib.get_close_matches(column, [str(label) for label in present], 1)
-            hint = f"; did you mean {printable(near[0])}?" if near else hint
-        elif proposed := propose_columns(present):
+        near = difflib.get_close_matches(column, [str(label) for label in present], 1)
+        if near:
+            hint = f"; did you mean {printable(near[0])}?"
+        elif key == "columns" and (proposed := propose_columns(present)):
             hint = f". To have it read: {proposed}"
         shown = listed([printable(str(label)) for label in present], 20)
         raise DataError(f"{name}: {key}: there is no {printable(column)!r}; it has {shown}{hint}")

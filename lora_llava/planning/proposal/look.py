@@ -15,7 +15,7 @@ from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.images.directory import list_images
 from lora_llava.data.load import read_source
 from lora_llava.data.record import Record
-from lora_llava.data.sources.columns import Peeked, peek
+from lora_llava.data.sources.columns import Peeked, peek, splits_of
 from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
@@ -160,7 +160,9 @@ def _file(path: Path, directory: Path, columns: Columns | None) -> Look:
 
 def _table(name: str, form: str, data: dict[str, Any], columns: Columns | None, directory: Path | None = None) -> Look:
     """Use `columns`, or infer them from the names of a table; image paths are searched for in `directory`."""
-    peeked = peek(DataSettings(**data, split="train"))
+    if (split := _training_split(Path(data["path"]))) != "train":
+        data["split"] = split
+    peeked = peek(DataSettings(**{"split": "train", **data}))
     look = Look(f"{form} with the columns {listed([printable(column) for column in peeked.names], 12)}", data)
     if not peeked.names:
         raise DataError(f"{name}: {form}: holds no records: objects with keys, or rows below a line of column names")
@@ -175,6 +177,13 @@ def _table(name: str, form: str, data: dict[str, Any], columns: Columns | None, 
     if "test" in peeked.splits:
         look.test = data | {"split": "test"}
     return look
+
+
+def _training_split(path: Path) -> str:
+    """Return the split of a directory to train on: the one that is named like it, or the only one."""
+    names = splits_of(path) if path.is_dir() else []
+    named = [name for name in _SPLITS["train"] if name in names]
+    return (named or (names if len(names) == 1 else ["train"]))[0]
 
 
 def _set_columns(name: str, form: str, data: dict[str, Any], peeked: Peeked) -> None:
@@ -270,7 +279,13 @@ def _shards(directory: Path, number: int, columns: Columns | None) -> Look:
 
 def _images(directory: Path, given: Columns | None) -> Look:
     """Propose the classes of a directory with a folder of images for each."""
-    listing = list_images(directory)
+    try:
+        listing = list_images(directory)
+    except DataError as error:
+        names = [printable(path.name) for path in sorted(directory.iterdir()) if path.is_file()]
+        if not names:
+            raise
+        raise DataError(f"{error}. Its files: {listed(names, 4)}. What is read: {READ_FORMS}", "form") from None
     folders = sorted({Path(name).parts[0] for name in listing.images if len(Path(name).parts) > 1})
     flat = sum(len(Path(name).parts) == 1 for name in listing.images)
     if flat or len(folders) < 2:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from datasets import Dataset, DatasetDict
 
 from lora_llava.cli import cli
 from tests.helpers.published_sets import (
@@ -270,6 +271,11 @@ def test_headings_that_are_not_known_are_named_by_an_option(
     ("columns", "code", "message"),
     [
         ("image=Bild,question=Frage,answer=Wert", 1, "columns: there is no 'Wert'; it has Bild, Frage, Befund"),
+        (
+            "image=Bild,question=Frage,answer=Befunde",
+            1,
+            "there is no 'Befunde'; it has Bild, Frage, Befund; did you mean Befund?",
+        ),
         ("image", 2, "write it as image=COLUMN,question=COLUMN,answer=COLUMN"),
         ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture"),
         ("image=Bild,question=Frage", 2, "--columns"),
@@ -296,3 +302,22 @@ def test_a_file_without_records_says_so(tmp_path: Path, name: str, text: str) ->
     assert result.exit_code == 1
     assert "records" in said(result)
     assert "no keys" not in said(result)
+
+
+def test_the_training_split_of_a_saved_data_set_is_taken(tmp_path: Path, tiny_base: Path) -> None:
+    rows = [{"question": f"Is {index} even?", "answer": ("yes", "no")[index % 2]} for index in range(COUNT)]
+    splits = {"training": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:3])}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    result = run("init", "data", "--base-model", tiny_base)
+    assert result.exit_code == 0, result.output
+    data = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["stages"]["instruct"]["data"]
+    assert (data["path"], data["split"]) == ("./data", "training")
+
+
+def test_a_directory_of_other_files_names_them(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "befunde.xls").write_bytes(b"\xd0\xcf\x11\xe0")
+    result = run("init", "data")
+    assert result.exit_code == 1
+    assert "holds no images" in said(result)
+    assert "Its files: befunde.xls. What is read: LLaVA JSON, messages with images, a table (CSV," in said(result)
