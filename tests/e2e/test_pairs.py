@@ -85,7 +85,7 @@ def test_the_file_loads_as_preference_data(artifact: Path, data: Path) -> None:
     originals = load_questions(DataSettings(path="data/train.json", answer_prompt=PROMPT, group="patient")).questions
     asked = {(question.record.id, question.number): question for question in originals}
     for record, entry in zip(records, written(), strict=True):
-        name, number, kind = record.id.split("/")
+        name, number, kind = record.id.split("/")[:3]
         question = asked[name, int(number)]
         # As in the data, with the text that the settings append, once.
         assert record.turns == question.record.turns
@@ -95,6 +95,7 @@ def test_the_file_loads_as_preference_data(artifact: Path, data: Path) -> None:
         assert record.rejected
         assert is_wrong("exact_match", question, record.rejected)
         assert record.rejected != record.turns[-1].text
+    assert len({record.id for record in records}) == len(records)
     counts = [sum(entry["kind"] == kind for entry in written()) for kind in ("sampled", "other_image")]
     assert min(counts) > 0
     kinds = f"{counts[0]} of wrong samples, {counts[1]} of answers to another image"
