@@ -13,13 +13,21 @@ from lora_llava.evaluation.scoring.exact_match import answer_tokens
 def blind_subset(questions: Sequence[Question], num_questions: int) -> list[int]:
     """Return the indices of the questions about the first images that together hold at least `num_questions`.
 
-    Images are not split, because blind accuracy depends on which questions an image is asked.
+    Each of several sources gives as many, as far as it has them. Images are not split, because blind accuracy depends
+    on which questions an image is asked.
     """
-    subset: list[int] = []
+    sources: dict[str, list[list[int]]] = {}
     for indices in _by_image(questions).values():
-        if len(subset) >= num_questions:
-            break
-        subset += indices
+        sources.setdefault(questions[indices[0]].record.source, []).append(indices)
+    subset: list[int] = []
+    # The smallest source first, so that the others make up for what it lacks.
+    for number, images in enumerate(sorted(sources.values(), key=lambda images: sum(map(len, images)))):
+        missing = (num_questions - len(subset)) / (len(sources) - number)
+        enough = len(subset) + max(missing, num_questions / len(sources))
+        for indices in images:
+            if len(subset) >= enough:
+                break
+            subset += indices
     return sorted(subset)
 
 

@@ -10,10 +10,12 @@ import pytest
 from pydantic import ValidationError
 
 from lora_llava.artifact import Usage
-from lora_llava.data.questions import load_questions
+from lora_llava.data.questions import Question, load_questions
+from lora_llava.data.record import ImageSource, Record
 from lora_llava.errors import DataError, RecipeError
 from lora_llava.evaluation.identity import differing_facts, evaluation_facts
 from lora_llava.evaluation.outcome import TUNED, Answers, Outcome, prediction_rows, score_all, summarize
+from lora_llava.evaluation.sample import blind_subset
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.generation.asking import as_trained
 from lora_llava.recipe.file import load_recipe
@@ -141,3 +143,21 @@ def test_it_is_made_again_if_a_source_or_its_name_changes_but_not_its_path(folde
     assert renamed == ["evaluation.data (questions of each source)"]
     (folder / "c.json").write_text(json.dumps([row(0, "no")]))
     assert "evaluation.data (sha256 of the records)" in differing_facts(before, facts(**{"b.json": "c.json"}))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(2, [0, 1, 4, 5]), (4, [0, 1, 4, 5]), (5, [0, 1, 2, 3, 4, 5, 6, 7])])
+def test_each_source_has_its_part_of_the_questions_without_images(asked: int, expected: list[int]) -> None:
+    """Four images of two questions each, the first two of one source, which alone give the first of all images."""
+
+    def questions(*sources: str) -> list[Question]:
+        images = [ImageSource(str(number), Path(f"/{number}.png"), None) for number in range(4)]
+        return [
+            Question(Record(str(number), images[number // 2], (), "", source=sources[number // 4]), ("yes",))
+            for number in range(8)
+        ]
+
+    assert blind_subset(questions("a", "b"), asked) == expected
+    # Where one has a single image, the other gives more.
+    few = questions("a", "b")[2:]
+    assert blind_subset(few, 6) == list(range(6))
+    assert blind_subset(questions("", ""), asked) == list(range(2 * -(-asked // 2)))

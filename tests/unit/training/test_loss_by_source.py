@@ -19,6 +19,7 @@ from lora_llava.data.record import Record
 from lora_llava.data.rows import PackedRows
 from lora_llava.modeling.packed import packed_logits, packed_loss, packed_loss_by_token
 from lora_llava.training.log import log_figures
+from lora_llava.training.objectives import by_source
 from lora_llava.training.objectives.by_source import LossBySource
 from lora_llava.training.objectives.preference import PreferenceObjective
 from lora_llava.training.trackers import _renaming
@@ -145,6 +146,14 @@ def test_sums_survive_a_checkpoint_between_two_lines() -> None:
     # Of a source that the recipe has no more, nothing is left.
     resumed.restore({"gone.json": (3.0, 1.0)})
     assert resumed.take() == {}
+
+
+def test_of_several_processes_the_first_takes_up_the_sums_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, expected in ((0, {"loss/replay": 2.0}), (1, {})):
+        monkeypatch.setattr(by_source, "rank", lambda number=number: number)
+        sums = LossBySource(NAMES, CPU)
+        sums.restore({"replay": (6.0, 3.0)})
+        assert sums.take() == expected
 
 
 def test_nothing_in_a_step_waits_for_the_device() -> None:
