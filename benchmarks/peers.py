@@ -22,7 +22,7 @@ from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sample_ste
 from lora_llava.data.rows import Batch, PackedRows, build_row
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import drop_unused_layers, undo_double_quantization
-from lora_llava.modeling.fused.layer import fuse_layers
+from lora_llava.modeling.fused.layer import fuse_layers, remove_trunk
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import TREES, VISION_TOWER
 from lora_llava.planning.attention import pick_attention
@@ -32,6 +32,7 @@ from lora_llava.planning.memory_plan import MemoryPlan, StageShapes, has_room_fo
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import GradientCheckpointing
+from lora_llava.training.checks.faster_paths import try_graphs
 from lora_llava.training.checks.monitor import StageMonitor
 from lora_llava.training.checks.non_finite import NonFiniteGuard
 from lora_llava.training.feature_cache import FeatureTower
@@ -167,12 +168,12 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
     """
     chosen = variant or Variant(nf4=task.nf4, recompute=task.checkpointing)
     longest = max(len(one.input_ids) for one in task.work.conversations)
-    tokens, attention, optim = task.micro_batch * longest, TREES, "adamw_torch"
+    tokens, attention, optim, graphs = task.micro_batch * longest, TREES, "adamw_torch", False
     recompute, dequantized, has_room = Recompute(chosen.recompute), chosen.dequantized, True
     if variant is None and not task.checkpointing:
         attention, plan = planned(task, longest)
         tokens, optim, recompute = plan.tokens_per_micro_batch, plan.optim, plan.recompute
-        dequantized = plan.keep_dequantized
+        dequantized, graphs = plan.keep_dequantized, plan.graphs
         has_room = has_room_for_scales(plan, make_config(task.shapes))
     stage = task.work.stage
 
@@ -186,6 +187,7 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
         return model
 
     model = task.models.get((stage, chosen.nf4, dequantized, has_room), build)
+    remove_trunk(model)
     llava = model.get_base_model()
     set_recompute(model, recompute.policy, recompute.full_layers)
     set_attention(llava, attention)
@@ -193,6 +195,8 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
     if chosen.cached:
         read = cached_features(llava, task)
     rows = Rows(task, tokens, chosen, read)
+    if graphs:
+        sys.stderr.write(f"{try_graphs(model, rows, plan_items(task.work), task.dtype)}\n")
     made = arguments(TrainingArguments, task, len(rows.rows), 1, label_names=["labels"], optim=optim)
     guard = NonFiniteGuard(rows, dtype=task.dtype)
     checks = [guard, StageMonitor(skipped=guard.skipped)]

@@ -29,10 +29,9 @@ def _packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torc
     llava = llava_in(model)
     inputs = masked_inputs(batch, attention_of(llava), llava.get_input_embeddings().weight.dtype)
     last_layer = llava.get_submodule(LANGUAGE_MODEL).layers[-1]
-    with _without_head(llava), _only_at(last_layer, batch["unique_target_positions"]):
+    with _without_head(llava), _images_in(llava, batch), _only_at(last_layer, batch["unique_target_positions"]):
         outputs = model(
             **inputs,
-            pixel_values=batch.get("pixel_values"),
             logits_to_keep=batch["target_positions"],
             use_cache=False,
         )
@@ -146,6 +145,35 @@ def llava_in(model: Any) -> Any:
     """Unwrap the `LlavaForConditionalGeneration` from data parallelism and PEFT."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+@contextmanager
+def _images_in(llava: Any, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside the `with` block, replace the embeddings of image tokens by the projected features of `pixel_values`.
+
+    The same as transformers' forward pass with `pixel_values`, which waits for the device twice a row: to compare the
+    number of features with that of image tokens, and to take the features' gradients out by a mask.
+    """
+    pixel_values = batch.get("pixel_values")
+    if pixel_values is None:
+        yield
+        return
+
+    def insert(_module: nn.Module, inputs: tuple[torch.Tensor, ...], embeddings: torch.Tensor) -> torch.Tensor:
+        pooled = llava.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        features = torch.cat(list(pooled)).to(embeddings.dtype)
+        is_text = inputs[0][0] != llava.config.image_token_id
+        if not is_text.is_cuda and int((~is_text).sum()) != len(features):
+            raise ValueError(f"{int((~is_text).sum())} image tokens, but features for {len(features)}")
+        # As many positions as there are features; `nonzero` would wait to know how many it finds.
+        positions = is_text.to(torch.uint8).argsort(stable=True)[: len(features)]
+        return embeddings.index_copy(1, positions, features[None])
+
+    handle = llava.get_input_embeddings().register_forward_hook(insert)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

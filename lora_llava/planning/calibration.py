@@ -26,7 +26,7 @@ from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL, Attention
 from lora_llava.planning.memory_plan import StageShapes
-from lora_llava.planning.speed import Speed
+from lora_llava.planning.speed import OTHER_LAYERS, Speed
 from lora_llava.system.device import autocast
 from lora_llava.system.text import dtype_name
 
@@ -42,8 +42,6 @@ _TREE, _PREFIX, _BRANCH = 1024, 640, 24
 """Tokens of each tree in a row, of its prefix (an image), and of a branch (a question)."""
 _PASSES, _REPEATS = 4, 3
 """Passes between two waits for the device, and how often they are timed; the shortest time counts."""
-_OTHER_LAYERS = 4
-"""Kernels of a row outside of the layers (vision tower, embedding, mask, loss), in layers: counted on a 7B model."""
 _VOCABULARY = 64
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, OSError)
 """What compilation and kernels raise where they do not work; a plan can be made without measuring."""
@@ -82,7 +80,7 @@ def _speed(seconds: Callable[[int], float], shapes: StageShapes, device: str) ->
     dequantizing = max(0.0, once - tokens * token) if is_computing and nf4 else 0.0
     layers = int(shapes.config.text_config.num_hidden_layers)
     return Speed(
-        _rounded(short * (layers + _OTHER_LAYERS)), _rounded(token * layers), _rounded(dequantizing * layers), True
+        _rounded(short * (layers + OTHER_LAYERS)), _rounded(token * layers), _rounded(dequantizing * layers), True
     )
 
 

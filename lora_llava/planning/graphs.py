@@ -1,4 +1,4 @@
-"""Choose the lengths that rows are padded to for CUDA graphs, and decide whether graphs pay."""
+"""The lengths that rows are padded to for CUDA graphs, and the memory that graphs take."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import LlavaConfig
 
-from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes
+from lora_llava.modeling.structure import ElementType
 
 _MOST_LENGTHS = 8
 """Capturing a length takes about as long as five rows, and its graphs some tens of MiB."""
 _MOST_PADDING = 0.02
 """Fewer lengths are chosen if they add at most this share of tokens."""
-_GRAPHS = 0.6 * GIB
+_GRAPHS = 0.6 * 2**30
 """What the driver keeps for the graphs of all lengths: an estimate."""
 _BUFFERS = 4
 """Buffers (T, hidden size) for input, output and their gradients."""
@@ -49,24 +50,8 @@ def choose_lengths(lengths: Sequence[int]) -> list[int]:
     return chosen[::-1]
 
 
-def graph_bytes(shapes: StageShapes, tokens: int) -> int:
+def graph_bytes(config: LlavaConfig, dtype: ElementType, tokens: int) -> int:
     """Return what the graphs of rows of up to `tokens` tokens take besides what the same rows take without graphs."""
-    text, (hidden, mlp) = shapes.config.text_config, _WORKSPACE
+    text, (hidden, mlp) = config.text_config, _WORKSPACE
     widths = (_BUFFERS + hidden) * int(text.hidden_size) + mlp * int(text.intermediate_size)
-    return round(_GRAPHS + tokens * widths * shapes.dtype.itemsize)
-
-
-def why_no_graphs(shapes: StageShapes, plan: MemoryPlan, lengths: Sequence[int]) -> str | None:
-    """Return why rows of `lengths` tokens should run without graphs, for the log; None if graphs should be tried."""
-    if not plan.speed.is_measured:
-        return "the speed of a layer was not measured"
-    passes = shapes.passes(plan.recompute, keep_dequantized=plan.keep_dequantized)
-    rows = np.array(lengths)
-    computing = float(passes.computing(rows, plan.speed).sum())
-    launching = len(rows) * passes.launching(plan.speed)
-    if launching <= computing:
-        return f"rows take longer to compute, {computing:.3g} s in all, than to launch, {launching:.3g} s"
-    needed = plan.bytes_needed + graph_bytes(shapes, max(lengths))
-    if needed > plan.bytes_usable:
-        return f"with graphs {needed / GIB:.1f} GiB are needed, and {plan.bytes_usable / GIB:.1f} GiB can be used"
-    return None
+    return round(_GRAPHS + tokens * widths * dtype.itemsize)

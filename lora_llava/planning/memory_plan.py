@@ -18,7 +18,8 @@ from lora_llava.data.packing import SampledSteps
 from lora_llava.data.stage import StageRecords
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.formats.shapes import LlavaShape
-from lora_llava.modeling.structure import Attention, ElementType, PartParameters, is_fused, stage_parameters
+from lora_llava.modeling.structure import FLEX, Attention, ElementType, PartParameters, is_fused, stage_parameters
+from lora_llava.planning.graphs import graph_bytes
 from lora_llava.planning.memory import (
     LayerSettings,
     Recompute,
@@ -68,6 +69,8 @@ class MemoryPlan:
     """Relative time per token of the conversations; see `planning.speed`."""
     speed: Speed
     """The speed that the plan was made with."""
+    graphs: bool = False
+    """Whether the decoder layers are to run as CUDA graphs; a trial before the first step decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +120,20 @@ class StageShapes:
             is_fused=self.is_fused,
         )
 
-    def passes(self, recompute: Recompute, *, keep_dequantized: bool) -> Passes:
+    def passes(self, recompute: Recompute, *, keep_dequantized: bool, graphs: bool = False) -> Passes:
         """Describe how the layers compute a row with these choices."""
         layers = int(self.config.text_config.num_hidden_layers)
-        return Passes(layers, recompute, self.quantization.type == "nf4", keep_dequantized, self.is_fused)
+        return Passes(layers, recompute, self.quantization.type == "nf4", keep_dequantized, self.is_fused, graphs)
+
+    def may_use_graphs(self, machine: Machine) -> bool:
+        """Tell whether decoder layers can run as CUDA graphs, and it is known how long their kernels take to launch.
+
+        Not with dropout, whose random numbers a graph would repeat; nor with several processes, whose gradients are
+        added up outside of graphs; nor with SDPA, whose shapes depend on the trees of a row.
+        """
+        is_possible = self.is_fused and world_size() == 1 and machine.attention == FLEX and machine.device == "cuda"
+        dropout = self.adapter.lora_dropout if self.settings.trains_lora else 0.0
+        return is_possible and dropout == 0 and machine.speed.is_measured and self.settings.cuda_graphs == "auto"
 
 
 def stage_shapes(
@@ -190,6 +203,8 @@ def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> st
     if shapes.quantization.type == "nf4":
         kept = str(plan.keep_dequantized).lower()
         values["keep_dequantized"] = (kept, shapes.quantization.keep_dequantized)
+    if plan.graphs:
+        values["cuda_graphs"] = ("on", settings.cuda_graphs)
     origins = [
         f"{name}: {value} ({source if set_to == 'auto' else 'recipe'})" for name, (value, set_to) in values.items()
     ]
@@ -214,7 +229,7 @@ def predicted_seconds(shapes: StageShapes, plan: MemoryPlan, tokens: int) -> flo
     """Return the seconds that a row of `tokens` tokens takes as planned; None if the speed is not measured."""
     if not plan.speed.is_measured:
         return None
-    passes = shapes.passes(plan.recompute, keep_dequantized=plan.keep_dequantized)
+    passes = shapes.passes(plan.recompute, keep_dequantized=plan.keep_dequantized, graphs=plan.graphs)
     return float(passes.row_times(np.array([tokens]), plan.speed)[0])
 
 
@@ -228,10 +243,12 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
     """Yield a plan for each combination of the open choices."""
     settings = shapes.settings
     optimizers, layer = _optimizers(shapes, machine.device), shapes.layers(machine.attention)
-    for keep_dequantized, recompute in product(
-        _keep_dequantized_choices(shapes.quantization, shapes.shards), _recomputes(shapes, machine)
+    for keep_dequantized, recompute, graphs in product(
+        _keep_dequantized_choices(shapes.quantization, shapes.shards),
+        _recomputes(shapes, machine),
+        [False, True] if shapes.may_use_graphs(machine) else [False],
     ):
-        passes = shapes.passes(recompute, keep_dequantized=keep_dequantized)
+        passes = shapes.passes(recompute, keep_dequantized=keep_dequantized, graphs=graphs)
         # Weights, gradients and optimizer states do not depend on the micro-batch.
         parameters = shapes.held_parameters(keep_dequantized=keep_dequantized)
         memory = {optim: expected_memory(optim, parameters, offloads=shapes.offloads) for optim in optimizers}
@@ -241,11 +258,12 @@ def _candidates(shapes: StageShapes, machine: Machine) -> Iterator[MemoryPlan]:
             supervised = 2 * tokens if settings.trains_on_pairs else tokens
             activations = activation_bytes(shapes.config, layer, recompute, tokens, supervised)
             held = held_bytes(activations, recompute, machine.device)
+            held += graph_bytes(shapes.config, shapes.dtype, tokens) if graphs else 0
             cost = relative_cost(shapes.steps, tokens, passes, machine.speed)
             for optim in optimizers:
                 needed = fixed[optim] + held
                 yield MemoryPlan(
-                    tokens, recompute, optim, keep_dequantized, needed, machine.usable, cost, machine.speed
+                    tokens, recompute, optim, keep_dequantized, needed, machine.usable, cost, machine.speed, graphs
                 )
 
 

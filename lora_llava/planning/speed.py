@@ -51,6 +51,8 @@ _FULL_LAUNCHING = {True: 1.5, False: 1.8}
 """The same with full checkpointing, of fused layers and of others."""
 _DEQUANTIZED_LAUNCHING = {True: 0.7, False: 0.54}
 """The same of layers whose weights are dequantized once."""
+OTHER_LAYERS = 4
+"""Kernels of a row outside of the layers (vision tower, embedding, mask, loss), in layers: counted on a 7B model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class Passes:
     """Whether they are dequantized once instead of in every pass."""
     is_fused: bool = True
     """Whether the layers are fused. Those that `selective` does not recompute in full then keep everything."""
+    graphs: bool = False
+    """Whether all layers but the last run as CUDA graphs."""
 
     def row_times(self, lengths: npt.NDArray[np.int64], speed: Speed) -> npt.NDArray[np.float64]:
         """Return the times of rows of `lengths` tokens, in the unit of `speed`; an empty row takes no time."""
@@ -109,6 +113,8 @@ class Passes:
 
     def launching(self, speed: Speed) -> float:
         """Return the time to launch the kernels of a row."""
+        if self.graphs:
+            return speed.launching * (1 + OTHER_LAYERS) / (self.layers + OTHER_LAYERS)
         selective = 1.0 if self.is_fused else _SELECTIVE_LAUNCHING
         launching = speed.launching * self._mean(_FULL_LAUNCHING[self.is_fused], selective, 1.0)
         return launching * (_DEQUANTIZED_LAUNCHING[self.is_fused] if self.nf4 and self.keep_dequantized else 1.0)

@@ -266,10 +266,10 @@ class StageSettings(Settings):
     attention (fused layers do so anyway); true: recompute whole layers."""
     gradient_checkpointing_layers: Annotated[int, Field(ge=0), OnResume.RESOLVED] = 0
     """With `selective`: recompute the first N layers entirely."""
-    cuda_graphs: Annotated[Literal["off", "auto"], OnResume.ROUNDING] = "off"
-    """`auto`: on CUDA with flex_attention, decoder layers run as CUDA graphs where launching their kernels takes longer
-    than computing them, and a trial before the first step gives the same gradients in less time. Not tried on a card
-    yet, hence off."""
+    cuda_graphs: Annotated[Literal["off", "auto"], OnResume.RESOLVED] = "auto"
+    """`auto`: on CUDA with flex_attention, decoder layers run as CUDA graphs where the plan is faster with them, since
+    kernels take longer to launch than to compute, and a trial before the first step gives the same gradients in less
+    time."""
     cache_image_features: Annotated[Literal["off", "memory", "disk"], OnResume.ROUNDING] = "off"
     """Compute the vision tower's features once per image instead of in every epoch; `disk` stores them in the run's
     directory. Pays off from the second epoch."""

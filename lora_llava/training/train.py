@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.base import LoadedModel, load_base, undo_double_quantization
-from lora_llava.modeling.fused.layer import fuse_layers, why_not_compiled
+from lora_llava.modeling.fused.layer import fuse_layers, graph_lengths, why_not_compiled
 from lora_llava.modeling.metadata import describe_directory
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
@@ -59,13 +59,13 @@ from lora_llava.training.checkpoints.resume import (
 from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact, seen_until
 from lora_llava.training.checkpoints.state import load_weights
-from lora_llava.training.checks.faster_paths import check_fused, use_graphs
+from lora_llava.training.checks.faster_paths import check_fused, try_graphs
 from lora_llava.training.checks.first_row import check_first_row
 from lora_llava.training.checks.longest_row import out_of_memory_named, trial_lines, try_longest_row
 from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.objectives.reference import attach_reference
 from lora_llava.training.parallel.lockstep import is_in_lockstep
-from lora_llava.training.parallel.offload import check_offload, offload_line, offloads
+from lora_llava.training.parallel.offload import check_offload, offload_line
 from lora_llava.training.parallel.sharding import check_sharded, sharded, sharding_line
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
@@ -244,10 +244,11 @@ def _check_rows(
         if is_whole and (line := check_fused(model, rows, data.encoded.items, dtype)) is not None:
             _print_lines(stage, [line], console)
             trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
+        if plan.graphs:
+            _print_lines(stage, [try_graphs(model, rows, data.encoded.items, dtype)], console)
+            plan = replace(plan, graphs=bool(graph_lengths(model)))
+            trial = try_longest_row(model, rows, data.encoded.items, dtype, console, attn_implementation=setting)
         _print_lines(stage, trial_lines(trial, shapes, plan), console)
-        # Graphs would read the trained weights where they are before they are divided.
-        if is_whole and stage.settings.cuda_graphs == "auto" and not offloads(stage):
-            _print_lines(stage, [use_graphs(model, rows, data.encoded.items, dtype, (shapes, plan))], console)
     check_first_row(model, rows, dtype, device, skip_limit(stage.settings) > 0)
 
 

@@ -38,6 +38,8 @@ class CudaGraphs:
 
     def __call__(self, function: Run) -> Run:
         """Capture `function`, which has run before, so that nothing is compiled or loaded meanwhile."""
+        # The allocator cannot give memory back while a graph is captured, and holds what earlier passes used.
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             function()

@@ -66,6 +66,8 @@ def run_facts(stage: Stage, shapes: StageShapes, data: StageData, plan: MemoryPl
         f"{key}.tokens_per_micro_batch": plan.tokens_per_micro_batch,
         f"{key}.gradient_checkpointing": str(plan.recompute),
         f"{key}.optim": plan.optim,
+        # None, as in checkpoints that were written before there were graphs.
+        f"{key}.cuda_graphs": "on" if plan.graphs else None,
         "quantization.keep_dequantized": plan.keep_dequantized,
         "attn_implementation": machine.attention,
         "precision": dtype_name(shapes.dtype),

@@ -23,10 +23,8 @@ from lora_llava.modeling.fused.layer import has_fused_layers, install_trunk, lay
 from lora_llava.modeling.fused.trunk import Capture, CudaGraphs, Trunk
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.modeling.recompute import recomputed_in_full, set_recompute
-from lora_llava.planning.graphs import choose_lengths, why_no_graphs
-from lora_llava.planning.memory_plan import MemoryPlan, StageShapes
+from lora_llava.planning.graphs import choose_lengths
 from lora_llava.system.device import autocast
-from lora_llava.system.ranks import world_size
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Largest relative difference of gradients between fused layers and PEFT's, by dtype: each rounds in every layer. A
@@ -144,24 +142,16 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     yield
 
 
-def use_graphs(
-    model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: torch.dtype, plan: tuple[StageShapes, MemoryPlan]
+def try_graphs(
+    model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: torch.dtype, capture: Capture | None = None
 ) -> str:
-    """Have rows run through CUDA graphs if they pay, and compute the same; return a line for the console."""
-    lengths = _row_lengths(rows, items)
-    padded = [padded_length(length) for length in lengths if length]
-    several = "gradients of several processes are added up by hooks, which graphs have none of"
-    if reason := several if world_size() > 1 else why_no_graphs(*plan, padded):
-        return f"cuda_graphs: off (auto: {reason})"
-    return try_graphs(model, rows, lengths, dtype, CudaGraphs())
-
-
-def try_graphs(model: Any, rows: PackedRows, lengths: Sequence[int], dtype: torch.dtype, capture: Capture) -> str:
     """Capture graphs, and compare them with the layers on the longest row of each length; remove them where they fail.
 
-    `lengths`: tokens of each of `rows`. Returns a line for the console.
+    `capture`: default, CUDA's. Returns a line for the console; `graph_lengths` tells whether there are graphs.
     """
+    lengths = _row_lengths(rows, items)
     chosen = choose_lengths([padded_length(length) for length in lengths if length])
+    capture = capture or CudaGraphs()
     trunk = install_trunk(model, chosen, capture)
     reason = trunk if isinstance(trunk, str) else None
     if isinstance(trunk, Trunk):

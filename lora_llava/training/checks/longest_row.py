@@ -14,7 +14,8 @@ from rich.console import Console
 from lora_llava.data.packing import PlanItem, tree_length
 from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
-from lora_llava.modeling.attention import attention_of, set_attention, to_device
+from lora_llava.modeling.attention import attention_of, set_attention, to_device, with_block_lists
+from lora_llava.modeling.fused.layer import graph_lengths
 from lora_llava.modeling.packed import llava_in, packed_loss
 from lora_llava.modeling.structure import FLEX, TREES
 from lora_llava.planning.memory_plan import (
@@ -79,7 +80,7 @@ def try_longest_row(
 def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
     """Return the seconds of the second pass; the first compiles."""
     device = next(model.parameters()).device
-    batch = to_device(row, device)
+    batch = to_device(with_block_lists(row, lengths) if (lengths := graph_lengths(model)) else row, device)
     was_training = model.training
     model.train()
     try:

@@ -1,19 +1,19 @@
-"""Which lengths rows are padded to for CUDA graphs, and when graphs are tried."""
+"""Which lengths rows are padded to for CUDA graphs, and when graphs are planned."""
 
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 
-from lora_llava.modeling.structure import FLEX
-from lora_llava.planning import graphs
-from lora_llava.planning.graphs import choose_lengths, graph_bytes, why_no_graphs
-from lora_llava.planning.memory_plan import plan_memory
+from lora_llava.modeling.structure import FLEX, TREES
+from lora_llava.planning import graphs, memory_plan
+from lora_llava.planning.graphs import choose_lengths, graph_bytes
+from lora_llava.planning.memory_plan import MemoryPlan, plan_line, plan_memory, predicted_seconds
 from lora_llava.planning.speed import Machine, Speed
 from tests.unit.planning.test_memory_plan import GIB, recipe, shapes_of
 
@@ -50,21 +50,60 @@ def test_no_rows_have_no_lengths() -> None:
     assert choose_lengths([512]) == [512]
 
 
-def test_graphs_are_tried_where_rows_take_longer_to_launch_and_memory_has_room() -> None:
+def plan_of(speed: Speed, attention: str = FLEX, usable: int = 24 * GIB, **settings: Any) -> MemoryPlan:
+    shapes = shapes_of(recipe(**settings), torch.bfloat16, 700)
+    return plan_memory(shapes, Machine("cuda", usable, attention, speed))
+
+
+def test_graphs_are_planned_where_rows_take_longer_to_launch_than_to_compute() -> None:
+    shapes = shapes_of(recipe(), torch.bfloat16, 700)
+    machine = Machine("cuda", 24 * GIB, FLEX, SLOW_HOST)
+    plan = plan_memory(shapes, machine)
+    assert plan.graphs
+    assert "cuda_graphs: on (auto)" in plan_line(plan, shapes)
+    off = plan_memory(shapes_of(recipe(stage={"cuda_graphs": "off"}), torch.bfloat16, 700), machine)
+    assert not off.graphs
+    assert "cuda_graphs" not in plan_line(off, shapes)
+    assert plan.cost < off.cost
+    # What is launched otherwise is known from a measurement alone; where computing takes longer, nothing is gained.
+    assert not plan_of(FAST_HOST).graphs
+    assert not plan_of(replace(SLOW_HOST, is_measured=False)).graphs
+
+
+def test_graphs_are_not_planned_where_they_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not plan_of(SLOW_HOST, TREES).graphs
+    shapes = shapes_of(recipe(), torch.bfloat16, 700)
+    machine = Machine("cuda", 24 * GIB, FLEX, SLOW_HOST)
+    assert shapes.may_use_graphs(machine)
+    dropping = shapes.adapter.model_copy(update={"lora_dropout": 0.05})
+    assert not replace(shapes, adapter=dropping).may_use_graphs(machine)
+    assert not shapes.may_use_graphs(replace(machine, device="cpu"))
+    monkeypatch.setattr(memory_plan, "world_size", lambda: 2)
+    assert not shapes.may_use_graphs(machine)
+
+
+def test_a_row_through_graphs_launches_what_is_outside_of_them() -> None:
     shapes = shapes_of(recipe(), torch.bfloat16, 700)
     plan = plan_memory(shapes, Machine("cuda", 40 * GIB, FLEX, SLOW_HOST))
-    rows = [1152] * 9 + [2176]
-    assert why_no_graphs(shapes, plan, rows) is None
-    fast = str(why_no_graphs(shapes, replace(plan, speed=FAST_HOST), rows))
-    assert re.fullmatch(r"rows take longer to compute, 0\.\d+ s in all, than to launch, 0\.\d+ s", fast)
-    assert "not measured" in str(
-        why_no_graphs(shapes, replace(plan, speed=replace(SLOW_HOST, is_measured=False)), rows)
+    layers = int(shapes.config.text_config.num_hidden_layers)
+    expected = max(0.4 * 5 / (layers + 4), (plan.keep_dequantized is False) * 7e-3 + 2e-5 * 1000)
+    assert plan.recompute.policy is False
+    assert predicted_seconds(shapes, plan, 1000) == pytest.approx(expected)
+    assert predicted_seconds(shapes, replace(plan, graphs=False), 1000) == pytest.approx(
+        0.4 * (0.7 if plan.keep_dequantized else 1)
     )
-    needed = plan.bytes_needed + graph_bytes(shapes, 2176)
-    assert why_no_graphs(shapes, replace(plan, bytes_usable=needed), rows) is None
-    short = why_no_graphs(shapes, replace(plan, bytes_usable=needed - 1), rows)
-    assert short is not None
-    assert short.startswith("with graphs ")
+
+
+def test_graphs_count_in_the_memory_of_a_plan() -> None:
+    stage = {"tokens_per_micro_batch": 2176, "gradient_checkpointing": False}
+    shapes = shapes_of(recipe(stage=stage), torch.bfloat16, 700)
+    machine = Machine("cuda", 40 * GIB, FLEX, SLOW_HOST)
+    plans = [one for one in memory_plan._candidates(shapes, machine) if one.optim == "adamw_torch"]
+    with_graphs, without = ({one.keep_dequantized: one for one in plans if one.graphs is on} for on in (True, False))
+    size = graph_bytes(shapes.config, shapes.dtype, 2176)
+    assert with_graphs.keys() == without.keys() == {False, True}
+    assert all(with_graphs[key].bytes_needed - one.bytes_needed == size for key, one in without.items())
     # Of the longest row: buffers and workspace.
-    assert graph_bytes(shapes, 4352) - graph_bytes(shapes, 2176) == graph_bytes(shapes, 2176) - graph_bytes(shapes, 0)
-    assert graph_bytes(shapes, 2176) < GIB
+    twice, none = (graph_bytes(shapes.config, shapes.dtype, tokens) for tokens in (4352, 0))
+    assert twice - size == size - none
+    assert size < GIB

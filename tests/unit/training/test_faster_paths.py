@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, LlamaDecoderLayer
 
-from lora_llava.data.packing import PlanItem, tree_length
+from lora_llava.data.packing import PlanItem
 from lora_llava.modeling import attention as attention_module
 from lora_llava.modeling.attention import set_attention
 from lora_llava.modeling.fused import functions
@@ -31,7 +31,6 @@ from tests.unit.modeling.test_trunk import Recorder, dense, repeating
 
 ROWS = made_rows(range(2))
 ITEMS = [PlanItem(len(one.input_ids), one.prefix_length, 0) for one in ROWS.encoded]
-LENGTHS = [sum(tree_length(tree, ITEMS) for tree in row) for row in ROWS.rows]
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def test_the_comparison_keeps_little_drops_nothing_and_restores_what_it_changed(
 @pytest.mark.usefixtures("graphs_are_faster")
 def test_graphs_that_give_the_same_gradients_faster_are_used(model: Any) -> None:
     before = state_of(model)
-    line = try_graphs(model, ROWS, LENGTHS, torch.float32, Recorder())
+    line = try_graphs(model, ROWS, ITEMS, torch.float32, Recorder())
     assert line == "cuda_graphs: rows are padded to 256 tokens; the longest takes 2000 ms instead of 4000 ms"
     assert graph_lengths(model) == [256]
     assert same(state_of(model), before)
@@ -192,7 +191,7 @@ def _does_nothing(_function: Callable[[], None]) -> Callable[[], None]:
 )
 def test_graphs_that_fail_or_compute_something_else_are_left(model: Any, capture: Any, reason: str) -> None:
     before = state_of(model)
-    line = try_graphs(model, ROWS, LENGTHS, torch.float32, capture)
+    line = try_graphs(model, ROWS, ITEMS, torch.float32, capture)
     assert line.startswith(f"cuda_graphs: off ({reason}")
     assert graph_lengths(model) == []
     assert same(state_of(model), before)
@@ -202,7 +201,7 @@ def test_graphs_that_fail_or_compute_something_else_are_left(model: Any, capture
 def test_graphs_that_are_slower_are_left(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0, 8.0])
     monkeypatch.setattr(faster_paths, "_now", lambda _: next(times))
-    line = try_graphs(model, ROWS, LENGTHS, torch.float32, repeating)
+    line = try_graphs(model, ROWS, ITEMS, torch.float32, repeating)
     assert line == "cuda_graphs: off (the longest row takes 3000 ms with graphs and 1000 ms without)"
     assert graph_lengths(model) == []
 
