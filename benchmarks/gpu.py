@@ -3,8 +3,8 @@
 python -m benchmarks.gpu --minutes 15 [--model 7b] [--output benchmarks/results/h100_7b.json]
 
 The comparisons come in the order of what they tell; what the minutes do not allow is left out. Each peer has one
-process for all of them, and does its steps while the others hold their weights alone. Options of the peers come from a
-table; one that needs more than the cap halves its micro-batch. The kit's planner chooses for the kit.
+process for all of them; their steps are done in turn, so that all see the same machine. Options of the peers come from
+a table; one that needs more than the cap halves its micro-batch. The kit's planner chooses for the kit.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ QUESTIONS = {"V11": 44, "MX": 32}
 COMPARISONS = (
     ("V11", 24.0),
     ("V1", 24.0),
-    ("S1", 24.0),
     ("V4", 24.0),
+    ("S1", 24.0),
     ("V11", 12.0),
     ("MX", 24.0),
     ("V11", 16.0),
@@ -78,46 +78,52 @@ def options_for(name: str, cap: float, questions: int) -> dict[str, Any]:
     return common | {"checkpointing": True, "micro_batch": size}
 
 
-def run_peer(
-    fleet: Fleet, name: str, set_name: str, options: dict[str, Any], series: Series, seconds: float
-) -> tuple[Peer, dict[str, Any], dict[str, Any]] | None:
-    """Let a peer do its steps, fewer if they take more than `seconds`; return it, what it says and its options.
+class Running:
+    """A peer at its job, with a smaller micro-batch each time that it fails."""
 
-    None for a peer that fails with the smallest micro-batch, too.
-    """
-    while True:
-        peer = fleet.peer(name)
-        try:
-            peer.begin(series.job(set_name, options))
-            until = None
-            for number in range(series.warmup + series.steps):
-                peer.step()
-                until = until or time.monotonic() + seconds
-                if number + 1 >= series.warmup + MIN_STEPS and time.monotonic() > until:
-                    break
-            return peer, peer.end(), options
-        except EndedEarlyError as error:
-            fleet.drop(name)
-            click.echo(f"{set_name} {name}, {options}: {error.message}")
-            if options.get("micro_batch", 1) == 1:
-                return None
-            smaller = options["micro_batch"] // 2
-            while series.questions % smaller:
-                smaller -= 1
-            options = {**options, "micro_batch": smaller}
+    def __init__(self, fleet: Fleet, name: str, set_name: str, options: dict[str, Any], series: Series) -> None:
+        self.fleet, self.name, self.set_name, self.options, self.series = fleet, name, set_name, options, series
+        self._begin()
+
+    def _begin(self) -> None:
+        self.peer = self.fleet.peer(self.name)
+        self.peer.begin(self.series.job(self.set_name, self.options))
+
+    def advance(self, steps: int) -> bool:
+        """Have `steps` steps done in all, or be ready for the first; False if the smallest micro-batch fails, too."""
+        while True:
+            try:
+                self.peer.wait_until_ready()
+                while len(self.peer.seconds) < steps:
+                    self.peer.step()
+                return True
+            except EndedEarlyError as error:
+                self.fleet.drop(self.name)
+                click.echo(f"{self.set_name} {self.name}, {self.options}: {error.message}")
+                if self.options.get("micro_batch", 1) == 1:
+                    return False
+                smaller = self.options["micro_batch"] // 2
+                while self.series.questions % smaller:
+                    smaller -= 1
+                self.options = {**self.options, "micro_batch": smaller}
+                self._begin()
 
 
 def compare(
     fleet: Fleet, set_name: str, peers: Mapping[str, dict[str, Any]], series: Series, seconds: float
 ) -> dict[str, Any] | None:
-    """Measure one set with all peers, one after another; None if the kit fails."""
-    rate = matrix_rate()
-    rows: dict[str, dict[str, Any]] = {}
-    used: dict[str, dict[str, Any]] = {}
-    for name, options in peers.items():
-        if done := run_peer(fleet, name, set_name, options, series, seconds / len(peers)):
-            peer, facts, used[name] = done
-            rows[name] = peer.result(facts, series.questions, series.warmup, rate)
+    """Measure one set with all peers, their steps in turn, fewer if they take more than `seconds`; None if all fail."""
+    # All get ready at the same time, and none does a step before.
+    running = [Running(fleet, name, set_name, options, series) for name, options in peers.items()]
+    running = [one for one in running if one.advance(0)]
+    rate, until = matrix_rate(), None
+    for number in range(1, series.warmup + series.steps + 1):
+        running = [one for one in running if one.advance(number)]
+        until = until or time.monotonic() + seconds
+        if number >= series.warmup + MIN_STEPS and time.monotonic() > until:
+            break
+    rows = {one.name: one.peer.result(one.peer.end(), series.questions, series.warmup, rate) for one in running}
+    used = {one.name: one.options for one in running}
     return summary(set_name, used, rows, rate, series) if rows else None
 
 
@@ -158,25 +164,32 @@ def measure_for(
     model: str,
     steps: tuple[int, int],
     output: Path | None,
+    *,
+    alone_up_to: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Measure as many comparisons as `minutes` allow, and write the report after each; `steps`: warm-up and timed."""
+    """Measure as many comparisons as `minutes` allow, and write the report after each.
+
+    `steps`: warm-up and timed; `alone_up_to`: GiB of the largest card on which only the first of `peers` is measured.
+    """
     precision = "bf16" if pick_device().type == "cuda" else "fp32"
     fleet = Fleet(model)
     results: list[dict[str, Any]] = []
-    deadline, longest = time.monotonic() + 60 * minutes, 0.0
+    deadline, spent = time.monotonic() + 60 * minutes, []
     try:
         for number, (set_name, cap) in enumerate(comparisons):
             started = time.monotonic()
             left = deadline - started
-            if left < longest:
+            # The first one starts the processes, too.
+            if left < max(spent[1:], default=0.0):
                 rest = ", ".join(f"{name} in {size:g} GiB" for name, size in comparisons[number:])
                 click.echo(f"left out, for lack of time: {rest}")
                 break
             series = Series(QUESTIONS.get(set_name, 32), *steps, precision)
-            options = {name: options_for(name, cap, series.questions) for name in peers}
+            names = peers[:1] if cap <= alone_up_to else peers
+            options = {name: options_for(name, cap, series.questions) for name in names}
             if made := compare(fleet, set_name, options, series, left / (len(comparisons) - number)):
                 results.append(made | {"cap": cap})
-            longest = max(longest, time.monotonic() - started)
+            spent.append(time.monotonic() - started)
             write_report(output, model=model, micro_batch=None, results=results, ladder=None)
     finally:
         fleet.close()

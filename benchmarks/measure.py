@@ -46,6 +46,7 @@ class Peer:
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         self.norms: dict[str, float] = {}
+        self._is_ready = False
 
     def _read(self, key: str) -> dict[str, Any]:
         """Read up to the next line that holds `key`."""
@@ -68,9 +69,16 @@ class Peer:
         self.seconds, self.cpu_seconds, self.losses, self.norms = [], [], [], {}
         self._write(json.dumps(job))
 
+    def wait_until_ready(self) -> None:
+        """Wait until the peer has done what comes before its next step, the building of its model included."""
+        if not self._is_ready:
+            self._read("ready")
+            self._is_ready = True
+
     def step(self) -> float:
         """Let the peer do one step; return the seconds that it took."""
-        self._read("ready")
+        self.wait_until_ready()
+        self._is_ready = False
         self._write("go")
         facts = self._read("loss")
         self.seconds.append(facts["seconds"])
@@ -81,7 +89,8 @@ class Peer:
 
     def end(self) -> dict[str, Any]:
         """End the job; return what the peer says of it."""
-        self._read("ready")
+        self.wait_until_ready()
+        self._is_ready = False
         self._write("stop")
         return self._read("supervised")
 

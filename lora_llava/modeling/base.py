@@ -160,6 +160,9 @@ def load_base(
 
     `keep_dequantized`: whether to dequantize them once; None: if they then fit half of the free memory.
     """
+    if dtype == torch.float32:
+        # cuDNN computes the vision tower's patch embedding in TF32 otherwise, with other roundings for other batches.
+        torch.backends.cudnn.allow_tf32 = False
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)

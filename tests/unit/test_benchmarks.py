@@ -76,7 +76,7 @@ def test_a_peer_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TREES": (1,), "WARMUP": 0, "REPEATS": 1, "BRANCHES": 2}.items():
+    for name, value in {"NUM_TREES": (1,), "WARMUP": 0, "REPEATS": 1, "BRANCHES": 2}.items():
         monkeypatch.setattr(check, name, value)
 
 
@@ -88,7 +88,9 @@ def test_rows_of_both_paths_are_timed_and_their_gradients_compared(monkeypatch: 
     assert peft["tokens"] == fused["tokens"] > 16
     assert 0 < fused["kernels"] < peft["kernels"]
     assert min(peft["wall_ms"], peft["kernel_ms"], fused["wall_ms"], fused["kernel_ms"]) > 0
-    assert kept["gradients"]["worst"] < 1e-4
+    assert kept["gradients"]["peft"]["relative"] == 0
+    assert 0 < kept["gradients"]["fused"]["worst"] < 1e-4
+    assert kept["waits"] == []
     assert kept["row_allocator_retries"] == 0
     assert any("_OutputAndMLP" in line for line in kept["profile_fused"])
     assert kept["graphs"] == {"failure": "no GPU"}
@@ -104,14 +106,14 @@ def test_fused_layers_that_compute_something_else_are_found(monkeypatch: pytest.
         return reason
 
     monkeypatch.setattr(check, "fuse_layers", wrongly)
-    assert check.check_rows(TINY, lambda **_: None) == ["the fused layers' gradients differ from PEFT's"]
+    assert check.check_rows(TINY, lambda **_: None) == ["the fused layers' gradients are less exact than PEFT's"]
     monkeypatch.setattr(check, "fuse_layers", lambda _model: "dropout")
     assert check.check_rows(TINY, lambda **_: None) == ["the layers are not fused: dropout"]
 
 
 def test_a_row_that_the_card_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     short(monkeypatch)
-    monkeypatch.setattr(check, "TREES", (1, 2))
+    monkeypatch.setattr(check, "NUM_TREES", (1, 2))
     timed = check.timed
 
     def limited(rows: Any, trees: int) -> Any:
@@ -135,23 +137,32 @@ def test_retries_of_the_allocator_are_named() -> None:
 
 
 class FakePeer:
-    """A peer that holds `largest` conversations of a micro-batch, and takes `seconds` a step."""
+    """A peer that holds `largest` conversations of a micro-batch, and takes `takes` seconds a step."""
 
-    def __init__(self, largest: int, clock: list[float], seconds: float) -> None:
-        self.largest, self.clock, self.takes = largest, clock, seconds
-        self.steps = 0
+    def __init__(self, name: str, largest: int, clock: list[float], takes: float, done: list[str]) -> None:
+        self.name, self.largest, self.clock, self.takes, self.done = name, largest, clock, takes, done
+        self.seconds: list[float] = []
+        self.size = 0
 
     def begin(self, options: dict[str, Any]) -> None:
-        if options.get("micro_batch", 1) > self.largest:
-            raise EndedEarlyError("out of memory")
+        self.size, self.seconds = options.get("micro_batch", 1), []
+
+    def wait_until_ready(self) -> None:
+        self.done.append(f"{self.name} ready")
 
     def step(self) -> float:
-        self.steps += 1
+        if self.size > self.largest:
+            raise EndedEarlyError("out of memory")
+        self.done.append(self.name)
         self.clock[0] += self.takes
+        self.seconds.append(self.takes)
         return self.takes
 
     def end(self) -> dict[str, Any]:
         return {"supervised": 1}
+
+    def result(self, facts: Any, *_: Any) -> dict[str, Any]:
+        return {"seconds": self.seconds, **facts}
 
     def kill(self) -> None:
         pass
@@ -164,29 +175,41 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-SERIES = Series(32, 2, 12, "bf16")
-
-
-def run(largest: int, clock: list[float], seconds: float, limit: float) -> Any:
+def run(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float], largest: int, seconds: float, limit: float
+) -> tuple[list[str], Any]:
+    """Compare the kit with a peer that holds `largest` conversations; return the order of what is done, and results."""
+    done: list[str] = []
     fleet = gpu.Fleet("7b")
-    one = FakePeer(largest, clock, seconds)
-    fleet.peer = lambda name: fleet.running.setdefault(name, one)  # type: ignore[arg-type,method-assign,return-value]
-    options = gpu.options_for("hf-trainer", 24.0, 32)
-    return one, gpu.run_peer(fleet, "hf-trainer", "V1", options, SERIES, limit)
+    fakes = {
+        "lora-llava": FakePeer("lora-llava", 99, clock, 0.1, done),
+        "hf-trainer": FakePeer("hf-trainer", largest, clock, seconds, done),
+    }
+    fleet.peer = lambda name: fleet.running.setdefault(name, fakes[name])  # type: ignore[arg-type,method-assign,return-value]
+    monkeypatch.setattr(gpu, "matrix_rate", lambda: 1.0)
+    monkeypatch.setattr(gpu, "summary", lambda _name, used, rows, *_: {"used": used, "rows": rows})
+    options = {name: gpu.options_for(name, 24.0, 32) for name in fakes}
+    return done, gpu.compare(fleet, "V1", options, Series(32, 2, 12, "bf16"), limit)
 
 
-def test_a_peer_that_does_not_fit_halves_its_micro_batch(clock: list[float]) -> None:
-    one, done = run(5, clock, 1.0, 100.0)
-    assert done is not None
-    assert done[2] == {"nf4": True, "cap": 24.0, "checkpointing": True, "micro_batch": 4}
-    assert one.steps == 14
+def test_peers_step_in_turn_once_all_are_ready(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    done, results = run(monkeypatch, clock, 16, 1.0, 100.0)
+    assert done[:2] == ["lora-llava ready", "hf-trainer ready"]
+    assert [one for one in done if not one.endswith("ready")] == ["lora-llava", "hf-trainer"] * 14
+    assert [len(one["seconds"]) for one in results["rows"].values()] == [14, 14]
+
+
+def test_a_peer_that_does_not_fit_halves_its_micro_batch(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    _, results = run(monkeypatch, clock, 5, 1.0, 100.0)
+    assert results["used"]["hf-trainer"] == {"nf4": True, "cap": 24.0, "checkpointing": True, "micro_batch": 4}
+    assert len(results["rows"]["hf-trainer"]["seconds"]) == 14
     # And one that never fits is left out.
-    assert run(0, clock, 1.0, 100.0)[1] is None
+    assert list(run(monkeypatch, clock, 0, 1.0, 100.0)[1]["rows"]) == ["lora-llava"]
 
 
-def test_a_slow_peer_does_fewer_steps_but_enough_for_a_median(clock: list[float]) -> None:
-    assert run(16, clock, 5.0, 40.0)[0].steps == 10
-    assert run(16, clock, 50.0, 40.0)[0].steps == 2 + gpu.MIN_STEPS
+def test_slow_peers_do_fewer_steps_but_enough_for_a_median(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    steps = [len(run(monkeypatch, clock, 16, takes, 40.0)[1]["rows"]["lora-llava"]["seconds"]) for takes in (5.0, 50.0)]
+    assert steps == [9, 2 + gpu.MIN_STEPS]
 
 
 def test_options_are_of_the_table_and_divide_the_step() -> None:
