@@ -174,7 +174,8 @@ def measure_for(
     precision = "bf16" if pick_device().type == "cuda" else "fp32"
     fleet = Fleet(model)
     results: list[dict[str, Any]] = []
-    deadline, spent = time.monotonic() + 60 * minutes, []
+    deadline = time.monotonic() + 60 * minutes
+    spent: list[float] = []
     try:
         for number, (set_name, cap) in enumerate(comparisons):
             started = time.monotonic()

@@ -127,8 +127,10 @@ def train(name: str, task: Task) -> dict[str, Any]:
     except _StoppedError:
         pass
     finally:
-        # The model may be asked for again, without this trainer's autocast around it.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        # The model may be asked for again, without this trainer's autocast around it. accelerate's `unwrap_model` would
+        # leave a mark, and then the next trainer puts none around it.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(trainer.model).pop(name, None)
     memory = memory_facts()
     if "allocator_retries" in memory:
         memory["allocator_retries"] -= retries

@@ -195,7 +195,7 @@ def has_room_for_scales(plan: MemoryPlan, config: LlavaConfig) -> bool:
 def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> str:
     """Name each planned setting with its value and origin: the recipe, or `source` where the recipe says `auto`."""
     settings = shapes.settings
-    values = {
+    values: dict[str, tuple[str, object]] = {
         "tokens_per_micro_batch": (f"{plan.tokens_per_micro_batch:,}", settings.tokens_per_micro_batch),
         "gradient_checkpointing": (str(plan.recompute), settings.gradient_checkpointing),
         "optim": (plan.optim, settings.optim),

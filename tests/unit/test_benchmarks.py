@@ -62,6 +62,17 @@ def test_a_peer_starts_every_job_from_the_same_weights(monkeypatch: pytest.Monke
     assert first["lora-llava"] == pytest.approx(first["hf-trainer"], rel=6e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["lora-llava", "hf-trainer"])
+def test_a_peer_does_one_job_after_another_in_bf16(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(peer, "pick_dtype", lambda *_: torch.bfloat16)
+    models = KeptModel()
+    first, _ = job(monkeypatch, models, name, "V4", "go\nstop\n")
+    job(monkeypatch, models, name, "V1", "go\nstop\n")
+    again, _ = job(monkeypatch, models, name, "V4", "go\nstop\n")
+    assert losses(again) == losses(first)
+
+
 def test_norms_of_gradients_are_measured_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
     said, _ = job(monkeypatch, KeptModel(), "lora-llava", "V4", "go\ngo\ngo\nstop\n")
     norms = [facts["gradient_norms"] for facts in said if "loss" in facts]

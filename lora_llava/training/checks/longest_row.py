@@ -32,7 +32,7 @@ from lora_llava.system.device import autocast, peak_memory_bytes
 STEPS = 2
 """The second pass runs with gradients allocated, as all later ones do."""
 _TOLERANCE = 1.3
-"""Warn if the row takes longer or shorter than predicted by this factor."""
+"""Warn if the row takes longer than predicted by this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def trial_lines(trial: Trial, shapes: StageShapes, plan: MemoryPlan) -> list[str
         f"two passes over the longest row, {trial.tokens:,} tokens: {peak_memory_bytes() / GIB:.1f} GiB, "
         f"planned {plan.bytes_needed / GIB:.1f} GiB with the optimizer; {1e3 * trial.seconds:.0f} ms a pass{expected}"
     )
-    if predicted is None or 1 / _TOLERANCE <= trial.seconds / predicted <= _TOLERANCE:
+    if predicted is None or trial.seconds <= _TOLERANCE * predicted:
         return [line]
     warning = (
         f"warning: the longest row takes {trial.seconds / predicted:.1f} times as long as predicted, so another plan "

@@ -165,6 +165,7 @@ def test_the_measured_layer_is_that_of_the_run(changes: Any, fused: bool, nf4: b
     assert isinstance(query.base_layer, Linear4bit) == nf4
     assert query.lora_A["default"].weight.shape[0] == tiny_shapes(**changes).adapter.r
     assert timer.seconds(100) > 0
+    assert timer.seconds(100, 4) > 0
     # All of LoRA has a gradient, as in a pass of the run.
     lora = [one for name, one in layer.named_parameters() if "lora_" in name]
     assert lora and all(one.grad is not None for one in lora)
@@ -177,7 +178,8 @@ def test_the_constants_of_a_machine_are_found(launching: float, token: float, de
     # A machine whose rows take exactly what the planner assumes.
     asked: list[int] = []
 
-    def seconds(tokens: int) -> float:
+    def seconds(tokens: int, chain: int = 1) -> float:
+        assert chain == (calibration._CHAIN if tokens == calibration._SHORT["cuda"] else 1)
         asked.append(tokens)
         return max(launching, dequantizing + token * tokens) / LAYERS
 
