@@ -146,6 +146,12 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsA
     )
 
 
+def _leave_tf32(dtype: torch.dtype) -> None:
+    """In fp32, keep cuDNN from computing the vision tower's patch embedding in TF32, which rounds by the batch."""
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def load_base(
     directory: Path,
     identity: BaseIdentity,
@@ -160,9 +166,7 @@ def load_base(
 
     `keep_dequantized`: whether to dequantize them once; None: if they then fit half of the free memory.
     """
-    if dtype == torch.float32:
-        # cuDNN computes the vision tower's patch embedding in TF32 otherwise, with other roundings for other batches.
-        torch.backends.cudnn.allow_tf32 = False
+    _leave_tf32(dtype)
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
