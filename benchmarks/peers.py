@@ -86,6 +86,7 @@ class Rows(PackedRows):
 
     def __init__(self, task: Task, tokens: int, variant: Variant, read: Callable[[int], torch.Tensor]) -> None:
         self.work, self.steps, self.read = task.work, task.steps, read
+        self.sources = ()
         items = plan_items(task.work)
         settings = RowSettings(
             tokens,

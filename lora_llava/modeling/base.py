@@ -146,6 +146,12 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsA
     )
 
 
+def _check_fast(tokenizer: Any, directory: Path) -> None:
+    """Raise ModelError for a tokenizer that is written in Python."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
+
+
 def _leave_tf32(dtype: torch.dtype) -> None:
     """In fp32, keep cuDNN from computing the vision tower's patch embedding in TF32, which rounds by the batch."""
     if dtype == torch.float32:
@@ -191,8 +197,7 @@ def load_base(
     drop_unused_layers(model)
     # Keep trainable weights in fp32: loading a trained projector in bf16 would round it.
     model.get_submodule(PROJECTOR).float()
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
+    _check_fast(tokenizer, directory)
     model.config.use_cache = False
     return LoadedModel(
         model=model,

@@ -42,6 +42,7 @@ ELSEWHERE = {
     "base.mm_projector_type": "parts", "base.projector_init": "parts", "base.vision_feature_layer": "parts",
     "base.vision_feature_select_strategy": "parts",
     "images.window": "is the default of data.window",
+    "distributed.engine": "of several processes",
     **{f"stages.{stage}.cuda_graphs": "CUDA alone" for stage in ("align", "instruct", "prefer")},
 }  # fmt: skip
 """Settings that this run cannot read: those of a base made of parts are refused next to a whole one."""
