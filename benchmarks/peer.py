@@ -90,12 +90,15 @@ class Gate(TrainerCallback):  # type: ignore[misc]
 
 
 def memory_facts() -> dict[str, int]:
-    """Return the most memory held: of the device, allocated and reserved, or of the process; and allocator retries."""
+    """Return the most memory held: of the device, reserved and allocated, or of the process; and allocator retries.
+
+    What CUDA graphs compute in is reserved, but not allocated while they are replayed.
+    """
     if not torch.cuda.is_available():
         return {"peak_bytes": peak_memory_bytes()}
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "peak_bytes": torch.cuda.max_memory_reserved(),
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
         "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }
 
