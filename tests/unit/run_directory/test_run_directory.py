@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.errors import TrainingError
+from lora_llava.errors import LoraLlavaError, TrainingError
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import _MANIFESTS, claimed, restore, restore_around
@@ -128,7 +128,7 @@ def test_k1_a_disk_that_fails_at_any_call_leaves_the_earlier_run(
             Disk(root, act, first).install(patch)
             try:
                 run(recipe, "new", stop_at("saved 1"), overwrite=overwrite)
-            except (OSError, TrainingError):
+            except (OSError, LoraLlavaError):
                 failed = True
             except Stopped:
                 pass
