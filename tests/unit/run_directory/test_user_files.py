@@ -148,7 +148,7 @@ def test_k42_only_what_a_killed_process_of_the_kit_claimed_is_cleared(tmp_path: 
 
 def test_k42_k43_check_replaces_its_own_report_alone(tmp_path: Path) -> None:
     survey = SimpleNamespace(sources=[], recipe=SimpleNamespace(name="tiny"))
-    report = Report(survey, SimpleNamespace(missing=[], sides=[], plans=[]), {}, {}, 0.0)  # type: ignore[arg-type]
+    report = Report(survey, SimpleNamespace(missing=[], sides=[], plans=[], mixes=[]), {}, {}, 0.0)  # type: ignore[arg-type]
     mine = ("check.json.partial", "check.html.partial", "notes.txt")
     for name in mine:
         (tmp_path / name).write_text("mine", encoding="utf-8")
