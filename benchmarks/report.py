@@ -58,8 +58,10 @@ def section(report: dict[str, Any]) -> str:
 
 def ladder(result: dict[str, Any]) -> list[str]:
     """Write what each part contributes."""
+    # Measured with an earlier version, if it says so.
+    version = f", at commit {result['commit']}" if "commit" in result else ""
     lines = [
-        f"What each part contributes, on {result['set']}:",
+        f"What each part contributes, on {result['set']}{version}:",
         "",
         f"| with | questions/s | relative to the first |{FIGURES}",
         f"|---|---:|---:|{'---:|' * FIGURES.count('|')}",
