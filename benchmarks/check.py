@@ -92,7 +92,7 @@ class Rows:
         dtype, types = self.dtype, [one.dtype for one in frozen]
         try:
             self._compute_in(torch.float32, frozen, [torch.float32] * len(frozen), linears)
-            # FlexAttention multiplies fp32 in TF32.
+            # FlexAttention may multiply in TF32.
             set_attention(self.model.get_base_model(), TREES)
             return self.gradients(row)
         finally:
@@ -118,15 +118,14 @@ def timed(rows: Rows, trees: int) -> tuple[dict[str, Any], str]:
     for _ in range(WARMUP):
         rows.run(row)
     rows.wait()
-    seconds = []
-    if rows.device.type == "cuda":
+    seconds, on_cuda = [], rows.device.type == "cuda"
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(REPEATS):
         started = time.perf_counter()
         rows.run(row)
         rows.wait()
         seconds.append(time.perf_counter() - started)
-    on_cuda = rows.device.type == "cuda"
     memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if on_cuda else [0, 0]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
@@ -217,7 +216,7 @@ def count_waits(rows: Rows) -> list[str]:
 def check_graphs(rows: Rows, expected: dict[str, torch.Tensor], keep: Callable[..., None]) -> None:
     """Time rows through CUDA graphs, and compare their gradients with those of fused layers, or say why there are none.
 
-    No problem of the check: `cuda_graphs` is off unless a recipe asks for it.
+    No problem of the check if they fail: a run tries them before its first step, and goes without.
     """
     lengths = [padded_length(rows.row(trees)["input_ids"].shape[1]) for trees in NUM_TREES]
     try:

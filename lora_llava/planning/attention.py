@@ -18,7 +18,7 @@ _ROW, _SHORT_ROW, _TREE, _PREFIX, _BRANCH = 4096, 2048, 1024, 640, 24
 """Tokens of the two trial rows, of each tree in them, of a tree's prefix (an image), and of a branch (a question)."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Largest relative difference of outputs and gradients by dtype. In bf16, rounding alone gives 4e-3, and in fp16 less;
-in fp32, FlexAttention's kernels multiply in TF32 unless PyTorch is told otherwise, which is no fp32."""
+in fp32, FlexAttention's kernels multiply in TF32 where PyTorch is set to, which is no fp32."""
 _REPEATS = 5
 """Passes that are timed."""
 _FLEX_FROM = (8, 0)

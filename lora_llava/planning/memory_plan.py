@@ -187,6 +187,14 @@ def plan_memory(shapes: StageShapes, machine: Machine) -> MemoryPlan:
     return best
 
 
+def with_possible_graphs(plan: MemoryPlan, shapes: StageShapes, machine: Machine) -> MemoryPlan:
+    """Return a plan without graphs where they are not possible: that of a checkpoint may be of a single process.
+
+    Graphs would read weights at addresses from which sharding and offloading move them.
+    """
+    return plan if shapes.may_use_graphs(machine) else replace(plan, graphs=False)
+
+
 def has_room_for_scales(plan: MemoryPlan, config: LlavaConfig) -> bool:
     """Return whether a plan leaves the memory for the scales of NF4 weights in fp32; it decides speed alone."""
     return plan.bytes_needed + plain_scale_bytes(config) <= plan.bytes_usable

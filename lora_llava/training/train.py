@@ -36,6 +36,7 @@ from lora_llava.planning.memory_plan import (
     plan_memory,
     stage_shapes,
     usable_bytes,
+    with_possible_graphs,
 )
 from lora_llava.planning.speed import Machine
 from lora_llava.planning.tables import parameter_table_view
@@ -92,7 +93,7 @@ def train_stage(
     checkpoint = by_first(lambda: find_checkpoint(stage, resume, console))
     machine, measured = _measure_machine(stage, shapes, checkpoint, memory)
     stored = stored_memory_plan(checkpoint, stage, None if memory is None else machine.usable)
-    plan = stored or plan_memory(shapes, machine)
+    plan = with_possible_graphs(stored or plan_memory(shapes, machine), shapes, machine)
     data = plan_records(records, stage.settings, plan.tokens_per_micro_batch, stage.seed)
     source = "auto, from the checkpoint" if stored else f"auto, from {machine.usable / GIB:.1f} GiB"
     lines = [*_data_lines(stage, data), plan_line(plan, shapes, source), *measured, _sharing_line(stage)]

@@ -13,7 +13,13 @@ import torch
 from lora_llava.modeling.structure import FLEX, TREES
 from lora_llava.planning import graphs, memory_plan
 from lora_llava.planning.graphs import choose_lengths, graph_bytes
-from lora_llava.planning.memory_plan import MemoryPlan, plan_line, plan_memory, predicted_seconds
+from lora_llava.planning.memory_plan import (
+    MemoryPlan,
+    plan_line,
+    plan_memory,
+    predicted_seconds,
+    with_possible_graphs,
+)
 from lora_llava.planning.speed import Machine, Speed
 from tests.unit.planning.test_memory_plan import GIB, recipe, shapes_of
 
@@ -80,6 +86,16 @@ def test_graphs_are_not_planned_where_they_would_be_wrong(monkeypatch: pytest.Mo
     assert not shapes.may_use_graphs(replace(machine, device="cpu"))
     monkeypatch.setattr(memory_plan, "world_size", lambda: 2)
     assert not shapes.may_use_graphs(machine)
+
+
+def test_the_graphs_of_a_checkpoint_are_left_where_weights_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = shapes_of(recipe(), torch.bfloat16, 700)
+    machine = Machine("cuda", 24 * GIB, FLEX, SLOW_HOST)
+    stored = plan_memory(shapes, machine)
+    assert with_possible_graphs(stored, shapes, machine) == stored
+    assert stored.graphs
+    monkeypatch.setattr(memory_plan, "world_size", lambda: 2)
+    assert with_possible_graphs(stored, shapes, machine) == replace(stored, graphs=False)
 
 
 def test_a_row_through_graphs_launches_what_is_outside_of_them() -> None:
