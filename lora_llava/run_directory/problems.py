@@ -234,7 +234,10 @@ def _paths_in(settings: Mapping[str, object], above: str = "") -> Iterator[tuple
     """Yield key and path of every setting that is an existing path; those of a loaded recipe are absolute."""
     for name, value in settings.items():
         key = f"{above}{name}"
-        if isinstance(value, dict):
-            yield from _paths_in(value, f"{key}.")
-        elif isinstance(value, str) and key != _KEY and value.startswith("/") and os.path.lexists(value):
-            yield key, Path(value)
+        # Several sources are a list, in which errors give no number to the first.
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            where = f"{key}.{index}" if index else key
+            if isinstance(item, dict):
+                yield from _paths_in(item, f"{where}.")
+            elif isinstance(item, str) and where != _KEY and item.startswith("/") and os.path.lexists(item):
+                yield where, Path(item)

@@ -251,6 +251,23 @@ def test_k2_an_input_that_would_be_replaced_is_refused_by_name(tmp_path: Path, k
     assert contents(root, kits=True) == before
 
 
+def test_k2_an_input_among_several_is_refused_by_its_key(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run(a_recipe(root), "old")
+    mine = root / "instruct/mine.json"
+    mine.write_text("[]", encoding="utf-8")
+    outside = {"path": str(tmp_path / "train.json"), "image_roots": [str(tmp_path)]}
+    for data, key in (
+        ([outside, {"path": str(mine)}], "data.1.path"),
+        ([{"path": str(mine)}, outside], "data.path"),
+        ({**outside, "image_roots": [str(tmp_path), str(mine.parent)]}, "data.image_roots.1"),
+    ):
+        shown = said(a_recipe(root, stages={"instruct": {"data": data}}), overwrite=True)
+        assert f"stages.instruct.{key}" in shown
+        assert "where --overwrite would replace it" in shown
+    assert said(a_recipe(root, stages={"instruct": {"data": [outside, outside]}}), overwrite=True) == ""
+
+
 def test_k2_an_input_is_known_through_a_link_and_one_beside_the_run_is_no_problem(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(a_recipe(root), "old")
