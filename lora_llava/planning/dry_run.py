@@ -43,7 +43,7 @@ from lora_llava.planning.tables import mebibytes, parameter_table_view, short_pa
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import device_type, pick_device, pick_dtype, precision_line
-from lora_llava.system.ranks import world_size
+from lora_llava.system.ranks import planned_for, world_size
 from lora_llava.system.table import Column, FittingTable
 from lora_llava.system.text import counted
 
@@ -152,10 +152,17 @@ def _plan_for_card(shapes: StageShapes, attn_implementation: str, size: int) -> 
 
 
 def _cards_needed(shapes: StageShapes, attn_implementation: str, size: int) -> int | None:
-    """Return the smallest number of cards of `size` GiB that hold a sharded model; None if none of `_SHARDS` does."""
+    """Return the smallest number of cards of `size` GiB that hold a sharded model.
+
+    None if none of `_SHARDS` does, or if the stage cannot be sharded.
+    """
+    if shapes.offloads or shapes.settings.trains_on_pairs:
+        return None
     for count in _SHARDS:
-        if count > shapes.shards and _plan_for_card(replace(shapes, shards=count), attn_implementation, size):
-            return count
+        # Several cards also hold the buffers through which they exchange gradients.
+        with planned_for(count):
+            if count > shapes.shards and _plan_for_card(replace(shapes, shards=count), attn_implementation, size):
+                return count
     return None
 
 

@@ -67,7 +67,7 @@ from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.objectives.reference import attach_reference
 from lora_llava.training.parallel.lockstep import is_in_lockstep
 from lora_llava.training.parallel.offload import check_offload, offload_line
-from lora_llava.training.parallel.sharding import check_sharded, sharded, sharding_line
+from lora_llava.training.parallel.sharding import sharded, sharding_line
 from lora_llava.training.stage import Stage
 from lora_llava.training.start import check_adapter, check_parent, load_projector
 from lora_llava.training.trainer import PackedTrainer
@@ -131,7 +131,6 @@ def _read_data(stage: Stage, dtype: torch.dtype) -> tuple[StageRecords, StageSha
     Skipped records are listed in the run's directory.
     """
     by_first(lambda: check_parent(stage))
-    check_sharded(stage)
     check_offload(stage, dtype)
     phase(f"{stage.name}: reading the data")
     config, tokenizer = describe_directory(stage.base_directory)

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_llava.planning.preflight.findings import Finding, Findings, Problem
 from lora_llava.planning.preflight.setup import Setup
 from lora_llava.system.device import has_driver
-from lora_llava.system.ranks import is_alone
+from lora_llava.system.ranks import is_alone, world_size
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables in which launchers and schedulers state the number of processes."""
@@ -92,6 +92,18 @@ def libraries_are_installed(setup: Setup) -> Iterator[Finding]:
     for stage in setup.recipe.stage_names:
         if (optim := setup.recipe.stage(stage).optim).endswith("bit"):
             yield Problem(f"stages.{stage}.optim", f"{optim} needs bitsandbytes, which is not installed", fix)
+
+
+def stages_can_be_divided(setup: Setup) -> Iterator[Finding]:
+    """Every stage can be trained by several processes that divide its weights or its optimizer."""
+    distributed = setup.recipe.distributed
+    if world_size() == 1 or not (distributed.shard or distributed.offload):
+        return
+    key = "distributed.shard" if distributed.shard else "distributed.engine"
+    for stage in setup.recipe.stage_names:
+        if setup.recipe.stage(stage).trains_on_pairs:
+            what = f"stage {stage} trains on pairs, which processes cannot divide that way"
+            yield Problem(key, what, "Train it in a run of its own (start_from), without distributed.")
 
 
 def device_can_compute(setup: Setup) -> Iterator[Finding]:

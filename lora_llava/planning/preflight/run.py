@@ -30,6 +30,7 @@ CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     disk.room_is_there,
     environment.trackers_are_installed,
     environment.libraries_are_installed,
+    environment.stages_can_be_divided,
     environment.device_can_compute,
 )
 """The checks after that of the base, in the order in which a user reads their findings: base, data, directory, machine.

@@ -17,7 +17,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ _BUCKET_ELEMENTS = 2**24
 """Gradients that travel at one time, and weights that are gathered at one time."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW for each weight."""
-_STAGES = ("align", "instruct")
 
 
 def offloads(stage: Stage) -> bool:
@@ -207,19 +205,8 @@ class OffloadedGradients:
 
 
 def check_offload(stage: Stage, dtype: torch.dtype) -> None:
-    """Raise TrainingError if the recipe offloads the optimizer of a stage that cannot be, or DeepSpeed is missing."""
-    if not offloads(stage):
-        return
-    if find_spec("deepspeed") is None:
-        raise TrainingError(
-            "distributed.engine: deepspeed needs DeepSpeed, which is not installed: pip install 'lora-llava[deepspeed]'"
-        )
-    if stage.name not in _STAGES:
-        raise TrainingError(
-            f"distributed.engine: stage {stage.name} cannot be trained with deepspeed, {' and '.join(_STAGES)} can. "
-            "Train it in a run of its own (start_from) without distributed.engine and distributed.offload"
-        )
-    if dtype == torch.float16:
+    """Raise TrainingError if the recipe offloads the optimizer of a run in fp16."""
+    if offloads(stage) and dtype == torch.float16:
         raise TrainingError(
             "distributed.engine: deepspeed is for bf16 and fp32, and precision is fp16 here; the loss scale is not "
             "applied to its gradients. Remove distributed.engine and distributed.offload"

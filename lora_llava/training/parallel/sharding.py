@@ -18,26 +18,12 @@ from typing import Any
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from lora_llava.errors import TrainingError
 from lora_llava.modeling.fused.layer import FusedLayer
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import LANGUAGE_MODEL
 from lora_llava.system.ranks import world_size
-from lora_llava.system.text import listed
 from lora_llava.training.parallel.lockstep import in_lockstep
 from lora_llava.training.stage import Stage
-
-_STAGES = ("align", "instruct")
-"""Stages whose every pass all processes run together."""
-
-
-def check_sharded(stage: Stage) -> None:
-    """Raise TrainingError if the recipe shards a stage that cannot be."""
-    if stage.recipe.distributed.shard and world_size() > 1 and stage.name not in _STAGES:
-        raise TrainingError(
-            f"distributed.shard: stage {stage.name} cannot be sharded, {listed(_STAGES)} can. Train it in a run of its "
-            "own (start_from) without distributed.shard"
-        )
 
 
 def sharding_line(stage: Stage) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,15 @@ from lora_llava.modeling.base import drop_unused_layers
 from lora_llava.modeling.metadata import read_config
 from lora_llava.modeling.stages import build_stage, parameter_table
 from lora_llava.modeling.structure import LANGUAGE_MODEL, PROJECTOR, stage_parameters
+from lora_llava.planning import dry_run as dry_run_module
 from lora_llava.planning.memory import expected_memory, in_4_bits
+from lora_llava.planning.memory_plan import StageShapes
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import Recipe
+from lora_llava.recipe.stages import DataSettings, PreferSettings
+from lora_llava.system.ranks import world_size
 from tests.helpers.tiny import tiny_llava
+from tests.ways import shapes_of
 
 WriteRecipe = Callable[..., Path]
 
@@ -192,3 +198,19 @@ def test_inspect_names_a_record_that_is_not_there(write_recipe: WriteRecipe) -> 
     result = CliRunner().invoke(cli, ["inspect", str(write_recipe()), "--index", "6"])
     assert result.exit_code == 1
     assert "there is no record 6" in result.stderr
+
+
+def test_sharding_is_proposed_only_where_a_run_accepts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[tuple[int, int]] = []
+
+    def too_small(shapes: StageShapes, attention: str, size: int) -> None:
+        planned.append((shapes.shards, world_size()))
+
+    monkeypatch.setattr(dry_run_module, "_plan_for_card", too_small)
+    shapes = shapes_of("7B", 16)
+    assert dry_run_module._cards_needed(shapes, "auto", 12) is None
+    assert planned == [(2, 2), (4, 4)], "with the memory that links between cards take"
+    pairs = PreferSettings(data=DataSettings(path="pairs.json"))
+    for other in (replace(shapes, offloads=True), replace(shapes, settings=pairs)):
+        assert dry_run_module._cards_needed(other, "auto", 12) is None
+    assert len(planned) == 2

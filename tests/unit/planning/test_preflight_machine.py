@@ -22,6 +22,7 @@ from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.planning.memory_plan import GIB, usable_bytes
 from lora_llava.planning.preflight import environment
+from lora_llava.recipe.stages import InstructSettings, PreferSettings
 from lora_llava.system import ranks
 from tests.helpers.broken import COMMANDS, INSTRUCT, Project, command
 from tests.helpers.tiny import tiny_config
@@ -192,3 +193,17 @@ def test_deepspeed_is_looked_for_where_it_is_asked_for(monkeypatch: pytest.Monke
         problems = list(environment.libraries_are_installed(asked))
         assert bool(problems) == (engine == "deepspeed" and not is_installed)
         assert all("pip install 'lora-llava[deepspeed]'" in str(one) for one in problems)
+
+
+@pytest.mark.parametrize(("how", "key"), [({"shard": True}, "shard"), ({"offload": True}, "engine"), ({}, None)])
+def test_a_stage_of_pairs_is_not_divided_between_processes(how: dict[str, bool], key: str | None) -> None:
+    distributed = SimpleNamespace(**{"shard": False, "offload": False, **how})
+    stages = {"instruct": InstructSettings, "prefer": PreferSettings}
+    recipe = SimpleNamespace(distributed=distributed, stage_names=list(stages), stage=stages.__getitem__)
+    asked: Any = SimpleNamespace(recipe=recipe)
+    assert list(environment.stages_can_be_divided(asked)) == []
+    with ranks.planned_for(2):
+        problems = [str(problem) for problem in environment.stages_can_be_divided(asked)]
+    assert [problem.split(" trains on pairs")[0] for problem in problems] == (
+        [f"distributed.{key}: stage prefer"] if key else []
+    )
