@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -151,14 +150,16 @@ def measure(directory: Path, layers: int, shard: int) -> dict[str, Any]:
 @click.command()
 @click.option("--layers", type=int, default=26, show_default=True)
 @click.option("--shard", type=file_size, default="1GB", show_default=True, help="Largest file to write.")
-@click.option("--directory", type=click.Path(path_type=Path), help="Where the models go [a temporary directory].")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Existing directory to work in [for temporary files].",
+)
 def main(layers: int, shard: int, directory: Path | None) -> None:
     """Measure once and print the figures as JSON."""
-    place = directory or Path(tempfile.mkdtemp(prefix="merge-memory-"))
-    try:
-        click.echo(json.dumps(measure(place, layers, shard), indent=2))
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    # A directory of its own, also in a given one, which may hold other files.
+    with tempfile.TemporaryDirectory(prefix="merge-memory-", dir=directory) as models:
+        click.echo(json.dumps(measure(Path(models), layers, shard), indent=2))
 
 
 if __name__ == "__main__":
