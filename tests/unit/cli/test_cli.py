@@ -104,6 +104,13 @@ def test_wrong_use_exits_2(args: list[str]) -> None:
     assert "Usage" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["finetune", "check"])
+def test_a_run_cannot_start_over_and_continue(command: str) -> None:
+    result = CliRunner().invoke(cli, [command, "recipe.yaml", "--overwrite", "--resume"])
+    assert result.exit_code == 2
+    assert "give only one of them" in result.stderr
+
+
 def test_the_name_of_a_bundled_recipe_is_explained() -> None:
     name = sorted(bundled_recipes())[0]
     for given in (name, f"{name}.yaml"):
