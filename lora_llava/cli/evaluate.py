@@ -15,6 +15,7 @@ from lora_llava.cli.options import (
     data_options,
     decoding_options,
     metric_option,
+    refuse_unused,
     split_of,
     template_option,
 )
@@ -76,13 +77,18 @@ def evaluate(
     See docs/evaluation.md for how answers are scored.
     """
     refuse_results_in(output)
+    if no_base:
+        refuse_unused("--no-base leaves the base out", "base_questions")
     # Report mistakes on the command line before importing anything heavy.
     settings = _evaluation_settings(options)
     artifact = open_model(artifact, base_model)
     quiet_libraries()
+    from lora_llava.artifact import is_artifact
     from lora_llava.evaluation.run import Candidate, evaluate_candidate
     from lora_llava.system.hub.artifact import located
 
+    if not is_artifact(artifact):
+        refuse_unused(f"{artifact} is a whole model, which has no base to ask", "base_questions")
     console = make_console()
     candidate = Candidate(artifact, base_model, template, compare_base=not no_base, start=start and located(start))
     evaluate_candidate(candidate, settings, output, console)

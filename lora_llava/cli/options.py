@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.recipe.choices import MetricSetting
@@ -105,6 +106,10 @@ def data_options(split: str) -> Callable[[_Command], _Command]:
 def split_of(path: str, given: str | None, usual: str) -> str:
     """Return the split to ask about: the given one, or the only one of a directory, or the usual one."""
     if given is not None:
+        from lora_llava.recipe.fields import RECORD_FILES
+
+        if path.endswith((*RECORD_FILES, ".parquet")) and "[" not in given:
+            refuse_unused(f"{path} is one file, without splits", "split")
         return given
     from lora_llava.data.sources.columns import splits_of
 
@@ -113,6 +118,15 @@ def split_of(path: str, given: str | None, usual: str) -> str:
         click.echo(printable(f"Note: the questions are those of {names[0]}, the only split of {path}"), err=True)
         return names[0]
     return usual
+
+
+def refuse_unused(reason: str, *names: str) -> None:
+    """Raise click.UsageError if the command line gives one of these parameters, which have no effect."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if parameter.name in names and is_given:
+            raise click.UsageError(f"{parameter.opts[0]} has no effect: {reason}; leave it out")
 
 
 def decoding_options(command: _Command) -> _Command:

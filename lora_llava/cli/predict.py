@@ -16,6 +16,7 @@ from lora_llava.cli.options import (
     data_options,
     decoding_options,
     metric_option,
+    refuse_unused,
     split_of,
     template_option,
 )
@@ -55,6 +56,8 @@ def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: M
     """Turn the options into settings of the data. Raises click.UsageError if they do not fit together."""
     from pydantic import ValidationError
 
+    if options["on_bad_record"] == "error":
+        refuse_unused("--on-bad-record error stops at the first one", "max_bad_records")
     try:
         return kind.model_validate({"path": path, "columns": columns, **{key: options[key] for key in _DATA}})
     except ValidationError as error:
@@ -97,6 +100,7 @@ def predict(
 
     columns = options.pop("columns")
     if images is not None:
+        refuse_unused("--images asks about the files of a folder", "image_root", "columns", "split")
         # A folder is a table of images, all with the same question.
         columns = {"image": "image", "question": "question"}
     options["split"] = "test" if data is None else split_of(data, options["split"], "test")

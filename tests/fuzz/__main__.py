@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_llava.system.text import printable
 from tests.fuzz.converters import CONVERTERS, make_converters
-from tests.fuzz.foreign import SECONDS, Loader, Sandbox, make_loaders
+from tests.fuzz.foreign import LOADERS, SECONDS, Loader, Sandbox, make_loaders
 
 _CHUNK = 200
 """Cases of one fork."""
@@ -56,7 +56,9 @@ def main() -> int:
     """Run the cases that are left; return 1 if there was a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--rounds", type=int, default=10_000, help="cases of each loader")
-    parser.add_argument("--loader", action="append", help="only this loader; can be repeated")
+    parser.add_argument(
+        "--loader", action="append", choices=(*LOADERS, *CONVERTERS), help="only this loader; can be repeated"
+    )
     parser.add_argument("--first", type=int, help="number of the first case; nothing is continued or recorded")
     parser.add_argument("--directory", type=Path, default=Path(".fuzz"), help="progress and faults")
     options = parser.parse_args()

@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 import tests.fuzz.foreign as foreign
 from lora_llava.errors import LoraLlavaError
-from tests.fuzz.__main__ import Tally, run_chunk
+from tests.fuzz.__main__ import Tally, main, run_chunk
+from tests.fuzz.converters import CONVERTERS
 from tests.fuzz.foreign import LOADERS, Load, Loader, Sandbox, make_loaders
 
 # A model is loaded for each example; `python -m tests.fuzz` tries thousands.
@@ -119,3 +120,15 @@ def test_a_faulty_loader_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tally.cases == 2
     assert [fault["case"] for fault in faults] == ["0", "1"]
     assert all(kind in fault["kind"] for fault in faults), faults
+
+
+def test_an_unknown_loader_is_named_with_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fuzz", "--loader", "guff"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "invalid choice: 'guff'" in said
+    assert all(name in said for name in (*LOADERS, *CONVERTERS))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_llava.errors import DataError
+from lora_llava.errors import DataError, RecipeError
 from lora_llava.system.files import staged_result
 from lora_llava.system.text import counted, listed, printable
 
@@ -41,6 +42,15 @@ KINDS: dict[str, _Converter] = {
     "dicom": _lazy("dicom", "convert_dicom"),
 }
 """Converters by the name of the form."""
+_ONLY_FOR = {
+    "images": ("coco", "labelstudio", "visual-genome", "rsvqa", "r2gen", "cvat"),
+    "seed": ("coco", "labelstudio", "visual-genome", "cvat"),
+    "per_image": ("coco", "labelstudio", "visual-genome", "cvat"),
+    "question": ("coco", "labelstudio", "r2gen", "dicom"),
+    "table": ("dicom",),
+    "window": ("dicom",),
+}
+"""The kinds that take an option of ConvertOptions."""
 
 
 def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> dict[str, Any]:
@@ -48,8 +58,10 @@ def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> d
 
     Writes JSON Lines in LLaVA's form, one file for each split; the images below `images/`; and `report.json`, which is
     returned. The same input, options and seed give the same files. Raises DataError naming file, record and field if
-    nothing can be converted, ArtifactError if `output` exists or the disk is full.
+    nothing can be converted, ArtifactError if `output` exists or the disk is full, RecipeError for an option that the
+    kind does not take.
     """
+    _refuse_unused(kind, options)
     if options.images is not None and not options.images.is_dir():
         raise DataError(f"--images {options.images}: is not a directory; name the one with the images")
     with staged_result(output) as staging:
@@ -65,6 +77,14 @@ def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> d
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (staging / REPORT).write_text(text, encoding="utf-8")
     return {**content, "examples": writer.report.examples}
+
+
+def _refuse_unused(kind: str, options: ConvertOptions) -> None:
+    for field in fields(options):
+        kinds = _ONLY_FOR[field.name]
+        if getattr(options, field.name) != field.default and kind not in kinds:
+            option = f"--{field.name.replace('_', '-')}"
+            raise RecipeError(f"{option} has no effect on {kind}, only on {listed(kinds)}; leave it out")
 
 
 def _first_drops(report: Report) -> str:

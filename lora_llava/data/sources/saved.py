@@ -11,6 +11,7 @@ from lora_llava.errors import DataError
 from lora_llava.system.text import first_line, listed, printable
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_ONLY_SPLIT = "train"
 _MAX_BYTES = 2**24
 """Largest description that is read."""
 
@@ -21,14 +22,14 @@ def is_saved(directory: Path) -> bool:
 
 
 def open_saved(directory: Path, split: str) -> Any:
-    """Open a split of a saved data set; one without splits has only its rows, whatever `split` says.
+    """Open a split of a saved data set.
 
-    Raises DataError if it cannot be read, or names files elsewhere.
+    Raises DataError if it has no such split, cannot be read, or names files elsewhere.
     """
+    names = saved_splits(directory)
+    if split not in names or Path(split).name != split:
+        raise no_split(directory.name, split, names)
     if (directory / _SPLITS).is_file():
-        names = saved_splits(directory)
-        if split not in names or Path(split).name != split:
-            raise no_split(directory.name, split, names)
         directory = directory / split
     files = _read(directory / _STATE).get("_data_files")
     for file in files if isinstance(files, list) else []:
@@ -45,9 +46,9 @@ def open_saved(directory: Path, split: str) -> Any:
 
 
 def saved_splits(directory: Path) -> list[str]:
-    """Return the splits of a saved data set; none if it was saved without."""
+    """Return the splits of a saved data set; one without has `train`, as `datasets` calls rows without a split."""
     if not (directory / _SPLITS).is_file():
-        return []
+        return [_ONLY_SPLIT]
     splits = _read(directory / _SPLITS).get("splits")
     return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_llava.errors import RecipeError
 from lora_llava.shipping.export.options import Exporter, ExportOptions, ExportReport
+from lora_llava.system.text import listed
 
 
 def _lazy(module: str, function: str) -> Exporter:
@@ -31,6 +32,12 @@ FORMATS: dict[str, Exporter] = {
     "vllm": _lazy("vllm", "export_vllm"),
 }
 """Exporters by the layout's name on the command line."""
+_ONLY_FOR = {
+    "--onto": ("base", ("hf", "gguf", "gguf-lora", "vllm")),
+    "--vision-tower": ("vision_tower", ("llava",)),
+    "--outtype": ("outtype", ("gguf", "gguf-lora")),
+}
+"""Options that only some layouts take: their names on the command line and in ExportOptions, and the layouts."""
 
 
 def export(source: Path | str, output: Path | str, layout: str, options: ExportOptions | None = None) -> ExportReport:
@@ -41,13 +48,17 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
     """
     if layout not in FORMATS:
         raise RecipeError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
-    from lora_llava.artifact import read_usage
+    options = options or ExportOptions()
+    _refuse_unused(layout, options)
+    from lora_llava.artifact import is_artifact, read_usage
     from lora_llava.system.hub.artifact import located
 
     model = located(source)
-    options = options or ExportOptions()
+    usage = read_usage(model, options.template)
+    if not is_artifact(model) and (options.base_model or options.base):
+        raise RecipeError(f"{model} is a whole model and needs no base; leave --base-model and --onto out")
     report = FORMATS[layout](model, Path(output), options)
-    if (window := read_usage(model, options.template).window) is not None:
+    if (window := usage.window) is not None:
         low, high = window
         report["window"] = list(window)
         report.setdefault("summary", []).append(
@@ -55,3 +66,10 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
             f"images of more than 8 bits to 8 bits, with {low:g} as black and {high:g} as white"
         )
     return report
+
+
+def _refuse_unused(layout: str, options: ExportOptions) -> None:
+    """Raise RecipeError for an option that the layout does not take."""
+    for option, (name, layouts) in _ONLY_FOR.items():
+        if getattr(options, name) is not None and layout not in layouts:
+            raise RecipeError(f"{option} has no effect on --format {layout}, only on {listed(layouts)}; leave it out")

@@ -13,6 +13,7 @@ from lora_llava.errors import ArtifactError, HubError
 from lora_llava.shipping.hub.card import check_card, make_card
 from lora_llava.shipping.hub.content import CARD, RepoFile, check_private, collect
 from lora_llava.shipping.hub.facts import DATA_PICTURES, gather
+from lora_llava.system.text import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ def prepare(source: Path, repo_id: str, *, run: Path | None = None, samples: boo
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is not a repository name: {error} Give it as NAMESPACE/NAME.") from error
     facts = gather(source, run)
+    if samples and not facts.pictures.keys() & DATA_PICTURES:
+        raise ArtifactError(
+            f"--samples has no effect: the run of {source} has no {listed(DATA_PICTURES)}; name its run with --run, or "
+            "leave it out"
+        )
     withheld = [] if samples else [name for name in DATA_PICTURES if facts.pictures.pop(name, None)]
     content = collect(facts)
     own = source / CARD

@@ -249,6 +249,11 @@ def test_k72_images_of_the_data_stay_here_unless_asked_for(tiny_base: Path, tmp_
     # The list says which files show data: those alone.
     assert [file.name for file in asked.files if file.shows_data] == ["samples.png"]
     assert [file.name for file in usual.files if file.shows_data] == []
+    (tmp_path / "run" / "evaluation" / "samples.png").unlink()
+    with pytest.raises(
+        ArtifactError, match=r"--samples has no effect: the run of .* has no samples\.png; name its run"
+    ):
+        prepare(made, REPO, samples=True)
 
 
 def test_an_edited_card_is_known(tiny_base: Path, tmp_path: Path) -> None:
