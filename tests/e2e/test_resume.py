@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     path.write_bytes(content)
     _, shown = train(project, broken_off, resume="exact")
     assert "step-6 is damaged (optimizer.safetensors was altered" in shown
-    assert "going on from step-3 instead" in shown
+    assert "resuming from step-3 instead" in shown
     assert outcome(broken_off) == straight
 
 
@@ -217,10 +217,10 @@ def test_a_signal_ends_the_step_saves_and_exits(
         done = CliRunner().invoke(cli, ["finetune", str(project), *settings])
     assert done.exit_code == 128 + number
     assert {one: signal.getsignal(one) for one in handlers} == handlers
-    assert f"stopped by {number.name} after step 5 of stage instruct, which is saved. Go on with: " in done.output
+    assert f"stopped by {number.name} after step 5 of stage instruct, which is saved. Continue with: " in done.output
     assert "Error" not in done.output
     assert checkpoint_steps(tmp_path / "run") == [3, 4, 5]
-    command = done.output.rpartition("Go on with: ")[2].split()
+    command = done.output.rpartition("Continue with: ")[2].split()
     assert command[:2] == ["lora-llava", "finetune"]
     done = CliRunner().invoke(cli, command[1:])
     assert done.exit_code == 0, done.output

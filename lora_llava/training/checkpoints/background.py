@@ -24,6 +24,11 @@ class BackgroundWriter:
         if not self.is_busy:
             self.wait()
 
+    def settle(self) -> None:
+        """Wait for the write that is under way; leave its error to `wait` or `check`."""
+        if self._thread is not None:
+            self._thread.join()
+
     def start(self, write: Callable[[], object]) -> None:
         """Start a write, after the one before."""
         self.wait()
@@ -40,8 +45,7 @@ class BackgroundWriter:
 
     def wait(self) -> None:
         """Wait for the write that is under way; raise the error that ended it."""
-        if self._thread is not None:
-            self._thread.join()
+        self.settle()
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error

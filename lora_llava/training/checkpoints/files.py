@@ -146,7 +146,7 @@ def find_latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None
         if not checkpoint.resumable:
             continue
         for line in damaged:
-            say(f"{line}; going on from {directory.name} instead")
+            say(f"{line}; resuming from {directory.name} instead")
         return checkpoint
     if damaged:
         raise TrainingError(
@@ -156,15 +156,23 @@ def find_latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None
     return None
 
 
-def prune(parent: Path, step: int, limit: int) -> None:
-    """Remove old checkpoints, down to `limit`, after the one of `step` was written.
+def remove_later(parent: Path, step: int) -> None:
+    """Remove the checkpoints after `step`: those of an earlier session that a resumed one does not continue from.
 
-    That one and the best by validation loss stay. Checkpoints of later steps are damaged ones that resuming skipped.
-    The best one does not count toward the limit if it only holds weights, since nothing could be resumed from it.
+    They are damaged, or hold only the weights of a validation that is repeated. If one stayed, `prune` could take it
+    for the best and remove the best of this session.
     """
     for directory in _directories(parent):
         if _step(directory) > step:
-            remove_checkpoint(directory)
+            _remove_checkpoint(directory)
+
+
+def prune(parent: Path, step: int, limit: int) -> None:
+    """Remove old checkpoints, down to `limit`, after the one of `step` was written.
+
+    That one and the best by validation loss stay. The best one does not count toward the limit if it only holds
+    weights, since nothing could be resumed from it.
+    """
     readable = list(_readable(parent))
     measured = {one.directory: one.progress.eval_loss for one in readable if one.progress.eval_loss is not None}
     best = sorted(measured, key=lambda one: measured[one])[:1]
@@ -172,10 +180,10 @@ def prune(parent: Path, step: int, limit: int) -> None:
     # The most valuable first.
     kept = [parent / f"step-{step}", *(one for one in best if one in resumable), *reversed(resumable)]
     for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]) - set(best):
-        remove_checkpoint(directory)
+        _remove_checkpoint(directory)
 
 
-def remove_checkpoint(directory: Path) -> None:
+def _remove_checkpoint(directory: Path) -> None:
     """Remove the files of a checkpoint, and its directory if it holds nothing else.
 
     The manifest lists the files and is removed first, so that no partial checkpoint looks complete. If it cannot be
@@ -183,7 +191,7 @@ def remove_checkpoint(directory: Path) -> None:
     """
     names: set[str] = set()
     for one in (directory, *_directories(directory.parent)):
-        with suppress(DamagedCheckpointError, TrainingError):
+        with suppress(TrainingError):
             names = set(_read(one)[1])
             break
     if directory.is_dir():

@@ -22,7 +22,15 @@ from lora_llava.system.ranks import by_first, gathered
 from lora_llava.system.text import counted
 from lora_llava.training.checkpoints import state as training_state
 from lora_llava.training.checkpoints.background import BackgroundWriter
-from lora_llava.training.checkpoints.files import Checkpoint, Progress, best_loss, find_latest, prune, write_checkpoint
+from lora_llava.training.checkpoints.files import (
+    Checkpoint,
+    Progress,
+    best_loss,
+    find_latest,
+    prune,
+    remove_later,
+    write_checkpoint,
+)
 from lora_llava.training.checkpoints.held import HeldWeights
 from lora_llava.training.checkpoints.kept import has_lost_patience
 from lora_llava.training.checkpoints.signals import Interruption
@@ -82,6 +90,8 @@ class CheckpointSaver:
         self.stage = artifact.stage
         self.settings = self.stage.settings
         self.parent = self.stage.checkpoints
+        self.newest = resumed.progress.step if resumed else 0
+        """Step of the newest checkpoint that belongs to this training."""
         self.best = best_loss(self.parent, resumed.progress.step) if resumed else None
         before = resumed.progress if resumed else None
         self.seconds_before = before.seconds if before else 0.0
@@ -160,14 +170,16 @@ class CheckpointSaver:
         """Copy the checkpoint of this step, or the held weights, and start to write it, after the one before.
 
         Waits for the write of the last step, of one that the training stops after, and of a run's first checkpoint,
-        which replaces an earlier run. Sets `should_stop` if a signal comes meanwhile. Of several processes, the first
-        writes, and the others hand over the states of their RNGs.
+        which replaces an earlier run. Sets `should_stop` if a signal comes meanwhile, unless only weights are saved. Of
+        several processes, the first writes, and the others hand over the states of their RNGs.
         """
         generators = gathered(training_state.torch_random_state())
         # All processes take part, since each may hold a part of it.
         optimizer = {} if self.saves_held else trainer.optimizer.state_dict()
         by_first(lambda: self._save(trainer, optimizer, generators))
-        self.should_stop = self.interruption.agree() is not None or self.should_stop
+        # Held weights are not enough to resume from: after them, a signal ends the training with the next step.
+        if not self.saves_held:
+            self.should_stop = self.interruption.agree() is not None or self.should_stop
 
     def _save(
         self, trainer: ResumableTrainer, optimizer: dict[str, Any], generators: Sequence[training_state.Tensors]
@@ -229,10 +241,12 @@ class CheckpointSaver:
             if state is not None:
                 state.write(staging)
 
+        remove_later(self.parent, self.newest)
         resumable = state is not None
         write_checkpoint(
             self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=resumable
         )
+        self.newest = step
 
     def _place(self, staging: Path, directory: Path, hashes: Mapping[str, str]) -> None:
         place(self.run_directory, staging, directory, hashes, first=True)
@@ -254,6 +268,7 @@ class CheckpointSaver:
 
     def last_whole(self) -> str | None:
         """Name the newest undamaged checkpoint of the stage, relative to the run's directory; None if there is none."""
+        self.background.settle()
         # Until this run has written a checkpoint, the directory holds those of an earlier run.
         if is_pending(self.run_directory):
             return None
@@ -290,8 +305,8 @@ class CheckpointSaver:
         """Raise RunInterruptedError if a signal came; the step is saved by now."""
         if (received := self.interruption.agree()) is not None:
             raise RunInterruptedError(
-                f"stopped by {received.name} after step {step:,} of stage {self.stage.name}, which is saved. Go on "
-                f"with: {resume_command(self.run_directory)}",
+                f"stopped by {received.name} after step {step:,} of stage {self.stage.name}, which is saved. "
+                f"Continue with: {resume_command(self.run_directory)}",
                 received,
             )
 

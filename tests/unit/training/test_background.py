@@ -7,7 +7,7 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -118,6 +118,26 @@ def test_k31_a_whole_checkpoint_that_cannot_be_written_ends_the_training_at_the_
         saver.is_due(trainer, None)
     # It is raised once; a later checkpoint is tried again.
     assert not saver.is_due(trainer, None)
+
+
+def test_the_newest_checkpoint_is_named_once_it_is_written_and_its_error_is_raised_later(
+    tmp_path: Path, clock: Clock
+) -> None:
+    trainer = trainer_of(tmp_path)
+    artifact = Artifact(tmp_path, clock, trainer.model)
+    saver = saver_of(artifact)
+    trainer.state.max_steps = 9
+    begins, ends = slowed(artifact)
+    saver.save(trainer)
+    assert begins.wait(60)
+    Timer(0.05, ends.set).start()
+    assert saver.last_whole() == "checkpoints/instruct/step-2"
+    failing(artifact)
+    trainer.state.global_step = 3
+    saver.save(trainer)
+    assert saver.last_whole() == "checkpoints/instruct/step-2"
+    with pytest.raises(TrainingError, match="checkpoint of step 3"):
+        saver.is_due(trainer, None)
 
 
 @pytest.mark.parametrize("why", ["last step", "signal", "first of a run"])

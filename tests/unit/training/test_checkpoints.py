@@ -22,6 +22,7 @@ from lora_llava.training.checkpoints.files import (
     find_latest,
     prune,
     read_verified,
+    remove_later,
     write_checkpoint,
 )
 from tests.helpers.disk import WRITES, Disk, full, read_only
@@ -102,7 +103,7 @@ def test_the_latest_is_the_latest_whole_one(tmp_path: Path) -> None:
     assert found is not None and found.progress.step == 9
     assert len(said) == 2
     assert "step-11 is damaged (checkpoint.json is missing" in said[0]
-    assert "step-10 is damaged (adapter_model.safetensors has 0 bytes, not 64); going on from step-9" in said[1]
+    assert "step-10 is damaged (adapter_model.safetensors has 0 bytes, not 64); resuming from step-9" in said[1]
     assert steps(tmp_path) == [2, 9, 10, 11]
     # Nothing is cleared away for how its name ends.
     assert (tmp_path / "step-12.partial/notes.txt").read_text(encoding="utf-8") == "mine"
@@ -141,9 +142,11 @@ def test_rotation_keeps_the_best_and_the_last(
 def test_rotation_takes_nothing_damaged_for_good(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
-    # Passed over when the run went on from step 1: neither may push out what is whole.
+    # Skipped when the run was resumed from step 1: neither may push out what is whole.
     (tmp_path / "step-2" / MANIFEST).unlink()
     (tmp_path / "step-3" / FILES[0]).unlink()
+    remove_later(tmp_path, 1)
+    assert steps(tmp_path) == [1]
     write(tmp_path, 2)
     prune(tmp_path, 2, 2)
     assert steps(tmp_path) == [1, 2]

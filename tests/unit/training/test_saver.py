@@ -209,7 +209,7 @@ def test_k31_a_step_that_a_signal_interrupts_is_saved_and_the_last(tmp_path: Pat
     saver.interruption.received = signal.SIGTERM
     assert saver.is_due(stub(2), None)
     assert saver.should_stop
-    words = r"^stopped by SIGTERM after step 2,000 of stage instruct, which is saved\. Go on with: .* --resume$"
+    words = r"^stopped by SIGTERM after step 2,000 of stage instruct, which is saved\. Continue with: .* --resume$"
     with pytest.raises(RunInterruptedError, match=words) as raised:
         saver.stop_if_asked(2_000)
     assert raised.value.exit_code == 128 + signal.SIGTERM
@@ -257,6 +257,43 @@ def test_k31_a_signal_while_a_checkpoint_is_written_ends_the_training(tmp_path: 
     saver.interruption.received = signal.SIGINT
     save(saver, trainer)
     assert saver.should_stop
+
+
+@pytest.mark.fault("checkpoints: SIGINT and SIGTERM during a run")
+def test_a_signal_while_only_the_best_weights_are_saved_is_left_to_the_next_step_which_is_saved_whole(
+    tmp_path: Path, clock: Clock
+) -> None:
+    trainer = trainer_of(tmp_path)
+    saver = saver_of(Artifact(tmp_path, clock, trainer.model))
+    save(saver, trainer)
+    held_at(saver, trainer, 3, 0.3)
+    saver.saves_held, saver.interruption.received = True, signal.SIGTERM
+    save(saver, trainer)
+    assert not saver.should_stop
+    trainer.state.global_step, trainer.state.max_steps = 4, 9
+    assert saver.is_due(trainer, None)
+    save(saver, trainer)
+    assert saver.should_stop
+    assert saver.last_whole() == "checkpoints/instruct/step-4"
+
+
+@pytest.mark.fault("checkpoints: a rotation that deletes the best one, or the only good one")
+def test_what_an_earlier_session_saved_after_the_resumed_step_does_not_push_out_the_best(
+    tmp_path: Path, clock: Clock
+) -> None:
+    trainer = trainer_of(tmp_path)
+    artifact = Artifact(tmp_path, clock, trainer.model, save_total_limit=1)
+    killed = saver_of(artifact)
+    killed.last_loss = (2, 0.5)
+    save(killed, trainer)
+    held_at(killed, trainer, 3, 0.1)
+    killed.saves_held = True
+    save(killed, trainer)
+    saver = saver_of(artifact, read_verified(killed.parent / "step-2"))
+    trainer.state.max_steps = 9
+    for trainer.state.global_step in (4, 5):
+        save(saver, trainer)
+    assert {path.name for path in saver.parent.iterdir()} == {"step-2", "step-5"}
 
 
 def held_at(saver: CheckpointSaver, trainer: PackedTrainer, step: int, loss: float) -> State:
