@@ -190,8 +190,10 @@ def test_unit_tests_mirror_the_packages() -> None:
     assert len(folders) > 10
 
 
-def test_the_readme_lists_every_entry() -> None:
-    [tree] = re.findall(r"```\nlora_llava/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_contributing_lists_every_entry() -> None:
+    [tree] = re.findall(
+        r"```\nlora_llava/\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     lines = tree.splitlines()
     inner = [line.split()[0].rstrip("/") for line in lines if re.match(r"  \S", line)]
     outer = [line.split()[0].rstrip("/") for line in lines if re.match(r"\S", line)]

@@ -72,8 +72,8 @@ def checks(work: Work, llava: Path | None) -> list[Check]:
         Check("transformers 4.48.3", "merged", T448, ask, (merged, questions), short=True),
         Check("transformers 4.57.3", "merged", T457, ask, (merged, questions)),
         Check("transformers 5", "merged", None, ask, (merged, questions), short=True),
-        Check("PEFT, README's code", "artifact", None, "ask_readme", (artifact, str(work.base), questions), short=True),
-        Check("PEFT 0.17.1, README's code", "artifact", T457, "ask_readme", (artifact, str(work.base), questions)),
+        Check("PEFT, documented code", "artifact", None, "ask_peft", (artifact, str(work.base), questions), short=True),
+        Check("PEFT 0.17.1, documented code", "artifact", T457, "ask_peft", (artifact, str(work.base), questions)),
     ]
     written = work.path("vllm/adapter")
     for version in _OLD_PEFT:

@@ -1,4 +1,4 @@
-"""Ask an artifact with plain PEFT, loaded by the README's own code: ARTIFACT BASE QUESTIONS OUTPUT."""
+"""Ask an artifact with plain PEFT, loaded by the code of docs/artifact.md: ARTIFACT BASE QUESTIONS OUTPUT."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import AutoProcessor
 
 from tools.foreign.ask_transformers import ask
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "artifact.md"
 _NAMED_BASE, _NAMED_ARTIFACT = "llava-hf/llava-1.5-7b-hf", "runs/medical_vqa/instruct"
 
 
-def readme_code(artifact: str, base: str, dtype: str = "float32") -> str:
-    """Return the README's code that loads an artifact, with these names, and fp32 for bf16: a CPU rounds otherwise."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def documented_code(artifact: str, base: str, dtype: str = "float32") -> str:
+    """Return the page's code that loads an artifact, with these names, and fp32 for bf16: a CPU rounds otherwise."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     code: str = next(block for block in blocks if "PeftModel.from_pretrained" in block)
     assert _NAMED_BASE in code
     assert _NAMED_ARTIFACT in code
@@ -29,7 +29,7 @@ def readme_code(artifact: str, base: str, dtype: str = "float32") -> str:
 def main(artifact: str, base: str, questions: str, output: str) -> None:
     """Run the code, and ask the model that it made."""
     names: dict[str, Any] = {}
-    exec(readme_code(artifact, base), names)  # noqa: S102 - the README's own code
+    exec(documented_code(artifact, base), names)  # noqa: S102 - the page's own code
     # On some CPUs bitsandbytes rounds activations to bf16 in evaluation, and fails on layers as small as a test's.
     for module in names["model"].modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
