@@ -82,28 +82,25 @@ def identity_layer(width: int, dtype: torch.dtype, *, bias: bool) -> dict[str, t
 
 
 def to_original_config(config: LlavaConfig, dtype: torch.dtype, tower: str, aspect_ratio: str) -> dict[str, Any]:
-    """Return a configuration as the original code saves it. Raises ModelError for what that cannot express."""
-    if not isinstance(config.vision_feature_layer, int):
-        raise ModelError(f"vision_feature_layer {config.vision_feature_layer}: the original layout has one layer")
+    """Return the configuration that the original code saves for a model that it can express."""
     text = config.text_config.to_dict()
     rope = text.get("rope_parameters") or {}
-    projector = {activation: name for name, activation in PROJECTOR_ACTIVATIONS.items()}.get(
-        config.projector_hidden_act
-    )
-    if projector is None:
-        raise ModelError(f"projector_hidden_act {config.projector_hidden_act!r}: not a projector of the original")
+    kind = rope.get("rope_type", "default")
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": "llava_llama",
         **{key: text[key] for key in _TEXT_KEYS if text.get(key) is not None},
         "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        # transformers 4.37.2, which the original runs on, takes exactly these two keys.
+        "rope_scaling": None if kind == "default" else {"type": kind, "factor": float(rope["factor"])},
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         "torch_dtype": dtype_name(dtype),
         "use_cache": True,
         "mm_vision_tower": tower,
         "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_projector_type": projector,
+        "mm_projector_type": next(
+            name for name, activation in PROJECTOR_ACTIVATIONS.items() if activation == config.projector_hidden_act
+        ),
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": {ours: theirs for theirs, ours in _FEATURES.items()}[
             config.vision_feature_select_strategy

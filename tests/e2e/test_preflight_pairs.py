@@ -119,7 +119,8 @@ def test_k11_what_the_preflight_passes_runs_merges_exports_and_is_published(
     AutoTokenizer.from_pretrained(merged)
     of_gguf, of_hf = (artifact, merged) if gguf_of_artifact else (merged, artifact)
     well(run("export", of_hf, tmp_path / "hf", "--format", "hf"))
-    well(run("export", merged, tmp_path / "llava", "--format", "llava"))
+    llava = run("export", merged, tmp_path / "llava", "--format", "llava")
+    assert (llava.exit_code != 0) == ("cannot be exported with --format llava" in said), llava.output
     gguf = run("export", of_gguf, tmp_path / "gguf", "--format", "gguf")
     assert (gguf.exit_code != 0) == ("cannot be exported with --format gguf" in said), gguf.output
     if stages != "align":

@@ -24,7 +24,7 @@ OTHER = "other"
 CLOSED = "closed"
 _OPEN = "open"
 GROUPS = (ALL, CLOSED, _OPEN, YES_NO, NUMBER, OTHER)
-"""Groups of questions, in the order reported. Closed is what medical papers call yes/no; open is the rest."""
+"""Groups of questions, in the order reported. Closed is yes/no; open is the rest."""
 
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _Z = 1.96

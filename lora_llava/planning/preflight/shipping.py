@@ -12,11 +12,11 @@ from lora_llava.planning.preflight.model.base import model_problems, unreadable
 from lora_llava.planning.preflight.model.files import find_model
 from lora_llava.planning.preflight.model.text_side import custom_readers, reader_problems
 from lora_llava.planning.preflight.setup import LLAVA, Setup
-from lora_llava.recipe.settings import AdapterSettings
+from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, AdapterSettings
 from lora_llava.recipe.stages import trains_lora
 from lora_llava.system.files import find_json, joined, refuse_irregular
 
-_ROPES = ("default", "linear", "llama3")
+_GGUF_ROPES, _LLAVA_ROPES = ("default", "linear", "llama3"), ("default", "linear", "dynamic")
 _MAX_VLLM_RANK = 512
 """vLLM's largest --max-lora-rank."""
 
@@ -28,10 +28,8 @@ def exports_that_fail(setup: Setup) -> Iterator[Finding]:
         return
     if reasons := list(no_gguf(shape)):
         yield Notice("export", f"The result cannot be exported with --format gguf: {'; '.join(reasons)}.")
-    if shape.whole["projector_hidden_act"] not in ("gelu", "linear"):
-        activation = shape.whole["projector_hidden_act"]
-        reason = f"projector_hidden_act is {activation}, and LLaVA's own code supports gelu and linear"
-        yield Notice("export", f"The result cannot be exported with --format llava: {reason}.")
+    if reasons := list(no_llava(shape)):
+        yield Notice("export", f"The result cannot be exported with --format llava: {'; '.join(reasons)}.")
     trained = any(trains_lora(stage) for stage in setup.recipe.stage_names)
     if trained and (refused := _no_vllm_adapter(setup.recipe.adapter)):
         yield Notice(
@@ -98,9 +96,27 @@ def no_gguf(shape: LlavaShape) -> Iterator[str]:
         yield f"llama.cpp supports no vision tower with {shape.vision['hidden_act']}"
     if shape.text.hidden_act != "silu":
         yield f"llama.cpp's Llama supports only silu, not {shape.text.hidden_act}"
+    if (kind := _rope_type(shape)) not in _GGUF_ROPES:
+        yield f"rope_type {kind}: GGUF is written for {', '.join(_GGUF_ROPES)} only"
+
+
+def no_llava(shape: LlavaShape) -> Iterator[str]:
+    """Yield what of a model the original LLaVA v1.2.2, on transformers 4.37.2, would drop, make up or not load."""
+    if not isinstance(layer := shape.whole["vision_feature_layer"], int):
+        yield f"vision_feature_layer {layer}: the original has the features of one layer, not of several"
+    if (activation := shape.whole["projector_hidden_act"]) not in PROJECTOR_ACTIVATIONS.values():
+        yield f"projector_hidden_act {activation}: the original has {' and '.join(PROJECTOR_ACTIVATIONS.values())}"
+    if not shape.whole["multimodal_projector_bias"]:
+        yield "multimodal_projector_bias false: the original's projector has biases, and would fill them at random"
+    if shape.text.mlp_bias:
+        yield "mlp_bias true: the original's Llama has no such biases, and would drop them"
+    if (kind := _rope_type(shape)) not in _LLAVA_ROPES:
+        yield f"rope_type {kind}: the original has {', '.join(_LLAVA_ROPES)} only"
+
+
+def _rope_type(shape: LlavaShape) -> str:
     rope = getattr(shape.text, "rope_parameters", None) or getattr(shape.text, "rope_scaling", None) or {}
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) not in _ROPES:
-        yield f"rope_type {kind}: GGUF is written for {', '.join(_ROPES)} only"
+    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _no_vllm_adapter(adapter: AdapterSettings) -> str | None:

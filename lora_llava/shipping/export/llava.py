@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lora_llava.artifact import Manifest, is_artifact, read_usage
 from lora_llava.conversation.endings import write_generation_config
-from lora_llava.errors import ArtifactError
+from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import (
     WeightFiles,
@@ -39,9 +39,11 @@ from lora_llava.formats.llava_original import (
 from lora_llava.formats.names import EMBEDDINGS, LAYERS_PREFIX, PEFT_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import clip_image_settings
+from lora_llava.formats.shapes import LlavaShape
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import join_merges, with_old_names
 from lora_llava.modeling.metadata import read_config
+from lora_llava.planning.preflight.shipping import no_llava
 from lora_llava.shipping.export.hf import copy_surroundings
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import open_source
@@ -57,13 +59,21 @@ _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 def export_llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     """Write an artifact as the original's LoRA or projector files, a model as the original's checkpoint.
 
-    Every tensor is read back and compared bit by bit. Raises ArtifactError for what the original layout cannot hold.
+    Every tensor is read back and compared bit by bit. Raises ArtifactError or ModelError for
+    what the original layout cannot hold.
     """
     return (_export_adapter if is_artifact(source) else _export_model)(source, output, options)
 
 
+def _check_support(config: LlavaConfig) -> None:
+    """Raise ModelError for a model that the original code would load as another one, or not at all."""
+    if reasons := list(no_llava(LlavaShape.of(config.to_dict()))):
+        raise ModelError("; ".join(reasons))
+
+
 def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportReport:
     config = read_config(source)
+    _check_support(config)
     files = WeightFiles(source)
     files.check(config)
     names = sorted(expected_shapes(config))
@@ -159,6 +169,7 @@ def _export_adapter(source: Path, output: Path, options: ExportOptions) -> Expor
     """Write an artifact as the original's LoRA directory, or as `mm_projector.bin` if it holds no LoRA."""
     opened = open_source(source, options.base_model)
     manifest, adapter, config = opened.manifest, opened.adapter, opened.config
+    _check_support(config)
     other = [name for name in adapter.layers if not name.startswith(LAYERS_PREFIX)]
     other += [name for name in adapter.replaced if not name.startswith(PROJECTOR_PREFIX)]
     if other:

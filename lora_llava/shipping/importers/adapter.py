@@ -78,7 +78,7 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
         replaced=parts.replaced,
         form=form,
         template=template,
-        aspect_ratio=_original_ratio(source) if original else _processor_ratio(source),
+        aspect_ratio=_original_ratio(source) if original else _processor_ratio(source, base.directory),
     )
     has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in foreign.replaced)
     write_artifact(output, foreign, base, source)
@@ -187,7 +187,10 @@ def _check_copies(parts: _Parts, base: Base, source: Path) -> None:
 
 
 def _is_stored(files: WeightFiles, tied: bool, name: str, tensor: torch.Tensor) -> bool:
-    stored = files.read(EMBEDDINGS if tied and name == HEAD else name)
+    name = EMBEDDINGS if tied and name == HEAD else name
+    if name not in files:
+        return False
+    stored = files.read(name)
     return stored.shape == tensor.shape and torch.equal(stored.float(), tensor.float())
 
 
@@ -212,8 +215,9 @@ def _original_ratio(directory: Path) -> AspectRatio:
     return "pad" if read_json(directory / "config.json").get("image_aspect_ratio", "pad") == "pad" else "square"
 
 
-def _processor_ratio(directory: Path) -> AspectRatio:
-    """Read whether the adapter's processor pads images; transformers' default does not."""
+def _processor_ratio(source: Path, base: Path) -> AspectRatio:
+    """Read whether the adapter's processor, or else its base's, pads images; transformers' default does not."""
+    directory = source if any((source / name).is_file() for name in _PROCESSORS) else base
     for name in _PROCESSORS:
         data = read_json(directory / name)
         images = data.get("image_processor", data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.artifact import load_artifact
+from lora_llava.artifact import load_artifact, read_manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.names import ADAPTER_CONFIG, WEIGHTS
 from lora_llava.shipping.importers import import_any
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.merge.run import merge_artifact
 from tests.helpers.artifacts import CPU, logits, plain_peft
-from tests.helpers.tiny import save_tiny_base
+from tests.helpers.tiny import IMAGE_MEAN, IMAGE_STD, save_tiny_base
 
+PIXELS = {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
 WITH_HEAD = r".*(language_model.*\.q_proj|lm_head)"
 
 
@@ -79,6 +81,34 @@ def test_k60_a_copy_that_is_not_the_bases_is_refused(tiny_base: Path, tmp_path: 
     save_file(state, tmp_path / "theirs" / WEIGHTS)
     with pytest.raises(ArtifactError, match=r"holds a copy of .*lm_head.* that differs from the base's"):
         bring(tmp_path / "theirs", tiny_base)
+    # Of a layer that this base does not have.
+    [name] = [name for name in state if name.endswith("lm_head.base_layer.weight")]
+    state[name.replace("lm_head", "model.language_model.layers.9.mlp.up_proj")] = state.pop(name) - 1
+    save_file(state, tmp_path / "theirs" / WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"holds a copy of .*layers\.9.* that differs from the base's"):
+        bring(tmp_path / "theirs", tiny_base)
+
+
+def test_images_are_padded_as_the_processor_of_the_adapter_or_of_its_base_does(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    make(base, tmp_path / "theirs")
+
+    def write(directory: Path, do_pad: bool) -> None:
+        (directory / "preprocessor_config.json").write_text(json.dumps({"do_pad": do_pad, **PIXELS}))
+
+    def ratio() -> str:
+        ratio = read_manifest(bring(tmp_path / "theirs", base)).images["image_aspect_ratio"]
+        shutil.rmtree(tmp_path / "brought")
+        return str(ratio)
+
+    (base / "processor_config.json").unlink()
+    write(base, do_pad=True)
+    assert ratio() == "pad"
+    write(tmp_path / "theirs", do_pad=False)
+    assert ratio() == "square"
+    write(base, do_pad=False)
+    write(tmp_path / "theirs", do_pad=True)
+    assert ratio() == "pad"
 
 
 VISION = ["multi_modal_projector", "vision_tower"]

@@ -67,16 +67,21 @@ def test_base_and_lora_compute_what_was_trained(tiny_base: Path, base_text: Path
     assert torch.allclose(tuned, tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_with_scales_of_their_own(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factors", [(1.0, 3.0), (0.0, 3.0), (0.0, 0.0)], ids=["all", "some", "none"])
+def test_layers_with_scales_of_their_own(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factors: tuple[float, float]
+) -> None:
     artifact = make_artifact(tiny_base, tmp_path / "instruct")
     original = Adapter._scaling
 
     def scaling(self: Adapter, name: str) -> float:
-        return original(self, name) * (3.0 if ".mlp." in name else 1.0)
+        return original(self, name) * factors[".mlp." in name]
 
     monkeypatch.setattr(Adapter, "_scaling", scaling)
     export(artifact, tmp_path / "out")
     lora, adapter = GGUFContent(tmp_path / "out" / "lora.gguf"), Adapter(artifact)
+    # llama.cpp reads an alpha of 0 as none, and then adds B A unscaled.
+    assert lora.fields["adapter.lora.alpha"]
     for name, keys in adapter.layers.items():
         place = gguf_lora.gguf_name(name, tiny_config())
         a, b = lora.tensors[f"{place}.lora_a"], lora.tensors[f"{place}.lora_b"]

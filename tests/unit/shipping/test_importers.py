@@ -247,6 +247,46 @@ def test_a_linear_projector(tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
 
 
+def base_with(directory: Path, **text: Any) -> Path:
+    """Write a tiny base with other settings of its language model."""
+    base = save_tiny_base(directory)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= text
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return base
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_scaled_rotary_positions_are_in_the_form_that_the_original_reads(tmp_path: Path, kind: str) -> None:
+    rope = {"rope_type": kind, "factor": 4, "rope_theta": 5000.0}
+    base = base_with(tmp_path / "base", rope_parameters=rope)
+    export_llava(base, tmp_path / "llava", ExportOptions())
+    written = json.loads((tmp_path / "llava" / "config.json").read_text(encoding="utf-8"))
+    # LlamaConfig._rope_scaling_validation of transformers 4.37.2: two fields, the factor a float.
+    assert written["rope_scaling"] == {"type": kind, "factor": 4.0}
+    assert isinstance(written["rope_scaling"]["factor"], float)
+    assert written["rope_theta"] == 5000.0
+    import_any(tmp_path / "llava", tmp_path / "back", ImportOptions())
+    ours, theirs = (read_config(one).text_config.rope_parameters for one in (tmp_path / "back", base))
+    assert {key: ours[key] for key in rope} == {key: theirs[key] for key in rope} == rope
+
+
+def test_what_the_original_would_load_differently_is_refused(tmp_path: Path) -> None:
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_theta": 1e4,
+    }  # fmt: skip
+    base = base_with(tmp_path / "base", rope_parameters=llama3, mlp_bias=True)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "multimodal_projector_bias": False}), encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        export_llava(base, tmp_path / "llava", ExportOptions())
+    assert [reason.partition(":")[0] for reason in str(caught.value).split("; ")] == [
+        "multimodal_projector_bias false", "mlp_bias true", "rope_type llama3",
+    ]  # fmt: skip
+    assert not (tmp_path / "llava").exists()
+
+
 class Malicious:
     """Makes a file when it is unpickled."""
 

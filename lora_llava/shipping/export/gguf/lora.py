@@ -118,12 +118,14 @@ def _lora_file(source: Source, name: str, outtype: OutType) -> tuple[Fields, lis
     """Plan `lora.gguf`. Shapes: lora_a (rank, inputs), lora_b (outputs, rank).
 
     llama.cpp adds `alpha / rank * B A`, with the rank of the tensors and one alpha for all layers. So alpha is that of
-    the first layer (for rsLoRA times sqrt(rank)); B of a layer with another scale is multiplied by the quotient.
+    the first layer that has any (for rsLoRA times sqrt(rank)); B of a layer with another one is multiplied by the
+    quotient.
     """
     adapter, shapes = source.adapter, expected_shapes(source.config)
     layers = {name: keys for name, keys in adapter.layers.items() if name.startswith(LANGUAGE_MODEL_PREFIX)}
     alphas = {name: keys.scaling * adapter.stored(keys.a).shape[0] for name, keys in layers.items()}
-    alpha = next(iter(alphas.values()))
+    # llama.cpp takes an alpha of 0 for none, and adds B A unscaled.
+    alpha = next(filter(None, alphas.values()), 1.0)
     tensors = []
     for weight, keys in layers.items():
         theirs, rank = gguf_name(weight, source.config), adapter.stored(keys.a).shape[0]
