@@ -54,8 +54,6 @@ def check(
     if overwrite and resume:
         raise click.UsageError("--overwrite starts over and --resume continues: give only one of them")
     clock = time.monotonic()
-    if overwrite and resume:
-        raise click.UsageError("--overwrite starts over and --resume continues: give only one of them")
     settings = open_recipe(recipe, overrides)
     directory = _report_directory(output, settings)
     if fix is not None:

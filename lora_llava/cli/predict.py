@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _DATA = ("image_root", "split", "answer_prompt", "max_records", "on_bad_record", "max_bad_records")
 """Options that are settings of the data, next to its path and columns."""
-_OF_DATA = ("columns", "split", "image_root")
-"""Options without a meaning for a folder of images."""
 
 _Command = Callable[..., Any]
 
@@ -94,8 +92,6 @@ def predict(
         raise click.UsageError("give --data, or --images with --question")
     if (images is None) != (question is None):
         raise click.UsageError("--question goes with --images; with --data, the questions are in the data")
-    if images is not None and (given := [key for key in _OF_DATA if options[key] is not None]):
-        raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --data; --images takes every image below DIR")
     from lora_llava.recipe.stages import QuestionSettings
 
     columns = options.pop("columns")

@@ -161,7 +161,7 @@ def stage_shapes(
 def usable_bytes(device: str, memory: int | None = None) -> int:
     """Return the bytes to plan with: of a card of `memory` bytes, or of what is free on `device` (`cuda`, `cpu`)."""
     if memory is not None:
-        return int(_USABLE_SHARE * memory - _overhead(device))
+        return max(0, int(_USABLE_SHARE * memory - _overhead(device)))
     return int(_USABLE_SHARE * free_memory_bytes(device))
 
 

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from lora_llava.errors import RecipeError
 from lora_llava.recipe.errors import shown
-from lora_llava.recipe.settings import AdapterSettings, QuantizationSettings, Recipe
+from lora_llava.recipe.settings import AdapterSettings, ImageSettings, QuantizationSettings, Recipe
 from lora_llava.recipe.stages import StageSettings, trains_lora
 from lora_llava.system.files import find_json
 
@@ -33,6 +33,7 @@ class _Start:
 
     directory: Path
     manifest: dict[str, Any]
+    """With `template`, `images` and `data`, empty if the file has none."""
     adapter: dict[str, Any]
     """Values for `AdapterSettings`; empty if the artifact has no LoRA."""
 
@@ -48,7 +49,15 @@ def _read_start(directory: Path) -> _Start | None:
     config = find_json(directory / "adapter_config.json")
     if manifest is None or config is None:
         return None
-    return _Start(directory, manifest, adapter_of(config) if trains_lora(str(manifest.get("stage"))) else {})
+    try:
+        sections = {name: dict(manifest.get(name) or {}) for name in ("template", "images", "data")}
+        adapter = adapter_of(config) if trains_lora(str(manifest.get("stage"))) else {}
+        # What is inherited must be what a recipe accepts.
+        _with_lora(AdapterSettings(), adapter)
+        ImageSettings.model_validate({"window": sections["images"].get("window") or "auto"})
+    except (TypeError, ValueError):
+        return None
+    return _Start(directory, {**manifest, **sections}, adapter)
 
 
 def adapter_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def _started(recipe: Recipe) -> Recipe:
     update: dict[str, Any] = {}
     if start.adapter:
         _refuse_other_adapter(recipe, start)
-        update["adapter"] = _adapter(recipe.adapter, start)
+        update["adapter"] = _with_lora(recipe.adapter, start.adapter)
     stage = _stage(recipe, recipe.stage(first), start.manifest)
     update["stages"] = recipe.stages.model_copy(update={first: stage})
     if recipe.evaluation is not None and stage.data.window != recipe.stage(first).data.window:
@@ -121,16 +130,14 @@ def unlike_the_start(recipe: Recipe) -> list[tuple[str, str]]:
         return []
     stage, manifest = recipe.stage(first), start.manifest
     window = stage.data.gray_window
-    data = manifest.get("data") or {}
+    template, images = manifest["template"], manifest["images"]
+    ratio = stage.image_aspect_ratio or recipe.images.image_aspect_ratio
     pairs = {
-        f"stages.{first}.template": (stage.template, (manifest.get("template") or {}).get("name")),
-        f"stages.{first}.system": (stage.system, (manifest.get("template") or {}).get("system")),
-        f"stages.{first}.image_aspect_ratio": (
-            stage.image_aspect_ratio or recipe.images.image_aspect_ratio,
-            (manifest.get("images") or {}).get("image_aspect_ratio"),
-        ),
-        f"stages.{first}.data.window": (window and list(window), (manifest.get("images") or {}).get("window")),
-        f"stages.{first}.data.answer_prompt": (stage.data.answer_prompt, data.get("answer_prompt")),
+        f"stages.{first}.template": (stage.template, template.get("name")),
+        f"stages.{first}.system": (stage.system, template.get("system")),
+        f"stages.{first}.image_aspect_ratio": (ratio, images.get("image_aspect_ratio")),
+        f"stages.{first}.data.window": (window and list(window), images.get("window")),
+        f"stages.{first}.data.answer_prompt": (stage.data.answer_prompt, manifest["data"].get("answer_prompt")),
     }
     if _precision_is_known(manifest):
         pairs["quantization.type"] = (recipe.quantization.type, manifest["quantization"]["type"])
@@ -146,9 +153,10 @@ def _continues(start: _Start, first: str) -> bool:
     return start.stage == first or bool(start.adapter)
 
 
-def _adapter(settings: AdapterSettings, start: _Start) -> AdapterSettings:
-    taken = {key: value for key, value in start.adapter.items() if value is not None}
-    return AdapterSettings.model_validate({**settings.model_dump(), **taken, "lora_alpha": float(taken["lora_alpha"])})
+def _with_lora(settings: AdapterSettings, adapter: Mapping[str, Any]) -> AdapterSettings:
+    """Return the settings with those of a LoRA that a recipe can express. Raises pydantic.ValidationError."""
+    taken = {key: value for key, value in adapter.items() if value is not None}
+    return AdapterSettings.model_validate({**settings.model_dump(), **taken})
 
 
 def _refuse_other_adapter(recipe: Recipe, start: _Start) -> None:
@@ -175,17 +183,17 @@ def _layers(targets: Any) -> set[str]:
 
 def _stage(recipe: Recipe, stage: StageSettings, manifest: Mapping[str, Any]) -> StageSettings:
     """Return a stage that inherits template, system prompt, image aspect ratio and window where it sets none."""
-    template = manifest.get("template") or {}
+    template, images = manifest["template"], manifest["images"]
     update: dict[str, Any] = {}
     if "template" not in stage.model_fields_set and _takes(stage, template.get("name")):
         update["template"] = template["name"]
     if "system" not in stage.model_fields_set and update.get("template", stage.template) == template.get("name"):
         update["system"] = template.get("system")
-    ratio = (manifest.get("images") or {}).get("image_aspect_ratio")
+    ratio = images.get("image_aspect_ratio")
     named = "image_aspect_ratio" in stage.model_fields_set or "image_aspect_ratio" in recipe.images.model_fields_set
     if not named and ratio in ("pad", "square") and ratio != recipe.images.image_aspect_ratio:
         update["image_aspect_ratio"] = ratio
-    window = (manifest.get("images") or {}).get("window")
+    window = images.get("window")
     if window is not None and "window" not in stage.data.model_fields_set | recipe.images.model_fields_set:
         update["data"] = stage.data.with_window(window)
     return stage.model_copy(update=update)

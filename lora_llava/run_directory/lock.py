@@ -30,6 +30,9 @@ def locked(directory: Path) -> Iterator[None]:
     name is not a lock.
     """
     path = directory / LOCK
+    # Locks do not keep a process from itself, such as a second thread.
+    if path.resolve() in _held:
+        raise TrainingError(f"output_dir {shown_path(directory)} is in use by another run of this process")
     created: list[Path] = []
     try:
         created = make_directories(directory)

@@ -50,8 +50,8 @@ _FIXES = {
 }
 """What to do about an output that cannot be created; for anything else, take another directory."""
 
-_in_use: dict[int, int] = {}
-"""Staging directories of this process: inode to the file descriptor that holds the lock."""
+_in_use: set[tuple[int, int]] = set()
+"""Staging directories of this process, by device and inode: directories on two disks can have one inode number."""
 
 
 def refuse_existing(output: Path, kind: type[LoraLlavaError] = ArtifactError) -> None:
@@ -93,11 +93,11 @@ def refuse_unwritable(output: Path, kind: type[LoraLlavaError]) -> None:
 def refuse_results_in(output: Path) -> None:
     """Raise RecipeError if `output` is a file, or a directory with anything in it: results are not overwritten."""
     # Path.is_dir() raises for a name that is too long.
-    is_there = os.path.lexists(output)
-    if is_there and not output.is_dir():
-        raise RecipeError(f"{output} is not a directory; give a directory as output")
-    if is_there and any(output.iterdir()):
-        raise RecipeError(f"{output} is not empty, and results are not overwritten; give another output directory")
+    if os.path.lexists(output):
+        if not output.is_dir():
+            raise RecipeError(f"{output} is not a directory; give a directory as output")
+        if any(output.iterdir()):
+            raise RecipeError(f"{output} is not empty, and results are not overwritten; give another output directory")
     refuse_unwritable(output, RecipeError)
 
 
@@ -135,18 +135,18 @@ def staging_in(parent: Path) -> Iterator[Path]:
     """Yield an empty staging directory in `parent`, which is removed at the end of the block."""
     clear_stale(parent)
     directory = Path(tempfile.mkdtemp(prefix=STAGING, dir=parent))
-    inode, handle = directory.stat().st_ino, -1
+    status, handle = directory.stat(), -1
     try:
         handle = os.open(directory / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        _in_use[inode] = handle
+        _in_use.add(_disk_and_inode(status))
         # On a file system without locks, only this process removes the directory.
         with suppress(OSError):
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(handle, json.dumps({"made_by": _MADE_BY, "inode": inode}).encode())
+        os.write(handle, json.dumps({"made_by": _MADE_BY, "inode": status.st_ino}).encode())
         yield directory
     finally:
         _remove_staging(directory)
-        _in_use.pop(inode, None)
+        _in_use.discard(_disk_and_inode(status))
         if handle >= 0:
             os.close(handle)
 
@@ -164,7 +164,7 @@ def clear_stale(parent: Path) -> None:
         # Not entry.inode(): on an overlay file system it may be the inode of the lower one. Another thread may have
         # moved the directory by now.
         with suppress(FileNotFoundError):
-            if entry.stat(follow_symlinks=False).st_ino not in _in_use:
+            if _disk_and_inode(entry.stat(follow_symlinks=False)) not in _in_use:
                 _clear(Path(entry.path))
 
 
@@ -173,7 +173,7 @@ def is_staging(directory: Path) -> bool:
     if directory.is_symlink() or not directory.is_dir():
         return False
     # Do not open the claim: closing it would release the lock that this process holds.
-    if directory.stat().st_ino in _in_use:
+    if _disk_and_inode(directory.stat()) in _in_use:
         return True
     try:
         handle = os.open(directory / _CLAIM, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -183,6 +183,10 @@ def is_staging(directory: Path) -> bool:
         return _claims(handle, directory)
     finally:
         os.close(handle)
+
+
+def _disk_and_inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _claims(handle: int, directory: Path) -> bool:
@@ -249,7 +253,8 @@ def staged(output: Path, place: Place = place_new) -> Iterator[Path]:
             inside = staging / output.name
             inside.mkdir()
             yield inside
-            _flush_tree(inside)
+            for path in [*sorted(inside.rglob("*")), inside]:
+                fsync(path)
             place(inside, output)
             fsync(parent)
     except BaseException:
@@ -278,12 +283,6 @@ def disk_errors(output: Path, state: str) -> Iterator[None]:
             f"{error.filename or output.name} cannot be written to {shown_path(nearest)}: {error.strerror} "
             f"({free:,.0f} MiB are free there). {state}; free some space, or name an output on another disk."
         ) from error
-
-
-def _flush_tree(directory: Path) -> None:
-    """Flush all files and directories below a directory to disk."""
-    for path in [*sorted(directory.rglob("*")), directory]:
-        fsync(path)
 
 
 @contextmanager

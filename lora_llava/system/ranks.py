@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from lora_llava.errors import LostProcessError, ModelError
+from lora_llava.errors import LostProcessError, ModelError, RecipeError
 
 T = TypeVar("T")
 
@@ -238,7 +238,7 @@ def _connect() -> None:
         store=PrefixStore("torch", store),
         rank=rank(),
         world_size=world_size(),
-        timeout=timedelta(seconds=float(os.environ.get(TIMEOUT, _TIMEOUT_SECONDS))),
+        timeout=_timeout(),
     )
     _links.group = dist.new_group(backend="gloo", timeout=_FIRST_PATIENCE)
     if on_cuda:
@@ -246,6 +246,16 @@ def _connect() -> None:
         _refuse_shared_cards(gathered((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))))
         # NCCL takes its buffers now, so that the free memory that a stage is planned for is without them.
         dist.all_reduce(torch.zeros(1, device=device))
+
+
+def _timeout() -> timedelta:
+    """Return how long a collective of a step may take. Raises RecipeError for a variable that does not say it."""
+    text = os.environ.get(TIMEOUT) or str(_TIMEOUT_SECONDS)
+    with suppress(ValueError, OverflowError):
+        timeout = timedelta(seconds=float(text))
+        if timeout > timedelta():
+            return timeout
+    raise RecipeError(f"{TIMEOUT} is {text!r}, must be a number of seconds above 0, such as 1800; correct or unset it")
 
 
 def _disconnect(*, wait: bool) -> None:

@@ -281,9 +281,6 @@ def test_the_only_split_of_a_directory_is_asked(artifact: Path, data: Path) -> N
         (["--output", "out.csv", "--data", "ask.csv"], "ask.csv: columns: is missing; it has image, question, answer"),
         (["--output", "out.csv", "--data", "ask.csv", "--columns", "image=image"], "--columns: give question, or"),
         (["--output", "out.csv", "--images", ".", "--question", " "], "write a text without <image>"),
-        (["--output", "out.csv", "--images", ".", "--question", "a?", "--split", "dev"], "--split goes with --data"),
-        (["--output", "out.csv", "--images", ".", "--question", "a?", "--image-root", "."], "--image-root goes with"),
-        (["--output", "out.csv", "--images", ".", "--question", "a?", "--columns", "image=a"], "--columns goes with"),
         (["--output", "out.csv", "--images", "gone", "--question", "a?"], "gone: does not exist"),
     ],
 )

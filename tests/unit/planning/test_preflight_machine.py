@@ -99,6 +99,10 @@ def test_a_dry_run_plans_for_the_cards_that_are_asked_for(project: Project) -> N
     assert ranks.world_size() == 1
 
 
+def test_a_card_smaller_than_the_context_of_cuda_has_nothing_to_plan_with() -> None:
+    assert usable_bytes("cuda", GIB // 2) == 0
+
+
 def test_a_card_of_several_leaves_memory_to_their_links() -> None:
     alone = usable_bytes("cuda", 12 * GIB)
     with ranks.planned_for(2):

@@ -170,3 +170,25 @@ def test_an_artifact_that_is_not_there_is_for_the_run_to_refuse(tmp_path: Path) 
     (tmp_path / "before").mkdir()
     (tmp_path / "before/manifest.json").write_text("[", encoding="utf-8")
     assert load(tmp_path).adapter.r == 128
+
+
+@pytest.mark.parametrize(
+    ("form", "manifest"),
+    [
+        ({"r": "4"}, {}),
+        ({"lora_alpha": "x"}, {}),
+        ({"lora_dropout": 2}, {}),
+        ({"target_modules": [["q_proj"]]}, {}),
+        ({}, {"template": "chatml"}),
+        ({}, {"images": [1]}),
+        ({}, {"images": {"window": [1]}}),
+        ({}, {"data": 3}),
+    ],
+)
+def test_nothing_is_inherited_from_damaged_settings_which_loading_reports(
+    tmp_path: Path, form: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    write_start(tmp_path / "before", form, **manifest)
+    recipe = load(tmp_path)
+    assert (recipe.adapter.r, recipe.stage("instruct").template) == (128, "vicuna_v1")
+    assert unlike_the_start(recipe) == []

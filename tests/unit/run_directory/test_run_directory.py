@@ -16,7 +16,7 @@ from lora_llava.errors import LoraLlavaError, TrainingError
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory import output
 from lora_llava.run_directory.claim import _MANIFESTS, claimed, restore, restore_around
-from lora_llava.run_directory.lock import locked
+from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.run_directory.written import EXCHANGE, NEW, STATE
 from lora_llava.system.files import STAGING
@@ -249,6 +249,15 @@ def test_k2_an_input_that_would_be_replaced_is_refused_by_name(tmp_path: Path, k
     ):
         pytest.fail("claimed")
     assert contents(root, kits=True) == before
+
+
+def test_a_process_does_not_lock_a_directory_again(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        with pytest.raises(TrainingError, match="in use by another run of this process"), locked(tmp_path / "run"):
+            pytest.fail("locked again")
+        assert (tmp_path / "run" / LOCK).exists(), "still locked"
+    with locked(tmp_path / "run"):
+        pass
 
 
 def test_k2_an_input_among_several_is_refused_by_its_key(tmp_path: Path) -> None:

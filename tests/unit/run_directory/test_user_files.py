@@ -22,6 +22,7 @@ from lora_llava.recipe.file import bundled_recipes
 from lora_llava.recipe.settings import Recipe
 from lora_llava.run_directory.lock import LOCK
 from lora_llava.run_directory.written import STATE
+from lora_llava.system import files as system_files
 from lora_llava.system.files import STAGING, clear_stale, refuse_existing, staged, staging_in
 from tests.helpers.claiming import Stopped, a_recipe, contents, die, forked, run, stop_at
 
@@ -225,3 +226,23 @@ def test_k42_the_claim_of_a_staging_directory_goes_last(tmp_path: Path, monkeypa
         monkeypatch.setattr(Path, "unlink", watched)
     assert len(left) == 2
     assert all("claim.json" in names for names in left)
+
+
+def test_staging_directories_on_two_disks_may_have_one_inode_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def on_two_disks(path: Path, **how: bool) -> os.stat_result:
+        status = stat(path, **how)
+        if not path.name.startswith(STAGING):
+            return status
+        return os.stat_result((status.st_mode, 7, int(path.parent.name), *status[3:]))
+
+    monkeypatch.setattr(Path, "stat", on_two_disks)
+    for disk in ("1", "2"):
+        (tmp_path / disk).mkdir()
+    with staging_in(tmp_path / "1"):
+        with staging_in(tmp_path / "2"):
+            assert system_files._in_use == {(1, 7), (2, 7)}
+        assert system_files._in_use == {(1, 7)}, "still in use: not removed as stale"

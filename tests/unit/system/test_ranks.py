@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from lora_llava import errors
-from lora_llava.errors import LoraLlavaError, LostProcessError, ModelError, PreflightError, RunInterruptedError
+from lora_llava.errors import (
+    LoraLlavaError,
+    LostProcessError,
+    ModelError,
+    PreflightError,
+    RecipeError,
+    RunInterruptedError,
+)
 from lora_llava.system import ranks
 from tests.helpers.processes import ended, start
 
@@ -151,3 +158,14 @@ def test_what_cannot_be_sent_is_sent_as_text() -> None:
     error = ValueError(lambda: None)
     assert str(ranks._portable(error)).startswith("ValueError: <function")
     assert ranks._portable(LostProcessError("x")).args == ("x",)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "1e99"])
+def test_a_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.delenv(ranks.TIMEOUT, raising=False)
+    assert ranks._timeout().total_seconds() == 1800
+    monkeypatch.setenv(ranks.TIMEOUT, "2.5")
+    assert ranks._timeout().total_seconds() == 2.5
+    monkeypatch.setenv(ranks.TIMEOUT, text)
+    with pytest.raises(RecipeError, match=f"LORA_LLAVA_TIMEOUT is '{text}', must be a number of seconds above 0"):
+        ranks._timeout()
