@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,15 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
 
 def option_problems(error: ValidationError) -> str:
     """Return what is wrong with settings that options gave, a line each."""
+    from lora_llava.recipe.columns import ColumnSettings
+
     lines = []
     for details in error.errors():
-        where = ".".join(map(str, details["loc"]))
-        lines.append((f"--{where}: " if where else "") + details["msg"].removeprefix("Value error, "))
+        names = [str(part) for part in details["loc"] if part != "data"]
+        text = details["msg"].removeprefix("Value error, ")
+        if details["type"] == "extra_forbidden" and names[:-1] == ["columns"]:
+            near = difflib.get_close_matches(names[-1], ColumnSettings.model_fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ColumnSettings.model_fields)}"
+            text = f"unknown key; {hint}"
+        lines.append((f"--{'.'.join(names)}: " if names else "") + text)
     return "\n".join(lines)

@@ -30,6 +30,8 @@ _BAD = "bad_image"
 DEEP_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of more than 8 bits per pixel; of color images it keeps only the upper 8 bits."""
 _RESCALE = 1 / 255
+_DICOM_MARK = slice(128, 132)
+"""Where a DICOM file has the letters DICM."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -83,6 +85,12 @@ def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Ima
             raise DataError(
                 f"{name}: a TIFF that is damaged, or has pixels that are not read, such as several bands of 16 bits; "
                 "save it as 8-bit RGB or as 16-bit gray",
+                _BAD,
+            ) from None
+        if data[_DICOM_MARK] == b"DICM":
+            raise DataError(
+                f"{name}: a DICOM file, which is not read; save it as PNG or TIFF of 16-bit gray and name that "
+                "(docs/convert.md)",
                 _BAD,
             ) from None
         raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", _BAD) from None

@@ -20,6 +20,7 @@ from lora_llava.data.sources.forms import describe_record, known_form, propose_c
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
 from lora_llava.planning.proposal.images import find_images
+from lora_llava.planning.proposal.values import columns_option
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed, printable
 
@@ -34,7 +35,7 @@ _GROUPS = (
     "patient patienten subject person participant case study exam visit specimen slide animal device gerat geraet "
     "machine maschine serial batch lot site"
 ).split()
-"""Columns by which records belong together, most telling first; each also with `id`, `nr`, `no` or `number`."""
+"""Columns by which records belong together, most telling first; each also with `id`, `nr`, `number` or the like."""
 _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval"),
@@ -196,8 +197,21 @@ def _set_columns(name: str, form: str, data: dict[str, Any], peeked: Peeked) -> 
     elif proposed:
         data |= yaml.safe_load("{" + proposed + "}")
     else:
-        raise DataError(f"{name}: {form}: {describe_record(peeked.names)}", "form")
+        raise DataError(f"{name}: {form}: {_advice(peeked)}", "form")
     _set_choices(data["columns"], peeked)
+
+
+def _advice(peeked: Peeked) -> str:
+    """Return what to do with a table whose column names do not say what they hold."""
+    group = _group_column(peeked)
+    option = columns_option(peeked.rows, peeked.names, [] if group is None else [group])
+    if not option:
+        return describe_record(peeked.names)
+    names = listed([printable(name) for name in peeked.names], 12)
+    return (
+        f"it has {names}, and these names do not tell the image, question and answer. "
+        f"By their values, add: {printable(option)}"
+    )
 
 
 def _set_choices(columns: dict[str, Any], peeked: Peeked) -> None:
@@ -238,7 +252,13 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
 
 
 def _set_group(look: Look, peeked: Peeked) -> None:
-    """Set `group` to the first column that names a patient, a device or the like, and differs between records."""
+    """Set `group` to the column by which records belong together, if there is one."""
+    if (column := _group_column(peeked)) is not None:
+        look.data["group"] = column
+
+
+def _group_column(peeked: Peeked) -> str | None:
+    """Return the first column that names a patient, a device or the like, and differs between records."""
     normalized = {_normalized(name): name for name in reversed(peeked.names)}
     for word in _GROUPS:
         column = normalized.get(word)
@@ -248,14 +268,14 @@ def _set_group(look: Look, peeked: Peeked) -> None:
             and len(set(map(str, values))) > 1
             and all(isinstance(value, str | int) for value in values)
         ):
-            look.data["group"] = column
-            return
+            return column
+    return None
 
 
 def _normalized(column: str) -> str:
     """Return the letters of a column's name without accents, and without a word for a number at its end."""
     letters = unicodedata.normalize("NFKD", column).lower()
-    return re.sub(r"[^a-z]|(id|nr|no|number|uid)$", "", letters)
+    return re.sub(r"[^a-z]|(id|nr|no|number|nummer|uid)$", "", letters)
 
 
 def _shards(directory: Path, number: int, columns: Columns | None) -> Look:

@@ -259,7 +259,10 @@ def test_headings_that_are_not_known_are_named_by_an_option(
     Path("befunde.csv").write_text("\n".join(lines), encoding="utf-8")
     refused = run("init", "befunde.csv")
     assert refused.exit_code == 1
-    assert "in a command by --columns image=KEY,question=KEY,answer=KEY" in said(refused)
+    assert "Patienten-Nr, Bild, Frage, Befund, and these names do not tell the image, question and answer" in said(
+        refused
+    )
+    assert "By their values, add: --columns image=COLUMN,question=Frage,answer=COLUMN" in said(refused)
     result = run("init", "befunde.csv", "--base-model", tiny_base, "--columns", columns)
     assert result.exit_code == 0, result.output
     data = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["stages"]["instruct"]["data"]
@@ -277,7 +280,8 @@ def test_headings_that_are_not_known_are_named_by_an_option(
             "there is no 'Befunde'; it has Bild, Frage, Befund; did you mean Befund?",
         ),
         ("image", 2, "write it as image=COLUMN,question=COLUMN,answer=COLUMN"),
-        ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture"),
+        ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture: unknown key; there are image"),
+        ("imgae=Bild,question=Frage,answer=Befund", 2, "--columns.imgae: unknown key; did you mean image?"),
         ("image=Bild,question=Frage", 2, "--columns"),
         ("{image: Bild, question: {txt: Was}, answer: Befund}", 2, "--columns.question: must be a column"),
         (

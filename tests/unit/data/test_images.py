@@ -56,6 +56,11 @@ def test_other_formats_are_refused(form: str) -> None:
     assert "not an image of a known format; allowed are JPEG, PNG, WEBP, BMP, GIF, TIFF" in message
 
 
+def test_a_dicom_file_is_called_one() -> None:
+    assert "a DICOM file, which is not read; save it as PNG" in refused(bytes(128) + b"DICM" + bytes(64))
+    assert "not an image of a known format" in refused(bytes(127) + b"DICM" + bytes(64))
+
+
 @pytest.mark.fault("images: a web page saved as .jpg")
 def test_a_file_is_judged_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "page.jpg"
