@@ -130,8 +130,8 @@ def train(name: str, task: Task) -> dict[str, Any]:
     except _StoppedError:
         pass
     finally:
-        # The model may be asked for again, without this trainer's autocast around it. accelerate's `unwrap_model` would
-        # leave a mark, and then the next trainer puts none around it.
+        # The model may be asked for again, without the autocast that accelerate puts around it for other trainers.
+        # Its `unwrap_model` would leave a mark, and then the next trainer puts none around it.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(trainer.model).pop(name, None)
     memory = memory_facts()

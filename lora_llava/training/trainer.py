@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import speed_metrics
@@ -34,7 +31,7 @@ from lora_llava.training.objectives.objective import Objective, TokenLoss
 from lora_llava.training.optimizer import groups_of, make_optimizer, make_scaler, make_schedule
 from lora_llava.training.parallel.gradients import Gradients, WholeGradients, summed
 from lora_llava.training.parallel.lockstep import idle_index, is_in_lockstep, own_indices
-from lora_llava.training.parallel.offload import OffloadedGradients
+from lora_llava.training.parallel.offload import OffloadedAdamW, OffloadedGradients
 from lora_llava.training.validation import HeldOutLoss, without
 
 _CHECKS = "lora_llava_guards"
@@ -63,12 +60,7 @@ class PackedTrainer:
         self.args, self.device = args, args.device
         self.dtype: torch.dtype = llava_in(model).get_input_embeddings().weight.dtype
         """What the frozen weights compute in."""
-        # The loss is divided by the items of the step, not by its rows.
-        accumulation = GradientAccumulationPlugin(num_steps=1)
-        self.accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation)
         self.model = model.to(self.device)
-        self.wrapped = self.model
-        """The model as it is called in training, with autocast."""
         # The forward pass takes two operations per parameter and token, the backward pass four.
         self.flops_per_token = 6.0 * model.num_parameters(exclude_embeddings=True)
         self.train_dataset, self.eval_dataset = rows, validation
@@ -111,9 +103,7 @@ class PackedTrainer:
         started, first_step = time.time(), self.state.global_step
         for rows in self._steps():
             self._tell("on_step_begin")
-            sizes = [[float(self.objective.count(row)), float(row["input_ids"].numel())] for row in rows]
-            # Of all processes. Tensors, since CUDA divides less exactly by a number of the host.
-            num_items, num_tokens = summed(torch.tensor(sizes, device=self.device).sum(0))
+            num_items, num_tokens = self._sizes(rows)
             for row in rows:
                 self.losses.append(self.training_step(row, num_items))
                 self._tell("on_substep_end")
@@ -131,10 +121,20 @@ class PackedTrainer:
                 self.lr_scheduler.step()
             # What is not due to the scale leaves it.
             self.scaler.update(self.scaler.get_scale() if step.is_skipped and not step.has_overflowed else None)
-            self.wrapped.zero_grad()
+            self.model.zero_grad()
             if self._finish_step(norm, rate):
                 break
         self._end(started, first_step)
+
+    def _sizes(self, rows: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count a step's items, which its loss is divided by, and its tokens, over all processes: two scalars.
+
+        Tensors, since CUDA divides less exactly by a number of the host. Filled there, as a copy would wait.
+        """
+        items = sum(self.objective.count(row) for row in rows)
+        tokens = sum(row["input_ids"].numel() for row in rows)
+        num_items, num_tokens = (torch.full((), float(number), device=self.device) for number in (items, tokens))
+        return summed(num_items), summed(num_tokens)
 
     def create_optimizer(self) -> None:
         """Create the optimizer, with a separate learning rate for the projector."""
@@ -142,24 +142,16 @@ class PackedTrainer:
 
     def _begin(self) -> None:
         """Prepare model, optimizer and schedule, restore the checkpoint if there is one, and start log and trackers."""
-        self.accelerator.free_memory()
-        # accelerate shares this between all trainers of a process, and one that was interrupted while it accumulated
-        # leaves it off: then no optimizer takes a step.
-        self.accelerator.sync_gradients = True
         self.create_optimizer()
-        # Not for data parallelism, which `sum_gradients` does: `evaluation_mode` adds autocast alone.
-        self.wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-        whole: Any = self.optimizer
         self.gradients: Gradients = (
-            OffloadedGradients(whole.optimizer)
-            if self.offloads
-            else WholeGradients(self.accelerator, self.wrapped, groups_of(whole))
+            OffloadedGradients(self.optimizer)
+            if isinstance(self.optimizer, OffloadedAdamW)
+            else WholeGradients(self.model, groups_of(self.optimizer))
         )
         self.lr_scheduler = make_schedule(self.optimizer, self.args)
         self.scaler = make_scaler(self.device, self.dtype)
-        self.wrapped.train()
-        self.wrapped.zero_grad()
+        self.model.train()
+        self.model.zero_grad()
         self.losses: list[torch.Tensor] = []
         """Losses of the rows of this step so far, scalars."""
         self.loss_sum = torch.zeros((), device=self.device)
@@ -223,11 +215,10 @@ class PackedTrainer:
 
     def _loss(self, row: Batch, num_items: torch.Tensor | int, by_source: LossBySource | None = None) -> torch.Tensor:
         row = to_device(row, self.device)
-        # In bf16 accelerate has wrapped the model's forward pass; in fp16 it refuses to on a CPU.
-        with autocast(self.device, self.dtype) if self.dtype == torch.float16 else nullcontext():
+        with autocast(self.device, self.dtype):
             if by_source is None:
-                return self.objective.loss(self.wrapped, row, num_items)
-            loss, losses = self.objective.loss_by_item(self.wrapped, row, num_items)
+                return self.objective.loss(self.model, row, num_items)
+            loss, losses = self.objective.loss_by_item(self.model, row, num_items)
         by_source.add(row["sources"], losses)
         return loss
 

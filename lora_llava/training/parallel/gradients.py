@@ -14,9 +14,8 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from lora_llava.system.ranks import is_alone
 
@@ -52,18 +51,16 @@ class Gradients(Protocol):
 class WholeGradients:
     """Gradients in `parameter.grad`, whole in every process."""
 
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]
-    ) -> None:
+    def __init__(self, model: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
         """Handle the gradients of `model`; `groups`: its trained parameters, by the name of their group."""
-        self.accelerator, self.model, self.groups = accelerator, model, groups
+        self.model, self.groups = model, groups
 
     def before_row(self) -> None:
         """Do nothing: a row completes the gradients that it has."""
 
     def backward(self, loss: torch.Tensor, *, has_image: bool) -> None:
         """Add the gradients of a row."""
-        self.accelerator.backward(loss)
+        loss.backward()
 
     def idle(self) -> None:
         """Do nothing: processes wait for each other only in `complete`."""
@@ -81,12 +78,11 @@ class WholeGradients:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients to a total norm of `max_norm`, if it is not 0; return the norm before."""
-        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf)
-        return norm
+        return clip_grad_norm_(self.model.parameters(), max_norm or math.inf)
 
     def drop(self) -> None:
         """Free the gradients."""
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad()
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
