@@ -167,9 +167,9 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def print_lines(lines: Iterable[str], console: Console) -> None:
-    """Print the lines of a summary literally: no markup, no highlighting, no line breaks."""
+    """Print the lines of a summary without breaking them."""
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def loading_console() -> Console:

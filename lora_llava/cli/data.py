@@ -52,14 +52,11 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     text = recipe_text(look, output, base_model)
     with disk_errors(output, "Nothing was written"), new_file(output) as file:
         file.write_text(text, encoding="utf-8")
-    console.print(
-        printable(f"{data}: {look.form}; {counted(len(look.records), 'record')}."), markup=False, highlight=False
-    )
-    for note in look.notes:
-        console.print(printable(note), markup=False, highlight=False)
-    console.print(printable(f"Wrote {output}. Checking it:"), markup=False, highlight=False)
+    about = f"{data}: {look.form}; {counted(len(look.records), 'record')}."
+    for line in (about, *look.notes, f"Wrote {output}. Checking it:"):
+        console.print(printable(line))
     context.invoke(check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False)
-    console.print(printable(f"Next: lora-llava finetune {output} --dry-run"), markup=False, highlight=False)
+    console.print(printable(f"Next: lora-llava finetune {output} --dry-run"))
 
 
 @click.command("convert")

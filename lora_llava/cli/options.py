@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from lora_llava.conversation.templates import TEMPLATES
+from lora_llava.errors import RecipeError
 from lora_llava.recipe.choices import MetricSetting
 from lora_llava.system.text import printable
 
@@ -22,6 +24,35 @@ COLUMNS_EXAMPLE = """'{image: COLUMN, question: {text: "Is it cracked?"}, answer
 """Columns with a text that is the same for all records."""
 
 _Command = Callable[..., Any]
+
+onto_option = click.option(
+    "--onto",
+    type=click.Choice(_CHOICES),
+    help="Merge into the base as dequantized in training, or into the original weights [as in training].",
+)
+template_option = click.option("--template", help=f"Chat template, if the model has none: {', '.join(TEMPLATES)}.")
+metric_option = click.option(
+    "--metric",
+    type=click.Choice(get_args(MetricSetting)),
+    default="auto",
+    show_default=True,
+    help="How answers are scored.",
+)
+
+
+def together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    """Return a decorator that adds several options, in their order."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+decoding_options = together(
+    click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Maximum tokens per answer."
+    ),
+    click.option(
+        "--max-rows", type=click.IntRange(min=1), default=64, show_default=True, help="Questions decoded at once."
+    ),
+)
 
 
 def base_option(
@@ -40,20 +71,6 @@ def _take_former_name(context: click.Context, _: click.Parameter, value: str | N
         context.default_map = {**(context.default_map or {}), name: value}
 
 
-def onto_option(command: _Command) -> _Command:
-    """Add `--onto`: which weights of the base to merge into."""
-    return click.option(
-        "--onto",
-        type=click.Choice(_CHOICES),
-        help="Merge into the base as dequantized in training, or into the original weights [as in training].",
-    )(command)
-
-
-def template_option(command: _Command) -> _Command:
-    """Add `--template`: the chat template of a model that does not come with one."""
-    return click.option("--template", help=f"Chat template, if the model has none: {', '.join(TEMPLATES)}.")(command)
-
-
 def parse_columns(text: str | None) -> dict[str, Any] | None:
     """Parse `key=column,key=column`, or a mapping as in a recipe. Raises click.UsageError for anything else."""
     if text is None:
@@ -61,21 +78,22 @@ def parse_columns(text: str | None) -> dict[str, Any] | None:
     if text.lstrip().startswith("{"):
         return _mapping(text)
     pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(key.strip() and value.strip() for key, _, value in pairs):
+    columns = {key.strip(): value.strip() for key, _, value in pairs}
+    if len(columns) < len(pairs) or not all(key and value for key, value in columns.items()):
         raise click.UsageError(
-            f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN, or as in a recipe: "
-            f"{COLUMNS_EXAMPLE}"
+            f"--columns {text!r}: write it as image=COLUMN,question=COLUMN,answer=COLUMN, each key once, or as in "
+            f"a recipe: {COLUMNS_EXAMPLE}"
         )
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    return columns
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    import yaml
+    from lora_llava.recipe.file import parse_yaml
 
     try:
-        columns = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        columns = None
+        columns = parse_yaml(text, "--columns")
+    except RecipeError as error:
+        raise click.UsageError(f"{error}; write it as in a recipe: {COLUMNS_EXAMPLE}") from error
     if not isinstance(columns, dict) or not all(isinstance(key, str) for key in columns):
         raise click.UsageError(f"--columns {text!r}: is no mapping of YAML; write it as in a recipe: {COLUMNS_EXAMPLE}")
     return columns
@@ -83,7 +101,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def data_options(split: str) -> Callable[[_Command], _Command]:
     """Add the options of the data next to its path; `split`: what `split_of` takes if none is given."""
-    options = [
+    return together(
         click.option("--image-root", help="Directory of the images [that of the data file]."),
         click.option(
             "--columns",
@@ -93,14 +111,7 @@ def data_options(split: str) -> Callable[[_Command], _Command]:
         click.option("--split", help=f"Split of a data set [{split}, or the only one]."),
         click.option("--answer-prompt", help="Text appended to each question [as in training]."),
         click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Use only the first N records."),
-    ]
-
-    def add(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    )
 
 
 def split_of(path: str, given: str | None, usual: str) -> str:
@@ -127,25 +138,3 @@ def refuse_unused(reason: str, *names: str) -> None:
         is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
         if parameter.name in names and is_given:
             raise click.UsageError(f"{parameter.opts[0]} has no effect: {reason}; leave it out")
-
-
-def decoding_options(command: _Command) -> _Command:
-    """Add `--max-new-tokens` and `--max-rows`."""
-    tokens = click.option(
-        "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Maximum tokens per answer."
-    )
-    rows = click.option(
-        "--max-rows", type=click.IntRange(min=1), default=64, show_default=True, help="Questions decoded at once."
-    )
-    return tokens(rows(command))
-
-
-def metric_option(command: _Command) -> _Command:
-    """Add `--metric`: how answers are scored."""
-    return click.option(
-        "--metric",
-        type=click.Choice(get_args(MetricSetting)),
-        default="auto",
-        show_default=True,
-        help="How answers are scored.",
-    )(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lora_llava.cli.options import (
     refuse_unused,
     split_of,
     template_option,
+    together,
 )
 from lora_llava.generation.output import CSV, JSONL, SKIPPED, refuse_output
 
@@ -28,26 +29,22 @@ if TYPE_CHECKING:
 _DATA = ("image_root", "split", "answer_prompt", "max_records", "on_bad_record", "max_bad_records")
 """Options that are settings of the data, next to its path and columns."""
 
-_Command = Callable[..., Any]
-
-
-def _bad_record_options(command: _Command) -> _Command:
-    """Add `--on-bad-record` and `--max-bad-records`."""
-    rule = click.option(
+_bad_record_options = together(
+    click.option(
         "--on-bad-record",
         type=click.Choice(["error", "skip"]),
         default="error",
         show_default=True,
         help="Stop at an unusable record, or leave it out.",
-    )
-    limit = click.option(
+    ),
+    click.option(
         "--max-bad-records",
         type=click.IntRange(min=1),
         default=10,
         show_default=True,
         help="With --on-bad-record skip: stop after more than this many.",
-    )
-    return rule(limit(command))
+    ),
+)
 
 
 def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: Mapping[str, Any]) -> Any:

@@ -108,7 +108,7 @@ def _print_stage(
         console.print(offer)
     _print_memory(shapes, machine, plan, data, console)
     on_card = replace(shapes, dtype=_NAMED.get(recipe.precision, BF16))
-    plans = _plan_for_cards(on_card, recipe.attn_implementation)
+    plans = {size: _plan_for_card(on_card, recipe.attn_implementation, size) for size in _CARDS}
     several = {size: _cards_needed(on_card, recipe.attn_implementation, size) for size in plans if not plans[size]}
     console.print(_cards_view(plans, several))
     if any(several.values()):
@@ -129,21 +129,16 @@ def _print_memory(shapes: StageShapes, machine: Machine, plan: MemoryPlan, data:
 def this_machine(attn_implementation: str, memory: int | None) -> Machine:
     """Describe this machine, or its device with `memory` bytes; on CUDA `auto` counts as FlexAttention, untried."""
     device = device_type()
-    if device == "cpu":
-        return Machine(device, usable_bytes(device, memory), attention_on_cpu(attn_implementation))
-    return Machine(device, usable_bytes(device, memory), _attention_on_cuda(attn_implementation))
+    attention = attention_on_cpu if device == "cpu" else _attention_on_cuda
+    return Machine(device, usable_bytes(device, memory), attention(attn_implementation))
 
 
 def _attention_on_cuda(attn_implementation: str) -> Attention:
     return TREES if attn_implementation == SDPA else FLEX
 
 
-def _plan_for_cards(shapes: StageShapes, attn_implementation: str) -> dict[int, MemoryPlan | None]:
-    """Plan a stage for cards of several sizes, in GiB; None where it does not fit."""
-    return {size: _plan_for_card(shapes, attn_implementation, size) for size in _CARDS}
-
-
 def _plan_for_card(shapes: StageShapes, attn_implementation: str, size: int) -> MemoryPlan | None:
+    """Plan a stage for a card of `size` GiB; None if it does not fit."""
     machine = Machine("cuda", usable_bytes("cuda", size * GIB), _attention_on_cuda(attn_implementation))
     try:
         return plan_memory(shapes, machine)

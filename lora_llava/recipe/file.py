@@ -166,14 +166,14 @@ def _read(path: Path) -> dict[str, Any]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
-    data = _parse(text, str(path))
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         content = "nothing" if data is None else f"a {type(data).__name__}"
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values; the file contains {content}")
     return data
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML. Raises a one-line RecipeError that begins with `where`, however broken the text is."""
     try:
         # A copy: overrides and paths change what was read.
@@ -201,7 +201,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r:.80}: write it as key.sub=value")
     _check_key(key)
     # Build a separate tree: the value may be a mapping that contains paths.
-    tree: dict[str, Any] = {names[-1]: _parse(text, f"override {key}")}
+    tree: dict[str, Any] = {names[-1]: parse_yaml(text, f"override {key}")}
     for name in reversed(names[:-1]):
         tree = {name: tree}
     _resolve_paths(tree, Path.cwd(), f"override {key}")

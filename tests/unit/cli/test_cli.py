@@ -17,7 +17,8 @@ from lora_llava.cli.common import KitGroup, file_size, memory_size
 from lora_llava.cli.evaluate import evaluate
 from lora_llava.cli.options import parse_columns
 from lora_llava.errors import DataError, RecipeError
-from lora_llava.recipe.file import bundled_recipes
+from lora_llava.recipe.columns import ColumnSettings
+from lora_llava.recipe.file import bundled_recipes, load_recipe
 from lora_llava.recipe.settings import MetricSetting
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "pydantic", "rich", "matplotlib")
@@ -159,11 +160,33 @@ def test_columns_are_parsed_and_checked() -> None:
         "question": {"text": "a, b=c?"},
         "answer": "a",
     }
-    for text in ("{", "{1: a}", "{a: !!python/name:os.system x}"):
-        with pytest.raises(click.UsageError, match="is no mapping of YAML"):
+    for text, wrong in (
+        ("{", "--columns, line 1: not valid YAML"),
+        ("{1: a}", "is no mapping of YAML"),
+        ("{a: !!python/name:os.system x}", "--columns, line 1: not valid YAML: could not determine a constructor"),
+    ):
+        with pytest.raises(click.UsageError, match=wrong):
             parse_columns(text)
     with pytest.raises(click.UsageError, match="image=COLUMN"):
         parse_columns("image")
+    with pytest.raises(click.UsageError, match="each key once"):
+        parse_columns("image=a,image=b")
+    with pytest.raises(click.UsageError, match="--columns, line 1: key 'answer' occurs twice"):
+        parse_columns("{answer: a, answer: b}")
+
+
+def test_columns_of_an_option_are_read_as_those_of_a_recipe(tmp_path: Path) -> None:
+    text = "{image: a, question: {text: no}, answer: {map: {1: yes, 0: off}, of: label}}"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: x\nbase: {model_name_or_path: some/llava}\n"
+        f"stages: {{instruct: {{data: {{path: t.csv, columns: {text}}}}}}}\n",
+        encoding="utf-8",
+    )
+    written = load_recipe(path).stage("instruct").data.columns
+    assert ColumnSettings.model_validate(parse_columns(text)) == written
+    assert written is not None
+    assert written.answer == {"map": {"1": "yes", "0": "off"}, "of": "label"}
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,8 @@ def test_headings_that_are_not_known_are_named_by_an_option(
         (
             "{image: Bild, answer",
             2,
-            "is no mapping of YAML; write it as in a recipe: '{image: COLUMN, question: {text:",
+            "--columns, line 1: not valid YAML: expected ',' or '}', but got '<stream end>'; write it as in a recipe: "
+            "'{image: COLUMN, question: {text:",
         ),
     ],
 )
