@@ -155,13 +155,23 @@ def test_preferences_of_two_processes_are_those_of_one(tiny_base: Path, tmp_path
             assert one.get(name) == (pytest.approx(other[name], rel=1e-4, abs=1e-5) if name in other else None)
 
 
-def test_a_signal_to_one_process_ends_all_with_one_checkpoint_and_any_number_resumes(
-    project: Path, runs: dict[int, Path], tmp_path: Path
-) -> None:
-    stopped = tmp_path / "stopped"
-    ended = run(project, stopped, 2, act=signalled(1, "instruct", 3, signal.SIGTERM))
+def stop_after_step_3(project: Path, directory: Path, *settings: str) -> Path:
+    """Run two processes, and stop them in stage `instruct`."""
+    ended = run(project, directory, 2, *settings, act=signalled(1, "instruct", 3, signal.SIGTERM))
     assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
     assert sum(one.err.count("stopped by SIGTERM after step 3 of stage instruct, which is saved") for one in ended) == 1
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stopped(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, stopped after step 3 of `instruct`."""
+    return stop_after_step_3(project, tmp_path_factory.mktemp("stopped") / "run")
+
+
+def test_a_signal_to_one_process_ends_all_with_one_checkpoint_and_any_number_resumes(
+    project: Path, runs: dict[int, Path], stopped: Path, tmp_path: Path
+) -> None:
     steps = sorted(path.name for path in (stopped / output.CHECKPOINTS / "instruct").iterdir())
     assert steps[-1] == "step-3"
     assert read_verified(stopped / output.CHECKPOINTS / "instruct" / "step-3").facts["processes"] == 2
@@ -217,24 +227,32 @@ OFFLOADED = ("distributed.engine=deepspeed", "distributed.offload=true")
 @pytest.fixture(scope="module")
 def offloaded(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes with gradients and optimizer in parts on the host, stopped after step 3 of `instruct`."""
-    directory = tmp_path_factory.mktemp("offloaded") / "run"
-    ended = run(project, directory, 2, *OFFLOADED, act=signalled(1, "instruct", 3, signal.SIGTERM))
-    assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
-    return directory
+    return stop_after_step_3(project, tmp_path_factory.mktemp("offloaded") / "run", *OFFLOADED)
 
 
-@pytest.mark.parametrize(("count", "settings"), [(2, OFFLOADED), (1, ())], ids=["offloaded", "one process"])
+RESUMED: dict[str, tuple[str, int, Sequence[str], str]] = {
+    "offloaded": ("offloaded", 2, OFFLOADED, "the run resumes exactly"),
+    "one process": ("offloaded", 1, (), "2 processes then, 1 now; distributed.engine: deepspeed then, torch now: the"),
+    "from an ordinary one": ("stopped", 2, OFFLOADED, "distributed.engine: torch then, deepspeed now: the steps hold"),
+}
+"""The run that is resumed, in how many processes, with which settings, and what is said of it."""
+
+
+@pytest.mark.parametrize("case", RESUMED)
 def test_offloaded_weights_norms_and_states_are_those_of_one_process_and_either_resumes(
-    project: Path, runs: dict[int, Path], offloaded: Path, tmp_path: Path, count: int, settings: Sequence[str]
+    project: Path, runs: dict[int, Path], tmp_path: Path, request: pytest.FixtureRequest, case: str
 ) -> None:
+    start, count, settings, words = RESUMED[case]
     directory = tmp_path / "resumed"
-    shutil.copytree(offloaded, directory)
+    shutil.copytree(request.getfixturevalue(start), directory)
     ended = run(project, directory, count, *settings, "--resume")
     assert [one.code for one in ended] == [0] * count, ended
     assert not any(one.err for one in ended), ended
     # The first speaks, and DeepSpeed is silent.
     assert not any(one.out for one in ended[1:])
-    assert "deepspeed" not in ended[0].out.lower()
+    out = " ".join(ended[0].out.split())
+    assert words in out
+    assert out.lower().count("deepspeed") == words.count("deepspeed")
     for stage in STAGES:
         assert difference(runs[1] / stage, directory / stage) < 1e-6
     logs = log_of(runs[1]), log_of(directory)

@@ -108,16 +108,17 @@ def check_unchanged(
 ) -> bool:
     """Compare a checkpoint with the run that resumes from it; return whether nothing changed.
 
-    Another number of processes is no change: a step holds the same conversations, whatever their number. Raises
-    TrainingError as `refuse_or_warn` does, and if the stage now has fewer steps than were trained.
+    Another number of processes, or another engine that adds up their gradients, is no change: a step holds the same
+    conversations. Raises TrainingError as `refuse_or_warn` does, and if the stage now has fewer steps than were
+    trained.
     """
     if checkpoint is None:
         return True
     step = checkpoint.progress.step
     _check_base_files(stage, checkpoint.directory)
     # Older checkpoints have batch_size only as a setting.
-    key = f"{stage.key}.batch_size"
-    before = {key: value_at(stored_recipe(checkpoint.directory), key), **checkpoint.facts}
+    key, recipe = f"{stage.key}.batch_size", stored_recipe(checkpoint.directory)
+    before = {key: value_at(recipe, key), **checkpoint.facts}
     changed = changed_settings(checkpoint.directory, stage) + changed_facts(before, facts)
     differences = [difference for difference in changed if difference[0] != PROCESSES]
     refuse_or_warn(differences, stage, checkpoint.directory, resume, console)
@@ -125,12 +126,23 @@ def check_unchanged(
         raise TrainingError(
             f"stage {stage.name} has {counted(num_steps, 'step')} now, and {step:,} were trained already"
         )
+    rounding = []
     if differences != changed:
-        text = f"{counted(before[PROCESSES], 'process', 'processes')} then, {facts[PROCESSES]} now"
+        rounding.append(f"{counted(before[PROCESSES], 'process', 'processes')} then, {facts[PROCESSES]} now")
+    engines = _engine(recipe, before[PROCESSES]), _engine(stage.recipe, facts[PROCESSES])
+    if engines[0] != engines[1]:
+        rounding.append(f"distributed.engine: {engines[0]} then, {engines[1]} now")
+    if rounding:
+        text = "; ".join(rounding)
         console.print(f"{stage.name}: {text}: the steps hold the same conversations, and their sums round differently")
     elif not differences:
         console.print(f"{stage.name}: data, settings and versions are those of the checkpoint: the run resumes exactly")
     return not differences
+
+
+def _engine(recipe: Recipe, processes: int) -> str:
+    """Return what adds up the gradients of a run with this number of processes."""
+    return recipe.distributed.engine if processes > 1 else "torch"
 
 
 def _is_finished(stage: Stage) -> bool:
