@@ -105,6 +105,11 @@ def tree_length(tree: Sequence[int], items: Sequence[PlanItem]) -> int:
     return prefix + sum(items[index].length - prefix for index in tree)
 
 
+def row_length(row: Row, items: Sequence[PlanItem]) -> int:
+    """Count the tokens of a row, which a step computes; 0 for a row that only pads a step."""
+    return sum(tree_length(tree, items) for tree in row)
+
+
 def make_plan(items: Sequence[PlanItem], settings: RowSettings, *, batch_size: int, num_steps: int, seed: int) -> Plan:
     """Plan every step of a stage.
 
@@ -121,7 +126,7 @@ def make_plan(items: Sequence[PlanItem], settings: RowSettings, *, batch_size: i
         steps=steps,
         rows_per_step=len(steps[0]),
         num_conversations=len(used),
-        num_computed_tokens=sum(tree_length(tree, items) for step in steps for row in step for tree in row),
+        num_computed_tokens=sum(row_length(row, items) for step in steps for row in step),
         num_separate_tokens=sum(items[index].length + items[index].shared for index in used),
     )
 
@@ -136,7 +141,7 @@ def sample_steps(
     @cache
     def row_lengths(tokens: int) -> npt.NDArray[np.int64]:
         steps = _pack(batches, items, replace(settings, tokens=tokens))
-        lengths = [[sum(tree_length(tree, items) for tree in row) for row in step] for step in steps]
+        lengths = [[row_length(row, items) for row in step] for step in steps]
         return np.array(lengths, dtype=np.int64)
 
     used = [index for batch in batches for tree in batch for index in tree]

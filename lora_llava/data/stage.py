@@ -25,8 +25,8 @@ from lora_llava.data.packing import (
     conversations,
     make_plan,
     plan_in_order,
+    row_length,
     sample_steps,
-    tree_length,
 )
 from lora_llava.data.pairs import encode_record
 from lora_llava.data.record import Record
@@ -299,7 +299,7 @@ def _step_counts(plan: Plan, encoded: EncodedRecords) -> list[StepCounts]:
         StepCounts(
             questions=sum(questions[index] for index in conversations(step)),
             supervised_tokens=sum(encoded.num_supervised[index] for index in conversations(step)),
-            computed_tokens=sum(tree_length(tree, encoded.items) for row in step for tree in row),
+            computed_tokens=sum(row_length(row, encoded.items) for row in step),
         )
         for step in plan.steps
     ]

@@ -70,11 +70,10 @@ def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck 
     nothing = preprocess(
         mean_color(size, mean), size=size, mean=mean, std=transform.std, aspect_ratio=transform.aspect_ratio
     )
-
     return ImageCheck(
         PackedRows(sample, rows.records, rows.encoded, rows.read_image),
         PackedRows(_rows_of_one_image(rows, sample), rows.records, rows.encoded, lambda _: nothing),
-        _count_conversations(sample) == _count_conversations(rows.rows),
+        len(list(conversations(sample))) == len(list(conversations(rows.rows))),
     )
 
 
@@ -115,8 +114,3 @@ def _rows_of_one_image(rows: PackedRows, sample: Sequence[Row]) -> list[Row]:
     item_of = dict(zip(indices, items, strict=True))
     lengths = [sum(tree_length(range(len(tree)), [item_of[index] for index in tree]) for tree in row) for row in sample]
     return plan_in_order(items, tokens_per_row=max(lengths), indices=indices)
-
-
-def _count_conversations(rows: Sequence[Row]) -> int:
-    """Count the conversations in rows."""
-    return sum(1 for _ in conversations(rows))

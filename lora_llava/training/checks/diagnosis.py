@@ -132,11 +132,6 @@ def read_validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
     return validations
 
 
-def _best_of(validations: Sequence[Validation]) -> Validation:
-    """Return the validation with the lowest loss, the first if equal."""
-    return min(validations, key=lambda validation: validation.loss)
-
-
 def diagnose(
     validations: Sequence[Validation], max_steps: int, *, keeps_best: bool, known: Collection[str] = ()
 ) -> dict[str, str]:
@@ -156,7 +151,7 @@ def diagnose(
 
 def _over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str | None:
     """Return a warning if the validation loss has risen from its best while the training loss kept falling."""
-    best, last = _best_of(validations), validations[-1]
+    best, last = min(validations, key=lambda validation: validation.loss), validations[-1]
     risen = [validation.loss > _RISE * best.loss for validation in validations[-2:]]
     has_risen = last.loss > _CLEAR_RISE * best.loss or (len(risen) == 2 and all(risen))
     if not has_risen or best.train_loss is None or last.train_loss is None or last.train_loss >= best.train_loss:

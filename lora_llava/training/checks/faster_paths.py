@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_llava.data.packing import PlanItem, conversations, tree_length
+from lora_llava.data.packing import PlanItem, conversations, row_length
 from lora_llava.data.rows import PackedRows
 from lora_llava.modeling.attention import padded_length, to_device, with_block_lists
 from lora_llava.modeling.fused.layer import has_fused_layers, install_trunk, layers_unfused, remove_trunk, unfuse_layers
 from lora_llava.modeling.fused.trunk import Capture, CudaGraphs, Trunk
-from lora_llava.modeling.packed import packed_loss
 from lora_llava.modeling.recompute import recomputed_in_full, set_recompute
 from lora_llava.planning.graphs import choose_lengths
-from lora_llava.system.device import autocast
+from lora_llava.training.checks.longest_row import timed_pass
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Largest relative difference of gradients between fused layers and PEFT's, by dtype: each rounds in every layer. A
@@ -53,23 +51,18 @@ class _RowPass:
         pairs = [(one, other.gradients[name]) for name, one in self.gradients.items()]
         apart = math.sqrt(sum(float((one - two).double().square().sum()) for one, two in pairs))
         size = math.sqrt(sum(float(two.double().square().sum()) for _, two in pairs))
-        found = [apart / size if size else apart, abs(self.loss - other.loss) / max(abs(other.loss), 1e-12)]
-        return math.nan if any(map(math.isnan, found)) else max(found)
+        differences = [apart / size if size else apart, abs(self.loss - other.loss) / max(abs(other.loss), 1e-12)]
+        return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def _pass_row(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> _RowPass:
     """Compute a row's loss and gradients twice, and return those of the second time; the first compiles."""
-    device = next(model.parameters()).device
     for _ in range(2):
         model.zero_grad(set_to_none=True)
-        started = _now(device)
-        with autocast(device, dtype):
-            loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
-        loss.backward()
-        seconds = _now(device) - started
+        loss, seconds = timed_pass(model, batch, dtype)
     gradients = {name: one.grad.to("cpu", copy=True) for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad(set_to_none=True)
-    return _RowPass(float(loss.detach()), gradients, seconds)
+    return _RowPass(float(loss), gradients, seconds)
 
 
 @contextmanager
@@ -90,18 +83,6 @@ def _every_gradient(model: nn.Module) -> Iterator[None]:
                 weight.zero_()
         model.train(was_training)
         model.zero_grad(set_to_none=True)
-
-
-def _now(device: torch.device) -> float:
-    """Return the time when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _row_lengths(rows: PackedRows, items: Sequence[PlanItem]) -> list[int]:
-    """Count the tokens of each row; 0 for one that only pads a step."""
-    return [sum(tree_length(tree, items) for tree in row) for row in rows.rows]
 
 
 def check_fused(model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: torch.dtype) -> str | None:
@@ -149,10 +130,9 @@ def try_graphs(
 
     `capture`: default, CUDA's. Returns a line for the console; `graph_lengths` tells whether there are graphs.
     """
-    lengths = _row_lengths(rows, items)
-    chosen = choose_lengths([padded_length(length) for length in lengths if length])
-    capture = capture or CudaGraphs()
-    trunk = install_trunk(model, chosen, capture)
+    lengths = [row_length(row, items) for row in rows.rows]
+    graph_lengths = choose_lengths([padded_length(length) for length in lengths if length])
+    trunk = install_trunk(model, graph_lengths, capture or CudaGraphs())
     reason = trunk if isinstance(trunk, str) else None
     if isinstance(trunk, Trunk):
         try:

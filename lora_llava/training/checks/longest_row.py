@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lora_llava.data.packing import PlanItem, tree_length
+from lora_llava.data.packing import PlanItem, row_length
 from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention, to_device, with_block_lists
@@ -29,7 +29,7 @@ from lora_llava.planning.memory_plan import (
 from lora_llava.planning.speed import Machine
 from lora_llava.system.device import autocast, peak_memory_bytes
 
-STEPS = 2
+_PASSES = 2
 """The second pass runs with gradients allocated, as all later ones do."""
 _TOLERANCE = 1.3
 """Warn if the row takes longer than predicted by this factor."""
@@ -57,7 +57,7 @@ def try_longest_row(
     If FlexAttention fails and the recipe says `auto`, SDPA replaces it; otherwise raises TrainingError.
     torch.OutOfMemoryError is left to `out_of_memory_named`.
     """
-    lengths = [sum(tree_length(tree, items) for tree in row) for row in rows.rows]
+    lengths = [row_length(row, items) for row in rows.rows]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     llava = llava_in(model)
     try:
@@ -84,15 +84,22 @@ def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: torch.dtype) ->
     was_training = model.training
     model.train()
     try:
-        for _ in range(STEPS):
-            started = _now(device)
-            with autocast(device, dtype):
-                loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
-            loss.backward()
-        return _now(device) - started
+        for _ in range(_PASSES):
+            _, seconds = timed_pass(model, batch, dtype)
+        return seconds
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
+
+
+def timed_pass(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Add the gradients of the mean loss of a row; return this loss, a scalar, and the seconds of both passes."""
+    device = next(model.parameters()).device
+    started = _now(device)
+    with autocast(device, dtype):
+        loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
+    loss.backward()
+    return loss.detach(), _now(device) - started
 
 
 def _now(device: torch.device) -> float:

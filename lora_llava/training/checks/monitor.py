@@ -90,10 +90,6 @@ class StageMonitor(Check):
             f"learning_rate. Last good checkpoint: {step.last_checkpoint() or 'none yet'}"
         )
 
-    def on_log(self, step: int, model: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
-        """Add the figures of the steps since the last line."""
-        return self.figures(step, model, row, self.skipped)
-
     def on_validation(self, validation: ValidationPass) -> None:
         """Warn of records whose loss is not finite, and of what the losses reveal."""
         if validation.unusable:
@@ -144,21 +140,21 @@ class StageMonitor(Check):
                     f"{_NO_GRADIENT.get(name, 'the loss does not depend on it')}",
                 )
 
-    def figures(self, step: int, model: nn.Module, logs: Mapping[str, Any], skipped: Sequence[int]) -> dict[str, Any]:
-        """Return the `logs` of the steps up to `step`, with figures and warnings added.
+    def on_log(self, step: int, model: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
+        """Add the figures of the steps since the last line, and warnings.
 
-        Their loss is a mean over all steps and counts `skipped` ones as 0: correct it, or remove it if every step was
-        skipped.
+        The loss in `row` is a mean over all these steps and counts skipped ones as 0: correct it, or remove it if every
+        step was skipped.
         """
-        row = dict(logs)
+        row = dict(row)
         steps = step - self.last_logged
-        taken = steps - sum(self.last_logged < skipped_step <= step for skipped_step in skipped)
+        taken = steps - sum(self.last_logged < skipped_step <= step for skipped_step in self.skipped)
         if taken < steps:
-            row["skipped_steps"] = len(skipped)
+            row["skipped_steps"] = len(self.skipped)
             row["loss"] = row["loss"] * steps / max(taken, 1)
         if not taken:
             del row["loss"]
-        if step in skipped:
+        if step in self.skipped:
             row.pop("grad_norm", None)
         row |= {f"grad_norm_{name}": norms[-1] for name, norms in self.norms.items() if norms}
         row |= self._projector(model) | self._share(step)

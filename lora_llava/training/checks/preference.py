@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_llava.errors import TrainingError
 from lora_llava.training.checks.check import Check, CompletedStep, ValidationPass
-from lora_llava.training.objectives.preference import PairSums, PreferenceObjective, restored
+from lora_llava.training.objectives.preference import PairSums, PreferenceObjective
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Allowed mean margin of log-probabilities at the first step, relative to the log-probabilities of a pair, by dtype."""
@@ -44,7 +44,7 @@ class PreferenceWatch(Check):
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Continue from a `state`."""
         state = state or {}
-        self.logged, self.recent = restored(state.get("logged")), restored(state.get("recent"))
+        self.logged, self.recent = (PairSums(**state.get(name, {})) for name in ("logged", "recent"))
         self.has_warned = state.get("has_warned", False)
 
     def on_step(self, step: CompletedStep) -> str | None:

@@ -36,13 +36,36 @@ class TrainedWeights(Check):
         self.start = _part_checksums(model)
 
     def after_training(self, model: nn.Module, num_steps: int) -> str | None:
-        """Return a line on a part whose weights did not change, if there is one; TrainingError if none did."""
-        if 0 < num_steps <= len(set(self.overflowed)) and _part_checksums(model) == self.start:
-            raise TrainingError(
-                f"stage {self.stage}: nothing was learned: the gradients of each of the {counted(num_steps, 'step')} "
-                "overflowed in fp16 while the loss scale was found. Train for more steps, or set precision: fp32."
+        """Return a line if one part did not change while another did; raise TrainingError if none changed.
+
+        A checkpoint of an older version has no checksums, and passes.
+        """
+        unchanged = [part for part, digest in _part_checksums(model).items() if self.start.get(part) == digest]
+        if not unchanged:
+            return None
+        steps = counted(num_steps, "step")
+        if len(unchanged) < len(self.start):
+            images = "no record has an image, " if unchanged == [PROJECTOR_PART] else ""
+            return (
+                f"not one weight of {unchanged[0]} changed in {steps}: {images}its gradient was 0, or its learning "
+                "rate is near 0"
             )
-        return _check_changed(model, self.start, stage=self.stage, num_steps=num_steps, skipped=self.skipped)
+        head = f"stage {self.stage}: nothing was learned: "
+        if 0 < num_steps <= len(set(self.overflowed)):
+            raise TrainingError(
+                f"{head}the gradients of each of the {steps} overflowed in fp16 while the loss scale was found. Train "
+                "for more steps, or set precision: fp32."
+            )
+        if len(set(self.skipped)) >= num_steps:
+            raise TrainingError(
+                f"{head}each of the {steps} was left out, since its loss or gradient was not finite (on_non_finite: "
+                "skip). The log says which records were in them."
+            )
+        raise TrainingError(
+            f"{head}not one weight of {listed(unchanged, separator=' and ')} changed in {steps}. Either no gradient "
+            "reached them (grad_norm in the log is 0: a part of the model ignores its input), or each change was "
+            "rounded away (learning_rate or max_grad_norm is near 0)."
+        )
 
     def state(self) -> dict[str, str]:
         """Return the checksums."""
@@ -69,32 +92,3 @@ def _part_checksums(model: nn.Module) -> dict[str, str]:
             tensor = torch.zeros_like(parameter) if is_negligible else parameter
             digests.setdefault(part_of(name), hashlib.sha256()).update(checksum(tensor).encode())
     return {part: digest.hexdigest() for part, digest in digests.items()}
-
-
-def _check_changed(
-    model: nn.Module, start: dict[str, str], *, stage: str, num_steps: int, skipped: Sequence[int]
-) -> str | None:
-    """Compare the trained parameters with their checksums at the `start` of the stage.
-
-    Returns a line if one part did not change while another did. Raises TrainingError if none changed. An empty `start`,
-    as in checkpoints of older versions, passes.
-    """
-    unchanged = [part for part, digest in _part_checksums(model).items() if start.get(part) == digest]
-    if not unchanged:
-        return None
-    if len(unchanged) < len(start):
-        images = "no record has an image, " if unchanged == [PROJECTOR_PART] else ""
-        return (
-            f"not one weight of {unchanged[0]} changed in {counted(num_steps, 'step')}: {images}its gradient was 0, or "
-            "its learning rate is near 0"
-        )
-    if len(set(skipped)) >= num_steps:
-        raise TrainingError(
-            f"stage {stage}: nothing was learned: each of the {counted(num_steps, 'step')} was left out, since its "
-            "loss or gradient was not finite (on_non_finite: skip). The log says which records were in them."
-        )
-    raise TrainingError(
-        f"stage {stage}: nothing was learned: not one weight of {listed(unchanged, separator=' and ')} changed in "
-        f"{counted(num_steps, 'step')}. Either no gradient reached them (grad_norm in the log is 0: a part of the "
-        "model ignores its input), or each change was rounded away (learning_rate or max_grad_norm is near 0)."
-    )

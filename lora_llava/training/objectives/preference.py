@@ -6,8 +6,7 @@ Shapes: P pairs of a row; in the last dimension of (P, 2), the chosen answer com
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -35,12 +34,7 @@ class PairSums:
     """Sum of absolute margins."""
 
     def __add__(self, other: PairSums) -> PairSums:
-        return PairSums(*(one + two for one, two in zip(self.values, other.values, strict=True)))
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """The sums in order of the fields."""
-        return tuple(getattr(self, name) for name in self.__slots__)
+        return PairSums(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Return the means over the pairs under the names of the log; {} without pairs."""
@@ -93,7 +87,7 @@ class PreferenceObjective:
 
         Every process must call it.
         """
-        total = torch.zeros(len(PairSums.__slots__), dtype=torch.float64, device=device)
+        total = torch.zeros(len(fields(PairSums)), dtype=torch.float64, device=device)
         for sums in self._rows:
             total += torch.where(sums.isfinite().all(), sums, 0.0)
         self._rows.clear()
@@ -140,8 +134,3 @@ def _sums(beta: float, log_probs: torch.Tensor, reference: torch.Tensor) -> torc
         margins.abs(),
     ]
     return torch.stack(columns).sum(1)
-
-
-def restored(state: Mapping[str, float] | None) -> PairSums:
-    """Return the sums that a checkpoint holds."""
-    return PairSums(**(state or {}))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lora_llava.data.rows import PackedRows
-from lora_llava.system.ranks import is_alone, largest, rank, world_size
+from lora_llava.system.ranks import largest, own_share
 
 _together = False
 
@@ -32,7 +32,7 @@ def in_lockstep(together: bool) -> Iterator[None]:
 
 def own_indices(count: int) -> range:
     """Return which of `count` rows this process computes: its share, or in lockstep all of them."""
-    return range(count) if _together or is_alone() else range(rank(), count, world_size())
+    return range(count) if _together else own_share(count)
 
 
 def num_passes(count: int) -> int:

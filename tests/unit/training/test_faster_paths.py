@@ -21,7 +21,7 @@ from lora_llava.modeling.fused.trunk import Trunk
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.structure import FLEX
-from lora_llava.training.checks import faster_paths
+from lora_llava.training.checks import faster_paths, longest_row
 from lora_llava.training.checks.faster_paths import check_fused, try_graphs
 from tests.helpers.runs import state_of
 from tests.helpers.steps import made_rows, made_trainer, same
@@ -61,7 +61,7 @@ def graphs_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
                 yield now
 
     clock = seconds()
-    monkeypatch.setattr(faster_paths, "_now", lambda _: next(clock))
+    monkeypatch.setattr(longest_row, "_now", lambda _: next(clock))
 
 
 def test_fused_layers_that_compute_what_pefts_do_are_used_and_nothing_changes(model: Any) -> None:
@@ -200,7 +200,7 @@ def test_graphs_that_fail_or_compute_something_else_are_left(model: Any, capture
 
 def test_graphs_that_are_slower_are_left(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0, 8.0])
-    monkeypatch.setattr(faster_paths, "_now", lambda _: next(times))
+    monkeypatch.setattr(longest_row, "_now", lambda _: next(times))
     line = try_graphs(model, ROWS, ITEMS, torch.float32, repeating)
     assert line == "cuda_graphs: off (the longest row takes 3000 ms with graphs and 1000 ms without)"
     assert graph_lengths(model) == []

@@ -22,7 +22,7 @@ def warnings_of(watch: StageMonitor, norms: list[dict[str, float]]) -> list[str]
     model, found = build_model(), []
     for step, one in enumerate(norms, start=1):
         watch.see_step(step, one)
-        row = watch.figures(step, model, LOGS, [])
+        row = watch.on_log(step, model, LOGS)
         found += [row["warning"]] if "warning" in row else []
     return found
 
@@ -58,8 +58,8 @@ def test_a_group_without_gradients_is_warned_of_and_a_step_of_texts_is_not() -> 
 
 def test_the_share_of_supervised_tokens_is_that_of_the_steps_since_the_last_line() -> None:
     watch, model = StageMonitor([StepCounts(1, 10, 100), StepCounts(1, 30, 100), StepCounts(1, 1, 5000)]), build_model()
-    assert watch.figures(2, model, LOGS, [])["supervised_share"] == pytest.approx(0.2)
-    row = watch.figures(3, model, LOGS, [])
+    assert watch.on_log(2, model, LOGS)["supervised_share"] == pytest.approx(0.2)
+    row = watch.on_log(3, model, LOGS)
     assert row["supervised_share"] == pytest.approx(0.0002)
     assert "only 0.02% are supervised" in row["warning"]
 
@@ -73,11 +73,11 @@ def test_norms_of_the_projector() -> None:
         for parameter in wrapper.modules_to_save["default"].parameters():
             parameter.mul_(12)
     watch = StageMonitor(COUNTS)
-    row = watch.figures(1, model, LOGS, [])
+    row = watch.on_log(1, model, LOGS)
     assert row["projector_norm"] == pytest.approx(12 * float(old.norm()), rel=1e-5)
     assert row["projector_change"] == pytest.approx(11, rel=1e-5)
     assert "the projector's norm went from" in row["warning"]
-    assert "warning" not in watch.figures(2, model, LOGS, [])
+    assert "warning" not in watch.on_log(2, model, LOGS)
 
 
 def test_logged_norms_are_those_of_the_gradients(tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_a_watch_goes_on_from_its_state() -> None:
     for step, one in enumerate(norms, start=1):
         whole.see_step(step, one)
         if step % 4 == 0:
-            rows.append(whole.figures(step, model, LOGS, []))
+            rows.append(whole.on_log(step, model, LOGS))
     again = []
     for step, one in enumerate(norms, start=1):
         first.see_step(step, one)
         if step % 4 == 0:
-            again.append(first.figures(step, model, LOGS, []))
+            again.append(first.on_log(step, model, LOGS))
         second = StageMonitor(COUNTS)
         second.restore(json.loads(json.dumps(first.state())))
         first = second
@@ -123,7 +123,7 @@ def test_k40_a_projector_that_starts_at_zero_is_not_accused() -> None:
             parameter.zero_()
         for parameter in wrapper.modules_to_save["default"].parameters():
             parameter.fill_(1e-4)
-    row = StageMonitor(COUNTS).figures(1, model, LOGS, [])
+    row = StageMonitor(COUNTS).on_log(1, model, LOGS)
     assert row["projector_norm"] == pytest.approx(0.006, rel=0.5)
     # Of nothing there is no share.
     assert row.keys().isdisjoint({"warning", "projector_change"})
