@@ -113,7 +113,7 @@ def _read_exclusions(path: Path) -> Iterable[tuple[int, str | None]]:
         raise DataError(f"exclude: {path} cannot be read: {error.strerror}; correct exclude") from None
     except UnicodeDecodeError:
         raise DataError(f"exclude: {path.name} is not UTF-8 text") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _exclusion(line, f"{path.name}, line {number}")
 

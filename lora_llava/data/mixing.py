@@ -43,15 +43,17 @@ def split_leaks(
 
     Each with the first record that holds it out, and the first that is trained on.
     """
-    first: dict[str, Record] = {}
+    # Of each source that trains on it, the first record with a key that is held out.
+    trained: dict[str, dict[str, Record]] = {key: {} for record in validation for key in _keys(record)}
     for record in train:
         for key in _keys(record):
-            first.setdefault(key, record)
-    seen: set[str] = set()
+            if key in trained:
+                trained[key].setdefault(record.source, record)
     for record in validation:
         for key in _keys(record):
-            if (other := first.get(key)) is not None and other.source != record.source and key not in seen:
-                seen.add(key)
+            others = (other for source, other in trained.get(key, {}).items() if source != record.source)
+            if (other := next(others, None)) is not None:
+                del trained[key]
                 yield record, other, "image" if key.startswith("image/") else "group"
 
 

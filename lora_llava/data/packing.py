@@ -253,16 +253,22 @@ def _longest_first(trees: Sequence[Tree], items: Sequence[PlanItem]) -> list[Tre
 def _first_fit(trees: Sequence[Tree], items: Sequence[PlanItem], tokens_per_row: int) -> list[list[Tree]]:
     """Pack trees into few rows by first-fit decreasing: longest tree first, each into the first row with room."""
     rows: list[list[Tree]] = []
-    room: list[int] = []
+    # A binary tree over as many rows as there may be: `room[node]` is the most room of a row below the node, whose
+    # children are 2 node and 2 node + 1. The first row with room is found without a look at every row.
+    leaves = 1 << max(0, len(trees) - 1).bit_length()
+    room = [tokens_per_row] * (2 * leaves)
     for tree in _longest_first(trees, items):
-        length = tree_length(tree, items)
-        row = next((row for row, free in enumerate(room) if free >= length), None)
-        if row is None:
+        length = min(tree_length(tree, items), tokens_per_row)
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < length
+        if node - leaves == len(rows):
             rows.append([])
-            room.append(tokens_per_row)
-            row = len(rows) - 1
-        rows[row].append(tree)
-        room[row] -= length
+        rows[node - leaves].append(tree)
+        room[node] -= length
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return rows
 
 

@@ -37,7 +37,7 @@ class Question:
 
     record: Record
     references: tuple[str, ...]
-    """Accepted answers; the first is that of the turns. Empty only in a prediction."""
+    """Accepted answers, in the order of the data; that of the turns is one of them. Empty only in a prediction."""
     number: int = 1
     """Which of the answered questions of its record, from 1."""
     of: int = 1
@@ -45,8 +45,8 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """The first reference."""
-        return self.references[0]
+        """The answer of the turns; if the data list several, the one that training takes."""
+        return self.record.turns[-1].text
 
     @property
     def image(self) -> str | None:

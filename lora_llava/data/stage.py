@@ -218,9 +218,11 @@ def _repeated(records: Sequence[Record]) -> str:
 
     Such records count twice in training, and they make the validation loss meaningless if one of them is held out.
     """
-    distinct = {(record.image and record.image.identity, record.turns, record.rejected) for record in records}
-    count = len(records) - len(distinct)
-    return f"{count:,} of {counted(len(records), 'record')} repeat another: same image, same text" if count else ""
+    # A record that the weight of its source repeats is meant to count twice.
+    own = {id(record): record for record in records}.values()
+    distinct = {(one.image and one.image.identity, one.system, one.turns, one.rejected) for one in own}
+    count = len(own) - len(distinct)
+    return f"{count:,} of {counted(len(own), 'record')} repeat another: same image, same text" if count else ""
 
 
 _MIN_ENCODINGS = 1.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -114,8 +116,6 @@ def _splits(survey: Survey) -> Iterator[tuple[Side, Side]]:
 def _duplicate_ids(source: Source) -> Iterator[Finding]:
     first: dict[str, Record] = {}
     for record in source.records:
-        if record.id == str(record.number):
-            continue
         other = first.setdefault(record.id, record)
         if other is not record:
             yield finding_at("duplicate_id", source, record, f"{record.where}: record {other.number} has this id too")
@@ -193,21 +193,18 @@ def _gray_ranges(survey: Survey, source: Source) -> Iterator[Finding]:
 
 def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
     """Yield duplicates and contradictions among records with the same first question about the same image."""
-    first: dict[tuple[bytes, str], Record] = {}
+    first_of_question: dict[tuple[bytes, str], Record] = {}
+    first_of_texts: dict[bytes, Record] = {}
     for record in side.records:
         image = b"" if record.image is None else survey.facts(record.image).sha256
-        question = " ".join(record.turns[0].text.replace(IMAGE_PLACEHOLDER, "").casefold().split())
-        other = first.setdefault((image, question), record)
-        if other is record:
+        texts = _texts(record)
+        # Hashed: the texts of all records would be held twice.
+        digest = hashlib.sha256(json.dumps([image.hex(), *texts]).encode()).digest()
+        if (other := first_of_texts.setdefault(digest, record)) is not record:
+            problem = f"{record.where}: the same as {other.where}"
+            yield finding_at("duplicate_record", side.source_of(record), record, problem, record.image)
             continue
-        if _texts(other) == _texts(record):
-            yield finding_at(
-                "duplicate_record",
-                side.source_of(record),
-                record,
-                f"{record.where}: the same as {other.where}",
-                record.image,
-            )
+        if (other := first_of_question.setdefault((image, texts[0]), record)) is record:
             continue
         ours, theirs = normalized(record.turns[1].text), normalized(other.turns[1].text)
         if ours != theirs and max(len(ours.split()), len(theirs.split())) <= SHORT_ANSWER:
@@ -218,7 +215,9 @@ def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:
 
 
 def _texts(record: Record) -> list[str]:
-    texts = [*(turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in record.turns), record.rejected or ""]
+    """Return all texts of a record, the first question first, without differences of case and white space."""
+    turns = (turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in record.turns)
+    texts = [*turns, record.rejected or "", record.system or ""]
     return [" ".join(text.casefold().split()) for text in texts]
 
 

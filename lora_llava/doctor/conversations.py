@@ -39,8 +39,10 @@ _NO_BOUND = 2**31
 class Conversations:
     """What the check learns from the tokenizer."""
 
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    """Conversations of each side, by its name, as trained on or asked: merged, if its data merge turns."""
     sizes: dict[str, list[Size]] = field(default_factory=dict)
-    """Sizes of the conversations of each side, by its name, as trained on or asked."""
+    """Sizes of these conversations."""
     plans: dict[StageName, dict[str, Any]] = field(default_factory=dict)
     mixes: dict[StageName, list[dict[str, Any]]] = field(default_factory=dict)
     """What each source is of an epoch, of the stages that mix several."""
@@ -96,13 +98,13 @@ def _encode_side(
     for source in {id(source): source for source in (side.source, *side.others.values())}.values():
         failed = {bad.record for bad in source.bad.found}
         source.records = [record for record in source.records if record.number not in failed]
-    sizes = [size for _, size in usable if size is not None]
+    records, sizes = side.records, [size for _, size in usable if size is not None]
     if side.role == "training" and any(source.data.merge_turns for source in side.others.values()):
-        side.records = _merged(side)
-        merged = in_processes(partial(_size, encoder), side.records, on_crash=_crashed, workers=workers)
+        records = _merged(side)
+        merged = in_processes(partial(_size, encoder), records, on_crash=_crashed, workers=workers)
         sizes = [size for size, _ in merged if size is not None]
-    conversations.sizes[side.name] = sizes
-    for record, size in zip(side.records, sizes, strict=True):
+    conversations.records[side.name], conversations.sizes[side.name] = records, sizes
+    for record, size in zip(records, sizes, strict=True):
         if size.is_cut:
             problem = f"{record.where}: is cut to {counted(size.length, 'token')}"
             conversations.findings.append(
@@ -134,12 +136,16 @@ def _crashed(record: Record) -> tuple[Size | None, DataError | None]:
 def _plan(survey: Survey, stage: StageName, conversations: Conversations, config: LlavaConfig) -> dict[str, Any]:
     """Plan the steps of a stage as a run on this machine does."""
     recipe, settings = survey.recipe, survey.recipe.stage(stage)
-    sides = {side.role: side for side in survey.sides if side.stage == stage and side.role != "evaluation"}
-    if not sides["training"].records:
+    side = next(side for side in survey.sides if side.stage == stage and side.role == "training")
+    if not side.records:
         return {"problem": "Nothing to train on: no record could be read."}
-    nothing = Side("", stage, "validation", sides["training"].source, [])
-    validation = _encoded(sides.get("validation", nothing), conversations)
-    training = _mixed(recipe, sides["training"], conversations)
+    training = _mixed(recipe, side, conversations)
+    held_out = f"{stage} validation"
+    validation = EncodedRecords(
+        conversations.records.get(held_out, []),
+        **conversations.encoders[side.name].keywords,
+        sizes=conversations.sizes.get(held_out, []),
+    )
     records = StageRecords(get_template(settings.template, settings.system), training, validation)
     longest, facts = records.longest.length, dict[str, Any]()
     try:
@@ -147,14 +153,14 @@ def _plan(survey: Survey, stage: StageName, conversations: Conversations, config
         shapes = stage_shapes(recipe, stage, config, dtype, records)
         tokens = plan_memory(shapes, this_machine(recipe.attn_implementation, None)).tokens_per_micro_batch
     except RecipeError as error:
-        conversations.findings.append(finding_about("micro_batch", sides["training"].source, str(error)))
+        conversations.findings.append(finding_about("micro_batch", side.source, str(error)))
         tokens = longest
     except TrainingError as error:
         facts["problem"] = str(error)
         given = settings.tokens_per_micro_batch
         tokens = max(longest, settings.max_length) if given == "auto" else given
     data = plan_records(records, settings, tokens, recipe.seed)
-    conversations.findings += _too_few_steps(stage, settings, data, sides["training"])
+    conversations.findings += _too_few_steps(stage, settings, data, side)
     if lines := length_lines(stage, settings, data):
         facts["steps"] = "; ".join(lines)
     return facts | _plan_facts(data, tokens, longest)
@@ -173,22 +179,16 @@ def _too_few_steps(stage: StageName, settings: StageSettings, data: StageData, s
     yield finding_about("few_steps", side.source, problem)
 
 
-def _encoded(side: Side, conversations: Conversations) -> EncodedRecords:
-    """Return a side's encoded records, with the sizes that are already known."""
-    encoder = next(iter(conversations.encoders.values()))
-    return EncodedRecords(side.records, **encoder.keywords, sizes=conversations.sizes.get(side.name, []))
-
-
 def _mixed(recipe: Recipe, side: Side, conversations: Conversations) -> EncodedRecords:
     """Return the encoded training records of an epoch, those of several sources mixed; also note their mix."""
-    sources = recipe.stage(side.stage).data.sources
+    sources, settings = recipe.stage(side.stage).data.sources, conversations.encoders[side.name].keywords
+    own, sizes = conversations.records[side.name], conversations.sizes[side.name]
     if len(sources) == 1:
-        return _encoded(side, conversations)
-    sizes = dict(zip(map(id, side.records), conversations.sizes[side.name], strict=True))
-    of_source = {name: [record for record in side.records if record.source == name] for name in side.others}
+        return EncodedRecords(own, **settings, sizes=sizes)
+    size_by_id = dict(zip(map(id, own), sizes, strict=True))
+    of_source = {name: [record for record in own if record.source == name] for name in side.others}
     records = mixed(sources, list(of_source.values()), recipe.seed)
-    encoder = conversations.encoders[side.name]
-    encoded = EncodedRecords(records, **encoder.keywords, sizes=(sizes[id(record)] for record in records))
+    encoded = EncodedRecords(records, **settings, sizes=(size_by_id[id(record)] for record in records))
     conversations.mixes[side.stage] = _mix(of_source, encoded)
     return encoded
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lora_llava.data.stage import Size
+from lora_llava.doctor.conversations import Conversations
 from lora_llava.doctor.survey import Side, Survey
 from lora_llava.system.text import printable
 
@@ -18,26 +18,27 @@ _Histogram = list[dict[str, Any]]
 """Bars in order, each with `label` and `count`."""
 
 
-def side_figures(survey: Survey, side: Side, sizes: Sequence[Size] | None) -> dict[str, Any]:
-    """Return the counts of one side of the data; those of tokens need `sizes`."""
+def side_figures(survey: Survey, side: Side, conversations: Conversations) -> dict[str, Any]:
+    """Return the counts of one side of the data."""
+    records, sizes = conversations.records[side.name], conversations.sizes[side.name]
     images = {record.image.identity: survey.facts(record.image) for record in side.records if record.image}
-    answers = Counter(printable(turn.text.strip(), 40) for record in side.records for turn in record.turns[1::2])
-    figures: dict[str, Any] = {
+    answers = Counter(turn.text.strip() for record in side.records for turn in record.turns[1::2])
+    return {
         "records": len(side.records),
         "images": len(images),
         "records_without_image": sum(record.image is None for record in side.records),
         "questions": sum(len(record.turns) // 2 for record in side.records),
         "different_answers": len(answers),
-        "turns": _histogram([len(record.turns) // 2 for record in side.records]),
-        "answers": [{"label": text, "count": count} for text, count in answers.most_common(_MAX_ANSWERS)],
+        "turns": _histogram([len(record.turns) // 2 for record in records]),
+        "answers": [
+            {"label": printable(text, 40), "count": count} for text, count in answers.most_common(_MAX_ANSWERS)
+        ],
         "image_width": _histogram([facts.width for facts in images.values()]),
         "image_height": _histogram([facts.height for facts in images.values()]),
+        "tokens": _histogram([size.length for size in sizes]),
+        "supervised_tokens": _histogram([size.num_supervised for size in sizes]),
+        "total_tokens": sum(size.length for size in sizes),
     }
-    if sizes is not None:
-        figures["tokens"] = _histogram([size.length for size in sizes])
-        figures["supervised_tokens"] = _histogram([size.num_supervised for size in sizes])
-        figures["total_tokens"] = sum(size.length for size in sizes)
-    return figures
 
 
 def _histogram(values: Sequence[int]) -> _Histogram:

@@ -82,7 +82,8 @@ def _fix(report: Report, source: Source, staging: Path) -> _Fixes:
         rows = list(_rows(source, fixes))
         if dropped or fixes.changed:
             fixes.file, fixes.kept = f"{source.name}.jsonl", len(rows)
-            with (staging / fixes.file).open("w", encoding="utf-8") as file:
+            # Half of a surrogate pair, in a key that is not read, is written as JSON's escape for it.
+            with (staging / fixes.file).open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     elif dropped:
         fixes.file = f"{source.name}.exclude.jsonl"

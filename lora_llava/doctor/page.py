@@ -113,7 +113,7 @@ def _plans(report: Report) -> list[tuple[str, dict[str, Any], list[str]]]:
 
 def _samples(report: Report) -> Iterator[dict[str, Any]]:
     """Yield records as the model gets them, evenly from all sides."""
-    for side, record in _sampled(report.survey.sides):
+    for side, record in _sampled(report):
         runs, room = [], _MAX_TEXT
         for kind, text in text_runs(record, side, report.conversations):
             runs.append((kind, text[:room]))
@@ -125,12 +125,12 @@ def _samples(report: Report) -> Iterator[dict[str, Any]]:
         yield {"side": side.name, "where": record.where, "picture": picture, "runs": runs}
 
 
-def _sampled(sides: list[Side]) -> Iterator[tuple[Side, Record]]:
-    """Yield `_NUM_SAMPLES` records in all, evenly spaced within each side."""
-    with_records = [side for side in sides if side.records]
+def _sampled(report: Report) -> Iterator[tuple[Side, Record]]:
+    """Yield `_NUM_SAMPLES` conversations in all, evenly spaced within each side."""
+    with_records = [side for side in report.survey.sides if side.records]
     for number, side in enumerate(with_records):
         count = _NUM_SAMPLES // len(with_records) + (number < _NUM_SAMPLES % len(with_records))
-        for record in spread(side.records, count):
+        for record in spread(report.conversations.records[side.name], count):
             yield side, record
 
 

@@ -99,7 +99,7 @@ def make_report(survey: Survey, conversations: Conversations, seconds: float) ->
         survey,
         conversations,
         {kind: of_kind for kind, of_kind in findings.items() if of_kind},
-        {side.name: side_figures(survey, side, conversations.sizes.get(side.name)) for side in survey.sides},
+        {side.name: side_figures(survey, side, conversations) for side in survey.sides},
         seconds,
     )
 

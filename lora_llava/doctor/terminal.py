@@ -80,7 +80,7 @@ def _sides_view(report: Report) -> FittingTable:
     columns = [Column(heading, importance=rank) for heading, rank in zip(headings, keys.values(), strict=True)]
     table = FittingTable(f"Data of recipe {report.survey.recipe.name}", [Column("", is_number=False), *columns])
     for name, figures in report.figures.items():
-        table.add(name, *(f"{figures[key]:,}" if key in figures else "?" for key in keys))
+        table.add(name, *(f"{figures[key]:,}" for key in keys))
     return table
 
 

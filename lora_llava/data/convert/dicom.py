@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +45,10 @@ _IDENTIFYING = (
 """Tags that identify a person, a visit or a device (after the basic profile of DICOM PS3.15, annex E)."""
 _NEEDED = (
     "SOPInstanceUID SeriesInstanceUID StudyInstanceUID AccessionNumber PatientID SeriesNumber InstanceNumber Rows "
-    "Columns NumberOfFrames PhotometricInterpretation RescaleSlope RescaleIntercept WindowCenter WindowWidth "
-    "VOILUTFunction PixelPaddingValue BurnedInAnnotation"
+    "Columns NumberOfFrames PhotometricInterpretation PixelRepresentation RescaleSlope RescaleIntercept WindowCenter "
+    "WindowWidth VOILUTFunction PixelPaddingValue BurnedInAnnotation"
 ).split()
+"""Tags that are read. PixelRepresentation tells whether PixelPaddingValue is signed."""
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NO_IMAGE = "a DICOM file without an image that can be shown"
 
@@ -75,6 +76,14 @@ class _Instance:
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
         return number if np.isfinite(number) else None
+
+
+class _Columns(NamedTuple):
+    """The columns of the table that are read."""
+
+    key: str
+    answer: str
+    question: str | None
 
 
 def convert_dicom(source: Path, output: Path, options: ConvertOptions) -> Writer:
@@ -106,7 +115,7 @@ def convert_dicom(source: Path, output: Path, options: ConvertOptions) -> Writer
         instances: dict[str, list[_Instance]] = {}
         for instance in _scan(writer, source):
             instances.setdefault(instance.value(tag), []).append(instance)
-        converter = _Rows(writer, instances, {"key": key, "answer": answer, "question": question or ""})
+        converter = _Rows(writer, instances, _Columns(key, answer, question))
         for row in rows:
             try:
                 if row.error is not None:
@@ -214,7 +223,7 @@ def is_dicom(path: Path) -> bool:
 class _Rows:
     """Converts the rows of a table, and numbers images and patients."""
 
-    def __init__(self, writer: Writer, instances: dict[str, list[_Instance]], columns: dict[str, str]) -> None:
+    def __init__(self, writer: Writer, instances: dict[str, list[_Instance]], columns: _Columns) -> None:
         self.writer, self.instances, self.columns = writer, instances, columns
         self.patients: dict[str, str] = {}
         self.used: set[str] = set()
@@ -222,13 +231,14 @@ class _Rows:
 
     def convert(self, row: dict[str, Any], where: str) -> None:
         """Write the record of a row; DataError if it joins nothing or its image cannot be shown."""
-        key = text(row, self.columns["key"], where)
+        key = text(row, self.columns.key, where)
         instances = self.instances.get(key)
         if instances is None:
-            raise DropError(f"{where}: {self.columns['key']}: joins no file", "a row joins no file")
+            raise DropError(f"{where}: {self.columns.key}: joins no file", "a row joins no file")
         self.used.add(key)
-        answer = text(row, self.columns["answer"], where)
-        question = row.get(self.columns["question"]) or self.writer.options.question or REPORT_QUESTION
+        answer = text(row, self.columns.answer, where)
+        own = None if self.columns.question is None else row[self.columns.question]
+        question = own or self.writer.options.question or REPORT_QUESTION
         instance = _middle(instances)
         image = _render(instance, self.writer.options.window)
         self.number += 1

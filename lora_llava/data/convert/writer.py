@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -191,7 +191,7 @@ class Writer:
         form, size, orientation = _look_at(source)
         if form == "TIFF":
             name = self._free_name(f"{Path(source.key).with_suffix('')}.png", source)
-            return self.add_picture(name, open_image(source))
+            return replace(self.add_picture(name, open_image(source)), orientation=orientation)
         if (problem := header_problem(source)) is not None:
             raise problem
         name = self._free_name(source.key, source)

@@ -114,12 +114,13 @@ def read_dialog(value: Any, location: str) -> Dialog:
                 f"{location}[{index}].{role_key}: is {speaker!r:.80}, must be one of {', '.join(ROLES)}{hint}"
             )
         if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
-            dialog.turns.append(Turn(role, _join_parts(content, where, dialog.images)))
+            text = _join_parts(content, where, dialog.images)
+            references = references if role == "user" else ()
         elif role == "user":
-            dialog.turns.append(Turn(role, read_question(content, where)))
+            text = read_question(content, where)
         else:
             text, references = read_answer(content, where)
-            dialog.turns.append(Turn(role, text))
+        dialog.turns.append(Turn(role, text))
     if not dialog.turns:
         raise DataError(f"{location}: has only a system message; add a question and its answer")
     if len(dialog.turns) > 1 and dialog.turns[0].role == "assistant":
@@ -233,6 +234,11 @@ class ImageCells:
 
     def _of_mapping(self, cell: Mapping[str, Any], where: str) -> ImageSource | None:
         data, path = cell.get("bytes"), cell.get("path")
+        location = f"{where}: {self.root.field_name}"
+        if data is not None and not isinstance(data, bytes | StoredBytes):
+            raise DataError(f"{location}: bytes: is {kind_of(data)}, must be bytes; give the path of a file instead")
+        if path is not None and not isinstance(path, str):
+            raise DataError(f"{location}: path: is {kind_of(path)}, must be text")
         if data is not None:
             return self.embedded(data, where, path)
         if path is None:

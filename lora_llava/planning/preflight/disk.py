@@ -58,7 +58,9 @@ def room_for_features(setup: Setup, images: Mapping[str, int]) -> Iterator[Findi
     for stage in setup.recipe.stage_names:
         key = f"stages.{stage}.data"
         if setup.recipe.stage(stage).cache_image_features == "disk":
-            parts[f"features of {stage}"] = size * (images.get(key, 0) + images.get(f"{key}.validation", 0))
+            # Further sources and validation files have keys below that of the first source.
+            count = sum(number for name, number in images.items() if f"{name}.".startswith(f"{key}."))
+            parts[f"features of {stage}"] = size * count
     yield from _missing_room(setup, parts, "or set cache_image_features: off")
 
 

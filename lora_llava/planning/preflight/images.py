@@ -12,6 +12,7 @@ from lora_llava.data.bad_records import BadRecords
 from lora_llava.data.images.headers import header_problem
 from lora_llava.data.images.read import image_problem
 from lora_llava.data.load import image_kills_its_reader, read_source
+from lora_llava.data.questions import without_blank_answer
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.sources.stored.ranges import StoredBytes
 from lora_llava.errors import DataError
@@ -102,9 +103,10 @@ def _read(data: DataSettings, key: str, template: Template) -> list[Record]:
     if not records:
         raise DataError(f"{data.path}: holds no records; correct path or split")
     for record in records:
-        last = record.turns[-1].role if key.startswith("evaluation") else "assistant"
-        check_turns(record.turns, last, record.where)
-        check_template(record.turns, template, record.where)
+        is_asked = key.startswith("evaluation")
+        turns = without_blank_answer(record).turns if is_asked else record.turns
+        check_turns(turns, turns[-1].role if is_asked else "assistant", record.where)
+        check_template(turns, template, record.where)
     return records
 
 

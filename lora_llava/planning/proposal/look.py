@@ -274,8 +274,8 @@ def _group_column(peeked: Peeked) -> str | None:
 
 def _normalized(column: str) -> str:
     """Return the letters of a column's name without accents, and without a word for a number at its end."""
-    letters = unicodedata.normalize("NFKD", column).lower()
-    return re.sub(r"[^a-z]|(id|nr|no|number|nummer|uid)$", "", letters)
+    letters = re.sub(r"[^a-z]", "", unicodedata.normalize("NFKD", column).lower())
+    return re.sub(r"(id|nr|no|number|nummer|uid)$", "", letters)
 
 
 def _shards(directory: Path, number: int, columns: Columns | None) -> Look:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_llava.data.bad_records import BadRecord
+from lora_llava.data.bad_records import BadRecord, Exclusions
 from lora_llava.data.load import fingerprint, load_records, load_split
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
@@ -173,3 +173,8 @@ def test_an_item_that_kills_its_process_is_the_only_one_lost() -> None:
     assert done == [-item if item in (3, 37) else item * item for item in range(50)]
     assert sum(heard) == 50
     assert in_processes(work, [], on_crash=lambda item: item) == []
+
+
+def test_a_line_separator_in_a_text_of_a_list_ends_no_line(folder: Path) -> None:
+    (folder / "bad.jsonl").write_text('{"record": 2, "problem": "a\u2028b\x85c"}\r\n', encoding="utf-8", newline="")
+    assert Exclusions(str(folder / "bad.jsonl")).ids == {2: None}

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from lora_llava.data.load import fingerprint, load_split
-from lora_llava.data.mixing import source_names
+from lora_llava.data.mixing import source_names, split_leaks
 from lora_llava.data.packing import PlanItem
 from lora_llava.data.record import Record
 from lora_llava.data.rows import PackedRows
@@ -248,3 +248,10 @@ def test_validation_rows_hold_one_source_and_their_losses_are_told_apart() -> No
     for record in records:
         object.__setattr__(record, "source", "")
     assert loss.by_source(packed) == {}
+
+
+def test_a_leak_to_another_source_is_seen_behind_one_in_the_source_itself() -> None:
+    own, other = (Record(name, None, (), f"{name}.json", group="p1", source=name) for name in ("own", "other"))
+    for trained in ([own, other], [other, own]):
+        assert list(split_leaks(trained, [own, own])) == [(own, other, "group")]
+    assert list(split_leaks([own], [own])) == []

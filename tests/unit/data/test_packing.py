@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from typing import Any
 
 import pytest
@@ -334,3 +335,32 @@ def test_a_fallback_of_single_trees_is_filled_up_with_halves_of_the_widest() -> 
     assert sorted(index for row in rows for tree in row for index in tree) == [0, 2, 4, 6, 8]
     assert all(rows)
     assert fallback == [[(0, 2, 4, 6, 8)]]
+
+
+def first_fit(items: list[PlanItem], tokens_per_row: int) -> list[list[int]]:
+    """First-fit decreasing as it is defined, with a look at every row for every conversation."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(items)), key=lambda index: -items[index].length):
+        row = next((row for row, free in enumerate(room) if free >= items[index].length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(tokens_per_row)
+        rows[row].append(index)
+        room[row] -= items[index].length
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_conversation_goes_into_the_first_row_with_room(seed: int) -> None:
+    rng = random.Random(seed)
+    items = [PlanItem(rng.randint(1, 60), 0, -1) for _ in range(rng.randint(0, 70))]
+    rows = plan_in_order(items, tokens_per_row=50)
+    assert [[index for tree in row for index in tree] for row in rows] == first_fit(items, 50)
+
+
+def test_rows_of_many_conversations_are_found_without_a_look_at_each() -> None:
+    items = [PlanItem(60 + index % 30, 50, index) for index in range(10_000)]
+    start = time.process_time()
+    assert sum(map(len, plan_in_order(items, tokens_per_row=200))) == 10_000
+    assert time.process_time() - start < 5

@@ -69,3 +69,18 @@ def test_k38_by_names_a_key_of_the_data(tmp_path: Path) -> None:
         load(tmp_path, [turns("a?", "1")], by=("patiet",), patient=7)
     with pytest.raises(DataError, match="they have no other keys"):
         load(tmp_path, [turns("a?", "1")], by=("patient",))
+
+
+def test_of_several_answers_the_reference_is_the_one_trained_on(tmp_path: Path) -> None:
+    asked, answered = turns("Is it?", "")
+    [question] = load(tmp_path, [[asked, answered | {"value": ["no", "yes", "yes"]}]]).questions
+    assert question.references == ("no", "yes", "yes")
+    assert question.answer == question.record.turns[-1].text == "yes"
+    assert question.described("reference", (), ())["reference"] == "yes"
+
+
+def test_answers_of_an_earlier_turn_are_no_references_of_the_last(tmp_path: Path) -> None:
+    first, several = turns("Is it?", "")
+    messages = [first, several | {"value": ["no", "yes"]}, {"role": "user", "content": "Why?"}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "because"}]})
+    assert [one.references for one in load(tmp_path, [messages]).questions][-1] == ("because",)

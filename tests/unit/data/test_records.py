@@ -323,3 +323,13 @@ def test_k38_own_keys_and_folders_are_kept_for_an_evaluation(folder: Path) -> No
     assert first.image.label == "ward/a.png"
     assert second.extra == ()
     assert load_records(DataSettings(path=str(path)))[0].extra == (), "training does not hold them"
+
+
+@pytest.mark.parametrize(
+    "cell", [{"path": 5}, {"path": ["a"]}, {"bytes": "iVBORw0"}, {"bytes": [137, 80]}, [{"path": True}]]
+)
+def test_an_image_of_the_wrong_type_is_refused(tmp_path: Path, cell: Any) -> None:
+    record = {"id": "1", "image": cell, "conversations": [{"from": "human", "value": "<image>\nQ"}]}
+    (tmp_path / "a.json").write_text(json.dumps([record]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"record 1 \(id 1\): image: (path|bytes): is .*, must be (text|bytes)"):
+        load_records(DataSettings(path=str(tmp_path / "a.json")))

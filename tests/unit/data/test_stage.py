@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lora_llava.data.stage import (
     StageData,
     StageRecords,
     StepCounts,
+    _repeated,
     cache_offer,
     length_lines,
     plan_records,
@@ -291,3 +293,11 @@ def test_k32_a_record_that_cannot_be_encoded_is_skipped_or_stops_the_reading(tmp
     [skipped] = records.skipped
     assert (skipped.record, skipped.id, skipped.kind) == (2, "r1", "unsupervised")
     assert skipped.problem.startswith("train.json, record 2 (id r1): nothing to train on: of its ")
+
+
+def test_what_the_weight_of_a_source_repeats_is_no_repetition() -> None:
+    one, other = record("a", "one"), record("a", "one")
+    asked = dataclasses.replace(other, system="Be brief.")
+    assert _repeated([one, one, one]) == ""
+    assert _repeated([one, one, asked]) == ""
+    assert _repeated([one, one, other]) == "1 of 2 records repeat another: same image, same text"

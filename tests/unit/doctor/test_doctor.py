@@ -298,3 +298,20 @@ def test_pairs_without_a_difference_and_answers_of_unlike_length_are_found(tiny_
     [bias] = [one for one in report_in(tmp_path / "run" / "check")["findings"] if one["kind"] == "length_bias"]
     [found] = bias["records"]
     assert "the chosen answer is longer in 26 of 26 pairs; the means are 15 and 2 characters" in found["problem"]
+
+
+def test_duplicates_of_any_record_are_found_with_merged_turns_too(tiny_base: Path, tmp_path: Path) -> None:
+    images, train, tested = sound_data()
+    train = [{**one, "id": str(number)} for number, one in enumerate(train, start=1)]
+    asked = ["".join(f"{word} " for word in ["A dog that runs over the grass and catches a", thing]) for thing in "xy"]
+    train += [entry(str(one), "0.png", "Describe it.", asked[which]) for one, which in ((40, 0), (41, 1), (42, 1))]
+    # Ids of a second file that was appended to the first, which numbers its records from 1, too.
+    train.append(entry("1", "1.png", "And this?", "blue"))
+    tested[0]["image"] = tested[1]["image"]
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested)
+    distinct = len({one["conversations"][1]["value"].strip() for one in train})
+    assert check(str(recipe), "stages.instruct.data.merge_turns=3").exit_code == 0
+    report = report_in(tmp_path / "run" / "check")
+    assert found_in(report) == {("duplicate_record", "instruct", "42"), ("duplicate_id", "instruct", "1")}
+    figures = report["sides"]["instruct training"]
+    assert (figures["records"], figures["different_answers"]) == (len(train), distinct)

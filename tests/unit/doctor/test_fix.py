@@ -185,3 +185,15 @@ def test_every_source_of_a_list_is_cleaned_by_its_own_list(tiny_base: Path, tmp_
     assert [(one["source"], one["data"], one["id"]) for one in leaks] == [
         ("instruct.1.validation", "held.json", "leak")
     ]
+
+
+def test_half_of_a_surrogate_pair_in_a_key_that_is_not_read_is_written_as_it_was(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    images, train, tested = sound_data()
+    train[0]["note"] = "\ud83d"
+    train += [train[1]]
+    recipe = write_recipe(tmp_path, tiny_base, images, train, tested)
+    result = check(str(recipe), "--fix", str(tmp_path / "clean"))
+    assert result.exit_code == 0, result.output
+    assert lines(tmp_path / "clean/instruct.jsonl") == train[:-1]

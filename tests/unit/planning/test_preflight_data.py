@@ -10,6 +10,10 @@ import pytest
 
 from lora_llava.data.images.headers import header_problem
 from lora_llava.data.record import ImageSource
+from lora_llava.planning.preflight import disk
+from lora_llava.planning.preflight.images import read_images
+from lora_llava.planning.preflight.setup import Setup
+from lora_llava.recipe.file import load_recipe
 from tests.helpers.broken import COMMANDS, Project, command
 from tests.helpers.runs import picture
 
@@ -110,3 +114,22 @@ def test_a_disk_that_is_too_small_is_refused(project: Project, monkeypatch: pyte
     assert [result.exit_code for result in results] == [2, 2, 2]
     assert len({result.stderr for result in results}) == 1
     assert "GiB are free on the disk" in results[0].stderr
+
+
+def test_an_evaluation_may_hold_a_blank_answer_as_an_open_question(project: Project) -> None:
+    record = {"id": "t", "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": " "}]}
+    (project.directory / "test.json").write_text(json.dumps([record]), encoding="utf-8")
+    recipe = load_recipe(project.recipe, ["evaluation={data: {path: ./test.json}}"])
+    assert read_images(recipe).problems == []
+
+
+def test_the_features_of_all_sources_need_room(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup.of(load_recipe(project.recipe, ["stages.instruct.cache_image_features=disk"]), "new", None)
+    setup.sound = True
+    counts = {"stages.instruct.data": 2, "stages.instruct.data.1": 3, "stages.instruct.data.1.validation": 4}
+    others = {"stages.align.data": 50, "evaluation.data": 60}
+    needed = []
+    monkeypatch.setattr(disk, "_missing_room", lambda _, parts, __: needed.append(parts) or ())
+    list(disk.room_for_features(setup, counts | others))
+    list(disk.room_for_features(setup, {"stages.instruct.data": 1}))
+    assert needed[0]["features of instruct"] == 9 * needed[1]["features of instruct"]

@@ -10,7 +10,7 @@ import yaml
 
 from lora_llava.conversation.encode import Turn
 from lora_llava.data.record import Record
-from lora_llava.planning.proposal.look import Look
+from lora_llava.planning.proposal.look import Look, _normalized
 from lora_llava.planning.proposal.text import recipe_text
 
 
@@ -26,3 +26,8 @@ def test_the_commands_of_a_recipe_can_be_pasted_and_are_comments(
     assert yaml.safe_load(text)["base"] == {"model_name_or_path": "base"}
     if "\n" not in name:
         assert {shlex.split(command)[2] for command in commands} == {name}
+
+
+@pytest.mark.parametrize("column", ["Patienten-Nr.", "patient_id", "PATIENT NO.", "Patient", "PatientUID"])
+def test_a_column_of_patients_is_known_with_its_word_for_a_number(column: str) -> None:
+    assert _normalized(column) in ("patient", "patienten")

@@ -203,3 +203,15 @@ def test_a_link_out_of_the_images_is_not_followed(tmp_path: Path) -> None:
     report = run(source, tmp_path / "out")
     assert report["dropped"][0]["reason"] in ("an image path is not allowed", "an annotation belongs to no image")
     assert not (tmp_path / "out" / "images" / "000000000001.jpg").exists()
+
+
+def test_a_tiff_that_is_rotated_gives_no_boxes_either(tmp_path: Path) -> None:
+    source = coco_instances(tmp_path / "in")
+    [path] = source.glob("*.json")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    [image] = [one for one in document["images"] if one["file_name"] == "000000000004.jpg"]
+    image["file_name"] = "4.tif"
+    Image.open(source / "000000000004.jpg").save(source / "4.tif", tiffinfo={0x0112: 3})
+    path.write_text(json.dumps(document), encoding="utf-8")
+    report = run(source, tmp_path / "out")
+    assert [dropped["reason"] for dropped in report["dropped"]] == ["boxes in an image that EXIF data rotate"]

@@ -12,8 +12,9 @@ import pydicom
 import pytest
 from PIL import Image
 
+from lora_llava.data.convert import dicom as dicom_file
 from lora_llava.data.convert.run import convert
-from lora_llava.data.convert.writer import ConvertOptions
+from lora_llava.data.convert.writer import REPORT_QUESTION, ConvertOptions
 from lora_llava.errors import DataError
 from tests.helpers.published_sets import dicom
 
@@ -177,3 +178,25 @@ def test_without_pydicom_the_command_to_install_it_is_given(source: Path, monkey
 def test_the_table_must_be_named(source: Path) -> None:
     with pytest.raises(DataError, match="name their CSV file with --table"):
         convert("dicom", source, source.parent / "out", ConvertOptions())
+
+
+def test_padding_of_signed_pixels_is_signed_where_the_file_does_not_name_types(source: Path) -> None:
+    data = pydicom.dcmread(source / FIRST)
+    data.PixelRepresentation = 1
+    data.add_new("PixelPaddingValue", "SS", -2000)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    ramp = data.pixel_array.astype(np.int16)
+    ramp[0, 0] = -2000
+    data.PixelData = ramp.tobytes()
+    data.save_as(source / FIRST, implicit_vr=True, little_endian=True)
+    assert dicom_file._read_header(source / FIRST, "", source).number("PixelPaddingValue") == -2000
+
+
+def test_a_column_without_a_name_holds_no_questions(source: Path) -> None:
+    # pandas writes the numbers of the rows in such a column.
+    first, *rows = (source / "reports.csv").read_text(encoding="utf-8").splitlines()
+    lines = [f";{first}", *(f"{number};{row}" for number, row in enumerate(rows))]
+    (source / "reports.csv").write_text("\n".join(lines), encoding="utf-8")
+    _, output = run(source)
+    made = [json.loads(line) for line in (output / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["conversations"][0]["value"] for row in made} == {f"<image>\n{REPORT_QUESTION}"}
