@@ -1,4 +1,4 @@
-"""The kit beside its peers on this machine's CPU, in one run.
+"""Measure the kit and other trainers on this machine's CPU, in one run.
 
 python -m benchmarks [--sets V8,V1] [--steps 9] [--no-ladder] [--output benchmarks/results/cpu.json]
 """
@@ -34,7 +34,7 @@ LADDER_SET = "V8"
 def main(
     sets: str, peers: str, ladder: bool, steps: int, warmup: int, micro_batch: int, model: str, output: Path | None
 ) -> None:
-    """Measure the kit beside its peers."""
+    """Measure the kit and other trainers."""
     options = {"micro_batch": micro_batch}
     results: list[dict[str, Any]] = []
     rungs = None

@@ -1,4 +1,4 @@
-"""What one look at a card tells, in eight minutes: `make gpu-check`; without a GPU, the same in tiny form.
+"""Check and measure a GPU in eight minutes: `make gpu-check`; without a GPU, the same in tiny form on the CPU.
 
 python -m benchmarks.check [--minutes 8] [--output benchmarks/results/gpu_check.json]
 
@@ -10,6 +10,7 @@ python -m benchmarks.check [--minutes 8] [--output benchmarks/results/gpu_check.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -42,7 +43,7 @@ WARMUP, REPEATS = 2, 5
 MAX_RATIO = 1.1
 """Largest error of the fused layers' gradients against fp32, relative to that of PEFT's path in the same precision."""
 ROUNDING = 1e-5
-"""Error in fp32 that is no fault of anybody."""
+"""Error in fp32 that rounding alone makes."""
 TABLE_ROWS = 25
 COMPARISONS = [("V11", 24.0), ("V1", 24.0), ("V4", 24.0), ("V11", 12.0), ("S1", 24.0)]
 SMALL = 12.0
@@ -52,7 +53,7 @@ ROWS_SHARE = 0.25
 
 
 class Rows:
-    """Rows of a stage-2 model in NF4, on the device, through whatever its layers are."""
+    """Rows of a stage-2 model in NF4, on the device."""
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes, self.device = shapes, pick_device()
@@ -83,13 +84,17 @@ class Rows:
         self.model.zero_grad(set_to_none=True)
         self.run(row)
         named = self.model.named_parameters()
-        return {name: one.grad.to("cpu", torch.float32, copy=True) for name, one in named if one.grad is not None}
+        return {
+            name: weight.grad.to("cpu", torch.float32, copy=True) for name, weight in named if weight.grad is not None
+        }
 
     def exact_gradients(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the gradients of PEFT's path in fp32, with the weights as they are dequantized in the compute type."""
-        frozen = [one for one in self.model.parameters() if not one.requires_grad and one.is_floating_point()]
+        frozen = [
+            weight for weight in self.model.parameters() if not weight.requires_grad and weight.is_floating_point()
+        ]
         linears = [module for module in self.model.modules() if isinstance(module, Linear4bit)]
-        dtype, types = self.dtype, [one.dtype for one in frozen]
+        dtype, types = self.dtype, [weight.dtype for weight in frozen]
         try:
             self._compute_in(torch.float32, frozen, [torch.float32] * len(frozen), linears)
             # FlexAttention may multiply in TF32.
@@ -101,8 +106,8 @@ class Rows:
 
     def _compute_in(self, dtype: torch.dtype, frozen: list[Any], types: list[torch.dtype], linears: list[Any]) -> None:
         self.dtype = dtype
-        for one, its_type in zip(frozen, types, strict=True):
-            one.data = one.data.to(its_type)
+        for weight, its_type in zip(frozen, types, strict=True):
+            weight.data = weight.data.to(its_type)
         for linear in linears:
             linear.compute_dtype = dtype
 
@@ -135,13 +140,13 @@ def timed(rows: Rows, trees: int) -> tuple[dict[str, Any], str]:
     attribute = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     # On CUDA the kernels' own events, not those of the operators that launched them.
     kind = "CUDA" if on_cuda else "CPU"
-    events = [one for one in averages if one.device_type.name == kind and getattr(one, attribute) > 0]
+    events = [event for event in averages if event.device_type.name == kind and getattr(event, attribute) > 0]
     figures = {
         "trees": trees,
         "tokens": row["input_ids"].shape[1],
         "wall_ms": round(1e3 * min(seconds), 2),
-        "kernel_ms": round(sum(getattr(one, attribute) for one in events) / 1e3, 2),
-        "kernels": sum(one.count for one in events),
+        "kernel_ms": round(sum(getattr(event, attribute) for event in events) / 1e3, 2),
+        "kernels": sum(event.count for event in events),
         "allocated_bytes": memory[0],
         "reserved_bytes": memory[1],
     }
@@ -151,15 +156,15 @@ def timed(rows: Rows, trees: int) -> tuple[dict[str, Any], str]:
 def compare_gradients(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, float | str]:
     """Return the relative difference over all parameters, and that of the worst."""
     assert theirs.keys() == ours.keys()
-    differences = {name: float((ours[name] - one).norm()) for name, one in theirs.items()}
-    norms = {name: float(one.norm()) for name, one in theirs.items()}
+    differences = {name: float((ours[name] - gradient).norm()) for name, gradient in theirs.items()}
+    norms = {name: float(gradient.norm()) for name, gradient in theirs.items()}
     worst = max(theirs, key=lambda name: differences[name] / (norms[name] or 1.0))
-    whole = sum(one**2 for one in differences.values()) ** 0.5 / sum(one**2 for one in norms.values()) ** 0.5
+    whole = math.hypot(*differences.values()) / math.hypot(*norms.values())
     return {"relative": whole, "worst": differences[worst] / (norms[worst] or 1.0), "worst_parameter": worst}
 
 
 def check_rows(shapes: Shapes, keep: Callable[..., None]) -> list[str]:
-    """Time rows through both paths and compare their gradients; return what is not as it must be."""
+    """Time rows through both paths and compare their gradients; return the problems."""
     rows = Rows(shapes)
     gradients = {"exact": rows.exact_gradients(rows.row(1))}
     for path in ("peft", "fused"):
@@ -169,16 +174,16 @@ def check_rows(shapes: Shapes, keep: Callable[..., None]) -> list[str]:
         figures, table = [], ""
         for trees in NUM_TREES:
             try:
-                made, table = timed(rows, trees)
+                row, table = timed(rows, trees)
             except torch.OutOfMemoryError:
                 rows.model.zero_grad(set_to_none=True)
                 release_memory()
                 click.echo(f"{path:6} {trees} trees: more than this card holds, nothing recomputed")
                 continue
-            figures.append(made)
+            figures.append(row)
             click.echo(
-                f"{path:6} {trees} trees, {made['tokens']:6,} tokens: {made['wall_ms']:9.2f} ms, "
-                f"{made['kernel_ms']:9.2f} ms in {made['kernels']:,} kernels"
+                f"{path:6} {trees} trees, {row['tokens']:6,} tokens: {row['wall_ms']:9.2f} ms, "
+                f"{row['kernel_ms']:9.2f} ms in {row['kernels']:,} kernels"
             )
         keep(**{f"rows_{path}": figures, f"profile_{path}": table.splitlines()})
         click.echo(table)
@@ -188,7 +193,7 @@ def check_rows(shapes: Shapes, keep: Callable[..., None]) -> list[str]:
     keep(gradients=errors, row_allocator_retries=retries, waits=waits)
     peft, fused = (float(errors[path]["relative"]) for path in ("peft", "fused"))
     click.echo(f"gradients against fp32: PEFT's path {peft:.2e}, fused {fused:.2e}")
-    click.echo(f"a row waits for the device {len(waits)} times{''.join(f'; {one}' for one in waits)}")
+    click.echo(f"a row waits for the device {len(waits)} times{''.join(f'; {line}' for line in waits)}")
     check_graphs(rows, gradients["fused"], keep)
     wrong = (
         [] if fused <= max(MAX_RATIO * peft, ROUNDING) else ["the fused layers' gradients are less exact than PEFT's"]
@@ -198,7 +203,7 @@ def check_rows(shapes: Shapes, keep: Callable[..., None]) -> list[str]:
 
 
 def count_waits(rows: Rows) -> list[str]:
-    """Name what a row waits for the device for, as CUDA's debug mode warns of it."""
+    """Return the lines of code at which a row waits for the device, by the warnings of CUDA's debug mode."""
     if rows.device.type != "cuda":
         return []
     row = rows.row(1)
@@ -210,7 +215,7 @@ def count_waits(rows: Rows) -> list[str]:
             rows.run(row)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{Path(one.filename).name}:{one.lineno}" for one in caught if "called a synchronizing" in str(one.message)]
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def check_graphs(rows: Rows, expected: dict[str, torch.Tensor], keep: Callable[..., None]) -> None:
@@ -228,8 +233,8 @@ def check_graphs(rows: Rows, expected: dict[str, torch.Tensor], keep: Callable[.
         difference = compare_gradients(expected, rows.gradients(rows.row(1)))
         figures = [timed(rows, trees)[0] for trees in NUM_TREES]
         keep(graphs={"rows": figures, "gradients": difference, "memory": torch.cuda.max_memory_reserved()})
-        for made in figures:
-            click.echo(f"graphs {made['trees']} trees, {made['tokens']:6,} tokens: {made['wall_ms']:9.2f} ms")
+        for row in figures:
+            click.echo(f"graphs {row['trees']} trees, {row['tokens']:6,} tokens: {row['wall_ms']:9.2f} ms")
         click.echo(f"gradients, graphs against layer by layer: {difference['relative']:.1e}")
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         keep(graphs={"failure": f"{type(error).__name__}: {error}"})
@@ -241,7 +246,7 @@ def check_graphs(rows: Rows, expected: dict[str, torch.Tensor], keep: Callable[.
 
 def retried(results: list[dict[str, Any]]) -> list[str]:
     """Name the sets in which the kit's allocator had to try again."""
-    rows = {f"{one['set']} in {one['cap']:g} GiB": one["peers"].get("lora-llava", {}) for one in results}
+    rows = {f"{result['set']} in {result['cap']:g} GiB": result["peers"].get("lora-llava", {}) for result in results}
     return [f"the allocator tried again in {name}" for name, row in rows.items() if row.get("allocator_retries")]
 
 

@@ -1,10 +1,10 @@
-"""The kit beside its peers on a GPU: LLaVA-1.5's shapes with random weights, in 4 bits, in some minutes of a card.
+"""Measure the kit and other trainers on a GPU: LLaVA-1.5's shapes with random weights, in 4 bits, in some minutes.
 
 python -m benchmarks.gpu --minutes 15 [--model 7b] [--output benchmarks/results/h100_7b.json]
 
-The comparisons come in the order of what they tell; what the minutes do not allow is left out. Each peer has one
-process for all of them; their steps are done in turn, so that all see the same machine. Options of the peers come from
-a table; one that needs more than the cap halves its micro-batch. The kit's planner chooses for the kit.
+The most informative comparisons come first; those for which no time is left are skipped. Each trainer has one process
+for all of them, and their steps alternate, so that all see the same machine. Options of the other trainers come from a
+table; one that runs out of memory halves its micro-batch. The kit's planner chooses for the kit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 
 import click
 
-from benchmarks.measure import EndedEarlyError, Peer, Series, matrix_rate, summary, write_report
+from benchmarks.measure import EndedEarlyError, Peer, Series, matrix_rate, precision_name, summary, write_report
 from benchmarks.peers import PACKAGES, PEERS
 from benchmarks.work import SHAPES
-from lora_llava.system.device import pick_device
 
 OURS = "lora-llava"
 QUESTIONS = {"V11": 44, "MX": 32}
@@ -115,15 +114,15 @@ def compare(
     """Measure one set with all peers, their steps in turn, fewer if they take more than `seconds`; None if all fail."""
     # All get ready at the same time, and none does a step before.
     running = [Running(fleet, name, set_name, options, series) for name, options in peers.items()]
-    running = [one for one in running if one.advance(0)]
+    running = [job for job in running if job.advance(0)]
     rate, until = matrix_rate(), None
     for number in range(1, series.warmup + series.steps + 1):
-        running = [one for one in running if one.advance(number)]
+        running = [job for job in running if job.advance(number)]
         until = until or time.monotonic() + seconds
         if number >= series.warmup + MIN_STEPS and time.monotonic() > until:
             break
-    rows = {one.name: one.peer.result(one.peer.end(), series.questions, series.warmup, rate) for one in running}
-    used = {one.name: one.options for one in running}
+    rows = {job.name: job.peer.result(job.peer.end(), series.questions, series.warmup, rate) for job in running}
+    used = {job.name: job.options for job in running}
     return summary(set_name, used, rows, rate, series) if rows else None
 
 
@@ -147,14 +146,14 @@ def importable(names: list[str]) -> list[str]:
 def main(
     model: str, minutes: float, sets: str | None, caps: str | None, peers: str, steps: int, warmup: int, output: Path
 ) -> None:
-    """Measure the kit beside its peers on a GPU."""
+    """Measure the kit and other trainers on a GPU."""
     names = importable(peers.split(","))
-    chosen = [
+    comparisons = [
         (name, cap)
         for name, cap in COMPARISONS
         if (sets is None or name in sets.split(",")) and (caps is None or cap in map(float, caps.split(",")))
     ]
-    measure_for(minutes, chosen, names, model, (warmup, steps), output)
+    measure_for(minutes, comparisons, names, model, (warmup, steps), output)
 
 
 def measure_for(
@@ -171,7 +170,7 @@ def measure_for(
 
     `steps`: warm-up and timed; `alone_up_to`: GiB of the largest card on which only the first of `peers` is measured.
     """
-    precision = "bf16" if pick_device().type == "cuda" else "fp32"
+    precision = precision_name()
     fleet = Fleet(model)
     results: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60 * minutes
@@ -188,8 +187,8 @@ def measure_for(
             series = Series(QUESTIONS.get(set_name, 32), *steps, precision)
             names = peers[:1] if cap <= alone_up_to else peers
             options = {name: options_for(name, cap, series.questions) for name in names}
-            if made := compare(fleet, set_name, options, series, left / (len(comparisons) - number)):
-                results.append(made | {"cap": cap})
+            if result := compare(fleet, set_name, options, series, left / (len(comparisons) - number)):
+                results.append(result | {"cap": cap})
             spent.append(time.monotonic() - started)
             write_report(output, model=model, micro_batch=None, results=results, ladder=None)
     finally:

@@ -1,4 +1,4 @@
-"""Peers side by side: each in a process of its own, their steps in turn, medians of the times."""
+"""Measure trainers next to each other: each in its own process, alternating steps, medians of the times."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ class Peer:
             "computed_tokens_per_second": round(facts["computed_tokens"] / seconds, 1),
             "useful_utilization": round(possible * facts["separate_tokens"], 3),
             "computed_utilization": round(possible * facts["computed_tokens"], 3),
-            "seconds": [round(one, 3) for one in self.seconds],
+            "seconds": [round(value, 3) for value in self.seconds],
             # Of the process: what else runs on the machine changes them little.
-            "cpu_seconds": [round(one, 3) for one in self.cpu_seconds],
+            "cpu_seconds": [round(value, 3) for value in self.cpu_seconds],
             "first_loss": self.losses[0],
             "gradient_norms": self.norms,
             **facts,
@@ -133,7 +133,7 @@ class Series:
 
 
 def measure(set_name: str, model: str, peers: Mapping[str, Mapping[str, Any]], series: Series) -> dict[str, Any]:
-    """Run one set with all `peers` (name: options of its job), each in a process of its own, their steps in turn."""
+    """Run one set with all `peers` (name: options of its job), each in its own process, with alternating steps."""
     running = {name: Peer(name, model) for name in peers}
     rate = 0.0
     try:
@@ -160,9 +160,9 @@ def summary(
 ) -> dict[str, Any]:
     """Print the results of a set, and return them for the report."""
     same = did_the_same(rows, series.precision)
-    made = {"set": set_name, "questions_per_step": series.questions, "matrix_rate": rate, "options": dict(options)}
-    show(made | {"peers": rows})
-    return made | {"peers": rows, "ranked": same}
+    facts = {"set": set_name, "questions_per_step": series.questions, "matrix_rate": rate, "options": dict(options)}
+    show(facts | {"peers": rows})
+    return facts | {"peers": rows, "ranked": same}
 
 
 def matrix_rate() -> float:
@@ -233,7 +233,13 @@ def write_report(path: Path | None, **facts: Any) -> None:
 
 
 def machine_name() -> str:
-    """Name what is computed on."""
+    """Name the device and the precision of the runs."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, bf16"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, fp32"
+        return f"{torch.cuda.get_device_name()}, {precision_name()}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {precision_name()}"
+
+
+def precision_name() -> str:
+    """Return the precision in which the trainers compute on this machine, as recipes name it."""
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return names[pick_dtype("auto", pick_device())]

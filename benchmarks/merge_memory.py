@@ -1,9 +1,9 @@
-"""Peak memory of merging, on a model made for it: the bound is 1.3 times the largest file and one layer's work.
+"""Measure the peak memory of merging: the bound is 1.3 times the largest file plus the work on one layer.
 
     python -m benchmarks.merge_memory [--layers 26] [--shard 1GB] [--directory DIR]
 
-Makes a base of about 3 GB in fp16 and an adapter as if trained on it in NF4, merges it in a process of its own, with
-the check that follows, and prints what the process held at most.
+Makes a base of about 3 GB in fp16 and an adapter as if trained on it in NF4, merges it in another process, with the
+check that follows, and prints the peak memory of that process.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.system.device import peak_memory_bytes
 from lora_llava.shipping.merge import run
 loaded = peak_memory_bytes()
-verify, folded = run.verify, []
+verify, merged = run.verify, []
 def watched(*args):
-    folded.append(peak_memory_bytes())
+    merged.append(peak_memory_bytes())
     return verify(*args)
 run.verify = watched
 report = merge_artifact(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
-print(json.dumps({"imports": loaded, "folded": folded[0], "peak": peak_memory_bytes(), "probe": report["probe"],
+print(json.dumps({"imports": loaded, "merged": merged[0], "peak": peak_memory_bytes(), "probe": report["probe"],
                   "distance": report["distance_from_trained"]}))
 """
 

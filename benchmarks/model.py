@@ -48,9 +48,9 @@ def build_model(
     dequantized: bool = False,
     seed: int = 0,
 ) -> Any:
-    """Build it on `device`, its LoRA and its projector to train; what is trained is in fp32."""
+    """Build the model on `device`; the trained weights, LoRA and projector, are fp32."""
     torch.manual_seed(seed)
-    # Each peer by the same seed, where it is needed and in the dtype that it computes in: in fp32 a 7B takes 27 GB.
+    # The same weights for each trainer, in the dtype that it computes in: in fp32 a 7B takes 27 GB.
     with torch.device(device), _default_dtype(dtype):
         model = LlavaForConditionalGeneration(make_config(shapes))
     model.config.use_cache = False
@@ -62,7 +62,7 @@ def build_model(
     wrapped = build_stage(model, stage, AdapterSettings(r=shapes.rank, lora_alpha=2.0 * shapes.rank))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
-        # Not zero: else the gradients of A would be, and a peer that forgot them would not be noticed.
+        # Not zero: otherwise the gradients of A would be zero, and a trainer that forgets them would go unnoticed.
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.02).to(device)
     return wrapped.to(device)
@@ -79,7 +79,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class KeptModel:
-    """Builds the model of a process, and gives it out again, what is trained as it was, while it stays the same."""
+    """Builds the model of a process once, and resets its trained weights for each trainer that uses it."""
 
     def __init__(self) -> None:
         self.key: Hashable = None
@@ -93,7 +93,7 @@ class KeptModel:
             self.start.clear()
             release_memory()
             self.model, self.key = build(), key
-            self.start = {name: one.detach().cpu().clone() for name, one in self._trained()}
+            self.start = {name: weight.detach().cpu().clone() for name, weight in self._trained()}
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(self.start[name])
@@ -101,11 +101,11 @@ class KeptModel:
         return self.model
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, one) for name, one in self.model.named_parameters() if one.requires_grad)
+        return ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
 
 
 def release_memory() -> None:
-    """Give back what no tensor holds."""
+    """Free the memory that no tensor uses."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

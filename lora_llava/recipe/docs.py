@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 from lora_llava.recipe.errors import allowed, shown
 from lora_llava.recipe.fields import OnResume, Settings, section_in, settings_of
 from lora_llava.recipe.settings import Recipe
+from lora_llava.system.table import markdown_table
 
 _HEAD = """\
 # All settings
@@ -30,8 +31,7 @@ _SHARED = ("stages.align.data", "stages.prefer.data", "evaluation.data")
 
 def settings_page() -> str:
     """Return the page: a table per section, a row per setting."""
-    lines = [_HEAD, "| on resume | meaning |", "|---|---|"]
-    lines += [f"| {_word(note)} | {note.value} |" for note in OnResume]
+    lines = [_HEAD, markdown_table(["on resume", "meaning"], [(_word(note), note.value) for note in OnResume])]
     for key, section in _sections(Recipe, ""):
         lines += ["", f"## {f'`{key}`' if key else 'The recipe'}", "", *_intro(key, section), "", *_table(key, section)]
     return "\n".join(lines) + "\n"
@@ -61,34 +61,25 @@ def _table(key: str, section: type[Settings]) -> list[str]:
     prefix = f"{key}." if key else ""
     notes = {setting.key: _word(setting.on_resume) for setting in settings_of(Recipe)}
     rows = [
-        f"| `{name}` | {_cell(allowed(field))} | {_default(field)} | {_meaning(field)} | {notes[prefix + name]} |"
+        (f"`{name}`", allowed(field), _default(field), field.description or "", notes[prefix + name])
         for name, field in section.model_fields.items()
         if section_in(field.annotation) is None
     ]
     below = [f"`{name}`" for name, field in section.model_fields.items() if section_in(field.annotation) is not None]
-    head = ["| setting | takes | default | meaning | on resume |", "|---|---|---|---|---|"]
-    return [*(head if rows else ()), *rows, *([f"\nSections below: {', '.join(below)}."] if below else [])]
+    table = [markdown_table(["setting", "takes", "default", "meaning", "on resume"], rows)] if rows else []
+    return [*table, *([f"\nSections below: {', '.join(below)}."] if below else [])]
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value: Any = field.get_default(call_default_factory=True)
-    return "" if value is PydanticUndefined else f"`{_cell(value if isinstance(value, str) else shown(value))}`"
-
-
-def _meaning(field: FieldInfo) -> str:
-    return _cell(field.description or "")
+    return "" if value is PydanticUndefined else f"`{value if isinstance(value, str) else shown(value)}`"
 
 
 def _word(note: OnResume) -> str:
     """Return the name of a class as the tables write it."""
     return note.name.lower().replace("_", " ")
-
-
-def _cell(text: str) -> str:
-    """Return text for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def in_processes(
                 if advance is not None:
                     advance(count)
 
-            done = _run(chunks, workers, report)
+            # All processes are forked at once, needed or not.
+            done = _run(chunks, min(workers, len(chunks)), report) if chunks else {}
             for chunk in chunks:
                 if chunk not in done:
                     done.update(_one_by_one(chunk, on_crash, items, report))
