@@ -100,8 +100,8 @@ def _describe(error: BaseException, *, debug: bool) -> str:
     """Return an error message for the user: a LoraLlavaError in full, any other as one line with its type."""
     if isinstance(error, LoraLlavaError):
         return str(error)
-    text = " ".join(str(error).split())
-    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    message = " ".join(str(error).split())
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":
         line += " Lower tokens_per_micro_batch, or set gradient_checkpointing: true; --dry-run shows what to expect."
     return line if debug else f"{line} (run again with --debug for the traceback)"

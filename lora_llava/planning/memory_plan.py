@@ -209,8 +209,8 @@ def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> st
         "optim": (plan.optim, settings.optim),
     }
     if shapes.quantization.type == "nf4":
-        kept = str(plan.keep_dequantized).lower()
-        values["keep_dequantized"] = (kept, shapes.quantization.keep_dequantized)
+        keep_dequantized = str(plan.keep_dequantized).lower()
+        values["keep_dequantized"] = (keep_dequantized, shapes.quantization.keep_dequantized)
     if plan.graphs:
         values["cuda_graphs"] = ("on", settings.cuda_graphs)
     origins = [

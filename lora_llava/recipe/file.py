@@ -236,9 +236,9 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[Any, Any, str, bool]]:
         *above, key = setting.key.split(".")
         holders: list[Any] = [data]
         for name in above:
-            found = [holder.get(name) for holder in holders if isinstance(holder, dict)]
+            values = [holder.get(name) for holder in holders if isinstance(holder, dict)]
             # Several sources are a list.
-            holders = [item for value in found for item in (value if isinstance(value, list) else [value])]
+            holders = [item for value in values for item in (value if isinstance(value, list) else [value])]
         for holder in holders if setting.may_be_path else ():
             value = holder.get(key) if isinstance(holder, dict) else None
             if isinstance(value, str):

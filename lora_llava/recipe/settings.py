@@ -48,7 +48,6 @@ def _name_as_list(value: Any) -> Any:
 
 _LocalPath = Annotated[Path, Field(strict=False)]
 
-
 PROJECTOR_ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
 """By `mm_projector_type`: `projector_hidden_act` in config.json."""
 
@@ -238,7 +237,7 @@ class EvaluationSettings(Settings):
     def broken_down_by(self) -> list[str]:
         """Columns to break accuracy down by: those of `by`, and the `type` of `data.columns`."""
         types = [source.columns.type for source in self.data.sources if source.columns is not None]
-        return list(dict.fromkeys([*self.by, *(one for one in types if one)]))
+        return list(dict.fromkeys([*self.by, *filter(None, types)]))
 
     @model_validator(mode="after")
     def _no_training_keys(self) -> Self:

@@ -22,8 +22,6 @@ from lora_llava.system.files import find_json
 _LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 _LEAVES = re.compile(r"\.\*\\\.\(([\w|]+)\)$")
 """End of the regex that restricts a LoRA to the language model: the names of its layers."""
-
-
 _OTHER_LAYERS = "other layers, listed in its adapter_config.json"
 
 
@@ -81,7 +79,7 @@ def continued(recipe: Recipe) -> Recipe:
 
 
 def _with_preference(recipe: Recipe) -> Recipe:
-    """Return the recipe with stage `prefer` in the format of stage `instruct`, where it sets none of its own."""
+    """Return the recipe with stage `prefer` in the format of stage `instruct`, where it sets none."""
     before, after = recipe.stages.instruct, recipe.stages.prefer
     if before is None or after is None:
         return recipe

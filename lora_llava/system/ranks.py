@@ -143,8 +143,8 @@ def by_first(make: Callable[[], T]) -> T:
         value, error = box
     if error is not None:
         raise error
-    made: T = value
-    return made
+    result: T = value
+    return result
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def located(model: Path | str) -> Path:
     """Return the directory of an artifact or a model: a local one, or the snapshot of `USER/REPO[@REVISION]`.
 
     A local directory of that name is preferred. A repository is downloaded unless it is in the cache: the files of an
-    artifact or of a model, nothing pickled. Any other name is returned as it is. Raises HubError if the repository
+    artifact or of a model, nothing pickled. Any other name is returned unchanged. Raises HubError if the repository
     cannot be downloaded, ArtifactError if it is neither artifact nor model.
     """
     path = Path(model)

@@ -22,8 +22,6 @@ _OFFLINE = "HF_HUB_OFFLINE"
 _TRUE = ("1", "on", "yes", "true")
 _RATE_LIMIT = re.compile(r'"\w+"\s*;\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)')
 """The header `RateLimit` of the Hub, such as `"api";r=0;t=20`: no request is left for 20 seconds."""
-
-
 OLD_WAY = "HF_HUB_DISABLE_XET=1 uploads another way"
 LOGIN_PAGE = (
     "a web page came instead of the Hub's answer, as from the login page of a network. Open a browser and log in to "
@@ -50,10 +48,10 @@ class Bounds:
     less would fail on a slow line."""
     store_retries: int = 1
     """Retries inside `hf_xet`, which come on top of those of `ask`."""
-    store_silence: float = 250.0
-    """Of an upload without progress. More than `hf_xet` waits for a block, since it says which request failed."""
     store_delay: float = 1.0
     """Before such a retry."""
+    store_silence: float = 250.0
+    """Of an upload without progress. More than `hf_xet` waits for a block, since it says which request failed."""
 
 
 BOUNDS = Bounds()
@@ -191,11 +189,12 @@ def _can_connect() -> bool:
     names = (f"{endpoint.scheme}_proxy", f"{endpoint.scheme}_proxy".upper(), "ALL_PROXY")
     proxy = next((value for name in names if (value := os.environ.get(name))), None)
     address = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
-    port = address.port or (443 if address.scheme == "https" else 80)
     try:
+        port = address.port or (443 if address.scheme == "https" else 80)
         with socket.create_connection((str(address.hostname), port), timeout=_REACHABLE_WITHIN):
             return True
-    except OSError:
+    # ValueError: the port of a proxy is not a number.
+    except (OSError, ValueError):
         return False
 
 
