@@ -23,7 +23,6 @@ from lora_llava.data.convert.fields import (
 from lora_llava.data.convert.objects import Labeled, Scene, ask_about_objects
 from lora_llava.data.convert.writer import ConvertOptions, Picture, Writer
 from lora_llava.data.sources.tables import read_document
-from lora_llava.errors import DataError
 
 _ROBOFLOW = "_annotations.coco.json"
 CAPTION_PROMPTS = (
@@ -100,10 +99,8 @@ class _File:
 
     def _take(self, add: Callable[[dict[str, Any], str], None], value: Any, where: str) -> None:
         """Add an entry, or report why it is left out."""
-        try:
+        with self.writer.report.dropping():
             add(mapping(value, where), where)
-        except DataError as error:
-            self.writer.report.drop(error)
 
     def _add_image(self, entry: dict[str, Any], where: str) -> None:
         key = identity(entry, "id", where)
@@ -137,15 +134,13 @@ class _File:
         label = self.categories.get(category)
         if label is None:
             raise DropError(f"{where}: category_id: {category} is no category of the file", "a label is unknown")
-        try:
+        with self.writer.report.dropping():
             check_size(picture, self.recorded.get(key), where)
             box = _box(entry, where)
             clipped(box, picture.size, f"{where}: bbox")
-        except DataError as error:
-            # The label holds without its box.
-            self.writer.report.drop(error)
-            return Labeled(label, where, None, is_crowd=True)
-        return Labeled(label, f"{where}: bbox", box, is_crowd=entry.get("iscrowd") not in (0, None, False))
+            return Labeled(label, f"{where}: bbox", box, is_crowd=entry.get("iscrowd") not in (0, None, False))
+        # The label holds without its box.
+        return Labeled(label, where, None, is_crowd=True)
 
     def _write_captions(self) -> None:
         if self.captions:

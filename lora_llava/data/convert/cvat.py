@@ -78,7 +78,7 @@ class _Reader:
             raise DataError(f"{self.path.name}: begins with <{printable(tag, 40)}>, must begin with <annotations>")
         if tag == "track":
             raise DataError(f"{self.path.name}: is of CVAT for video; export it as CVAT for images 1.1")
-        try:
+        with self.writer.report.dropping():
             if tag == "image" and self._depth == 2:
                 self._shapes = 0
                 self._image = f"{self.path.name}, image {printable(attributes.get('id', '?'), 40)}"
@@ -86,8 +86,6 @@ class _Reader:
             elif self._scene is not None and self._depth == 3:
                 self._shapes += 1
                 self._add(self._scene, tag, attributes, f"{self._image}, {printable(tag, 40)} {self._shapes}")
-        except DataError as error:
-            self.writer.report.drop(error)
 
     def _end(self, tag: str) -> None:
         if tag == "image" and self._depth == 2:
@@ -109,14 +107,12 @@ class _Reader:
             return
         label = text(attributes, "label", where)
         box: Box | None = None
-        try:
+        # The label holds without its box.
+        with self.writer.report.dropping():
             if tag in _SHAPES:
                 raise DropError(f"{where}: is no box", "a shape that is not a box")
             if tag == "box":
                 box = self._box(attributes, scene, where)
-        except DataError as error:
-            # The label holds without its box.
-            self.writer.report.drop(error)
         scene.objects.append(Labeled(label, where, box, is_crowd=box is None, is_tag=tag == "tag"))
 
     def _box(self, attributes: dict[str, str], scene: Scene, where: str) -> Box:

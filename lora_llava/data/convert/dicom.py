@@ -117,12 +117,10 @@ def convert_dicom(source: Path, output: Path, options: ConvertOptions) -> Writer
             instances.setdefault(instance.value(tag), []).append(instance)
         converter = _Rows(writer, instances, _Columns(key, answer, question))
         for row in rows:
-            try:
+            with writer.report.dropping():
                 if row.error is not None:
                     raise row.error
                 converter.convert(row.value, f"{options.table.name}, line {row.line}")
-            except DataError as error:
-                writer.report.drop(error)
         converter.count_unused()
     return writer
 
@@ -154,12 +152,9 @@ def _scan(writer: Writer, source: Path) -> Iterator[_Instance]:
     held: Counter[str] = Counter()
     root = source.resolve()
     for path in sorted(_files(source)):
-        where = printable(path.relative_to(source).as_posix(), 200)
-        try:
-            instance = _read_header(path, where, root)
-        except DataError as error:
-            writer.report.drop(error)
-            continue
+        instance: _Instance | None = None
+        with writer.report.dropping():
+            instance = _read_header(path, printable(path.relative_to(source).as_posix(), 200), root)
         if instance is not None:
             held.update(tag for tag in _IDENTIFYING if instance.value(tag))
             yield instance

@@ -49,10 +49,8 @@ def convert_labelstudio(source: Path, output: Path, options: ConvertOptions) -> 
         )
         scenes = []
         for where, value in numbered(content, path.name):
-            try:
+            with writer.report.dropping():
                 scenes.append(_Task(writer, mapping(value, where), where).read())
-            except DataError as error:
-                writer.report.drop(error)
         if any(scene.objects for scene in scenes):
             ask_about_objects(writer, scenes)
     return writer
@@ -74,10 +72,8 @@ class _Task:
         """Write the records of choices and texts; return the image with its boxes."""
         scene = Scene(self.id, self.picture)
         for where, value in self.results:
-            try:
+            with self.writer.report.dropping():
                 self._add(scene, mapping(value, where), where)
-            except DataError as error:
-                self.writer.report.drop(error)
         return scene
 
     def _annotation(self, entry: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -130,14 +126,12 @@ class _Task:
         if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
             shown = printable(str(kind), 40)
             raise DropError(f"{where}: type: {shown} has no labels", "a type of result that is not converted")
-        box = None
-        try:
+        box: Box | None = None
+        # The label holds without its box.
+        with self.writer.report.dropping():
             if kind != "rectanglelabels":
                 raise DropError(f"{where}: type: {printable(str(kind), 40)} is no box", "a shape that is not a box")
             box = self._box(result, value, where)
-        except DataError as error:
-            # The label holds without its box.
-            self.writer.report.drop(error)
         for label in labels:
             name = check_text(label, f"{where}: {kind}").strip()
             scene.objects.append(Labeled(name, f"{where}: box", box, is_crowd=box is None))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from lora_llava.data.convert.boxes import Box, llava_box
 from lora_llava.data.convert.writer import Picture, Writer
-from lora_llava.errors import DataError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """How LLaVA-1.5 was asked for such answers."""
@@ -100,14 +99,10 @@ def _ask_locations(writer: Writer, scene: Scene, rng: random.Random) -> None:
     single = {item.label: item for item in scene.objects if counts[item.label] == 1 and not item.is_crowd}
     for label in _draw(sorted(single), writer.options.per_image, rng):
         item = single[label]
-        if item.box is None:
-            continue
-        try:
-            box = llava_box(item.box, scene.picture.size, item.where)
-        except DataError as error:
-            writer.report.drop(error)
-            continue
-        _ask(writer, scene, "where", label, WHERE.format(label), box)
+        if item.box is not None:
+            with writer.report.dropping():
+                box = llava_box(item.box, scene.picture.size, item.where)
+                _ask(writer, scene, "where", label, WHERE.format(label), box)
 
 
 def _draw(labels: list[str], count: int, rng: random.Random) -> list[str]:

@@ -52,7 +52,7 @@ def convert_r2gen(source: Path, output: Path, options: ConvertOptions) -> Writer
 
 
 def _convert_report(writer: Writer, value: Any, where: str, split: str) -> None:
-    try:
+    with writer.report.dropping():
         entry = mapping(value, where)
         views = entry.get("image_path")
         if not isinstance(views, list) or not views:
@@ -64,9 +64,7 @@ def _convert_report(writer: Writer, value: Any, where: str, split: str) -> None:
             "answer": text(entry, "report", where),
             "group": next(identity(entry, key, where) for key in _GROUPS if entry.get(key) is not None),
         }
-    except DataError as error:
-        writer.report.drop(error)
-        return
-    for index in range(1, len(views)):
-        writer.report.drop(DropError(f"{where}: image_path[{index}]: one view is taken", "a further view of a study"))
-    writer.write(record, kind="report", split=split)
+        for index in range(1, len(views)):
+            further = DropError(f"{where}: image_path[{index}]: one view is taken", "a further view of a study")
+            writer.report.drop(further)
+        writer.write(record, kind="report", split=split)

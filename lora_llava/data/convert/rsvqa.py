@@ -39,11 +39,8 @@ def _convert_split(writer: Writer, path: Path) -> None:
     images = _by_id(writer, path.with_name(f"{start}images.json"), "images")
     answers = _by_id(writer, path.with_name(f"{start}answers.json"), "answers")
     for where, value in numbered(items(read_document(path), "questions", path.name), f"{path.name}, questions"):
-        try:
+        with writer.report.dropping():
             record, kind = _question(writer, mapping(value, where), where, images, answers)
-        except DataError as error:
-            writer.report.drop(error)
-        else:
             writer.write(record, kind=kind, split=split)
 
 
@@ -51,11 +48,9 @@ def _by_id(writer: Writer, path: Path, key: str) -> dict[str, dict[str, Any]]:
     """Return the entries of the list under `key` by their ids, each with its location under the key ""."""
     entries = {}
     for where, value in numbered(items(read_document(path), key, path.name), f"{path.name}, {key}"):
-        try:
+        with writer.report.dropping():
             entry = mapping(value, where)
             entries[identity(entry, "id", where)] = {**entry, "": where}
-        except DataError as error:
-            writer.report.drop(error)
     return entries
 
 

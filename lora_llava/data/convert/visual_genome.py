@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def convert_visual_genome(source: Path, output: Path, options: ConvertOptions) -
                     f"{path.name}: holds {kind_of(content)}, must hold a list of images with qas or regions"
                 )
             for where, value in numbered(content, path.name):
-                _convert_image(writer, value, where)
+                with writer.report.dropping():
+                    _convert_image(writer, mapping(value, where), where)
         if writer.report.types["where"] or writer.report.types["region"]:
             writer.report.rules.append(
                 f"Regions: at most {options.per_image} an image, drawn with the seed, of phrases that occur once "
@@ -47,46 +49,37 @@ def convert_visual_genome(source: Path, output: Path, options: ConvertOptions) -
     return writer
 
 
-def _convert_image(writer: Writer, value: Any, where: str) -> None:
-    try:
-        entry = mapping(value, where)
-        # The published files name the image by one key or the other.
-        key = identity(entry, "id" if "id" in entry else "image_id", where)
-        name = next((folder for folder in _FOLDERS if writer.exists(f"{folder}{key}.jpg", where)), "") + f"{key}.jpg"
-        picture = writer.picture(name, where)
-        if isinstance(entry.get("qas"), list):
-            _write_questions(writer, numbered(entry["qas"], f"{where}: qas"), picture)
-        elif isinstance(entry.get("regions"), list):
-            _write_regions(writer, key, numbered(entry["regions"], f"{where}: regions"), picture)
-        else:
-            raise DropError(f"{where}: has neither a list of qas nor of regions", WRONG_FIELD)
-    except DataError as error:
-        writer.report.drop(error)
+def _convert_image(writer: Writer, entry: dict[str, Any], where: str) -> None:
+    # The published files name the image by one key or the other.
+    key = identity(entry, "id" if "id" in entry else "image_id", where)
+    name = next((folder for folder in _FOLDERS if writer.exists(f"{folder}{key}.jpg", where)), "") + f"{key}.jpg"
+    picture = writer.picture(name, where)
+    if isinstance(entry.get("qas"), list):
+        _write_questions(writer, numbered(entry["qas"], f"{where}: qas"), picture)
+    elif isinstance(entry.get("regions"), list):
+        _write_regions(writer, key, numbered(entry["regions"], f"{where}: regions"), picture)
+    else:
+        raise DropError(f"{where}: has neither a list of qas nor of regions", WRONG_FIELD)
 
 
-def _write_questions(writer: Writer, entries: Any, picture: Picture) -> None:
+def _write_questions(writer: Writer, entries: Iterable[tuple[str, Any]], picture: Picture) -> None:
     for where, value in entries:
-        try:
+        with writer.report.dropping():
             entry = mapping(value, where)
             record = {"id": f"qa/{identity(entry, 'qa_id', where)}", "image": picture.path}
             record |= {"question": text(entry, "question", where), "answer": text(entry, "answer", where)}
-        except DataError as error:
-            writer.report.drop(error)
-        else:
             writer.write(record, kind="qa")
 
 
-def _write_regions(writer: Writer, image: str, entries: Any, picture: Picture) -> None:
+def _write_regions(writer: Writer, image: str, entries: Iterable[tuple[str, Any]], picture: Picture) -> None:
     regions: list[tuple[str, str, str]] = []
     for where, value in entries:
-        try:
+        with writer.report.dropping():
             entry = mapping(value, where)
             check_size(picture, None, where)
             box = corners(*(number(entry, key, where) for key in ("x", "y", "width", "height")))
             phrase, key = text(entry, "phrase", where), identity(entry, "region_id", where)
             regions.append((key, phrase, llava_box(box, picture.size, f"{where}: box")))
-        except DataError as error:
-            writer.report.drop(error)
     counts = Counter(phrase for _, phrase, _ in regions)
     single = [region for region in regions if counts[region[1]] == 1]
     rng = random.Random(f"{writer.options.seed}/{image}/regions")

@@ -7,7 +7,8 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,7 @@ from PIL import Image
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.data.convert.fields import WRONG_FIELD, DropError
 from lora_llava.data.images.headers import header_problem
-from lora_llava.data.images.read import FORMATS, MAX_BYTES, MAX_PIXELS, open_image
+from lora_llava.data.images.read import FORMATS, open_image, orientation_of
 from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.record import ImageSource, check_text
 from lora_llava.errors import DataError
@@ -27,8 +28,6 @@ REPORT_QUESTION = "Write the radiology report of this image."
 _IMAGES = "images"
 _MAX_EXAMPLES = 20
 """Maximum number of things named for each reason in the report."""
-_ORIENTATION = 0x0112
-"""EXIF tag."""
 _REASONS = {
     "missing_image": "an image is missing",
     "image_path": "an image path is not allowed",
@@ -87,6 +86,14 @@ class Report:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _MAX_EXAMPLES:
             examples.append(str(error))
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Count what a block leaves out by raising DataError, and continue after the block."""
+        try:
+            yield
+        except DataError as error:
+            self.drop(error)
 
     def content(self) -> dict[str, Any]:
         """Return the report as JSON."""
@@ -162,23 +169,20 @@ class Writer:
 
         A record is dropped if a text is empty, holds the image placeholder, or is not valid Unicode.
         """
-        turns = [record.pop("question"), record.pop("answer")]
-        try:
-            for name, text in zip(("question", "answer"), turns, strict=True):
-                _check_turn(text, f"record {record['id']}: {name}")
-        except DataError as error:
-            self.report.drop(error)
-            return
-        conversation = [
-            {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{turns[0]}"},
-            {"from": "gpt", "value": turns[1]},
-        ]
-        own = {key: value for key, value in record.items() if key not in ("id", "image") and value is not None}
-        row = {"id": record["id"], "image": record["image"], "conversations": conversation, "type": kind, **own}
-        self._file(split).write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.report.types[kind] += 1
-        self.report.is_grouped |= record.get("group") is not None
-        self.report.splits[f"{split}.jsonl"] += 1
+        question, answer = record.pop("question"), record.pop("answer")
+        with self.report.dropping():
+            _check_turn(question, f"record {record['id']}: question")
+            _check_turn(answer, f"record {record['id']}: answer")
+            conversation = [
+                {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{question}"},
+                {"from": "gpt", "value": answer},
+            ]
+            own = {key: value for key, value in record.items() if key not in ("id", "image") and value is not None}
+            row = {"id": record["id"], "image": record["image"], "conversations": conversation, "type": kind, **own}
+            self._file(split).write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.report.types[kind] += 1
+            self.report.is_grouped |= record.get("group") is not None
+            self.report.splits[f"{split}.jsonl"] += 1
 
     def _file(self, split: str) -> TextIO:
         if split not in self._files:
@@ -188,12 +192,12 @@ class Writer:
 
     def _bring(self, source: ImageSource) -> Picture:
         assert source.path is not None
-        form, size, orientation = _look_at(source)
+        if (problem := header_problem(source)) is not None:
+            raise problem
+        form, size, orientation = _look_at(source.path)
         if form == "TIFF":
             name = self._free_name(f"{Path(source.key).with_suffix('')}.png", source)
             return replace(self.add_picture(name, open_image(source)), orientation=orientation)
-        if (problem := header_problem(source)) is not None:
-            raise problem
         name = self._free_name(source.key, source)
         target = self.output / _IMAGES / name
         if not target.exists():
@@ -225,23 +229,8 @@ def _link_or_copy(source: Path, target: Path) -> str:
     return "copied"
 
 
-def _look_at(source: ImageSource) -> tuple[str, tuple[int, int], int]:
-    """Return format, upright size and EXIF orientation of an image; DataError if it is none."""
-    assert source.path is not None
-    try:
-        if source.path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{source.name}: more than {MAX_BYTES:,} bytes; make it smaller", "bad_image")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(source.path, formats=FORMATS) as image:
-                tag = image.getexif().get(_ORIENTATION, 1)
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise DataError(f"{source.name}: more than {MAX_PIXELS:,} pixels; make it smaller", "bad_image")
-                form = str(image.format)
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a decoder raises anything for broken bytes
-        raise DataError(f"{source.name}: not an image that can be read ({type(error).__name__})", "bad_image") from None
-    orientation = tag if isinstance(tag, int) and 1 < tag <= 8 else 1
+def _look_at(path: Path) -> tuple[str, tuple[int, int], int]:
+    """Return format, upright size and EXIF orientation of an image that can be opened."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+        (width, height), form, orientation = image.size, str(image.format), orientation_of(image)
     return form, (height, width) if orientation > 4 else (width, height), orientation

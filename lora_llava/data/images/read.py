@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lora_llava.data.images.grayscale import Window, to_eight_bits
 from lora_llava.data.images.tiff import check_tiles, is_tiff, shows_low_as_white
@@ -30,6 +30,18 @@ _BAD = "bad_image"
 DEEP_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of more than 8 bits per pixel; of color images it keeps only the upper 8 bits."""
 _RESCALE = 1 / 255
+_ORIENTATION = 0x0112
+"""EXIF tag."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation: what makes the image upright."""
 _DICOM_MARK = slice(128, 132)
 """Where a DICOM file has the letters DICM."""
 
@@ -112,12 +124,22 @@ def _decode(image: Image.Image, name: str, window: Window | None) -> Image.Image
         )
     check_tiles(image, name)
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(orientation_of(image))
+    upright = image if turn is None else image.transpose(turn)
     if upright.mode in DEEP_GRAY:
         # convert("RGB") would clip every value above 255 to white.
         gray = to_eight_bits(np.asarray(upright), window)
         return Image.fromarray(255 - gray if shows_low_as_white(image) else gray).convert("RGB")
     return upright.convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; 1 if its metadata are damaged."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - the parser raises anything for broken metadata
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
 def preprocess(

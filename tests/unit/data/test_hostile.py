@@ -123,9 +123,21 @@ def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
     assert np.array_equal(np.asarray(opened), pixels)
 
 
-def test_metadata_that_are_garbage_do_not_matter() -> None:
-    data = encoded(scene(3), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(40))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(40), b"Exif\0\0no header of a TIFF"])
+def test_metadata_that_are_garbage_do_not_matter(form: str, exif: bytes) -> None:
+    data = encoded(scene(3), form, exif=exif)
     assert open_image(embedded(data)).size == (32, 32)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_upright_also_if_its_other_metadata_cannot_be_written(form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    raw = bytearray(exif.tobytes())
+    # A resolution of zero parts: Pillow reads it as not a number, and cannot write that.
+    raw[-8:] = bytes(8)
+    assert open_image(embedded(encoded(scene(3).resize((40, 30)), form, exif=bytes(raw)))).size == (30, 40)
 
 
 @pytest.mark.fault("images: 1 x 1 pixel, extreme shapes, transparency, CMYK, 16 bits, animations, EXIF rotation")
