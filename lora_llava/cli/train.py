@@ -100,10 +100,11 @@ def finetune(
         if dry_run:
             ranks.by_first(lambda: _print_dry_run(settings, console, memory))
             return
-        from lora_llava.training.run import print_outcome, run_recipe
+        from lora_llava.training.run import print_next, print_outcome, run_recipe
 
         run_recipe(settings, console, overwrite=overwrite, memory=memory, resume=resume or "no")
         print_outcome(settings, console)
+        print_next(settings, console)
 
 
 def _start_processes(gpus: int, *, dry_run: bool) -> None:

@@ -108,7 +108,8 @@ KINDS: dict[str, Kind] = {
         "warning",
         "Images in both training and test",
         "The same image is in training and in validation or test, so the score is better than on new images.",
-        "Remove it from one of the two sides.",
+        "Remove it from one of the two sides. Where `validation.share` drew them, the image is stored under two names: "
+        "keep one file, or give both records the same value in a column and name that as `group`.",
     ),
     "language_leak": Kind(
         "warning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -214,3 +215,16 @@ def print_outcome(recipe: Recipe, console: Console) -> None:
     for name in names:
         if (directory / name).exists():
             console.print(f"  {name}")
+
+
+def print_next(recipe: Recipe, console: Console) -> None:
+    """Print commands for the artifact of the last stage."""
+    stage = recipe.stage_names[-1]
+    artifact = shlex.quote(shown_path(recipe.resolved_output_dir / stage))
+    commands = [f"chat {artifact} --image IMAGE"]
+    if recipe.evaluation is None:
+        commands.append(f"eval {artifact} --data FILE")
+    commands.append(f"merge {artifact} {shlex.quote(f'{recipe.name}-merged')}")
+    console.print("Next:")
+    for command in commands:
+        console.print(f"  lora-llava {command}", soft_wrap=True, markup=False, highlight=False)

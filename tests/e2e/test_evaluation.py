@@ -64,7 +64,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
         "stages": {"instruct": {"data": {"path": "data.json"}, **stage}},
     }
     (directory / "first.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    run("finetune", str(directory / "first.yaml"))
+    (directory / "first.txt").write_text(run("finetune", str(directory / "first.yaml")), encoding="utf-8")
     recipe |= {"name": "second", "output_dir": "second", "start_from": "first/instruct"}
     recipe["evaluation"] = {
         "data": {"path": "test.json"},
@@ -76,6 +76,20 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     (directory / "second.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (directory / "shown.txt").write_text(run("finetune", str(directory / "second.yaml")), encoding="utf-8")
     return directory
+
+
+def test_a_run_ends_with_the_commands_for_its_artifact(project: Path) -> None:
+    artifact = project / "first" / "instruct"
+    assert (
+        (project / "first.txt")
+        .read_text(encoding="utf-8")
+        .endswith(
+            f"Next:\n  lora-llava chat {artifact} --image IMAGE\n  lora-llava eval {artifact} --data FILE\n"
+            f"  lora-llava merge {artifact} first-merged\n"
+        )
+    )
+    # A recipe with an evaluation has done the second.
+    assert "lora-llava eval" not in (project / "shown.txt").read_text(encoding="utf-8")
 
 
 def test_k13_every_answered_turn_is_asked_and_the_rest_counted(project: Path) -> None:
