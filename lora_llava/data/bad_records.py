@@ -67,6 +67,10 @@ class BadRecords:
 
     def add_record(self, record: Record, error: DataError) -> None:
         """Collect a record that was read, but turned out to be bad."""
+        image, text = record.image, str(error)
+        # An image is opened once for all its records, and its error names the first of them.
+        if image is not None and image.where and text.startswith(f"{image.where}, "):
+            error = DataError(record.where + text.removeprefix(image.where), error.kind)
         self.add(record.number, None if record.id == str(record.number) else record.id, error)
 
 

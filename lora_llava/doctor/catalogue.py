@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
     ),
     "bad_image": Kind(
         "error",
-        "Images that cannot be decoded",
+        "Records whose image cannot be decoded",
         "The file is empty, truncated, damaged, far too large, or of a format that is not allowed.",
         "Download or export the image again, or leave its records out with `exclude`.",
     ),

@@ -56,6 +56,18 @@ def test_skipped_records_are_named_before_the_run_with_their_images_opened(folde
     assert all(str(folder) not in one.problem for one in skipped)
 
 
+def test_each_record_of_a_damaged_image_is_named_by_itself(folder: Path) -> None:
+    entries = [entry(name, "cut.png", "q", "a") for name in ("first", "second")]
+    (folder / "train.json").write_text(json.dumps([entry("good", "a.png", "q", "a"), *entries]), encoding="utf-8")
+    skipped: list[BadRecord] = []
+    load_records(settings(folder, on_bad_record="skip"), skipped)
+    assert [one.problem.partition(", image cut.png: ")[0] for one in skipped] == [
+        "train.json, record 2 (id first)",
+        "train.json, record 3 (id second)",
+    ]
+    assert all("the image is truncated or damaged" in one.problem for one in skipped)
+
+
 def test_more_than_the_limit_stops_the_run(folder: Path) -> None:
     with pytest.raises(
         DataError, match=r"train\.json: more than max_bad_records 2 records cannot be used; the last is"
