@@ -71,6 +71,11 @@ def is_locked(directory: Path) -> bool:
     return False
 
 
+def is_locked_elsewhere(directory: Path) -> bool:
+    """Tell whether another process holds the lock of `directory`; write nothing."""
+    return (directory / LOCK).resolve() not in _held and is_locked(directory)
+
+
 def _acquire(path: Path) -> int:
     while True:
         if path.is_symlink():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_llava.run_directory.lock import is_locked_elsewhere
 from lora_llava.run_directory.output import CHECKPOINTS, DIRECTORIES, FILES, RECIPE
 from lora_llava.run_directory.written import EXCHANGE, STATE, Written, is_kits, read_written
 from lora_llava.system.files import is_staging, shown_path
@@ -39,6 +40,11 @@ def problems_of_output_dir(
         return [problem]
     if not root.is_dir():
         return [_nothing_to_resume(root)] if resume else []
+    if is_locked_elsewhere(root):
+        fix = "Wait until it ends, or stop it" + (
+            "." if resume else "; or give another directory with output_dir=PATH."
+        )
+        return [DirectoryProblem(f"{shown_path(root)} is in use by another run", fix)]
     if (root / STATE / EXCHANGE).is_file():
         # Interrupted: the claim restores the earlier run and looks again.
         return []

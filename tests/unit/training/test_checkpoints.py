@@ -14,6 +14,7 @@ from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.output import note_skipped, writing_named
+from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.system.files import STAGING, write_text
 from lora_llava.training.checkpoints.files import (
     MANIFEST,
@@ -238,10 +239,15 @@ def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path
             locked(tmp_path / "run"),
         ):
             pytest.fail("two runs at once")
+        for start in ({}, {"overwrite": True}, {"resume": True}):
+            [problem] = problems_of_output_dir(tmp_path / "run", {}, **start)
+            assert problem.what.endswith("run is in use by another run")
+            assert ("output_dir=PATH" in problem.fix) is ("resume" not in start)
         other.kill()
         other.wait()
     with locked(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).read_text(encoding="utf-8") == f"{os.getpid()}\n"
+        assert problems_of_output_dir(tmp_path / "run", {}) == []
     assert not list((tmp_path / "run").iterdir())
 
 
