@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from lora_llava.data.sources.files.shards import damaged_shard
 from lora_llava.data.sources.files.sheets import read_sheet
 from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
+from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.data.sources.saved import is_saved, no_split, open_saved, saved_splits
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.stored.arrow import image_cells
@@ -34,9 +36,9 @@ from lora_llava.errors import DataError
 from lora_llava.recipe.columns import ColumnSettings, fields_in, is_template
 from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.hub.network import bounded
 from lora_llava.system.text import listed, printable
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 _MAX_PEEKED = 200
 """Maximum number of rows that are looked at to recognize data."""
@@ -51,6 +53,7 @@ def load_columns(data: DataSettings, image_root: Path | None, bad: BadRecords, *
     Image paths are relative to `image_root`, by default the directory of the data. Raises DataError naming dataset,
     record and column, unless `bad` collects it.
     """
+    refuse_missing(data)
     path = Path(data.path)
     data, columns, rows, cache = _open(data, extra)
     directory = path if path.is_dir() else path.parent
@@ -194,8 +197,6 @@ def _with_images(table: Any, column: str, root: Path) -> Iterator[Entry]:
 
 def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     """Open a Parquet file, a directory or a dataset of the Hub."""
-    if not path.exists() and (path.is_absolute() or not _HUB_ID.match(data.path)):
-        raise DataError(f"{data.path}: neither an existing file or directory nor a Hub id; correct path")
     if path.is_file() and path.suffix != ".parquet":
         line = f"import pandas; pandas.read_{_reader(path)}('{path.name}').to_csv('{path.stem}.csv', index=False)"
         raise DataError(
@@ -212,7 +213,8 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     import datasets
 
     try:
-        table = _prepared(_builder(path, data), data)
+        with nullcontext() if path.exists() else bounded():
+            table = _prepared(_builder(path, data), data)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
@@ -365,6 +367,7 @@ class Peeked(NamedTuple):
 
 def peek(data: DataSettings) -> Peeked:
     """Return what data of any form begin with; `data.columns` is not needed. Raises DataError."""
+    refuse_missing(data)
     path = Path(data.path)
     if path.suffix in _FILES and not path.is_dir():
         rows = [entry.value for entry in islice(_entries(path, data), _MAX_PEEKED) if isinstance(entry.value, dict)]

@@ -25,6 +25,7 @@ from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, plac
 from lora_llava.data.sources.columns import load_columns
 from lora_llava.data.sources.forms import describe_record, known_form
 from lora_llava.data.sources.mapping import make_reader
+from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.tables import read_entries, read_records
 from lora_llava.errors import DataError
@@ -43,6 +44,7 @@ def load_llava_json(
 
     `extra`: also keep other keys. Raises DataError naming file, record and field, unless `bad` collects it.
     """
+    refuse_missing(data)
     path = Path(data.path)
     root = ImageRoot(image_root or path.parent, "image", data, at_once=bad.collects)
     images = ImageCells(root)

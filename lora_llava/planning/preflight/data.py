@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_llava.data.load import held_out_source
+from lora_llava.data.sources.missing import missing
 from lora_llava.planning.preflight.findings import Finding, Problem
-from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.setup import Setup
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.names import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,10 @@ def data_files_are_there(setup: Setup) -> Iterator[Finding]:
 
 
 def hub_data_is_available(setup: Setup) -> Iterator[Finding]:
-    """Data sets of the Hub are cached, or the Hub can be reached."""
+    """What is no local path is not like one, and is cached, or the Hub can be reached."""
     for key, data in sources(setup.recipe):
-        name = data.path
-        if is_local(name) or Path(name).expanduser().exists():
-            continue
-        from lora_llava.planning.preflight.model.hub import is_cached_data
-        from lora_llava.system.hub.network import offline
-
-        if offline() and not is_cached_data(name):
-            hint = nearest(Path(name).name, setup.near)
-            what = f"{name} is not here, is not in the Hub's cache, and the Hub cannot be reached"
-            fix = "Check the name; or connect, or give the path of a copy."
-            yield Problem(f"{key}.path", what, f"Did you mean {hint}? {fix}" if hint else fix)
+        if not is_local(data.path) and (problem := missing(data, setup.near)) is not None:
+            yield Problem(f"{key}.path", *problem)
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:

@@ -9,11 +9,11 @@ from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, canonical_name, split_lora
 from lora_llava.formats.shapes import LlavaShape, Shape
 from lora_llava.planning.preflight.findings import Finding, Problem
-from lora_llava.planning.preflight.model.files import nearest
 from lora_llava.planning.preflight.model.weights import Tensor, read_header, shown
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.stages import STAGES, trains_lora
 from lora_llava.system.files import file_sha256, find_json
+from lora_llava.system.names import nearest
 
 _KEY = "start_from"
 _MANIFEST = "manifest.json"

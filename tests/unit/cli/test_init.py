@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, message:
 def test_what_is_neither_here_nor_on_the_hub_is_named(tmp_path: Path) -> None:
     result = run("init", "no/such/data")
     assert result.exit_code == 1
-    assert "no/such/data: neither an existing file or directory nor a Hub id" in said(result)
+    assert "no/such/data does not exist. Correct the path." in said(result)
 
 
 def test_a_recipe_is_never_overwritten(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_column_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.parquet: neither an existing file or directory"):
+    with pytest.raises(DataError, match=r"gone\.parquet does not exist\. Correct the path\."):
         load(tmp_path / "gone.parquet")
     (tmp_path / "a.xml").write_text("x")
     with pytest.raises(DataError, match=r"a\.xml: a \.xml file is not read. Save it as CSV"):
@@ -200,6 +200,7 @@ def test_hub_that_cannot_be_reached_is_one_plain_line(monkeypatch: pytest.Monkey
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Max retries\nsecond line")
 
+    monkeypatch.setattr("lora_llava.data.sources.missing.offline", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(DataError) as caught:
         load("some/set")
@@ -212,6 +213,7 @@ def test_unknown_data_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any, **__: Any) -> None:
         raise datasets.exceptions.DatasetNotFoundError("long story")
 
+    monkeypatch.setattr("lora_llava.data.sources.missing.offline", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset_builder", unknown)
     with pytest.raises(DataError, match="some/set: no such dataset on the Hub, or no access"):
         load("some/set")

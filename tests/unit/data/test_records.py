@@ -184,7 +184,7 @@ def test_missing_images_are_counted_and_named_together(folder: Path) -> None:
 
 
 def test_missing_file_is_named(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.json cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"gone\.json does not exist\. Correct the path\."):
         load_records(DataSettings(path=str(folder / "gone.json")))
 
 

@@ -158,6 +158,7 @@ def test_images_of_the_hub_stay_in_its_cache(tmp_path: Path, monkeypatch: pytest
     write_images(files / "train.parquet", [png(1), png(2)])
     load_builder = datasets.load_dataset_builder
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("lora_llava.data.sources.missing.offline", lambda: False)
     monkeypatch.setattr(
         datasets, "load_dataset_builder", lambda *_, cache_dir, **__: load_builder(str(files), cache_dir=cache_dir)
     )

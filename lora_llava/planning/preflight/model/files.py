@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,7 @@ from typing import Any
 from lora_llava.errors import ModelError
 from lora_llava.recipe.fields import PACKAGED, is_local, packaged
 from lora_llava.system.files import read_json
-
-_MIN_SIMILARITY = 0.6
-"""Lowest similarity of a name that is suggested, of 1."""
-_MAX_COMPARED = 2_000
-"""Directory entries to compare (a tenth of a second); of more, only those with the same first letter."""
+from lora_llava.system.names import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +65,6 @@ def read_config(name: str, directory: Path) -> ModelFiles:
         return ModelFiles(name, directory, read_json(path))
     except ModelError as error:
         return ModelFiles(name, directory, problem=(str(error).rpartition(";")[0], "Download the model again."))
-
-
-def nearest(name: str, directories: Sequence[Path]) -> str | None:
-    """Return the entry most similar to `name` in the first of `directories` that has one; None if none has.
-
-    Suffixes do not count: `valid.json` is not similar to `d.json`.
-    """
-    stem = _stem(name)
-    for directory in directories:
-        try:
-            entries = [path.name for path in sorted(directory.iterdir()) if path.name != name]
-        except OSError:
-            continue
-        if len(entries) > _MAX_COMPARED:
-            entries = [entry for entry in entries if entry[:1] == name[:1]][:_MAX_COMPARED]
-        similarity = {entry: difflib.SequenceMatcher(None, stem, _stem(entry)).ratio() for entry in entries}
-        best = max(
-            similarity, key=lambda entry: (similarity[entry], Path(entry).suffix == Path(name).suffix), default=None
-        )
-        if best is not None and similarity[best] >= _MIN_SIMILARITY:
-            return best
-    return None
-
-
-def _stem(name: str) -> str:
-    return Path(name).stem.lower()
 
 
 def _directory(name: str) -> Path | None:

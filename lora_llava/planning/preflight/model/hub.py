@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from lora_llava.data.sources.stored.cells import CACHE
 from lora_llava.system.hub.failures import gated
 from lora_llava.system.hub.network import bounded, offline
 
@@ -51,14 +49,3 @@ def _fetch(name: str, revision: str | None) -> tuple[Path | None, tuple[str, str
     except Exception as error:  # noqa: BLE001 - a network can raise anything
         what = f"{name} cannot be fetched from the Hub ({type(error).__name__})"
         return None, (what, "Try again, or give the directory of a copy.")
-
-
-def is_cached_data(name: str) -> bool:
-    """Tell whether a hub data set is cached, as files or as tables of `datasets`."""
-    from huggingface_hub import constants
-
-    home = Path(constants.HF_HOME)
-    tables = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
-    files = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
-    paths = (files, tables / CACHE / name.replace("/", "___"))
-    return any(path.is_dir() for path in paths)

@@ -1,0 +1,71 @@
+"""Tell a mistyped path of data from the id of a data set on the Hub, before the Hub is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_llava.data.sources.stored.cells import CACHE
+from lora_llava.errors import DataError
+from lora_llava.recipe.fields import is_local
+from lora_llava.recipe.stages import DataSettings
+from lora_llava.system.hub.network import offline
+from lora_llava.system.names import nearest
+from lora_llava.system.text import printable
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_OF_FILES = re.compile(r"\.(xlsx?|ods|txt|xml|ya?ml|zip|tar|t?gz|7z|arrow|feather|orc|pkl|npz|h5|md|pdf|docx)$", re.I)
+"""Matches the suffix of a file; those of ids on the Hub are of versions, as in `Instruct-v1.5`."""
+_MIN_SIMILARITY = 0.75
+"""Lowest similarity to a file here by which a name that may be an id counts as misspelled, of 1."""
+
+
+def missing(data: DataSettings, near: Sequence[Path] = (Path(),)) -> tuple[str, str] | None:
+    """Return what is wrong with a path of data that is not here, and what to do; None if it is here, or on the Hub.
+
+    `near`: directories that a relative path may be meant from. The Hub is asked within seconds whether it can be
+    reached, and only for what has the form of an id and is not like the name of a file.
+    """
+    path = Path(data.path)
+    if path.exists():
+        return None
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which is not there", "Restore that, or correct the path."
+    if data.path.startswith("~") and path.expanduser().exists():
+        return f"{path} does not exist", f"Write it out: {path.expanduser()}"
+    directories = [directory / path.parent for directory in near]
+    is_id = _HUB_ID.match(data.path) and not is_local(data.path) and not _OF_FILES.search(data.path)
+    if not is_id:
+        hint = nearest(path.name, directories)
+        return f"{path} does not exist", f"Did you mean {path.with_name(hint)}?" if hint else "Correct the path."
+    if data.revision is not None or is_cached(data.path):
+        # Asked for by its revision, or read before: the Hub is meant.
+        hint = None
+    elif hint := nearest(path.name, directories, _MIN_SIMILARITY):
+        fix = (
+            f"Did you mean {path.with_name(hint)}? If a data set of the Hub is meant, name its revision, such as main."
+        )
+        return f"{path} does not exist here", fix
+    if offline() and not is_cached(data.path):
+        what = f"{data.path} is not here, is not in the Hub's cache, and the Hub cannot be reached"
+        return what, "Check the name; or connect, or give the path of a copy."
+    return None
+
+
+def refuse_missing(data: DataSettings) -> None:
+    """Raise DataError for a path that is neither here nor can be a data set of the Hub."""
+    if (problem := missing(data)) is not None:
+        what, fix = problem
+        raise DataError(printable(f"{what}. {fix}"))
+
+
+def is_cached(name: str) -> bool:
+    """Tell whether a data set of the Hub is cached, as files or as tables of `datasets`."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HOME)
+    tables = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    files = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    return any(path.is_dir() for path in (files, tables / CACHE / name.replace("/", "___")))
