@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from lora_llava import __version__
@@ -22,6 +24,9 @@ from lora_llava.cli.train import finetune, quickstart, recipes
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli(debug: bool) -> None:
     """Fine-tune LLaVA-1.5-style models on your own images, on one GPU."""
+    if not debug:
+        # Here, since commands read data at different moments; `datasets` looks at it when it is imported.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 for command in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -24,7 +24,7 @@ from lora_llava.data.sources.cells import ImageCells, place_image
 from lora_llava.data.sources.dataset_directory import check_directory, check_files
 from lora_llava.data.sources.files.shards import damaged_shard
 from lora_llava.data.sources.files.sheets import read_sheet
-from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
+from lora_llava.data.sources.forms import class_question, describe_record, known_form, propose_columns
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
 from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.data.sources.saved import is_saved, no_split, open_saved, saved_splits
@@ -139,10 +139,10 @@ def _open(data: DataSettings, extra: bool) -> _Opened:
     if path.suffix in _FILES and not path.is_dir():
         entries = _entries(path, data)
         first = next((entry for entry in entries if isinstance(entry.value, dict)), None) if not data.columns else None
-        data, columns = _with_form(data, [] if first is None else list(first.value))
+        data, columns = _with_form(data, [] if first is None else list(first.value), {})
         return _Opened(data, columns, _file_rows(path, data, columns), path.parent)
     table, cache = _open_table(path, data)
-    data, columns = _with_form(data, table.column_names)
+    data, columns = _with_form(data, table.column_names, _class_questions(table))
     present = list(table.column_names)
     named = _named(data, columns)
     # The keys of a list's elements are seen only when they are read.
@@ -161,13 +161,26 @@ def _open(data: DataSettings, extra: bool) -> _Opened:
     return _Opened(data, columns, rows, cache)
 
 
-def _with_form(data: DataSettings, names: list[str]) -> tuple[DataSettings, ColumnSettings]:
+def _class_questions(table: Any) -> dict[str, str]:
+    """Return the question about each column of classes, such as `label` of a folder for each class of images."""
+    classes = {name: feature.names for name, feature in table.features.items() if _is_class(feature)}
+    questions = {name: class_question(names, len(table)) for name, names in classes.items()}
+    return {name: question for name, question in questions.items() if question}
+
+
+def _is_class(feature: Any) -> bool:
+    return type(feature).__name__ == "ClassLabel"
+
+
+def _with_form(
+    data: DataSettings, names: list[str], question_of: Mapping[str, str]
+) -> tuple[DataSettings, ColumnSettings]:
     """Return the settings with columns; without own ones, those of a known form. Raises DataError for any other."""
     if data.columns is not None:
         return data, data.columns
     form = known_form(names)
     if form is None:
-        raise DataError(f"{data_name(data.path)}: columns: is missing; {describe_record(names)}", "form")
+        raise DataError(f"{data_name(data.path)}: columns: is missing; {describe_record(names, question_of)}", "form")
     each = data.each if form.each is None else form.each
     return data.model_copy(update={"columns": form.columns, "each": each}), form.columns
 
@@ -175,7 +188,7 @@ def _with_form(data: DataSettings, names: list[str]) -> tuple[DataSettings, Colu
 def _rows(table: Any, root: Path) -> Iterator[Entry]:
     """Yield rows with the names of class labels instead of their numbers, and images that stay below `root`."""
     located = [name for name, feature in table.features.items() if is_location(feature)]
-    labels = {name: feature.names for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"}
+    labels = {name: feature.names for name, feature in table.features.items() if _is_class(feature)}
     for row in table:
         for name, names in labels.items():
             label = row[name]

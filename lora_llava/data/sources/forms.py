@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_llava.recipe.columns import ColumnSettings
@@ -42,8 +45,13 @@ _MAX_KEYS = 12
 
 _MIN = frozenset("id annotator annotation_id created_at updated_at lead_time comment".split())
 """Keys that Label Studio adds to the own ones of JSON_MIN."""
-_QUESTION = "{text: 'What is shown?'}"
+QUESTION = "What is shown?"
 """Proposed for data that have images and answers alone."""
+_MAX_CLASSES, _MAX_CLASS_LENGTH = 20, 40
+"""Maximum number of classes that a question names, and of their characters."""
+
+
+_NO_QUESTIONS: Mapping[str, str] = MappingProxyType({})
 
 
 class Form(NamedTuple):
@@ -73,8 +81,19 @@ def known_form(keys: Collection[str]) -> Form | None:
     return None
 
 
-def propose_columns(keys: Iterable[str]) -> str:
-    """Return the `columns` setting that reads records with these keys; empty if it cannot be inferred."""
+def class_question(classes: Collection[str], number: int) -> str | None:
+    """Return the question for `number` records that names their classes; None if these are too many or too long."""
+    are_short = max(map(len, classes), default=0) <= _MAX_CLASS_LENGTH
+    if not are_short or not 2 <= len(classes) <= min(_MAX_CLASSES, number // 2):
+        return None
+    return f"Which of these does the image show: {', '.join(classes)}?"
+
+
+def propose_columns(keys: Iterable[str], question_of: Mapping[str, str] = _NO_QUESTIONS) -> str:
+    """Return the `columns` setting that reads records with these keys; empty if it cannot be inferred.
+
+    `question_of`: the question for each column of answers that come without one.
+    """
     known = list(keys)
     image = _first(known, "image")
     prefix = f"image: {_yaml(image)}, " if image else ""
@@ -85,24 +104,25 @@ def propose_columns(keys: Iterable[str]) -> str:
         # What the annotators chose has the name of the control in their form.
         answer = next((key for key in known if key not in (*_MIN, image)), None)
     if answer and (question or image):
-        asked = _yaml(question) if question else _QUESTION
+        asked = _yaml(question) if question else f"{{text: {_quoted(question_of.get(answer, QUESTION))}}}"
         return f"columns: {{{prefix}question: {asked}, answer: {_yaml(answer)}}}"
     return ""
 
 
-def describe_record(record: Collection[str]) -> str:
-    """Describe the keys of a record, and how to read it."""
+def describe_record(record: Collection[str], question_of: Mapping[str, str] = _NO_QUESTIONS) -> str:
+    """Describe the keys of a record, and how to read it; `question_of` as in `propose_columns`."""
     keys = [printable(str(key)) for key in record]
     shown = f"it has {listed(keys, _MAX_KEYS)}" if keys else "it has no keys"
-    return f"{shown}. {_advice(record)}"
+    return f"{shown}. {_advice(record, question_of)}"
 
 
-def _advice(record: Collection[str]) -> str:
+def _advice(record: Collection[str], question_of: Mapping[str, str]) -> str:
     for marks, advice in _KNOWN:
         if marks <= set(record):
             return advice
-    if proposed := propose_columns(record):
-        return f"To have it read, add to its data: {proposed}"
+    if proposed := propose_columns(record, question_of):
+        option = shlex.quote(proposed.removeprefix("columns: "))
+        return f"To have it read, add to its data: {proposed} (in a command: --columns {option})"
     return _NAME_KEYS
 
 
@@ -121,6 +141,11 @@ def _first(keys: list[str], kind: str) -> str | None:
     """Return the most likely key of a kind, ignoring case."""
     normalized = {key.lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys)}
     return next((normalized[name] for name in _NAMES[kind].split() if name in normalized), None)
+
+
+def _quoted(text: str) -> str:
+    """Quote a text for YAML in double quotes, since single ones enclose the whole in a shell."""
+    return json.dumps(printable(text), ensure_ascii=False)
 
 
 def _yaml(key: str) -> str:

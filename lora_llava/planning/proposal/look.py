@@ -16,7 +16,7 @@ from lora_llava.data.images.directory import list_images
 from lora_llava.data.load import read_source
 from lora_llava.data.record import Record
 from lora_llava.data.sources.columns import Peeked, peek, splits_of
-from lora_llava.data.sources.forms import describe_record, known_form, propose_columns
+from lora_llava.data.sources.forms import QUESTION, class_question, describe_record, known_form, propose_columns
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
 from lora_llava.planning.proposal.images import find_images
@@ -41,8 +41,6 @@ _SPLITS = {
     "test": ("test", "testing", "eval"),
     "validation": ("validation", "valid", "val", "dev"),
 }
-_MAX_CLASSES, _MAX_CLASS_LENGTH = 20, 40
-"""Maximum number of classes that a question names, and of their characters."""
 READ_FORMS = (
     "LLaVA JSON, messages with images, a table (CSV, TSV, XLSX, JSON, JSONL or parquet) with columns for image, "
     "question and answer, a folder for each class of images, tar shards, a saved data set, or the id of a data set on "
@@ -76,7 +74,7 @@ def look_at(name: str, columns: Columns | None = None) -> Look:
     path = Path(name).expanduser()
     asks_its_own = columns is not None and "question" in columns
     if columns and "answer" in columns and not {"question", "messages"} & columns.keys():
-        columns = {**columns, "question": {"text": "What is shown?"}}
+        columns = {**columns, "question": {"text": QUESTION}}
     if path.exists():
         path = path.resolve()
         if columns is None and (conversion := conversion_of(path)) is not None:
@@ -100,10 +98,8 @@ def _name_classes(look: Look) -> None:
     """Let a question that is the same for all records name the answers, if they are classes."""
     columns = look.data.get("columns", {})
     classes = sorted({record.turns[-1].text for record in look.records})
-    is_constant = isinstance(columns.get("question"), dict)
-    are_short = max(map(len, classes)) <= _MAX_CLASS_LENGTH
-    if is_constant and are_short and 2 <= len(classes) <= min(_MAX_CLASSES, len(look.records) // 2):
-        columns["question"] = {"text": f"Which of these does the image show: {', '.join(classes)}?"}
+    if isinstance(columns.get("question"), dict) and (question := class_question(classes, len(look.records))):
+        columns["question"] = {"text": question}
 
 
 def _directory(directory: Path, columns: Columns | None) -> Look:
@@ -320,7 +316,7 @@ def _images(directory: Path, given: Columns | None) -> Look:
     if splits.get("train"):
         deeper = {Path(name).parts[1] for name in listing.images if len(Path(name).parts) > 2}
         classes = sorted(deeper)
-    columns = {"image": "image", "question": {"text": "What does the image show?"}, "answer": "label"}
+    columns = {"image": "image", "question": {"text": QUESTION}, "answer": "label"}
     data = {"path": str(directory), "columns": columns if given is None else dict(given)}
     look = Look(f"a folder for each of {counted(len(classes), 'class', 'classes')} of images", data)
     if splits.get("train") and splits.get("test"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import click
+import datasets
 import pytest
 from click.testing import CliRunner
 
@@ -66,6 +69,15 @@ def test_every_command_has_help(command: str) -> None:
     [line] = [line for line in CliRunner().invoke(cli, ["--help"]).output.splitlines() if f"  {command} " in line]
     assert line.endswith("."), "cut off"
     assert not line.endswith("...")
+
+
+def test_data_sets_are_read_without_bars_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "HF_DATASETS_DISABLE_PROGRESS_BARS"
+    assert name in inspect.getsource(datasets.config), "the library has another name for it"
+    for options, value in (([], "1"), (["--debug"], None)):
+        monkeypatch.delenv(name, raising=False)
+        assert CliRunner().invoke(cli, [*options, "recipes", "list"]).exit_code == 0
+        assert os.environ.get(name) == value
 
 
 def test_version() -> None:
