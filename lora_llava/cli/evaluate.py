@@ -16,6 +16,7 @@ from lora_llava.cli.options import (
     data_options,
     decoding_options,
     metric_option,
+    refuse_split,
     refuse_unused,
     split_of,
     template_option,
@@ -28,19 +29,21 @@ if TYPE_CHECKING:
     from lora_llava.recipe.settings import EvaluationSettings
 
 _EVALUATION = Path("evaluation")
-_DATA = ("path", "image_root", "split", "columns", "answer_prompt", "max_records")
-"""Options that are settings of the data."""
+_OF_ALL = ("columns", "answer_prompt", "max_records")
+"""Options that are settings of every source of the data."""
 
 
 @click.command("eval")
 @click.argument("artifact", type=PATH)
 @click.option(
     "--data",
-    "path",
+    "paths",
+    multiple=True,
     required=True,
-    help="LLaVA JSON or JSONL; or, with --columns, flat JSON, CSV, parquet, a directory or a Hub id.",
+    help="LLaVA JSON or JSONL; or, with --columns, flat JSON, CSV, parquet, a directory or a Hub id; repeatable, with "
+    "scores by source.",
 )
-@data_options(split="test")
+@data_options(split="test", several=True)
 @decoding_options
 @metric_option
 @click.option("--by", multiple=True, metavar="KEY", help="Break accuracy down by a key or column; repeatable.")
@@ -102,9 +105,20 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
 
     from lora_llava.recipe.settings import EvaluationSettings
 
-    data = {key: options[key] for key in _DATA} | {"split": split_of(options["path"], options["split"], "test")}
-    others = {key: value for key, value in options.items() if key not in (*_DATA, "max_rows")}
-    others["batch_size"] = options["max_rows"]
+    paths, roots = options["paths"], options["image_root"]
+    if len(roots) not in (0, 1, len(paths)):
+        raise click.UsageError(
+            f"--image-root is given {len(roots)} times for {len(paths)} --data: give it once for all, or once for each"
+        )
+    refuse_split(options["split"], *paths)
+    of_each = roots if len(roots) == len(paths) else (roots or (None,)) * len(paths)
+    of_all = {key: options[key] for key in _OF_ALL}
+    data = [
+        {"path": path, "image_root": root, "split": split_of(path, options["split"], "test"), **of_all}
+        for path, root in zip(paths, of_each, strict=True)
+    ]
+    others = {key: value for key, value in options.items() if key not in (*_OF_ALL, "paths", "image_root", "split")}
+    others["batch_size"] = others.pop("max_rows")
     lists = {"by": list(options["by"]), "base_questions": options["base_questions"] or None}
     try:
         return EvaluationSettings.model_validate({**others, **lists, "data": data})

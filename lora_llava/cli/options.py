@@ -99,10 +99,16 @@ def _mapping(text: str) -> dict[str, Any]:
     return columns
 
 
-def data_options(split: str) -> Callable[[_Command], _Command]:
-    """Add the options of the data next to its path; `split`: what `split_of` takes if none is given."""
+def data_options(split: str, *, several: bool = False) -> Callable[[_Command], _Command]:
+    """Add the options of the data next to its path; `split`: what `split_of` takes if none is given.
+
+    `several`: for a command that takes several sources, with a directory of images for all or for each.
+    """
+    of_each = "; with several --data, once for all or once for each" if several else ""
     return together(
-        click.option("--image-root", help="Directory of the images [that of the data file]."),
+        click.option(
+            "--image-root", multiple=several, help=f"Directory of the images [that of the data file]{of_each}."
+        ),
         click.option(
             "--columns",
             callback=lambda _, __, text: parse_columns(text),
@@ -117,10 +123,6 @@ def data_options(split: str) -> Callable[[_Command], _Command]:
 def split_of(path: str, given: str | None, usual: str) -> str:
     """Return the split to ask about: the given one, or the only one of a directory, or the usual one."""
     if given is not None:
-        from lora_llava.recipe.fields import RECORD_FILES
-
-        if path.endswith((*RECORD_FILES, ".parquet")) and "[" not in given:
-            refuse_unused(f"{path} is one file, without splits", "split")
         return given
     from lora_llava.data.sources.columns import splits_of
 
@@ -129,6 +131,15 @@ def split_of(path: str, given: str | None, usual: str) -> str:
         click.echo(printable(f"Note: the questions are those of {names[0]}, the only split of {path}"), err=True)
         return names[0]
     return usual
+
+
+def refuse_split(split: str | None, *paths: str) -> None:
+    """Raise click.UsageError for `--split` if all data are files, unless it is a slice of a parquet file."""
+    from lora_llava.recipe.fields import RECORD_FILES
+
+    files = RECORD_FILES if "[" in (split or "") else (*RECORD_FILES, ".parquet")
+    if all(path.endswith(files) for path in paths):
+        refuse_unused(f"{' and '.join(paths)} {'is' if len(paths) == 1 else 'are'} without splits", "split")
 
 
 def refuse_unused(reason: str, *names: str) -> None:

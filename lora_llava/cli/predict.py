@@ -16,6 +16,7 @@ from lora_llava.cli.options import (
     data_options,
     decoding_options,
     metric_option,
+    refuse_split,
     refuse_unused,
     split_of,
     template_option,
@@ -93,9 +94,10 @@ def predict(
 
     columns = options.pop("columns")
     if images is not None:
-        refuse_unused("--images asks about the files of a folder", "image_root", "columns", "split")
         # A folder is a table of images, all with the same question.
         columns = {"image": "image", "question": "question"}
+    if data is not None:
+        refuse_split(options["split"], data)
     options["split"] = "test" if data is None else split_of(data, options["split"], "test")
     settings = _data_settings(QuestionSettings, data or str(images), columns, options)
     skips = settings.on_bad_record == "skip"
@@ -174,6 +176,7 @@ def pairs(model: Path, output: Path, data: str, base_model: str | None, template
     """
     from lora_llava.recipe.stages import DataSettings
 
+    refuse_split(options["split"], data)
     options["split"] = split_of(data, options["split"], "train")
     settings = _data_settings(DataSettings, data, options.pop("columns"), options)
     refuse_output(output, (".json", JSONL))

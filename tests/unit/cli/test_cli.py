@@ -22,7 +22,7 @@ from lora_llava.cli.options import parse_columns
 from lora_llava.errors import DataError, RecipeError
 from lora_llava.recipe.columns import ColumnSettings
 from lora_llava.recipe.file import bundled_recipes, load_recipe
-from lora_llava.recipe.settings import MetricSetting
+from lora_llava.recipe.settings import EvaluationSettings, MetricSetting
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "pydantic", "rich", "matplotlib")
 
@@ -206,12 +206,31 @@ def test_columns_of_an_option_are_read_as_those_of_a_recipe(tmp_path: Path) -> N
     [
         (["--data", "a.json", "--columns", "image"], "image=COLUMN"),
         (["--data", "folder", "--columns", "imgae=i,question=q,answer=a"], "imgae"),
+        (
+            ["--data", "a.json", *("--image-root", "x") * 2],
+            "--image-root is given 2 times for 1 --data: give it once for all, or once for each",
+        ),
+        ([*("--data", "a.json") * 3, *("--image-root", "x") * 2], "given 2 times for 3 --data"),
     ],
 )
 def test_eval_checks_its_options_first(options: list[str], message: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["eval", str(tmp_path), *options, "--output", str(tmp_path / "new")])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(("roots", "expected"), [((), [None, None]), (("x",), ["x", "x"]), (("x", "y"), ["x", "y"])])
+def test_eval_takes_several_sources(
+    roots: tuple[str, ...], expected: list[str | None], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[EvaluationSettings] = []
+    monkeypatch.setattr("lora_llava.evaluation.run.evaluate_candidate", lambda _, settings, *__: taken.append(settings))
+    options = [word for root in roots for word in ("--image-root", root)]
+    sources = ["--data", "a/test.json", "--data", "b/test.json", "--max-records", "3"]
+    result = CliRunner().invoke(cli, ["eval", str(tiny_base), *sources, *options, "--output", str(tmp_path / "new")])
+    assert result.exit_code == 0, result.output
+    data = [(source.path, source.image_root, source.max_records) for source in taken[0].data.sources]
+    assert data == [("a/test.json", expected[0], 3), ("b/test.json", expected[1], 3)]
 
 
 def test_eval_does_not_overwrite_results(tmp_path: Path) -> None:

@@ -24,19 +24,19 @@ IMAGES = [*PREDICT, "--images", "photos", "--question", "What?"]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([*IMAGES, "--columns", "image=a,question=b"], "--columns has no effect: --images asks about the files of"),
-        ([*IMAGES, "--image-root", "photos"], "--image-root has no effect"),
-        ([*IMAGES, "--split", "test"], "--split has no effect"),
         ([*IMAGES, "--max-bad-records", "10"], "--max-bad-records has no effect: --on-bad-record error stops at"),
-        ([*PREDICT, "--data", "d.csv", "--split", "test"], "--split has no effect: d.csv is one file, without splits"),
-        ([*PAIRS, "--split", "train"], "--split has no effect: d.json is one file, without splits"),
+        ([*PREDICT, "--data", "d.csv", "--split", "test"], "--split has no effect: d.csv is without splits"),
+        ([*PAIRS, "--split", "train"], "--split has no effect: d.json is without splits"),
         ([*PAIRS, "--max-bad-records", "3"], "--max-bad-records has no effect"),
         (["eval", "m", "--data", "d.parquet", "--split", "test"], "--split has no effect"),
+        (
+            ["eval", "m", "--data", "d.parquet", "--data", "e.csv", "--split", "test"],
+            "--split has no effect: d.parquet and e.csv are without splits",
+        ),
         (
             ["eval", "m", "--data", "d", "--no-base", "--base-questions", "9"],
             "--base-questions has no effect: --no-base",
         ),
-        (["check", "r.yaml", "--overwrite", "--resume"], "--overwrite starts over and --resume continues"),
     ],
 )
 def test_options_that_exclude_each_other(
@@ -56,6 +56,7 @@ def test_an_option_with_an_effect_is_taken(tmp_path: Path, monkeypatch: pytest.M
         ["eval", "m", "--data", "d", "--split", "test", "--base-questions", "9"],
         # A slice of a parquet file is read.
         ["eval", "m", "--data", "d.parquet", "--split", "train[:9]"],
+        ["eval", "m", "--data", "d.csv", "--data", "d", "--split", "test"],
     ):
         assert "has no effect" not in CliRunner().invoke(cli, args).output
 
