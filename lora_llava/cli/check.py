@@ -51,6 +51,8 @@ def check(
     Reads every record, decodes every image, tokenizes every conversation, and compares training with test data. Loads
     only the tokenizer of the base model. The exit code is 1 if a run would fail.
     """
+    if overwrite and resume:
+        raise click.UsageError("--overwrite starts over and --resume continues: give only one of them")
     clock = time.monotonic()
     settings = open_recipe(recipe, overrides)
     directory = _report_directory(output, settings)

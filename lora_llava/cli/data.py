@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     for line in (about, *look.notes, f"Wrote {output}. Checking it:"):
         console.print(printable(line))
     context.invoke(check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False)
-    console.print(printable(f"Next: lora-llava finetune {output} --dry-run"))
+    console.print(printable(f"Next: lora-llava finetune {shlex.quote(str(output))} --dry-run"), soft_wrap=True)
 
 
 @click.command("convert")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -194,4 +195,4 @@ def _copy_recipe(name: str, target: Path | None) -> None:
         target /= source.name
     with disk_errors(target, "Nothing was written"), new_file(target) as file:
         shutil.copyfile(source, file)
-    click.echo(printable(f"copied to {target}; run it with: lora-llava finetune {target}"))
+    click.echo(printable(f"copied to {target}; run it with: lora-llava finetune {shlex.quote(str(target))}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from lora_llava.doctor.catalogue import KINDS, SEVERITIES
 from lora_llava.doctor.report import PAGE, REPORT, Report
+from lora_llava.recipe.file import one_line
 from lora_llava.recipe.schedule import steps_line
 from lora_llava.system.table import Column, FittingTable
 from lora_llava.system.text import counted, printable
@@ -67,10 +69,10 @@ def _exclusion(report: Report, key: str, path: Path) -> str:
     """
     section, _, part = key.removesuffix(".exclude").partition(".data")
     if all(source.key != f"{section}.data.1" for source in report.survey.sources):
-        return f"{key}={path}"
+        return shlex.quote(f"{key}={one_line(str(path))}")
     number = int(part.removesuffix(".validation").removeprefix(".") or 0) + 1
     of_validation = "the validation of " if part.endswith(".validation") else ""
-    return f"exclude: {path} in {of_validation}source {number} of {section}.data in the recipe"
+    return f"exclude: {one_line(str(path))} in {of_validation}source {number} of {section}.data in the recipe"
 
 
 def _sides_view(report: Report) -> FittingTable:

@@ -27,6 +27,7 @@ from lora_llava.generation.decoding import decode_batch, plan_decoding
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.folded import folded
 from lora_llava.recipe.choices import Metric, MetricSetting
+from lora_llava.recipe.file import one_line
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.files import disk_errors, json_text, new_file, shown_path
 from lora_llava.system.progress import Bar
@@ -295,5 +296,5 @@ def _summary(made: PairSet, data: DataSettings, output: Path) -> list[str]:
     ]
     with_path = any(pair.question.record.image and pair.question.record.image.path for pair in made.pairs)
     root = data.image_root or (data.path if Path(data.path).is_dir() else str(Path(data.path).parent))
-    image_root = f", image_root: {root}" if with_path else ""
-    return [*lines, f"to train on them: stages.prefer.data: {{path: {shown_path(output)}{image_root}}}"]
+    settings = {"path": shown_path(output), **({"image_root": root} if with_path else {})}
+    return [*lines, f"to train on them: stages.prefer.data: {one_line(settings)}"]

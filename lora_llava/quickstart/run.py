@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,19 @@ def place_recipe(source: Path, directory: Path, console: Console) -> None:
 
 def _print_next(directory: Path, artifact_directory: Path, console: Console) -> None:
     """Print commands to try next."""
-    here, artifact = shown_path(directory), shown_path(artifact_directory)
+
+    def path(name: str) -> str:
+        return shlex.quote(shown_path(directory / name))
+
+    artifact = shlex.quote(shown_path(artifact_directory))
     commands = {
-        "ask it a question": f'chat {artifact} --image {here}/data/images/test/0.png "what color is the shape?"',
-        "see a training record": f"inspect {here}/{RECIPE}.yaml --index 0",
+        "ask it a question": f'chat {artifact} --image {path("data/images/test/0.png")} "what color is the shape?"',
+        "see a training record": f"inspect {path(f'{RECIPE}.yaml')} --index 0",
         "evaluate it again": (
-            f"eval {artifact} --data {here}/data/test.json --image-root {here}/data/images/test "
-            f"--max-records 500 --output {here}/evaluation"
+            f"eval {artifact} --data {path('data/test.json')} --image-root {path('data/images/test')} "
+            f"--max-records 500 --output {path('evaluation')}"
         ),
-        "train on all of easy-VQA": f"finetune {here}/{FULL_RECIPE}.yaml",
+        "train on all of easy-VQA": f"finetune {path(f'{FULL_RECIPE}.yaml')}",
         "train on medical images, on a GPU": f"recipes copy {_MEDICAL_RECIPE}",
     }
     console.print("\nNext:")

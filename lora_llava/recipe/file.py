@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -132,6 +133,13 @@ def dump_resolved(recipe: Recipe, directory: Path) -> str:
         if Path(value).is_absolute():
             holder[key] = _dotted(os.path.relpath(value, start))
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def one_line(value: Any) -> str:
+    """Return a value as a recipe has it in one line, quoted where any reader of YAML would not see text."""
+    options: dict[str, Any] = {"default_flow_style": True, "width": math.inf, "allow_unicode": True, "sort_keys": False}
+    text: str = yaml.dump(value, Dumper=_Dumper, **options)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def dump_portable(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ def present_path(directory: Path, path: Path) -> Path:
 
 def resume_command(directory: Path) -> str:
     """Return the command that resumes a run."""
-    return f"lora-llava finetune {shown_path(directory / RECIPE)} --resume"
+    return f"lora-llava finetune {shlex.quote(shown_path(directory / RECIPE))} --resume"
 
 
 @contextmanager

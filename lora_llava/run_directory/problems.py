@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -191,7 +192,8 @@ def _overwrite_problems(
             yield DirectoryProblem(
                 f"{shown_path(root)} holds {_shown_names(root, existing)}, and no list of what a run wrote there, so "
                 "--overwrite cannot tell its files from yours",
-                f"Move it away: mv {shown_path(root)} {shown_path(root)}.old; or give another output_dir=PATH.",
+                f"Move it away: mv {shlex.join((shown_path(root), f'{shown_path(root)}.old'))}; or give another "
+                "output_dir=PATH.",
             )
         elif existing:
             yield _not_ours(root, list(existing))

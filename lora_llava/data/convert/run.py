@@ -105,5 +105,9 @@ def summary(report: dict[str, Any], output: Path) -> list[str]:
         first = report["examples"][dropped["reason"]][0]
         lines.append(f"left out: {dropped['count']:,} x {dropped['reason']}; the first: {first}")
     lines.append(f"written to {output}; {REPORT} lists what was left out.")
-    group = ", group: group" if report["grouped"] else ""
-    return [*lines, *(f"In a recipe: data: {{path: {output / name}{group}}}" for name in report["records"])]
+    # Imported here: the command line lists KINDS before it imports anything large.
+    from lora_llava.recipe.file import one_line
+
+    group = {"group": "group"} if report["grouped"] else {}
+    data = [one_line({"path": str(output / name), **group}) for name in report["records"]]
+    return [*lines, *(f"In a recipe: data: {settings}" for settings in data)]

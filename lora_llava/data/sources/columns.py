@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,7 +38,7 @@ from lora_llava.recipe.columns import ColumnSettings, fields_in, is_template
 from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.hub.network import bounded
-from lora_llava.system.text import listed, printable
+from lora_llava.system.text import listed, printable, python_literal
 
 _FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 _MAX_PEEKED = 200
@@ -211,10 +212,11 @@ def _with_images(table: Any, column: str, root: Path) -> Iterator[Entry]:
 def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     """Open a Parquet file, a directory or a dataset of the Hub."""
     if path.is_file() and path.suffix != ".parquet":
-        line = f"import pandas; pandas.read_{_reader(path)}('{path.name}').to_csv('{path.stem}.csv', index=False)"
+        names = [python_literal(name) for name in (path.name, f"{path.stem}.csv")]
+        line = f"import pandas; pandas.read_{_reader(path)}({names[0]}).to_csv({names[1]}, index=False)"
         raise DataError(
             f"{path.name}: a {path.suffix or 'nameless'} file is not read. Save it as CSV (UTF-8), for instance: "
-            f'python -c "{line}"'
+            f"python -c {shlex.quote(line)}"
         )
     if path.is_dir() and is_saved(path):
         return open_saved(path, data.split), path

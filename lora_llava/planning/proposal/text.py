@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from lora_llava.data.images.read import DEEP_GRAY, FORMATS
 from lora_llava.data.record import Record
 from lora_llava.planning.proposal.look import Look
+from lora_llava.recipe.file import one_line
 from lora_llava.system.text import counted, printable
 
 _PATHS = ("path", "image_root")
@@ -44,9 +44,9 @@ def recipe_text(look: Look, output: Path, base_model: str) -> str:
         "#",
         *(f"#   lora-llava {command}" for command in _commands(output)),
         "version: 1",
-        f"name: {_value(name)}",
+        f"name: {one_line(name)}",
         "base:",
-        f"  model_name_or_path: {_value(base_model)}",
+        f"  model_name_or_path: {one_line(base_model)}",
         "quantization:",
         "  type: nf4",
         *_image_lines(look.records),
@@ -81,7 +81,10 @@ def _data_lines(look: Look, start: Path) -> list[str]:
     group, validation = data.pop("group", None), data.pop("validation", None)
     lines = ["    data:", *_settings(data, "      "), *_prompt_lines(look.records, "      ", comment=True)]
     if group is not None:
-        lines += ["      # Records of one value are never on both sides of the split.", f"      group: {_value(group)}"]
+        lines += [
+            "      # Records of one value are never on both sides of the split.",
+            f"      group: {one_line(group)}",
+        ]
     else:
         lines.append(
             "      # Is there a column such as patient or device? With group: COLUMN it is never on both sides."
@@ -92,7 +95,7 @@ def _data_lines(look: Look, start: Path) -> list[str]:
             f"      validation: {{share: {_share(len(look.records)):g}}}",
         ]
     else:
-        lines += [f"      validation: {_value(_relative(validation, start))}"]
+        lines += [f"      validation: {one_line(_relative(validation, start))}"]
     if look.unusable:
         lines += [
             f"      # {counted(len(look.unusable), 'record')} cannot be read; the first: "
@@ -170,10 +173,4 @@ def _relative(data: Mapping[str, Any], start: Path) -> dict[str, Any]:
 
 
 def _settings(data: Mapping[str, Any], indent: str) -> list[str]:
-    return [f"{indent}{key}: {_value(value)}" for key, value in data.items() if key not in ("group", "validation")]
-
-
-def _value(value: Any) -> str:
-    """Return a value in one line of YAML, quoted where another reader would not see text."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return [f"{indent}{key}: {one_line(value)}" for key, value in data.items() if key not in ("group", "validation")]

@@ -6,6 +6,7 @@ layers. So everything except LoRA on the decoder layers is merged into the base.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
     """
     if not is_artifact(source):
         raise ArtifactError(
-            f"{source} is a whole model; vLLM serves it directly: vllm serve {source}. This format takes an artifact."
+            f"{source} is a whole model; vLLM serves it directly: {shlex.join(('vllm', 'serve', str(source)))}. This "
+            "format takes an artifact."
         )
     served = _served_layers(Adapter(source), source)
     with staged_result(output) as staging:
@@ -184,7 +186,7 @@ def _summary(report: ExportReport, output: Path, form: _Form, layers: int) -> li
     if trained := report.get("distance_from_trained"):
         lines.append(f"against the trained model: {LogitDifference(**trained)}")
     lines.append(
-        f"vllm serve {output / _BASE} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
-        f"--lora-modules tuned={output / _ADAPTER}"
+        f"vllm serve {shlex.quote(str(output / _BASE))} --enable-lora --max-lora-rank {max_lora_rank(form.r)} "
+        f"--lora-modules {shlex.quote(f'tuned={output / _ADAPTER}')}"
     )
     return lines

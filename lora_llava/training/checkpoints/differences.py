@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from lora_llava.formats.names import WEIGHTS
 from lora_llava.planning.memory_plan import MemoryPlan, StageShapes
 from lora_llava.planning.speed import Machine
 from lora_llava.recipe.fields import OnResume, settings_of, value_at
-from lora_llava.recipe.file import read_recipe
+from lora_llava.recipe.file import one_line, read_recipe
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import StageName, trains_lora
 from lora_llava.run_directory import output
@@ -151,7 +152,8 @@ def refuse_or_warn(
         )
     lost = [f"these settings: {shown_path(directory)} stays unchanged"] if finished else _lost_guarantees(differences)
     if resume != "anyway":
-        further = f" To train further, or on other data, start a new run with start_from={shown_path(directory)}."
+        start = shlex.quote(f"start_from={one_line(shown_path(directory))}")
+        further = f" To train further, or on other data, start a new run with {start}."
         raise TrainingError(
             f"{listed}\nSet these back to resume exactly: {shown_path(stage.run_directory)}/"
             f"{output.RECIPE} is the recipe of the run. Or resume with --resume-anyway, which gives up: "

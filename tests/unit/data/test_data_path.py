@@ -123,6 +123,19 @@ def test_without_the_hub_an_id_is_refused_at_once(asked: list[str], monkeypatch:
     assert asked == []
 
 
+def test_hub_that_cannot_be_reached_is_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Max retries\nsecond line")
+
+    monkeypatch.setattr("lora_llava.data.sources.missing.offline", lambda: False)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    with pytest.raises(DataError) as caught:
+        read("some/set")
+    assert str(caught.value) == (
+        "some/set: the Hub cannot be reached; check the connection, or set path to a local copy"
+    )
+
+
 def test_a_link_to_nothing_and_a_home_are_named(
     asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
