@@ -82,3 +82,19 @@ def test_a_file_that_is_not_read_comes_with_a_command_that_converts_it() -> None
     pandas = SimpleNamespace(read_excel=lambda name: names.append(name) or table)
     exec(words[2].removeprefix("import pandas; "), {"pandas": pandas})
     assert names == [f"{ODD}.xls", f"{ODD}.csv"]
+
+
+def test_check_prints_the_override_that_leaves_bad_records_out(tiny_base: Path) -> None:
+    rows = [*(f"Is {number} even?,{number % 2}" for number in range(20)), "Is it?,"]
+    Path("a.csv").write_text("\n".join(["question,answer", *rows]), encoding="utf-8")
+    Path("r.yaml").write_text(
+        f"name: a\nbase: {{model_name_or_path: {one_line(str(tiny_base))}}}\nadapter: {{r: 4, lora_alpha: 8}}\n"
+        "stages: {instruct: {data: {path: a.csv, columns: {question: question, answer: answer}}}}\n",
+        encoding="utf-8",
+    )
+    done = CliRunner().invoke(cli, ["check", "r.yaml", "--output", ODD])
+    assert done.exit_code == 1, done.output
+    line = next(line for line in done.output.splitlines() if "can be left out with" in line)
+    [override] = shlex.split(line.partition("1 bad record can be left out with ")[2])
+    again = CliRunner().invoke(cli, ["check", "r.yaml", override, "--output", "again"])
+    assert again.exit_code == 0, again.output
