@@ -241,13 +241,15 @@ def _paths_in(data: dict[str, Any]) -> list[tuple[Any, Any, str, bool]]:
     """List every text that may be a path: its mapping or list, its key or index, and whether it can only be a path."""
     paths: list[tuple[Any, Any, str, bool]] = []
     for setting in settings_of(Recipe):
+        if not setting.may_be_path:
+            continue
         *above, key = setting.key.split(".")
         holders: list[Any] = [data]
         for name in above:
             values = [holder.get(name) for holder in holders if isinstance(holder, dict)]
             # Several sources are a list.
             holders = [item for value in values for item in (value if isinstance(value, list) else [value])]
-        for holder in holders if setting.may_be_path else ():
+        for holder in holders:
             value = holder.get(key) if isinstance(holder, dict) else None
             if isinstance(value, str):
                 # `start_from` is a path, unless it has the form of an artifact on the Hub.

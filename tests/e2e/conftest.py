@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from huggingface_hub.utils._xet import abort_xet_session
 
+import lora_llava.training.run as run_module
 from lora_llava.system.hub import network
 from lora_llava.system.hub.network import BOUNDS, Bounds, store_settings
 from tests.helpers import loopback_xet
@@ -21,6 +22,14 @@ from tests.helpers.artifacts import make_artifact
 from tests.helpers.loopback_hub import TOKEN, LoopbackHub
 from tests.helpers.publishing import RECIPE, USER
 from tests.helpers.resuming import stopped_run, write_project
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Draw no loss, which takes as long as a tiny training; tests of the picture undo it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "plot_loss", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")

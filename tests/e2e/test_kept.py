@@ -161,13 +161,13 @@ def test_k7_a_ruined_run_is_told_at_that_step(tiny_base: Path, tmp_path: Path) -
     recipe = write_recipe(tmp_path, {"model_name_or_path": str(tiny_base)})
     good = (
         "stages.align=null", "stages.instruct.num_train_epochs=12", "stages.instruct.eval_steps=null",
-        "stages.instruct.learning_rate=0.02",
+        "stages.instruct.learning_rate=0.02", "stages.instruct.num_sample_answers=0",
     )  # fmt: skip
     train(recipe, tmp_path / "good", *good)
     ruin = (
         "stages.align=null", f"start_from={tmp_path / 'good' / 'instruct'}", "stages.instruct.learning_rate=0.1",
         "stages.instruct.mm_projector_lr=0.1", "stages.instruct.lr_scheduler_type=constant",
-        "stages.instruct.eval_steps=null", "stages.instruct.num_train_epochs=1",
+        "stages.instruct.eval_steps=null", "stages.instruct.num_train_epochs=1", "stages.instruct.num_sample_answers=0",
     )  # fmt: skip
     train(recipe, tmp_path / "run", *ruin)
     losses = {row["step"]: row["loss"] for row in log_of(tmp_path / "run") if "loss" in row}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ SETTINGS = (
 def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of `prefer` alone."""
     return write_preference_project(tmp_path_factory.mktemp("pairs"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def halted(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in step 6."""
+    return stopped_run(project, tmp_path_factory.mktemp("halted") / "run", "prefer", 6, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +96,23 @@ def test_the_artifact_merges(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("checkpoints: a stage of pairs that resumes with another reference")
-def test_a_stopped_run_resumes_to_the_bit(project: Path, tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+def test_a_stopped_run_resumes_to_the_bit(project: Path, halted: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", Path(shutil.copytree(halted, tmp_path / "stopped"))
     train(project, whole, settings=SETTINGS)
-    stopped_run(project, stopped, "prefer", 6, SETTINGS)
     written = file_sha256(stopped / output.REFERENCE)
     train(project, stopped, resume="exact", settings=SETTINGS)
     assert file_sha256(stopped / output.REFERENCE) == written
     assert of_prefer(stopped) == of_prefer(whole)
 
     # A reference that is lost, or of other data, is computed again from the weights that the stage started from.
-    again = tmp_path / "again"
-    stopped_run(project, again, "prefer", 6, SETTINGS)
+    again = Path(shutil.copytree(halted, tmp_path / "again"))
     (again / output.REFERENCE).unlink()
     train(project, again, resume="exact", settings=SETTINGS)
     assert of_prefer(again) == of_prefer(whole)
 
 
-def test_a_reference_that_was_changed_is_refused(project: Path, tmp_path: Path) -> None:
-    stopped_run(project, tmp_path / "run", "prefer", 4, SETTINGS)
+def test_a_reference_that_was_changed_is_refused(project: Path, halted: Path, tmp_path: Path) -> None:
+    shutil.copytree(halted, tmp_path / "run")
     path = tmp_path / "run" / output.REFERENCE
     with safe_open(path, framework="pt") as file:
         identity = file.metadata()

@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-import lora_llava.training.run as run_module
 import lora_llava.training.train as train_module
 from lora_llava.errors import LoraLlavaError, TrainingError
 from lora_llava.recipe.fields import OnResume, settings_of
@@ -49,7 +48,6 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Reached
 
     monkeypatch.setattr(train_module, "_build_model", reached)
-    monkeypatch.setattr(run_module, "plot_loss", lambda *_: None)
 
 
 def refusal(project: Path, directory: Path, override: str, *, overrides: tuple[str, ...] = SETTINGS) -> str | None:

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+import lora_llava.training.run as run_module
 import lora_llava.training.train as train_module
 from lora_llava.artifact import load_artifact, read_manifest
 from lora_llava.errors import ArtifactError, TrainingError
+from lora_llava.evaluation.figures import plot_loss
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.modeling.base import hash_weights
 from lora_llava.recipe.file import load_recipe
@@ -34,7 +36,9 @@ def recipe_file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def run(recipe_file: Path) -> Run:
-    return watched_run(recipe_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "plot_loss", plot_loss)
+        return watched_run(recipe_file)
 
 
 @pytest.fixture(scope="module")

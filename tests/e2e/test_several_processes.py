@@ -18,7 +18,8 @@ from lora_llava.formats.names import WEIGHTS
 from lora_llava.run_directory import output
 from lora_llava.training.checkpoints.files import read_verified
 from tests.helpers.pairs import write_preference_project
-from tests.helpers.ranks import Ended, finetune, full_disk, signalled, spoilt_image
+from tests.helpers.processes import Ended
+from tests.helpers.ranks import finetune, full_disk, signalled, spoilt_image
 from tests.helpers.resuming import log_of
 from tests.helpers.runs import write_data, write_recipe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lora_llava.recipe.file import load_recipe
 from lora_llava.system.ranks import planned_for
 from lora_llava.training.parallel.sharding import sharding_line
 from lora_llava.training.stage import Stage
-from tests.helpers.processes import ended, start
+from tests.helpers.processes import run_together
 from tests.helpers.resuming import log_of, outcome, write_project
+from tests.helpers.sharded_runs import main
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +25,9 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The directory of the runs, and how much of the weights each process held."""
     project = tmp_path_factory.mktemp("sharded")
     write_project(project, tiny_base)
-    results = ended(start(["-m", "tests.helpers.sharded_runs", str(project)], 2), timeout=400)
-    assert [code for code, _, _ in results] == [0, 0], results
-    return project, [json.loads(text.splitlines()[-1]) for _, text, _ in results]
+    ended = run_together(project / "output", partial(main, project), 2, timeout=400)
+    assert [one.code for one in ended] == [0, 0], ended
+    return project, [json.loads(one.out.splitlines()[-1]) for one in ended]
 
 
 Runs = tuple[Path, list[dict[str, Any]]]

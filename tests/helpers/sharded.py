@@ -1,7 +1,4 @@
-"""Run as a process of several: compares a model with the same model sharded; prints what it found as JSON.
-
-`python -m tests.helpers.sharded`, started once for each process with the variables of torchrun.
-"""
+"""The work of one of several processes: compares a model with the same model sharded."""
 
 from __future__ import annotations
 
@@ -118,13 +115,9 @@ def idle() -> bool:
 
 
 def main() -> None:
-    """Print the findings of this process."""
+    """Print the findings of this process as JSON."""
     torch.set_num_threads(1)
     with connected():
         counter = Gathered()
         cases = [compare(*case, counter=counter) for case in CASES]
         print(json.dumps({"cases": cases, "spoiled": spoiled(), "idle": idle()}))  # noqa: T201 - the tests read it
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,9 @@
-"""Run as a process of several: whole runs with and without sharding, in the directory that is the argument.
-
-`python -m tests.helpers.sharded_runs PROJECT`, started once for each process with the variables of torchrun.
-"""
+"""The work of one of several processes: whole runs with and without sharding."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +64,3 @@ def main(project: Path) -> None:
             skip = ("stages.align=null", "stages.instruct.on_non_finite=skip", "stages.instruct.data.validation=null")
             train(recipe, project / "skipped", *SETTINGS, *skip, SHARDED)
     print(json.dumps(held))  # noqa: T201 - the tests read it
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

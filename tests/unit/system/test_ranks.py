@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_llava import errors
 from lora_llava.errors import (
+    DataError,
     LoraLlavaError,
     LostProcessError,
     ModelError,
@@ -18,65 +27,58 @@ from lora_llava.errors import (
     RunInterruptedError,
 )
 from lora_llava.system import ranks
-from tests.helpers.processes import ended, start
-
-AGREEING = """
-import json, os, sys
-from contextlib import contextmanager
-from lora_llava.errors import DataError
-from lora_llava.system import ranks
-
-seen = {}
-@contextmanager
-def lock():
-    seen["locked"] = True
-    yield
-    seen["unlocked"] = True
-
-def refuse():
-    raise DataError("row 7 is broken", "image")
-
-with ranks.connected(), ranks.entered_by_first(lock):
-    with ranks.connected():
-        number = ranks.rank()
-    seen["value"] = ranks.by_first(lambda: {"rank": ranks.rank()})
-    seen["least"], seen["largest"] = ranks.least(10 - number), ranks.largest(number)
-    seen["gathered"] = ranks.gathered((number, "x" * number))
-    try:
-        ranks.by_first(refuse)
-    except DataError as error:
-        seen["error"] = [str(error), error.kind]
-        seen["reports"] = ranks.reports(error)
-    print(json.dumps(seen))
-"""
-
-LOSING = """
-import os, signal, sys, time
-from lora_llava.errors import DataError
-from lora_llava.system import ranks
 from lora_llava.system.progress import phase
-
-phase("Counting sheep")
-try:
-    with ranks.connected():
-        ranks.by_first(lambda: None)
-        if ranks.rank() == 1 and sys.argv[1] == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if ranks.rank() == 1 and sys.argv[1] == "raised":
-            raise DataError("row 7 is broken")
-        if ranks.rank() == 1 and sys.argv[1] == "hung":
-            time.sleep(6)
-        import torch
-        torch.distributed.all_reduce(torch.zeros(1))
-except Exception as error:
-    print(type(error).__name__, ranks.reports(error), error)
-"""
+from tests.helpers.processes import run_together
 
 
-def test_all_processes_agree_with_the_first() -> None:
-    outcomes = ended(start(["-c", AGREEING], 3))
-    assert [code for code, _, _ in outcomes] == [0, 0, 0], outcomes
-    seen = [json.loads(out) for _, out, _ in outcomes]
+def agree() -> None:
+    """Print what this process agreed on with the others, by the name of the function."""
+    seen: dict[str, Any] = {}
+
+    @contextmanager
+    def lock() -> Iterator[None]:
+        seen["locked"] = True
+        yield
+        seen["unlocked"] = True
+
+    def refuse() -> None:
+        raise DataError("row 7 is broken", "image")
+
+    with ranks.connected(), ranks.entered_by_first(lock):
+        with ranks.connected():
+            number = ranks.rank()
+        seen["value"] = ranks.by_first(lambda: {"rank": ranks.rank()})
+        seen["least"], seen["largest"] = ranks.least(10 - number), ranks.largest(number)
+        seen["gathered"] = ranks.gathered((number, "x" * number))
+        try:
+            ranks.by_first(refuse)
+        except DataError as error:
+            seen["error"] = [str(error), error.kind]
+            seen["reports"] = ranks.reports(error)
+        print(json.dumps(seen))  # noqa: T201 - the test reads it
+
+
+def lose(ending: str) -> None:
+    """Have the second process end in one of three ways; print what the error of each says."""
+    phase("Counting sheep")
+    try:
+        with ranks.connected():
+            ranks.by_first(lambda: None)
+            if ranks.rank() == 1 and ending == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if ranks.rank() == 1 and ending == "raised":
+                raise DataError("row 7 is broken")
+            if ranks.rank() == 1 and ending == "hung":
+                time.sleep(6)
+            torch.distributed.all_reduce(torch.zeros(1))
+    except LoraLlavaError as error:
+        print(type(error).__name__, ranks.reports(error), error)  # noqa: T201 - the test reads it
+
+
+def test_all_processes_agree_with_the_first(tmp_path: Path) -> None:
+    ended = run_together(tmp_path, agree, 3)
+    assert [one.code for one in ended] == [0, 0, 0], ended
+    seen = [json.loads(one.out) for one in ended]
     for one in seen:
         assert one["value"] == {"rank": 0}
         assert (one["least"], one["largest"]) == (8, 2)
@@ -95,11 +97,11 @@ def test_all_processes_agree_with_the_first() -> None:
         ("hung", [(0, "LostProcessError")], "did not answer in time; this one was at: Counting sheep"),
     ],
 )
-def test_a_lost_process_is_reported_once(ending: str, shown: list[tuple[int, str]], words: str) -> None:
-    outcomes = ended(start(["-c", LOSING, ending], 2, **{ranks.TIMEOUT: "3"}))
-    lines = [(number, out.split()[:2], out) for number, (_, out, _) in enumerate(outcomes) if out]
+def test_a_lost_process_is_reported_once(tmp_path: Path, ending: str, shown: list[tuple[int, str]], words: str) -> None:
+    ended = run_together(tmp_path, partial(lose, ending), 2, **{ranks.TIMEOUT: "3"})
+    lines = [(number, one.out.split()[:2], one.out) for number, one in enumerate(ended) if one.out]
     reported = [(number, name, out) for number, (name, reports), out in lines if reports == "True"]
-    assert [(number, name) for number, name, _ in reported[:1]] == shown, outcomes
+    assert [(number, name) for number, name, _ in reported[:1]] == shown, ended
     assert words in reported[0][2]
     assert len(reported) == 1
 

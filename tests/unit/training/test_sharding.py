@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ended, start
-from tests.helpers.sharded import CASES
+from tests.helpers.processes import run_together
+from tests.helpers.sharded import CASES, main
 
 IDS = ["-".join(map(str, case)) for case in CASES]
 Found = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each of three processes found: not every weight divides evenly."""
-    results = ended(start(["-m", "tests.helpers.sharded"], 3), timeout=400)
-    assert [code for code, _, _ in results] == [0] * 3, results
-    return [json.loads(text.splitlines()[-1]) for _, text, _ in results]
+    ended = run_together(tmp_path_factory.mktemp("sharding"), main, 3, timeout=400)
+    assert [one.code for one in ended] == [0] * 3, ended
+    return [json.loads(one.out.splitlines()[-1]) for one in ended]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=IDS)
