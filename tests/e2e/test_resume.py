@@ -72,8 +72,8 @@ def test_a_stopped_run_goes_on_to_the_bit(
 
 
 def test_a_loss_between_two_lines_of_the_log_goes_on(project: Path, tmp_path: Path) -> None:
-    # 15 steps: a line every two; checkpoints of odd steps, too.
-    instruct = ["stages.align=null", "stages.instruct.num_train_epochs=3", "stages.instruct.num_sample_answers=0"]
+    # 25 steps: a line every two; checkpoints of odd steps, too.
+    instruct = ["stages.align=null", "stages.instruct.num_train_epochs=5", "stages.instruct.num_sample_answers=0"]
     train(project, tmp_path / "straight", *instruct)
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "instruct", 11, stop)
@@ -83,7 +83,7 @@ def test_a_loss_between_two_lines_of_the_log_goes_on(project: Path, tmp_path: Pa
     assert "resuming after step 9" in shown
     lines = log_of(tmp_path / "run")
     assert [row["step"] for row in lines if "loss" in row][:5] == [2, 4, 6, 8, 10]
-    assert [row["step"] for row in lines if "loss" in row][-1] == 15
+    assert [row["step"] for row in lines if "loss" in row][-1] == 25
     assert lines == log_of(tmp_path / "straight")
     assert file_sha256(tmp_path / "run" / "instruct" / WEIGHTS) == file_sha256(
         tmp_path / "straight" / "instruct" / WEIGHTS

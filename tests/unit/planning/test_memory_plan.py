@@ -64,6 +64,12 @@ def table_of(rank: int, stage: StageName) -> list[PartParameters]:
 
 
 def steps_of(items: list[PlanItem], batch_size: int = 128, branches: int = 8) -> SampledSteps:
+    """Sample the steps of a stage, once for the same conversations: counting their rows takes longest."""
+    return _steps_of(tuple(items), batch_size, branches)
+
+
+@cache
+def _steps_of(items: tuple[PlanItem, ...], batch_size: int, branches: int) -> SampledSteps:
     settings = RowSettings(max(item.length for item in items), branches)
     return sample_steps(items, settings, batch_size=batch_size, num_steps=10, seed=0)
 

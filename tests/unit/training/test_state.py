@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -153,3 +154,70 @@ def test_each_process_gets_its_own_random_state_back(tmp_path: Path, monkeypatch
     assert found[:2] == expected
     assert found[2] == found[4]
     assert len({tuple(one) for one in found}) == 4
+
+
+def test_the_settings_of_a_checkpoint_win_over_those_of_now(tmp_path: Path) -> None:
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
+    _, other, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
+    load_optimizer(tmp_path, other, settings=True)
+    load_scheduler(tmp_path, schedule, settings=True)
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["betas"]) == (0.1 / 4, (0.8, 0.95))
+    assert (schedule.base_lrs, schedule.get_last_lr(), schedule.last_epoch) == ([0.1], [0.1 / 4], 3)
+
+
+def test_the_log_takes_the_rate_of_the_schedule_of_now(tmp_path: Path) -> None:
+    _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
+    HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
+    _, _, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
+    load_scheduler(tmp_path, schedule, settings=False)
+    assert schedule.get_last_lr() == [0.5 / 4]
+
+
+def test_a_held_state_shares_nothing_that_training_changes(tmp_path: Path) -> None:
+    parameters, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
+    trainer = TrainerState()
+    trainer.log_history, trainer.stateful_callbacks = [{"loss": 1.0}], {"guard": {"seen": [1]}}
+    held = HeldState.of(optimizer.state_dict(), scheduler, trainer)
+    held.write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    advance(parameters, optimizer, scheduler, 3)
+    trainer.log_history.append({"loss": 2.0})
+    trainer.stateful_callbacks["guard"]["seen"].append(2)
+    held.write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_large_states_of_a_paged_optimizer_go_to_paged_memory() -> None:
+    """On a card alone, where `get_state_buffer` gives paged memory to large parameters."""
+
+    class Parameter(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    card, host = Parameter(device=torch.device("cuda")), Parameter(device=torch.device("cpu"))
+    pages: list[torch.Tensor] = []
+
+    def buffer(parameter: Any, dtype: torch.dtype) -> torch.Tensor:
+        assert parameter is card
+        pages.append(torch.zeros(3, dtype=dtype))
+        return pages[-1]
+
+    def states() -> dict[Any, dict[str, torch.Tensor]]:
+        moments = torch.tensor([1, 2, 3], dtype=torch.uint8)
+        # 8-bit Adam has two moments; Lion has one.
+        return {
+            card: {"state1": moments.clone(), "state2": moments.float(), "absmax1": moments.clone()},
+            host: {"state1": moments.clone()},
+        }
+
+    paged = SimpleNamespace(is_paged=True, state=states(), get_state_buffer=buffer)
+    state_module._page(paged)
+    assert sorted(str(page.dtype) for page in pages) == ["torch.float32", "torch.uint8"]
+    assert all(any(paged.state[card][name] is page for page in pages) for name in ("state1", "state2"))
+    assert paged.state[card]["state1"].tolist() == paged.state[card]["state2"].tolist() == [1, 2, 3]
+    assert not any(paged.state[card]["absmax1"] is page for page in pages)
+    pages.clear()
+    state_module._page(SimpleNamespace(is_paged=False, state=states(), get_state_buffer=buffer))
+    state_module._page(SimpleNamespace(state=states()))
+    state_module._page(SimpleNamespace(is_paged=True, state={card: {"state1": torch.ones(3)}}, get_state_buffer=buffer))
+    assert len(pages) == 1
