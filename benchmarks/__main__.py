@@ -5,12 +5,15 @@ python -m benchmarks [--sets V8,V1] [--steps 9] [--no-ladder] [--output benchmar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.measure import SETS, Series, measure, write_report
+from benchmarks.gpu import Fleet, compare
+from benchmarks.measure import SETS, Series, precision_name, write_report
 from benchmarks.peers import LADDER
 from benchmarks.work import SHAPES
 
@@ -39,15 +42,24 @@ def main(
     results: list[dict[str, Any]] = []
     rungs = None
 
+    def measure(name: str, trainers: Iterable[str]) -> dict[str, Any] | None:
+        series = Series(QUESTIONS.get(name, 8), warmup, steps, precision_name())
+        # New processes for each set: their peak memory counts from their start.
+        fleet = Fleet(model)
+        try:
+            return compare(fleet, name, dict.fromkeys(trainers, options), series, math.inf)
+        finally:
+            fleet.close()
+
     def save() -> None:
         write_report(output, model=model, micro_batch=micro_batch, results=results, ladder=rungs)
 
     for name in filter(None, sets.split(",")):
-        series = Series(QUESTIONS.get(name, 8), warmup, steps, "fp32")
-        results.append(measure(name, model, dict.fromkeys(peers.split(","), options), series))
+        if result := measure(name, peers.split(",")):
+            results.append(result)
         save()
     if ladder:
-        rungs = measure(LADDER_SET, model, dict.fromkeys(LADDER, options), Series(8, warmup, steps, "fp32"))
+        rungs = measure(LADDER_SET, LADDER)
         save()
 
 

@@ -115,9 +115,11 @@ def compare(
     # All get ready at the same time, and none does a step before.
     running = [Running(fleet, name, set_name, options, series) for name, options in peers.items()]
     running = [job for job in running if job.advance(0)]
-    rate, until = matrix_rate(), None
+    rate, until = 0.0, None
     for number in range(1, series.warmup + series.steps + 1):
         running = [job for job in running if job.advance(number)]
+        # While all of them wait.
+        rate = max(rate, matrix_rate())
         until = until or time.monotonic() + seconds
         if number >= series.warmup + MIN_STEPS and time.monotonic() > until:
             break

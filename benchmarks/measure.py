@@ -132,25 +132,6 @@ class Series:
         return {"set": set_name, "questions": self.questions, "steps": self.warmup + self.steps + 1, **options}
 
 
-def measure(set_name: str, model: str, peers: Mapping[str, Mapping[str, Any]], series: Series) -> dict[str, Any]:
-    """Run one set with all `peers` (name: options of its job), each in its own process, with alternating steps."""
-    running = {name: Peer(name, model) for name in peers}
-    rate = 0.0
-    try:
-        for name, peer in running.items():
-            peer.begin(series.job(set_name, peers[name]))
-        for _ in range(series.warmup + series.steps):
-            for peer in running.values():
-                peer.step()
-            # While all of them wait.
-            rate = max(rate, matrix_rate())
-        rows = {name: peer.result(peer.end(), series.questions, series.warmup, rate) for name, peer in running.items()}
-    finally:
-        for peer in running.values():
-            peer.kill()
-    return summary(set_name, peers, rows, rate, series)
-
-
 def summary(
     set_name: str,
     options: Mapping[str, Mapping[str, Any]],

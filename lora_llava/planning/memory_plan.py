@@ -7,6 +7,7 @@ where fp32 Adam does not fit or is much slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -224,13 +225,15 @@ def plan_line(plan: MemoryPlan, shapes: StageShapes, source: str = "auto") -> st
 
 def next_smaller(shapes: StageShapes, machine: Machine, failed: MemoryPlan) -> str:
     """Say what to do after `failed` ran out of memory: the option that asks for a clearly smaller plan."""
-    usable = int(_RETRY_SHARE * min(failed.bytes_needed, machine.usable))
+    retry = _RETRY_SHARE * min(failed.bytes_needed, machine.usable)
+    size = math.floor(10 * (retry + _overhead(machine.device)) / (_USABLE_SHARE * GIB)) / 10
+    # Of the size as it is printed, so that a run with the option plans the same.
+    usable = usable_bytes(machine.device, int(size * GIB))
     try:
         plan = plan_memory(shapes, replace(machine, usable=usable))
     except TrainingError as error:
         return str(error)
-    size = (usable + _overhead(machine.device)) / _USABLE_SHARE
-    return f"run it again with --memory {size / GIB:.1f}GiB, which plans {plan_line(plan, shapes)}"
+    return f"run it again with --memory {size:.1f}GiB, which plans {plan_line(plan, shapes)}"
 
 
 def predicted_seconds(shapes: StageShapes, plan: MemoryPlan, tokens: int) -> float | None:

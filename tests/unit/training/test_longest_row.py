@@ -10,13 +10,22 @@ import torch
 from rich.console import Console
 
 import lora_llava.training.checks.longest_row as trial
+from lora_llava.cli.common import memory_size
 from lora_llava.data.packing import PlanItem
 from lora_llava.data.rows import Batch
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import attention_of, set_attention
 from lora_llava.modeling.packed import llava_in
 from lora_llava.modeling.structure import FLEX, TREES
-from lora_llava.planning.memory_plan import StageShapes, plan_memory, predicted_seconds
+from lora_llava.planning import memory_plan
+from lora_llava.planning.memory_plan import (
+    MemoryPlan,
+    StageShapes,
+    plan_line,
+    plan_memory,
+    predicted_seconds,
+    usable_bytes,
+)
 from lora_llava.planning.speed import Machine, Speed
 from tests.parity.test_packed import branches, build_model, row_of
 from tests.unit.planning.test_memory_plan import GIB, recipe, shapes_of
@@ -92,8 +101,14 @@ def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_out_of_memory_names_the_next_smaller_plan(error: RuntimeError) -> None:
+def test_out_of_memory_names_the_next_smaller_plan(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     chosen = plan_memory(shapes(), CARD)
+    plans: dict[int, MemoryPlan] = {}
+
+    def record(shapes: StageShapes, machine: Machine) -> MemoryPlan:
+        return plans.setdefault(machine.usable, plan_memory(shapes, machine))
+
+    monkeypatch.setattr(memory_plan, "plan_memory", record)
     with (
         pytest.raises(
             TrainingError, match=r"stage instruct: out of memory .* with --memory [\d.]+GiB, which plans"
@@ -101,8 +116,11 @@ def test_out_of_memory_names_the_next_smaller_plan(error: RuntimeError) -> None:
         trial.out_of_memory_named(shapes(), CARD, chosen),
     ):
         raise error
-    smaller = float(str(told.value).rsplit("needs ", 1)[1].split(" of ")[0])
-    assert smaller < chosen.bytes_needed / GIB
+    size, _, line = str(told.value).partition("--memory ")[2].partition(", which plans ")
+    [(usable, planned)] = plans.items()
+    assert usable == usable_bytes(CARD.device, memory_size(size)), "a run with the option plans the same"
+    assert line == plan_line(planned, shapes())
+    assert planned.bytes_needed < chosen.bytes_needed
 
 
 def test_out_of_memory_with_nothing_smaller_says_what_to_lower() -> None:
