@@ -27,7 +27,7 @@ from lora_llava.formats.names import MERGE_REPORT, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.tokenizer import read_tokenizer
-from lora_llava.formats.transformers_4 import PREPROCESSOR
+from lora_llava.formats.transformers_4 import PREPROCESSOR, PROCESSOR
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base, locate
 from lora_llava.modeling.identity import BASE_OPTION, Fields, base_fields, check_base_files, check_unchanged, record
 from lora_llava.modeling.merged import check_merged
@@ -162,7 +162,7 @@ def template_to_ask(usage: Usage, directory: Path) -> Template | OwnTemplate:
 
 def _aspect_ratio(directory: Path) -> AspectRatio:
     """Read whether a model's processor pads images to a square, as LLaVA-1.5 does; old files do not say."""
-    nested = read_json(directory / "processor_config.json").get("image_processor")
+    nested = read_json(directory / PROCESSOR).get("image_processor")
     # transformers, too, takes the nested settings before the file of their own.
     images = nested if isinstance(nested, dict) else {"do_pad": True, **read_json(directory / PREPROCESSOR)}
     return "pad" if images.get("do_pad") else "square"
@@ -197,8 +197,8 @@ def load_model(
     usage = read_usage(directory, template)
     template_to_ask(usage, directory)
     if is_artifact(directory):
-        options: dict[str, Any] = {"base": base, "keep_dequantized": keep_dequantized}
-        return load_artifact(directory, device=device, dtype=dtype, **options)[0], usage
+        loaded, _ = load_artifact(directory, device=device, dtype=dtype, base=base, keep_dequantized=keep_dequantized)
+        return loaded, usage
     if base is not None:
         raise ArtifactError(f"{directory} is a whole model and needs no base; leave {BASE_OPTION} out")
     check_merged(directory)
@@ -390,11 +390,11 @@ def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:
     return manifest.usage
 
 
-def check_base(manifest: Manifest, weights_sha256: str, found_at: str, artifact: Path) -> None:
+def check_base(manifest: Manifest, weights_sha256: str, location: str, artifact: Path) -> None:
     """Raise ArtifactError for a base other than the one that the artifact was trained on."""
     expected = manifest.base["weights_sha256"]
     if weights_sha256 != expected:
         raise ArtifactError(
             f"{artifact} was trained on another base: weights {expected} ({manifest.base['name']}), but those at "
-            f"{found_at} are {weights_sha256}. Give the right one with {BASE_OPTION} DIR."
+            f"{location} are {weights_sha256}. Give the right one with {BASE_OPTION} DIR."
         )

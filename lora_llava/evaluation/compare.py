@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from lora_llava.evaluation.outcome import (
 )
 from lora_llava.evaluation.report import accuracy_table, confusion_table, max_labels, value_table
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
-from lora_llava.evaluation.scoring.confusion import confusion
+from lora_llava.evaluation.scoring.confusion import Confusion
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES, pick_metric
 from lora_llava.generation.answers import PromptFormat, generate_answers
 from lora_llava.generation.decoding import most_rows
@@ -39,7 +39,7 @@ from lora_llava.modeling.base import LoadedModel
 from lora_llava.modeling.folded import folded
 from lora_llava.recipe.choices import Metric
 from lora_llava.recipe.settings import EvaluationSettings
-from lora_llava.system.files import json_text, write_text
+from lora_llava.system.files import json_text, staged_file, write_text
 from lora_llava.system.progress import Bar
 from lora_llava.system.ranks import gathered, is_first, own_share
 from lora_llava.system.text import counted
@@ -193,7 +193,7 @@ def _generate(
 def _write_samples(path: Path, outcome: Outcome) -> None:
     """Draw the contact sheet, unless there are no images."""
     among = outcome.answers[BASE].indices if BASE in outcome.answers else None
-    known = {name: outcome.answers[name].by_index() for name in (BASE, START, TUNED) if name in outcome.answers}
+    known = {name: outcome.answers[name].by_index() for name in outcome.seeing}
     items = []
     for index in varied_samples(outcome.questions, _NUM_SAMPLES, among):
         question = outcome.questions[index]
@@ -205,7 +205,8 @@ def _write_samples(path: Path, outcome: Outcome) -> None:
         items.append(SheetItem(open_image(question.record.image), question.record.question, question.answer, answers))
     if items:
         title = f"{len(items)} of {counted(len(outcome.questions), 'test question')}, answered by {' and '.join(known)}"
-        contact_sheet(path, items, title, METRIC_NAMES[outcome.metric])
+        with staged_file(path) as temporary:
+            contact_sheet(temporary, items, title, METRIC_NAMES[outcome.metric])
 
 
 def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
@@ -228,8 +229,8 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
     for key in by:
         console.print()
         console.print(value_table(accuracies_by(outcome, value_of(key)), key, outcome.metric, width))
-    tuned = outcome.answers[TUNED]
-    if counts := confusion([question.answer for question in outcome.questions], tuned.texts):
+    matrices = outcome.confusions()
+    if counts := matrices.get(TUNED):
         console.print()
         if len(counts.labels) <= max_labels(width):
             console.print(confusion_table(counts, TUNED, width))
@@ -238,13 +239,13 @@ def _show(outcome: Outcome, by: Sequence[str], console: Console) -> None:
         if yes := counts.yes:
             figures = [f"{name} {'-' if value is None else f'{100 * value:.1f} %'}" for name, value in yes.items()]
             console.print(f"yes: {', '.join(figures).replace('f1', 'F1')}")
-        _show_yes_bias(outcome, console)
+        _show_yes_bias(matrices, console)
 
 
-def _show_yes_bias(outcome: Outcome, console: Console) -> None:
+def _show_yes_bias(matrices: Mapping[str, Confusion], console: Console) -> None:
     """Print how much more often than it is right each model answers yes."""
     shown = []
-    for name, matrix in outcome.confusions().items():
+    for name, matrix in matrices.items():
         if (bias := matrix.yes_bias) is not None:
             interval = f"{100 * bias.low:+.1f} to {100 * bias.high:+.1f}"
             shown.append(f"{name} {100 * bias.mean:+.1f} points ({interval})")

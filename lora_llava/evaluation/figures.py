@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_llava.system.files import staged_file
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -258,7 +256,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield a white figure of `size` inches, then write it to `path` as PNG; an interruption leaves no part of it."""
+    """Yield a white figure of `size` inches, then write it to `path` as PNG."""
     # Without pyplot there is no display, no global state and nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -273,7 +271,6 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         with warnings.catch_warnings():
             # Data may be in any script; a character that the font lacks is drawn as a box.
             warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
-            with staged_file(path) as temporary:
-                figure.savefig(temporary, format="png")
+            figure.savefig(path, format="png")
     finally:
         fonts.setLevel(level)

@@ -26,7 +26,7 @@ from lora_llava.recipe.choices import Metric
 BASE, START, TUNED, BLIND = "base", "start", "tuned", "blind"
 TUNED_ON_BLIND = "tuned_on_blind_questions"
 _TUNED_ON_BASE = "tuned_on_base_questions"
-ValueOf = Callable[[Question], str]
+_ValueOf = Callable[[Question], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ class Outcome:
 
     def tables(self) -> dict[str, dict[str, Accuracy]]:
         """Return the accuracies of the majority answer and of each model that was asked with images."""
-        names = [name for name in (BASE, START, TUNED) if name in self.answers]
-        return {MAJORITY: self.table(MAJORITY), **{name: self.table(name) for name in names}}
+        return {MAJORITY: self.table(MAJORITY), **{name: self.table(name) for name in self.seeing}}
 
     def over(self, other: str) -> Difference:
         """Return the score of the tuned model minus that of another, on the questions that both were asked."""
@@ -79,6 +78,11 @@ class Outcome:
         second = (self.majority if other == MAJORITY else self.answers[other]).by_index()
         indices = [index for index in second if index in first]
         return difference([first[index][1] for index in indices], [second[index][1] for index in indices])
+
+    @property
+    def seeing(self) -> list[str]:
+        """Names of the models that were asked with images, the tuned one last."""
+        return [name for name in (BASE, START, TUNED) if name in self.answers]
 
     @property
     def compared(self) -> list[str]:
@@ -93,12 +97,11 @@ class Outcome:
     def confusions(self) -> dict[str, Confusion]:
         """Return the answers by reference of each model that was asked with images, where there is a table."""
         tables = {}
-        for name in (BASE, START, TUNED):
-            if name in self.answers:
-                answers = self.answers[name]
-                references = [self.questions[index].answer for index in answers.indices]
-                if (table := confusion(references, list(answers.texts))) is not None:
-                    tables[name] = table
+        for name in self.seeing:
+            answers = self.answers[name]
+            references = [self.questions[index].answer for index in answers.indices]
+            if (table := confusion(references, list(answers.texts))) is not None:
+                tables[name] = table
         return tables
 
     def share_holding(self, name: str) -> float:
@@ -124,14 +127,14 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
     for name, table in outcome.tables().items():
         result[name] = _by_type(table)
     if BASE in outcome.answers:
-        result["points_gained"] = _points(outcome.over(BASE).mean)
+        result["points_gained"] = outcome.over(BASE).in_points()["points"]
         result["base_holds_reference"] = round(outcome.share_holding(BASE), 5)
         if len(outcome.answers[BASE].indices) < len(outcome.questions):
             result[_TUNED_ON_BASE] = _by_type(outcome.table(TUNED, on=BASE))
     if BLIND in outcome.answers:
         result[BLIND] = _by_type(outcome.table(BLIND))
         result[TUNED_ON_BLIND] = _by_type(outcome.table(TUNED, on=BLIND))
-        result["points_gained_over_blind"] = _points(outcome.over(BLIND).mean)
+        result["points_gained_over_blind"] = outcome.over(BLIND).in_points()["points"]
     result["comparisons"] = {f"tuned_over_{name}": _gap(outcome.over(name)) for name in outcome.compared}
     result["cut"] = {name: len(answers.cut) for name, answers in outcome.answers.items()}
     if by:
@@ -144,18 +147,17 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
     return result
 
 
-def accuracies_by(outcome: Outcome, of: ValueOf) -> dict[str, dict[str, Accuracy]]:
+def accuracies_by(outcome: Outcome, of: _ValueOf) -> dict[str, dict[str, Accuracy]]:
     """Return the accuracies of each model by a value of each question, such as that of a key of the data."""
     tables = {}
-    for name in (BASE, START, TUNED):
-        if name in outcome.answers:
-            answers = outcome.answers[name]
-            values = [of(outcome.questions[index]) for index in answers.indices]
-            tables[name] = accuracy_by_value(answers.scores, values)
+    for name in outcome.seeing:
+        answers = outcome.answers[name]
+        values = [of(outcome.questions[index]) for index in answers.indices]
+        tables[name] = accuracy_by_value(answers.scores, values)
     return tables
 
 
-def value_of(key: str) -> ValueOf:
+def value_of(key: str) -> _ValueOf:
     """Return a function from a question to the value of a key of its record."""
     return lambda question: question.value(key)
 
@@ -165,7 +167,7 @@ def source_of(question: Question) -> str:
     return question.record.source
 
 
-def _by_value(outcome: Outcome, of: ValueOf) -> dict[str, dict[str, Any]]:
+def _by_value(outcome: Outcome, of: _ValueOf) -> dict[str, dict[str, Any]]:
     tables = accuracies_by(outcome, of)
     return {
         value: {name: _figures(table[value]) for name, table in tables.items() if value in table}
@@ -173,13 +175,8 @@ def _by_value(outcome: Outcome, of: ValueOf) -> dict[str, dict[str, Any]]:
     }
 
 
-def _points(share: float) -> float:
-    return round(100 * share, 2)
-
-
 def _gap(gap: Difference) -> dict[str, Any]:
-    points = {"points": _points(gap.mean), "low": _points(gap.low), "high": _points(gap.high)}
-    return {**points, "questions": gap.questions, "clear": gap.is_clear}
+    return {**gap.in_points(), "questions": gap.questions, "clear": gap.is_clear}
 
 
 def _by_type(table: Mapping[str, Accuracy]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class PairSet:
+class _PairSet:
     """The pairs of a data set, and what became of its questions."""
 
     pairs: Sequence[Pair]
@@ -103,10 +103,10 @@ def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console:
     The file is in LLaVA's form with the key `rejected`, which stage `prefer` reads; the same arguments give the same
     pairs. Returns the lines of a summary. Raises LoraLlavaError's subclasses; DataError if there is no pair.
     """
-    usage = usage_of(model.directory, model.base, model.template)
+    usage = usage_of(model)
     data = as_trained(settings.data, usage)
     questions = load_questions(data).questions
-    loaded, usage = load_to_ask(model.directory, base=model.base, template=model.template)
+    loaded, usage = load_to_ask(model)
     if line := how_computed(loaded.model):
         console.print(f"pairs: {line}")
     form = prompt_format(usage, model.directory)
@@ -114,15 +114,15 @@ def make_pairs(model: AskedModel, settings: PairSettings, output: Path, console:
         samples = _sample(loaded, form, questions, settings, console)
         others = _ask_about_others(loaded, form, questions, settings, console)
     metric = pick_metric(settings.metric, [question.answer for question in questions])
-    made = pair_up(questions, samples, others, metric, settings.per_question, settings.at_least)
-    if not made.pairs:
+    result = pair_up(questions, samples, others, metric, settings.per_question, settings.at_least)
+    if not result.pairs:
         raise DataError(
-            f"none of {counted(len(questions), 'question')} gave a pair: {made.all_right:,} were answered right each "
+            f"none of {counted(len(questions), 'question')} gave a pair: {result.all_right:,} were answered right each "
             "time; draw more samples, at a higher temperature, or take harder questions"
         )
     with disk_errors(output, "Nothing was written"), new_file(output) as temporary:
-        _write(temporary, [pair_record(pair, data.answer_prompt) for pair in made.pairs], output.suffix.lower())
-    return _summary(made, data, output)
+        _write(temporary, [pair_record(pair, data.answer_prompt) for pair in result.pairs], output.suffix.lower())
+    return _summary(result, data, output)
 
 
 def _sample(
@@ -202,7 +202,7 @@ def pair_up(
     metric: Metric,
     per_question: int = 1,
     at_least: int = 1,
-) -> PairSet:
+) -> _PairSet:
     """Return the pairs of each question: its most frequent wrong samples, then a wrong answer to another image.
 
     An answer is wrong if its score is below one half and it does not equal the reference. Of answers that normalize to
@@ -226,7 +226,7 @@ def pair_up(
         all_right += not wrong
         unusable += bool(wrong) and not any(map(_is_usable, wrong))
         too_rare += any(map(_is_usable, wrong)) and not own
-    return PairSet(pairs, len(questions), all_right, unusable, too_rare)
+    return _PairSet(pairs, len(questions), all_right, unusable, too_rare)
 
 
 def _wrong_groups(question: Question, samples: Sequence[Sample], metric: Metric) -> dict[tuple[str, ...], list[str]]:
@@ -284,17 +284,17 @@ def _write(path: Path, records: Sequence[dict[str, Any]], suffix: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _summary(made: PairSet, data: DataSettings, output: Path) -> list[str]:
-    kinds = [pair.kind for pair in made.pairs]
-    used = len({id(pair.question) for pair in made.pairs})
+def _summary(result: _PairSet, data: DataSettings, output: Path) -> list[str]:
+    kinds = [pair.kind for pair in result.pairs]
+    used = len({id(pair.question) for pair in result.pairs})
     lines = [
         f"{counted(len(kinds), 'pair')} in {shown_path(output)}: {kinds.count('sampled'):,} of wrong samples, "
         f"{kinds.count('other_image'):,} of answers to another image",
-        f"{used:,} of {counted(made.num_questions, 'question')} gave pairs; {made.all_right:,} were answered right "
-        f"each time; {made.unusable:,} had only wrong answers that were empty or cut short"
-        + (f", {made.too_rare:,} only rare ones" if made.too_rare else ""),
+        f"{used:,} of {counted(result.num_questions, 'question')} gave pairs; {result.all_right:,} were answered right "
+        f"each time; {result.unusable:,} had only wrong answers that were empty or cut short"
+        + (f", {result.too_rare:,} only rare ones" if result.too_rare else ""),
     ]
-    with_path = any(pair.question.record.image and pair.question.record.image.path for pair in made.pairs)
+    with_path = any(pair.question.record.image and pair.question.record.image.path for pair in result.pairs)
     root = data.image_root or (data.path if Path(data.path).is_dir() else str(Path(data.path).parent))
     settings = {"path": shown_path(output), **({"image_root": root} if with_path else {})}
     return [*lines, f"to train on them: stages.prefer.data: {one_line(settings)}"]

@@ -22,8 +22,6 @@ from lora_llava.system.text import printable
 MAJORITY = "majority"
 """Column for always giving the most frequent answer."""
 _LABELS = {CLOSED: "closed (yes/no)", NUMBER: "open: number", OTHER: "open: other"}
-_WIDTH = 80
-"""Default terminal width."""
 _MAX_VALUES = 12
 """Values of a key of the data that a table lists."""
 _MAX_LABEL = 20
@@ -88,16 +86,12 @@ def _cell(accuracy: Accuracy | None, *, bare: bool) -> str:
     return f"{100 * accuracy.share:.1f} ({100 * accuracy.low:.1f}-{100 * accuracy.high:.1f})"
 
 
-def accuracy_table(
-    results: Mapping[str, Mapping[str, Accuracy]], metric: Metric = "exact_match", width: int = _WIDTH
-) -> FittingTable:
+def accuracy_table(results: Mapping[str, Mapping[str, Accuracy]], metric: Metric, width: int) -> FittingTable:
     """Return accuracies in percent with 95 % Wilson intervals, for a terminal of at least 60 columns."""
     return _table(accuracy_rows(results), f"{_score_title(metric)} (95 % interval)", width)
 
 
-def value_table(
-    results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric, width: int = _WIDTH
-) -> FittingTable:
+def value_table(results: Mapping[str, Mapping[str, Accuracy]], key: str, metric: Metric, width: int) -> FittingTable:
     """Return the accuracies by the values of a key of the data."""
     return _table(_value_rows(results, key), f"{_score_title(metric)} by {printable(key)} (95 % interval)", width)
 
@@ -112,7 +106,7 @@ def max_labels(width: int) -> int:
     return (width - 14) // 6 - 1
 
 
-def confusion_table(counts: Confusion, name: str, width: int = _WIDTH) -> FittingTable:
+def confusion_table(counts: Confusion, name: str, width: int) -> FittingTable:
     """Return how often each answer was given for each reference."""
     room = max(3, min(12, (width - 14) // (len(counts.labels) + 1) - 2))
     heading = ["reference", *(printable(label)[:room] for label in counts.labels), "other"[:room]]

@@ -18,7 +18,7 @@ from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.evaluation.compare import Models, compare
 from lora_llava.evaluation.outcome import START
 from lora_llava.generation.answers import PromptFormat
-from lora_llava.generation.asking import as_trained, how_computed, load_to_ask, prompt_format, usage_of
+from lora_llava.generation.asking import AskedModel, as_trained, how_computed, load_to_ask, prompt_format, usage_of
 from lora_llava.recipe.errors import problems_in
 from lora_llava.recipe.settings import EvaluationSettings
 from lora_llava.system.files import disk_errors, refuse_results_in
@@ -27,15 +27,9 @@ from lora_llava.system.progress import shown_on
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(AskedModel):
     """A model to evaluate, and what to compare it with."""
 
-    directory: Path
-    """An artifact or a merged model."""
-    base: str | None = None
-    """Directory or hub id of the base, if it is not where the artifact says."""
-    template: str | None = None
-    """Template to ask in, for a model that does not say its own."""
     precision: str = "auto"
     compare_base: bool = True
     """Whether to ask an artifact's base, too; a merged model has none."""
@@ -73,7 +67,7 @@ def evaluate_candidate(
 ) -> dict[str, Any]:
     """Check the model and `output`, read the questions, ask them, and return what `compare` does; see `evaluate`."""
     refuse_results_in(output)
-    usage = usage_of(candidate.directory, candidate.base, candidate.template)
+    usage = usage_of(candidate)
     settings = settings.model_copy(update={"data": as_trained(settings.data, usage)})
     questions = load_questions(settings.data, settings.broken_down_by)
     with disk_errors(output, "The results are not complete"):
@@ -87,9 +81,7 @@ def evaluate_artifact(
 
     Returns what `compare` does. Raises ArtifactError if a whole model is to be compared with a start.
     """
-    loaded, usage = load_to_ask(
-        candidate.directory, base=candidate.base, template=candidate.template, precision=candidate.precision
-    )
+    loaded, usage = load_to_ask(candidate, candidate.precision)
     if line := how_computed(loaded.model):
         console.print(f"evaluation: {line}")
     is_adapter, start = isinstance(loaded.model, PeftModel), candidate.start

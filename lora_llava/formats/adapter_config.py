@@ -136,8 +136,6 @@ def _old_pattern_key(keys: Sequence[str], module: str) -> str:
 
 def _check_form(config: LoraConfig, where: Path) -> None:
     """Raise ArtifactError for an adapter that is not LoRA, rsLoRA or DoRA on an unchanged base."""
-    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
-        raise ArtifactError(f"{where}: a {config.peft_type} adapter; only LoRA, rsLoRA and DoRA are read")
     unsupported = [name for name in _OTHER_FORMS if getattr(config, name, None)]
     initialization = str(config.init_lora_weights).lower()
     if initialization.startswith(_CHANGES_THE_BASE):

@@ -63,7 +63,7 @@ def merge_lora(
 
 
 @dataclass(frozen=True, slots=True)
-class LoraKeys:
+class _LoraKeys:
     """Names of one layer's LoRA tensors in the adapter's file, and its scale."""
 
     a: str
@@ -90,7 +90,7 @@ class Adapter:
         self.config = read_adapter_config(directory)
         with open_weights(self.path) as handle:
             names = list(handle.keys())
-        self.layers: dict[str, LoraKeys] = {}
+        self.layers: dict[str, _LoraKeys] = {}
         self.replaced: dict[str, str] = {}
         self._sort(names)
 
@@ -110,7 +110,7 @@ class Adapter:
                 raise ArtifactError(f"{self.path}: {error}") from error
         for weight, keys in parts.items():
             check_parts(keys, self.config, weight, self.path)
-            self.layers[weight] = LoraKeys(
+            self.layers[weight] = _LoraKeys(
                 keys["lora_A"],
                 keys["lora_B"],
                 keys.get("lora_magnitude_vector"),

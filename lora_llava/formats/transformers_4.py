@@ -13,8 +13,7 @@ from typing import Any
 
 from lora_llava.system.files import read_json
 
-_PROCESSOR = "processor_config.json"
-PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 TOKENIZER = "tokenizer_config.json"
 
 _NEW_CLASS = "TokenizersBackend"
@@ -100,7 +99,7 @@ def _divide_processor(directory: Path, *, is_model: bool) -> None:
 
     transformers 5 reads them there too.
     """
-    processor = read_json(directory / _PROCESSOR)
+    processor = read_json(directory / PROCESSOR)
     images = processor.pop("image_processor", None)
     if not isinstance(images, dict):
         return
@@ -108,7 +107,7 @@ def _divide_processor(directory: Path, *, is_model: bool) -> None:
         # Only transformers 4.49 and later have this class. Without a name, every version takes that of a LLaVA.
         images = {key: value for key, value in images.items() if key != "image_processor_type"}
     _write(directory / PREPROCESSOR, {"do_pad": False, **images})
-    _write(directory / _PROCESSOR, processor)
+    _write(directory / PROCESSOR, processor)
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:

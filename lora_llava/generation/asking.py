@@ -35,14 +35,14 @@ class AskedModel:
     """Template to ask in, for a model that does not say its own."""
 
 
-def usage_of(directory: Path, base: str | None, template: str | None) -> Usage:
-    """Return how to prompt an artifact or a model, before it is loaded.
+def usage_of(model: AskedModel) -> Usage:
+    """Return how to prompt a model, before it is loaded.
 
     Raises PreflightError or ArtifactError for one that cannot be loaded or prompted.
     """
-    refuse_model(directory, base)
-    usage = read_usage(directory, template)
-    template_to_ask(usage, directory)
+    refuse_model(model.directory, model.base)
+    usage = read_usage(model.directory, model.template)
+    template_to_ask(usage, model.directory)
     return usage
 
 
@@ -55,21 +55,19 @@ def as_trained(data: _Data, usage: Usage) -> _Data:
     return data.model_copy(update=missing)
 
 
-def load_to_ask(
-    directory: Path, *, base: str | None, template: str | None, precision: str = "auto"
-) -> tuple[LoadedModel, Usage]:
-    """Load an artifact or a whole model for many questions: dequantized once, if that fits; as `load_model`."""
+def load_to_ask(model: AskedModel, precision: str = "auto") -> tuple[LoadedModel, Usage]:
+    """Load a model for many questions, as `load_model` does: dequantized once, if that fits."""
     # The trained model is no longer needed: on a small card there is no room for two.
     gc.collect()
     torch.cuda.empty_cache()
     device = pick_device()
     phase("Loading the model to ask")
     return load_model(
-        directory,
+        model.directory,
         device=device,
         dtype=pick_dtype(precision, device),
-        base=base,
-        template=template,
+        base=model.base,
+        template=model.template,
         keep_dequantized=None,
     )
 

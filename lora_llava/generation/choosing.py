@@ -15,7 +15,7 @@ import torch
 class Scored:
     """Takes the most likely tokens, as decoding does by itself, and adds up their log-probabilities.
 
-    An instance is good for one batch.
+    Use an instance for one batch only.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,6 @@ class Sampled:
             draws[number, : len(row)] = torch.tensor(
                 [self._streams[answer].random() for answer in row], dtype=torch.float64
             )
-        tokens = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-        drawn = tokens.clamp(max=logits.shape[-1] - 1).tolist()
-        return [one[: len(row)] for row, one in zip(rows, drawn, strict=True)]
+        drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+        drawn = drawn.clamp(max=logits.shape[-1] - 1).tolist()
+        return [tokens[: len(row)] for row, tokens in zip(rows, drawn, strict=True)]

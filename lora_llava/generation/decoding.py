@@ -23,7 +23,7 @@ from lora_llava.system.device import autocast, free_memory_bytes
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished questions and the total."""
-OnToken = Callable[[int], None]
+_OnToken = Callable[[int], None]
 """Called with each new token of an answer, including the end token."""
 Choose = Callable[[torch.Tensor, Sequence[Sequence[int]]], list[list[int]]]
 """Returns the next token of each answer, from the logits (R, vocabulary) of each row and the indices of its answers."""
@@ -71,20 +71,15 @@ def greedy_decode(
     distinct = [prompts[indices[0]] for indices in copies]
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
-    with _inference(model):
-        for batch in plan_decoding(model, distinct, max_new_tokens, max_rows):
-            decoded = decode_batch(
-                model,
-                [distinct[number] for number in batch],
-                eos_token_ids=eos_token_ids,
-                max_new_tokens=max_new_tokens,
-            )
-            for number, answer in zip(batch, decoded, strict=True):
-                for index in copies[number]:
-                    answers[index] = list(answer)
-                done += len(copies[number])
-            if progress is not None:
-                progress(done, len(prompts))
+    for batch in plan_decoding(model, distinct, max_new_tokens, max_rows):
+        rows = [distinct[number] for number in batch]
+        decoded = decode_batch(model, rows, eos_token_ids=eos_token_ids, max_new_tokens=max_new_tokens)
+        for number, answer in zip(batch, decoded, strict=True):
+            for index in copies[number]:
+                answers[index] = list(answer)
+            done += len(copies[number])
+        if progress is not None:
+            progress(done, len(prompts))
     return answers
 
 
@@ -171,7 +166,7 @@ class CachedConversation:
         """Tokens whose keys and values are cached."""
 
     def answer(
-        self, prompt: Prompt, *, eos_token_ids: Collection[int], max_new_tokens: int, on_token: OnToken | None = None
+        self, prompt: Prompt, *, eos_token_ids: Collection[int], max_new_tokens: int, on_token: _OnToken | None = None
     ) -> list[int]:
         """Generate an answer to `prompt` greedily, ending with an end token or after `max_new_tokens`."""
         cache, cached_ids = self._cache, self._ids
@@ -294,7 +289,7 @@ def _decode(
     eos: frozenset[int],
     max_new_tokens: int,
     choose: Choose,
-    on_token: OnToken | None = None,
+    on_token: _OnToken | None = None,
 ) -> list[list[int]]:
     """Decode token by token; `rows` (R) holds the indices of the answers to each prompt.
 

@@ -39,7 +39,7 @@ from lora_llava.system.files import disk_errors, new_file, shown_path
 from lora_llava.system.progress import Bar
 from lora_llava.system.text import counted, dtype_name, listed
 
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
 """What is appended to the name of the output, for the answers so far."""
 FIELDS = ("prediction", "logprob_mean", "logprob_sum", "tokens", "cut")
 """Fields of an answer, after those of its question."""
@@ -69,11 +69,11 @@ def predict(model: AskedModel, settings: PredictSettings, output: Path, console:
     Answers are those of an evaluation. Until they are complete, they are in a journal next to `output`, and a call with
     the same arguments continues from there. Raises LoraLlavaError's subclasses.
     """
-    usage = usage_of(model.directory, model.base, model.template)
+    usage = usage_of(model)
     settings = replace(settings, data=as_trained(settings.data, usage))
     asked = _load(settings)
     output.parent.mkdir(parents=True, exist_ok=True)
-    journal_path = output.with_name(output.name + PARTIAL)
+    journal_path = output.with_name(output.name + _PARTIAL)
     with open_journal(journal_path, _facts(model, usage, settings, asked)) as journal:
         _drop_outdated(journal, asked.questions)
         with _errors_with_progress(journal, len(asked.questions)):
@@ -152,7 +152,7 @@ def _ask_rest(
 
     The batches are planned over all questions, so that a run that continues computes what an uninterrupted one does.
     """
-    loaded, usage = load_to_ask(model.directory, base=model.base, template=model.template)
+    loaded, usage = load_to_ask(model)
     if line := how_computed(loaded.model):
         console.print(f"predict: {line}")
     form = prompt_format(usage, model.directory)

@@ -73,7 +73,7 @@ def plan_batches(prompts: Sequence[Prompt], max_rows: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedPrompts:
+class _PackedPrompts:
     """A batch of prompts as one sequence: tries of tokens end to end, one for the prompts about one image.
 
     A token that prompts begin with in common is in the sequence once. It attends to the tokens before it in its prompt.
@@ -92,9 +92,9 @@ class PackedPrompts:
 
 def pack_prompts(
     prompts: Sequence[Prompt], image_token_id: int, dtype: torch.dtype, device: torch.device
-) -> PackedPrompts:
+) -> _PackedPrompts:
     """Lay out `prompts` for one forward pass; `dtype` and `device` are those of the attention masks."""
-    packed = PackedPrompts([], [], [], [[] for _ in prompts], [])
+    packed = _PackedPrompts([], [], [], [[] for _ in prompts], [])
     by_image: dict[Hashable, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         # Text without an image has hardly a token in common, and a mask over all of it would be large.
@@ -143,7 +143,7 @@ class _Trie:
         return added, path
 
 
-def _close(packed: PackedPrompts, trie: _Trie, dtype: torch.dtype, device: torch.device) -> None:
+def _close(packed: _PackedPrompts, trie: _Trie, dtype: torch.dtype, device: torch.device) -> None:
     """Add the attention of a finished trie: causal for its first prompt, with a mask for all later tokens."""
     length, causal = len(trie.parents), trie.first_length
     seen = np.zeros((length - causal, length), dtype=np.bool_)

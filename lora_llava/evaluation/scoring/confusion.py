@@ -56,12 +56,7 @@ class Confusion:
         if self.yes is None:
             return table
         bias = self.yes_bias
-        points = bias and {"points": 100 * bias.mean, "low": 100 * bias.low, "high": 100 * bias.high}
-        return {
-            **table,
-            "yes": self.yes,
-            "yes_bias": points and {name: round(value, 2) for name, value in points.items()},
-        }
+        return {**table, "yes": self.yes, "yes_bias": bias and bias.in_points()}
 
 
 def confusion(references: Sequence[str], predictions: Sequence[str]) -> Confusion | None:

@@ -243,15 +243,15 @@ def _option_text(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """Return text in lower case, without enclosing quotation or bold marks."""
-    return _stripped(_plain(text).casefold())
+    return _stripped(_half_width(text).casefold())
 
 
-def _plain(text: str) -> str:
+def _half_width(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
 
 
 def _stripped(text: str) -> str:
-    text = _plain(text).strip()
+    text = _half_width(text).strip()
     start, end = 0, len(text)
     while end - start > 1 and text[start] == text[end - 1] and text[start] in _ENCLOSING:
         start, end = start + 1, end - 1
@@ -335,7 +335,7 @@ def _with_marks(tokens: list[str]) -> list[str]:
 
 
 def _without_articles(tokens: list[str]) -> tuple[str, ...]:
-    kept: list[str] = []
+    significant: list[str] = []
     for index, word in enumerate(tokens):
         if word in _ARTICLES:
             following = tokens[index + 1] if index + 1 < len(tokens) else ""
@@ -345,5 +345,5 @@ def _without_articles(tokens: list[str]) -> tuple[str, ...]:
                 noun = noun and at_article and len(following) > 1 and following not in _AFTER_LETTER
             if noun:
                 continue
-        kept.append(word.removeprefix(_LETTER))
-    return tuple(kept)
+        significant.append(word.removeprefix(_LETTER))
+    return tuple(significant)

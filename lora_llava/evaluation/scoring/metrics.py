@@ -71,6 +71,11 @@ class Difference:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
+    def in_points(self) -> dict[str, float]:
+        """Return `points`, `low` and `high` in percentage points, with two decimals."""
+        values = {"points": self.mean, "low": self.low, "high": self.high}
+        return {name: round(100 * value, 2) for name, value in values.items()}
+
 
 def token_f1(prediction: str, reference: str) -> float:
     """Return the harmonic mean of precision and recall of the reference's words, each counted as often as it occurs.

@@ -80,6 +80,6 @@ def _strip_punctuation(text: str) -> str:
     comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
     stripped = text
     for mark in _PUNCTUATION:
-        beside_space = mark + " " in text or " " + mark in text
-        stripped = stripped.replace(mark, "" if comma_in_number or beside_space else " ")
+        at_space = mark + " " in text or " " + mark in text
+        stripped = stripped.replace(mark, "" if comma_in_number or at_space else " ")
     return _PERIOD.sub("", stripped, count=_MAX_PERIODS)

@@ -41,7 +41,7 @@ from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import clip_image_settings
 from lora_llava.formats.shapes import LlavaShape
 from lora_llava.formats.tokenizer import read_tokenizer
-from lora_llava.formats.transformers_4 import join_merges, with_old_names
+from lora_llava.formats.transformers_4 import PREPROCESSOR, PROCESSOR, join_merges, with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.planning.preflight.shipping import no_llava
 from lora_llava.shipping.export.hf import copy_surroundings
@@ -53,7 +53,6 @@ from lora_llava.system.text import counted, dtype_name
 _CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 """The vision tower of LLaVA-1.5, recognized by its shape."""
 _SECOND = "multi_modal_projector.linear_2."
-_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 def export_llava(source: Path, output: Path, options: ExportOptions) -> ExportReport:
@@ -91,21 +90,18 @@ def _export_model(source: Path, output: Path, options: ExportOptions) -> ExportR
         join_merges(staging / "tokenizer.json")
         record_source(staging, source)
         # The original code reads the tower's own preprocessor_config.json.
-        for name in _PROCESSORS:
+        for name in (PROCESSOR, PREPROCESSOR):
             (staging / name).unlink(missing_ok=True)
         aspect_ratio = read_usage(source, options.template).image_aspect_ratio
         write_json(staging / "config.json", to_original_config(config, files.dtype(EMBEDDINGS), tower, aspect_ratio))
-    where = (
-        "in its directory vision_tower"
-        if options.vision_tower is None
-        else f"{tower}, by name (not compared with the model's)"
-    )
+    is_named = options.vision_tower is not None
+    where = f"{tower}, by name (not compared with the model's)" if is_named else "in its directory vision_tower"
     lines = [
         f"{output}: {len(original)} tensors in the original layout, each read back and equal",
         f"vision tower: {where}",
         f"vocabulary: {config.text_config.vocab_size} rows, including <image> and padding",
     ]
-    if options.vision_tower is None:
+    if not is_named:
         lines.append("the original code looks for the tower in the current directory: run it from this one")
     return {"summary": lines}
 

@@ -126,7 +126,8 @@ def _results(facts: Facts) -> list[EvalResult]:
     path = str(source.get("path", ""))
     local = not path or is_local(path)
     results = []
-    metric: Metric = facts.accuracy.get("metric") or "exact_match"
+    # Old results do not record the metric, which was that of VQA v2.
+    metric: Metric = facts.accuracy.get("metric") or "vqa_v2"
     # yes/no is another name of closed.
     by_type = {kind: figures for kind, figures in tuned["by_type"].items() if kind != YES_NO}
     for kind, figures in {ALL: tuned, **by_type}.items():

@@ -78,7 +78,8 @@ def collect(facts: Facts) -> Content:
     if (directory / CARD).is_file():
         _refuse_outside_link(directory / CARD)
     names = {file.name for file in files}
-    if missing := {_TOKENIZER, "tokenizer_config.json"} - names:
+    required = {_TOKENIZER, "tokenizer_config.json", ADAPTER_CONFIG if facts.is_adapter else "config.json"}
+    if missing := required - names:
         raise ArtifactError(
             f"{directory}: {', '.join(sorted(missing))} is missing; the model cannot be used without it"
         )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_llava.evaluation.outcome import BASE, BLIND, START, TUNED, TUNED_ON_BLIND
 from lora_llava.evaluation.scoring.metrics import METRIC_NAMES
+from lora_llava.formats.manifest import is_number
 from lora_llava.recipe.stages import STAGES
 
 _MODELS = (BASE, START, TUNED, BLIND, TUNED_ON_BLIND)
 _FIGURES = ("accuracy", "low", "high", "correct", "questions")
-_LARGEST = 1e30
 _STAGE_NUMBERS = (
     "steps", "conversations", "supervised_tokens", "train_loss", "eval_loss", "best_step", "best_eval_loss",
     "last_step", "last_eval_loss",
@@ -72,13 +71,8 @@ def _numbers(values: Mapping[str, Any], names: Sequence[str], where: str, *, opt
     """Check that values are numbers; `optional`: or null, or missing."""
     for name in names:
         value = values.get(name)
-        if not (optional and value is None) and not _is_number(value):
+        if not (optional and value is None) and not is_number(value):
             yield _wrong(f"{where}.{name}" if where else name, value, "a number")
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < _LARGEST and math.isfinite(value)
 
 
 def _wrong(where: str, value: Any, needed: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from lora_llava.formats.adapter_config import read_adapter_config
 from lora_llava.shipping.export.options import VLLM_RANKS, max_lora_rank
 from lora_llava.shipping.hub.describe import adapter_form, nf4
 from lora_llava.shipping.hub.facts import Facts
@@ -82,13 +83,19 @@ def vllm_commands(facts: Facts, repo: str) -> str:
         return f"vllm serve {shlex.quote(repo)}"
     name, option = _directory(repo), _base_option(facts)
     form = adapter_form(facts)
-    if not form or form["type"] == "dora" or form["r"] > VLLM_RANKS[-1]:
+    if not form or form["type"] == "dora" or (rank := _largest_rank(facts)) > VLLM_RANKS[-1]:
         return f"{_download(repo)}\nlora-llava merge {name} {name}-merged{option}\nvllm serve {name}-merged"
     return (
         f"{_download(repo)}\nlora-llava export {name} {name}-vllm --format vllm{option}\n"
-        f"vllm serve {name}-vllm/base --enable-lora --max-lora-rank {max_lora_rank(form['r'])} "
+        f"vllm serve {name}-vllm/base --enable-lora --max-lora-rank {max_lora_rank(rank)} "
         f"--lora-modules tuned={name}-vllm/adapter"
     )
+
+
+def _largest_rank(facts: Facts) -> int:
+    """Return the rank that an export for vLLM gives all layers, or a larger one."""
+    config = read_adapter_config(facts.directory)
+    return max([int(config.r), *config.rank_pattern.values()])
 
 
 def gguf_commands(facts: Facts, repo: str) -> str:

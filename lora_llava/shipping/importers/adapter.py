@@ -28,6 +28,7 @@ from lora_llava.formats.names import (
     unwrap_peft,
 )
 from lora_llava.formats.peft_adapter import check_parts
+from lora_llava.formats.transformers_4 import PREPROCESSOR, PROCESSOR
 from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.importers.options import ImportOptions
 from lora_llava.shipping.importers.write import Base, ForeignAdapter, LayerLora, open_base, write_artifact
@@ -35,8 +36,6 @@ from lora_llava.system.files import read_json
 from lora_llava.system.text import counted
 
 _ORIGINAL = re.compile(r"^(model\.)?(layers|mm_projector)\.")
-_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-
 _COPY = ".base_layer.weight"
 
 _Rename = Callable[[str], str | None]
@@ -217,8 +216,8 @@ def _original_ratio(directory: Path) -> AspectRatio:
 
 def _processor_ratio(source: Path, base: Path) -> AspectRatio:
     """Read whether the adapter's processor, or else its base's, pads images; transformers' default does not."""
-    directory = source if any((source / name).is_file() for name in _PROCESSORS) else base
-    for name in _PROCESSORS:
+    directory = source if any((source / name).is_file() for name in (PROCESSOR, PREPROCESSOR)) else base
+    for name in (PROCESSOR, PREPROCESSOR):
         data = read_json(directory / name)
         images = data.get("image_processor", data)
         if isinstance(images, dict) and images.get("do_pad"):

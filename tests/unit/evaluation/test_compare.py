@@ -12,6 +12,7 @@ from rich.console import Console
 from lora_llava.conversation.encode import Turn
 from lora_llava.data.questions import Question
 from lora_llava.data.record import ImageSource, Record
+from lora_llava.evaluation import compare
 from lora_llava.evaluation.notes import outcome_notes, question_notes
 from lora_llava.evaluation.outcome import Answers, Outcome, prediction_rows, score_all, summarize
 from lora_llava.evaluation.sample import blind_subset, spread_subset, varied_samples
@@ -74,6 +75,21 @@ def test_samples_are_of_different_images_and_answers() -> None:
     assert len(varied_samples(questions[:6], 12)) == 2
     assert varied_samples([question(None)], 12) == []
     assert set(varied_samples(questions, 12, among=[1, 2, 9])) <= {1, 2, 9}
+
+
+def test_an_interruption_leaves_no_part_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "samples.png"
+    path.write_bytes(b"the last one")
+
+    def stopped(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "contact_sheet", stopped)
+    monkeypatch.setattr(compare, "open_image", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        compare._write_samples(path, outcome(["yes"], ["no"]))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("samples.png", b"the last one")]
 
 
 def test_the_summary_counts_points_on_the_same_questions() -> None:

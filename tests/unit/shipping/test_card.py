@@ -18,7 +18,7 @@ from lora_llava.artifact import MANIFEST, load_model, template_to_ask
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.record import ImageSource, Record
 from lora_llava.errors import ArtifactError
-from lora_llava.formats.names import WEIGHTS
+from lora_llava.formats.names import ADAPTER_CONFIG, WEIGHTS
 from lora_llava.generation.answers import PromptFormat, generate_answers, image_tensor, last_question
 from lora_llava.modeling.base import disable_cpu_repacking
 from lora_llava.recipe.file import bundled_recipes, dump_portable, dump_resolved, load_recipe
@@ -27,6 +27,7 @@ from lora_llava.shipping.hub.content import collect
 from lora_llava.shipping.hub.facts import gather
 from lora_llava.shipping.hub.licenses import LICENSES
 from lora_llava.shipping.hub.prepare import prepare
+from lora_llava.shipping.hub.usage import vllm_commands
 from lora_llava.shipping.merge.run import merge_artifact
 from lora_llava.system.files import file_sha256
 from tests.helpers.artifacts import CPU, as_earlier, logits, make_artifact
@@ -106,6 +107,33 @@ def test_the_metadata_name_the_metric(tiny_base: Path, tmp_path: Path, metric: s
     assert data["metrics"] == [expected]
     [kind] = {result["metrics"][0]["type"] for result in data["model-index"][0]["results"]}
     assert kind == expected
+
+
+def test_results_without_a_metric_are_those_of_vqa_v2(tiny_base: Path, tmp_path: Path) -> None:
+    artifact = make_run(tiny_base, tmp_path / "run")
+    change(tmp_path / "run/evaluation/accuracy.json", lambda data: data.pop("metric"))
+    text = make_card(gather(artifact, None), REPO)
+    names = [result["metrics"][0]["name"] for result in ModelCard(text).data.to_dict()["model-index"][0]["results"]]
+    assert {name.partition(",")[0] for name in names} == {"VQA v2"}
+    assert "exact match after the normalization of VQA v2" in text
+
+
+def test_the_command_for_vllm_has_room_for_the_largest_rank(tiny_base: Path, tmp_path: Path) -> None:
+    facts = gather(make_run(tiny_base, tmp_path / "run"), None)
+    assert "--max-lora-rank 8 " in vllm_commands(facts, REPO)
+    ranks = {r"layers\.0\..*q_proj": 2, r"layers\.1\..*q_proj": 40}
+    change(facts.directory / ADAPTER_CONFIG, lambda data: data.update(rank_pattern=ranks))
+    assert "--max-lora-rank 64 " in vllm_commands(facts, REPO)
+    change(facts.directory / ADAPTER_CONFIG, lambda data: data["rank_pattern"].update({r"layers\.1\..*q_proj": 600}))
+    assert "lora-llava merge" in vllm_commands(facts, REPO)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer.json"])
+def test_an_adapter_is_not_published_without_a_file_that_it_needs(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    facts = gather(make_run(tiny_base, tmp_path / "run"), None)
+    (facts.directory / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"{name} is missing; the model cannot be used without it"):
+        collect(facts)
 
 
 def test_a_base_on_the_hub_is_named(tiny_base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lora_llava.artifact import is_artifact
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.formats.llava_hf import expected_shapes
-from lora_llava.formats.names import HEAD, LANGUAGE_MODEL_PREFIX
+from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.shipping.export.gguf.file import (
@@ -104,13 +104,10 @@ def _check_form(source: Source) -> None:
         raise ArtifactError(f"{source.artifact} is DoRA, whose row norms llama.cpp's LoRA cannot hold. {_INSTEAD}")
     if not any(name.startswith(LANGUAGE_MODEL_PREFIX) for name in adapter.layers):
         raise ArtifactError(f"{source.artifact} holds no LoRA on the language model, only a projector. {_INSTEAD}")
-    replaced = [name for name in adapter.replaced if name.startswith(LANGUAGE_MODEL_PREFIX)]
-    if HEAD in adapter.layers and source.config.tie_word_embeddings:
-        replaced.append(HEAD)
-    if replaced:
+    if replaced := [name for name in adapter.replaced if name.startswith(LANGUAGE_MODEL_PREFIX)]:
         raise ArtifactError(
-            f"{source.artifact} changes {', '.join(sorted(replaced)[:3])} other than by LoRA on a "
-            f"separate layer, which llama.cpp's LoRA cannot hold. {_INSTEAD}"
+            f"{source.artifact} replaces {', '.join(sorted(replaced)[:3])}, which llama.cpp's LoRA cannot hold. "
+            f"{_INSTEAD}"
         )
 
 
