@@ -97,7 +97,17 @@ def export(
 @partial(base_option, text="Base model of an adapter, in the llava-hf layout: directory or Hub id.")
 @click.option("--vision-tower", help="Vision tower of an original checkpoint, if not the one in its config.")
 @template_option
-def import_(source: Path, output: Path, base_model: str | None, vision_tower: str | None, template: str | None) -> None:
+@click.option(
+    "--image-aspect-ratio",
+    type=click.Choice(["pad", "square"]),
+    help="How training made images square, if not as the files say.",
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "nf4", "nf4-double"]),
+    help="How an adapter's base was quantized in training [none].",
+)
+def import_(source: Path, output: Path, base_model: str | None, **options: Any) -> None:
     """Import a model or adapter from another tool.
 
     An original LLaVA-1.5 checkpoint becomes a model in the llava-hf layout; an original LoRA, mm_projector.bin or PEFT
@@ -112,4 +122,4 @@ def import_(source: Path, output: Path, base_model: str | None, vision_tower: st
     console = loading_console()
     from lora_llava.shipping.importers import import_any
 
-    print_lines(import_any(source, output, ImportOptions(base_model, vision_tower, template)), console)
+    print_lines(import_any(source, output, ImportOptions(base_model, **options)), console)

@@ -193,7 +193,7 @@ def _generate(
 def _write_samples(path: Path, outcome: Outcome) -> None:
     """Draw the contact sheet, unless there are no images."""
     among = outcome.answers[BASE].indices if BASE in outcome.answers else None
-    known = {name: outcome.answers[name].by_index() for name in outcome.seeing}
+    known = {name: outcome.answers[name].by_index() for name in outcome.with_images}
     items = []
     for index in varied_samples(outcome.questions, _NUM_SAMPLES, among):
         question = outcome.questions[index]

@@ -70,7 +70,7 @@ class Outcome:
 
     def tables(self) -> dict[str, dict[str, Accuracy]]:
         """Return the accuracies of the majority answer and of each model that was asked with images."""
-        return {MAJORITY: self.table(MAJORITY), **{name: self.table(name) for name in self.seeing}}
+        return {MAJORITY: self.table(MAJORITY), **{name: self.table(name) for name in self.with_images}}
 
     def over(self, other: str) -> Difference:
         """Return the score of the tuned model minus that of another, on the questions that both were asked."""
@@ -80,7 +80,7 @@ class Outcome:
         return difference([first[index][1] for index in indices], [second[index][1] for index in indices])
 
     @property
-    def seeing(self) -> list[str]:
+    def with_images(self) -> list[str]:
         """Names of the models that were asked with images, the tuned one last."""
         return [name for name in (BASE, START, TUNED) if name in self.answers]
 
@@ -97,7 +97,7 @@ class Outcome:
     def confusions(self) -> dict[str, Confusion]:
         """Return the answers by reference of each model that was asked with images, where there is a table."""
         tables = {}
-        for name in self.seeing:
+        for name in self.with_images:
             answers = self.answers[name]
             references = [self.questions[index].answer for index in answers.indices]
             if (table := confusion(references, list(answers.texts))) is not None:
@@ -150,7 +150,7 @@ def summarize(outcome: Outcome, by: Sequence[str] = ()) -> dict[str, Any]:
 def accuracies_by(outcome: Outcome, of: _ValueOf) -> dict[str, dict[str, Accuracy]]:
     """Return the accuracies of each model by a value of each question, such as that of a key of the data."""
     tables = {}
-    for name in outcome.seeing:
+    for name in outcome.with_images:
         answers = outcome.answers[name]
         values = [of(outcome.questions[index]) for index in answers.indices]
         tables[name] = accuracy_by_value(answers.scores, values)

@@ -214,18 +214,18 @@ def pair_up(
         answers = [*samples[index], *([others[index]] if index in others else [])]
         wrong = [answer for answer in answers if is_wrong(metric, question, answer.text)]
         groups = _wrong_groups(question, samples[index], metric)
-        own = [
+        accepted = [
             Pair(question, texts[0], "sampled", len(texts), number)
             for number, texts in enumerate(list(groups.values())[:per_question], start=1)
             if len(texts) >= at_least
         ]
         other = others.get(index)
         if other is not None and _is_usable(other) and answer_tokens(other.text) not in groups:
-            own += [Pair(question, other.text, "other_image")] if is_wrong(metric, question, other.text) else []
-        pairs += own
+            accepted += [Pair(question, other.text, "other_image")] if is_wrong(metric, question, other.text) else []
+        pairs += accepted
         all_right += not wrong
         unusable += bool(wrong) and not any(map(_is_usable, wrong))
-        too_rare += any(map(_is_usable, wrong)) and not own
+        too_rare += any(map(_is_usable, wrong)) and not accepted
     return _PairSet(pairs, len(questions), all_right, unusable, too_rare)
 
 

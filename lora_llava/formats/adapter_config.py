@@ -6,7 +6,6 @@ that name modules to import are refused here, and everything that is wrong is on
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.llava_hf import write_json
 from lora_llava.formats.manifest import is_number
 from lora_llava.formats.names import ADAPTER_CONFIG
 from lora_llava.system.files import read_json
@@ -103,8 +103,7 @@ def write_adapter_config(
         settings["auto_mapping"] = _LLAVA_HF
     # PEFT holds some lists as sets, whose order differs from process to process.
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    text = json.dumps(dict(sorted(settings.items())), indent=2)
-    (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(directory / ADAPTER_CONFIG, dict(sorted(settings.items())))
 
 
 def ranks_and_alphas(directory: Path, config: LoraConfig, modules: Iterable[str]) -> Mapping[str, tuple[int, float]]:

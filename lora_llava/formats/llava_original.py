@@ -129,6 +129,11 @@ def check_original_config(data: dict[str, Any], where: Path) -> None:
         raise ModelError(
             f"{where}: mm_projector_type {data['mm_projector_type']!r:.80}, known: {', '.join(PROJECTOR_ACTIVATIONS)}"
         )
+    check_original_images(data, where)
+
+
+def check_original_images(data: dict[str, Any], where: Path) -> None:
+    """Raise ModelError for a model or an adapter that was trained with images in another form than LLaVA-1.5's."""
     if data.get("mm_use_im_start_end"):
         raise ModelError(f"{where}: mm_use_im_start_end puts tokens around the image; LLaVA-1.5 has none")
     if data.get("mm_patch_merge_type", "flat") != "flat" or data.get("image_aspect_ratio") == "anyres":

@@ -89,15 +89,15 @@ class Adapter:
         self.path = directory / WEIGHTS
         self.config = read_adapter_config(directory)
         with open_weights(self.path) as handle:
-            names = list(handle.keys())
+            self._names = list(handle.keys())
         self.layers: dict[str, _LoraKeys] = {}
         self.replaced: dict[str, str] = {}
-        self._sort(names)
+        self._sort()
 
-    def _sort(self, names: list[str]) -> None:
+    def _sort(self) -> None:
         """Divide the file's tensors into LoRA by layer, and weights that replace the base's."""
         parts: dict[str, dict[str, str]] = {}
-        for name in names:
+        for name in self._names:
             unprefixed = name.removeprefix(PEFT_PREFIX)
             lora = split_lora(unprefixed)
             try:
@@ -173,11 +173,8 @@ class Adapter:
                     raise ArtifactError(f"{self.path}: {name} is {shape} in it, {shapes[name]} in the base")
         self._check_targets(shapes)
         if finite:
-            for keys in self.layers.values():
-                for key in filter(None, (keys.a, keys.b, keys.magnitude)):
-                    self.read(key)
-            for key in self.replaced.values():
-                self.read(key)
+            for name in self._names:
+                self.read(name)
 
     def _check_targets(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ArtifactError unless LoRA is on the layers that the settings name: PEFT leaves out any other."""

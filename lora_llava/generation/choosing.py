@@ -55,5 +55,5 @@ class Sampled:
                 [self._streams[answer].random() for answer in row], dtype=torch.float64
             )
         drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-        drawn = drawn.clamp(max=logits.shape[-1] - 1).tolist()
-        return [tokens[: len(row)] for row, tokens in zip(rows, drawn, strict=True)]
+        tokens = drawn.clamp(max=logits.shape[-1] - 1).tolist()
+        return [drawn_for_row[: len(row)] for row, drawn_for_row in zip(rows, tokens, strict=True)]

@@ -27,12 +27,12 @@ class Confusion:
         if not {"yes", "no"} <= set(self.labels):
             return None
         yes, no = self.labels.index("yes"), self.labels.index("no")
-        hits, said = self.counts[yes][yes], self.counts[yes][yes] + self.counts[no][yes]
-        asked = sum(self.counts[yes])
-        both = said + asked
+        hits, references = self.counts[yes][yes], sum(self.counts[yes])
+        answers = hits + self.counts[no][yes]
+        both = answers + references
         return {
-            "precision": round(hits / said, 5) if said else None,
-            "recall": round(hits / asked, 5) if asked else None,
+            "precision": round(hits / answers, 5) if answers else None,
+            "recall": round(hits / references, 5) if references else None,
             "f1": round(2 * hits / both, 5) if both else None,
         }
 
@@ -42,13 +42,13 @@ class Confusion:
         if not {"yes", "no"} <= set(self.labels):
             return None
         column = self.labels.index("yes")
-        said: list[float] = []
-        asked: list[float] = []
+        answers: list[float] = []
+        references: list[float] = []
         for label in ("yes", "no"):
             row = self.counts[self.labels.index(label)]
-            said += [1.0] * row[column] + [0.0] * (sum(row) - row[column])
-            asked += [float(label == "yes")] * sum(row)
-        return difference(said, asked) if said else None
+            answers += [1.0] * row[column] + [0.0] * (sum(row) - row[column])
+            references += [float(label == "yes")] * sum(row)
+        return difference(answers, references) if answers else None
 
     def as_json(self) -> dict[str, Any]:
         """Return the table as in `accuracy.json`; the bias in percentage points."""

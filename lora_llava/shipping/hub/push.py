@@ -209,9 +209,9 @@ def _branch(api: HfApi, name: str, branch: str, start: str | None) -> ModelInfo:
 
 def _changed(files: list[RepoFile], remote: _Remote) -> list[CommitOperationAdd]:
     """Return the files that the repository lacks, or has with another content."""
-    there = {} if remote.created else _tree(remote, remote.info.sha, f"read {remote.id}")
+    present = {} if remote.created else _tree(remote, remote.info.sha, f"read {remote.id}")
     additions = [CommitOperationAdd(file.name, file.content) for file in files]
-    return [added for added in additions if not _same(added, there.get(added.path_in_repo))]
+    return [added for added in additions if not _same(added, present.get(added.path_in_repo))]
 
 
 def _upload(remote: _Remote, additions: list[CommitOperationAdd]) -> None:
@@ -264,9 +264,9 @@ def _our_commit(remote: _Remote, additions: list[CommitOperationAdd], stale: lis
     head = remote.api.model_info(remote.id, revision=remote.target.revision).sha
     if head is None or head == remote.info.sha:
         return None
-    there = remote.tree(head)
-    is_ours = all(_same(added, there.get(added.path_in_repo)) for added in additions) and not there.keys() & {*stale}
-    return head if is_ours else None
+    files = remote.tree(head)
+    holds_all = all(_same(added, files.get(added.path_in_repo)) for added in additions)
+    return head if holds_all and not files.keys() & {*stale} else None
 
 
 def _with_card(prepared: Prepared, remote: _Remote) -> tuple[list[RepoFile], list[str]]:

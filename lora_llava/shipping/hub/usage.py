@@ -95,7 +95,7 @@ def vllm_commands(facts: Facts, repo: str) -> str:
 def _largest_rank(facts: Facts) -> int:
     """Return the rank that an export for vLLM gives all layers, or a larger one."""
     config = read_adapter_config(facts.directory)
-    return max([int(config.r), *config.rank_pattern.values()])
+    return int(max([config.r, *config.rank_pattern.values()]))
 
 
 def gguf_commands(facts: Facts, repo: str) -> str:

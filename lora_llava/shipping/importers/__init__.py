@@ -37,8 +37,8 @@ def import_any(source: Path, output: Path, options: ImportOptions) -> list[str]:
     if config.is_file() and (has_safetensors(source) or pickled_files(source)):
         if read_json(config).get("architectures") == ["LlavaForConditionalGeneration"]:
             raise ArtifactError(f"{source} is already in the llava-hf layout; use it as base.model_name_or_path")
-        if options.base_model is not None:
-            raise RecipeError(f"{source} is a whole model and needs no base; leave --base-model out")
+        if options.base_model is not None or options.quantization is not None:
+            raise RecipeError(f"{source} is a whole model and needs no base; leave --base-model and --quantization out")
         return import_checkpoint(source, output, options)
     if (source / MM_PROJECTOR).is_file():
         _refuse_tower(options, source)

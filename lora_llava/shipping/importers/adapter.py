@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -15,7 +16,7 @@ from lora_llava.conversation.templates import Template, get_template
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.adapter_config import ranks_and_alphas, read_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles
-from lora_llava.formats.llava_original import NON_LORA, from_original_name, read_tensors
+from lora_llava.formats.llava_original import NON_LORA, check_original_images, from_original_name, read_tensors
 from lora_llava.formats.names import (
     BUFFERS,
     EMBEDDINGS,
@@ -72,20 +73,15 @@ def import_adapter(source: Path, output: Path, options: ImportOptions) -> list[s
     _check_copies(parts, base, source)
     layers = _layers(parts, form, source)
     template, reason = _template(source, base, original, options.template)
-    foreign = ForeignAdapter(
-        layers=layers,
-        replaced=parts.replaced,
-        form=form,
-        template=template,
-        aspect_ratio=_original_ratio(source) if original else _processor_ratio(source, base.directory),
-    )
+    ratio = _original_ratio(source) if original else _processor_ratio(source, base.directory)
+    foreign = ForeignAdapter(layers, parts.replaced, form, template, options.image_aspect_ratio or ratio)
     has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in foreign.replaced)
-    write_artifact(output, foreign, base, source)
+    write_artifact(output, foreign, base, source, _quantization(options))
     kind = "the original's LoRA" if original else "a PEFT adapter"
     projector = "its own projector" if has_projector else "the base's projector, as it has none"
     return [
         f"{source}: {kind} on {counted(len(layers), 'layer')} with {projector}; written as an artifact: {output}",
-        *_notes(foreign, base, reason),
+        *_notes(foreign, base, reason, options),
     ]
 
 
@@ -117,16 +113,25 @@ def import_projector(source: Path, output: Path, options: ImportOptions) -> list
     base = open_base(options.base_model, source)
     template = get_template(options.template or "plain")
     reason = "from --template" if options.template else "the default for captions"
-    foreign = ForeignAdapter({}, parts.replaced, None, template, _original_ratio(source.parent))
-    write_artifact(output, foreign, base, source)
-    return [f"{source}: a projector; written as an artifact: {output}", *_notes(foreign, base, reason)]
+    ratio = _original_ratio(source.parent)
+    foreign = ForeignAdapter({}, parts.replaced, None, template, options.image_aspect_ratio or ratio)
+    write_artifact(output, foreign, base, source, _quantization(options))
+    return [f"{source}: a projector; written as an artifact: {output}", *_notes(foreign, base, reason, options)]
 
 
-def _notes(foreign: ForeignAdapter, base: Base, reason: str) -> list[str]:
+def _quantization(options: ImportOptions) -> dict[str, Any]:
+    """Return how the base was quantized in training, as a manifest says it; QLoRA computes in bf16."""
+    if options.quantization in (None, "none"):
+        return {"type": "none", "double_quant": False}
+    return {"type": "nf4", "double_quant": options.quantization == "nf4-double", "compute_dtype": "bfloat16"}
+
+
+def _notes(foreign: ForeignAdapter, base: Base, reason: str, options: ImportOptions) -> list[str]:
     return [
         f"base: {base.identity.name}, weights {base.identity.weights_sha256[:12]}...",
-        f"template {foreign.template.name} ({reason}), images {foreign.aspect_ratio}; if it was trained with others, "
-        "correct manifest.json",
+        f"template {foreign.template.name} ({reason}), images {foreign.aspect_ratio}, quantization of the base "
+        f"{options.quantization or 'none'}; if it was trained with others, import it again with --template, "
+        "--image-aspect-ratio or --quantization",
     ]
 
 
@@ -210,8 +215,13 @@ def _layers(parts: _Parts, form: LoraConfig, source: Path) -> dict[str, LayerLor
 
 
 def _original_ratio(directory: Path) -> AspectRatio:
-    """Read how the original code makes images square; as LLaVA-1.5 does if its config.json does not say."""
-    return "pad" if read_json(directory / "config.json").get("image_aspect_ratio", "pad") == "pad" else "square"
+    """Read how the original code makes images square; as LLaVA-1.5 does if its config.json does not say.
+
+    Raises ModelError for images in another form.
+    """
+    config = read_json(directory / "config.json")
+    check_original_images(config, directory / "config.json")
+    return "pad" if config.get("image_aspect_ratio", "pad") == "pad" else "square"
 
 
 def _processor_ratio(source: Path, base: Path) -> AspectRatio:

@@ -69,7 +69,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
         names = sorted(expected_shapes(config))
     if wrong := set(names) ^ readers.keys():
         raise ModelError(f"{source}: missing, or not part of LLaVA-1.5: {', '.join(sorted(wrong)[:6])}")
-    aspect_ratio = data.get("image_aspect_ratio") or "square"
+    aspect_ratio = options.image_aspect_ratio or data.get("image_aspect_ratio")
     with staged_result(output) as staging:
         write_weights(staging, ((name, readers[name]()) for name in names))
         WeightFiles(staging).check(config)

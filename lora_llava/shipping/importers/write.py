@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -79,9 +80,12 @@ def open_base(base_model: str | None, source: Path) -> Base:
     return Base(directory, BaseIdentity(name, revision, hash_weights(directory)), config)
 
 
-def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Path) -> None:
+def write_artifact(
+    output: Path, foreign: ForeignAdapter, base: Base, source: Path, quantization: dict[str, Any]
+) -> None:
     """Write an artifact with the adapter's projector, its LoRA merged, or else with the base's.
 
+    `quantization`: how the base was quantized in training, as a manifest says it.
     Raises ArtifactError for an adapter that does not fit the base.
     """
     shapes = expected_shapes(base.config)
@@ -109,8 +113,7 @@ def write_artifact(output: Path, foreign: ForeignAdapter, base: Base, source: Pa
             base=location,
             parent_sha256=None,
             adapter_sha256=file_sha256(staging / WEIGHTS),
-            # Unknown: the files do not record it. The user named the unquantized base.
-            quantization={"type": "none", "double_quant": False},
+            quantization=quantization,
             template={"name": foreign.template.name, "system": own_system},
             images=images,
             data={"answer_prompt": None},

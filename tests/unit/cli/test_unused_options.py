@@ -90,8 +90,9 @@ def test_a_whole_model_has_no_base(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "llava").mkdir()
     for name, text in (("config.json", '{"architectures": ["LlavaLlamaForCausalLM"]}'), ("pytorch_model.bin", "")):
         (tmp_path / "llava" / name).write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError, match="is a whole model and needs no base; leave --base-model out"):
-        import_any(tmp_path / "llava", tmp_path / "out", ImportOptions(base_model="b"))
+    for unused in (ImportOptions(base_model="b"), ImportOptions(quantization="nf4")):
+        with pytest.raises(RecipeError, match="needs no base; leave --base-model and --quantization out"):
+            import_any(tmp_path / "llava", tmp_path / "out", unused)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "mm_projector.bin"])

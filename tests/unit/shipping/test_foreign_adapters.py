@@ -111,6 +111,25 @@ def test_images_are_padded_as_the_processor_of_the_adapter_or_of_its_base_does(t
     assert ratio() == "pad"
 
 
+def test_what_the_files_do_not_say_is_named_by_options(tiny_base: Path, tmp_path: Path) -> None:
+    make(tiny_base, tmp_path / "theirs")
+    options = ImportOptions(str(tiny_base), template="chatml", image_aspect_ratio="pad", quantization="nf4-double")
+    [_, _, line] = import_any(tmp_path / "theirs", tmp_path / "named", options)
+    assert line.startswith("template chatml (from --template), images pad, quantization of the base nf4-double;")
+    manifest = read_manifest(tmp_path / "named")
+    assert manifest.quantization == {"type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
+    assert manifest.images["image_aspect_ratio"] == "pad"
+    assert merge_artifact(tmp_path / "named", tmp_path / "merged")["base"] == "dequantized"
+    brought = bring(tmp_path / "theirs", tiny_base)
+    assert read_manifest(brought).quantization == {"type": "none", "double_quant": False}
+    # Why there are options: an edited manifest is not that of the import.
+    data = json.loads((brought / "manifest.json").read_text(encoding="utf-8"))
+    data["images"]["image_aspect_ratio"] = "pad"
+    (brought / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="image_aspect_ratio is pad"):
+        read_manifest(brought)
+
+
 VISION = ["multi_modal_projector", "vision_tower"]
 
 

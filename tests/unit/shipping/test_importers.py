@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
-from lora_llava.artifact import load_artifact, load_model, read_manifest
+from lora_llava.artifact import load_artifact, load_model, read_manifest, read_usage
 from lora_llava.cli import cli
 from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError
 from lora_llava.formats.llava_hf import WeightFiles, write_weights
@@ -148,8 +148,10 @@ def test_pickled_shards_and_a_tower_elsewhere(
     names = sorted(state)
     for number, part in enumerate((names[::2], names[1::2]), 1):
         torch.save({name: state[name] for name in part}, source / f"pytorch_model-{number:05}-of-00002.bin")
-    import_any(source, tmp_path / "back", ImportOptions(vision_tower=str(tmp_path / "tower")))
+    options = ImportOptions(vision_tower=str(tmp_path / "tower"), image_aspect_ratio="square")
+    import_any(source, tmp_path / "back", options)
     same_bits(weights(tmp_path / "back"), weights(merged))
+    assert [read_usage(one).image_aspect_ratio for one in (merged, tmp_path / "back")] == ["pad", "square"]
     # Else the name is looked up on the Hub, again and again where there is no network.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="vision tower 'vision_tower' cannot be loaded"):
@@ -199,6 +201,26 @@ def test_a_lora_there_and_back(tiny_base: Path, tmp_path: Path, kind: str) -> No
     same_bits(load_file(tmp_path / "back" / WEIGHTS), load_file(artifact / WEIGHTS))
     ours, theirs = (load_artifact(one, device=CPU, dtype=torch.float32)[0] for one in (tmp_path / "back", artifact))
     assert torch.equal(logits(ours.model), logits(theirs.model))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        ("instruct", {"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
+        ("instruct", {"mm_patch_merge_type": "spatial_unpad"}, "LLaVA-NeXT"),
+        ("align", {"mm_use_im_start_end": True}, "mm_use_im_start_end puts tokens around the image"),
+    ],
+)
+def test_an_adapter_trained_with_other_images_is_refused(
+    tiny_base: Path, tmp_path: Path, stage: Any, change: dict[str, Any], message: str
+) -> None:
+    """Its tensors fit the base, so only its config.json tells."""
+    export_llava(make_artifact(tiny_base, tmp_path / "artifact", stage), tmp_path / "llava-lora", NAMED)
+    config = json.loads((tmp_path / "llava-lora" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "llava-lora" / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+    with pytest.raises(ModelError, match=message):
+        import_any(tmp_path / "llava-lora", tmp_path / "back", ImportOptions(base_model=str(tiny_base)))
+    assert not (tmp_path / "back").exists()
 
 
 def test_the_old_pickled_lora(tiny_base: Path, tmp_path: Path) -> None:

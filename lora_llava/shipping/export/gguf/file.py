@@ -103,9 +103,11 @@ def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
-    """Write a file, one tensor in memory at a time.
+    """Write a file, one tensor in memory at a time, and read it back.
 
-    Raises ModelError for a value that is not finite in its type, ArtifactError if the disk takes no more.
+    It must hold exactly these fields and tensors, up to each type's rounding: f32 values are equal, f16 values the
+    nearest ones; in blocks the error is at most one step. Raises ArtifactError if it does not, or if the disk takes no
+    more, and ModelError for a value that is not finite in its type.
     """
     try:
         _write(GGUFWriter(path, architecture), path.name, fields, tensors)
@@ -117,6 +119,7 @@ def write_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[
             f"{path.name} cannot be written ({error}): it needs {needed:,.0f} MiB, and its disk has {free:,.0f} MiB "
             "left. Nothing was written; free some space, or name an output on another disk."
         ) from error
+    _check(path, architecture, fields, tensors)
 
 
 def _write(writer: GGUFWriter, name: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
@@ -172,11 +175,7 @@ def as_stored(tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values.reshape(tensor.shape), dtype=np.float32))
 
 
-def check_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
-    """Read a file back; ArtifactError unless it holds exactly these fields and tensors, up to each type's rounding.
-
-    f32 values are equal, f16 values the nearest ones; in blocks the error is at most one step.
-    """
+def _check(path: Path, architecture: str, fields: Fields, tensors: Sequence[Tensor]) -> None:
     reader = GGUFReader(path)
     written = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     expected = {Keys.General.ARCHITECTURE: architecture} | {key: _rounded(value) for key, value in fields.items()}

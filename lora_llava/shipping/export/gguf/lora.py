@@ -19,7 +19,6 @@ from lora_llava.shipping.export.gguf.file import (
     Fields,
     OutType,
     Tensor,
-    check_gguf,
     general_fields,
     kind_of,
     write_gguf,
@@ -58,7 +57,6 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         check_gguf_support(opened.config)
         fields, tensors = _lora_file(opened, output.name, outtype)
         write_gguf(staging / _LORA_FILE, ARCHITECTURE, fields, tensors)
-        check_gguf(staging / _LORA_FILE, ARCHITECTURE, fields, tensors)
         # llama.cpp applies LoRA to the language model only, so LoRA on the vision tower is merged.
         read = merged_reader(opened.files, opened.files.read, opened.adapter, torch.float32)
         vision: OutType = "f32" if options.outtype == "f32" else "f16"
@@ -125,13 +123,13 @@ def _lora_file(source: Source, name: str, outtype: OutType) -> tuple[Fields, lis
     alpha = next(filter(None, alphas.values()), 1.0)
     tensors = []
     for weight, keys in layers.items():
-        theirs, rank = gguf_name(weight, source.config), adapter.stored(keys.a).shape[0]
+        stored_name, rank = gguf_name(weight, source.config), adapter.stored(keys.a).shape[0]
         outputs, inputs = shapes[weight]
         a, b = (rank, inputs), (outputs, rank)
-        tensors.append(Tensor(f"{theirs}.lora_a", a, kind_of(a, outtype), partial(adapter.read, keys.a)))
+        tensors.append(Tensor(f"{stored_name}.lora_a", a, kind_of(a, outtype), partial(adapter.read, keys.a)))
         scaled = partial(_read_scaled, adapter, keys.b, alphas[weight] / alpha)
         heads = rotated_heads(weight, source.config)
-        tensors.append(Tensor(f"{theirs}.lora_b", b, kind_of(b, outtype), scaled, heads))
+        tensors.append(Tensor(f"{stored_name}.lora_b", b, kind_of(b, outtype), scaled, heads))
     fields: Fields = {
         **general_fields(name, "adapter", outtype),
         Keys.Adapter.TYPE: "lora",

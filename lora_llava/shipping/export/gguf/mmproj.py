@@ -24,7 +24,6 @@ from lora_llava.shipping.export.gguf.file import (
     Fields,
     OutType,
     Tensor,
-    check_gguf,
     general_fields,
     kind_of,
     write_gguf,
@@ -143,5 +142,4 @@ def write_mmproj(path: Path, config: LlavaConfig, read: Read, processor: Path, n
     fields = _mmproj_fields(config, processor, name, outtype)
     tensors = _mmproj_tensors(config, read, outtype)
     write_gguf(path, _ARCHITECTURE, fields, tensors)
-    check_gguf(path, _ARCHITECTURE, fields, tensors)
     return len(tensors)

@@ -17,7 +17,7 @@ from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.metadata import read_config
-from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, as_stored, check_gguf, general_fields, write_gguf
+from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, as_stored, general_fields, write_gguf
 from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
 from lora_llava.shipping.export.gguf.ollama import modelfile
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, text_fields, text_tensors
@@ -97,7 +97,6 @@ def write_text(
     }
     tensors = text_tensors(config, read, outtype)
     write_gguf(path, ARCHITECTURE, fields, tensors)
-    check_gguf(path, ARCHITECTURE, fields, tensors)
     return tensors
 
 

@@ -96,9 +96,9 @@ def text_tensors(config: LlavaConfig, read: Read, outtype: OutType) -> list[Tens
     for name, shape in expected_shapes(config).items():
         if not name.startswith(LANGUAGE_MODEL_PREFIX):
             continue
-        theirs = gguf_name(name, config)
-        kind = kind_of(shape, outtype, keep_8_bits=theirs in _AT_LEAST_8_BITS)
-        tensors.append(Tensor(theirs, shape, kind, partial(read, name), rotated_heads(name, config)))
+        stored_name = gguf_name(name, config)
+        kind = kind_of(shape, outtype, keep_8_bits=stored_name in _AT_LEAST_8_BITS)
+        tensors.append(Tensor(stored_name, shape, kind, partial(read, name), rotated_heads(name, config)))
     if _rope(config.text_config)["rope_type"] == "llama3":
         factors = _frequency_factors(config.text_config)
         tensors.append(Tensor("rope_freqs.weight", tuple(factors.shape), F32, lambda: factors))
