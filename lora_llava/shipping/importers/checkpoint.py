@@ -17,7 +17,7 @@ from lora_llava.conversation.chat_template import chat_template
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import get_template
-from lora_llava.errors import ModelError
+from lora_llava.errors import ModelError, RecipeError
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, open_weights, read_tensor, write_weights
 from lora_llava.formats.llava_original import (
     check_original_config,
@@ -48,10 +48,15 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     """Write an original LLaVA-1.5 checkpoint in the llava-hf layout, with bit-identical weights.
 
     Missing vocabulary rows (`<image>`, `<pad>`, up to a multiple of 64) are the mean of the others. The vision tower is
-    cast to the language model's dtype, as in llava-hf's models. Raises ModelError.
+    cast to the language model's dtype, as in llava-hf's models. Raises ModelError, and RecipeError for an option that
+    would contradict the report of a merge.
     """
     data = read_json(source / "config.json")
     check_original_config(data, source / "config.json")
+    if (source / MERGE_REPORT).is_file() and (options.template or options.image_aspect_ratio):
+        raise RecipeError(
+            f"{source / MERGE_REPORT} says how the model was trained; leave --template and --image-aspect-ratio out"
+        )
     readers = _tensor_readers(source)
     tower = options.vision_tower or _tower_source(source, data)
     with hub_errors("vision tower", tower):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from pathlib import Path
@@ -139,6 +140,15 @@ def test_the_text_model_computes_the_same(tmp_path: Path, rope: dict[str, Any], 
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([IDS])).logits[0]
     assert torch.allclose(text_logits(content, IDS), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+def test_a_model_trained_on_cropped_images_says_that_llama_cpp_pads(tmp_path: Path, do_pad: bool) -> None:
+    save(tmp_path / "model", tiny_config())
+    path = tmp_path / "model" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "do_pad": do_pad}), encoding="utf-8")
+    lines = export(tmp_path / "model", tmp_path / "out")
+    assert any("crop images that are not square" in line for line in lines) is not do_pad
 
 
 @pytest.mark.parametrize("layer", [-2, -1, 1])

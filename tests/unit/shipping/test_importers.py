@@ -19,7 +19,7 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
 from lora_llava.artifact import load_artifact, load_model, read_manifest, read_usage
 from lora_llava.cli import cli
-from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError
+from lora_llava.errors import ArtifactError, LoraLlavaError, ModelError, RecipeError
 from lora_llava.formats.llava_hf import WeightFiles, write_weights
 from lora_llava.formats.llava_original import from_original_name
 from lora_llava.formats.names import EMBEDDINGS, HEAD, WEIGHTS
@@ -149,6 +149,9 @@ def test_pickled_shards_and_a_tower_elsewhere(
     for number, part in enumerate((names[::2], names[1::2]), 1):
         torch.save({name: state[name] for name in part}, source / f"pytorch_model-{number:05}-of-00002.bin")
     options = ImportOptions(vision_tower=str(tmp_path / "tower"), image_aspect_ratio="square")
+    with pytest.raises(RecipeError, match=r"merge_report.json says how the model was trained; leave --template and"):
+        import_any(source, tmp_path / "back", options)
+    (source / "merge_report.json").unlink()
     import_any(source, tmp_path / "back", options)
     same_bits(weights(tmp_path / "back"), weights(merged))
     assert [read_usage(one).image_aspect_ratio for one in (merged, tmp_path / "back")] == ["pad", "square"]

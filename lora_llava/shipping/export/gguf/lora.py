@@ -23,7 +23,7 @@ from lora_llava.shipping.export.gguf.file import (
     kind_of,
     write_gguf,
 )
-from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
+from lora_llava.shipping.export.gguf.mmproj import FILE, check_gguf_support, image_notes, write_mmproj
 from lora_llava.shipping.export.gguf.model import TEXT_FILE, out_type, write_text
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, rotated_heads
 from lora_llava.shipping.export.gguf.tokenizer import MEDIA_MARKER
@@ -65,7 +65,7 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
         record_source(staging, source)
         base_lines = _write_base(staging, opened, choose_base(opened, options.base), vision)
     lines = [f"{output}: {_LORA_FILE}, {len(tensors)} tensors; {FILE}, {count} tensors; read back and equal"]
-    return {"summary": [*lines, *base_lines, KNOWN_DEFECT]}
+    return {"summary": [*lines, *base_lines, *image_notes(opened.manifest.usage.image_aspect_ratio)]}
 
 
 def _write_base(staging: Path, source: Source, kind: BaseKind, outtype: OutType) -> list[str]:

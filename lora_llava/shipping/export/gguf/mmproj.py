@@ -19,6 +19,7 @@ from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import PROJECTOR_PREFIX, TOWER_PREFIX
 from lora_llava.formats.shapes import LlavaShape, hidden_state_index
 from lora_llava.planning.preflight.shipping import no_gguf
+from lora_llava.recipe.stages import AspectRatio
 from lora_llava.shipping.export.gguf.file import (
     F32,
     Fields,
@@ -33,12 +34,15 @@ from lora_llava.shipping.merge.stream import Read
 _ARCHITECTURE = "clip"
 FILE = "mmproj.gguf"
 
-KNOWN_DEFECT = (
+_CROPPED = (
+    "images: llama.cpp pads an image to a square, and this model was trained on the center square of each image "
+    "(image_aspect_ratio: square): crop images that are not square before asking about them"
+)
+_KNOWN_DEFECT = (
     "images: llama.cpp, as of build 10257, puts the class token last and reads positions as if it came first "
     "(its issue #25814, fix #25844), so it sees every image wrongly. This file is correct; answers about images "
     "will be too, once that is fixed: docs/shipping.md"
 )
-"""Shown after each export: a user must know it before trusting an answer about an image."""
 
 _MODEL = f"{TOWER_PREFIX}vision_model."
 _TENSORS = (
@@ -62,6 +66,11 @@ _OVERRIDES = {f"{PROJECTOR_PREFIX}linear_1": "mm.0"}
 _ALWAYS_F32 = ("v.position_embd.weight",)
 _ACTIVATIONS = {"quick_gelu": False, "gelu": True}
 """Values of `use_gelu` by the tower's activation; with neither use_gelu nor use_silu llama.cpp uses quick_gelu."""
+
+
+def image_notes(aspect_ratio: AspectRatio) -> list[str]:
+    """Return what a user must know before trusting an answer about an image; shown after each export."""
+    return [_CROPPED, _KNOWN_DEFECT] if aspect_ratio == "square" else [_KNOWN_DEFECT]
 
 
 def check_gguf_support(config: LlavaConfig) -> None:

@@ -9,7 +9,7 @@ from typing import cast, get_args
 import torch
 from transformers import LlavaConfig
 
-from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.artifact import Usage, is_artifact, read_usage
 from lora_llava.conversation.endings import end_token_ids, stated_ends
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import RecipeError
@@ -18,7 +18,7 @@ from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.metadata import read_config
 from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, as_stored, general_fields, write_gguf
-from lora_llava.shipping.export.gguf.mmproj import FILE, KNOWN_DEFECT, check_gguf_support, write_mmproj
+from lora_llava.shipping.export.gguf.mmproj import FILE, check_gguf_support, image_notes, write_mmproj
 from lora_llava.shipping.export.gguf.ollama import modelfile
 from lora_llava.shipping.export.gguf.text import ARCHITECTURE, gguf_name, text_fields, text_tensors
 from lora_llava.shipping.export.gguf.tokenizer import AnyTemplate, tokenizer_fields
@@ -48,8 +48,7 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
             model = staging / _MERGED
             report = merge_artifact(source, model, base=options.base, base_model=options.base_model)
             lines = summary(report, model)[1:]
-        template = read_usage(model, options.template).prompt_template
-        lines = _write(model, staging, output.name, outtype, template) + lines
+        lines = _write(model, staging, output.name, outtype, read_usage(model, options.template)) + lines
         if model != source:
             shutil.rmtree(model)
         record_source(staging, source)
@@ -65,8 +64,9 @@ def out_type(options: ExportOptions, default: OutType) -> OutType:
     return cast("OutType", options.outtype)
 
 
-def _write(model: Path, staging: Path, name: str, outtype: OutType, template: AnyTemplate) -> list[str]:
+def _write(model: Path, staging: Path, name: str, outtype: OutType, usage: Usage) -> list[str]:
     """Write the files of a model directory into `staging`; return the lines to show."""
+    template = usage.prompt_template
     config = read_config(model)
     check_gguf_support(config)
     files = WeightFiles(model)
@@ -79,7 +79,7 @@ def _write(model: Path, staging: Path, name: str, outtype: OutType, template: An
         *_unquantized(tensors, outtype),
         *(_loss_by_rounding(model, config, files, tensors, template) if outtype.startswith("q") else ()),
         *notes,
-        KNOWN_DEFECT,
+        *image_notes(usage.image_aspect_ratio),
     ]
 
 
