@@ -53,10 +53,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
     """
     data = read_json(source / "config.json")
     check_original_config(data, source / "config.json")
-    if (source / MERGE_REPORT).is_file() and (options.template or options.image_aspect_ratio):
-        raise RecipeError(
-            f"{source / MERGE_REPORT} says how the model was trained; leave --template and --image-aspect-ratio out"
-        )
+    _refuse_contradiction(source, options)
     readers = _tensor_readers(source)
     tower = options.vision_tower or _tower_source(source, data)
     with hub_errors("vision tower", tower):
@@ -97,6 +94,14 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> lis
         write_generation_config(staging, staging, read_usage(staging).prompt_template, tokenizer)
         update_identity(staging)
     return [f"{source}: an original LLaVA-1.5; written in the llava-hf layout: {output}", f"vision tower: {tower}"]
+
+
+def _refuse_contradiction(source: Path, options: ImportOptions) -> None:
+    """Raise RecipeError for an option that the report of a merge already answers."""
+    if (source / MERGE_REPORT).is_file() and (options.template or options.image_aspect_ratio):
+        raise RecipeError(
+            f"{source / MERGE_REPORT} says how the model was trained; leave --template and --image-aspect-ratio out"
+        )
 
 
 def _tensor_readers(source: Path) -> dict[str, _Read]:
