@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -126,7 +127,8 @@ def split_of(path: str, given: str | None, usual: str) -> str:
         return given
     from lora_llava.data.sources.columns import splits_of
 
-    names = splits_of(Path(path)) if Path(path).is_dir() else []
+    # Unlike that of Path, this is False for a name that is too long, which the reader of the data refuses.
+    names = splits_of(Path(path)) if os.path.isdir(path) else []  # noqa: PTH112
     if len(names) == 1 and names != [usual]:
         click.echo(printable(f"Note: the questions are those of {names[0]}, the only split of {path}"), err=True)
         return names[0]

@@ -230,7 +230,8 @@ KINDS: dict[str, Kind] = {
     "other_extension": Kind(
         "note",
         "Images with another extension than in the data",
-        "The file differs from the name in the data in the case or kind of its extension; it is used.",
+        "The file differs from the name in the data in the case or kind of its extension, or in the form in which "
+        "Unicode has its accents; it is used.",
         "Correct the names: other software does not find these files.",
     ),
     "transparent": Kind(

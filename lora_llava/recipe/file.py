@@ -173,7 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
+        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         content = "nothing" if data is None else f"a {type(data).__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
 from pathlib import Path
 
 from lora_llava.data.record import ImageSource
@@ -22,7 +23,8 @@ class ImageRoot:
     """The directories of the images; each image is located once.
 
     Paths are relative to `root`. An image lies below it or below one of `data.image_roots`, also behind links. A file
-    that is missing, but exists with one other extension, is taken; `ImageSource.asked` then has the name in the data.
+    that is missing, but exists with one other extension, or accents in another form of Unicode, is taken;
+    `ImageSource.asked` then has the name in the data.
 
     Missing images are reported together by `check`, or, with `at_once`, when a record refers to one.
     """
@@ -157,7 +159,7 @@ class ImageRoot:
         return key if root == self._real_root else f"{os.path.basename(root)}/{key}"  # noqa: PTH119
 
     def _other_extension(self, directory: str, base: str, name: str, where: str) -> str | None:
-        """Return the one image file in a directory that differs from `base` in case or kind of its extension.
+        """Return the one image file in a directory that differs from `base` in its extension or form of Unicode.
 
         If there are several, the image stays missing, and they are named with it.
         """
@@ -165,7 +167,7 @@ class ImageRoot:
         if directory not in self._stems:
             self._stems[directory] = _image_files(directory)
         others = self._stems[directory].get(stem, [])
-        same_kind = [other for other in others if other.lower() == base.lower()]
+        same_kind = [other for other in others if _composed(other).lower() == _composed(base).lower()]
         if len(same_kind) == 1 or len(others) == 1:
             return (same_kind or others)[0]
         if others:
@@ -175,9 +177,15 @@ class ImageRoot:
 
 
 def _stem(base: str) -> str:
-    """Return a file name without the extension of an image."""
+    """Return a file name without the extension of an image, in the one form of Unicode."""
+    base = _composed(base)
     stem, suffix = os.path.splitext(base)  # noqa: PTH122 - strings: once for every file
     return stem if suffix.lower() in _SUFFIXES else base
+
+
+def _composed(name: str) -> str:
+    """Return a name with accents composed: macOS and its archives write letter and accent apart."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _image_files(directory: str) -> dict[str, list[str]]:
@@ -188,6 +196,6 @@ def _image_files(directory: str) -> dict[str, list[str]]:
     except OSError:
         return files
     for name in names:
-        if (stem := _stem(name)) != name:
+        if (stem := _stem(name)) != _composed(name):
             files.setdefault(stem, []).append(name)
     return files

@@ -233,7 +233,9 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers and network raise anything
-        damage = damaged_shard(path) if path.is_dir() else None
+        from lora_llava.data.sources.stored.parquet import problem_of
+
+        damage = damaged_shard(path) if path.is_dir() else problem_of(path)
         raise damage or _unreadable(data.path, error) from None
     return table, Path(datasets.config.HF_CACHE_HOME)
 
@@ -360,6 +362,9 @@ def _check_columns(needed: list[str], present: list[str], name: str, data: DataS
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
+    if type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
+        # The library's own says only that there was one.
+        error = error.__cause__
     reason = str(error).strip().partition("\n")[0][:300]
     if type(error).__name__ == "DatasetNotFoundError":
         return DataError(f"{name}: no such dataset on the Hub, or no access to it; correct path, or log in to the Hub")

@@ -13,7 +13,7 @@ from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.hub.network import offline
 from lora_llava.system.names import nearest
-from lora_llava.system.text import printable
+from lora_llava.system.text import is_unicode, printable
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _OF_FILES = re.compile(r"\.(xlsx?|ods|txt|xml|ya?ml|zip|tar|t?gz|7z|arrow|feather|orc|pkl|npz|h5|md|pdf|docx)$", re.I)
@@ -29,12 +29,21 @@ def missing(data: DataSettings, near: Sequence[Path] = (Path(),)) -> tuple[str, 
     reached, and only for what has the form of an id and is not like the name of a file.
     """
     path = Path(data.path)
-    if path.exists():
-        return None
+    if not data.path.strip():
+        return "the path of the data is empty", "Give a file, a directory, or the id of a data set on the Hub."
+    if not is_unicode(data.path):
+        return f"{path} has a name that is not UTF-8", "Rename it."
+    try:
+        if path.exists():
+            return None
+    except OSError as error:
+        # Such as a name of more than 255 bytes.
+        return f"{data.path:.60}... is not a path: {error.strerror}", "Correct the path."
     if path.is_symlink():
         return f"{path} is a link to {path.readlink()}, which is not there", "Restore that, or correct the path."
-    if data.path.startswith("~") and path.expanduser().exists():
-        return f"{path} does not exist", f"Write it out: {path.expanduser()}"
+    # Unlike that of Path, this leaves the name of an unknown user.
+    if os.path.exists(expanded := os.path.expanduser(data.path)):  # noqa: PTH110, PTH111
+        return f"{path} does not exist", f"Write it out: {expanded}"
     directories = [directory / path.parent for directory in near]
     is_id = _HUB_ID.match(data.path) and not is_local(data.path) and not _OF_FILES.search(data.path)
     if not is_id:

@@ -87,7 +87,7 @@ def read_entries(path: Path, records: str | None, encoding: str | None) -> Itera
 
 def read_document(path: Path) -> Any:
     """Return the whole content of a JSON file; DataError if it cannot be read."""
-    return _parse(_read(path), path.name, lines=False)
+    return _parse(to_utf_8(_read(path), None, path.name), path.name, lines=False)
 
 
 def read_rows(path: Path, encoding: str | None = None) -> Iterator[Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from lora_llava.data.load import read_source
 from lora_llava.data.record import Record
 from lora_llava.data.sources.columns import Peeked, peek, splits_of
 from lora_llava.data.sources.forms import QUESTION, class_question, describe_record, known_form, propose_columns
+from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
 from lora_llava.planning.proposal.images import find_images
@@ -71,7 +73,10 @@ def look_at(name: str, columns: Columns | None = None) -> Look:
     `columns` are used as given; without them, they are inferred. An answer without a question gets a constant one.
     Raises DataError with what was seen, and what would work, if the form is not known or must be converted first.
     """
-    path = Path(name).expanduser()
+    # Unlike that of Path, this leaves the name of an unknown user.
+    name = os.path.expanduser(name)  # noqa: PTH111
+    refuse_missing(DataSettings(path=name))
+    path = Path(name)
     asks_its_own = columns is not None and "question" in columns
     if columns and "answer" in columns and not {"question", "messages"} & columns.keys():
         columns = {**columns, "question": {"text": QUESTION}}
@@ -141,6 +146,10 @@ def _is_named(path: Path, words: Sequence[str]) -> bool:
 
 def _file(path: Path, directory: Path, columns: Columns | None) -> Look:
     """Look at a data file; its images are searched for in `directory`."""
+    if path.suffix not in _FILES and path.suffix.lower() in _FILES:
+        raise DataError(
+            f"{path.name}: rename it to {path.stem}{path.suffix.lower()}: suffixes are in lower case", "form"
+        )
     if path.suffix not in _FILES:
         raise DataError(f"{path.name}: a {path.suffix or 'nameless'} file is not read; what is: {READ_FORMS}", "form")
     form = f"{path.suffix[1:].upper()} file"

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import statistics
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ _MAX_OPENED = 500
 
 def recipe_text(look: Look, output: Path, base_model: str) -> str:
     """Return the recipe as text; paths are relative to the directory of `output`."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", look.name).strip("_") or "data"
+    letters = unicodedata.normalize("NFKD", look.name).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9_-]+", "_", letters).strip("_-") or "data"
     number = len(look.records)
     images = {record.image.identity for record in look.records if record.image is not None}
     start = output.resolve().parent

@@ -24,6 +24,15 @@ _STRANGE = re.compile(
     r"|\0"
 )
 _SHOWN = 30
+_NO_TEXT = {
+    b"PK\x03\x04": "a ZIP archive, or a workbook; name a workbook .xlsx",
+    b"\xd0\xcf\x11\xe0": "a workbook of an old Excel; save it as CSV UTF-8",
+    b"PAR1": "a parquet file; name it .parquet",
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"\x89PNG": "an image; name a table",
+    b"\xff\xd8\xff": "an image; name a table",
+}
+"""What files of other kinds are, by their first bytes, and what to do."""
 
 
 def decode(raw: bytes, encoding: str | None, name: str) -> str:
@@ -46,6 +55,8 @@ def decode(raw: bytes, encoding: str | None, name: str) -> str:
     if body is raw and (text := _certain_latin(raw)) is not None:
         return text
     byte = start + 1 + len(raw) - len(body)
+    if what := next((what for start, what in _NO_TEXT.items() if raw.startswith(start)), None):
+        raise DataError(f"{name}: is no text, but {what}")
     declared = _LATIN if b"\0" not in raw else "utf-16-be" if raw.startswith(b"\0") else "utf-16-le"
     raise DataError(
         f"{name}: not UTF-8 at byte {byte}{_as_latin(body, start)}; save it as UTF-8 (Excel: CSV UTF-8), or add its "

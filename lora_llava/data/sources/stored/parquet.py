@@ -16,6 +16,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from lora_llava.data.sources.stored.cells import LOCATION, is_location, to_row
 from lora_llava.data.sources.stored.pages import CODECS, ENCODINGS, Cell, Column, locate_cells
+from lora_llava.errors import DataError
+from lora_llava.system.text import printable
 
 _MAX_ROWS, _BATCH_BYTES = 32, 2**25
 """Rows of a batch, and their bytes on average: fewer rows if they hold large values."""
@@ -81,6 +83,18 @@ class LocatingParquet(Parquet):  # type: ignore[misc]  # datasets has no types
         """Tell whether a leaf column is read."""
         columns: list[str] | None = self.config.columns
         return columns is None or any(leaf == name or leaf.startswith(f"{name}.") for name in columns)
+
+
+def problem_of(path: Path) -> DataError | None:
+    """Return what makes a Parquet file unusable, by its columns and its number of rows; None if it is another thing."""
+    try:
+        metadata = pq.read_metadata(path)
+        names = metadata.schema.to_arrow_schema().names
+    except Exception:  # noqa: BLE001 - who reads the data has the message
+        return None
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        return DataError(f"{path.name}: column {printable(duplicate)!r} occurs twice; rename one")
+    return None if metadata.num_rows else DataError(f"{path.name}: holds no records; correct path")
 
 
 def _to_row(cell: Cell, other: Any, file: str) -> Any:
