@@ -164,11 +164,11 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _mix(self) -> Self:
-        sources = self.sources
+        if not self.others:
+            return self
         if any(source.others for source in self.others):
             raise ValueError("others: a source has no others; write all sources as one list")
-        if len(sources) == 1 and not self.others:
-            return self
+        sources = self.sources
         for source in sources:
             if source.weight is not None and source.share is not None:
                 raise ValueError(f"{source.path}: weight and share exclude each other; give one of them")

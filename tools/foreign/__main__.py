@@ -68,7 +68,7 @@ def checks(work: Work, llava: Path | None) -> list[Check]:
     """List everything that is asked, in the order of the table."""
     merged, artifact, questions = work.path("merged"), str(work.artifact), work.path("questions.json")
     ask = "ask_transformers"
-    found = [
+    listed = [
         Check("transformers 4.48.3", "merged", T448, ask, (merged, questions), short=True),
         Check("transformers 4.57.3", "merged", T457, ask, (merged, questions)),
         Check("transformers 5", "merged", None, ask, (merged, questions), short=True),
@@ -78,11 +78,11 @@ def checks(work: Work, llava: Path | None) -> list[Check]:
     written = work.path("vllm/adapter")
     for version in _OLD_PEFT:
         short = version == _OLD_PEFT[0]
-        found.append(
+        listed.append(
             Check(f"PEFT {version}", "adapter", old_peft(version), "read_adapter", (written, questions), short=short)
         )
     gguf, lora = work.path("gguf"), work.path("gguf-lora")
-    found += [
+    listed += [
         Check("PEFT 0.17.1", "adapter", T457, "read_adapter", (written, questions)),
         Check("vLLM 0.32 (CPU)", "merged", VLLM, "ask_vllm", (merged, questions)),
         Check("vLLM 0.32 (CPU)", "base + LoRA", VLLM, "ask_vllm", (work.path("vllm/base"), questions, written)),
@@ -106,10 +106,10 @@ def checks(work: Work, llava: Path | None) -> list[Check]:
     for outtype in ROUNDED:
         path = work.path(f"gguf-{outtype}")
         files = (f"{path}/text.gguf", f"{path}/mmproj.gguf", questions)
-        found.append(Check("llama.cpp", f"gguf {outtype}", LLAMA_CPP, "ask_llama_cpp", files, goal=0.0))
+        listed.append(Check("llama.cpp", f"gguf {outtype}", LLAMA_CPP, "ask_llama_cpp", files, goal=0.0))
     repository = str(llava.resolve()) if llava else ""
-    found.append(Check("the original LLaVA", "llava", LLAVA, "ask_llava", (repository, work.path("llava"), questions)))
-    return found
+    listed.append(Check("the original LLaVA", "llava", LLAVA, "ask_llava", (repository, work.path("llava"), questions)))
+    return listed
 
 
 def run(check: Check, work: Work, number: int) -> Result:
@@ -152,7 +152,8 @@ def _compared(theirs: Path, ours: Path, seconds: float) -> Result:
         width = min(logits.shape[1], reference.shape[1])
         error = np.linalg.norm(logits[:, :width] - reference[:, :width])
         difference = float(error / np.linalg.norm(reference[:, :width]))
-    return Result(equal, len(answers), difference, seconds)
+    # A missing answer is a wrong one; a script without any asks nothing.
+    return Result(equal, len(expected) if answers else 0, difference, seconds)
 
 
 def verdict(check: Check, result: Result, *, trained: bool) -> str:

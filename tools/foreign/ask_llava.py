@@ -32,8 +32,8 @@ def main(repository: str, directory: str, questions: str, output: str) -> None:
             pixels = process_images([image.convert("RGB")], processor, model.config).float()
         ids = torch.tensor([_prompt_ids(entry["prompt"], tokenizer, IMAGE_TOKEN_INDEX)])
         logits.append(model(ids, images=pixels).logits[0, -1].numpy())
-        made = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=entry["max_new_tokens"])
-        answers.append(tokenizer.decode(made[0], skip_special_tokens=True))
+        tokens = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=entry["max_new_tokens"])
+        answers.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
     write_answers(output, answers, logits)
 
 

@@ -27,7 +27,7 @@ def ask(model: Any, processor: Any, questions: str, output: str, **settings: Any
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         with Image.open(entry["image"]) as image:
             inputs = processor(images=image.convert("RGB"), text=text, return_tensors="pt")
-        made = model.generate(
+        generated = model.generate(
             **inputs,
             **settings,
             do_sample=False,
@@ -35,8 +35,10 @@ def ask(model: Any, processor: Any, questions: str, output: str, **settings: Any
             output_logits=True,
             return_dict_in_generate=True,
         )
-        logits.append(made.logits[0][0].float().numpy())
-        answers.append(processor.decode(made.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        logits.append(generated.logits[0][0].float().numpy())
+        answers.append(
+            processor.decode(generated.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
     write_answers(output, answers, logits)
 
 

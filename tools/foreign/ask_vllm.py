@@ -40,7 +40,7 @@ def main(base: str, questions: str, output: str, adapter: str | None = None) -> 
     settings = [vllm.SamplingParams(temperature=0, max_tokens=entry["max_new_tokens"]) for entry in entries]
     request = None if adapter is None else LoRARequest("tuned", 1, str(Path(adapter).resolve()))
     outputs = model.chat(chats, settings, lora_request=request, use_tqdm=False)
-    write_answers(output, [made.outputs[0].text for made in outputs])
+    write_answers(output, [result.outputs[0].text for result in outputs])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _COMMON = ("pillow==12.0.0", "sentencepiece==0.2.1", "protobuf==6.33.0")
 
 
 class UnavailableError(Exception):
-    """An environment, or what it needs, cannot be had here; the message says why."""
+    """An environment cannot be made here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Environment:
     adapt: Callable[[Path], None] | None = None
     """Changes the installed packages in `site-packages`, so that they run on a CPU."""
     peft: str | None = None
-    """Version of PEFT that stands before the installed one, without its own dependencies."""
+    """Version of PEFT to use instead of the installed one, without its own dependencies."""
 
 
 def _adapt_vllm(site: Path) -> None:
-    """Take out the parts of torchvision and its kin that are built for CUDA and do not load."""
+    """Remove the parts of torchvision, torchaudio and torchcodec that are built for CUDA and do not load."""
     (site / "torchvision" / "_meta_registrations.py").write_text("", encoding="utf-8")
     for name in ("torchaudio", "torchcodec"):
         shutil.rmtree(site / name, ignore_errors=True)
@@ -67,7 +67,7 @@ LLAVA = Environment(
 
 
 def old_peft(version: str) -> Environment:
-    """Return the environment of transformers 4.48 with another PEFT in front."""
+    """Return the environment of transformers 4.48 with another PEFT."""
     return Environment(*_OLD, peft=version)
 
 
@@ -91,7 +91,11 @@ def python_of(environment: Environment | None) -> tuple[Path, dict[str, str]]:
     if environment.peft is not None:
         target = HOME / f"peft-{environment.peft}"
         if not target.is_dir():
-            _install(python, "--no-deps", "--target", str(target), f"peft=={environment.peft}")
+            # Renamed once it is complete: an installation can be interrupted.
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _install(python, "--no-deps", "--target", str(partial), f"peft=={environment.peft}")
+            partial.rename(target)
         paths.insert(0, str(target))
     return python, _variables(paths)
 
