@@ -72,9 +72,12 @@ def options_for(name: str, cap: float, questions: int) -> dict[str, Any]:
     if name == OURS:
         return common
     size = MICRO_BATCH[min(MICRO_BATCH, key=lambda known: abs(known - cap))]
-    while questions % size:
-        size -= 1
-    return common | {"checkpointing": True, "micro_batch": size}
+    return common | {"checkpointing": True, "micro_batch": divisor(questions, size)}
+
+
+def divisor(questions: int, largest: int) -> int:
+    """Return the largest divisor of `questions` up to `largest`."""
+    return next(size for size in range(largest, 0, -1) if questions % size == 0)
 
 
 class Running:
@@ -101,9 +104,7 @@ class Running:
                 click.echo(f"{self.set_name} {self.name}, {self.options}: {error.message}")
                 if self.options.get("micro_batch", 1) == 1:
                     return False
-                smaller = self.options["micro_batch"] // 2
-                while self.series.questions % smaller:
-                    smaller -= 1
+                smaller = divisor(self.series.questions, self.options["micro_batch"] // 2)
                 self.options = {**self.options, "micro_batch": smaller}
                 self._begin()
 

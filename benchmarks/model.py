@@ -78,7 +78,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class KeptModel:
+class ReusedModel:
     """Builds the model of a process once, and resets its trained weights for each trainer that uses it."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ import click
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.model import KeptModel, make_config, release_memory
+from benchmarks.model import ReusedModel, make_config, release_memory
 from benchmarks.peers import LADDER, PEERS, Task
 from benchmarks.work import SHAPES, Shapes, make_work
 from lora_llava.modeling.structure import linear_weights
@@ -148,7 +148,7 @@ def train(name: str, task: Task) -> dict[str, Any]:
     }
 
 
-def as_task(job: dict[str, Any], shapes: Shapes, models: KeptModel) -> Task:
+def as_task(job: dict[str, Any], shapes: Shapes, models: ReusedModel) -> Task:
     """Read a job."""
     device, cap = pick_device(), job.get("cap")
     return Task(
@@ -176,7 +176,7 @@ def main(name: str, model: str, threads: int) -> None:
     if name == "unsloth":
         # Its patches must come before anything is made.
         import unsloth  # noqa: F401
-    models = KeptModel()
+    models = ReusedModel()
     while line := sys.stdin.readline():
         facts = train(name, as_task(json.loads(line), SHAPES[model], models))
         # What is left of the trainer would be in the next peer's way.

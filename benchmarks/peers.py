@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.model import KeptModel, build_model, make_config
+from benchmarks.model import ReusedModel, build_model, make_config
 from benchmarks.work import Shapes, Work, pixels
 from lora_llava.conversation.encode import IGNORE_INDEX
 from lora_llava.data.packing import PlanItem, RowSettings, make_plan, sample_steps
@@ -55,7 +55,7 @@ class Task:
     """Whether the other kits recompute whole layers."""
     cap: int | None
     """Bytes of the card that the kit's planner plans for; None: what is free."""
-    models: KeptModel
+    models: ReusedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class Variant:
 def plan_items(work: Work) -> list[PlanItem]:
     """Describe a step's conversations to the kit's planner."""
     return [
-        PlanItem(len(one.input_ids), one.prefix_length, -1 if image is None else image)
-        for one, image in zip(work.conversations, work.images, strict=True)
+        PlanItem(len(sample.input_ids), sample.prefix_length, -1 if image is None else image)
+        for sample, image in zip(work.conversations, work.images, strict=True)
     ]
 
 
@@ -102,7 +102,7 @@ class Rows(PackedRows):
 
     def __getitem__(self, index: int) -> Batch:
         row = self.rows[index % len(self.rows)]
-        batch = build_row([[self.work.conversations[place] for place in tree] for tree in row])
+        batch = build_row([[self.work.conversations[index] for index in tree] for tree in row])
         images = [self.work.images[tree[0]] for tree in row]
         if shown := [self.read(image) for image in images if image is not None]:
             batch["pixel_values"] = torch.stack(shown)
@@ -114,29 +114,29 @@ class Conversations(Dataset[dict[str, Any]]):
 
     def __init__(self, task: Task) -> None:
         self.work, self.shapes, self.steps = task.work, task.shapes, task.steps
-        self.computed_tokens = sum(len(one.input_ids) for one in task.work.conversations)
+        self.computed_tokens = sum(len(sample.input_ids) for sample in task.work.conversations)
 
     def __len__(self) -> int:
         return self.steps * len(self.work.conversations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = index % len(self.work.conversations)
-        one, image = self.work.conversations[place], self.work.images[place]
+        index %= len(self.work.conversations)
+        sample, image = self.work.conversations[index], self.work.images[index]
         shown = {} if image is None else {"pixel_values": pixels(image, self.shapes)}
-        return {"input_ids": one.input_ids, "labels": one.labels, **shown}
+        return {"input_ids": sample.input_ids, "labels": sample.labels, **shown}
 
 
 def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pad to the longest on the right, as Hugging Face's collators do."""
-    longest = max(len(one["input_ids"]) for one in examples)
+    longest = max(len(example["input_ids"]) for example in examples)
 
     def pad(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([[*one[key], *[value] * (longest - len(one[key]))] for one in examples])
+        return torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in examples])
 
     batch = {"input_ids": pad("input_ids", 0), "labels": pad("labels", IGNORE_INDEX)}
-    lengths = torch.tensor([len(one["input_ids"]) for one in examples])
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
-    if images := [one["pixel_values"] for one in examples if "pixel_values" in one]:
+    if images := [example["pixel_values"] for example in examples if "pixel_values" in example]:
         batch["pixel_values"] = torch.stack(images)
     return batch
 
@@ -167,10 +167,10 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
 
     A variant, and what recomputes layers as the peers do, has rows of as many tokens as their micro-batches.
     """
-    chosen = variant or Variant(nf4=task.nf4, recompute=task.checkpointing)
-    longest = max(len(one.input_ids) for one in task.work.conversations)
+    parts = variant or Variant(nf4=task.nf4, recompute=task.checkpointing)
+    longest = max(len(sample.input_ids) for sample in task.work.conversations)
     tokens, attention, optim, graphs = task.micro_batch * longest, TREES, "adamw_torch", False
-    recompute, dequantized, has_room = Recompute(chosen.recompute), chosen.dequantized, True
+    recompute, dequantized, has_room = Recompute(parts.recompute), parts.dequantized, True
     if variant is None and not task.checkpointing:
         attention, plan = planned(task, longest)
         tokens, optim, recompute = plan.tokens_per_micro_batch, plan.optim, plan.recompute
@@ -179,7 +179,7 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
     stage = task.work.stage
 
     def build() -> Any:
-        model = build_model(task.shapes, stage, task.device, task.dtype, nf4=chosen.nf4, dequantized=dequantized)
+        model = build_model(task.shapes, stage, task.device, task.dtype, nf4=parts.nf4, dequantized=dequantized)
         drop_unused_layers(model.get_base_model())
         if has_room:
             undo_double_quantization(model)
@@ -187,21 +187,21 @@ def ours(task: Task, variant: Variant | None = None) -> tuple[PackedTrainer, int
             sys.stderr.write(f"not fused: {reason}\n")
         return model
 
-    model = task.models.get((stage, chosen.nf4, dequantized, has_room), build)
+    model = task.models.get((stage, parts.nf4, dequantized, has_room), build)
     remove_trunk(model)
     llava = model.get_base_model()
     set_recompute(model, recompute.policy, recompute.full_layers)
     set_attention(llava, attention)
     read: Callable[[int], torch.Tensor] = partial(pixels, shapes=task.shapes)
-    if chosen.cached:
+    if parts.cached:
         read = cached_features(llava, task)
-    rows = Rows(task, tokens, chosen, read)
+    rows = Rows(task, tokens, parts, read)
     if graphs:
         sys.stderr.write(f"{try_graphs(model, rows, plan_items(task.work), task.dtype)}\n")
-    made = arguments(TrainingArguments, task, len(rows.rows), 1, label_names=["labels"], optim=optim)
+    args = arguments(TrainingArguments, task, len(rows.rows), 1, label_names=["labels"], optim=optim)
     guard = NonFiniteGuard(rows, dtype=task.dtype)
     checks = [guard, StageMonitor(skipped=guard.skipped)]
-    return PackedTrainer(model, made, rows, None, mm_projector_lr=None, checks=checks), rows.computed_tokens
+    return PackedTrainer(model, args, rows, None, mm_projector_lr=None, checks=checks), rows.computed_tokens
 
 
 def planned(task: Task, longest: int) -> tuple[str, MemoryPlan]:
@@ -270,20 +270,40 @@ def peer_model(task: Task) -> Any:
 def hugging_face(task: Task) -> tuple[Trainer, int]:
     """Build `transformers.Trainer` over a PEFT model with a padding collator."""
     data = Conversations(task)
-    made = peer_arguments(TrainingArguments, task)
-    return Trainer(model=peer_model(task), args=made, train_dataset=data, data_collator=padded), data.computed_tokens
+    args = peer_arguments(TrainingArguments, task)
+    return Trainer(model=peer_model(task), args=args, train_dataset=data, data_collator=padded), data.computed_tokens
 
 
 def trl(task: Task) -> tuple[Trainer, int]:
-    """Build TRL's `SFTTrainer` as its vision examples do: a collator of one's own, no preparation."""
-    return _sft_trainer(task)
+    """Build TRL's `SFTTrainer` as its vision examples do: our own collator, no preparation."""
+    from datasets import Dataset as HubDataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    data = Conversations(task)
+    args = peer_arguments(SFTConfig, task, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2}, "<pad>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+    indices = HubDataset.from_dict({"index": list(range(len(data)))})
+
+    def collate(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        return padded([data[row["index"]] for row in rows])
+
+    trainer = SFTTrainer(
+        model=peer_model(task), args=args, train_dataset=indices, data_collator=collate, processing_class=tokenizer
+    )
+    return trainer, data.computed_tokens
 
 
 def unsloth(task: Task) -> tuple[Trainer, int]:
     """Build TRL's `SFTTrainer` after Unsloth's patches, over the same model made ready by Unsloth."""
     from unsloth import FastVisionModel
 
-    trainer, computed = _sft_trainer(task)
+    trainer, computed = trl(task)
     FastVisionModel.for_training(trainer.model)
     return trainer, computed
 
@@ -302,30 +322,6 @@ def llama_factory(task: Task) -> tuple[Trainer, int]:
         args=peer_arguments(Seq2SeqTrainingArguments, task),
         train_dataset=data,
         data_collator=padded,
-    )
-    return trainer, data.computed_tokens
-
-
-def _sft_trainer(task: Task) -> tuple[Trainer, int]:
-    from datasets import Dataset as HubDataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    data = Conversations(task)
-    made = peer_arguments(SFTConfig, task, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2}, "<pad>")),
-        pad_token="<pad>",
-        eos_token="</s>",
-    )
-    places = HubDataset.from_dict({"place": list(range(len(data)))})
-
-    def collate(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-        return padded([data[row["place"]] for row in rows])
-
-    trainer = SFTTrainer(
-        model=peer_model(task), args=made, train_dataset=places, data_collator=collate, processing_class=tokenizer
     )
     return trainer, data.computed_tokens
 

@@ -91,8 +91,8 @@ def chart(report: dict[str, Any], path: Path) -> None:
         for result in results:
             best = max(row["questions_per_second"] for peer, row in result["peers"].items() if peer != OURS)
             heights.append(result["peers"][name]["questions_per_second"] / best)
-        places = [place + (number - (len(names) - 1) / 2) * 0.27 for place in range(len(results))]
-        bars = axes.bar(places, heights, width=0.25, label=name)
+        centers = [index + (number - (len(names) - 1) / 2) * 0.27 for index in range(len(results))]
+        bars = axes.bar(centers, heights, width=0.25, label=name)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(range(len(results)), [result["set"] for result in results])
     axes.set_ylabel("questions a second,\nfastest other kit = 1")

@@ -66,12 +66,15 @@ class Work:
     @property
     def supervised(self) -> int:
         """Targets of the loss."""
-        return sum(one.num_supervised for one in self.conversations)
+        return sum(sample.num_supervised for sample in self.conversations)
 
     @property
     def sha256(self) -> str:
         """Hash of ids, targets and images."""
-        rows = [[one.input_ids, one.labels, image] for one, image in zip(self.conversations, self.images, strict=True)]
+        rows = [
+            [sample.input_ids, sample.labels, image]
+            for sample, image in zip(self.conversations, self.images, strict=True)
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -88,12 +91,12 @@ def make_work(name: str, shapes: Shapes, questions: int) -> Work:
     for number in range(questions):
         image: int | None = number if name in ("S1", "MX") else number // int(name[1:])
         if name == "S1":
-            one = _conversation([], shapes, [(0, rng.randint(10, 24))], rng, image=True)
+            sample = _conversation([], shapes, [(0, rng.randint(10, 24))], rng, image=True)
         elif name == "MX":
-            one, image = _mixed(number, prompt, shapes, rng)
+            sample, image = _mixed(number, prompt, shapes, rng)
         else:
-            one = _conversation(prompt, shapes, [(rng.randint(25, 45), rng.randint(3, 10))], rng, image=True)
-        conversations.append(one)
+            sample = _conversation(prompt, shapes, [(rng.randint(25, 45), rng.randint(3, 10))], rng, image=True)
+        conversations.append(sample)
         images.append(image)
     return Work(name, "align" if name == "S1" else "instruct", conversations, images)
 

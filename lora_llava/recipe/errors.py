@@ -155,7 +155,8 @@ def _hint(field: FieldInfo, text: str, value: Any) -> str:
         return ""
     if "boolean" in text and value.lower() in _YES | _NO:
         return f"; write {'true' if value.lower() in _YES else 'false'}, without quotes"
-    if ("number" in text or "integer" in text) and _is_number(value):
+    is_quoted = "boolean" in text and value.lower() in ("true", "false")
+    if is_quoted or (("number" in text or "integer" in text) and _is_number(value)):
         return "; remove the quotes"
     if "a list" in text and value:
         return f"; write [{printable(value[:_MAX_SHOWN])}]"

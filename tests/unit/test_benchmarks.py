@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import check, gpu, peer
 from benchmarks.measure import EndedEarlyError, Series
-from benchmarks.model import KeptModel
+from benchmarks.model import ReusedModel
 from benchmarks.work import SHAPES
 from lora_llava.modeling.fused.layer import fuse_layers
 
@@ -19,7 +19,7 @@ TINY = SHAPES["tiny"]
 Said = list[dict[str, Any]]
 
 
-def job(monkeypatch: pytest.MonkeyPatch, models: KeptModel, name: str, set_name: str, words: str) -> tuple[Said, Any]:
+def job(monkeypatch: pytest.MonkeyPatch, models: ReusedModel, name: str, set_name: str, words: str) -> tuple[Said, Any]:
     """Do a job in this process; return the lines that the parent would read, and the result."""
     said: Said = []
     monkeypatch.setattr(peer, "say", lambda **facts: said.append(facts))
@@ -44,7 +44,7 @@ def losses(said: Said) -> list[float]:
 def test_a_peer_starts_every_job_from_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     first: dict[str, list[float]] = {}
     for name in ("lora-llava", "hf-trainer"):
-        models = KeptModel()
+        models = ReusedModel()
         said, facts = job(monkeypatch, models, name, "V4", "go\ngo\nstop\n")
         model, first[name] = models.model, losses(said)
         assert len(first[name]) == 2
@@ -66,7 +66,7 @@ def test_a_peer_starts_every_job_from_the_same_weights(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["lora-llava", "hf-trainer"])
 def test_a_peer_does_one_job_after_another_in_bf16(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(peer, "pick_dtype", lambda *_: torch.bfloat16)
-    models = KeptModel()
+    models = ReusedModel()
     first, _ = job(monkeypatch, models, name, "V4", "go\nstop\n")
     job(monkeypatch, models, name, "V1", "go\nstop\n")
     again, _ = job(monkeypatch, models, name, "V4", "go\nstop\n")
@@ -74,7 +74,7 @@ def test_a_peer_does_one_job_after_another_in_bf16(monkeypatch: pytest.MonkeyPat
 
 
 def test_norms_of_gradients_are_measured_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, _ = job(monkeypatch, KeptModel(), "lora-llava", "V4", "go\ngo\ngo\nstop\n")
+    said, _ = job(monkeypatch, ReusedModel(), "lora-llava", "V4", "go\ngo\ngo\nstop\n")
     norms = [facts["gradient_norms"] for facts in said if "loss" in facts]
     assert norms[0] == norms[1] == norms[2]
     assert set(norms[0]) == {"lora", "projector"}
@@ -83,7 +83,7 @@ def test_norms_of_gradients_are_measured_in_the_first_step_only(monkeypatch: pyt
 
 def test_a_peer_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="the parent is gone"):
-        job(monkeypatch, KeptModel(), "lora-llava", "V4", "go\n")
+        job(monkeypatch, ReusedModel(), "lora-llava", "V4", "go\n")
 
 
 def short(monkeypatch: pytest.MonkeyPatch) -> None:

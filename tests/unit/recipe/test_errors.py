@@ -99,6 +99,7 @@ def test_k23_no_setting_answers_with_words_of_the_library(monkeypatch: pytest.Mo
         ("name", "My model", "must be a name of a-z, 0-9, _ and -, such as my-model_2, not 'My model'"),
         ("adapter.target_modules", "q_proj", "such as [q_proj, v_proj], not 'q_proj'; write [q_proj]"),
         ("quantization.double_quant", "yes", "a boolean (true or false), not 'yes'; write true, without quotes"),
+        ("quantization.double_quant", "true", "a boolean (true or false), not 'true'; remove the quotes"),
         ("start_from", 3, "start_from: must be a path or null, not 3"),
         ("seed", None, "must be an integer of at least 0 and less than 4,294,967,296, not null"),
     ],
