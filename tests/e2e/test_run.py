@@ -217,7 +217,6 @@ def test_training_learns(ten_steps: Run) -> None:
         ["tokens_per_micro_batch=200"],
         ["tokens_per_micro_batch=4000"],
         ["packing=none"],
-        ["packing=none", "tokens_per_micro_batch=200"],
         ["gradient_checkpointing=true"],
         ["cache_image_features=memory"],
         ["cache_image_features=disk"],

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ DYNAMIC = ("load_dataset", "get_class_from_dynamic_module", "load_custom_generat
 CUSTOM = {"auto_map": {"AutoConfig": "c.C", "AutoTokenizer": "c.T", "AutoImageProcessor": "c.P", "AutoModel": "c.M"}}
 
 
+@cache
 def loads() -> list[tuple[str, str, ast.Call]]:
     """Every call in the package that loads something by a library, with its file and the class it is called on."""
     calls = []

@@ -8,6 +8,7 @@ import pytest
 from lora_llava.evaluation.scoring.exact_match import exact_match
 from lora_llava.evaluation.scoring.metrics import (
     Accuracy,
+    Difference,
     accuracy_by_type,
     accuracy_by_value,
     answer_groups,
@@ -21,6 +22,7 @@ from lora_llava.evaluation.scoring.metrics import (
     wilson_interval,
 )
 from lora_llava.evaluation.scoring.vqa_v2 import normalize_answer, vqa_v2
+from lora_llava.recipe.choices import Metric
 
 # Worked out by hand from the published rules: processPunctuation, then processDigitArticle.
 GOLDEN = {
@@ -34,6 +36,10 @@ GOLDEN = {
     "black / white": "black white",
     "x-ray": "x ray",
     "x-ray, chest": "x ray chest",  # each mark is judged by itself
+    "x-ray- left": "xray left",  # a mark next to a space goes everywhere without leaving one
+    "x-ray -left": "xray left",
+    "x-ray\t-left": "xray left",
+    "x-ray\n-left": "xray left",
     "1,000": "1000",
     "1,000 left-sided": "1000 leftsided",  # a comma in a number makes every mark go without a space
     "2.5 cm.": "2.5 cm",
@@ -218,6 +224,35 @@ def test_several_references_score_by_the_best() -> None:
         assert score_answer(metric, "a bone", ["heart", "the lung"]) == 0
 
 
+@pytest.mark.parametrize("given", [" yes", "yes\n", "\tyes "])
+def test_ten_equal_answers_are_compared_as_written_but_for_space_around_them(given: str) -> None:
+    assert vqa_v2(given, ["yes"] * 10) == 1
+    assert vqa_v2(f"{given}.", ["yes"] * 10) == 0
+    assert vqa_v2("left\tlung", ["left lung"] * 10) == vqa_v2("left\nlung", ["left lung"] * 10) == 1
+
+
+def test_two_answers_of_ten_annotators_are_normalized() -> None:
+    assert vqa_v2("Yes.", ["yes"] * 9 + ["no"]) == 1
+
+
+def test_token_f1_of_texts_without_words_is_that_of_exact_match() -> None:
+    assert token_f1("!", "!") == token_f1("", " ") == 1
+    assert token_f1("!", "?") == token_f1("!", "lung") == token_f1("lung", "!") == 0
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "vqa_v2", "token_f1"])
+def test_a_score_is_a_float(metric: Metric) -> None:
+    """In JSON, a bool would be `true` instead of 1.0."""
+    assert {type(score_answer(metric, answer, ["lung"])) for answer in ("lung", "!", "")} == {float}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_clear"), [(0.0, 0.2, False), (-0.2, 0.0, False), (1e-9, 0.2, True), (-0.2, -1e-9, True)]
+)
+def test_an_interval_that_touches_0_is_not_clear(low: float, high: float, is_clear: bool) -> None:
+    assert Difference(0.0, low, high, 9).is_clear == is_clear
+
+
 def test_token_f1_counts_words() -> None:
     assert token_f1("The left lung is clear.", "left lung") == pytest.approx(2 * 2 / 6)
     assert token_f1("lung lung lung", "lung") == pytest.approx(2 * 1 / 4), "repeating a word earns nothing"
@@ -230,6 +265,7 @@ def test_auto_takes_the_metric_that_fits_the_references() -> None:
     assert pick_metric("auto", ["the left lung is clear of any mass"]) == "token_f1"
     assert pick_metric("vqa_v2", ["the left lung is clear of any mass"]) == "vqa_v2"
     assert pick_metric("auto", ["the left lung is clear"]) == "exact_match"
+    assert pick_metric("auto", []) == "exact_match"
     assert pick_metric("auto", ["the left lung is quite clear"]) == "token_f1"
 
 

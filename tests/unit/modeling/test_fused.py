@@ -153,7 +153,7 @@ def test_an_optimizer_that_leaves_the_version_of_a_factor_is_followed() -> None:
 def test_half_precision_is_as_near_the_truth_as_peft(dtype: torch.dtype, least: float, quantization: str) -> None:
     # Truth: the same weights, in half precision all, computed in fp32.
     shapes = Layers(
-        layers=6, width=256, intermediate=688, quantization=quantization, dtype=dtype,
+        layers=3, width=256, intermediate=688, quantization=quantization, dtype=dtype,
         adapter=AdapterSettings(r=16, lora_alpha=32.0),
     )  # fmt: skip
     model, row = training_model(shapes), two_trees()
