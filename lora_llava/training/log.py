@@ -128,7 +128,7 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]
             for name, loss in by_source(row, "eval_loss").items():
                 line = f"{self.stage} {step}/{total}: of {name} {loss:.4f}"
                 self.console.print(Text(printable_lines(line)), soft_wrap=True)
-            for sample in row.get("samples", []):
+            for sample in without_shared_line(row.get("samples", [])):
                 self.console.print(sample_line(sample))
         if "loss" not in row:
             return
@@ -173,6 +173,14 @@ def fitting(figures: Sequence[str], width: int) -> list[str]:
             break
         shown.append(figure)
     return shown
+
+
+def without_shared_line(samples: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Leave out the last line of the questions if all share it: it is `answer_prompt`, the same for each."""
+    parts = [sample["question"].rpartition("\n") for sample in samples]
+    if len(samples) < 2 or not all(text for text, _, _ in parts) or len({line for _, _, line in parts}) > 1:
+        return list(samples)
+    return [{**sample, "question": text} for sample, (text, _, _) in zip(samples, parts, strict=True)]
 
 
 def sample_line(sample: Mapping[str, str]) -> Text:

@@ -125,9 +125,11 @@ def test_chat_prints_answers_alone(trained: Path) -> None:
 
 
 def test_chat_names_a_missing_image_before_it_loads_a_model(trained: Path) -> None:
-    result = CliRunner().invoke(cli, ["chat", str(trained / "instruct"), "--image", "nowhere.png", "color?"])
-    assert result.exit_code == 1
-    assert "nowhere.png" in result.stderr
+    for name, hint in (("nowhere.png", "Correct the path."), ("recipe.yml", "Did you mean")):
+        options = ["chat", str(trained / "instruct"), "--image", str(trained / name), "color?"]
+        result = CliRunner().invoke(cli, options)
+        assert result.exit_code == 1
+        assert f"Error: --image {trained / name} does not exist. {hint}" in result.stderr
 
 
 def test_a_second_run_needs_overwrite(trained: Path) -> None:
