@@ -12,7 +12,7 @@ import click
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
 from lora_llava.cli.options import PATH, base_option, template_option
 from lora_llava.errors import DataError
-from lora_llava.planning.preflight.model.files import nearest
+from lora_llava.system.names import nearest
 from lora_llava.system.text import printable_lines
 
 if TYPE_CHECKING:

@@ -149,6 +149,11 @@ def test_a_model_trained_on_cropped_images_says_that_llama_cpp_pads(tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "do_pad": do_pad}), encoding="utf-8")
     lines = export(tmp_path / "model", tmp_path / "out")
     assert any("crop images that are not square" in line for line in lines) is not do_pad
+    text, mmproj = (tmp_path / "out" / name for name in ("text.gguf", "mmproj.gguf"))
+    assert lines[-2:] == [
+        f"llama-mtmd-cli --jinja -m {text} --mmproj {mmproj} --image IMAGE -p QUESTION",
+        f"ollama create NAME -f {tmp_path / 'out' / 'Modelfile'}",
+    ]
 
 
 @pytest.mark.parametrize("layer", [-2, -1, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import cast, get_args
@@ -52,7 +53,16 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> ExportRep
         if model != source:
             shutil.rmtree(model)
         record_source(staging, source)
-    return {"summary": [f"{output}: {lines[0]}", *lines[1:]]}
+    return {"summary": [f"{output}: {lines[0]}", *lines[1:], *_commands(output)]}
+
+
+def _commands(output: Path) -> list[str]:
+    """Return what starts the model in llama.cpp, and what adds it to Ollama."""
+    text, mmproj, recipe = (shlex.quote(str(output / name)) for name in (TEXT_FILE, FILE, _MODELFILE))
+    return [
+        f"llama-mtmd-cli --jinja -m {text} --mmproj {mmproj} --image IMAGE -p QUESTION",
+        f"ollama create NAME -f {recipe}",
+    ]
 
 
 def out_type(options: ExportOptions, default: OutType) -> OutType:
