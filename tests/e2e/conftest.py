@@ -34,7 +34,7 @@ def _no_pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def home(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home of a user with a base, and a run whose artifact has everything beside it that must stay."""
+    """The home of a user with a base, and a run whose artifact lies next to everything that must not be uploaded."""
     home = tmp_path_factory.mktemp("home") / USER
     shutil.copytree(tiny_base, home / "models" / "base")
     made = make_artifact(home / "models" / "base", home / "runs" / "tiny" / "instruct")

@@ -265,7 +265,7 @@ def test_k10_a_foreign_template_is_used_as_it_is(tmp_path: Path, picture: Path) 
     (base / "chat_template.jinja").write_text(LLAMA_FORM)
     loaded, usage = load_model(base, device=CPU, dtype=torch.float32)
     assert usage.template is None
-    # Its end is that of its own template, though its generation_config.json does not name it.
+    # Its end is that of the template it brings, though its generation_config.json does not name it.
     assert Chat(loaded, usage, ImageSource("a", picture, None), 9).ask(QUESTION) == words()
     with pytest.raises(DataError, match="contains the special token </s>"):
         Chat(loaded, usage, None, 9).ask("a</s>")

@@ -197,7 +197,7 @@ def test_k39_a_validation_image_that_is_not_finite_is_named_and_left_out(
 
     monkeypatch.setattr(ImageTransform, "__call__", spoiled)
     held_out = f"stages.instruct.data.validation={{path: {tmp_path / 'held_out.json'}}}"
-    # Each question in a row of its own: one record is spoiled, not its neighbors.
+    # Each question in a separate row: one record is spoiled, not its neighbors.
     alone = (
         "stages.align=null",
         "stages.instruct.max_steps=6",

@@ -135,7 +135,7 @@ def test_k5_the_chosen_batch_is_compared_on_resume(tiny_base: Path, tmp_path: Pa
     other = ["stages.instruct.batch_size=2", *auto[1:]]
     with pytest.raises(TrainingError, match=r"stages\.instruct\.batch_size: auto then, 2 now"):
         again(load_recipe(path, other), console, resume="exact")
-    # Without the artifact it goes on from a checkpoint, which knows what `auto` came to.
+    # Without the artifact it resumes from a checkpoint, which knows what `auto` came to.
     for file in (tmp_path / "run" / "instruct").iterdir():
         file.unlink()
     (tmp_path / "run" / "instruct").rmdir()

@@ -122,7 +122,7 @@ def test_a_card_that_was_edited_is_kept(hub: LoopbackHub, artifact: Path, tmp_pa
 
 
 def test_a_merged_model_replaces_an_adapter(hub: LoopbackHub, artifact: Path, tmp_path: Path) -> None:
-    """Left beside it, the adapter would be put on the merged model by whoever loads that."""
+    """Left next to it, the adapter would be applied to the merged model by whoever loads that."""
     assert push(artifact).exit_code == 0
     merged = tmp_path / "merged"
     assert CliRunner().invoke(cli, ["merge", str(artifact), str(merged), "--max-shard-size", "100KB"]).exit_code == 0

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if nothing had happened, or says why it cannot."""
+"""A stopped run resumes as if nothing had happened, or says why it cannot."""
 
 from __future__ import annotations
 

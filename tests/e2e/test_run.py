@@ -93,7 +93,7 @@ def test_nf4_weights_do_not_change(recipe_file: Path, tmp_path: Path) -> None:
 
 
 def test_bf16_with_nf4(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a GPU would choose: trained parameters in fp32 beside a base in bf16, in sample answers too.
+    # What a GPU would choose: trained parameters in fp32 on a base in bf16, in sample answers too.
     monkeypatch.setattr(train_module, "pick_dtype", lambda *_: torch.bfloat16)
     made = watched_run(
         recipe_file, "quantization.type=nf4", "quantization.keep_dequantized=false", f"output_dir={tmp_path / 'run'}",

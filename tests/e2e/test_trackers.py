@@ -1,4 +1,4 @@
-"""Trackers: each stage is a run of its own name, with steps and settings of its own; wandb and mlflow are stand-ins."""
+"""Trackers: each stage is a run with its own name, steps and settings; wandb and mlflow are stand-ins."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from tests.fuzz.foreign import LOADERS, SECONDS, Loader, Sandbox, make_loaders
 _CHUNK = 200
 """Cases of one fork."""
 _SILENT_SECONDS = 60 * SECONDS
-"""A fork without a word for this long is stuck where no signal reaches it; others may hold the processor long."""
+"""A fork that reports nothing for this long is stuck where no signal reaches it; others may hold the processor long."""
 _ADDRESS_SPACE = 4 * 2**30
 """A fork may reserve this much more than it holds, so that a fault does not take the whole machine's memory."""
 _PACKAGE = "/lora_llava/"

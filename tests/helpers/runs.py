@@ -76,7 +76,7 @@ def _record(identity: str, image: str, question: str, answer: str) -> dict[str, 
 
 
 def write_recipe(directory: Path, base: dict[str, Any], stages: Sequence[str] = ("align", "instruct")) -> Path:
-    """Write a recipe beside the data that `write_data` wrote, and return its path."""
+    """Write a recipe next to the data that `write_data` wrote, and return its path."""
     common = {"max_length": 200, "tokens_per_micro_batch": 400, "logging_steps": 1}
     settings: dict[str, Any] = {
         "align": common

@@ -60,7 +60,7 @@ def frozen_bytes(model: Any) -> int:
 
 
 def compare(quantization: str, fused: bool, recompute: Any, stage: Any, counter: Gathered) -> dict[str, Any]:
-    """Compare loss and gradients of a row with those of the sharded model; each process has a row of its own."""
+    """Compare loss and gradients of a row with those of the sharded model; each process has its own row."""
     model = training_model(Layers(quantization=quantization, stage=stage))
     reason = fuse_layers(model) if fused else None
     set_recompute(model, recompute)

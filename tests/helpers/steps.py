@@ -21,7 +21,7 @@ from tests.parity.test_packed import branches, build_model, image
 
 STEPS = 6
 IN_A_STEP = 4
-"""Conversations of a step: two rows of two, each row about an image of its own."""
+"""Conversations of a step: two rows of two, each row about another image."""
 
 
 class Pictures:

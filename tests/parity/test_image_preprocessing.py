@@ -67,7 +67,7 @@ def test_square_of_a_long_image_resizes_only_what_it_keeps(
     monkeypatch.setattr(images, "MAX_PIXELS", 0)
     image = noise(width, height)
     ours = preprocess(image, size=28, mean=MEAN, std=STD, aspect_ratio="square")
-    # Where the box starts is rounded, so a value may fall on the other side of a half: one grey level of 255.
+    # Where the box starts is rounded, so a value may fall on the other side of a half: one gray level of 255.
     difference = (ours - clip(image, 28)).abs()
     assert difference.max() < 1.01 / 255 / min(STD)
     assert (difference > 1e-6).float().mean() < 0.002

@@ -69,7 +69,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
 
 
 def export(source: Path, output: Path, layout: str = "gguf", outtype: str | None = None) -> Path:
-    # The model is bare: nothing beside it says in which template it is asked.
+    # The model is bare: no file next to it names the template.
     FORMATS[layout](source, output, ExportOptions(outtype=outtype, template="vicuna_v1"))
     return output
 
@@ -192,7 +192,7 @@ def test_answers_about_images(
 ) -> None:
     """llama.cpp sees images wrongly (its #25814), in a way that is known; how often it agrees is recorded, no more.
 
-    What it answers is what either its defect or, once that is mended, the right image gives: the file is right.
+    What it answers is what either its defect or, once that is fixed, the right image gives: the file is right.
     """
     out = export(base, tmp_path / "out")
     content = GGUFContent(out / "mmproj.gguf")

@@ -80,7 +80,7 @@ def has_image(tree: Tree) -> bool:
 
 
 def row_of(trees: Sequence[Tree], dtype: torch.dtype) -> Batch:
-    """Pack trees in one row; each tree with an image has an image of its own."""
+    """Pack trees in one row; each tree with an image has its own image."""
     batch = build_row(trees)
     images = [image(number, dtype) for number, tree in enumerate(trees) if has_image(tree)]
     if images:

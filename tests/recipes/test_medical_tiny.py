@@ -1,4 +1,4 @@
-"""The medical recipe, as it is but for the model, the data and the length of the run."""
+"""The medical recipe, unchanged but for the model, the data and the length of the run."""
 
 from __future__ import annotations
 

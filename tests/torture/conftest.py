@@ -46,9 +46,9 @@ def straight(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Strai
 
 
 def forked(work: Callable[[], Any], errors: Path) -> int:
-    """Do `work` in a process of its own; return its exit code, negative if a signal ended it."""
+    """Do `work` in a forked process; return its exit code, negative if a signal ended it."""
     with warnings.catch_warnings():
-        # Later Pythons warn of forks beside threads; those of pytest-xdist only wait.
+        # Later Pythons warn of forks while threads run; those of pytest-xdist only wait.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:

@@ -21,7 +21,7 @@ Remount = Callable[[str], bool]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Remount]]:
-    """A directory that is a file system of its own, and what mounts it with other options; false if neither may be."""
+    """A directory that is a separate file system, and what mounts it with other options; false if neither may be."""
     place = tmp_path / "disk"
     place.mkdir()
 

@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_to_the_bit(straight: Straight, tmp_path: Path, kil
     ended = forked(killed(straight.recipe, directory, moment), errors)
     assert ended == -signal.SIGKILL, errors.read_text(encoding="utf-8") if errors.exists() else ended
     if kill % 3 == 2:
-        # Once more, while it goes on: it may come to its end before that.
+        # Once more, while it continues: it may end before that.
         forked(killed(straight.recipe, directory, ("disk", moment[1] % 90)), errors)
     ended = forked(lambda: go_on(straight.recipe, directory), errors)
     assert ended == 0, errors.read_text(encoding="utf-8") if errors.exists() else ended

@@ -34,7 +34,7 @@ def artifact(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(artifact: Path) -> Any:
-    """A copy to be damaged, beside the original so that its relative paths hold."""
+    """A copy to damage, next to the original so that its relative paths hold."""
     directory = artifact.with_name("copied")
     shutil.copytree(artifact, directory)
     yield directory

@@ -135,7 +135,7 @@ def test_k46_parts_with_code_are_refused_by_python_too(tiny_base: Path, tmp_path
     tower = tmp_path / "tower"
     CLIPVisionModel.from_pretrained(tiny_base).save_pretrained(tower)
     trace = with_code(tower, "config.json", model_type="clip_vision_model")
-    # An architecture of its own: transformers could not load it without its code.
+    # An unknown architecture: transformers could not load it without its code.
     with_code(model, "config.json", model_type="unheard_of")
     for parts in ((model, tower), (tiny_base, tower)):
         with pytest.raises(ModelError, match=r"needs custom code \(auto_map\), and the kit runs no code"):

@@ -43,7 +43,7 @@ def tie(config: LlavaConfig) -> None:
 
 
 CHANGES: dict[str, Change] = {
-    "as it is": lambda config: config,
+    "unchanged": lambda config: config,
     "tied": tie,
     "biases": lambda config: config.text_config.update({"attention_bias": True, "mlp_bias": True}),
     "linear": lambda config: config.update({"projector_hidden_act": "linear"}),
@@ -171,7 +171,7 @@ def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def costs(project: Path, *args: str) -> tuple[float, float]:
-    """Run a command in a process of its own; returns its CPU time and its peak memory."""
+    """Run a command in a separate process; returns its CPU time and its peak memory."""
     command = [sys.executable, "-c", RUN, *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -46,7 +46,7 @@ ASK = (Turn("user", "<image>\nWhat is it?"),)
 
 
 def written(directory: Path, jinja: str, how: str = "chat_template.jinja") -> Path:
-    """Write a chat template beside a tokenizer, in one of the ways that there are."""
+    """Write a chat template next to a tokenizer, in one of the ways that there are."""
     config = {"eos_token": "</s>", "bos_token": {"content": "<s>"}}
     if how == "tokenizer_config.json":
         config["chat_template"] = jinja

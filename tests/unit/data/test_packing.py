@@ -252,7 +252,7 @@ def test_evaluation_rows_hold_every_conversation_once_in_whole_trees() -> None:
 
 
 def test_k32_the_plan_of_a_seed_stays_what_it_is() -> None:
-    # A checkpoint of yesterday goes on in the plan of its seed: any other order would repeat and drop records.
+    # An old checkpoint resumes in the plan of its seed: another order would repeat and drop records.
     items = [PlanItem(PREFIX + 1 + index, PREFIX, index // 3) for index in range(6)] + [PlanItem(3, 0, -1)] * 2
     made = plan(items, batch_size=4, branches_per_tree=2, num_train_epochs=2.0)
     assert made.steps == (

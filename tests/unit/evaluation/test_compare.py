@@ -178,6 +178,32 @@ def test_k64_gains_and_losses_are_said_in_one_tone() -> None:
         assert f"on 40 questions{verdict}" in note
 
 
+def test_k64_rates_of_yes_by_hand() -> None:
+    # Two of three are found among six that were said; Agresti and Min's interval of gaps 0, 0, -1, 1, 1, 1, 1, 0.
+    made = confusion(["yes"] * 3 + ["no"] * 5, ["yes", "yes", "no", *["yes"] * 4, "no"])
+    assert made is not None
+    assert made.as_json() == {
+        "answers": ["yes", "no", "other"],
+        "references": ["yes", "no"],
+        "counts": [[2, 1, 0], [4, 1, 0]],
+        "yes": {"precision": 0.33333, "recall": 0.66667, "f1": 0.44444},
+        "yes_bias": {"points": 37.5, "low": -14.26, "high": 74.26},
+    }
+
+
+@pytest.mark.parametrize(("answer", "rates"), [("no", (None, None, None)), ("yes", (0, None, 0))])
+def test_k64_rates_that_are_undefined_are_none(answer: str, rates: tuple[float | None, ...]) -> None:
+    made = confusion(["no", "no"], ["no", answer])
+    assert made is not None
+    assert made.yes == dict(zip(("precision", "recall", "f1"), rates, strict=True))
+
+
+@pytest.mark.parametrize(("count", "has_table"), [(1, False), (2, True), (10, True), (11, False)])
+def test_k64_a_table_has_two_to_ten_labels(count: int, has_table: bool) -> None:
+    labels = [f"word{number}" for number in range(count)] * 2
+    assert (confusion(labels, labels) is not None) == has_table
+
+
 def test_k64_yes_and_no_have_a_confusion_matrix() -> None:
     made = confusion(["yes", "Yes.", "no", "no"], ["yes", "It is.", "yes", "No"])
     assert made is not None

@@ -95,8 +95,8 @@ def test_accuracy_table_and_markdown_show_the_rows() -> None:
     assert len(lines) == 2 + 5
 
 
-def picture(width: int, height: int, colour: tuple[int, int, int] = (200, 30, 60)) -> Image.Image:
-    return Image.new("RGB", (width, height), colour)
+def picture(width: int, height: int, color: tuple[int, int, int] = (200, 30, 60)) -> Image.Image:
+    return Image.new("RGB", (width, height), color)
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
@@ -110,8 +110,8 @@ def item(image: Image.Image, text: str = "q?", base: float = 0, tuned: float = 1
     return SheetItem(image, text, text, answers)
 
 
-def has(colour: str, shown: np.ndarray[Any, Any]) -> bool:
-    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def has(color: str, shown: np.ndarray[Any, Any]) -> bool:
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return bool((np.abs(shown - wanted).sum(-1) < 12).any())
 
 

@@ -55,7 +55,7 @@ def test_each_source_is_asked_and_named(folder: Path) -> None:
     assert asked.num_records == 5
     names = [question.record.source for question in asked.questions]
     assert names == ["a.json"] * 3 + ["ours"] * 2
-    # A source of its own is not named, and a column of the data keeps its name.
+    # A single source is not named, and a column of the data keeps its name.
     alone = load_questions(settings(folder, {"path": "a.json"}))
     assert {question.record.source for question in alone.questions} == {""}
     assert alone.questions[0].described("answer", (), ())["source"] == "column"

@@ -1,4 +1,4 @@
-"""Tables of answers: CSV that a spreadsheet opens as it is meant, and JSON Lines that keep every value."""
+"""Tables of answers: CSV that a spreadsheet opens as intended, and JSON Lines that keep every value."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_outputs_and_gradients_are_those_under_the_mask(seed: int) -> None:
 
 
 def test_scores_far_apart_do_not_overflow() -> None:
-    """The scores of the prefix and of a branch differ by hundreds; their log-sum-exps are joined all the same."""
+    """The scores of the prefix and of a branch differ by hundreds; their log-sum-exps are still joined."""
     row = build_row([[conversation(40, own) for own in (5, 9, 1)]])
     assert max(compared(row, torch.float32, scale=12.0)) < 1e-4
 

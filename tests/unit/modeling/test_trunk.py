@@ -85,7 +85,7 @@ def _dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(counts: Sequence[int], dtype: torch.dtype = torch.float32, lengths: Sequence[int] = LENGTHS) -> Batch:
-    """A row of trees with so many questions each, padded to one of `lengths`."""
+    """A row of trees with these numbers of questions, padded to one of `lengths`."""
     return with_block_lists(row_of([branches(count, number) for number, count in enumerate(counts)], dtype), lengths)
 
 

@@ -174,15 +174,15 @@ def test_a_mistake_in_local_data_is_an_error(write_recipe: WriteRecipe, tmp_path
     assert "0.png" in result.stderr
 
 
-def test_inspect_shows_what_is_learnt(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_inspect_shows_what_is_learned(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe()
     before = files_below(tmp_path)
     result = CliRunner().invoke(cli, ["inspect", str(recipe), "--index", "4"])
     assert result.exit_code == 0, result.output
     assert "(id q4), stage instruct" in result.output
     assert "<image> x 4" in result.output
-    learnt = "".join(result.output.split("«")[1].split("»")[0].split("\N{LIGHT VERTICAL BAR}"))
-    assert learnt == " yes it is</s>"
+    supervised = "".join(result.output.split("«")[1].split("»")[0].split("\N{LIGHT VERTICAL BAR}"))
+    assert supervised == " yes it is</s>"
     for name in ("input_ids", "position_ids", "segments", "target_positions", "pixel_values", "40 x 20 pixels"):
         assert name in result.output
     assert files_below(tmp_path) == before

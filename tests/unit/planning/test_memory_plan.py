@@ -130,7 +130,7 @@ def test_parameters_and_optimizer_take_what_their_tensors_take(tiny_base: Path, 
     for module in model.modules():
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             scales += sum(one.nbytes for one in (state.absmax, state.state2.absmax))
-    # PEFT holds the projector twice: as it was, and as it is trained.
+    # PEFT holds the projector twice: the original and the trained copy.
     held = {id(one): one.nbytes for one in model.parameters()}
     assert sum(row.weights for row in expected) == pytest.approx(sum(held.values()) + scales, rel=0.01)
 

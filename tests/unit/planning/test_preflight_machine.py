@@ -163,7 +163,7 @@ def test_k63_a_misspelled_directory_is_no_hub_id(project: Project, tried: list[o
 
 
 def test_k63_the_whole_refusal_is_quick(project: Project) -> None:
-    """Time of the processor, not of the clock: other tests run beside this one."""
+    """Time of the processor, not of the clock: other tests run at the same time."""
     project.edit("base/config.json", quantization_config={"quant_method": "gptq"})
     for arguments in COMMANDS.values():
         before = os.times()

@@ -42,7 +42,7 @@ TEST: list[Question] = [("what is the teal shape?", "triangle", 0), ("is there a
 
 
 def build_wheel(path: Path, members: dict[str, bytes]) -> Wheel:
-    """Write a wheel and describe it as it is."""
+    """Write a wheel and describe it."""
     with zipfile.ZipFile(path, "w") as wheel:
         for name, data in members.items():
             wheel.writestr(name, data)

@@ -1,4 +1,4 @@
-"""The quickstart around its run: recipes beside the data, an edited one kept, commands that exist."""
+"""The quickstart around its run: recipes next to the data, an edited one kept, commands that exist."""
 
 from __future__ import annotations
 

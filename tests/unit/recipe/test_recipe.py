@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and in which words, and that a resolved recipe runs again as it is."""
+"""Recipes: what is read, what is refused and in which words, and that a resolved recipe runs again unchanged."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_an_earlier_stage_has_no_results_of_its_own(tiny_base: Path, tmp_path: P
 
 
 def test_the_results_of_another_run_are_not_taken(tiny_base: Path, tmp_path: Path) -> None:
-    """A run is known by the weights it holds: an artifact that was put beside its files is not of it."""
+    """A run is known by the weights it holds: an artifact copied next to its files is not part of it."""
     made = make_run(tiny_base, tmp_path / "run")
     assert gather(made, None).summary
     moved = tmp_path / "run" / "mine"

@@ -50,7 +50,7 @@ def artifact(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(artifact: Path) -> Any:
-    """A copy to be damaged, beside the original so that its relative paths hold."""
+    """A copy to damage, next to the original so that its relative paths hold."""
     directory = artifact.with_name("copied")
     shutil.copytree(artifact, directory)
     yield directory
@@ -124,7 +124,7 @@ def test_both_bases_are_measured(tiny_base: Path, tmp_path: Path) -> None:
     assert distance["dequantized"]["relative"] < 1e-5
     assert other["probe"]["relative"] < 1e-5
     assert "chosen" in other["reason"]
-    # And it is what PEFT computes on the base as it is.
+    # And it is what PEFT computes on the base.
     base = LlavaForConditionalGeneration.from_pretrained(tiny_base)
     theirs = logits(PeftModel.from_pretrained(base, str(made)).eval())
     assert relative(logits(load_plain(tmp_path / "other")), theirs) < 1e-5

@@ -1,4 +1,4 @@
-"""What the images are worth to a model: nothing to one whose projector is dead, much to one that has learnt by them."""
+"""What the images are worth to a model: nothing to one whose projector is dead, much to one that learned from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures beside the loss, and the warnings: each once, and none in a run that is sound."""
+"""The figures logged with the loss, and the warnings: each once, and none in a sound run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not finite never reaches the weights: the run stops and names the culprit, or goes on without the step."""
+"""What is not finite never reaches the weights: the run stops and names the record, or continues without the step."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Plan:
 
 
 class Artifact:
-    """Writes the weights of a trainer and the metrics it is given; the clock goes on meanwhile."""
+    """Writes the weights of a trainer and the metrics it is given; the clock advances meanwhile."""
 
     def __init__(self, root: Path, clock: Clock, model: Any = None, **settings: Any) -> None:
         settings = {"save_steps": "auto", "save_total_limit": 9, **settings}
