@@ -100,9 +100,13 @@ def evaluate(
 
 
 def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
-    """Turn the options into settings. Raises click.UsageError if they do not fit together."""
+    """Turn the options into settings.
+
+    Raises click.UsageError if they do not fit together, DataError if there are no such data.
+    """
     from pydantic import ValidationError
 
+    from lora_llava.data.sources.missing import refuse_missing
     from lora_llava.recipe.settings import EvaluationSettings
 
     paths, roots = options["paths"], options["image_root"]
@@ -121,9 +125,12 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     others["batch_size"] = others.pop("max_rows")
     lists = {"by": list(options["by"]), "base_questions": options["base_questions"] or None}
     try:
-        return EvaluationSettings.model_validate({**others, **lists, "data": data})
+        settings = EvaluationSettings.model_validate({**others, **lists, "data": data})
     except ValidationError as error:
         raise click.UsageError(option_problems(error)) from error
+    for source in settings.data.sources:
+        refuse_missing(source)
+    return settings
 
 
 def option_problems(error: ValidationError) -> str:

@@ -90,6 +90,7 @@ def predict(
         raise click.UsageError("give --data, or --images with --question")
     if (images is None) != (question is None):
         raise click.UsageError("--question goes with --images; with --data, the questions are in the data")
+    from lora_llava.data.sources.missing import refuse_missing
     from lora_llava.recipe.stages import QuestionSettings
 
     columns = options.pop("columns")
@@ -102,6 +103,8 @@ def predict(
     settings = _data_settings(QuestionSettings, data or str(images), columns, options)
     skips = settings.on_bad_record == "skip"
     refuse_output(output, (CSV, JSONL), *([output.with_name(output.name + SKIPPED)] if skips else []))
+    if data is not None:
+        refuse_missing(settings)
     directory = open_model(model, base_model)
     quiet_libraries()
     from lora_llava.generation import predict as run
@@ -174,12 +177,14 @@ def pairs(model: Path, output: Path, data: str, base_model: str | None, template
     The reference of a question is the chosen answer. Rejected are wrong ones among answers drawn from MODEL, and its
     answers to the same question about another image. Stage `prefer` trains on the file. See docs/preference.md.
     """
+    from lora_llava.data.sources.missing import refuse_missing
     from lora_llava.recipe.stages import DataSettings
 
     refuse_split(options["split"], data)
     options["split"] = split_of(data, options["split"], "train")
     settings = _data_settings(DataSettings, data, options.pop("columns"), options)
     refuse_output(output, (".json", JSONL))
+    refuse_missing(settings)
     directory = open_model(model, base_model)
     quiet_libraries()
     from lora_llava.evaluation.pairs import PairSettings, make_pairs

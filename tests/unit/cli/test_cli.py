@@ -225,6 +225,10 @@ def test_eval_takes_several_sources(
 ) -> None:
     taken: list[EvaluationSettings] = []
     monkeypatch.setattr("lora_llava.evaluation.run.evaluate_candidate", lambda _, settings, *__: taken.append(settings))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.json").write_text("[]", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     options = [word for root in roots for word in ("--image-root", root)]
     sources = ["--data", "a/test.json", "--data", "b/test.json", "--max-records", "3"]
     result = CliRunner().invoke(cli, ["eval", str(tiny_base), *sources, *options, "--output", str(tmp_path / "new")])

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+from click.testing import CliRunner
 from datasets import Dataset, DatasetDict
 
+from lora_llava.cli import cli
 from lora_llava.cli.options import split_of
 from lora_llava.data.load import load_records
 from lora_llava.data.sources.stored.cells import CACHE
@@ -159,6 +161,13 @@ def test_waits_for_the_hub_are_bounded(asked: list[str], monkeypatch: pytest.Mon
     with pytest.raises(DataError):
         read("some/set")
     assert (inside, asked) == (["open"], ["some/set"])
+
+
+@pytest.mark.parametrize("command", [["eval"], ["predict", "--output", "o.csv"], ["pairs", "--output", "o.json"]])
+def test_a_command_is_refused_before_it_loads_anything(asked: list[str], command: list[str]) -> None:
+    result = CliRunner().invoke(cli, [*command, "no-model", "--data", "answer.csv"])
+    assert result.exit_code == 1
+    assert "Error: answer.csv does not exist. Did you mean answers.csv?" in result.stderr
 
 
 def test_a_recipe_is_refused_before_the_hub_is_asked(asked: list[str], project: Project) -> None:
