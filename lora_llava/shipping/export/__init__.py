@@ -55,7 +55,7 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
 
     model = located(source)
     usage = read_usage(model, options.template)
-    if not is_artifact(model) and (options.base_model or options.base):
+    if (options.base_model or options.base) and not is_artifact(model):
         raise RecipeError(f"{model} is a whole model and needs no base; leave --base-model and --onto out")
     report = FORMATS[layout](model, Path(output), options)
     if (window := usage.window) is not None:
