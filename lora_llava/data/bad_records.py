@@ -34,7 +34,7 @@ class BadRecord:
 
 
 class BadRecords:
-    """Collects the bad records of one source in `found`, at most `most` of them.
+    """Collects the bad records of one source in `records`, at most `most` of them.
 
     With 0, the first raises its own error; None means no limit.
     """
@@ -42,7 +42,7 @@ class BadRecords:
     def __init__(self, data: DataSettings, most: int | None) -> None:
         self.data_name = data_name(data.path)
         self.most = most
-        self.found: list[BadRecord] = []
+        self.records: list[BadRecord] = []
 
     @classmethod
     def by_settings(cls, data: DataSettings) -> BadRecords:
@@ -58,8 +58,8 @@ class BadRecords:
         """Collect a bad record; raises DataError if none is allowed, or there are too many."""
         if not self.collects:
             raise error
-        self.found.append(BadRecord(self.data_name, number, identity, error.kind, str(error)))
-        if self.most is not None and len(self.found) > self.most:
+        self.records.append(BadRecord(self.data_name, number, identity, error.kind, str(error)))
+        if self.most is not None and len(self.records) > self.most:
             raise DataError(
                 f"{self.data_name}: more than max_bad_records {self.most} records cannot be used; the last is {error}. "
                 "Run lora-llava check for the whole list, correct them, or raise max_bad_records"

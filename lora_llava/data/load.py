@@ -45,7 +45,7 @@ def load_records(
     if bad.collects:
         records = drop_unusable(records, check, bad)
         if skipped is not None:
-            skipped += sorted(bad.found, key=lambda record: record.record)
+            skipped += sorted(bad.records, key=lambda record: record.record)
     if not records:
         raise DataError(f"{data.path}: holds no records; correct path or split")
     return records

@@ -154,6 +154,16 @@ def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int, indices: Se
 
     `indices`: those by which the rows name the conversations of `items`; None: their positions.
     """
+    groups, single = _by_image(items)
+    trees = [tree for members in groups for tree in _trees_that_fit(members, items, tokens_per_row)]
+    rows = [tuple(row) for row in _first_fit(trees + single, items, tokens_per_row)]
+    if indices is None:
+        return rows
+    return [tuple(tuple(indices[index] for index in tree) for tree in row) for row in rows]
+
+
+def _by_image(items: Sequence[PlanItem]) -> tuple[list[list[int]], list[Tree]]:
+    """Group the conversations that share a prefix by their image; return the others as trees of one."""
     groups: dict[int, list[int]] = {}
     single: list[Tree] = []
     for index, item in enumerate(items):
@@ -161,11 +171,7 @@ def plan_in_order(items: Sequence[PlanItem], *, tokens_per_row: int, indices: Se
             groups.setdefault(item.group, []).append(index)
         else:
             single.append((index,))
-    trees = [tree for members in groups.values() for tree in _trees_that_fit(members, items, tokens_per_row)]
-    rows = [tuple(row) for row in _first_fit(trees + single, items, tokens_per_row)]
-    if indices is None:
-        return rows
-    return [tuple(tuple(indices[index] for index in tree) for tree in row) for row in rows]
+    return list(groups.values()), single
 
 
 def _all_batches(items: Sequence[PlanItem], branches_per_tree: int, batch_size: int, seed: int) -> Iterator[list[Tree]]:
@@ -191,14 +197,8 @@ def _pack(batches: Sequence[list[Tree]], items: Sequence[PlanItem], settings: Ro
 def _epoch_trees(items: Sequence[PlanItem], branches_per_tree: int, seed: str) -> list[Tree]:
     """Shuffle an epoch's conversations, keeping up to `branches_per_tree` about one image together."""
     rng = random.Random(seed)
-    groups: dict[int, list[int]] = {}
-    trees: list[Tree] = []
-    for index, item in enumerate(items):
-        if item.prefix_length:
-            groups.setdefault(item.group, []).append(index)
-        else:
-            trees.append((index,))
-    for members in groups.values():
+    groups, trees = _by_image(items)
+    for members in groups:
         rng.shuffle(members)
         trees += [
             tuple(members[start : start + branches_per_tree]) for start in range(0, len(members), branches_per_tree)

@@ -51,7 +51,7 @@ def encode_pair(record: Record, *, max_length: int, **settings: Any) -> Encoded:
         )
     if len(record.turns) > 2:
         prompt = encode_prompt(record.turns[:-1], where=where, **settings)
-        chosen, rejected = (_supervised_from(len(prompt.input_ids), one) for one in (chosen, rejected))
+        chosen, rejected = (_supervised_from(len(prompt.input_ids), answered) for answered in (chosen, rejected))
     shared = _shared_length(chosen, rejected)
     return replace(
         chosen,

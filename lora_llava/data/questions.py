@@ -178,7 +178,7 @@ def load_image_questions(directory: Path, question: str, data: QuestionSettings)
             bad.add(number, name, error)
     if bad.collects:
         records = drop_unusable(records, None, bad)
-        skipped = sorted(bad.found, key=lambda record: record.record)
+        skipped = sorted(bad.records, key=lambda record: record.record)
     if not records:
         raise DataError(f"{directory}: none of its {counted(len(images), 'image')} can be used: {skipped[0].problem}")
     return QuestionSet(_open_questions(records), len(records), skipped=skipped)

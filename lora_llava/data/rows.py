@@ -171,7 +171,7 @@ class PackedRows:
         row = self.rows[index]
         trees = [[self.encoded[index] for index in tree] for tree in row]
         batch = build_row(trees)
-        if references := [one.reference for tree in trees for one in tree if one.reference is not None]:
+        if references := [pair.reference for tree in trees for pair in tree if pair.reference is not None]:
             batch["reference"] = torch.tensor(references, dtype=torch.float64)
         if self.sources:
             batch["sources"] = torch.tensor(self._sources_of(row), dtype=torch.int64)

@@ -220,9 +220,13 @@ def _repeated(records: Sequence[Record]) -> str:
     """
     # A record that the weight of its source repeats is meant to count twice.
     own = {id(record): record for record in records}.values()
-    distinct = {(one.image and one.image.identity, one.system, one.turns, one.rejected) for one in own}
+    distinct = {(record.image and record.image.identity, _texts(record)) for record in own}
     count = len(own) - len(distinct)
     return f"{count:,} of {counted(len(own), 'record')} repeat another: same image, same text" if count else ""
+
+
+def _texts(record: Record) -> tuple[object, ...]:
+    return record.system, record.turns, record.rejected
 
 
 _MIN_ENCODINGS = 1.5

@@ -64,10 +64,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
     """Yield duplicates and contradictions in each source, and leaks between the sides of each split."""
     for source in survey.sources:
         yield from _duplicate_ids(source)
-        yield from _duplicate_images(survey, source)
-        yield from _transparent(survey, source)
-        yield from _other_extensions(source)
-        yield from _empty_images(survey, source)
+        yield from _image_findings(survey, source)
         yield from _gray_ranges(survey, source)
         for record in source.records:
             text = "\0".join(turn.text for turn in record.turns)
@@ -121,38 +118,24 @@ def _duplicate_ids(source: Source) -> Iterator[Finding]:
             yield finding_at("duplicate_id", source, record, f"{record.where}: record {other.number} has this id too")
 
 
-def _duplicate_images(survey: Survey, source: Source) -> Iterator[Finding]:
+def _image_findings(survey: Survey, source: Source) -> Iterator[Finding]:
+    """Yield images that are stored twice, transparent, or named otherwise in the data, and those that show nothing."""
     first: dict[bytes, ImageSource] = {}
     for record, image in _images(source.records):
-        other = first.setdefault(survey.facts(image).sha256, image)
-        if other.identity != image.identity:
-            problem = f"{record.where}: image {printable(image.key, 80)} has the bytes of {printable(other.key, 80)}"
+        facts, name = survey.facts(image), printable(image.key, 80)
+        where = f"{record.where}: image {name}"
+        if (other := first.setdefault(facts.sha256, image)) is not image:
+            problem = f"{where} has the bytes of {printable(other.key, 80)}"
             yield finding_at("duplicate_image", source, record, problem, image, other)
-
-
-def _transparent(survey: Survey, source: Source) -> Iterator[Finding]:
-    for record, image in _images(source.records):
-        if survey.facts(image).is_transparent:
-            yield finding_at("transparent", source, record, f"{record.where}: image {printable(image.key, 80)}", image)
-
-
-def _other_extensions(source: Source) -> Iterator[Finding]:
-    for record, image in _images(source.records):
+        if facts.is_transparent:
+            yield finding_at("transparent", source, record, where, image)
         if image.asked:
-            problem = f"{record.where}: {printable(image.asked, 80)} is {printable(image.key, 80)}"
+            problem = f"{record.where}: {printable(image.asked, 80)} is {name}"
             yield finding_at("other_extension", source, record, problem, image)
-
-
-def _empty_images(survey: Survey, source: Source) -> Iterator[Finding]:
-    """Yield images in which the model would see nothing, or next to nothing."""
-    for record, image in _images(source.records):
-        facts = survey.facts(image)
         if (shown := _blank(facts)) is not None:
-            problem = f"{record.where}: image {printable(image.key, 80)} {shown}"
-            yield finding_at("blank_image", source, record, problem, image)
+            yield finding_at("blank_image", source, record, f"{where} {shown}", image)
         elif facts.levels < MIN_LEVELS:
-            levels = counted(facts.levels, "shade")
-            problem = f"{record.where}: image {printable(image.key, 80)} keeps {levels} in the 8 bits that are seen"
+            problem = f"{where} keeps {counted(facts.levels, 'shade')} in the 8 bits that are seen"
             yield finding_at("few_levels", source, record, problem, image)
 
 

@@ -96,7 +96,7 @@ def _encode_side(
             )
     side.records = [record for record, _ in usable]
     for source in {id(source): source for source in (side.source, *side.others.values())}.values():
-        failed = {bad.record for bad in source.bad.found}
+        failed = {bad.record for bad in source.bad.records}
         source.records = [record for record in source.records if record.number not in failed]
     records, sizes = side.records, [size for _, size in usable if size is not None]
     if side.role == "training" and any(source.data.merge_turns for source in side.others.values()):

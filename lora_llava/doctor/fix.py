@@ -13,6 +13,7 @@ from typing import Any
 from lora_llava.data.bad_records import BadRecord, Exclusions, write_bad_records
 from lora_llava.data.record import Record
 from lora_llava.data.sources.cells import ROLES
+from lora_llava.data.sources.forms import CONVERSATIONS
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.tables import read_entries, read_rows
 from lora_llava.doctor.catalogue import KINDS
@@ -28,8 +29,6 @@ RECIPE, FIXES = "recipe.yaml", "fixes.json"
 _DUPLICATE = "duplicate_record"
 _CORRECTED = frozenset({_DUPLICATE, "other_extension"})
 """Kinds of findings that the cleaned data no longer have, besides bad records."""
-_CONVERSATIONS = ("conversations", "conversatons", "messages")
-"""Keys of the turns, one of them misspelled as in published data."""
 _IMAGES = ("image", "images")
 
 
@@ -43,7 +42,7 @@ class _Fixes:
     changed: Counter[str] = field(default_factory=Counter)
     file: str | None = None
     """Name of what was written; None if nothing was wrong."""
-    kept: int = 0
+    num_records: int = 0
     """Number of records that stay."""
 
     @property
@@ -73,7 +72,7 @@ def write_fixed(report: Report, output: Path) -> list[str]:
 
 def _fix(report: Report, source: Source, staging: Path) -> _Fixes:
     """Write one source to `staging`, cleaned, or the list of its records to leave out, if anything is wrong."""
-    dropped = {bad.record: bad for bad in source.bad.found}
+    dropped = {bad.record: bad for bad in source.bad.records}
     for finding in report.findings.get(_DUPLICATE, []):
         if finding.source == source.name:
             dropped[finding.record] = BadRecord(finding.data, finding.record, finding.id, _DUPLICATE, finding.problem)
@@ -81,13 +80,13 @@ def _fix(report: Report, source: Source, staging: Path) -> _Fixes:
     if _is_written_again(source):
         rows = list(_rows(source, fixes))
         if dropped or fixes.changed:
-            fixes.file, fixes.kept = f"{source.name}.jsonl", len(rows)
+            fixes.file, fixes.num_records = f"{source.name}.jsonl", len(rows)
             # Half of a surrogate pair, in a key that is not read, is written as JSON's escape for it.
             with (staging / fixes.file).open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     elif dropped:
         fixes.file = f"{source.name}.exclude.jsonl"
-        fixes.kept = len(source.records) - fixes.reasons[_DUPLICATE]
+        fixes.num_records = len(source.records) - fixes.reasons[_DUPLICATE]
         write_bad_records(staging / fixes.file, [*dropped.values(), *source.excluded()])
     return fixes
 
@@ -127,7 +126,7 @@ def _entries(data: DataSettings) -> Iterator[Entry]:
 
 def _drop_first_turn(row: dict[str, Any], data: DataSettings) -> bool:
     """Remove a first turn of the model, which training leaves out, from a row; return whether there was one."""
-    names = _CONVERSATIONS if data.columns is None else (data.columns.messages,)
+    names = CONVERSATIONS if data.columns is None else (data.columns.messages,)
     name = next((name for name in names if name is not None and isinstance(row.get(name), list)), None)
     turns = [] if name is None else row[name]
     if len(turns) < 2 or not isinstance(turns[0], dict):
@@ -193,7 +192,7 @@ def _changed_data(data: DataSettings, number: str, update: dict[str, Any], is_va
 
 def _left(report: Report) -> list[dict[str, Any]]:
     """Return the findings that take judgment, with what to do."""
-    bad = {bad.kind for source in report.survey.sources for bad in source.bad.found}
+    bad = {bad.kind for source in report.survey.sources for bad in source.bad.records}
     return [
         {"kind": kind, "count": sum(finding.count for finding in findings), "advice": KINDS[kind].advice}
         for kind, findings in report.findings.items()
@@ -206,7 +205,7 @@ def _as_json(fixes: _Fixes) -> dict[str, Any]:
         "source": fixes.source.name,
         "data": fixes.source.data_name,
         "file": fixes.file,
-        "records": fixes.kept if fixes.file else len(fixes.source.records),
+        "records": fixes.num_records if fixes.file else len(fixes.source.records),
         "dropped": dict(fixes.reasons),
         "corrected": dict(fixes.changed),
         "records_dropped": [json.loads(bad.line()) for _, bad in sorted(fixes.dropped.items())],
@@ -220,4 +219,4 @@ def _line(fixes: _Fixes) -> str:
         return f"{name}: nothing to correct"
     done = [f"{count:,} {kind} dropped" for kind, count in fixes.reasons.most_common()]
     done += [f"{count:,} {kind} corrected" for kind, count in fixes.changed.most_common()]
-    return f"{name}: {', '.join(done)}; {counted(fixes.kept, 'record')} in {fixes.file}"
+    return f"{name}: {', '.join(done)}; {counted(fixes.num_records, 'record')} in {fixes.file}"

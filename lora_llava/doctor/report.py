@@ -57,9 +57,9 @@ class Report:
     def lists(self) -> dict[str, tuple[str, int]]:
         """Lists of bad records: by the recipe key that would name it, the file and its number of records."""
         return {
-            f"{source.key}.exclude": (f"{_LISTS}/{source.name}.jsonl", len(source.bad.found))
+            f"{source.key}.exclude": (f"{_LISTS}/{source.name}.jsonl", len(source.bad.records))
             for source in self.survey.sources
-            if source.bad.found and source.records
+            if source.bad.records and source.records
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Report:
                     "name": source.name,
                     "data": source.data_name,
                     "usable_records": len(source.records),
-                    "bad_records": len(source.bad.found),
+                    "bad_records": len(source.bad.records),
                 }
                 for source in self.survey.sources
             ],
@@ -110,13 +110,13 @@ def _bad_records(survey: Survey) -> Iterator[Finding]:
         if source.error is not None:
             kind = "key" if source.error.kind == "key" else "data_file"
             yield finding_about(kind, source, _without_paths(str(source.error), source))
-        assert all(bad.kind in EXCLUDABLE for bad in source.bad.found)
+        assert all(bad.kind in EXCLUDABLE for bad in source.bad.records)
         yield from _bad_records_of(source)
 
 
 def _bad_records_of(source: Source) -> Iterator[Finding]:
     """Yield a finding for each bad record, or a single one if nearly all records fail in the same way."""
-    bad = sorted(source.bad.found, key=lambda record: record.record)
+    bad = sorted(source.bad.records, key=lambda record: record.record)
     reasons = Counter(map(_reason, bad))
     [(reason, count)] = reasons.most_common(1) or [("", 0)]
     if count >= _MIN_ALIKE and count >= _MIN_SHARE_ALIKE * (len(bad) + len(source.records)):
@@ -173,12 +173,12 @@ def write_report(report: Report, page: str, directory: Path) -> None:
     lists.mkdir(parents=True, exist_ok=True)
     for source in report.survey.sources:
         name = f"{_LISTS}/{source.name}.jsonl"
-        if not source.bad.found or not source.records:
+        if not source.bad.records or not source.records:
             (directory / name).unlink(missing_ok=True)
             continue
         with _listed(directory, name) as path:
             # The new list replaces the one in use, so it takes over its records.
-            write_bad_records(path, [*source.bad.found, *source.excluded()])
+            write_bad_records(path, [*source.bad.records, *source.excluded()])
     if not any(lists.iterdir()):
         lists.rmdir()
     for name, text in ((PAGE, page), (REPORT, json_text(report.as_json(), indent=2, ensure_ascii=False) + "\n")):

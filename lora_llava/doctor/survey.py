@@ -134,7 +134,7 @@ def _read(source: Source, *, extra: bool) -> None:
         records = read_source(source.data, source.bad, extra=extra)
         if source.is_evaluation:
             records = [without_blank_answer(record) for record in records]
-        if not records and not source.bad.found:
+        if not records and not source.bad.records:
             raise DataError(f"{source.data_name}: contains no records; correct path or split")
     except DataError as error:
         source.error = error

@@ -45,10 +45,10 @@ def _mix_view(stage: str, mix: Sequence[Mapping[str, Any]]) -> FittingTable:
     ranks = (3, 0, 1, 4, 2)
     columns = [Column(heading, importance=rank) for heading, rank in zip(headings, ranks, strict=True)]
     table = FittingTable(f"An epoch of {stage}", [Column("source", is_number=False), *columns])
-    for one in mix:
-        counts = [f"{one[key]:,}" for key in ("records", "records_of_epoch", "supervised_tokens")]
-        shares = [f"{one[key]:.1%}" for key in ("share_of_records", "share_of_supervised_tokens")]
-        table.add(printable(one["source"], 40), *counts[:2], shares[0], counts[2], shares[1])
+    for source in mix:
+        counts = [f"{source[key]:,}" for key in ("records", "records_of_epoch", "supervised_tokens")]
+        shares = [f"{source[key]:.1%}" for key in ("share_of_records", "share_of_supervised_tokens")]
+        table.add(printable(source["source"], 40), *counts[:2], shares[0], counts[2], shares[1])
     return table
 
 

@@ -104,8 +104,8 @@ def read(path: Path, settings: dict[str, Any]) -> None:
         return
     if strict is not None:
         assert fingerprint(strict) == fingerprint(lenient)
-        assert not bad.found
-    numbers = [record.number for record in lenient] + [one.record for one in bad.found]
+        assert not bad.records
+    numbers = [record.number for record in lenient] + [one.record for one in bad.records]
     assert len(set(numbers)) == len(numbers) <= (data.max_records or len(numbers))
     for record in lenient:
         assert (

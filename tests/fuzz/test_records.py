@@ -52,12 +52,12 @@ def read(folder: Path, name: str, content: bytes, **settings: Any) -> int | None
         return None
     if strict is not None:
         assert fingerprint(strict) == fingerprint(lenient)
-        assert not bad.found
-    numbers = [record.number for record in lenient] + [one.record for one in bad.found]
+        assert not bad.records
+    numbers = [record.number for record in lenient] + [one.record for one in bad.records]
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
     for record in lenient:
         assert record.image is None or record.image.path is None or record.image.path.is_relative_to(folder.resolve())
-    for one in bad.found:
+    for one in bad.records:
         assert json.loads(one.line())["record"] == one.record
     return len(numbers)
 

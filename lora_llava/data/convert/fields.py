@@ -13,8 +13,6 @@ from lora_llava.data.sources.cells import kind_of
 from lora_llava.errors import DataError
 from lora_llava.system.text import listed, printable
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Extensions of image files, in lower case."""
 _MAX_ID = 200
 """Longest id in characters."""
 

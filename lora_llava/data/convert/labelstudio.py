@@ -10,7 +10,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from lora_llava.data.convert.boxes import Box, check_size, clipped, corners
 from lora_llava.data.convert.fields import (
-    IMAGE_SUFFIXES,
     WRONG_FIELD,
     DropError,
     identity,
@@ -21,6 +20,7 @@ from lora_llava.data.convert.fields import (
 )
 from lora_llava.data.convert.objects import Labeled, Scene, ask_about_objects
 from lora_llava.data.convert.writer import ConvertOptions, Picture, Writer
+from lora_llava.data.images.root import IMAGE_SUFFIXES
 from lora_llava.data.record import check_text
 from lora_llava.data.sources.cells import kind_of
 from lora_llava.data.sources.tables import read_document

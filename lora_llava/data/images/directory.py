@@ -10,10 +10,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from lora_llava.data.images.read import FORMATS
+from lora_llava.data.images.root import IMAGE_SUFFIXES
 from lora_llava.errors import DataError
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""A file with such a name is meant to be an image: if it is damaged, that is reported."""
 
 
 class Listing(NamedTuple):
@@ -37,7 +35,8 @@ def list_images(directory: Path) -> Listing:
         for name in names:
             path = Path(folder, name)
             if not name.startswith(".") and path.is_file():
-                is_image = name.lower().endswith(_SUFFIXES) or _has_image_header(path)
+                # A file with the name of an image is meant to be one: if it is damaged, that is reported.
+                is_image = name.lower().endswith(IMAGE_SUFFIXES) or _has_image_header(path)
                 (listing.images if is_image else listing.others).append(path.relative_to(directory).as_posix())
     if not listing.images:
         raise DataError(f"{directory}: holds no images (known formats: {', '.join(FORMATS)}); correct it")

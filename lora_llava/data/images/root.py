@@ -14,8 +14,8 @@ from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed, printable
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""Extensions that may stand for each other: files are judged by their content."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Extensions of image files, in lower case. They may stand for each other: files are judged by their content."""
 _NUM_NAMED = 5
 
 
@@ -180,7 +180,7 @@ def _stem(base: str) -> str:
     """Return a file name without the extension of an image, in the one form of Unicode."""
     base = _composed(base)
     stem, suffix = os.path.splitext(base)  # noqa: PTH122 - strings: once for every file
-    return stem if suffix.lower() in _SUFFIXES else base
+    return stem if suffix.lower() in IMAGE_SUFFIXES else base
 
 
 def _composed(name: str) -> str:

@@ -230,7 +230,7 @@ class ImageCells:
             return unquote(local)
         upload = head.removeprefix("/data/")
         names = (upload, upload.removeprefix("upload/"), upload.rpartition("/")[2])
-        return next((one for one in names if (self.root.root / one).is_file()), names[-1])
+        return next((path for path in names if (self.root.root / path).is_file()), names[-1])
 
     def _of_mapping(self, cell: Mapping[str, Any], where: str) -> ImageSource | None:
         data, path = cell.get("bytes"), cell.get("path")

@@ -67,10 +67,8 @@ def load_columns(data: DataSettings, image_root: Path | None, bad: BadRecords, *
     used = {text for text in texts if isinstance(text, str) and text != data.group} if extra else None
 
     def read(row: Entry, number: int) -> Record:
-        line = "" if row.line is None else f" (line {row.line})"
-        if row.part:
-            line = f" ({row.part})" if row.line is None else f" (line {row.line}, {row.part})"
-        record = read_row(row.value, number, f"{location}, record {number}{line}")
+        spot = f" ({row.spot})" if row.spot else ""
+        record = read_row(row.value, number, f"{location}, record {number}{spot}")
         return record if used is None else replace(record, extra=own_values(row.value, used))
 
     records = read_records(rows, read, data, bad)

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from lora_llava.data.images.root import IMAGE_SUFFIXES
 from lora_llava.data.sources.files.shards import check_shard
 from lora_llava.errors import DataError
 from lora_llava.system.text import printable
@@ -39,8 +40,6 @@ _FIRST_BYTES = {
 """By these `datasets` knows a file to unpack, whatever its name. Source: `datasets/utils/extract.py`."""
 _UNBOUNDED = (".7z", ".rar", ".zst", ".lz4")
 """Kinds of archives whose unpacked size cannot be read or counted without packages that the kit does not need."""
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Files that `datasets` does not unpack; there may be very many of them."""
 
 
 def check_directory(directory: Path) -> None:
@@ -56,7 +55,8 @@ def check_directory(directory: Path) -> None:
         for name in names:
             if name.endswith(".tar"):
                 check_shard(Path(folder, name))
-            if not name.lower().endswith(_IMAGES) and (kind := _archive_kind(path := Path(folder, name))):
+            # `datasets` does not unpack images, of which there may be very many.
+            if not name.lower().endswith(IMAGE_SUFFIXES) and (kind := _archive_kind(path := Path(folder, name))):
                 _check_archive(path, kind)
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from lora_llava.recipe.columns import ColumnSettings
 from lora_llava.system.text import listed, printable
 
+CONVERSATIONS = ("conversations", "conversatons", "messages")
+"""Keys of the turns; the second is the spelling in LLaVA-Med's published files."""
 _NAMES = {
     "image": "image images img picture photo image_path image_file image_name img_path img_name imgname imgpath "
     "file file_name filename path figure_path picture_path image_id",
@@ -70,7 +72,7 @@ def known_form(keys: Collection[str]) -> Form | None:
     image = next((name for name in ("images", "image") if name in keys), None)
     if image == "images" and "texts" in keys:
         return Form(ColumnSettings(image=image, question="user", answer="assistant"), "texts")
-    for messages in ("messages", "conversations", "conversatons"):
+    for messages in reversed(CONVERSATIONS):
         if messages in keys:
             return Form(ColumnSettings(image=image, messages=messages, system="system" if "system" in keys else None))
     if image == "image" and {"prefix", "suffix"} <= set(keys):

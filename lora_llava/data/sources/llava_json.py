@@ -23,7 +23,7 @@ from lora_llava.data.record import (
 )
 from lora_llava.data.sources.cells import ImageCells, join_images, kind_of, place_image, read_dialog, read_question
 from lora_llava.data.sources.columns import load_columns
-from lora_llava.data.sources.forms import describe_record, known_form
+from lora_llava.data.sources.forms import CONVERSATIONS, describe_record, known_form
 from lora_llava.data.sources.mapping import make_reader
 from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.data.sources.selection import Entry
@@ -32,9 +32,7 @@ from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import printable
 
-# The second is the spelling in LLaVA-Med's published files.
-_CONVERSATIONS = ("conversations", "conversatons", "messages")
-_KEYS = frozenset({"id", "image", "images", "system", *_CONVERSATIONS})
+_KEYS = frozenset({"id", "image", "images", "system", *CONVERSATIONS})
 
 
 def load_llava_json(
@@ -64,7 +62,7 @@ def load_llava_json(
 
 def _is_flat(entry: Any) -> bool:
     """Tell whether an entry is of another form that its keys identify."""
-    is_llava = isinstance(entry, dict) and any(entry.get(key) is not None for key in _CONVERSATIONS)
+    is_llava = isinstance(entry, dict) and any(entry.get(key) is not None for key in CONVERSATIONS)
     return isinstance(entry, dict) and not is_llava and known_form(entry) is not None
 
 
@@ -78,19 +76,17 @@ def _identity(entry: Any) -> str | None:
 
 
 def _record(entry: Entry, number: int, location: str, images: ImageCells, data: DataSettings) -> Record:
-    line = ", ".join(part for part in ("" if entry.line is None else f"line {entry.line}", entry.part) if part)
-    record = entry.value
+    record, details = entry.value, [entry.spot] if entry.spot else []
     if not isinstance(record, dict):
-        suffix = f" ({line})" if line else ""
+        suffix = f" ({entry.spot})" if entry.spot else ""
         raise DataError(f"{location}{suffix}: is {kind_of(record)}, must be an object with id, image and conversations")
     given = record.get("id")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
         raise DataError(f"{location}: id: is {kind_of(given)}, must be text or an integer")
-    details = [line] if line else []
     if given is not None:
         details.append(f"id {printable(check_text(str(given), f'{location}: id'), 80)}")
     where = f"{location} ({', '.join(details)})" if details else location
-    key = next((key for key in _CONVERSATIONS if record.get(key) is not None), None)
+    key = next((key for key in CONVERSATIONS if record.get(key) is not None), None)
     if key is None:
         raise DataError(f"{where}: conversations: is missing; {describe_record(record)}", "form")
     dialog = read_dialog(record[key], f"{where}: {key}")

@@ -25,6 +25,11 @@ class Entry(NamedTuple):
     part: str = ""
     """Which element of a list in the file's entry it is, such as `entry 3, qas[2]`."""
 
+    @property
+    def spot(self) -> str:
+        """Line and part, for messages; empty if neither is known."""
+        return ", ".join(text for text in ("" if self.line is None else f"line {self.line}", self.part) if text)
+
 
 class Where:
     """The conditions of `where`."""
@@ -32,8 +37,8 @@ class Where:
     def __init__(self, conditions: Mapping[str, Condition], name: str) -> None:
         self.name = name
         self.accepted = {
-            column: frozenset(_text_of(value) for value in (wanted if isinstance(wanted, list) else [wanted]))
-            for column, wanted in conditions.items()
+            column: frozenset(map(_text_of, values if isinstance(values, list) else [values]))
+            for column, values in conditions.items()
         }
         self._seen: dict[str, dict[str | None, None]] = {column: {} for column in conditions}
         self._columns: list[str] = []

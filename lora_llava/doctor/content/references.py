@@ -13,7 +13,7 @@ from lora_llava.system.text import counted, printable
 
 
 def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
-    """Yield references that normalize to nothing and, with a tokenizer, those longer than `max_new_tokens`."""
+    """Yield references that normalize to nothing, and those longer than `max_new_tokens`."""
     settings = survey.recipe.evaluation
     side = next((side for side in survey.sides if side.role == "evaluation"), None)
     if settings is None or side is None:
@@ -26,7 +26,7 @@ def reference_findings(survey: Survey, tokenizer: Any) -> Iterator[Finding]:
             problem = f"{question.record.where}: {printable(question.answer)!r} under {METRIC_NAMES[metric]}"
             source = side.source_of(question.record)
             yield finding_at("void_reference", source, question.record, problem, question.record.image)
-    if tokenizer is None or not answers:
+    if not answers:
         return
     limit = settings.max_new_tokens
     for question, ids in zip(questions, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_llava.data.convert.dicom import is_dicom
-from lora_llava.data.convert.fields import IMAGE_SUFFIXES
+from lora_llava.data.images.root import IMAGE_SUFFIXES
 from lora_llava.data.sources.tables import read_document
 from lora_llava.errors import DataError
 

@@ -17,7 +17,14 @@ from lora_llava.data.images.directory import list_images
 from lora_llava.data.load import read_source
 from lora_llava.data.record import Record
 from lora_llava.data.sources.columns import Peeked, peek, splits_of
-from lora_llava.data.sources.forms import QUESTION, class_question, describe_record, known_form, propose_columns
+from lora_llava.data.sources.forms import (
+    CONVERSATIONS,
+    QUESTION,
+    class_question,
+    describe_record,
+    known_form,
+    propose_columns,
+)
 from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import conversion_of
@@ -31,8 +38,6 @@ Columns = Mapping[str, Any]
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".parquet")
 _CARDS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json")
 """Files that describe data next to them."""
-_CONVERSATIONS = ("conversations", "conversatons", "messages")
-"""Keys of the turns, one of them misspelled as in published data."""
 _GROUPS = (
     "patient patienten subject person participant case study exam visit specimen slide animal device gerat geraet "
     "machine maschine serial batch lot site"
@@ -89,7 +94,7 @@ def look_at(name: str, columns: Columns | None = None) -> Look:
         look = _table(name, f"data set {name} of the Hub", {"path": name}, columns)
     bad = BadRecords(DataSettings(**look.data), None)
     look.records = read_source(DataSettings(**look.data), bad)
-    look.unusable = [record.problem for record in bad.found]
+    look.unusable = [record.problem for record in bad.records]
     if not look.records:
         first = f": the first is {look.unusable[0]}" if look.unusable else ""
         raise DataError(f"{name}: {look.form}, but none of its records can be read{first}")
@@ -155,7 +160,7 @@ def _file(path: Path, directory: Path, columns: Columns | None) -> Look:
     form = f"{path.suffix[1:].upper()} file"
     if columns is None and path.suffix in (".json", ".jsonl"):
         peeked = peek(DataSettings(path=str(path)))
-        if peeked.rows and any(peeked.rows[0].get(key) is not None for key in _CONVERSATIONS):
+        if peeked.rows and any(peeked.rows[0].get(key) is not None for key in CONVERSATIONS):
             look = Look(f"{form} of conversations", {"path": str(path)})
             image = next((key for key in ("image", "images") if key in peeked.names), None)
             _set_root(look, peeked.rows, image, directory)

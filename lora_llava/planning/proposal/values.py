@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lora_llava.data.convert.fields import IMAGE_SUFFIXES
+from lora_llava.data.images.root import IMAGE_SUFFIXES
 
 _IMAGES = (*IMAGE_SUFFIXES, ".dcm")
 _QUESTION_MARKS = ("?", "\uff1f", "\u061f")

@@ -163,8 +163,8 @@ def _elements(source: IO[bytes], tag: str, path: Path) -> Iterator[Any]:
 
 def _part_of(reader: Any, path: Path, sheet: str | None) -> str:
     """Return the name of the part with a sheet (None: the first)."""
-    found = [(item, relation) for item, relation in reader.parser.find_sheets() if "chartsheet" not in relation.Type]
-    parts = {str(item.name): str(relation.target) for item, relation in found if relation.target in reader.valid_files}
+    sheets = [(item, relation) for item, relation in reader.parser.find_sheets() if "chartsheet" not in relation.Type]
+    parts = {str(item.name): str(relation.target) for item, relation in sheets if relation.target in reader.valid_files}
     if sheet is not None and sheet not in parts:
         shown = listed([printable(name, 40) for name in parts])
         raise DataError(f"{path.name}: there is no sheet {sheet!r}; it has {shown or 'none'}; correct name")

@@ -131,7 +131,7 @@ def _restarts(file: io.RawIOBase, span: int, size: int) -> list[tuple[int, int]]
     The last is the end. Raises ValueError if the data are damaged. Source: Snappy's `format_description.txt`.
     """
     window, base = _window(file, 0), 0
-    position, stated = _varint(window)
+    stated, position = varint(window, 0)
     if stated != size:
         raise ValueError("a page differs in size from its header")
     output = 0
@@ -171,11 +171,12 @@ def _window(file: io.RawIOBase, position: int) -> bytes:
     return (file.read(_WINDOW) or b"") + bytes(5)
 
 
-def _varint(data: bytes) -> tuple[int, int]:
-    """Return the length of a varint and its value."""
+def varint(data: bytes, position: int) -> tuple[int, int]:
+    """Return the number of at most five bytes at a position, and the position after it; ValueError if there is none."""
     value = 0
-    for index in range(5):
-        value |= (data[index] & 127) << 7 * index
-        if data[index] < 128:
-            return index + 1, value
-    raise ValueError("a page has no size")
+    for shift, byte in zip(range(0, 35, 7), data[position : position + 5], strict=False):
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+    raise ValueError(_CUT)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lora_llava.data.sources.stored.bodies import Body, open_body
+from lora_llava.data.sources.stored.bodies import Body, open_body, varint
 from lora_llava.data.sources.stored.page_headers import DATA, DATA_V2, DICTIONARY, PageHeader, read_page_header
 from lora_llava.data.sources.stored.ranges import SNAPPY, STREAMS, StoredBytes
 
@@ -143,7 +143,7 @@ def _hybrid(data: bytes, count: int, width: int) -> Levels:
     values = np.zeros(count, dtype=np.int64)
     position = filled = 0
     while filled < count and width:
-        header, position = _varint(data, position)
+        header, position = varint(data, position)
         if header & 1:
             packed = data[position : position + (header >> 1) * width]
             position += len(packed)
@@ -159,17 +159,3 @@ def _hybrid(data: bytes, count: int, width: int) -> Levels:
             raise ValueError("levels or indices are cut short")
         filled += run
     return values
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return a varint and the position after it; ValueError if there is none."""
-    value = 0
-    for shift in range(0, 35, 7):
-        if position >= len(data):
-            break
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise ValueError("levels or indices are cut short")
