@@ -28,10 +28,10 @@ from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import PREPROCESSOR, PROCESSOR
-from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base, locate
+from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base
 from lora_llava.modeling.identity import BASE_OPTION, Fields, base_fields, check_base_files, check_unchanged, record
 from lora_llava.modeling.merged import check_merged
-from lora_llava.modeling.metadata import hub_errors, read_config
+from lora_llava.modeling.metadata import hub_errors, locate, read_config
 from lora_llava.recipe.stages import AspectRatio, StageName
 from lora_llava.run_directory.claim import restore_around
 from lora_llava.system.device import pick_device, pick_dtype

@@ -117,8 +117,7 @@ def _fresh_projector(
     With `embeddings` (vocabulary, hidden size), `_match_embedding_statistics` then rescales its last layer. For
     `linear`, linear_2 is the identity and stays frozen: one trained linear map, in the layout of every LLaVA reader.
     """
-    generator = torch.random.fork_rng(devices=[])
-    with generator:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = {}
         for name in ("linear_1", "linear_2"):

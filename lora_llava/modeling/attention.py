@@ -119,12 +119,10 @@ def _block_lists(segments: torch.Tensor) -> dict[str, torch.Tensor]:
     partly = (seen > 0) & ~entirely
     lists: dict[str, torch.Tensor] = {}
     for name, blocks in zip(_BLOCK_LISTS, (partly, entirely, partly.T, entirely.T), strict=True):
-        order = blocks.int().argsort(dim=1, descending=True, stable=True)
-        lists[f"{name}_num_blocks"] = blocks.sum(1, dtype=torch.int32)[None, None].clone(
-            memory_format=torch.contiguous_format
-        )
-        lists[f"{name}_indices"] = order.int()[None, None].clone(memory_format=torch.contiguous_format)
-    return lists
+        lists[f"{name}_num_blocks"] = blocks.sum(1, dtype=torch.int32)
+        lists[f"{name}_indices"] = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+    # Copies, since a view would have torch.compile look at what it is a view of.
+    return {name: values[None, None].clone(memory_format=torch.contiguous_format) for name, values in lists.items()}
 
 
 def with_block_lists(batch: Mapping[str, torch.Tensor], lengths: Sequence[int] = ()) -> dict[str, torch.Tensor]:
@@ -143,7 +141,7 @@ def padded_length(length: int) -> int:
 
 def _padding(length: int, lengths: Sequence[int] = ()) -> tuple[int, int]:
     """Return the padding tokens of a row of `length` tokens for FlexAttention, left and right."""
-    return 0, next((one for one in lengths if one >= length), padded_length(length)) - length
+    return 0, next((padded for padded in lengths if padded >= length), padded_length(length)) - length
 
 
 def _sees(segments: Iterable[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

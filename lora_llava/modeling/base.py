@@ -1,4 +1,4 @@
-"""Locate, hash and load the base model, in the precision of the run.
+"""Hash and load the base model, in the precision of the run.
 
 A base is always a directory in the llava-hf layout, which `LlavaForConditionalGeneration.from_pretrained` reads too;
 `assemble` writes one from parts.
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
@@ -37,16 +36,13 @@ from lora_llava.modeling.structure import (
     image_tokens,
     linear_weights,
 )
-from lora_llava.recipe.fields import is_local
 from lora_llava.system.device import free_memory_bytes
 from lora_llava.system.files import refuse_irregular
-from lora_llava.system.hub.network import bounded
 from lora_llava.system.progress import Advance, counting
 from lora_llava.system.text import listed
 
 _DEQUANTIZED_SHARE = 0.5
 """Share of the free memory that dequantized weights may take; the rest is for other weights, keys and values."""
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +86,6 @@ class LoadedModel:
         return image_tokens(self.config)
 
 
-def locate(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """Return the local directory of a base and the commit it came from (None for a directory).
-
-    Raises ModelError if it is neither a directory nor available from the hub.
-    """
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory, None
-    if is_local(name):
-        raise ModelError(f"base directory {name!r} does not exist")
-    with hub_errors("base", name), bounded():
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    return snapshot, snapshot.name
-
-
 def hash_weights(directory: Path) -> str:
     """Hash all tensors that transformers loads from a directory: names, dtypes, shapes and bytes, in name order."""
     files = weight_files(directory)
@@ -146,18 +127,6 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsA
     )
 
 
-def _check_fast(tokenizer: Any, directory: Path) -> None:
-    """Raise ModelError for a tokenizer that is written in Python."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
-
-
-def _leave_tf32(dtype: torch.dtype) -> None:
-    """In fp32, keep cuDNN from computing the vision tower's patch embedding in TF32, which rounds by the batch."""
-    if dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False
-
-
 def load_base(
     directory: Path,
     identity: BaseIdentity,
@@ -172,11 +141,15 @@ def load_base(
 
     `keep_dequantized`: whether to dequantize them once; None: if they then fit half of the free memory.
     """
-    _leave_tf32(dtype)
+    if dtype == torch.float32:
+        # Else cuDNN computes the vision tower's patch embedding in TF32, which rounds differently for each batch size.
+        torch.backends.cudnn.allow_tf32 = False
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
         tokenizer = read_tokenizer(directory)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
         mean, std = image_statistics(ImageProcessingMixin.get_image_processor_dict(directory)[0], directory)
         model, report = LlavaForConditionalGeneration.from_pretrained(
             directory,
@@ -192,12 +165,14 @@ def load_base(
     _check_complete(report, directory)
     if nf4:
         disable_cpu_repacking(model)
-        if _fits_dequantized(config, dtype, device) if keep_dequantized is None else keep_dequantized:
+        if keep_dequantized is None:
+            room = _DEQUANTIZED_SHARE * free_memory_bytes(device.type)
+            keep_dequantized = linear_weights(config) * dtype.itemsize <= room
+        if keep_dequantized:
             dequantize(model)
     drop_unused_layers(model)
     # Keep trainable weights in fp32: loading a trained projector in bf16 would round it.
     model.get_submodule(PROJECTOR).float()
-    _check_fast(tokenizer, directory)
     model.config.use_cache = False
     return LoadedModel(
         model=model,
@@ -261,11 +236,6 @@ def undo_double_quantization(model: nn.Module) -> None:
         if state is not None and state.nested:
             state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
             state.nested, state.state2, state.offset = False, None, None
-
-
-def _fits_dequantized(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether the language model's linear layers, in `dtype`, fit half of the free memory."""
-    return linear_weights(config) * dtype.itemsize <= _DEQUANTIZED_SHARE * free_memory_bytes(device.type)
 
 
 def quantize(model: Any, *, double_quant: bool, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from lora_llava.errors import LoraLlavaError, ModelError
 from lora_llava.formats.sizes import check_sizes
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.structure import num_image_tokens
-from lora_llava.recipe.fields import PACKAGED, packaged
+from lora_llava.recipe.fields import PACKAGED, is_local, packaged
 from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, BaseModelSettings
 from lora_llava.system.files import read_json, refuse_irregular
 from lora_llava.system.hub.failures import chain, gated
@@ -36,6 +36,7 @@ _NO_CODE = (
     "transformers knows by itself."
 )
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = "*.safetensors"
 
 
 def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
@@ -46,13 +47,23 @@ def describe_base(settings: BaseModelSettings) -> tuple[LlavaConfig, Any]:
     name = settings.model_name_or_path
     if name is None:
         return part_configs(settings)[:2]
+    return describe_directory(locate(name, settings.revision, with_weights=False)[0])
+
+
+def locate(name: str, revision: str | None, *, with_weights: bool = True) -> tuple[Path, str | None]:
+    """Return the local directory of a base and the commit it came from (None for a directory).
+
+    Raises ModelError if it is neither a directory nor available from the hub.
+    """
     directory = Path(name).expanduser()
-    if not directory.is_dir():
-        with hub_errors("base", name), bounded():
-            if directory.is_absolute():
-                raise FileNotFoundError("there is no such directory")
-            directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=_SMALL_FILES))
-    return describe_directory(directory)
+    if directory.is_dir():
+        return directory, None
+    if is_local(name):
+        raise ModelError(f"base directory {name!r} does not exist")
+    files = [*_SMALL_FILES, _WEIGHTS] if with_weights else _SMALL_FILES
+    with hub_errors("base", name), bounded():
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    return snapshot, snapshot.name
 
 
 def describe_directory(directory: Path) -> tuple[LlavaConfig, Any]:

@@ -85,13 +85,13 @@ def _elements(parameter: torch.Tensor) -> int:
 
 def _memory(parameter: torch.Tensor) -> int:
     """Count the bytes of a parameter, with the scales of a quantized one."""
-    size = parameter.numel() * parameter.element_size()
+    size = parameter.nbytes
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = [state.absmax, state.code]
         if state.nested:
             tensors += [state.state2.absmax, state.state2.code, state.offset]
-        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size += sum(tensor.nbytes for tensor in tensors)
     return size
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from lora_llava.errors import RecipeError, TrainingError
 from lora_llava.modeling.assemble import assemble
-from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.base import BaseIdentity, hash_weights
 from lora_llava.modeling.identity import base_fields
-from lora_llava.modeling.metadata import read_config
+from lora_llava.modeling.metadata import locate, read_config
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.unused import unlike_the_model
 from lora_llava.run_directory import output

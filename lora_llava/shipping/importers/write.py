@@ -22,9 +22,9 @@ from lora_llava.formats.llava_original import identity_layer, is_linear
 from lora_llava.formats.names import PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, memory_name
 from lora_llava.formats.peft_adapter import Adapter, lora_fits, lora_scaling, merge_lora
 from lora_llava.formats.processor import save_surroundings
-from lora_llava.modeling.base import BaseIdentity, hash_weights, locate
+from lora_llava.modeling.base import BaseIdentity, hash_weights
 from lora_llava.modeling.identity import base_fields
-from lora_llava.modeling.metadata import read_config
+from lora_llava.modeling.metadata import locate, read_config
 from lora_llava.modeling.structure import num_image_tokens
 from lora_llava.recipe.stages import STAGES, AspectRatio, trains_lora
 from lora_llava.system.files import file_sha256, staged_result

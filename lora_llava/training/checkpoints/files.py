@@ -18,7 +18,6 @@ from typing import Any
 
 from lora_llava.errors import TrainingError
 from lora_llava.recipe.stages import StageName
-from lora_llava.run_directory.claim import move_into
 from lora_llava.system.files import clear_stale, file_sha256, refuse_irregular, shown_path, staged
 
 MANIFEST = "checkpoint.json"
@@ -79,7 +78,7 @@ def write_checkpoint(
     memory_plan: dict[str, Any],
     facts: dict[str, Any],
     write: Callable[[Path, Path], None],
-    place: Place = lambda staging, directory, _: move_into(staging, directory),
+    place: Place,
     *,
     resumable: bool = True,
 ) -> Path:
@@ -113,13 +112,13 @@ def read_verified(directory: Path) -> Checkpoint:
     """Verify every file of a checkpoint and read it; DamagedCheckpointError names the first file that differs."""
     refuse_irregular(directory, DamagedCheckpointError)
     checkpoint, files = _read(directory)
-    found = {path.name for path in directory.iterdir()} - {MANIFEST}
+    present = {path.name for path in directory.iterdir()} - {MANIFEST}
     # Nothing of the kit's is pickled, but a library might load a pickle that lies here.
-    if strays := sorted(name for name in found - files.keys() if name.endswith(_PICKLED)):
+    if strays := sorted(name for name in present - files.keys() if name.endswith(_PICKLED)):
         raise DamagedCheckpointError(f"it holds {strays[0]}, which the kit did not write; remove that file")
     for name, facts in files.items():
         path = directory / name
-        if name not in found or not path.is_file():
+        if name not in present or not path.is_file():
             raise DamagedCheckpointError(f"{name} is missing")
         if (size := path.stat().st_size) != facts["bytes"]:
             raise DamagedCheckpointError(f"{name} has {size:,} bytes, not {facts['bytes']:,}")
@@ -136,7 +135,7 @@ def find_latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None
     if not parent.is_dir():
         return None
     clear_stale(parent)
-    damaged = []
+    damaged: list[str] = []
     for directory in reversed(_directories(parent)):
         try:
             checkpoint = read_verified(directory)
@@ -174,13 +173,15 @@ def prune(parent: Path, step: int, limit: int) -> None:
     weights, since nothing could be resumed from it.
     """
     readable = list(_readable(parent))
-    measured = {one.directory: one.progress.eval_loss for one in readable if one.progress.eval_loss is not None}
-    best = sorted(measured, key=lambda one: measured[one])[:1]
-    resumable = [one.directory for one in readable if one.resumable]
+    losses = [(read.progress.eval_loss, read.directory) for read in readable if read.progress.eval_loss is not None]
+    best = [directory for _, directory in sorted(losses, key=lambda pair: pair[0])[:1]]
+    resumable = [read.directory for read in readable if read.resumable]
     # The most valuable first.
-    kept = [parent / f"step-{step}", *(one for one in best if one in resumable), *reversed(resumable)]
-    for directory in set(_directories(parent)) - set(list(dict.fromkeys(kept))[:limit]) - set(best):
-        _remove_checkpoint(directory)
+    ranked = [parent / f"step-{step}", *(directory for directory in best if directory in resumable)]
+    staying = [*list(dict.fromkeys([*ranked, *reversed(resumable)]))[:limit], *best]
+    for directory in _directories(parent):
+        if directory not in staying:
+            _remove_checkpoint(directory)
 
 
 def _remove_checkpoint(directory: Path) -> None:
@@ -190,9 +191,9 @@ def _remove_checkpoint(directory: Path) -> None:
     read, the manifest of a neighbor gives the names, which are the same.
     """
     names: set[str] = set()
-    for one in (directory, *_directories(directory.parent)):
+    for neighbor in (directory, *_directories(directory.parent)):
         with suppress(TrainingError):
-            names = set(_read(one)[1])
+            names = set(_read(neighbor)[1])
             break
     if directory.is_dir():
         for name in (MANIFEST, *sorted(names)):
@@ -203,8 +204,8 @@ def _remove_checkpoint(directory: Path) -> None:
 
 def best_loss(parent: Path, until: int) -> float | None:
     """Return the lowest validation loss of the checkpoints below `parent` up to step `until`."""
-    found = (one.progress for one in _readable(parent))
-    return min((one.eval_loss for one in found if one.eval_loss is not None and one.step <= until), default=None)
+    progresses = [checkpoint.progress for checkpoint in _readable(parent) if checkpoint.progress.step <= until]
+    return min((progress.eval_loss for progress in progresses if progress.eval_loss is not None), default=None)
 
 
 def _readable(parent: Path) -> Iterator[Checkpoint]:
@@ -225,8 +226,8 @@ def _sha256(path: Path) -> str:
 
 def _directories(parent: Path) -> list[Path]:
     """List the directories named like checkpoints, ordered by step."""
-    found = parent.iterdir() if parent.is_dir() else ()
-    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+    paths = parent.iterdir() if parent.is_dir() else ()
+    return sorted((path for path in paths if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def _step(directory: Path) -> int:

@@ -22,13 +22,14 @@ class HeldWeights:
     @classmethod
     def of(cls, model: nn.Module, progress: Progress) -> HeldWeights:
         """Copy the trained weights of `model`."""
-        return cls(progress, copy_to_host({name: one for name, one in model.named_parameters() if one.requires_grad}))
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        return cls(progress, copy_to_host(trained))
 
 
 def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return contiguous copies on the host that share no memory, with one wait for the device."""
-    copies = {name: _empty_on_host(one) for name, one in tensors.items()}
-    on_device = [name for name, one in tensors.items() if one.device.type == "cuda"]
+    copies = {name: _empty_on_host(tensor) for name, tensor in tensors.items()}
+    on_device = [name for name, tensor in tensors.items() if tensor.device.type == "cuda"]
     with torch.no_grad():
         for name in on_device:
             copies[name].copy_(tensors[name], non_blocking=True)

@@ -145,14 +145,14 @@ def _engine(recipe: Recipe, processes: int) -> str:
     return recipe.distributed.engine if processes > 1 else "torch"
 
 
-def _is_finished(stage: Stage) -> bool:
-    """Tell whether the run has the artifact of a stage, trained to its end from this base and this parent.
+def _finished(stage: Stage) -> Manifest | None:
+    """Return the manifest of the stage's artifact, which was trained to its end; None if the run has none.
 
-    Raises TrainingError if the artifact is damaged, or was trained from other weights.
+    Raises TrainingError if the artifact is damaged, or was trained from another base or another parent.
     """
     directory = stage.directory
     if not directory.exists():
-        return False
+        return None
     advice = f"remove {shown_path(directory)} to have it made again from the stage's last checkpoint"
     try:
         manifest = read_manifest(directory)
@@ -172,7 +172,7 @@ def _is_finished(stage: Stage) -> bool:
                 f"{expected} now). Put the old ones back, or start a new run with another output_dir"
             )
     _check_base_files(stage, directory)
-    return True
+    return manifest
 
 
 def _check_base_files(stage: Stage, directory: Path) -> None:
@@ -187,11 +187,10 @@ def _check_base_files(stage: Stage, directory: Path) -> None:
 def resume_finished(stage: Stage, summary: dict[str, Any], resume: Resume, console: Console) -> bool:
     """Tell whether a stage is finished, and add what is known of it to `summary`.
 
-    Raises TrainingError as `_is_finished` and `refuse_or_warn` do.
+    Raises TrainingError as `_finished` and `refuse_or_warn` do.
     """
-    if resume == "no" or not _is_finished(stage):
+    if resume == "no" or (manifest := _finished(stage)) is None:
         return False
-    manifest = read_manifest(stage.directory)
     differences = changed_settings(stage.directory, stage, finished=True)
     if stage.settings.batch_size == manifest.seen.get("batch_size"):
         # It was `auto`, and is now the number that `auto` chose.
@@ -273,8 +272,6 @@ def _changed_data(stage: Stage, manifest: Manifest, console: Console) -> list[Di
         f"{key}.{IMAGES}": (known.get("images"), picture_facts([*train, *validation])),
     }
     # Facts that an older version did not record are not compared.
-    recorded = {name: pair for name, pair in facts.items() if pair[0] is not None}
-    changed = changed_facts(
-        {name: then for name, (then, _) in recorded.items()}, {name: now for name, (_, now) in recorded.items()}
-    )
+    then = {name: before for name, (before, _) in facts.items() if before is not None}
+    changed = changed_facts(then, {name: now for name, (_, now) in facts.items() if name in then})
     return [*moved, *changed] if changed else []

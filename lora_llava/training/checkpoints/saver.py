@@ -45,11 +45,6 @@ MAX_BEST_SHARE = 0.05
 """Share of the stage's time that saving may take before the best weights wait for the next checkpoint."""
 
 
-def _loss_of(held: HeldWeights) -> float:
-    assert held.progress.eval_loss is not None, "weights are held for their validation loss"
-    return held.progress.eval_loss
-
-
 class ResumableTrainer(Protocol):
     """What a checkpoint holds of a trainer, and restores."""
 
@@ -209,7 +204,9 @@ class CheckpointSaver:
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
         weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
         state = training_state.HeldState.of(optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler, generators)
-        if better is not None and (better.progress.step == step or (loss is not None and loss < _loss_of(better))):
+        # While weights are held, theirs is the best loss.
+        is_best = loss is not None and (self.best is None or loss < self.best)
+        if better is not None and (is_best or better.progress.step == step):
             better = None
 
         def write() -> None:
@@ -224,8 +221,8 @@ class CheckpointSaver:
         self.background.start(write)
         if waits:
             self.background.wait()
-        if loss is not None:
-            self.best = loss if self.best is None else min(self.best, loss)
+        if is_best:
+            self.best = loss
 
     def _write_weights(self, held: HeldWeights) -> None:
         """Write a checkpoint without the state of the training."""
@@ -273,10 +270,10 @@ class CheckpointSaver:
         if is_pending(self.run_directory):
             return None
         try:
-            found = find_latest(self.parent, lambda _: None)
+            newest = find_latest(self.parent, lambda _: None)
         except TrainingError:
             return None
-        return None if found is None else found.directory.relative_to(self.run_directory).as_posix()
+        return None if newest is None else newest.directory.relative_to(self.run_directory).as_posix()
 
     def stopped_early(self, step: int, num_steps: int) -> str | None:
         """Return a line for the console if the stage stopped early."""

@@ -45,7 +45,7 @@ class HeldState:
 
     texts: dict[str, str]
     """Content of the JSON files, by name."""
-    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, Tensors]
     """Tensors on the host, by the name of their file and their own."""
     trainer: TrainerState
 
@@ -62,8 +62,8 @@ class HeldState:
 
         `optimizer`: its state; `generators`: torch's RNG states of each process; (): of this one.
         """
-        found: dict[str, torch.Tensor] = {}
-        settings = _without_tensors(optimizer, "", found)
+        optimizer_tensors: Tensors = {}
+        settings = _without_tensors(optimizer, "", optimizer_tensors)
         # The names of the first process's states have no number, as in a run of one process.
         random_tensors = {
             f"{name}.{number}" if number else name: state
@@ -77,7 +77,7 @@ class HeldState:
         # Lines of the log are added, never changed.
         held.log_history = list(trainer.log_history)
         held.stateful_callbacks = deepcopy(trainer.stateful_callbacks)
-        tensors = {OPTIMIZER_TENSORS: copy_to_host(found), RANDOM_TENSORS: random_tensors}
+        tensors = {OPTIMIZER_TENSORS: copy_to_host(optimizer_tensors), RANDOM_TENSORS: random_tensors}
         return cls({name: json.dumps(content) + "\n" for name, content in contents.items()}, tensors, held)
 
     def write(self, directory: Path) -> None:
@@ -98,7 +98,7 @@ def load_optimizer(directory: Path, optimizer: Any, *, settings: bool) -> None:
     content = _with_tensors(_read(directory / OPTIMIZER), tensors)
     fresh = optimizer.state_dict()["param_groups"]
     groups = content["param_groups"]
-    sizes, fresh_sizes = ([len(group["params"]) for group in one] for one in (groups, fresh))
+    sizes, fresh_sizes = ([len(group["params"]) for group in some] for some in (groups, fresh))
     if sum(sizes) != sum(fresh_sizes):
         raise TrainingError(f"{directory / OPTIMIZER} holds another number of parameters than are trained now")
     # The order of the parameters is fixed; weight decay splits it into more groups.
@@ -187,25 +187,25 @@ def load_weights(directory: Path, model: PeftModel) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _without_tensors(value: Any, name: str, tensors: Tensors) -> Any:
     """Return `value` ready for JSON, with its tensors moved to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach()
         return {_TENSOR: name}
     if isinstance(value, dict):
-        return {str(key): _without_tensors(one, f"{name}.{key}".lstrip("."), tensors) for key, one in value.items()}
+        return {str(key): _without_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_tensors(one, f"{name}.{place}", tensors) for place, one in enumerate(value)]
+        return [_without_tensors(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
     return value
 
 
-def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: Tensors) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
-        return {key: _with_tensors(one, tensors) for key, one in value.items()}
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_tensors(one, tensors) for one in value]
+        return [_with_tensors(item, tensors) for item in value]
     return value
 
 

@@ -48,9 +48,9 @@ class _RowPass:
         """
         if self.gradients.keys() != other.gradients.keys():
             return math.inf
-        pairs = [(one, other.gradients[name]) for name, one in self.gradients.items()]
-        apart = math.sqrt(sum(float((one - two).double().square().sum()) for one, two in pairs))
-        size = math.sqrt(sum(float(two.double().square().sum()) for _, two in pairs))
+        pairs = [(gradient, other.gradients[name]) for name, gradient in self.gradients.items()]
+        apart = math.sqrt(sum(float((mine - theirs).double().square().sum()) for mine, theirs in pairs))
+        size = math.sqrt(sum(float(theirs.double().square().sum()) for _, theirs in pairs))
         differences = [apart / size if size else apart, abs(self.loss - other.loss) / max(abs(other.loss), 1e-12)]
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
@@ -60,7 +60,8 @@ def _pass_row(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype)
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         loss, seconds = timed_pass(model, batch, dtype)
-    gradients = {name: one.grad.to("cpu", copy=True) for name, one in model.named_parameters() if one.grad is not None}
+    with_gradient = ((name, weight) for name, weight in model.named_parameters() if weight.grad is not None)
+    gradients = {name: weight.grad.to("cpu", copy=True) for name, weight in with_gradient}
     model.zero_grad(set_to_none=True)
     return _RowPass(float(loss), gradients, seconds)
 
@@ -68,7 +69,7 @@ def _pass_row(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype)
 @contextmanager
 def _every_gradient(model: nn.Module) -> Iterator[None]:
     """Train, with small numbers in trained weights that are all zero, inside the block."""
-    zeros = [one for one in model.parameters() if one.requires_grad and not one.any()]
+    zeros = [weight for weight in model.parameters() if weight.requires_grad and not weight.any()]
     was_training = model.training
     model.train()
     try:

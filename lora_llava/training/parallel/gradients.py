@@ -72,7 +72,7 @@ class WholeGradients:
     def norms(self) -> dict[str, torch.Tensor]:
         """Compute the norm of each group, a scalar; 0 without gradients."""
         return {
-            name: get_total_norm([one.grad for one in parameters if one.grad is not None])
+            name: get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
             for name, parameters in self.groups.items()
         }
 
@@ -105,9 +105,9 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     # Over the CPU, which does not wait for the device.
     has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
-    reached = [one for one, is_reached in zip(parameters, has_gradient.tolist(), strict=True) if is_reached]
+    reached = [weight for weight, is_reached in zip(parameters, has_gradient.tolist(), strict=True) if is_reached]
     for bucket in _buckets(reached):
-        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])

@@ -61,7 +61,7 @@ class OffloadedAdamW(AdamW):
     def divide(self) -> None:
         """Hand the trained weights over to DeepSpeed: from here on they are views of one tensor for each group."""
         self._parts = AdamW([dict(group) for group in self.param_groups])
-        trained = [one for group in self.param_groups for one in group["params"]]
+        trained = [weight for group in self.param_groups for weight in group["params"]]
         self.engine, self.zero = _initialized(_Losses(trained), self._parts)
 
     @property
@@ -95,10 +95,10 @@ class OffloadedAdamW(AdamW):
         for group, part, stored in zip(self.param_groups, self.part_groups, content["param_groups"], strict=True):
             [flat] = part["params"]
             if state := self._parts.state.get(flat):
-                sizes = [one.numel() for one in group["params"]]
+                sizes = [weight.numel() for weight in group["params"]]
                 moments = {name: _collected(state[name], sizes) for name in _MOMENTS}
-                for position, (index, one) in enumerate(zip(stored["params"], group["params"], strict=True)):
-                    views = {name: parts[position].view_as(one) for name, parts in moments.items() if parts}
+                for position, (index, weight) in enumerate(zip(stored["params"], group["params"], strict=True)):
+                    views = {name: parts[position].view_as(weight) for name, parts in moments.items() if parts}
                     content["state"] |= {index: {"step": state["step"].clone(), **views}} if views else {}
         return content
 
@@ -114,7 +114,7 @@ class OffloadedAdamW(AdamW):
             self._parts.state.pop(flat, None)
             if all(index in state for index in stored["params"]):
                 whole = [state[index] for index in stored["params"]]
-                moments = {name: _own_part([one[name] for one in whole], flat) for name in _MOMENTS}
+                moments = {name: _own_part([weight_state[name] for weight_state in whole], flat) for name in _MOMENTS}
                 self._parts.state[flat] = {"step": whole[0]["step"].clone(), **moments}
 
 
@@ -146,8 +146,8 @@ class OffloadedGradients:
         """Divide an optimizer, and follow its gradients."""
         optimizer.divide()
         self.optimizer, groups = optimizer, optimizer.param_groups
-        self.projector = [one for group in groups if group["name"] == PROJECTOR_PART for one in group["params"]]
-        lora = [one for group in groups if group["name"] != PROJECTOR_PART for one in group["params"]]
+        self.projector = [weight for group in groups if group["name"] == PROJECTOR_PART for weight in group["params"]]
+        lora = [weight for group in groups if group["name"] != PROJECTOR_PART for weight in group["params"]]
         # Nearly that of the backward pass, so that few gradients wait.
         self.order = [*reversed(lora), *reversed(self.projector)]
         self._in_order = optimizer.zero.process_gradients = _InOrder(optimizer.zero.process_gradients, self.order)
@@ -223,8 +223,8 @@ def offload_line(stage: Stage) -> str | None:
 def _zero_of(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """Return 0, a scalar, that depends on all `parameters`."""
     total = parameters[0].new_zeros(())
-    for one in parameters:
-        total = total + 0.0 * one.view(-1)[0]
+    for weight in parameters:
+        total = total + 0.0 * weight.view(-1)[0]
     return total
 
 
@@ -284,5 +284,5 @@ def _collected(part: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
 def _own_part(tensors: Sequence[torch.Tensor], flat: torch.Tensor) -> torch.Tensor:
     """Return this process's part of `tensors`, of the size of `flat`; the last part is filled up with 0."""
     whole = flat.new_zeros(world_size() * flat.numel())
-    torch.cat([one.flatten() for one in tensors], out=whole[: sum(one.numel() for one in tensors)])
+    torch.cat([tensor.flatten() for tensor in tensors], out=whole[: sum(tensor.numel() for tensor in tensors)])
     return whole[rank() * flat.numel() :][: flat.numel()].clone()

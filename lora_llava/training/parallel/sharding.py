@@ -59,21 +59,14 @@ def shard_frozen(model: Any) -> None:
     language_model = llava_in(model).get_submodule(LANGUAGE_MODEL)
     mesh = init_device_mesh(device.type, (world_size(),))
     for layer in language_model.layers:
-        sharded = {module.weight for module in layer.modules() if _is_frozen_linear(module)}
-        states = _quantization_states(layer)
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        frozen = {linear.weight for linear in linears if not linear.weight.requires_grad}
+        # The scales of 4-bit layers stay whole.
+        states = {linear: linear.weight.quant_state for linear in linears if isinstance(linear, Linear4bit)}
         if isinstance(layer, FusedLayer):
             layer.parts.read_weights_anew()
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(layer.parameters()) - sharded)
-        for module, state in states.items():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(layer.parameters()) - frozen)
+        for linear, state in states.items():
             # Where checks look for it; bitsandbytes finds it in the module while the weight is gathered.
-            module.quant_state = module.weight.quant_state = state
+            linear.quant_state = linear.weight.quant_state = state
     fully_shard(language_model, mesh=mesh, ignored_params=set(language_model.parameters()))
-
-
-def _is_frozen_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not module.weight.requires_grad
-
-
-def _quantization_states(layer: nn.Module) -> dict[Any, Any]:
-    """Return the scales of each 4-bit layer, which stay whole."""
-    return {module: module.weight.quant_state for module in layer.modules() if isinstance(module, Linear4bit)}

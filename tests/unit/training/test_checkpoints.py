@@ -12,6 +12,7 @@ import pytest
 
 from lora_llava.data.bad_records import BadRecord
 from lora_llava.errors import TrainingError
+from lora_llava.run_directory.claim import move_into
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.output import note_skipped, writing_named
 from lora_llava.run_directory.problems import problems_of_output_dir
@@ -41,7 +42,10 @@ def fill(staging: Path, directory: Path) -> None:
 
 
 def write(parent: Path, step: int, eval_loss: float | None = None) -> Path:
-    return write_checkpoint(parent, progress(step, eval_loss), {"optim": "adamw_torch"}, {"device": "cpu"}, fill)
+    facts = {"optim": "adamw_torch"}, {"device": "cpu"}
+    return write_checkpoint(
+        parent, progress(step, eval_loss), *facts, fill, lambda staging, to, _: move_into(staging, to)
+    )
 
 
 def steps(parent: Path) -> list[int]:
