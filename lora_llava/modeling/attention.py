@@ -90,7 +90,7 @@ def block_mask_tensors(mask: Any) -> list[torch.Tensor]:
 
 
 def clone_mask(mask: Any) -> BlockMask:
-    """Return a mask of `block_mask` with tensors of its own."""
+    """Return a copy of a mask of `block_mask` that shares no tensor with it."""
     return block_mask(torch.stack(mask.segments), {name: getattr(mask, name).clone() for name in _LISTS})
 
 

@@ -1,7 +1,7 @@
 """Fold an adapter into the weights of its base, to answer many questions with it.
 
 W x + s B A x becomes (W + s B A) x, which differs by rounding alone: in fp32 by about 1e-7, as a merged model does. In
-bf16 the sum would round away small changes, so there the adapter stays apart.
+bf16 the sum would round away small changes, so there the adapter stays separate.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def can_fold(model: Any) -> bool:
 def folded(model: Any) -> Iterator[None]:
     """Compute with the active adapter in the weights inside the `with` block, if `can_fold`; else change nothing.
 
-    The weights are restored up to rounding. LoRA outside of the decoder layers stays apart: an embedding and a head may
-    be one weight.
+    The weights are restored up to rounding. LoRA outside of the decoder layers stays separate: an embedding and a head
+    may share one weight.
     """
     layers = _adapted_layers(model) if can_fold(model) else []
     for layer in layers:

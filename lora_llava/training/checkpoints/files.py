@@ -113,7 +113,7 @@ def read_verified(directory: Path) -> Checkpoint:
     refuse_irregular(directory, DamagedCheckpointError)
     checkpoint, files = _read(directory)
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
-    # Nothing of the kit's is pickled, but a library might load a pickle that lies here.
+    # The kit pickles nothing, but a library might load a pickle from this directory.
     if strays := sorted(name for name in present - files.keys() if name.endswith(_PICKLED)):
         raise DamagedCheckpointError(f"it holds {strays[0]}, which the kit did not write; remove that file")
     for name, facts in files.items():
@@ -149,8 +149,8 @@ def find_latest(parent: Path, say: Callable[[str], object]) -> Checkpoint | None
         return checkpoint
     if damaged:
         raise TrainingError(
-            f"no whole checkpoint is left: {'; '.join(damaged)}. Bring one back from a copy; or remove "
-            f"{shown_path(parent)}, and the stage starts again from its beginning."
+            f"no whole checkpoint is left: {'; '.join(damaged)}. Restore one from a backup, or remove "
+            f"{shown_path(parent)} to start the stage from its beginning."
         )
     return None
 

@@ -156,10 +156,10 @@ def _over_fitting(validations: Sequence[Validation], *, keeps_best: bool) -> str
     has_risen = last.loss > _CLEAR_RISE * best.loss or (len(risen) == 2 and all(risen))
     if not has_risen or best.train_loss is None or last.train_loss is None or last.train_loss >= best.train_loss:
         return None
-    kept = f"keep: best keeps step {best.step}" if keeps_best else f"keep: best would keep step {best.step}"
+    rescue = f"keep: best {'keeps' if keeps_best else 'would keep'} step {best.step}"
     return (
         f"over-fitting: the validation loss rose from {best.loss:.4f} at step {best.step} to {last.loss:.4f}, while "
-        f"the training loss fell from {best.train_loss:.4f} to {last.train_loss:.4f}. {kept}; fewer epochs, a lower "
+        f"the training loss fell from {best.train_loss:.4f} to {last.train_loss:.4f}. {rescue}; fewer epochs, a lower "
         "learning_rate or more records help"
     )
 

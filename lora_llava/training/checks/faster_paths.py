@@ -117,7 +117,7 @@ def check_fused(model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: 
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Drop nothing inside the block: on CUDA, two paths draw different masks. The mode is for the caller to restore."""
+    """Turn dropout off, since two paths draw different masks on CUDA; the caller's `model.train` turns it on again."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
@@ -156,7 +156,7 @@ def _compare(
     """Return why graphs cannot be used, and a line that says how long rows take with them."""
     device = next(model.parameters()).device
     seconds: list[tuple[float, float]] = []
-    # The longest first, so that the others find its memory.
+    # The longest first, so that the others reuse its memory.
     for most in reversed(trunk.lengths):
         longest = max((number for number, length in enumerate(lengths) if length <= most), key=lengths.__getitem__)
         batch = to_device(with_block_lists(rows[longest], trunk.lengths), device)
@@ -181,7 +181,7 @@ def _compare(
 
 
 def _beyond(difference: float, tolerance: float) -> str | None:
-    """Return what to say about a difference of gradients, if it is beyond the tolerance; NaN is."""
+    """Describe a difference of gradients that is beyond the tolerance, as NaN is; None if it is within."""
     if difference <= tolerance:
         return None
     return f"gradients differ by {difference:.1e}, allowed {tolerance:.0e}"

@@ -50,9 +50,9 @@ class FrozenWeights(Check):
         if names:
             raise TrainingError(
                 f"stage {self.stage}: {len(names)} of {len(self.sums):,} frozen weights changed while it trained: "
-                f"{listed(names, separator='; ')}. Nothing more is saved, since it would not fit its base. A fault of "
-                "the memory does this, or an error in a library: resume with --resume; if it happens again, report it "
-                "with the versions that lora-llava env prints."
+                f"{listed(names, separator='; ')}. Nothing more is saved, since it would not fit its base. The cause "
+                "is faulty memory, or a bug in a library: resume with --resume; if it happens again, report it with "
+                "the versions that lora-llava env prints."
             )
         return (
             f"checked: the frozen weights did not change ({counted(len(after), 'tensor')}, "

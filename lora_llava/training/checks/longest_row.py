@@ -103,7 +103,7 @@ def timed_pass(model: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype
 
 
 def _now(device: torch.device) -> float:
-    """Return the time when the device has done all it was given."""
+    """Return the time once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

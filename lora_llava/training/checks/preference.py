@@ -70,8 +70,8 @@ class PreferenceWatch(Check):
         raise TrainingError(
             f"stage prefer, step 1: the loss is {loss:.4f}, where margins of 0 would give "
             f"{self.objective.start_loss:.4f}: the log-probabilities of the answers differ from their reference "
-            f"by {margin / sums.pairs:.2g} a pair, and both are of the same weights. So training computes a row "
-            "otherwise than the pass before it: report the versions that `lora-llava env` prints"
+            f"by {margin / sums.pairs:.2g} a pair, although the weights are the same. So a training step computes a "
+            "row differently from the reference pass: report the versions that `lora-llava env` prints"
         )
 
     def _falling(self, step: int, sums: PairSums) -> str | None:

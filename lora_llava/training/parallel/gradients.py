@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from lora_llava.system.ranks import is_alone
 
 BUCKET_BYTES = 2**26
-"""Gradients that travel at one time; they are copied once."""
+"""Largest amount of gradients that one all-reduce adds up; they are copied to one tensor for it."""
 
 
 class Gradients(Protocol):
@@ -102,7 +102,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """
     if is_alone():
         return
-    # Over the CPU, which does not wait for the device.
+    # On the CPU, so that nothing waits for the device.
     has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
     reached = [weight for weight, is_reached in zip(parameters, has_gradient.tolist(), strict=True) if is_reached]
