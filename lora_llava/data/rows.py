@@ -161,6 +161,10 @@ class PackedRows:
         self.encoded = encoded
         self.read_image = read_image
 
+    def with_rows(self, rows: Sequence[Row]) -> PackedRows:
+        """Return other rows over the same records; their batches do not tell the sources apart."""
+        return PackedRows(rows, self.records, self.encoded, self.read_image)
+
     def __len__(self) -> int:
         return len(self.rows)
 

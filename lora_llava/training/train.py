@@ -13,7 +13,6 @@ from rich.console import Console
 from transformers import set_seed
 
 from lora_llava.artifact import read_manifest
-from lora_llava.data.rows import PackedRows
 from lora_llava.data.stage import StageData, StageRecords, cache_offer, length_lines, plan_records, read_records
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.peft_adapter import Adapter
@@ -233,8 +232,7 @@ def _check_rows(
     model, rows, device = trainer.model, trainer.train_dataset, pick_device()
     if is_in_lockstep():
         # The same ones in all processes.
-        planned = [row for step in data.plan.steps for row in step]
-        rows = PackedRows(planned, rows.records, rows.encoded, rows.read_image)
+        rows = rows.with_rows([row for step in data.plan.steps for row in step])
     dtype = pick_dtype(stage.recipe.precision, device)
     if device.type == "cuda" and any(rows.rows):
         setting = stage.recipe.attn_implementation

@@ -59,10 +59,7 @@ class HeldOutLoss:
             sources.setdefault(rows.records[row[0][0]].source, []).append(row)
         if len(sources) < 2:
             return {}
-        losses = {
-            name: self.mean(PackedRows(own, rows.records, rows.encoded, rows.read_image))
-            for name, own in sources.items()
-        }
+        losses = {name: self.mean(rows.with_rows(own)) for name, own in sources.items()}
         return {f"eval_loss/{name}": loss for name, loss in losses.items() if loss is not None}
 
     def _measure_all(
@@ -87,7 +84,7 @@ class HeldOutLoss:
         """Sum the losses of a row's conversations one by one, and collect those that are not finite."""
         total, count = 0.0, 0
         for index in conversations([row]):
-            alone = PackedRows([((index,),)], rows.records, rows.encoded, rows.read_image)[0]
+            alone = rows.with_rows([((index,),)])[0]
             loss = self.row_loss(alone)
             if math.isfinite(loss):
                 total, count = total + loss, count + self.count_items(alone)
@@ -108,4 +105,4 @@ def without(rows: PackedRows, indices: Iterable[int]) -> PackedRows:
     gone = set(indices)
     trees = [[tuple(index for index in tree if index not in gone) for tree in row] for row in rows.rows]
     kept = [tuple(tree for tree in row if tree) for row in trees]
-    return PackedRows([row for row in kept if row], rows.records, rows.encoded, rows.read_image)
+    return rows.with_rows([row for row in kept if row])

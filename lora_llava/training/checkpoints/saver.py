@@ -37,9 +37,9 @@ from lora_llava.training.checkpoints.signals import Interruption
 from lora_llava.training.checkpoints.stage_artifact import StageArtifact
 from lora_llava.training.log import TrainingLog
 
-MIN_SAVE_INTERVAL_SECONDS = 300.0
+_MIN_SAVE_INTERVAL_SECONDS = 300.0
 """With `save_steps: auto`, minimum time from one checkpoint to the next."""
-MAX_SAVING_SHARE = 0.02
+_MAX_SAVING_SHARE = 0.02
 """With `save_steps: auto`, maximum share of the time that saving may take."""
 MAX_BEST_SHARE = 0.05
 """Share of the stage's time that saving may take before the best weights wait for the next checkpoint."""
@@ -133,7 +133,7 @@ class CheckpointSaver:
         state, every = trainer.state, self.settings.save_steps
         if every == "auto":
             waited = time.monotonic() - self.last_saved
-            due = waited >= max(MIN_SAVE_INTERVAL_SECONDS, self.last_duration / MAX_SAVING_SHARE)
+            due = waited >= max(_MIN_SAVE_INTERVAL_SECONDS, self.last_duration / _MAX_SAVING_SHARE)
         else:
             due = state.global_step % every == 0
         due = due or state.global_step >= state.max_steps

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from lora_llava.system.ranks import is_first, largest
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
@@ -24,7 +24,7 @@ class Interruption:
     def __enter__(self) -> Self:
         # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in _SIGNALS:
                 # Keep ignoring what was ignored, as under nohup.
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self._before[number] = handler

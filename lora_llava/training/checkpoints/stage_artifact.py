@@ -30,7 +30,7 @@ class StageArtifact:
         self.stage = stage
         self.loaded = loaded
         self.data = data
-        self.manifest_fields = manifest_fields(stage, loaded, data)
+        self.manifest_fields = _manifest_fields(stage, loaded, data)
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Save the artifact of the finished stage in the run's directory."""
@@ -62,7 +62,7 @@ class StageArtifact:
         return {**self.manifest_fields, "seen": seen_until(self.data, step), "metrics": metrics}
 
 
-def manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[str, Any]:
+def _manifest_fields(stage: Stage, loaded: LoadedModel, data: StageData) -> dict[str, Any]:
     """Collect the fields of the manifest that do not depend on the step."""
     settings = stage.settings
     return {

@@ -71,7 +71,7 @@ def make_image_check(rows: PackedRows, transform: ImageTransform) -> ImageCheck 
         mean_color(size, mean), size=size, mean=mean, std=transform.std, aspect_ratio=transform.aspect_ratio
     )
     return ImageCheck(
-        PackedRows(sample, rows.records, rows.encoded, rows.read_image),
+        rows.with_rows(sample),
         PackedRows(_rows_of_one_image(rows, sample), rows.records, rows.encoded, lambda _: nothing),
         len(list(conversations(sample))) == len(list(conversations(rows.rows))),
     )

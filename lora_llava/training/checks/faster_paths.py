@@ -27,7 +27,7 @@ from lora_llava.training.checks.longest_row import timed_pass
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Largest relative difference of gradients between fused layers and PEFT's, by dtype: each rounds in every layer. A
 term that is missing or wrong changes them by more."""
-GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+_GRAPH_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 """The same with and without graphs, which run the same kernels."""
 _FILLED = 0.01
 """Largest value that stands in for zeros: where LoRA's B is zero, so are the gradients of A."""
@@ -95,8 +95,7 @@ def check_fused(model: Any, rows: PackedRows, items: Sequence[PlanItem], dtype: 
     shortest = min(conversations(rows.rows), key=lambda index: items[index].length, default=None)
     if shortest is None or not has_fused_layers(model):
         return None
-    single = PackedRows([((shortest,),)], rows.records, rows.encoded, rows.read_image)
-    batch = to_device(single[0], next(model.parameters()).device)
+    batch = to_device(rows.with_rows([((shortest,),)])[0], next(model.parameters()).device)
     try:
         with _every_gradient(model), _without_dropout(model), recomputed_in_full(model):
             fused = _pass_row(model, batch, dtype)
@@ -167,7 +166,7 @@ def _compare(
         layers, graphs = passes
         if trunk.output is None:
             return f"a row of {most:,} tokens has no graph", ""
-        if reason := _beyond(graphs.difference(layers), GRAPH_TOLERANCE[dtype]):
+        if reason := _beyond(graphs.difference(layers), _GRAPH_TOLERANCE[dtype]):
             return reason, ""
         seconds.append((layers.seconds, graphs.seconds))
     slow, fast = seconds[0]

@@ -43,11 +43,10 @@ def check_first_row(
         return None
     phase("Checking the packed forward pass on the first row")
     pairs = rows.encoded[trees[0][0]].rejected is not None
-    single = PackedRows([trees], rows.records, rows.encoded, rows.read_image)
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast(device, dtype):
-        batch = to_device(single[0], device)
+        batch = to_device(rows.with_rows([trees])[0], device)
         packed = packed_logits(model, batch).float()
         alone = torch.cat([_logits_alone(model, rows, index, device) for tree in trees for index in tree])
     model.train(was_training)
@@ -78,8 +77,7 @@ def _finds_non_finite_image(model: Any, rows: PackedRows, trees: Row, may_skip: 
             "damaged or was saved after a failed training: replace it"
         )
     for index in (tree[0] for tree in trees):
-        single = PackedRows([((index,),)], rows.records, rows.encoded, rows.read_image)
-        if not has_finite_image(single[0]):
+        if not has_finite_image(rows.with_rows([((index,),)])[0]):
             if may_skip:
                 return True
             raise TrainingError(

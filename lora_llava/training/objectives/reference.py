@@ -98,8 +98,7 @@ def _used(data: StageData) -> set[int]:
 def _compute(trainer: PackedTrainer, data: StageData) -> Reference:
     """Compute the log-probabilities of all answers that training and validation use, in evaluation mode."""
     phase("Computing the reference of each pair")
-    like, held_out = trainer.train_dataset, trainer.eval_dataset
-    train = PackedRows(_used_rows(data), like.records, like.encoded, like.read_image)
+    train, held_out = trainer.train_dataset.with_rows(_used_rows(data)), trainer.eval_dataset
     trainer.model.eval()
     with forked_rng(trainer.device), torch.no_grad(), autocast(trainer.device, trainer.dtype):
         reference = {
