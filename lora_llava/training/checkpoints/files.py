@@ -27,9 +27,6 @@ FORMAT = 1
 _PICKLED = (".pt", ".pth", ".bin", ".pkl")
 _NAME = re.compile(r"step-(\d+)")
 
-Place = Callable[[Path, Path, Mapping[str, str]], None]
-"""Moves a complete directory from the first path to the second; also takes the SHA-256 of its files."""
-
 
 class DamagedCheckpointError(TrainingError):
     """A checkpoint lacks a file, or a file differs from the manifest."""
@@ -78,20 +75,20 @@ def write_checkpoint(
     memory_plan: dict[str, Any],
     facts: dict[str, Any],
     write: Callable[[Path, Path], None],
-    place: Place,
+    place: Callable[[Path, Path, Mapping[str, str]], None],
     *,
     resumable: bool = True,
 ) -> Path:
     """Write a checkpoint below `parent` and return its directory.
 
-    `write` gets the directory to write to and the final directory; `place` moves the one to the other. A damaged
-    checkpoint of the same step is replaced. `resumable`: whether it includes the state of the training.
+    `write` gets the directory to write to and the final directory; `place` moves the one to the other, and also gets
+    the SHA-256 of its files. `resumable`: whether it includes the state of the training.
     """
     directory = parent / f"step-{progress.step}"
     files: dict[str, dict[str, Any]] = {}
 
     def place_listed(staging: Path, target: Path) -> None:
-        place(staging, target, {name: facts["sha256"] for name, facts in files.items()})
+        place(staging, target, {name: entry["sha256"] for name, entry in files.items()})
 
     with staged(directory, place_listed) as staging:
         write(staging, directory)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MIN_WINDOW, _WINDOW_QUESTIONS = 5, 64
-"""Steps in a window of averaged losses: five, or as many as hold this many questions,"""
+"""Fewest steps in a window of averaged losses, and the questions that a window should hold."""
 _MAX_WINDOW = 64
-"""up to this maximum."""
+"""Most steps in a window."""
 _SPIKE_FACTOR, _SPIKE_MARGIN, _SPIKE_QUESTIONS = 4.0, 1.0, 8
 """A loss is a spike above this factor of the best mean plus this margin; it is averaged over the last steps that hold
 this many questions: one hard question is no divergence."""
