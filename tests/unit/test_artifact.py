@@ -118,6 +118,15 @@ def test_another_base_is_refused_with_both_hashes(artifact: Path, tiny_base: Pat
     assert "--base" in str(caught.value)
 
 
+def test_a_manifest_that_was_changed_to_name_other_weights_is_refused(copied: Path, tmp_path: Path) -> None:
+    other = save_tiny_base(tmp_path / "other", seed=1)
+    content = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))
+    content["base"]["weights_sha256"] = hash_weights(other)
+    (copied / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="was altered: base weights: sha256 is not what the adapter was trained"):
+        load(copied, base=str(other))
+
+
 def test_the_same_base_elsewhere_is_taken(artifact: Path, tiny_base: Path, tmp_path: Path) -> None:
     tiny_llava().save_pretrained(tmp_path / "moved", max_shard_size="50KB")
     for file in tiny_base.glob("*.json"):
