@@ -127,6 +127,18 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype) -> BitsA
     )
 
 
+def _check_fast(tokenizer: Any, directory: Path) -> None:
+    """Raise ModelError for a tokenizer that is written in Python."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
+
+
+def _leave_tf32(dtype: torch.dtype) -> None:
+    """In fp32, keep cuDNN from computing the vision tower's patch embedding in TF32, which rounds by the batch."""
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def load_base(
     directory: Path,
     identity: BaseIdentity,
@@ -141,15 +153,12 @@ def load_base(
 
     `keep_dequantized`: whether to dequantize them once; None: if they then fit half of the free memory.
     """
-    if dtype == torch.float32:
-        # Else cuDNN computes the vision tower's patch embedding in TF32, which rounds differently for each batch size.
-        torch.backends.cudnn.allow_tf32 = False
+    _leave_tf32(dtype)
     config = read_config(directory)
     with hub_errors("base", str(directory)):
         refuse_irregular(directory, ModelError)
         tokenizer = read_tokenizer(directory)
-        if not getattr(tokenizer, "is_fast", False):
-            raise ModelError(f"{directory}: no fast tokenizer (tokenizer.json) can be made from its files")
+        _check_fast(tokenizer, directory)
         mean, std = image_statistics(ImageProcessingMixin.get_image_processor_dict(directory)[0], directory)
         model, report = LlavaForConditionalGeneration.from_pretrained(
             directory,
@@ -165,10 +174,7 @@ def load_base(
     _check_complete(report, directory)
     if nf4:
         disable_cpu_repacking(model)
-        if keep_dequantized is None:
-            room = _DEQUANTIZED_SHARE * free_memory_bytes(device.type)
-            keep_dequantized = linear_weights(config) * dtype.itemsize <= room
-        if keep_dequantized:
+        if _fits_dequantized(config, dtype, device) if keep_dequantized is None else keep_dequantized:
             dequantize(model)
     drop_unused_layers(model)
     # Keep trainable weights in fp32: loading a trained projector in bf16 would round it.
@@ -236,6 +242,11 @@ def undo_double_quantization(model: nn.Module) -> None:
         if state is not None and state.nested:
             state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
             state.nested, state.state2, state.offset = False, None, None
+
+
+def _fits_dequantized(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the language model's linear layers, in `dtype`, fit half of the free memory."""
+    return linear_weights(config) * dtype.itemsize <= _DEQUANTIZED_SHARE * free_memory_bytes(device.type)
 
 
 def quantize(model: Any, *, double_quant: bool, dtype: torch.dtype) -> None:
