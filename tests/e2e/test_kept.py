@@ -24,12 +24,12 @@ from tests.helpers.resuming import Stopped, at_step, log_of, stop, train
 from tests.helpers.runs import write_data, write_recipe
 
 OVER_FIT = (
-    "stages.align=null", "stages.instruct.num_train_epochs=20", "stages.instruct.eval_steps=5",
+    "stages.align=null", "stages.instruct.num_train_epochs=14", "stages.instruct.eval_steps=5",
     "stages.instruct.learning_rate=0.02", "stages.instruct.mm_projector_lr=0.02", "adapter.lora_dropout=0",
     "stages.instruct.save_steps=12", "stages.instruct.num_sample_answers=0",
 )  # fmt: skip
-"""60 steps, a validation every fifth; answers that nothing tells are learned by heart."""
-LAST = 60
+"""42 steps, a validation every fifth; answers that nothing tells are learned by heart."""
+LAST = 42
 PATIENCE = (*OVER_FIT, "stages.instruct.early_stopping_patience=2")
 
 
@@ -108,7 +108,7 @@ def test_k6_a_killed_run_keeps_the_same_best(
     random_answers: Path, straight: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, "instruct", 53, stop)
+        at_step(patch, "instruct", 38, stop)
         with pytest.raises(Stopped):
             train(random_answers, tmp_path / "run", *OVER_FIT)
     summary, _ = train(random_answers, tmp_path / "run", *OVER_FIT, resume="exact")
