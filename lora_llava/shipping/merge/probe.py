@@ -31,7 +31,7 @@ _ANSWER_TOKENS = 8
 """Maximum tokens of a probe answer; each one is a forward pass over all weights."""
 _IMAGE_QUESTIONS = ("What is in the image?", "Is it red? Answer yes or no.")
 """Each is asked about a different image."""
-_TEXT_QUESTIONS = ("What is the capital of France?", "Name a colour.")
+_TEXT_QUESTIONS = ("What is the capital of France?", "Name a color.")
 # Four rows only: in fp32, keys and values of a 7B model take 1 MB a token, and an image has 576 tokens.
 _POSITIONS = 16
 """Positions at the end of each sequence, the answer included, whose logits are compared."""

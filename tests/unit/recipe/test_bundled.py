@@ -45,7 +45,7 @@ def test_a_recipe_loads_and_its_header_says_what_it_needs(path: Path) -> None:
     assert load_recipe(path).name == path.stem
     header = header_of(path)
     assert len(header.splitlines()[0].removeprefix("# ")) > 20
-    for word in ("Card:", "Data:", "Licence:"):
+    for word in ("Card:", "Data:", "License:"):
         assert re.search(rf"^# {word} +\S", header, re.MULTILINE), word
     commands = re.findall(r"^# +lora-llava (\w+)(?: (\S+))?", header, re.MULTILINE)
     assert commands
