@@ -140,7 +140,7 @@ def refuse_split(split: str | None, *paths: str) -> None:
     from lora_llava.recipe.fields import RECORD_FILES
 
     files = RECORD_FILES if "[" in (split or "") else (*RECORD_FILES, ".parquet")
-    if all(path.endswith(files) for path in paths):
+    if all(path.endswith(files) and not os.path.isdir(path) for path in paths):  # noqa: PTH112 - as in `split_of`
         refuse_unused(f"{' and '.join(paths)} {'is' if len(paths) == 1 else 'are'} without splits", "split")
 
 

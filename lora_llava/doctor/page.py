@@ -32,7 +32,7 @@ _NUM_NAMED = 50
 """Findings of a kind listed."""
 _SIDE = 168
 """Longer side of a picture, in pixels."""
-_MAX_TEXT, _MAX_PROBLEM = 3000, 400
+_MAX_TEXT, _MAX_PROBLEM = 3000, 1000
 """Characters of a sample and of a problem."""
 _FIGURES = {
     "tokens": "Tokens of a conversation",

@@ -19,6 +19,8 @@ from lora_llava.system.text import counted, printable
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _NUM_NAMED = 3
+_MAX_PROBLEM = 1_000
+"""Characters of a problem: the lines that read data with many classes are long."""
 
 
 def print_report(report: Report, directory: str, console: Console) -> None:
@@ -94,7 +96,7 @@ def _kind_view(report: Report, kind: str) -> Iterator[RenderableType]:
         (f"{described.title}: {sum(finding.count for finding in findings):,}", "bold"),
     )
     for finding in findings[:_NUM_NAMED]:
-        yield Text(f"  {printable(finding.problem, 300)}")
+        yield Text(f"  {printable(finding.problem, _MAX_PROBLEM)}")
     if len(findings) > _NUM_NAMED:
         yield Text(f"  and {len(findings) - _NUM_NAMED:,} more", "dim")
     yield Text(f"  {described.advice.replace('`', '')}", "dim")

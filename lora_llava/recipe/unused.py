@@ -141,7 +141,10 @@ def _unused_in_data(key: str, data: DataSettings) -> Iterator[Unused]:
         )
     elif is_local(data.path):
         yield from _changed(data, key, ["revision"], "path is local, and only Hub datasets have revisions")
-        if data.path.endswith(".parquet"):
+        if data.path.endswith(".parquet") and not Path(data.path).is_dir():
+            if "[" not in data.split:
+                because = "a parquet file has no splits, only slices such as train[:9]"
+                yield from _changed(data, key, ["split"], because, refused=False)
             yield from _changed(data, key, ["name"], "path is a file, and only datasets have configurations")
 
 

@@ -27,7 +27,7 @@ from lora_llava.data.sources.files.shards import damaged_shard
 from lora_llava.data.sources.files.sheets import read_sheet
 from lora_llava.data.sources.forms import class_question, describe_record, known_form, propose_columns
 from lora_llava.data.sources.mapping import RowReader, column_of, make_reader
-from lora_llava.data.sources.missing import refuse_missing
+from lora_llava.data.sources.missing import refuse_missing, unreadable
 from lora_llava.data.sources.saved import is_saved, no_split, open_saved, saved_splits
 from lora_llava.data.sources.selection import Entry
 from lora_llava.data.sources.stored.arrow import image_cells
@@ -234,7 +234,7 @@ def _open_table(path: Path, data: DataSettings) -> tuple[Any, Path]:
         from lora_llava.data.sources.stored.parquet import problem_of
 
         damage = damaged_shard(path) if path.is_dir() else problem_of(path)
-        raise damage or _unreadable(data.path, error) from None
+        raise damage or unreadable(data.path, error) from None
     return table, Path(datasets.config.HF_CACHE_HOME)
 
 
@@ -357,21 +357,6 @@ def _check_columns(needed: list[str], present: list[str], name: str, data: DataS
             hint = f". To have it read: {proposed}"
         shown = listed([printable(str(label)) for label in present], 20)
         raise DataError(f"{name}: {key}: there is no {printable(column)!r}; it has {shown}{hint}")
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    if type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
-        # The library's own says only that there was one.
-        error = error.__cause__
-    reason = str(error).strip().partition("\n")[0][:300]
-    if type(error).__name__ == "DatasetNotFoundError":
-        return DataError(f"{name}: no such dataset on the Hub, or no access to it; correct path, or log in to the Hub")
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK:
-        return DataError(f"{name}: the Hub cannot be reached; check the connection, or set path to a local copy")
-    return DataError(f"{name}: the dataset cannot be read: {printable(reason) or type(error).__name__}")
-
-
-_NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
 
 
 class Peeked(NamedTuple):

@@ -1,7 +1,8 @@
-"""Tell a mistyped path of data from the id of a data set on the Hub, before the Hub is asked."""
+"""Say why data cannot be had: a mistyped path, told before the Hub is asked, or what the `datasets` library raised."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from lora_llava.system.text import is_unicode, printable
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _OF_FILES = re.compile(r"\.(xlsx?|ods|txt|xml|ya?ml|zip|tar|t?gz|7z|arrow|feather|orc|pkl|npz|h5|md|pdf|docx)$", re.I)
 """Matches the suffix of a file; those of ids on the Hub are of versions, as in `Instruct-v1.5`."""
+_NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+"""Packages that raise errors of the network."""
 _MIN_SIMILARITY = 0.75
 """Lowest similarity to a file here by which a name that may be an id counts as misspelled, of 1."""
 
@@ -68,6 +71,21 @@ def refuse_missing(data: DataSettings) -> None:
     if (problem := missing(data)) is not None:
         what, fix = problem
         raise DataError(printable(f"{what}. {fix}"))
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """Return the error for a data set that the `datasets` library cannot read, given what it raised."""
+    if type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
+        # The library's own says only that there was one.
+        error = error.__cause__
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return DataError(f"{name}: there is no space left for its cache; free some, or set HF_HOME to another disk")
+    reason = str(error).strip().partition("\n")[0][:300]
+    if type(error).__name__ == "DatasetNotFoundError":
+        return DataError(f"{name}: no such dataset on the Hub, or no access to it; correct path, or log in to the Hub")
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK:
+        return DataError(f"{name}: the Hub cannot be reached; check the connection, or set path to a local copy")
+    return DataError(f"{name}: the dataset cannot be read: {printable(reason) or type(error).__name__}")
 
 
 def is_cached(name: str) -> bool:

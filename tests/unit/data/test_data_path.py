@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +138,20 @@ def test_hub_that_cannot_be_reached_is_one_plain_line(monkeypatch: pytest.Monkey
     assert str(caught.value) == (
         "some/set: the Hub cannot be reached; check the connection, or set path to a local copy"
     )
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_full_disk_of_the_cache_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_wrapped: bool) -> None:
+    def write(*_: object, **__: object) -> None:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if is_wrapped:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
+        raise full
+
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setattr(datasets, "load_dataset_builder", write)
+    with pytest.raises(DataError, match="there is no space left for its cache; free some, or set HF_HOME to another"):
+        read(tmp_path / "a.parquet")
 
 
 def test_a_link_to_nothing_and_a_home_are_named(

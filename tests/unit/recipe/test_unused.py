@@ -65,7 +65,16 @@ NOTICED = [
         ["stages.instruct.data.validation=null", "stages.instruct.num_sample_answers=1"],
         "stages.instruct.num_sample_answers",
     ),
+    (
+        ["stages.instruct.data={path: ./a.parquet, split: test, columns: {question: q, answer: a}}"],
+        "stages.instruct.data.split",
+    ),
 ]  # fmt: skip
+
+
+def test_a_slice_of_a_parquet_file_has_an_effect(tmp_path: Path) -> None:
+    data = "stages.instruct.data={path: ./a.parquet, split: 'train[:9]', columns: {question: q, answer: a}}"
+    assert not list(unused_settings(load_recipe(write(tmp_path), [data])))
 
 
 @pytest.mark.parametrize(("overrides", "key"), REFUSED, ids=[key for _, key in REFUSED])
