@@ -159,7 +159,8 @@ def test_each_process_gets_its_own_random_state_back(tmp_path: Path, monkeypatch
 def test_the_settings_of_a_checkpoint_win_over_those_of_now(tmp_path: Path) -> None:
     _, optimizer, scheduler = trained(OPTIMIZERS["adamw_torch"], 3)
     HeldState.of(optimizer.state_dict(), scheduler, TrainerState()).write(tmp_path)
-    _, other, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
+    _, other, _ = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(other, lambda _: 1.0)
     load_optimizer(tmp_path, other, settings=True)
     load_scheduler(tmp_path, schedule, settings=True)
     assert (other.param_groups[0]["lr"], other.param_groups[0]["betas"]) == (0.1 / 4, (0.8, 0.95))
@@ -172,6 +173,9 @@ def test_the_log_takes_the_rate_of_the_schedule_of_now(tmp_path: Path) -> None:
     _, _, schedule = trained(lambda parameters: torch.optim.AdamW(parameters, lr=0.5), 0)
     load_scheduler(tmp_path, schedule, settings=False)
     assert schedule.get_last_lr() == [0.5 / 4]
+    # As a schedule that took these steps itself.
+    counts = [{key: one.state_dict()[key] for key in ("last_epoch", "_step_count")} for one in (scheduler, schedule)]
+    assert counts[0] == counts[1] == {"last_epoch": 3, "_step_count": 4}
 
 
 def test_a_held_state_shares_nothing_that_training_changes(tmp_path: Path) -> None:
