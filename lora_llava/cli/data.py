@@ -10,8 +10,7 @@ import click
 
 from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, print_lines, quiet_environment
-from lora_llava.cli.evaluate import option_problems
-from lora_llava.cli.options import COLUMNS_EXAMPLE, PATH, parse_columns
+from lora_llava.cli.options import COLUMNS_EXAMPLE, PATH, parse_columns, settings_errors
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import RecipeError
 from lora_llava.system.files import disk_errors, new_file, refuse_existing
@@ -41,15 +40,11 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     console = make_console()
     quiet_environment()
     phase("Looking at the data")
-    from pydantic import ValidationError
-
     from lora_llava.planning.proposal.look import look_at
     from lora_llava.planning.proposal.text import recipe_text
 
-    try:
+    with settings_errors():
         look = look_at(data, columns)
-    except ValidationError as error:
-        raise click.UsageError(option_problems(error)) from error
     text = recipe_text(look, output, base_model)
     with disk_errors(output, "Nothing was written"), new_file(output) as file:
         file.write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,13 @@ from lora_llava.cli.options import (
     metric_option,
     refuse_split,
     refuse_unused,
+    settings_errors,
     split_of,
     template_option,
 )
 from lora_llava.system.files import refuse_results_in, shown_path
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
-
     from lora_llava.recipe.settings import EvaluationSettings
 
 _EVALUATION = Path("evaluation")
@@ -104,8 +102,6 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
 
     Raises click.UsageError if they do not fit together, DataError if there are no such data.
     """
-    from pydantic import ValidationError
-
     from lora_llava.data.sources.missing import refuse_missing
     from lora_llava.recipe.settings import EvaluationSettings
 
@@ -124,26 +120,8 @@ def _evaluation_settings(options: Mapping[str, Any]) -> EvaluationSettings:
     others = {key: value for key, value in options.items() if key not in (*_OF_ALL, "paths", "image_root", "split")}
     others["batch_size"] = others.pop("max_rows")
     lists = {"by": list(options["by"]), "base_questions": options["base_questions"] or None}
-    try:
+    with settings_errors():
         settings = EvaluationSettings.model_validate({**others, **lists, "data": data})
-    except ValidationError as error:
-        raise click.UsageError(option_problems(error)) from error
     for source in settings.data.sources:
         refuse_missing(source)
     return settings
-
-
-def option_problems(error: ValidationError) -> str:
-    """Return what is wrong with settings that options gave, a line each."""
-    from lora_llava.recipe.columns import ColumnSettings
-
-    lines = []
-    for details in error.errors():
-        names = [str(part) for part in details["loc"] if part != "data"]
-        text = details["msg"].removeprefix("Value error, ")
-        if details["type"] == "extra_forbidden" and names[:-1] == ["columns"]:
-            near = difflib.get_close_matches(names[-1], ColumnSettings.model_fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ColumnSettings.model_fields)}"
-            text = f"unknown key; {hint}"
-        lines.append((f"--{'.'.join(names)}: " if names else "") + text)
-    return "\n".join(lines)

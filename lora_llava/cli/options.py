@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
@@ -151,3 +153,26 @@ def refuse_unused(reason: str, *names: str) -> None:
         is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
         if parameter.name in names and is_given:
             raise click.UsageError(f"{parameter.opts[0]} has no effect: {reason}; leave it out")
+
+
+@contextmanager
+def settings_errors() -> Iterator[None]:
+    """Turn an error of settings that options gave into a click.UsageError with a line for each problem."""
+    from pydantic import ValidationError
+
+    from lora_llava.recipe.columns import ColumnSettings
+
+    try:
+        yield
+    except ValidationError as error:
+        lines = []
+        for details in error.errors():
+            # All sources of the data have the same options.
+            names = [part for part in details["loc"] if isinstance(part, str) and part not in ("data", "others")]
+            text = details["msg"].removeprefix("Value error, ")
+            if details["type"] == "extra_forbidden" and names[:-1] == ["columns"]:
+                near = difflib.get_close_matches(names[-1], ColumnSettings.model_fields, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ColumnSettings.model_fields)}"
+                text = f"unknown key; {hint}"
+            lines.append((f"--{'.'.join(names)}: " if names else "") + text)
+        raise click.UsageError("\n".join(dict.fromkeys(lines))) from error

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_llava.cli.common import make_console, open_model, print_lines, quiet_libraries
-from lora_llava.cli.evaluate import option_problems
 from lora_llava.cli.options import (
     PATH,
     base_option,
@@ -18,6 +17,7 @@ from lora_llava.cli.options import (
     metric_option,
     refuse_split,
     refuse_unused,
+    settings_errors,
     split_of,
     template_option,
     together,
@@ -50,14 +50,10 @@ _bad_record_options = together(
 
 def _data_settings(kind: type[DataSettings], path: str, columns: Any, options: Mapping[str, Any]) -> Any:
     """Turn the options into settings of the data. Raises click.UsageError if they do not fit together."""
-    from pydantic import ValidationError
-
     if options["on_bad_record"] == "error":
         refuse_unused("--on-bad-record error stops at the first one", "max_bad_records")
-    try:
+    with settings_errors():
         return kind.model_validate({"path": path, "columns": columns, **{key: options[key] for key in _DATA}})
-    except ValidationError as error:
-        raise click.UsageError(option_problems(error)) from error
 
 
 @click.command()

@@ -266,3 +266,11 @@ def test_other_sizes_are_refused(text: str) -> None:
     for parse, example in ((file_size, "2GB"), (memory_size, "12GiB")):
         with pytest.raises(click.BadParameter, match=rf"is not a size; write a number and .*such as {example}"):
             parse(text)
+
+
+def test_a_problem_of_all_sources_is_reported_once_by_its_option() -> None:
+    files = ["--data", "a.csv", "--data", "b.csv"]
+    result = CliRunner().invoke(cli, ["eval", "model", *files, "--columns", "image=picture,questoin=text"])
+    assert result.exit_code == 2
+    [line] = [line for line in result.stderr.splitlines() if "--columns" in line]
+    assert line == "Error: --columns.questoin: unknown key; did you mean question?"
