@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 _GPUS = "gpus"
-"""Key of the command's context: the number of processes to start."""
+"""Key of the command's context: the number of processes to start; None if it is not given."""
 
 
 def _note_gpus(context: click.Context, _: click.Parameter, gpus: int | None) -> None:
-    context.meta[_GPUS] = gpus or 1
+    context.meta[_GPUS] = gpus
 
 
 @click.command()
@@ -85,8 +85,10 @@ def finetune(
     """
     if overwrite and resume:
         raise click.UsageError("--overwrite starts over and --resume continues: give only one of them")
-    _start_processes(gpus := click.get_current_context().meta.get(_GPUS, 1), dry_run=dry_run)
-    with ranks.planned_for(gpus) if dry_run and gpus > 1 else ranks.connected():
+    gpus = click.get_current_context().meta.get(_GPUS)
+    if gpus is not None and not dry_run:
+        _start_processes(gpus)
+    with ranks.planned_for(gpus) if dry_run and gpus is not None and gpus > 1 else ranks.connected():
         settings = open_recipe(recipe, overrides)
         console = make_console()
         console.print(f"Recipe {settings.name}: {', then '.join(settings.stage_names)}.")
@@ -108,14 +110,12 @@ def finetune(
         print_next(settings, console)
 
 
-def _start_processes(gpus: int, *, dry_run: bool) -> None:
-    """With --gpus, run the command in a process for each card, and exit as they do; return in each of these."""
-    context = click.get_current_context()
-    if gpus == 1 or dry_run:
-        return
-    if ranks.world_size() == 1:
+def _start_processes(gpus: int) -> None:
+    """Run the command in a process for each card, and exit as they do; return in each of these, or for one card."""
+    if gpus > 1 and ranks.world_size() == 1:
         from lora_llava.system.launch import run_on_cards
 
+        context = click.get_current_context()
         context.exit(run_on_cards(gpus, context.meta[ARGUMENTS]))
     if gpus != ranks.local_world_size():
         raise click.UsageError(f"--gpus {gpus}: {ranks.world_size()} processes were started already; leave it out")

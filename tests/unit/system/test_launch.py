@@ -69,9 +69,10 @@ def test_each_card_gets_a_process_with_the_same_arguments(monkeypatch: pytest.Mo
     assert started == [(2, ["--debug", "finetune", "recipe.yaml", "--gpus", "2", "seed=1"])]
 
 
-def test_a_launcher_that_started_another_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpus", ["1", "3"])
+def test_a_launcher_that_started_another_number_is_named(monkeypatch: pytest.MonkeyPatch, gpus: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    result = CliRunner().invoke(cli, ["finetune", "recipe.yaml", "--gpus", "3"])
+    result = CliRunner().invoke(cli, ["finetune", "recipe.yaml", "--gpus", gpus])
     assert result.exit_code == 2
-    assert "--gpus 3: 2 processes were started already; leave it out" in result.stderr
+    assert f"--gpus {gpus}: 2 processes were started already; leave it out" in result.stderr
