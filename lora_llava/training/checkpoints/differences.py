@@ -176,6 +176,9 @@ def _loss(key: str) -> OnResume:
         return note
     if key.endswith(".optim"):
         return OnResume.LATER
+    if key.endswith(IMAGES):
+        # The records are the same, and so is their order.
+        return OnResume.ROUNDING
     if ".data" in key or key.endswith(".batch_size"):
         return OnResume.VALIDATION if "validation" in key else OnResume.ORDER
     return OnResume.FORM if key == START or key.startswith("base.") else OnResume.ROUNDING

@@ -17,6 +17,7 @@ from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.output import note_skipped, writing_named
 from lora_llava.run_directory.problems import problems_of_output_dir
 from lora_llava.system.files import STAGING, write_text
+from lora_llava.training.checkpoints.differences import _lost_guarantees
 from lora_llava.training.checkpoints.files import (
     MANIFEST,
     DamagedCheckpointError,
@@ -157,6 +158,15 @@ def test_rotation_takes_nothing_damaged_for_good(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2]
     assert read_verified(tmp_path / "step-1").progress.step == 1
     assert read_verified(tmp_path / "step-2").progress.step == 2
+
+
+def test_changed_images_cost_equality_to_the_bit_and_changed_records_the_order() -> None:
+    images, records = ("stages.instruct.data (images)", "a", "b"), ("stages.instruct.data (number of records)", 3, 4)
+    [equality] = _lost_guarantees([images])
+    [order] = _lost_guarantees([records])
+    assert equality == "results that are bit-identical to an uninterrupted run"
+    assert order.startswith("each record exactly once per epoch")
+    assert _lost_guarantees([images, records]) == [equality, order]
 
 
 def calls_of_a_save(directory: Path) -> list[tuple[str, str]]:
