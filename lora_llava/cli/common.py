@@ -15,6 +15,7 @@ import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError, is_panic
 from lora_llava.system import quiet, ranks, text
+from lora_llava.system.names import nearest
 from lora_llava.system.progress import phase, shown_on
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
             raise RecipeError(
                 f"there is no file {name}; {key} is a bundled recipe. Copy it first: lora-llava recipes copy {key}"
             )
+        near = nearest(Path(name).name, [Path(name).parent])
+        if near is not None and near.endswith((".yaml", ".yml")):
+            raise RecipeError(f"there is no recipe file {name}; did you mean {Path(name).with_name(near)}?")
         raise RecipeError(f"there is no recipe file {name}; the bundled ones are {', '.join(sorted(bundled))}")
     return load_recipe(path, overrides)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import shutil
@@ -189,7 +190,9 @@ def _copy_recipe(name: str, target: Path | None) -> None:
     bundled = bundled_recipes()
     source = bundled.get(name.removesuffix(".yaml"))
     if source is None:
-        raise RecipeError(f"there is no recipe {name}; the bundled ones are {', '.join(sorted(bundled))}")
+        near = difflib.get_close_matches(name.removesuffix(".yaml"), bundled, 1)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"there is no recipe {name}; the bundled ones are {', '.join(sorted(bundled))}{hint}")
     target = target or Path(source.name)
     if os.path.lexists(target) and target.is_dir():
         target /= source.name

@@ -138,6 +138,16 @@ def test_a_missing_recipe_is_named() -> None:
     assert result.stderr.startswith("Error: there is no recipe file no-such-file.yaml")
 
 
+def test_the_recipe_file_with_the_nearest_name_is_suggested(tmp_path: Path) -> None:
+    for name in ("inspection.yaml", "mine.csv"):
+        (tmp_path / name).touch()
+    wrong, right = tmp_path / "inspektion.yml", tmp_path / "inspection.yaml"
+    said = CliRunner().invoke(cli, ["finetune", str(wrong)]).stderr
+    assert said == f"Error: there is no recipe file {wrong}; did you mean {right}?\n"
+    other = CliRunner().invoke(cli, ["finetune", str(tmp_path / "mine.yaml")]).stderr
+    assert "the bundled ones are" in other
+
+
 def test_recipes_are_listed_and_copied_once(tmp_path: Path) -> None:
     listed = CliRunner().invoke(cli, ["recipes", "list"])
     names = [line.split()[0] for line in listed.output.splitlines()]
@@ -163,6 +173,8 @@ def test_an_unknown_recipe_is_not_copied() -> None:
     result = CliRunner().invoke(cli, ["recipes", "copy", "nonsense"])
     assert result.exit_code == 2
     assert "there is no recipe nonsense" in result.stderr
+    assert "Did you mean" not in result.stderr
+    assert "Did you mean medical_vqa?" in CliRunner().invoke(cli, ["recipes", "copy", "medical"]).stderr
 
 
 def test_columns_are_parsed_and_checked() -> None:
