@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.bad_records import BadRecord, BadRecords
@@ -134,9 +133,8 @@ def held_out_source(data: DataSettings) -> DataSettings | None:
     """Return the settings of a separate validation source; None if there is none."""
     if data.validation is None or data.validation.path is None:
         return None
-    update: dict[str, Any] = {"path": data.validation.path, "exclude": data.validation.exclude, "max_records": None}
-    update |= {"validation": None, "others": []}
-    return data.model_copy(update=update)
+    own = {"path": data.validation.path, "exclude": data.validation.exclude}
+    return data.model_copy(update={**own, "max_records": None, "validation": None, "others": []})
 
 
 def split_records(data: DataSettings, records: list[Record], seed: int) -> tuple[list[Record], list[Record]]:
@@ -195,16 +193,13 @@ def _draw(records: list[Record], share: float, seed: int, name: str) -> set[int]
             "can be held out; give validation.path"
         )
     target = min(max(1, round(share * len(records))), len(records) - 1)
-    shuffled = units
-    random.Random(f"validation/{seed}").shuffle(shuffled)
+    random.Random(f"validation/{seed}").shuffle(units)
     drawn: set[int] = set()
-    for group in shuffled:
-        if len(drawn) + len(group) <= target:
-            drawn.update(group)
-    if not drawn:
-        smallest: list[int] = min(shuffled, key=len)
-        drawn.update(smallest)
-    return drawn
+    for unit in units:
+        if len(drawn) + len(unit) <= target:
+            drawn.update(unit)
+    smallest: list[int] = min(units, key=len)
+    return drawn or set(smallest)
 
 
 def _units(records: Sequence[Record]) -> list[list[int]]:

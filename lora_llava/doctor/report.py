@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,19 @@ class Report:
 
 def make_report(survey: Survey, conversations: Conversations, seconds: float) -> Report:
     """Combine the two halves of a check."""
-    all_findings = [*_bad_records(survey), *compare_sides(survey), *conversations.findings]
-    for source, record in survey.unanswered:
-        all_findings.append(finding_at("no_answer", source, record, record.where, record.image))
-    all_findings += reference_findings(survey, conversations.tokenizer)
-    all_findings += [*text_findings(survey), *box_findings(survey), *answer_findings(survey)]
-    findings = {kind: [finding for finding in all_findings if finding.kind == kind] for kind in KINDS}
+    unanswered = (finding_at("no_answer", *asked, asked[1].where, asked[1].image) for asked in survey.unanswered)
+    findings: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
+    for finding in chain(
+        _bad_records(survey),
+        compare_sides(survey),
+        conversations.findings,
+        unanswered,
+        reference_findings(survey, conversations.tokenizer),
+        text_findings(survey),
+        box_findings(survey),
+        answer_findings(survey),
+    ):
+        findings[finding.kind].append(finding)
     return Report(
         survey,
         conversations,
