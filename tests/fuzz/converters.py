@@ -11,6 +11,8 @@ from tests.fuzz.foreign import Load, Loader
 from tests.helpers.published_sets import SETS
 
 CONVERTERS = tuple(SETS)
+_WITHOUT_QUESTIONS = ("coco", "labelstudio", "r2gen", "dicom")
+"""Kinds that have answers without a question, for which one is given."""
 
 
 def make_converters(directory: Path, names: tuple[str, ...] = CONVERTERS) -> dict[str, Loader]:
@@ -25,7 +27,8 @@ def make_converters(directory: Path, names: tuple[str, ...] = CONVERTERS) -> dic
 def _convert(kind: str) -> Load:
     def load(copy: Path, out: Path) -> None:
         table = copy / "reports.csv" if kind == "dicom" else None
-        report = convert(kind, copy, out, ConvertOptions(question="What is the {name}?", table=table))
+        question = "What is the {name}?" if kind in _WITHOUT_QUESTIONS else None
+        report = convert(kind, copy, out, ConvertOptions(question=question, table=table))
         _check(out, report["records"])
 
     return load
