@@ -79,6 +79,16 @@ def test_a_row_that_is_not_finite_is_left_out() -> None:
     assert watch.logged.pairs == 1
 
 
+def test_the_sums_of_a_step_are_those_of_all_its_finite_rows() -> None:
+    objective = PreferenceObjective(prefer_settings(beta=0.5))
+    for row in ([[-8.0, -14.0], [-10.0, -12.0]], [[math.nan, -12.0]], [[-14.0, -12.0]]):
+        log_probs = torch.tensor(row, dtype=torch.float64)
+        objective._rows.append(_sums(0.5, log_probs, REFERENCE.expand_as(log_probs)))
+    # Rewards of the three finite pairs: 1 and -1, 0 and 0, -2 and 0.
+    assert objective.take_sums(torch.device("cpu")) == PairSums(3, -1, -1, 1, -32, -38, 4)
+    assert objective.take_sums(torch.device("cpu")) == PairSums()
+
+
 def test_its_state_is_the_same_after_a_checkpoint() -> None:
     watch, resumed = watch_of(), watch_of()
     step(watch, 2, [[-8.0, -14.1]])
