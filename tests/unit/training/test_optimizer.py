@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from lora_llava.training.checkpoints.state import HeldState, load_optimizer
-from lora_llava.training.optimizer import make_optimizer, make_schedule
+from lora_llava.training.optimizer import groups_of, make_optimizer, make_schedule
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
@@ -37,6 +37,28 @@ def test_the_weights_that_decay_are_those_of_the_trainer(tmp_path: Path) -> None
     trainer = Trainer(nn.Linear(1, 1), args)
     assert decaying == set(trainer.get_decay_parameter_names(model))
     assert "lora_magnitude_vector.weight" in decaying
+
+
+@pytest.mark.parametrize(("mm_projector_lr", "expected"), [(0.001, 0.001), (None, 0.01)])
+def test_lora_comes_first_and_the_projector_has_its_own_rate(
+    tmp_path: Path, mm_projector_lr: float | None, expected: float
+) -> None:
+    """Whatever their order in the model: every checkpoint has the states of the optimizer in that of its groups."""
+    frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    parts = {
+        "multi_modal_projector": _linear(nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))),
+        "frozen": _linear(frozen),
+        "lora_A": _linear(nn.Parameter(torch.ones(2, 2))),
+    }
+    model = nn.ModuleDict({"model": nn.ModuleDict(parts)})
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.1, "use_cpu": True}
+    optimizer = make_optimizer(model, TrainingArguments(output_dir=str(tmp_path), **options), mm_projector_lr)
+    named = [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert named == [("lora", 0.01, 0.1), ("projector", expected, 0.1), ("projector", expected, 0.0)]
+    groups = groups_of(optimizer)
+    assert list(groups) == ["lora", "projector"]
+    assert groups["lora"][0] is parts["lora_A"].weight
+    assert [one.shape for one in groups["projector"]] == [(2, 2), (2,)]
 
 
 def _steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, count: int) -> torch.Tensor:

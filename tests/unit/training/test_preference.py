@@ -81,11 +81,11 @@ def test_a_row_that_is_not_finite_is_left_out() -> None:
 
 def test_the_sums_of_a_step_are_those_of_all_its_finite_rows() -> None:
     objective = PreferenceObjective(prefer_settings(beta=0.5))
-    for row in ([[-8.0, -14.0], [-10.0, -12.0]], [[math.nan, -12.0]], [[-14.0, -12.0]]):
+    for row in ([[-9.5, -12.5], [-10.0, -12.0]], [[math.nan, -12.0]], [[-14.0, -12.0]]):
         log_probs = torch.tensor(row, dtype=torch.float64)
         objective._rows.append(_sums(0.5, log_probs, REFERENCE.expand_as(log_probs)))
-    # Rewards of the three finite pairs: 1 and -1, 0 and 0, -2 and 0.
-    assert objective.take_sums(torch.device("cpu")) == PairSums(3, -1, -1, 1, -32, -38, 4)
+    # Rewards of the three finite pairs: 0.25 and -0.25, 0 and 0, -2 and 0.
+    assert objective.take_sums(torch.device("cpu")) == PairSums(3, -1.75, -0.25, 1, -33.5, -36.5, 2.5)
     assert objective.take_sums(torch.device("cpu")) == PairSums()
 
 
