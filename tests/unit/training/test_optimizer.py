@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from lora_llava.errors import TrainingError
 from lora_llava.training.checkpoints.state import HeldState, load_optimizer
 from lora_llava.training.optimizer import groups_of, make_optimizer, make_schedule
+from lora_llava.training.parallel.offload import OffloadedAdamW
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
@@ -59,6 +61,17 @@ def test_lora_comes_first_and_the_projector_has_its_own_rate(
     assert list(groups) == ["lora", "projector"]
     assert groups["lora"][0] is parts["lora_A"].weight
     assert [one.shape for one in groups["projector"]] == [(2, 2), (2,)]
+
+
+def test_deepspeed_updates_weights_with_adamw_alone(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"lora_A": _linear(nn.Parameter(torch.ones(2, 2)))})
+    adamw = TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch", use_cpu=True)
+    assert isinstance(make_optimizer(model, adamw, None, offloads=True), OffloadedAdamW)
+    assert not isinstance(make_optimizer(model, adamw, None), OffloadedAdamW)
+    other = TrainingArguments(output_dir=str(tmp_path), optim="adafactor", use_cpu=True)
+    with pytest.raises(TrainingError, match=r"the checkpoint's optimizer is adafactor, and .* with adamw_torch"):
+        make_optimizer(model, other, None, offloads=True)
+    assert not any("fused" in group for group in make_optimizer(model, other, None).param_groups)
 
 
 def _steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, count: int) -> torch.Tensor:
