@@ -238,7 +238,9 @@ class CheckpointSaver:
             if state is not None:
                 state.write(staging)
 
-        remove_later(self.parent, self.newest)
+        # Until its first checkpoint is whole, a run that overwrites an earlier one leaves it unchanged.
+        if not is_pending(self.run_directory):
+            remove_later(self.parent, self.newest)
         resumable = state is not None
         write_checkpoint(
             self.parent, held.progress, self.memory_plan, self.facts, write, self._place, resumable=resumable

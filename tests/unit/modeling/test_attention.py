@@ -258,7 +258,7 @@ def test_attentions_are_compared_on_trees() -> None:
     assert choice._trial_segments(choice._SHORT_ROW, CPU)[0].unique().tolist() == [0, 1]
     assert tried[0].unique().tolist() == [0, 1, 2, 3]
     assert tried[1].unique().tolist() == list(range(17))
-    assert int((tried[1] == 0).sum()) == 4 * choice._PREFIX
+    assert int((tried[1] == 0).sum()) == 4 * choice.PREFIX
 
 
 def test_k32_masks_are_made_where_the_segments_are() -> None:
