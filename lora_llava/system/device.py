@@ -153,7 +153,10 @@ def peak_memory_bytes() -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Return the free memory in bytes: device memory on CUDA, within `memory_capped`, else that of the machine."""
+    """Return the free memory in bytes: device memory on CUDA, within `memory_capped`, else that of the machine.
+
+    The machine's is also bounded by the limits of control groups, as of a container.
+    """
     if device == "cuda":
         import torch
 
@@ -162,4 +165,35 @@ def free_memory_bytes(device: str) -> int:
         capped = int(torch.cuda.get_per_process_memory_fraction() * total) - torch.cuda.memory_reserved()
         return min(free, capped)
     available: int = psutil.virtual_memory().available
-    return available
+    return min([available, *left_by_control_groups()])
+
+
+def left_by_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """List the bytes that each memory limit of the process's control groups leaves, those of parent groups included.
+
+    `own` has a line HIERARCHY:CONTROLLERS:PATH for each hierarchy; cgroups(7) of Linux. In a container, PATH may be one
+    of the host, and then the root is the container's group.
+    """
+    left = []
+    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if directory == top or top in directory.parents:
+                # Files are missing without a controller, and the limit may be `max`.
+                with suppress(OSError, ValueError):
+                    left.append(_left_in(directory, *names))
+    return left
+
+
+def _left_in(group: Path, limit: str, usage: str, cache: str) -> int:
+    """Return the bytes that the limit of a control group leaves; cached files count as free."""
+    statistics = dict(line.split(" ") for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    used = int((group / usage).read_text(encoding="utf-8")) - int(statistics.get(cache, 0))
+    return max(0, int((group / limit).read_text(encoding="utf-8")) - used)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from lora_llava.system.device import (
     CUDA_CONTEXT,
     autocast,
     free_memory_bytes,
+    left_by_control_groups,
     memory_capped,
     peak_memory_bytes,
     pick_dtype,
@@ -147,3 +150,43 @@ def test_the_peak_on_cuda_is_counted_anew(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_cap_on_a_cpu_changes_nothing() -> None:
     with memory_capped(GIB):
         assert free_memory_bytes("cpu") > 0
+
+
+V2 = ("", "memory.max", "memory.current", "inactive_file")
+V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def write_group(directory: Path, names: Sequence[str], limit: str, used: int, cached: int) -> None:
+    """A control group as the kernel shows it; `names`: of the limit, the usage, and the cached files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / names[1]).write_text(f"{limit}\n")
+    (directory / names[2]).write_text(f"{used}\n")
+    (directory / "memory.stat").write_text(f"anon 5\n{names[3]} {cached}\n")
+
+
+@pytest.mark.parametrize("names", [V2, V1])
+def test_memory_limits_of_a_group_and_its_parents_count_without_cached_files(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    top, own = tmp_path / "fs" / names[0], tmp_path / "cgroup"
+    own.write_text(f"3:cpu:/elsewhere\n{'4:hugetlb,memory' if names[0] else '0:'}:/jobs/one\n")
+    write_group(top, names, "max", 90, 0)
+    write_group(top / "jobs", names, "1000", 400, 100)
+    write_group(top / "jobs/one", names, "500", 100, 20)
+    write_group(top / "jobs/two", names, "1", 1, 0)
+    write_group(tmp_path, names, "2", 1, 0)
+    assert left_by_control_groups(tmp_path / "fs", own) == [420, 700]
+
+
+@pytest.mark.parametrize("limit", ["max", "40"])
+def test_a_containers_limit_is_at_the_root_whatever_the_host_calls_the_group(tmp_path: Path, limit: str) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("0::/docker/abc\n")
+    write_group(tmp_path / "fs", V2, limit, 50, 5)
+    assert left_by_control_groups(tmp_path / "fs", own) == ([0] if limit == "40" else [])
+    assert left_by_control_groups(tmp_path / "none", own) == left_by_control_groups(tmp_path, tmp_path / "none") == []
+
+
+def test_the_free_memory_of_a_machine_is_within_its_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_llava.system.device.left_by_control_groups", lambda: [5 * GIB, 3])
+    assert free_memory_bytes("cpu") == 3
