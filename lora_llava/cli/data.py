@@ -12,7 +12,7 @@ from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, print_lines, quiet_environment
 from lora_llava.cli.options import COLUMNS_EXAMPLE, PATH, parse_columns, settings_errors
 from lora_llava.data.convert.run import KINDS, convert, summary
-from lora_llava.errors import RecipeError
+from lora_llava.errors import LoraLlavaError, RecipeError
 from lora_llava.system.files import disk_errors, new_file, refuse_existing
 from lora_llava.system.progress import phase
 from lora_llava.system.text import counted, printable
@@ -51,8 +51,15 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     about = f"{data}: {look.form}; {counted(len(look.records), 'record')}."
     for line in (about, *look.notes, f"Wrote {output}. Checking it:"):
         console.print(printable(line))
-    context.invoke(check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False)
-    console.print(printable(f"Next: lora-llava finetune {shlex.quote(str(output))} --dry-run"), soft_wrap=True)
+    name = shlex.quote(str(output))
+    try:
+        context.invoke(
+            check, recipe=str(output), overrides=(), output=None, workers=None, overwrite=False, resume=False
+        )
+    except LoraLlavaError as error:
+        error.args = (f"{error}\n{output} is written, but not checked. Correct it, then: lora-llava check {name}",)
+        raise
+    console.print(printable(f"Next: lora-llava finetune {name} --dry-run"), soft_wrap=True)
 
 
 @click.command("convert")

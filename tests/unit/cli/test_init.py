@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,18 @@ def test_a_recipe_is_never_overwritten(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "recipe.yaml already exists and is not overwritten" in said(result)
     assert Path("recipe.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_recipe_whose_base_cannot_be_read_stays_and_is_checked_later(tmp_path: Path, tiny_base: Path) -> None:
+    llava_json(tmp_path / "data")
+    result = run("init", "data", "--base-model", "./absent", "--output", "my recipe.yaml")
+    assert result.exit_code == 2
+    assert "absent" in said(result)
+    command = "lora-llava check 'my recipe.yaml'"
+    assert said(result).endswith(f"my recipe.yaml is written, but not checked. Correct it, then: {command}")
+    recipe = Path("my recipe.yaml")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("./absent", str(tiny_base)), encoding="utf-8")
+    assert run(*shlex.split(command)[1:]).exit_code == 0
 
 
 def test_records_that_cannot_be_read_are_counted_in_the_recipe(tmp_path: Path, tiny_base: Path) -> None:
