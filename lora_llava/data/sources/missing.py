@@ -52,15 +52,16 @@ def missing(data: DataSettings, near: Sequence[Path] = (Path(),)) -> tuple[str, 
     if not is_id:
         hint = nearest(path.name, directories)
         return f"{path} does not exist", f"Did you mean {path.with_name(hint)}?" if hint else "Correct the path."
-    if data.revision is not None or is_cached(data.path):
-        # Asked for by its revision, or read before: the Hub is meant.
-        hint = None
-    elif hint := nearest(path.name, directories, _MIN_SIMILARITY):
+    cached = _is_cached(data.path)
+    # Asked for by its revision, or read before: the Hub is meant.
+    is_meant = cached or data.revision is not None
+    if not is_meant and (hint := nearest(path.name, directories, _MIN_SIMILARITY)):
         fix = (
             f"Did you mean {path.with_name(hint)}? If a data set of the Hub is meant, name its revision, such as main."
         )
         return f"{path} does not exist here", fix
-    if offline() and not is_cached(data.path):
+    # Asked of cached data, too: it has the libraries leave a Hub alone that cannot be reached.
+    if offline() and not cached:
         what = f"{data.path} is not here, is not in the Hub's cache, and the Hub cannot be reached"
         return what, "Check the name; or connect, or give the path of a copy."
     return None
@@ -88,7 +89,7 @@ def unreadable(name: str, error: Exception) -> DataError:
     return DataError(f"{name}: the dataset cannot be read: {printable(reason) or type(error).__name__}")
 
 
-def is_cached(name: str) -> bool:
+def _is_cached(name: str) -> bool:
     """Tell whether a data set of the Hub is cached, as files or as tables of `datasets`."""
     from huggingface_hub import constants
 

@@ -20,11 +20,20 @@ from lora_llava.training.checkpoints import saver as saver_module
 from lora_llava.training.checkpoints.background import BackgroundWriter
 from lora_llava.training.checkpoints.files import MANIFEST, read_verified
 from lora_llava.training.checkpoints.held import copy_to_host
+from lora_llava.training.checkpoints.saver import CheckpointSaver
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.steps import same
 from tests.unit.training.test_saver import Artifact, Clock, _no_run, clock, held_at, save, saver_of, trainer_of
 
 __all__ = ["_no_run", "clock"]
+
+
+def before_its_end(directory: Path, clock: Clock) -> tuple[PackedTrainer, Artifact, CheckpointSaver]:
+    """A trainer with steps to go after the next checkpoint, its artifact and its saver."""
+    trainer = trainer_of(directory)
+    trainer.state.max_steps = 9
+    artifact = Artifact(directory, clock, trainer.model)
+    return trainer, artifact, saver_of(artifact)
 
 
 def slowed(artifact: Artifact) -> tuple[Event, Event]:
@@ -105,10 +114,7 @@ def test_k31_a_whole_checkpoint_holds_its_step_however_far_the_training_is_when_
 def test_k31_a_whole_checkpoint_that_cannot_be_written_ends_the_training_at_the_next_step(
     tmp_path: Path, clock: Clock
 ) -> None:
-    trainer = trainer_of(tmp_path)
-    artifact = Artifact(tmp_path, clock, trainer.model)
-    saver = saver_of(artifact)
-    trainer.state.max_steps = 9
+    trainer, artifact, saver = before_its_end(tmp_path, clock)
     failing(artifact)
     saver.save(trainer)
     assert saver.background._thread is not None
@@ -123,10 +129,7 @@ def test_k31_a_whole_checkpoint_that_cannot_be_written_ends_the_training_at_the_
 def test_the_newest_checkpoint_is_named_once_it_is_written_and_its_error_is_raised_later(
     tmp_path: Path, clock: Clock
 ) -> None:
-    trainer = trainer_of(tmp_path)
-    artifact = Artifact(tmp_path, clock, trainer.model)
-    saver = saver_of(artifact)
-    trainer.state.max_steps = 9
+    trainer, artifact, saver = before_its_end(tmp_path, clock)
     begins, ends = slowed(artifact)
     saver.save(trainer)
     assert begins.wait(60)
