@@ -35,6 +35,7 @@ _PNG_DEPTH = 24
 """Byte of a PNG that holds the bits of a channel."""
 _CELLS = 8
 _BLOCK = 64
+"""Images that are compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,23 +157,64 @@ def near_pairs(asked: list[ImageFacts], known: list[ImageFacts]) -> list[tuple[i
     """
     if not asked or not known:
         return []
-    hashes = np.array([facts.dhash for facts in known], dtype=np.uint64)
-    colors = np.frombuffer(b"".join(facts.colors for facts in known), np.uint8).reshape(len(known), -1).astype(np.int16)
+    different = _different(known)
+    hashes = np.array([known[index].dhash for index in different], dtype=np.uint64)
+    joined = b"".join(known[index].colors for index in different)
+    colors = np.ascontiguousarray(np.frombuffer(joined, np.uint8).reshape(len(different), -1).T.astype(np.int16))
+    middle = np.median(colors, axis=1)
+    of_bytes: dict[bytes, list[int]] = {}
+    for position, index in enumerate(different):
+        of_bytes.setdefault(known[index].sha256, []).append(position)
     pairs = []
     for start in range(0, len(asked), _BLOCK):
         block = asked[start : start + _BLOCK]
         ours = np.array([facts.dhash for facts in block], dtype=np.uint64)
         near = np.bitwise_count(ours[:, None] ^ hashes[None, :]) <= _MAX_DIFFERING_BITS
         for offset, facts in enumerate(block):
-            candidates = np.flatnonzero(near[offset])
-            if not len(candidates):
-                continue
+            near[offset, of_bytes.get(facts.sha256, [])] = False
             own = np.frombuffer(facts.colors, np.uint8).astype(np.int16)
-            distance = np.abs(colors[candidates] - own).max(axis=1)
-            for candidate in candidates[np.argsort(distance, kind="stable")]:
-                if np.abs(colors[candidate] - own).max() > _MAX_COLOR_DIFFERENCE:
-                    break
-                if known[candidate].sha256 != facts.sha256:
-                    pairs.append((start + offset, int(candidate)))
-                    break
+            if (nearest := _nearest(own, colors, np.flatnonzero(near[offset]), middle)) is not None:
+                pairs.append((start + offset, different[nearest]))
     return pairs
+
+
+def _different(known: list[ImageFacts]) -> list[int]:
+    """Return the indices of the images that can be nearest: of those that look equal, the first two of other bytes."""
+    seen: dict[tuple[int, bytes], set[bytes]] = {}
+    kept = []
+    for index, facts in enumerate(known):
+        contents = seen.setdefault((facts.dhash, facts.colors), set())
+        if len(contents) < 2 and facts.sha256 not in contents:
+            contents.add(facts.sha256)
+            kept.append(index)
+    return kept
+
+
+def _nearest(
+    own: npt.NDArray[np.int16],
+    colors: npt.NDArray[np.int16],
+    candidates: npt.NDArray[np.intp],
+    middle: npt.NDArray[np.float64],
+) -> int | None:
+    """Return the first candidate with the smallest difference in color; None if none is a near duplicate.
+
+    `own`: values of an image, (192,); `colors`: of all known ones, (192, known); `middle`: their medians, (192,).
+    Thousands of images may be alike: they are compared in growing parts, and value by value while many may be nearer.
+    """
+    if not len(candidates):
+        return None
+    # The values that are least usual tell the image from most others.
+    telling = np.argsort(-np.abs(own - middle), kind="stable")
+    smallest, nearest = _MAX_COLOR_DIFFERENCE + 1, None
+    start, size = 0, _BLOCK
+    while start < len(candidates) and smallest > 0:
+        left = candidates[start : start + size]
+        for value in telling:
+            if len(left) <= _BLOCK:
+                break
+            left = left[np.abs(colors[value, left] - own[value]) < smallest]
+        differences = np.abs(colors[:, left] - own[:, None]).max(axis=0)
+        if len(left) and differences.min() < smallest:
+            smallest, nearest = int(differences.min()), int(left[differences.argmin()])
+        start, size = start + size, 2 * size
+    return nearest
