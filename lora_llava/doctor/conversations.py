@@ -18,7 +18,7 @@ from lora_llava.data.pairs import encode_record
 from lora_llava.data.record import Record
 from lora_llava.data.stage import EncodedRecords, Size, StageData, StageRecords, length_lines, plan_records, size_of
 from lora_llava.doctor.compare import Finding, finding_about, finding_at
-from lora_llava.doctor.survey import Side, Survey
+from lora_llava.doctor.survey import Side, Survey, sides_of
 from lora_llava.doctor.tokens import TokenKind, token_runs
 from lora_llava.errors import DataError, RecipeError, TrainingError
 from lora_llava.modeling.metadata import describe_base
@@ -58,8 +58,15 @@ def encode_sides(survey: Survey, workers: int | None = None) -> Conversations:
     conversations = Conversations()
     config, conversations.tokenizer = describe_base(survey.recipe.base)
     conversations.image_token_id = int(config.image_token_id)
+    before = [len(source.records) for source in survey.sources]
     for side in survey.sides:
         _encode_side(survey.recipe, side, conversations, config, workers)
+    if before != [len(source.records) for source in survey.sources]:
+        # A run draws its validation share of the records that can be encoded.
+        survey.sides = list(sides_of(survey.recipe, survey.sources))
+        conversations.findings.clear()
+        for side in survey.sides:
+            _encode_side(survey.recipe, side, conversations, config, workers)
     for stage in survey.recipe.stage_names:
         conversations.plans[stage] = _plan(survey, stage, conversations, config)
     return conversations

@@ -107,7 +107,7 @@ def survey(recipe: Recipe, workers: int | None = None) -> Survey:
             unanswered += [(source, record) for record in source.records if record.turns[-1].role == "user"]
             answered = (answered_part(record) for record in source.records)
             source.records = [record for record in answered if record is not None]
-    return Survey(recipe, sources, list(_sides(recipe, sources)), images, unanswered)
+    return Survey(recipe, sources, list(sides_of(recipe, sources)), images, unanswered)
 
 
 def _open_images(records: Iterable[Record], workers: int | None) -> dict[str, ImageFacts]:
@@ -170,7 +170,8 @@ def _put_aside(source: Source, images: dict[str, ImageFacts]) -> None:
     source.records = usable
 
 
-def _sides(recipe: Recipe, sources: list[Source]) -> Iterator[Side]:
+def sides_of(recipe: Recipe, sources: list[Source]) -> Iterator[Side]:
+    """Yield the sides of all stages and of the evaluation; a validation share is drawn of the records of its source."""
     by_name = {source.name: source for source in sources}
     for stage in recipe.stage_names:
         training: list[Record] = []

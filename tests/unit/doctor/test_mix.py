@@ -12,6 +12,8 @@ import yaml
 
 from lora_llava.data.load import load_split
 from lora_llava.data.stage import plan_records, read_records
+from lora_llava.doctor.conversations import encode_sides
+from lora_llava.doctor.survey import survey
 from lora_llava.errors import DataError
 from lora_llava.modeling.metadata import describe_base
 from lora_llava.modeling.structure import image_tokens
@@ -124,3 +126,20 @@ def test_every_source_of_an_evaluation_is_checked(tiny_base: Path, tmp_path: Pat
     }
     assert report_in(tmp_path / "run" / "check")["sides"]["evaluation"]["records"] == 12 + 9
     assert check(str(path), "evaluation.by=[wart]").exit_code == 1
+
+
+def test_the_validation_share_is_that_of_a_run_which_skips_records_that_cannot_be_encoded(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    images, train, tested = sound_data()
+    train[3:3] = [entry(f"long-{number}", f"{number}.png", "why " * 200, "because") for number in range(5)]
+    path = write_recipe(tmp_path, tiny_base, images, train, tested, on_bad_record="skip")
+    recipe = load_recipe(path, ["evaluation=null", "stages.instruct.data.validation={share: 0.3}"])
+    surveyed = survey(recipe, 1)
+    encode_sides(surveyed, 1)
+    config, tokenizer = describe_base(recipe.base)
+    records = read_records(recipe.stage("instruct"), tokenizer, image_tokens(config), recipe.seed)
+    assert len(records.skipped) == 5
+    run = [[record.id for record in part.records] for part in (records.train, records.validation)]
+    assert [[record.id for record in side.records] for side in surveyed.sides] == run
+    assert [len(source.bad.records) for source in surveyed.sources] == [5]
