@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lora_llava.quickstart.assets import prepare_assets
 from lora_llava.recipe.file import bundled_recipes, load_recipe
+from lora_llava.run_directory.lock import locked
 from lora_llava.run_directory.output import write_summary
 from lora_llava.system.files import shown_path, write_text
 from lora_llava.training.run import print_outcome, run_recipe
@@ -25,9 +26,15 @@ _MEDICAL_RECIPE = "medical_vqa"
 def run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
     """Run the bundled quickstart recipe in `directory` from the start; reuse only the downloads.
 
-    Returns the summary of the run. Raises subclasses of LoraLlavaError.
+    Returns the summary of the run. Raises subclasses of LoraLlavaError, such as TrainingError if another quickstart is
+    at work in the directory: both would unpack over the files that the other reads.
     """
     directory = directory.resolve()
+    with locked(directory, "--dir"):
+        return _run_quickstart(directory, console)
+
+
+def _run_quickstart(directory: Path, console: Console) -> dict[str, Any]:
     clock = time.monotonic()
     prepare_assets(directory, lambda line: console.print(line, soft_wrap=True, markup=False))
     for name in (RECIPE, FULL_RECIPE):

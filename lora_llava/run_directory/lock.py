@@ -22,24 +22,24 @@ _held: set[Path] = set()
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the lock of `directory`, which is created if needed; remove the directory again if it stays empty.
 
-    The kernel releases the lock when the process ends, however it ends; worker processes do not inherit it. Raises
-    TrainingError if another process holds the lock, if the directory cannot be written, or if a file with the lock's
-    name is not a lock.
+    `name`: the setting or option that names the directory. The kernel releases the lock when the process ends, however
+    it ends; worker processes do not inherit it. Raises TrainingError if another process holds the lock, if the
+    directory cannot be written, or if a file with the lock's name is not a lock.
     """
     path = directory / LOCK
     # Locks do not keep a process from itself, such as a second thread.
     if path.resolve() in _held:
-        raise TrainingError(f"output_dir {shown_path(directory)} is in use by another run of this process")
+        raise TrainingError(f"{name} {shown_path(directory)} is in use by another run of this process")
     created: list[Path] = []
     try:
         created = make_directories(directory)
-        handle = _acquire(path)
+        handle = _acquire(path, name)
     except OSError as error:
         remove_empty(created)
-        raise TrainingError(f"output_dir {shown_path(directory)} cannot be written: {error.strerror}") from error
+        raise TrainingError(f"{name} {shown_path(directory)} cannot be written: {error.strerror}") from error
     _held.add(path.resolve())
     try:
         yield
@@ -76,7 +76,7 @@ def is_locked_elsewhere(directory: Path) -> bool:
     return (directory / LOCK).resolve() not in _held and is_locked(directory)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, name: str) -> int:
     while True:
         if path.is_symlink():
             raise TrainingError(f"{shown_path(path)} is a link, which the kit did not make; remove it")
@@ -89,7 +89,7 @@ def _acquire(path: Path) -> int:
             holder = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
             os.close(handle)
             raise TrainingError(
-                f"output_dir {shown_path(path.parent)} is in use by another run (process {holder}); wait until it "
+                f"{name} {shown_path(path.parent)} is in use by another run (process {holder}); wait until it "
                 "ends, or stop it"
             ) from error
         if not _CONTENT.fullmatch(content):

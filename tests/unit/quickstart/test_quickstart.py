@@ -13,9 +13,11 @@ import pytest
 from rich.console import Console
 
 from lora_llava.cli import cli
+from lora_llava.errors import TrainingError
 from lora_llava.quickstart import run as quickstart
 from lora_llava.recipe.file import bundled_recipes
 from lora_llava.recipe.settings import Recipe
+from lora_llava.run_directory.lock import locked
 
 
 @pytest.fixture
@@ -72,3 +74,11 @@ def test_the_next_commands_can_be_parsed(tmp_path: Path, monkeypatch: pytest.Mon
         assert context.command is cli.commands[name]
     copied = shlex.split(commands[-1])[-1]
     assert copied in bundled_recipes()
+
+
+def test_a_second_quickstart_in_a_directory_is_refused(ran: list[Recipe], tmp_path: Path) -> None:
+    with locked(tmp_path / "q"), pytest.raises(TrainingError, match=r"--dir .*q is in use by another run"):
+        run(tmp_path / "q")
+    assert not ran
+    run(tmp_path / "q")
+    assert len(ran) == 1
