@@ -37,7 +37,7 @@ def problems_of_output_dir(
 
     `settings`: the recipe as plain values.
     """
-    if problem := _unusable(root):
+    if problem := unusable(root):
         return [problem]
     if not root.is_dir():
         return [_nothing_to_resume(root)] if resume else []
@@ -69,7 +69,7 @@ def problems_of_output_dir(
     )
 
 
-def _unusable(root: Path) -> DirectoryProblem | None:
+def unusable(root: Path) -> DirectoryProblem | None:
     """Return why a directory cannot be created or written; None if it can."""
     if root.is_symlink() and not root.exists():
         return DirectoryProblem(f"{shown_path(root)} is a link to {root.readlink()}, which does not exist", _RECONNECT)

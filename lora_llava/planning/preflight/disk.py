@@ -11,7 +11,7 @@ from lora_llava.formats.shapes import LlavaShape
 from lora_llava.modeling.structure import FP32, stage_parameters
 from lora_llava.planning.preflight.findings import Finding, Problem
 from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, Setup
-from lora_llava.run_directory.problems import problems_of_output_dir
+from lora_llava.run_directory.problems import problems_of_output_dir, unusable
 
 _WEIGHT, _ADAM, _ADAM_8BIT = 4, 8, 2
 """Bytes per trainable weight in fp32, and of its two AdamW moments in fp32 and in 8 bits."""
@@ -72,6 +72,9 @@ def _base_bytes(setup: Setup, shape: LlavaShape) -> int:
 
 def _missing_room(setup: Setup, parts: Mapping[str, int], other: str) -> Iterator[Finding]:
     directory = setup.recipe.resolved_output_dir
+    if unusable(directory):
+        # What is free there, such as nothing below /proc, says nothing of the directory that it will be.
+        return
     nearest = next(path for path in (directory, *directory.parents) if path.exists())
     free, needed = shutil.disk_usage(nearest).free, sum(parts.values())
     if needed > free:

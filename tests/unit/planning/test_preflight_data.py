@@ -114,6 +114,10 @@ def test_a_disk_that_is_too_small_is_refused(project: Project, monkeypatch: pyte
     assert [result.exit_code for result in results] == [2, 2, 2]
     assert len({result.stderr for result in results}) == 1
     assert "GiB are free on the disk" in results[0].stderr
+    # Of what is free below a directory that is none for a run, nothing is said.
+    refused = command("finetune", project, "output_dir=/proc/x")
+    assert "output_dir: /proc/x cannot be created" in refused.stderr
+    assert "GiB" not in refused.stderr
 
 
 def test_an_evaluation_may_hold_a_blank_answer_as_an_open_question(project: Project) -> None:
