@@ -17,6 +17,8 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Extensions of image files, in lower case. They may stand for each other: files are judged by their content."""
 _NUM_NAMED = 5
+_MAX_FOLDERS = 200
+"""Maximum number of folders in which a missing image is searched for."""
 
 
 class ImageRoot:
@@ -24,7 +26,7 @@ class ImageRoot:
 
     Paths are relative to `root`. An image lies below it or below one of `data.image_roots`, also behind links. A file
     that is missing, but exists with one other extension, or accents in another form of Unicode, is taken;
-    `ImageSource.asked` then has the name in the data.
+    `ImageSource.asked` then has the name in the data. Backslashes, as Windows writes paths, are read as slashes.
 
     Missing images are reported together by `check`, or, with `at_once`, when a record refers to one.
     """
@@ -52,7 +54,8 @@ class ImageRoot:
             known = self._sources[name] = self._locate(name, where)
         if self.at_once and name in self._missing:
             raise DataError(
-                f"{where}: {self.field_name}: {name[:200]!r} is missing; restore it, or leave the record out",
+                f"{where}: {self.field_name}: {name[:200]!r} is missing{self._hint(name)}; restore it, or leave the "
+                "record out",
                 "missing_image",
             )
         return known
@@ -66,7 +69,7 @@ class ImageRoot:
         raise DataError(
             f"{self.field_name}: {len(self._missing):,} of {counted(len(self._sources), 'image')} "
             f"{'is' if len(self._missing) == 1 else 'are'} missing in {printable(str(self.root))}: "
-            f"{'; '.join(named)}{f'; and {more:,} more' if more else ''}. "
+            f"{'; '.join(named)}{f'; and {more:,} more' if more else ''}{self._hint(next(iter(self._missing)))}. "
             "Correct image_root, or remove their records; lora-llava check lists them all",
             "missing_image",
         )
@@ -118,16 +121,40 @@ class ImageRoot:
                 advice = "is a URL; images are not downloaded: fetch them into image_root first"
             else:
                 advice = "is a URL or names a drive; copy the image into image_root and give its path"
-            raise DataError(f"{location} {advice}", "image_path")
+            raise DataError(f"{location} {advice}{self._hint(name)}", "image_path")
         path = None
         if not name.startswith("\\") and ".." not in re.split(r"[/\\]", name):
-            path = self._below(os.path.normpath(name))
+            path = self._below(os.path.normpath(self._with_slashes(name)))
         if path is None:
             raise DataError(
-                f"{location} must be relative to image_root, or below it, without '..'; shorten it or set image_root",
+                f"{location} must be relative to image_root, or below it, without '..'; shorten it or set image_root"
+                f"{self._hint(name)}",
                 "image_path",
             )
         return path
+
+    def _with_slashes(self, name: str) -> str:
+        """Return a path as it is, if it exists or has no backslashes; with slashes for them otherwise."""
+        is_there = "\\" not in name or os.path.lexists(os.path.join(self._real_root, name))  # noqa: PTH118
+        return name if is_there else name.replace("\\", "/")
+
+    def _hint(self, name: str) -> str:
+        """Return where below the first root an image may be that is not at `name`, as an addition to a message."""
+        parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".")]
+        if not parts or ".." in parts or "\0" in name:
+            return ""
+        near = [*parts[:-1], self._in_other_case(parts)]
+        shorter = ["/".join(parts[start:]) for start in range(1, len(parts))]
+        deeper = [f"{folder}/{'/'.join(parts)}" for folder in _names_in(self._real_root)[:_MAX_FOLDERS]]
+        for path in ("/".join(near), *shorter, *deeper):
+            if os.path.isfile(os.path.join(self._real_root, path)):  # noqa: PTH113, PTH118
+                return f"; there is {printable(path, 200)!r} in image_root"
+        return ""
+
+    def _in_other_case(self, parts: list[str]) -> str:
+        """Return the file of a directory whose name differs from the last part of a path in its case alone."""
+        names = _names_in(os.path.join(self._real_root, *parts[:-1]))  # noqa: PTH118
+        return next((name for name in names if name.casefold() == parts[-1].casefold()), parts[-1])
 
     def _below(self, path: str) -> str | None:
         """Return a normalized path relative to the first root; None if it is absolute and outside of all roots."""
@@ -191,11 +218,15 @@ def _composed(name: str) -> str:
 def _image_files(directory: str) -> dict[str, list[str]]:
     """List the image files of a directory by their names without extension; empty if it cannot be read."""
     files: dict[str, list[str]] = {}
-    try:
-        names = os.listdir(directory)  # noqa: PTH208 - strings: once for every file
-    except OSError:
-        return files
-    for name in names:
+    for name in _names_in(directory):
         if (stem := _stem(name)) != _composed(name):
             files.setdefault(stem, []).append(name)
     return files
+
+
+def _names_in(directory: str) -> list[str]:
+    """Return the names in a directory; none if it cannot be read."""
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - strings: once for every file
+    except OSError:
+        return []

@@ -66,6 +66,8 @@ def _name(row: Mapping[str, Any], column: str, folder: str, suffix: str) -> str 
     """Return the path that a template makes of a row; None if it would leave the root."""
     above = "" if not folder else row.get(folder)
     name = f"{above}/{row[column]}{suffix}" if above else f"{row[column]}{suffix}"
+    # As ImageRoot reads paths of Windows.
+    name = name.replace("\\", "/")
     is_path = isinstance(above, str) and len(name) < 1_000 and "\0" not in name and ".." not in name.split("/")
     return name if is_path and name.isprintable() else None
 

@@ -127,3 +127,39 @@ def test_another_extension_behind_a_link_stays_inside(disk: Path) -> None:
     assert "is a link out of image_root" in refusal_of(disk, "key.jpg")
     (disk / "data/folder.png").mkdir()
     assert "is not a file" in refusal_of(disk, "folder.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("C:\\data\\own.png", "own.png"),
+        ("file:///home/me/data/sub/in.png", "sub/in.png"),
+        ("https://host/own.png", "own.png"),
+        ("/mnt/data/sub/in.png", "sub/in.png"),
+        ("data/own.png", "own.png"),
+        ("in.png", "sub/in.png"),
+        ("sub/IN.PNG", "sub/in.png"),
+        ("sub\\IN.PNG", "sub/in.png"),
+        ("other.png", ""),
+        ("C:\\..\\own.png", ""),
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_image_that_is_not_where_the_data_say_is_named_where_it_may_be(
+    disk: Path, name: str, near: str, skip: bool
+) -> None:
+    (disk / "data/sub").mkdir()
+    Image.new("RGB", (2, 2)).save(disk / "data/sub/in.png")
+    settings = {"on_bad_record": "skip", "max_bad_records": 1} if skip else {}
+    refusal = refused(disk / "data", [entry(image=name)] * (2 if skip else 1), **settings)
+    assert ("there is" in refusal) is bool(near)
+    assert not near or f"; there is '{near}' in image_root" in refusal
+
+
+def test_paths_of_windows_are_read(disk: Path) -> None:
+    (disk / "data/sub").mkdir()
+    Image.new("RGB", (2, 2)).save(disk / "data/sub/in.png")
+    assert image_of(disk, "sub\\in.png").identity == image_of(disk, "sub/in.png").identity
+    # A name that has one is left as it is.
+    Image.new("RGB", (3, 3)).save(disk / "data/sub\\in.png")
+    assert image_of(disk, "sub\\in.png").key == "sub\\in.png"
