@@ -93,6 +93,8 @@ def read_document(path: Path) -> Any:
 def read_rows(path: Path, encoding: str | None = None) -> Iterator[Entry]:
     """Yield the rows of a .csv or .tsv file as mappings by the names in its first line; an empty cell is None.
 
+    A column without a name, such as that of pandas' index, is called `column N`, counted from 1.
+
     The delimiter is the one that splits the first line into the most names. Raises DataError if the file as a whole
     cannot be read.
     """
@@ -106,8 +108,9 @@ def read_rows(path: Path, encoding: str | None = None) -> Iterator[Entry]:
     csv.field_size_limit(MAX_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = [name.strip() for name in next(reader, [])]
-        check_names(names, path)
+        first_row = [name.strip() for name in next(reader, [])]
+        names = [name or f"column {number}" for number, name in enumerate(first_row, start=1)]
+        check_names(names if any(first_row) else [], path)
         for row in reader:
             if row:
                 yield _row(row, names, path, reader.line_num)

@@ -18,6 +18,7 @@ from lora_llava.data.record import MAX_CHARACTERS, Record
 from lora_llava.data.sources.files import sheets
 from lora_llava.data.sources.files.encodings import decode
 from lora_llava.data.sources.files.sheets import read_sheet
+from lora_llava.data.sources.tables import read_rows
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
 from tests.helpers.workbook import write_workbook
@@ -331,3 +332,29 @@ def test_settings_of_files_are_refused_where_they_mean_nothing() -> None:
     ):
         with pytest.raises(ValidationError, match=message):
             DataSettings.model_validate({"columns": QA, **settings})
+
+
+def test_columns_without_a_name_are_counted_and_none_hides_another(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Frage,Antwort,,\nWas?,ja,a,b\nWie?,nein,,\n", encoding="utf-8")
+    first, second = (entry.value for entry in read_rows(tmp_path / "t.csv"))
+    assert first == {"Frage": "Was?", "Antwort": "ja", "column 3": "a", "column 4": "b"}
+    assert second == {"Frage": "Wie?", "Antwort": "nein", "column 3": None, "column 4": None}
+    [record] = load(tmp_path / "t.csv", columns={"question": "Frage", "answer": "column 4"}, on_bad_record="skip")
+    assert texts(record) == ("Was?", "b")
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (",,", "t.csv: is empty, must begin with a line of column names"),
+        ("Frage,column 2,", None),
+        ("column 3,Frage,", "column 'column 3' occurs twice in its first line; rename one"),
+    ],
+)
+def test_a_first_line_without_names_is_none(tmp_path: Path, head: str, message: str | None) -> None:
+    (tmp_path / "t.csv").write_text(f"{head}\na,b,c\n", encoding="utf-8")
+    if message is None:
+        assert [len(entry.value) for entry in read_rows(tmp_path / "t.csv")] == [3]
+    else:
+        with pytest.raises(DataError, match=message):
+            list(read_rows(tmp_path / "t.csv"))
