@@ -122,6 +122,6 @@ READ: dict[str, Callable[[Path], Path]] = {
 CONVERTED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "coco": (coco_instances, "lora-llava convert coco {data} converted. Then"),
     "label studio": (labelstudio, "lora-llava convert labelstudio {data} converted. Then"),
-    "dicom": (dicom, "lora-llava convert dicom {data} converted --table REPORTS.csv. Then"),
+    "dicom": (dicom, "lora-llava convert dicom {data} converted --table {data}/reports.csv. Then"),
 }
 """Forms that must be converted, and the command that the message gives."""

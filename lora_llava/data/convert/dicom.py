@@ -1,4 +1,4 @@
-"""Convert DICOM series with a table of reports: gray values by their window, patients as numbered groups.
+"""Convert DICOM files with a table of reports or questions: gray values by their window, patients as numbered groups.
 
 Nothing of a file but its pixels is carried over.
 """
@@ -6,6 +6,7 @@ Nothing of a file but its pixels is carried over.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import warnings
 from collections import Counter
@@ -18,12 +19,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lora_llava.data.convert.fields import DropError, text
+from lora_llava.data.convert.fields import DropError, mapping
 from lora_llava.data.convert.writer import REPORT_QUESTION, ConvertOptions, Writer
 from lora_llava.data.images.grayscale import Window, to_eight_bits
 from lora_llava.data.images.read import MAX_PIXELS
-from lora_llava.data.sources.tables import read_rows
+from lora_llava.data.sources.cells import as_text
+from lora_llava.data.sources.columns import file_entries
+from lora_llava.data.sources.forms import likely_key
+from lora_llava.data.sources.selection import Entry
 from lora_llava.errors import DataError
+from lora_llava.recipe.fields import RECORD_FILES
+from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import listed, printable
 
 _KEYS = {
@@ -82,47 +88,52 @@ class _Columns(NamedTuple):
     """The columns of the table that are read."""
 
     key: str
+    tag: str | None
+    """Tag whose values the key has; None: the key is the path of a file below the directory."""
     answer: str
     question: str | None
+    others: list[str]
 
 
 def convert_dicom(source: Path, output: Path, options: ConvertOptions) -> Writer:
     """Write a record for each row of `options.table` that joins a file below the directory `source`.
 
-    Raises DataError if pydicom is missing, there is no table, or no column of it names a tag.
+    Raises DataError if pydicom is missing, there is no table, or no column of it names files or a tag.
     """
     if not source.is_dir():
         raise DataError(f"{source}: is no directory; name the one with the DICOM files as SRC")
     if options.table is None:
-        raise DataError("the reports are missing: name their CSV file with --table")
+        raise DataError("the reports are missing: name their table with --table")
     _check_pydicom()
-    rows = list(read_rows(options.table))
-    first = next((row for row in rows if row.error is None), None)
-    if first is None and rows and rows[0].error is not None:
-        raise rows[0].error
-    columns = [] if first is None else list(first.value)
-    tag, key = _join_column(columns, options.table)
-    answer = next((name for name in columns if name.lower() in _ANSWERS), None)
-    if answer is None:
-        raise DataError(
-            f"{options.table.name}: none of its columns ({listed(columns)}) holds reports; "
-            f"name it {' or '.join(_ANSWERS)}"
-        )
-    question = next((name for name in columns if name.lower() == "question"), None)
+    rows = _read_table(options.table, options.encoding)
+    columns = _columns(rows, source, options.table)
     with Writer(output, source, options) as writer:
         # Paths often hold names of patients.
         writer.report.names_files = False
         instances: dict[str, list[_Instance]] = {}
         for instance in _scan(writer, source):
-            instances.setdefault(instance.value(tag), []).append(instance)
-        converter = _Rows(writer, instances, _Columns(key, answer, question))
-        for row in rows:
+            tag = columns.tag
+            key = instance.path.relative_to(source).as_posix() if tag is None else instance.value(tag)
+            instances.setdefault(key, []).append(instance)
+        if columns.others:
+            shown = listed([printable(name, 80) for name in columns.others])
+            writer.report.rules.append(f"Columns of the table that are not carried over: {shown}.")
+        converter = _Rows(writer, instances, columns)
+        for number, row in enumerate(rows, start=1):
             with writer.report.dropping():
                 if row.error is not None:
                     raise row.error
-                converter.convert(row.value, f"{options.table.name}, line {row.line}")
+                where = f"{options.table.name}, {f'record {number}' if row.line is None else f'line {row.line}'}"
+                converter.convert(mapping(row.value, where), where)
         converter.count_unused()
     return writer
+
+
+def _read_table(table: Path, encoding: str | None) -> list[Entry]:
+    """Return the rows of a table; DataError if it is of no form that is read."""
+    if table.suffix not in RECORD_FILES:
+        raise DataError(f"--table {table}: must be {' or '.join(RECORD_FILES)}; save it in one of these forms")
+    return list(file_entries(table, DataSettings(path=str(table), encoding=encoding)))
 
 
 def _check_pydicom() -> None:
@@ -134,17 +145,45 @@ def _check_pydicom() -> None:
     config.settings.reading_validation_mode = config.IGNORE
 
 
-def _join_column(columns: list[str], table: Path) -> tuple[str, str]:
-    """Return the tag that joins files with rows, and the column that holds it; DataError if there is none."""
-    names = {re.sub(r"[^a-z]", "", name.lower()): name for name in columns}
+def _columns(rows: list[Entry], source: Path, table: Path) -> _Columns:
+    """Return the columns to read; DataError if none joins the rows with files, or none holds answers."""
+    values = [row.value for row in rows if isinstance(row.value, dict)]
+    if not values and rows and rows[0].error is not None:
+        raise rows[0].error
+    names = [str(name) for name in values[0]] if values else []
+    tag, key = _join_column(names, values, source, table)
+    answer = next((name for name in names if name.lower() in _ANSWERS), None)
+    if answer is None:
+        raise DataError(
+            f"{table.name}: none of its columns ({listed(names)}) holds reports; name it {' or '.join(_ANSWERS)}"
+        )
+    question = likely_key(names, "question")
+    return _Columns(key, tag, answer, question, [name for name in names if name not in (key, answer, question)])
+
+
+def _join_column(names: list[str], rows: list[dict[str, Any]], source: Path, table: Path) -> tuple[str | None, str]:
+    """Return the tag that joins files with rows, None for their paths, and the column that holds it.
+
+    Paths are the most exact. Raises DataError if there is no such column.
+    """
+    image = likely_key(names, "image")
+    if image is not None and any((source / _path(row.get(image))).is_file() for row in rows):
+        return None, image
+    letters = {re.sub(r"[^a-z]", "", name.lower()): name for name in names}
     for tag, spellings in _KEYS.items():
         for spelling in spellings.split():
-            if spelling in names:
-                return tag, names[spelling]
+            if spelling in letters:
+                return tag, letters[spelling]
+    paths = f"; the paths in {image!r} are not below {source}" if image else ""
     raise DataError(
-        f"{table.name}: none of its columns ({listed(columns) or 'it has no rows'}) joins the files; name one "
-        f"{' or '.join(_KEYS)}"
+        f"{table.name}: none of its columns ({listed(names) or 'it has no rows'}) joins the files{paths}; name one "
+        f"image, with their paths below SRC, or {' or '.join(_KEYS)}"
     )
+
+
+def _path(value: object) -> str:
+    """Return the path of a file below the directory, as tables of Windows write it too."""
+    return posixpath.normpath(str(value or "").strip().replace("\\", "/"))
 
 
 def _scan(writer: Writer, source: Path) -> Iterator[_Instance]:
@@ -222,26 +261,38 @@ class _Rows:
         self.writer, self.instances, self.columns = writer, instances, columns
         self.patients: dict[str, str] = {}
         self.used: set[str] = set()
+        self.pictures: dict[Path, str] = {}
+        """Images that were written, by their source."""
         self.number = 0
 
     def convert(self, row: dict[str, Any], where: str) -> None:
         """Write the record of a row; DataError if it joins nothing or its image cannot be shown."""
-        key = text(row, self.columns.key, where)
-        instances = self.instances.get(key)
+        key = self._text(row, self.columns.key, where)
+        key = _path(key) if self.columns.tag is None else key
+        # Files without the tag are those of no row.
+        instances = self.instances.get(key) if key else None
         if instances is None:
             raise DropError(f"{where}: {self.columns.key}: joins no file", "a row joins no file")
         self.used.add(key)
-        answer = text(row, self.columns.answer, where)
-        own = None if self.columns.question is None else row[self.columns.question]
+        answer = self._text(row, self.columns.answer, where)
+        asked = self.columns.question
+        own = None if asked is None or row.get(asked) is None else self._text(row, asked, where)
         question = own or self.writer.options.question or REPORT_QUESTION
         instance = _middle(instances)
-        image = _render(instance, self.writer.options.window)
+        if instance.path not in self.pictures:
+            image = _render(instance, self.writer.options.window)
+            self.pictures[instance.path] = self.writer.add_picture(f"{self.number + 1:06d}.png", image).path
         self.number += 1
-        picture = self.writer.add_picture(f"{self.number:06d}.png", image)
         patient = instance.value("PatientID")
         group = self.patients.setdefault(patient, f"patient-{len(self.patients) + 1}") if patient else None
-        record = {"id": f"{self.number:06d}", "image": picture.path, "question": question, "answer": answer}
-        self.writer.write({**record, "group": group or f"record-{self.number}"}, kind="report")
+        record = {"id": f"{self.number:06d}", "image": self.pictures[instance.path], "question": question}
+        record |= {"answer": answer, "group": group or f"record-{self.number}"}
+        self.writer.write(record, kind="report")
+
+    @staticmethod
+    def _text(row: dict[str, Any], column: str, where: str) -> str:
+        """Return a text, or a number of a workbook as text, without white space around it; DataError otherwise."""
+        return as_text(row.get(column), f"{where}: {column}").strip()
 
     def count_unused(self) -> None:
         """Count the files that no row joins."""

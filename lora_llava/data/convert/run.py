@@ -48,6 +48,7 @@ _ONLY_FOR = {
     "per_image": ("coco", "labelstudio", "visual-genome", "cvat"),
     "question": ("coco", "labelstudio", "r2gen", "dicom"),
     "table": ("dicom",),
+    "encoding": ("dicom",),
     "window": ("dicom",),
 }
 """The kinds that take an option of ConvertOptions."""

@@ -47,7 +47,9 @@ class ConvertOptions:
     question: str | None = None
     """Question for answers that come without one."""
     table: Path | None = None
-    """CSV file with the reports of a DICOM directory."""
+    """File with the reports or questions of a DICOM directory."""
+    encoding: str | None = None
+    """Encoding of the table; None: that of its bytes."""
     window: tuple[float, float] | None = None
     """Values of a DICOM image shown as black and white; None: as the file says."""
 

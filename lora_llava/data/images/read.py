@@ -101,8 +101,8 @@ def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Ima
             ) from None
         if data[_DICOM_MARK] == b"DICM":
             raise DataError(
-                f"{name}: a DICOM file, which is not read; save it as PNG or TIFF of 16-bit gray and name that "
-                "(docs/convert.md)",
+                f"{name}: a DICOM file, which is not read; have it converted with its table: lora-llava convert dicom, "
+                "or save it as PNG or TIFF of 16-bit gray (docs/convert.md)",
                 _BAD,
             ) from None
         raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", _BAD) from None

@@ -136,7 +136,7 @@ def _open(data: DataSettings, extra: bool) -> _Opened:
     """Open the data with the columns that it names; `extra`: also with those of flat values."""
     path = Path(data.path)
     if path.suffix in _FILES and not path.is_dir():
-        entries = _entries(path, data)
+        entries = file_entries(path, data)
         first = next((entry for entry in entries if isinstance(entry.value, dict)), None) if not data.columns else None
         data, columns = _with_form(data, [] if first is None else list(first.value), {})
         return _Opened(data, columns, _file_rows(path, data, columns), path.parent)
@@ -314,7 +314,7 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
     image_fields = list(fields_in(columns.image))
     needed = [name for name in _named(data, columns) if is_table or name not in image_fields]
     is_first, has_image = True, columns.image is None
-    for entry in _entries(path, data):
+    for entry in file_entries(path, data):
         if isinstance(entry.value, dict):
             if is_first:
                 present = list(entry.value)
@@ -329,7 +329,7 @@ def _file_rows(path: Path, data: DataSettings, columns: ColumnSettings) -> Itera
         )
 
 
-def _entries(path: Path, data: DataSettings) -> Iterator[Entry]:
+def file_entries(path: Path, data: DataSettings) -> Iterator[Entry]:
     """Yield the entries of a file in any of its forms."""
     if path.suffix == ".xlsx":
         return read_sheet(path, data.name)
@@ -373,7 +373,7 @@ def peek(data: DataSettings) -> Peeked:
     refuse_missing(data)
     path = Path(data.path)
     if path.suffix in _FILES and not path.is_dir():
-        rows = [entry.value for entry in islice(_entries(path, data), _MAX_PEEKED) if isinstance(entry.value, dict)]
+        rows = [entry.value for entry in islice(file_entries(path, data), _MAX_PEEKED) if isinstance(entry.value, dict)]
         return Peeked(list(dict.fromkeys(name for row in rows for name in row)), rows, [])
     table, _ = _open_table(path, data)
     flat = table.select_columns(_flat_columns(table)).select(range(min(_MAX_PEEKED, len(table))))

@@ -97,11 +97,11 @@ def propose_columns(keys: Iterable[str], question_of: Mapping[str, str] = _NO_QU
     `question_of`: the question for each column of answers that come without one.
     """
     known = list(keys)
-    image = _first(known, "image")
+    image = likely_key(known, "image")
     prefix = f"image: {_yaml(image)}, " if image else ""
-    if messages := _first(known, "messages"):
+    if messages := likely_key(known, "messages"):
         return f"columns: {{{prefix}messages: {_yaml(messages)}}}"
-    question, answer = _first(known, "question"), _first(known, "answer")
+    question, answer = likely_key(known, "question"), likely_key(known, "answer")
     if {"annotation_id", "lead_time"} <= set(known):
         # What the annotators chose has the name of the control in their form.
         answer = next((key for key in known if key not in (*_MIN, image)), None)
@@ -139,8 +139,8 @@ def describe_object(content: Mapping[str, Any]) -> str:
     return "wrap it in [ ]"
 
 
-def _first(keys: list[str], kind: str) -> str | None:
-    """Return the most likely key of a kind, ignoring case."""
+def likely_key(keys: list[str], kind: str) -> str | None:
+    """Return the most likely key of a kind, such as image, question or answer, ignoring case; None without one."""
     normalized = {key.lower().replace(" ", "_").replace("-", "_"): key for key in reversed(keys)}
     return next((normalized[name] for name in _NAMES[kind].split() if name in normalized), None)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_llava.data.convert.dicom import is_dicom
 from lora_llava.data.images.root import IMAGE_SUFFIXES
-from lora_llava.data.sources.tables import read_document
+from lora_llava.data.sources.tables import TABLE_SUFFIXES, read_document
 from lora_llava.errors import DataError
 
 _NAMES = {
@@ -34,6 +34,10 @@ class Conversion(NamedTuple):
     kind: str
     source: Path
     images: Path | None = None
+    table: Path | None = None
+    """Table that names the files."""
+    encoding: str | None = None
+    """Encoding of the table, as given."""
 
     def advice(self) -> str:
         """Return what the data are, and the command that converts them."""
@@ -41,11 +45,11 @@ class Conversion(NamedTuple):
         if self.images is not None:
             parts += ["--images", shlex.quote(str(self.images))]
         if self.kind == "dicom":
-            parts += ["--table", "REPORTS.csv"]
-        return (
-            f"{self.source}: is {_NAMES[self.kind]}, which must be converted first: {' '.join(parts)}. "
-            "Then: lora-llava init converted"
-        )
+            parts += ["--table", "REPORTS.csv" if self.table is None else shlex.quote(str(self.table))]
+        if self.encoding is not None:
+            parts += ["--encoding", shlex.quote(self.encoding)]
+        what = f"{self.source}: is {_NAMES[self.kind]}" if self.table is None else f"{self.table}: names DICOM files"
+        return f"{what}, which must be converted first: {' '.join(parts)}. Then: lora-llava init converted"
 
 
 def conversion_of(path: Path) -> Conversion | None:
@@ -66,7 +70,10 @@ def _of_directory(directory: Path) -> Conversion | None:
         if (conversion := _of_file(file)) is not None:
             is_alone = len(files) == 1 and file.parent == directory
             return conversion._replace(source=directory, images=None) if is_alone else conversion
-    return Conversion("dicom", directory) if any(_is_readable_dicom(path) for path in _first_files(directory)) else None
+    if not any(is_readable_dicom(path) for path in _first_files(directory)):
+        return None
+    tables = [path for path in sorted(directory.iterdir()) if path.suffix in TABLE_SUFFIXES]
+    return Conversion("dicom", directory, table=tables[0] if len(tables) == 1 else None)
 
 
 def _of_file(path: Path) -> Conversion | None:
@@ -80,7 +87,7 @@ def _of_file(path: Path) -> Conversion | None:
     if path.suffix == ".xml" and path.is_file():
         with path.open("rb") as file:
             return Conversion("cvat", path) if b"<annotations" in file.read(4096) else None
-    return Conversion("dicom", path.parent) if _is_readable_dicom(path) else None
+    return Conversion("dicom", path.parent) if is_readable_dicom(path) else None
 
 
 def _kind(content: Any) -> str | None:
@@ -122,7 +129,8 @@ def _first_files(directory: Path) -> Iterator[Path]:
     return islice((path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES), _MAX_FILES)
 
 
-def _is_readable_dicom(path: Path) -> bool:
+def is_readable_dicom(path: Path) -> bool:
+    """Tell whether a file is DICOM; False if it cannot be read."""
     if not path.is_file():
         return False
     try:

@@ -57,7 +57,7 @@ def test_other_formats_are_refused(form: str) -> None:
 
 
 def test_a_dicom_file_is_called_one() -> None:
-    assert "a DICOM file, which is not read; save it as PNG" in refused(bytes(128) + b"DICM" + bytes(64))
+    assert "a DICOM file, which is not read; have it converted with" in refused(bytes(128) + b"DICM" + bytes(64))
     assert "not an image of a known format" in refused(bytes(127) + b"DICM" + bytes(64))
 
 

@@ -145,7 +145,7 @@ def test_a_deflated_file_is_not_inflated(source: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("name;report\nA1;x\n", "none of its columns (name, report) joins the files; name one SOPInstanceUID or"),
+        ("name;report\nA1;x\n", "none of its columns (name, report) joins the files; name one image, with their"),
         ("accession;remark\nA1;x\n", "none of its columns (accession, remark) holds reports; name it report or"),
         ("accession;report\n", "none of its columns (it has no rows) joins the files"),
         ("accession;report\nB1;x\n", "nothing could be converted"),
@@ -176,7 +176,7 @@ def test_without_pydicom_the_command_to_install_it_is_given(source: Path, monkey
 
 
 def test_the_table_must_be_named(source: Path) -> None:
-    with pytest.raises(DataError, match="name their CSV file with --table"):
+    with pytest.raises(DataError, match="name their table with --table"):
         convert("dicom", source, source.parent / "out", ConvertOptions())
 
 
@@ -200,3 +200,37 @@ def test_a_column_without_a_name_holds_no_questions(source: Path) -> None:
     _, output = run(source)
     made = [json.loads(line) for line in (output / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["conversations"][0]["value"] for row in made} == {f"<image>\n{REPORT_QUESTION}"}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
+def test_a_table_may_name_the_files(source: Path, form: str) -> None:
+    # The patient would join too, and lead to another image.
+    other = "P-78/IMG0001.dcm"
+    names = [FIRST.replace("/", "\\"), FIRST, f"./{other}", "P-78/IMG0009.dcm"]
+    rows = [
+        {"file": name, "PatientID": "P-77", "prompt": f"Is it {number}?", "answer": f"yes {number}"}
+        for number, name in enumerate(names)
+    ]
+    table = source / f"questions.{form}"
+    lines = [json.dumps(row) for row in rows]
+    if form == "csv":
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    table.write_text(f"[{','.join(lines)}]" if form == "json" else "\n".join(lines), encoding="utf-8")
+    report = convert("dicom", source, source.parent / "out", ConvertOptions(table=table, window=(0.0, 4095.0)))
+    made = [json.loads(line) for line in (source.parent / "out/records.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["image"], row["conversations"][0]["value"], row["group"]) for row in made] == [
+        ("images/000001.png", "<image>\nIs it 0?", "patient-1"),
+        ("images/000001.png", "<image>\nIs it 1?", "patient-1"),
+        ("images/000003.png", "<image>\nIs it 2?", "patient-2"),
+    ]
+    assert report["images"] == {"converted to PNG": 2}
+    assert report["rules"][-1] == "Columns of the table that are not carried over: PatientID."
+    ramp = np.arange(48).reshape(6, 8) * 80
+    np.testing.assert_array_equal(pixels(source.parent / "out/images/000001.png"), np.rint(ramp / 4095 * 255))
+    place = "record 4" if form == "json" else f"line {5 if form == 'csv' else 4}"
+    assert report["examples"]["a row joins no file"] == [f"questions.{form}, {place}: file: joins no file"]
+
+
+def test_a_table_of_no_form_that_is_read_is_refused(source: Path) -> None:
+    with pytest.raises(DataError, match=r"must be \.json or \.jsonl or \.csv or \.tsv or \.xlsx; save it"):
+        convert("dicom", source, source.parent / "out", ConvertOptions(table=source / "reports.ods"))
