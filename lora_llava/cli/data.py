@@ -10,7 +10,7 @@ import click
 
 from lora_llava.cli.check import check
 from lora_llava.cli.common import make_console, print_lines, quiet_environment
-from lora_llava.cli.options import COLUMNS_EXAMPLE, PATH, parse_columns, settings_errors
+from lora_llava.cli.options import COLUMNS_EXAMPLE, PATH, encoding_option, parse_columns, settings_errors
 from lora_llava.data.convert.run import KINDS, convert, summary
 from lora_llava.errors import LoraLlavaError, RecipeError
 from lora_llava.system.files import disk_errors, new_file, refuse_existing
@@ -29,8 +29,16 @@ _BASE = "llava-hf/llava-1.5-7b-hf"
     callback=lambda _, __, text: parse_columns(text),
     help=f"Such as image=Bild,question=Frage,answer=Befund, or as in a recipe: {COLUMNS_EXAMPLE} [by their names].",
 )
+@encoding_option
 @click.pass_context
-def init(context: click.Context, data: str, output: Path, base_model: str, columns: dict[str, Any] | None) -> None:
+def init(
+    context: click.Context,
+    data: str,
+    output: Path,
+    base_model: str,
+    columns: dict[str, Any] | None,
+    encoding: str | None,
+) -> None:
     """Write a recipe for your data and check it.
 
     DATA is a file, a directory or the id of a data set on the Hub. The recipe has comments on every choice; edit it as
@@ -44,7 +52,7 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     from lora_llava.planning.proposal.text import recipe_text
 
     with settings_errors():
-        look = look_at(data, columns)
+        look = look_at(data, columns, encoding)
     text = recipe_text(look, output, base_model)
     with disk_errors(output, "Nothing was written"), new_file(output) as file:
         file.write_text(text, encoding="utf-8")
@@ -76,7 +84,8 @@ def init(context: click.Context, data: str, output: Path, base_model: str, colum
     help="Maximum questions of a kind about one image.",
 )
 @click.option("--question", help="Question for answers that come without one.")
-@click.option("--table", type=PATH, help="dicom: CSV file of the reports.")
+@click.option("--table", type=PATH, help="dicom: file of the reports or questions.")
+@encoding_option
 @click.option("--window", type=float, nargs=2, help="dicom: values shown as black and white [as the file says].")
 def convert_(
     kind: str,
@@ -97,7 +106,8 @@ def convert_(
     phase("Converting the data")
     from lora_llava.data.convert.writer import ConvertOptions
 
-    report = convert(kind, source, output, ConvertOptions(window=window, **options))  # type: ignore[arg-type]
+    with settings_errors():
+        report = convert(kind, source, output, ConvertOptions(window=window, **options))  # type: ignore[arg-type]
     print_lines(summary(report, output), console)
 
 

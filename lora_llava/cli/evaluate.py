@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lora_llava.recipe.settings import EvaluationSettings
 
 _EVALUATION = Path("evaluation")
-_OF_ALL = ("columns", "answer_prompt", "max_records")
+_OF_ALL = ("columns", "encoding", "answer_prompt", "max_records")
 """Options that are settings of every source of the data."""
 
 

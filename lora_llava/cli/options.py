@@ -34,6 +34,7 @@ onto_option = click.option(
     help="Merge into the base as dequantized in training, or into the original weights [as in training].",
 )
 template_option = click.option("--template", help=f"Chat template, if the model has none: {', '.join(TEMPLATES)}.")
+encoding_option = click.option("--encoding", help="Encoding of a text file, such as cp1252 [that of its bytes].")
 metric_option = click.option(
     "--metric",
     type=click.Choice(get_args(MetricSetting)),
@@ -117,6 +118,7 @@ def data_options(split: str, *, several: bool = False) -> Callable[[_Command], _
             callback=lambda _, __, text: parse_columns(text),
             help=f"Such as image=file,question=question,answer=label, or as in a recipe: {COLUMNS_EXAMPLE}.",
         ),
+        encoding_option,
         click.option("--split", help=f"Split of a data set [{split}, or the only one]."),
         click.option("--answer-prompt", help="Text appended to each question [as in training]."),
         click.option("--max-records", type=click.IntRange(min=1), metavar="N", help="Use only the first N records."),

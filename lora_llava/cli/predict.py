@@ -27,7 +27,7 @@ from lora_llava.generation.output import CSV, JSONL, SKIPPED, refuse_output
 if TYPE_CHECKING:
     from lora_llava.recipe.stages import DataSettings
 
-_DATA = ("image_root", "split", "answer_prompt", "max_records", "on_bad_record", "max_bad_records")
+_DATA = ("image_root", "encoding", "split", "answer_prompt", "max_records", "on_bad_record", "max_bad_records")
 """Options that are settings of the data, next to its path and columns."""
 
 _bad_record_options = together(

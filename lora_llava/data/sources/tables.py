@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_llava.data.bad_records import BadRecords, Exclusions
 from lora_llava.data.record import MAX_CHARACTERS, Record
-from lora_llava.data.sources.files.encodings import decode, to_utf_8
+from lora_llava.data.sources.files.encodings import declaring, decode, to_utf_8
 from lora_llava.data.sources.forms import describe_object
 from lora_llava.data.sources.selection import Entry, Where, exploded, records_in
 from lora_llava.errors import DataError
@@ -129,8 +129,7 @@ def check_names(names: list[str], path: Path) -> None:
     if any("\0" in name for name in names):
         encoding = "utf-16-be" if names[0].startswith("\0") else "utf-16-le"
         raise DataError(
-            f"{path.name}: its first line holds NUL characters, as UTF-16 without its mark does; save it as UTF-8 "
-            f"(Excel: CSV UTF-8), or add its encoding to its data, such as encoding: {encoding}"
+            f"{path.name}: its first line holds NUL characters, as UTF-16 without its mark does; {declaring(encoding)}"
         )
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{path.name}: column {printable(duplicate)!r} occurs twice in its first line; rename one")
@@ -163,7 +162,7 @@ def _parse(raw: bytes, location: str, *, lines: bool) -> Any:
     except _NotJsonError as error:
         raise DataError(f"{location}: not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{location}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
+        raise DataError(f"{location}: not UTF-8 at byte {error.start + 1}; {declaring('cp1252')}") from None
     except json.JSONDecodeError as error:
         spot = f"column {error.colno}" if lines else f"line {error.lineno}, column {error.colno}"
         hint = "; for one record a line, name the file .jsonl" if error.msg == "Extra data" and not lines else ""

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -27,7 +27,7 @@ from lora_llava.data.sources.forms import (
 )
 from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.errors import DataError
-from lora_llava.planning.proposal.conversions import conversion_of
+from lora_llava.planning.proposal.conversions import Conversion, conversion_of, is_readable_dicom
 from lora_llava.planning.proposal.images import find_images
 from lora_llava.planning.proposal.values import columns_option
 from lora_llava.recipe.stages import DataSettings
@@ -36,6 +36,8 @@ from lora_llava.system.text import counted, listed, printable
 Columns = Mapping[str, Any]
 """Settings of `columns`."""
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".parquet")
+_TEXTS = (".txt", ".tab", ".dat")
+"""Other suffixes of tables, such as that of Excel's "Unicode Text"."""
 _CARDS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json")
 """Files that describe data next to them."""
 _GROUPS = (
@@ -55,6 +57,17 @@ READ_FORMS = (
 )
 
 
+class _Given(NamedTuple):
+    """What the user says of the data."""
+
+    columns: Columns | None
+    encoding: str | None
+
+    def data(self, path: str | Path) -> dict[str, Any]:
+        """Return the settings of data at a path."""
+        return {"path": str(path)} | ({} if self.encoding is None else {"encoding": self.encoding})
+
+
 @dataclass
 class Look:
     """What data are, and how they are read."""
@@ -72,10 +85,11 @@ class Look:
     """Name of the recipe."""
 
 
-def look_at(name: str, columns: Columns | None = None) -> Look:
+def look_at(name: str, columns: Columns | None = None, encoding: str | None = None) -> Look:
     """Propose the settings for the data `name` and read the records.
 
-    `columns` are used as given; without them, they are inferred. An answer without a question gets a constant one.
+    `columns` and `encoding` are used as given; without them, they are inferred. An answer without a question gets a
+    constant one.
     Raises DataError with what was seen, and what would work, if the form is not known or must be converted first.
     """
     # Unlike that of Path, this leaves the name of an unknown user.
@@ -85,13 +99,14 @@ def look_at(name: str, columns: Columns | None = None) -> Look:
     asks_its_own = columns is not None and "question" in columns
     if columns and "answer" in columns and not {"question", "messages"} & columns.keys():
         columns = {**columns, "question": {"text": QUESTION}}
+    given = _Given(columns, encoding)
     if path.exists():
         path = path.resolve()
         if columns is None and (conversion := conversion_of(path)) is not None:
             raise DataError(conversion.advice(), "form")
-        look = _directory(path, columns) if path.is_dir() else _file(path, path.parent, columns)
+        look = _directory(path, given) if path.is_dir() else _file(path, path.parent, given)
     else:
-        look = _table(name, f"data set {name} of the Hub", {"path": name}, columns)
+        look = _table(name, f"data set {name} of the Hub", name, given)
     bad = BadRecords(DataSettings(**look.data), None)
     look.records = read_source(DataSettings(**look.data), bad)
     look.unusable = [record.problem for record in bad.records]
@@ -112,28 +127,28 @@ def _name_classes(look: Look) -> None:
         columns["question"] = {"text": question}
 
 
-def _directory(directory: Path, columns: Columns | None) -> Look:
+def _directory(directory: Path, given: _Given) -> Look:
     """Look at a directory: a saved data set, data files, tar shards, or folders of images."""
     files = [path for path in sorted(directory.iterdir()) if path.suffix in _FILES and path.name not in _CARDS]
     if any((directory / card).is_file() for card in ("dataset_dict.json", "state.json")):
-        return _table(directory.name, "a saved data set", {"path": str(directory)}, columns)
+        return _table(directory.name, "a saved data set", directory, given)
     if files and all(path.suffix == ".parquet" for path in files):
-        return _table(directory.name, "a directory of parquet files", {"path": str(directory)}, columns)
+        return _table(directory.name, "a directory of parquet files", directory, given)
     if files:
-        return _files(files, directory, columns)
+        return _files(files, directory, given)
     if shards := sorted(directory.glob("*.tar")):
-        return _shards(directory, len(shards), columns)
-    return _images(directory, columns)
+        return _shards(directory, len(shards), given)
+    return _images(directory, given)
 
 
-def _files(files: list[Path], directory: Path, columns: Columns | None) -> Look:
+def _files(files: list[Path], directory: Path, given: _Given) -> Look:
     """Take the only file of a directory, or those that are named like splits."""
     splits = {split: path for split, words in _SPLITS.items() for path in files if _is_named(path, words)}
     main = files[0] if len(files) == 1 else splits.get("train")
     if main is None:
         names = [printable(path.name) for path in files]
         raise DataError(f"{directory}: holds {len(files)} data files: {listed(names)}; name one of them", "form")
-    look = _file(main, directory, columns)
+    look = _file(main, directory, given)
     if len(files) > 1:
         look.notes.append("Files of the directory: " + listed([printable(path.name) for path in files]))
     for split, path in splits.items():
@@ -149,36 +164,40 @@ def _is_named(path: Path, words: Sequence[str]) -> bool:
     return any(word in re.split(r"[^a-z]+", path.stem.lower()) for word in words)
 
 
-def _file(path: Path, directory: Path, columns: Columns | None) -> Look:
+def _file(path: Path, directory: Path, given: _Given) -> Look:
     """Look at a data file; its images are searched for in `directory`."""
     if path.suffix not in _FILES and path.suffix.lower() in _FILES:
         raise DataError(
             f"{path.name}: rename it to {path.stem}{path.suffix.lower()}: suffixes are in lower case", "form"
         )
     if path.suffix not in _FILES:
-        raise DataError(f"{path.name}: a {path.suffix or 'nameless'} file is not read; what is: {READ_FORMS}", "form")
+        hint = "; a table with tabs is one named .tsv, one with commas .csv" if path.suffix.lower() in _TEXTS else ""
+        raise DataError(
+            f"{path.name}: a {path.suffix or 'nameless'} file is not read{hint}; what is: {READ_FORMS}", "form"
+        )
     form = f"{path.suffix[1:].upper()} file"
-    if columns is None and path.suffix in (".json", ".jsonl"):
-        peeked = peek(DataSettings(path=str(path)))
+    if given.columns is None and path.suffix in (".json", ".jsonl"):
+        peeked = peek(DataSettings(**given.data(path)))
         if peeked.rows and any(peeked.rows[0].get(key) is not None for key in CONVERSATIONS):
-            look = Look(f"{form} of conversations", {"path": str(path)})
+            look = Look(f"{form} of conversations", given.data(path))
             image = next((key for key in ("image", "images") if key in peeked.names), None)
             _set_root(look, peeked.rows, image, directory)
             _set_group(look, peeked)
             return look
-    return _table(path.name, form, {"path": str(path)}, columns, directory)
+    return _table(path.name, form, path, given, directory)
 
 
-def _table(name: str, form: str, data: dict[str, Any], columns: Columns | None, directory: Path | None = None) -> Look:
-    """Use `columns`, or infer them from the names of a table; image paths are searched for in `directory`."""
+def _table(name: str, form: str, path: str | Path, given: _Given, directory: Path | None = None) -> Look:
+    """Use the given columns, or infer them from the names of a table; images are searched for in `directory`."""
+    data = given.data(path)
     if (split := _training_split(Path(data["path"]))) != "train":
         data["split"] = split
     peeked = peek(DataSettings(**{"split": "train", **data}))
     look = Look(f"{form} with the columns {listed([printable(column) for column in peeked.names], 12)}", data)
     if not peeked.names:
         raise DataError(f"{name}: {form}: holds no records: objects with keys, or rows below a line of column names")
-    if columns is not None:
-        data["columns"] = dict(columns)
+    if given.columns is not None:
+        data["columns"] = dict(given.columns)
     else:
         _set_columns(name, form, data, peeked)
     image = data["columns"].get("image")
@@ -255,6 +274,12 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
             f"names: {listed([printable(str(root)) for root in (paths.root, *paths.equal)], 4)}. image_root is the "
             "first; correct it, or add the folder to the names in the data."
         )
+    if columns and paths.setting == image:
+        files = (paths.root / row[image] for row in rows if isinstance(row.get(image), str))
+        if any(is_readable_dicom(path) for path in files):
+            data = look.data
+            conversion = Conversion("dicom", paths.root, table=Path(data["path"]), encoding=data.get("encoding"))
+            raise DataError(conversion.advice(), "form")
     if columns:
         columns["image"] = paths.setting
     if paths.root != Path(look.data["path"]).parent:
@@ -288,13 +313,13 @@ def _normalized(column: str) -> str:
     return re.sub(r"(id|nr|no|number|nummer|uid)$", "", letters)
 
 
-def _shards(directory: Path, number: int, columns: Columns | None) -> Look:
+def _shards(directory: Path, number: int, given: _Given) -> Look:
     """Propose the columns of tar shards in WebDataset's form: an image, and a text or JSON with one."""
-    data: dict[str, Any] = {"path": str(directory)}
+    data = given.data(directory)
     form = f"{counted(number, 'tar shard')}"
     names = peek(DataSettings(**data)).names
-    if columns is not None:
-        return Look(f"{form} with the members {listed(names)}", data | {"columns": dict(columns)})
+    if given.columns is not None:
+        return Look(f"{form} with the members {listed(names)}", data | {"columns": dict(given.columns)})
     image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in names), None)
     answer = next((name for name in ("txt", "caption", "cls", "json.answer", "json.caption") if name in names), None)
     if image is None or answer is None:
@@ -307,7 +332,7 @@ def _shards(directory: Path, number: int, columns: Columns | None) -> Look:
     return Look(f"{form} with the members {listed(names)}", data)
 
 
-def _images(directory: Path, given: Columns | None) -> Look:
+def _images(directory: Path, given: _Given) -> Look:
     """Propose the classes of a directory with a folder of images for each."""
     try:
         listing = list_images(directory)
@@ -331,7 +356,7 @@ def _images(directory: Path, given: Columns | None) -> Look:
         deeper = {Path(name).parts[1] for name in listing.images if len(Path(name).parts) > 2}
         classes = sorted(deeper)
     columns = {"image": "image", "question": {"text": QUESTION}, "answer": "label"}
-    data = {"path": str(directory), "columns": columns if given is None else dict(given)}
+    data = given.data(directory) | {"columns": columns if given.columns is None else dict(given.columns)}
     look = Look(f"a folder for each of {counted(len(classes), 'class', 'classes')} of images", data)
     if splits.get("train") and splits.get("test"):
         look.test = data | {"split": "test"}

@@ -17,6 +17,7 @@ from tests.helpers.published_sets import (
     coco_captions,
     coco_instances,
     cvat,
+    dicom,
     needs_pydicom,
     picture,
     r2gen,
@@ -116,11 +117,56 @@ def test_a_form_that_must_be_converted_names_the_command_which_works(
     assert refused.exit_code == 1
     assert command.format(data=data) in said(refused)
     assert not Path("recipe.yaml").exists()
-    parts = command.format(data=data).removesuffix(". Then").replace("REPORTS.csv", str(data / "reports.csv")).split()
+    parts = command.format(data=data).removesuffix(". Then").split()
     converted = run(*parts[1:])
     assert converted.exit_code == 0, converted.output
     recipe = initialized(Path("converted"), tiny_base)
     assert recipe["stages"]["instruct"]["data"]["path"] == "converted/records.jsonl"
+
+
+@needs_pydicom
+def test_a_table_that_names_dicom_files_names_the_command_which_works(tmp_path: Path, tiny_base: Path) -> None:
+    scans = dicom(tmp_path / "data" / "scans")
+    names = sorted(path.relative_to(scans).as_posix() for path in scans.rglob("*.dcm"))
+    rows = [
+        f"{name},Is there a {what}?,{answer}" for name in names for what, answer in (("nodule", "no"), ("rib", "yes"))
+    ]
+    Path("data/questions.csv").write_text("\n".join(["image,question,answer", *rows]), encoding="utf-8")
+    refused = run("init", "data/questions.csv")
+    assert refused.exit_code == 1
+    command = f"lora-llava convert dicom {scans} converted --table {tmp_path}/data/questions.csv"
+    assert f"questions.csv: names DICOM files, which must be converted first: {command}. Then" in said(refused)
+    converted = run(*command.split()[1:])
+    assert converted.exit_code == 0, converted.output
+    assert f"records.jsonl: {2 * len(names)} records" in converted.output
+    initialized(Path("converted"), tiny_base)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.json"])
+def test_the_encoding_of_a_table_can_be_given(tiny_base: Path, name: str) -> None:
+    rows = [(f"Is it caff\u00e8 {number}?", "\u00e8") for number in range(12)]
+    made = [{"question": question, "answer": answer} for question, answer in rows]
+    lines = ["question,answer", *(",".join(row) for row in rows)]
+    content = json.dumps(made, ensure_ascii=False) if name == "t.json" else "\n".join(lines)
+    Path(name).write_bytes(content.encode("cp1252"))
+    refused = run("init", name, "--base-model", tiny_base)
+    assert refused.exit_code == 1
+    assert "in a command by --encoding cp1252" in said(refused)
+    made = run("init", name, "--base-model", tiny_base, "--encoding", "cp1252")
+    assert made.exit_code == 0, made.output
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["stages"]["instruct"]["data"]["encoding"] == "cp1252"
+    assert run("finetune", "recipe.yaml", "--dry-run").exit_code == 0
+
+
+def test_an_encoding_of_what_is_no_text_is_refused() -> None:
+    Path("pictures").mkdir()
+    for number in range(2):
+        picture(Path("pictures") / str(number) / "0.png", (9, 9), number)
+    refused = run("init", "pictures", "--encoding", "cp1252")
+    assert refused.exit_code == 2
+    assert "encoding applies to text files: .json, .jsonl, .csv and .tsv; remove it" in said(refused)
+    assert "encoding 'klingon' is not known" in said(run("init", "pictures", "--encoding", "klingon"))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +229,11 @@ def test_a_directory_without_a_form_is_answered_with_what_would_work(tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.docx", "a .docx file is not read; what is: LLaVA JSON"), ("b.csv", "none of its records can be read")],
+    [
+        ("a.docx", "a .docx file is not read; what is: LLaVA JSON"),
+        ("a.txt", "a .txt file is not read; a table with tabs is one named .tsv, one with commas .csv; what is: LLaVA"),
+        ("b.csv", "none of its records can be read"),
+    ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, message: str) -> None:
     Path(name).write_text("image,question,answer\nx.png,,\n", encoding="utf-8")

@@ -77,7 +77,7 @@ def test_what_is_no_table_is_refused(name: str, write: Callable[[Path], None], m
 
 def test_text_in_utf_16_without_its_mark_is_still_named() -> None:
     Path("a.csv").write_bytes("question,answer\nWas?,Riß\n".encode("utf-16-le"))
-    assert "such as encoding: utf-16-le" in refusal("a.csv")
+    assert "by encoding: utf-16-le" in refusal("a.csv")
 
 
 @pytest.mark.parametrize(

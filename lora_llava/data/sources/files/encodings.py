@@ -58,9 +58,14 @@ def decode(raw: bytes, encoding: str | None, name: str) -> str:
     if what := next((what for start, what in _NO_TEXT.items() if raw.startswith(start)), None):
         raise DataError(f"{name}: is no text, but {what}")
     declared = _LATIN if b"\0" not in raw else "utf-16-be" if raw.startswith(b"\0") else "utf-16-le"
-    raise DataError(
-        f"{name}: not UTF-8 at byte {byte}{_as_latin(body, start)}; save it as UTF-8 (Excel: CSV UTF-8), or add its "
-        f"encoding to its data, such as encoding: {declared}"
+    raise DataError(f"{name}: not UTF-8 at byte {byte}{_as_latin(body, start)}; {declaring(declared)}")
+
+
+def declaring(encoding: str) -> str:
+    """Return what to do with a text that is not UTF-8, but may be in an encoding."""
+    return (
+        "save it as UTF-8 (Excel: CSV UTF-8), or give its encoding: in its data in a recipe by "
+        f"encoding: {encoding}, in a command by --encoding {encoding}"
     )
 
 
