@@ -216,10 +216,31 @@ def remove_trunk(model: Any) -> None:
             layer.trunk = None
 
 
+@contextmanager
+def without_graphs(model: Any) -> Iterator[None]:
+    """Run all rows layer by layer inside the `with` block, for `torch.autograd.grad`.
+
+    Graphs return no gradients of LoRA's factors: they add them to `parameter.grad`.
+    """
+    trunk = _trunk_of(model)
+    if trunk is not None:
+        trunk.is_on = False
+    try:
+        yield
+    finally:
+        if trunk is not None:
+            trunk.is_on = True
+
+
 def graph_lengths(model: Any) -> list[int]:
     """Return the tokens that rows are padded to for graphs, ascending; none without graphs."""
-    trunk = getattr(llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0], "trunk", None)
-    return trunk.lengths if isinstance(trunk, Trunk) else []
+    trunk = _trunk_of(model)
+    return [] if trunk is None else trunk.lengths
+
+
+def _trunk_of(model: Any) -> Trunk | None:
+    trunk: Trunk | None = getattr(llava_in(model).get_submodule(LANGUAGE_MODEL).layers[0], "trunk", None)
+    return trunk
 
 
 def why_not_compiled(model: Any) -> str | None:

@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import to_device
+from lora_llava.modeling.fused.layer import without_graphs
 from lora_llava.modeling.packed import packed_loss
 from lora_llava.recipe.stages import StageName, StageSettings
 from lora_llava.system.device import autocast
@@ -186,7 +187,7 @@ class NonFiniteGuard(Check):
         device = trained[0].device
         alone = PackedRows([((index,),)], self.rows.records, self.rows.encoded, self.rows.read_image)
         batch = to_device(alone[0], device)
-        with forked_rng(device):
+        with forked_rng(device), without_graphs(model):
             with autocast(device, self.dtype):
                 loss = packed_loss(model, batch, max(1, batch["shift_labels"].numel()))
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)

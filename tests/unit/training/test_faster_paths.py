@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lora_llava.modeling.structure import FLEX
 from lora_llava.training.checks import faster_paths, longest_row
 from lora_llava.training.checks.faster_paths import check_fused, try_graphs
 from tests.helpers.runs import state_of
-from tests.helpers.steps import made_rows, made_trainer, same
+from tests.helpers.steps import guard_of, made_rows, made_trainer, same
 from tests.parity.test_packed import build_model
 from tests.unit.modeling.test_fused import layers_of
 from tests.unit.modeling.test_trunk import Recorder, dense, repeating
@@ -176,6 +177,15 @@ def _full(_function: Callable[[], None]) -> Callable[[], None]:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def _noted(trunks: list[weakref.ref[Any]]) -> Callable[..., Any]:
+    def install(*options: Any) -> Any:
+        trunk = install_trunk(*options)
+        trunks.append(weakref.ref(trunk))
+        return trunk
+
+    return install
+
+
 def _does_nothing(_function: Callable[[], None]) -> Callable[[], None]:
     return lambda: None
 
@@ -189,10 +199,18 @@ def _does_nothing(_function: Callable[[], None]) -> Callable[[], None]:
         (_does_nothing, "gradients differ by "),
     ],
 )
-def test_graphs_that_fail_or_compute_something_else_are_left(model: Any, capture: Any, reason: str) -> None:
+def test_graphs_that_fail_or_compute_something_else_are_left(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capture: Any, reason: str
+) -> None:
+    trunks: list[weakref.ref[Any]] = []
+    held: list[bool] = []
+    monkeypatch.setattr(faster_paths, "install_trunk", _noted(trunks))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(trunks[0]() is not None))
     before = state_of(model)
     line = try_graphs(model, ROWS, ITEMS, torch.float32, capture)
     assert line.startswith(f"cuda_graphs: off ({reason}")
+    # When the device's memory is given back, nothing of the graphs is left.
+    assert held == [False]
     assert graph_lengths(model) == []
     assert same(state_of(model), before)
     assert all(one.grad is None for one in model.parameters())
@@ -227,3 +245,19 @@ def test_a_stage_trains_and_validates_through_graphs_as_without(
     (losses, weights), (graph_losses, graph_weights) = trained
     assert graph_losses == pytest.approx(losses, rel=1e-4)
     assert all(torch.allclose(graph_weights[name], one, rtol=1e-3, atol=1e-4) for name, one in weights.items())
+
+
+@pytest.mark.fault("training: a loss of NaN or infinity")
+def test_a_step_left_out_adds_nothing_through_graphs_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention_module._FLEX_NAME, dense)
+    trainer = made_trainer(tmp_path, made_rows(range(1), spoilt=["0"]), most_skipped=1)
+    assert fuse_layers(trainer.model) is None
+    set_attention(llava_in(trainer.model), FLEX)
+    # As long as the conversations by themselves, among which the one that is not finite is looked for.
+    trunk = install_trunk(trainer.model, [256], Recorder())
+    assert isinstance(trunk, Trunk)
+    before = state_of(trainer.model)
+    trainer.train()
+    assert list(trunk._rows) == [256]
+    assert guard_of(trainer).skipped == [1]
+    assert same(state_of(trainer.model), before)
