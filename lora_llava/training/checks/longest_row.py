@@ -72,9 +72,11 @@ def try_longest_row(
                 f"attn_implementation: flex_attention does not work with this model ({type(error).__name__}: {error}); "
                 "set auto or sdpa"
             ) from error
-        console.print(f"flex_attention does not work with this model ({type(error).__name__}); using sdpa instead")
-        set_attention(llava, TREES)
-        return Trial(lengths[longest], _pass_twice(model, rows[longest], dtype))
+        failure = type(error).__name__
+    # Not in the handler, where the error would hold what the passes that failed have computed.
+    console.print(f"flex_attention does not work with this model ({failure}); using sdpa instead")
+    set_attention(llava, TREES)
+    return Trial(lengths[longest], _pass_twice(model, rows[longest], dtype))
 
 
 def _pass_twice(model: Any, row: dict[str, torch.Tensor], dtype: torch.dtype) -> float:

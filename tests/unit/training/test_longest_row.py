@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +90,25 @@ def test_flex_attention_that_fails_in_the_model_is_replaced(monkeypatch: pytest.
     trial.try_longest_row(model, rows(), ITEMS, torch.float32, Console(quiet=True))
     assert taken == [FLEX, TREES, TREES]
     assert attention_of(llava_in(model)) == TREES
+
+
+def test_what_flex_attention_computed_is_gone_before_another_one_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Activations:
+        pass
+
+    model, _ = fails_in_flex(monkeypatch)
+    held: list[weakref.ref[Activations]] = []
+    compute = trial.packed_loss
+
+    def watched(*inputs: Any) -> Any:
+        assert not any(one() for one in held)
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        return compute(*inputs)
+
+    monkeypatch.setattr(trial, "packed_loss", watched)
+    trial.try_longest_row(model, rows(), ITEMS, torch.float32, Console(quiet=True))
+    assert len(held) == 3
 
 
 def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
