@@ -205,7 +205,8 @@ class PackedTrainer:
             if is_in_lockstep():
                 self._pass_idly()
             self.gradients.idle()
-            return torch.zeros((), device=self.device)
+            # Scaled, since the scaler is ready with the first loss.
+            return self.scaler.scale(torch.zeros((), device=self.device))
         zero = self.gradients.before_row()
         loss = self._loss(row, num_items, self.by_source if self.by_source.sources else None)
         scaled = self.scaler.scale(loss)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_llava.data.rows import PackedRows
 from lora_llava.errors import TrainingError
 from lora_llava.training.checkpoints.state import SCALER, HeldState, load_scaler
 from lora_llava.training.checks.trained_weights import TrainedWeights
@@ -63,6 +64,19 @@ def test_losses_and_norms_are_those_of_fp32(tmp_path: Path) -> None:
     trained = [one for one in ours.model.parameters() if one.requires_grad]
     assert {one.dtype for one in trained} == {torch.float32}
     assert ours.scaler.get_scale() == 2.0**16
+
+
+def test_a_process_whose_first_step_has_no_row_is_ready_for_the_sums_of_the_others(tmp_path: Path) -> None:
+    trainer = fp16_trainer(tmp_path)
+    trainer._begin()
+    rows = trainer.train_dataset
+    empty = PackedRows([()], rows.records, rows.encoded, rows.read_image)[0]
+    assert float(trainer.training_step(empty, torch.tensor(1.0))) == 0.0
+    # From another process.
+    for one in trainer.model.parameters():
+        one.grad = torch.full_like(one, 2.0**16) if one.requires_grad else None
+    trainer.scaler.unscale_(trainer.optimizer)
+    assert {float(one.grad.max()) for one in trainer.model.parameters() if one.requires_grad} == {1.0}
 
 
 def test_without_a_scale_small_gradients_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
