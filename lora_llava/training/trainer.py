@@ -129,12 +129,13 @@ class PackedTrainer:
     def _sizes(self, rows: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Count a step's items, which its loss is divided by, and its tokens, over all processes: two scalars.
 
-        Tensors, since CUDA divides less exactly by a number of the host. Filled there, as a copy would wait.
+        The items on the device, since CUDA divides less exactly by a number of the host: filled there, as a copy would
+        wait. The tokens on the host, where they are read.
         """
         items = sum(self.objective.count(row) for row in rows)
         tokens = sum(row["input_ids"].numel() for row in rows)
-        num_items, num_tokens = (torch.full((), float(number), device=self.device) for number in (items, tokens))
-        return summed(num_items), summed(num_tokens)
+        num_items = torch.full((), float(items), device=self.device)
+        return summed(num_items), summed(torch.tensor(float(tokens)))
 
     def create_optimizer(self) -> None:
         """Create the optimizer, with a separate learning rate for the projector."""
