@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -154,6 +155,8 @@ def _measure_machine(
     lines = [f"attn_implementation: {attention} ({why})"]
     if why_fp16 := precision_line(stage.recipe.precision, dtype):
         lines.append(why_fp16)
+    # A stage before may have left its model in a cycle of references, where it would seem to be in use.
+    gc.collect()
     usable, speed = least(usable_bytes(device.type, memory)), None
     if checkpoint is not None:
         speed = stored_speed(checkpoint)

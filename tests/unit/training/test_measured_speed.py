@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,22 @@ def test_a_new_stage_on_a_gpu_measures_once(asked: list[str]) -> None:
     assert asked == ["cuda"]
     assert lines == ["attn_implementation: flex_attention (auto)", "speed: as measured"]
     assert plan_memory(SHAPES, found).speed == MEASURED
+
+
+class Left:
+    """A model in a cycle of references."""
+
+    def __init__(self) -> None:
+        self.trainer = self
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_model_of_an_earlier_stage_is_gone_before_the_memory_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = weakref.ref(Left())
+    gone: list[bool] = []
+    monkeypatch.setattr(train, "usable_bytes", lambda _device, memory: gone.append(left() is None) or memory)
+    machine()
+    assert gone == [True]
 
 
 def test_a_resumed_stage_takes_the_speed_of_its_checkpoint(asked: list[str]) -> None:
