@@ -375,5 +375,5 @@ class PackedTrainer:
         self._tell("on_evaluate", metrics=metrics)
         return metrics
 
-    def _row_loss(self, row: Batch) -> float:
-        return float(self.objective.loss(self.model, to_device(row, self.device), 1))
+    def _row_loss(self, row: Batch) -> torch.Tensor:
+        return self.objective.loss(self.model, to_device(row, self.device), 1)

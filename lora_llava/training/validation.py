@@ -12,8 +12,8 @@ from lora_llava.data.rows import Batch, PackedRows, ReadImage
 from lora_llava.system.ranks import gathered
 from lora_llava.training.parallel.lockstep import own_indices
 
-RowLoss = Callable[[Batch], float]
-"""Computes the summed loss over the items of a row: its supervised tokens, or pairs."""
+RowLoss = Callable[[Batch], torch.Tensor]
+"""Computes the summed loss, a scalar, over the items of a row: its supervised tokens, or pairs."""
 CountItems = Callable[[Batch], int]
 """Counts the items of a row."""
 
@@ -66,26 +66,24 @@ class HeldOutLoss:
         self, rows: PackedRows, own: Sequence[int], batches: Iterable[Batch]
     ) -> dict[Row, tuple[float, int]]:
         """Measure the rows of this process, those at `own`, and return the figures of the rows of all processes."""
+        measured = [(self.row_loss(batch), self.count_items(batch)) for batch in batches]
+        # Read together, so that the device does not wait for the host between rows.
+        losses = torch.stack([loss for loss, _ in measured]).tolist() if measured else []
         figures = {
-            rows.rows[index]: self._measure(rows, rows.rows[index], batch)
-            for index, batch in zip(own, batches, strict=True)
+            rows.rows[index]: (loss, count) if math.isfinite(loss) else self._finite_part(rows, rows.rows[index])
+            for index, loss, (_, count) in zip(own, losses, measured, strict=True)
         }
         for others, unusable in gathered((figures, self.unusable)):
             figures = figures | others
             self.unusable = self.unusable | unusable
         return figures
 
-    def _measure(self, rows: PackedRows, row: Row, batch: Batch) -> tuple[float, int]:
-        """Return the summed loss of a row and the number of its items, without the records whose loss is not finite."""
-        loss = self.row_loss(batch)
-        return (loss, self.count_items(batch)) if math.isfinite(loss) else self._finite_part(rows, row)
-
     def _finite_part(self, rows: PackedRows, row: Row) -> tuple[float, int]:
-        """Sum the losses of a row's conversations one by one, and collect those that are not finite."""
+        """Sum the losses and items of a row's conversations one by one, without those that are not finite: unusable."""
         total, count = 0.0, 0
         for index in conversations([row]):
             alone = rows.with_rows([((index,),)])[0]
-            loss = self.row_loss(alone)
+            loss = float(self.row_loss(alone))
             if math.isfinite(loss):
                 total, count = total + loss, count + self.count_items(alone)
             else:

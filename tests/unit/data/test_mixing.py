@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -242,7 +243,7 @@ def test_validation_rows_hold_one_source_and_their_losses_are_told_apart() -> No
             return self.rows[index]
 
     packed = Rows(rows, records, [], lambda _: None)  # type: ignore[arg-type,return-value]
-    loss = HeldOutLoss(lambda row: float(sum(tree[0] for tree in row)), lambda row: len(row))
+    loss = HeldOutLoss(lambda row: torch.tensor(float(sum(tree[0] for tree in row))), lambda row: len(row))
     assert loss.mean(packed, [packed[index] for index in range(2)]) == 1.5
     assert loss.by_source(packed) == {"eval_loss/a": 1.0, "eval_loss/b": 2.0}
     for record in records:

@@ -138,9 +138,10 @@ def test_rows_of_the_sample_that_were_just_validated_are_not_computed_again(tmp_
     computed: list[float] = []
     row_loss = trainer.held_out.row_loss
 
-    def counted(batch: Any) -> float:
-        computed.append(row_loss(batch))
-        return computed[-1]
+    def counted(batch: Any) -> torch.Tensor:
+        loss = row_loss(batch)
+        computed.append(float(loss))
+        return loss
 
     trainer.held_out.row_loss = counted
     blind.sample = replace(blind.sample, is_whole=False)

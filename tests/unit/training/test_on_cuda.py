@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ class OnCard:
             self.trainer.device, self.trainer.by_source = CARD, LossBySource(rows.sources, CARD)
             assert fuse_layers(self.trainer.model) is None
 
-    def train(self) -> Counter[str]:
-        """Train, and return what was waited for."""
+    def waited(self, run: Callable[[], object]) -> Counter[str]:
+        """Run something, and return what was waited for."""
         with torch.no_grad(), self.mode, self.waits:
-            self.trainer.train()
+            run()
         return self.waits.found
 
     def _moved(self, tensor: torch.Tensor | None) -> Any:
@@ -142,7 +142,8 @@ def _by_blocks(_module: Any, query: Any, _key: Any, _value: Any, mask: Any, **_:
 def test_a_step_mixes_no_devices_and_waits_in_the_guard_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attention: Any
 ) -> None:
-    assert OnCard(monkeypatch, tmp_path, attention).train() == {
+    card = OnCard(monkeypatch, tmp_path, attention)
+    assert card.waited(card.trainer.train) == {
         # Once: the loss, and the norms of LoRA and the projector.
         "read in non_finite.on_step": 3,
         # For the line of the log, and the summary at the end.
@@ -151,6 +152,13 @@ def test_a_step_mixes_no_devices_and_waits_in_the_guard_alone(
         "read in monitor.projector_norms": 3,
         "read in trainer._end": 1,
     }
+
+
+def test_validation_waits_after_its_last_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card = OnCard(monkeypatch, tmp_path, TREES)
+    rows = card.trainer.train_dataset
+    batches = card.trainer.rows_loader()
+    assert card.waited(lambda: card.trainer.held_out.mean(rows, batches)) == {"read in validation._measure_all": 2}
 
 
 def test_the_gradients_of_a_layer_mix_no_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
