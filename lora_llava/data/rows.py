@@ -110,14 +110,13 @@ def _int64(values: Sequence[object]) -> npt.NDArray[np.int64]:
 
 
 def _predictions(encoded: Encoded) -> Iterator[tuple[int, int]]:
-    """Yield, for each supervised token of a conversation, the position that predicts it and its id."""
-    start = encoded.prefix_length
-    # The prefix of a pair may end with supervised tokens: the beginning of both answers, which counts for each.
-    if start and encoded.labels[start - 1] != IGNORE_INDEX:
-        start = 1
-    for index in range(max(start, 1), len(encoded.input_ids)):
-        if encoded.labels[index] != IGNORE_INDEX:
-            yield index - 1, encoded.labels[index]
+    """Yield, for each supervised token of a conversation, the position that predicts it and its id.
+
+    The prefix of a pair may end with supervised tokens: the beginning of both answers, which counts for each.
+    """
+    for position, label in enumerate(encoded.labels[1:]):
+        if label != IGNORE_INDEX:
+            yield position, label
 
 
 def build_row(trees: Sequence[Sequence[Encoded]]) -> Batch:

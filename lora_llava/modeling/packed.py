@@ -51,7 +51,8 @@ def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: t
     so the sum over the rows is the mean over the step, however the step is cut into rows.
     """
     hidden_states = _packed_hidden_states(model, batch)
-    return _sum_of_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"]) / num_supervised
+    sums = _chunk_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"], "sum", torch.float32)
+    return _added(sums) / num_supervised
 
 
 def packed_loss_by_token(
@@ -91,11 +92,6 @@ def answer_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     # Not `bincount`, which waits for CUDA to know the size of its result.
     counts = torch.zeros(2 * len(batch["tree_spans"]), dtype=torch.float64, device=answers.device)
     return counts.index_add(0, answers, torch.ones_like(answers, dtype=torch.float64)).view(-1, 2)
-
-
-def _sum_of_losses(head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum cross-entropy against `labels` (S,); see `_chunk_losses`."""
-    return _added(_chunk_losses(head, hidden_states, labels, "sum", torch.float32))
 
 
 def _added(sums: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -63,16 +63,19 @@ def config_of(shapes: Layers) -> LlavaConfig:
 
 
 def training_model(shapes: Layers) -> Any:
-    """Build the model of a stage, with PEFT's and transformers' layers; LoRA's B is not zero."""
+    """Build the model of a stage, with PEFT's and transformers' layers; LoRA's B is not zero, no norm's weight is 1."""
     torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     model = LlavaForConditionalGeneration(config_of(shapes)).to(shapes.dtype)
     model.config.use_cache = False
+    for name, parameter in model.get_submodule(LANGUAGE_MODEL).named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.8, 1.2, generator=generator)
     if shapes.quantization != "none":
         _quantize(model, shapes.dtype)
     if shapes.quantization == "dequantized":
         dequantize(model)
     wrapped = build_stage(model, shapes.stage, shapes.adapter)
-    generator = torch.Generator().manual_seed(1)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)

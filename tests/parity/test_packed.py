@@ -251,6 +251,15 @@ def test_the_model_has_its_head_again_even_after_an_error(model: Any) -> None:
     assert model.get_base_model().lm_head is head
 
 
+def test_image_tokens_without_features_are_an_error_and_leave_no_hook(model: Any) -> None:
+    row = row_of([branches(1), branches(1, 1)], dtype_of(model))
+    with torch.no_grad():
+        expected = packed_logits(model, row)
+        with pytest.raises(ValueError, match="8 image tokens, but features for 4"):
+            packed_logits(model, row | {"pixel_values": row["pixel_values"][:1]})
+        assert torch.equal(packed_logits(model, row), expected)
+
+
 def with_eager_attention(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
     """A bool mask, which eager attention adds."""
     monkeypatch.setattr(attention_module, "additive_mask", lambda *inputs: additive_mask(*inputs) == 0)
@@ -359,6 +368,5 @@ def test_k32_only_several_chunks_of_the_head_are_computed_again(
 
 def test_k32_labels_without_a_hidden_state_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_module, "HEAD_CHUNK", 2)
-    head = torch.nn.Linear(8, 5)
     with pytest.raises(ValueError, match="zip"):
-        packed_module._sum_of_losses(head, torch.ones(4, 8), torch.zeros(6, dtype=torch.long))
+        packed_module._in_chunks(lambda hidden, _: hidden, torch.ones(4, 8), torch.zeros(6, dtype=torch.long))

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_llava.modeling.attention import block_mask_tensors, clone_mask
-from lora_llava.modeling.fused.functions import Kept, output_backward, output_forward, qkv_backward, qkv_forward
+from lora_llava.modeling.fused.functions import output_backward, output_forward, qkv_backward, qkv_forward
 
 Run = Callable[[], None]
 
@@ -59,9 +59,6 @@ class _LayerPass:
             self.attended = layer.attend(*self.heads, row.mask)
         attended = self.attended.detach().reshape(len(x), -1)
         self.output, self.kept_output = output_forward(layer.parts, x, attended)
-
-    kept: Kept
-    kept_output: Kept
 
     def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the gradients of the layer's input and of LoRA's factors, given its output's."""
@@ -155,8 +152,7 @@ class Trunk:
         """Hidden states (T, D) after all layers, of the row that the model computes; None if it has no graphs."""
 
     def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Any) -> None:
-        """Compute `output` of a row: its input x (T, D), `cos`, `sin` (T, 1, head_dim), and mask."""
-        self.output = None
+        """Compute `output` of a row if it has graphs: its input x (T, D), `cos`, `sin` (T, 1, head_dim), and mask."""
         if self.is_on and len(x) in self.lengths:
             row = self._rows.get(len(x)) or self._captured(cos, sin, mask)
             # One factor, so that autograd asks for gradients although only a factor needs them.

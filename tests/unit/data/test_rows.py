@@ -29,6 +29,7 @@ def test_row_by_hand() -> None:
     assert row["segments"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 1, 1]]
     assert row["tree_spans"].tolist() == [[0, 4, 5], [5, 7, 7]]
     assert row["unique_target_positions"].tolist() == [1, 2, 5]
+    assert "answers" not in row
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,9 @@ def test_flex_attention_takes_grouped_keys(heads: int, keys: int, monkeypatch: p
 def test_a_row_is_copied_without_waiting_and_its_spans_stay_on_the_host() -> None:
     copied = to_device(random_row(0, longest=100), torch.device("meta"))
     assert {name for name, tensor in copied.items() if tensor.device.type != "meta"} == {"tree_spans"}
+    tensor: Any = SimpleNamespace(to=lambda device, *, non_blocking: (device.type, non_blocking))
+    for name, waits in (("cuda", False), ("cpu", True)):
+        assert to_device({"segments": tensor}, torch.device(name)) == {"segments": (name, not waits)}
 
 
 # Not compiled here, which takes long: what is computed is the same.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -259,8 +260,20 @@ def with_other_weights(layer: Any) -> None:
     layer.self_attn.k_proj.base_layer.__class__ = OtherLinear
 
 
+def with_weights_in_another_precision(layer: Any) -> None:
+    layer.self_attn.o_proj.base_layer.bfloat16()
+
+
+def with_a_norm_in_another_precision(layer: Any) -> None:
+    layer.post_attention_layernorm.bfloat16()
+
+
 def with_a_trained_norm(layer: Any) -> None:
     layer.input_layernorm.weight.requires_grad_(True)
+
+
+def with_trained_weights(layer: Any) -> None:
+    layer.mlp.gate_proj.base_layer.weight.requires_grad_(True)
 
 
 def with_other_activation(layer: Any) -> None:
@@ -269,6 +282,22 @@ def with_other_activation(layer: Any) -> None:
 
 def with_two_adapters(layer: Any) -> None:
     layer.mlp.down_proj._active_adapter = ["default", "other"]
+
+
+def with_an_adapter_that_it_has_not(layer: Any) -> None:
+    layer.mlp.down_proj._active_adapter = ["other"]
+
+
+def with_another_kind_of_adapter(layer: Any) -> None:
+    layer.self_attn.v_proj.__class__ = type("OtherLora", (LoraLinear,), {})
+
+
+def with_a_bias_of_lora(layer: Any) -> None:
+    layer.self_attn.q_proj.lora_bias["default"] = True
+
+
+def with_transposed_weights(layer: Any) -> None:
+    layer.mlp.up_proj.fan_in_fan_out = True
 
 
 def with_other_dropout(layer: Any) -> None:
@@ -286,9 +315,16 @@ def with_dropout_in_attention(layer: Any) -> None:
         (with_query_norm, "a self_attn with other modules than Llama's: q_norm"),
         (of_another_type, "layers of type OtherLayer"),
         (with_other_weights, "linear layers of type OtherLinear"),
+        (with_weights_in_another_precision, "weights in torch.bfloat16 and torch.float32"),
+        (with_a_norm_in_another_precision, "weights in torch.bfloat16 and torch.float32"),
         (with_a_trained_norm, "trained base weights"),
+        (with_trained_weights, "trained base weights"),
         (with_other_activation, "act_fn of type GELU"),
         (with_two_adapters, "other than one adapter"),
+        (with_an_adapter_that_it_has_not, "other than one adapter"),
+        (with_another_kind_of_adapter, "adapters of type OtherLora"),
+        (with_a_bias_of_lora, "LoRA with a bias or transposed weights"),
+        (with_transposed_weights, "LoRA with a bias or transposed weights"),
         (with_other_dropout, "dropout of type AlphaDropout"),
         (with_dropout_in_attention, "dropout in attention"),
     ],
@@ -298,6 +334,12 @@ def test_what_is_not_known_is_not_fused(change: Callable[[Any], None], reason: s
     change(layers_of(model)[1])
     assert fuse_layers(model) == reason
     assert not any(isinstance(layer, FusedLayer) for layer in layers_of(model))
+
+
+def test_four_bit_weights_that_compute_in_another_precision_are_not_fused() -> None:
+    model = training_model(Layers())
+    layers_of(model)[1].mlp.down_proj.base_layer.compute_dtype = torch.bfloat16
+    assert fuse_layers(model) == "4-bit weights that compute in torch.bfloat16"
 
 
 @pytest.mark.parametrize(
