@@ -41,7 +41,8 @@ def _packed_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torc
 
 def packed_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Compute the logits (S, vocabulary) at the row's `target_positions` (S,)."""
-    return _head_logits(llava_in(model).lm_head, _packed_hidden_states(model, batch))
+    logits: torch.Tensor = llava_in(model).lm_head(_packed_hidden_states(model, batch))
+    return logits
 
 
 def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: torch.Tensor | int) -> torch.Tensor:
@@ -64,7 +65,7 @@ def packed_loss_by_token(
 
     def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # What `F.cross_entropy` computes, with the log-probabilities at hand.
-        log_probs = F.log_softmax(_head_logits(head, hidden).float(), dim=-1)
+        log_probs = F.log_softmax(head(hidden).float(), dim=-1)
         by_token = -log_probs.detach().gather(1, targets[:, None])[:, 0]
         return F.nll_loss(log_probs, targets, reduction="sum"), by_token
 
@@ -104,7 +105,7 @@ def _chunk_losses(
     """Compute cross-entropy in `dtype` against `labels` (S,) in chunks, each with `reduction`; see `_in_chunks`."""
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(_head_logits(head, hidden).to(dtype), targets, reduction=reduction)
+        return F.cross_entropy(head(hidden).to(dtype), targets, reduction=reduction)
 
     return _in_chunks(chunk_loss, hidden_states, labels)
 
@@ -118,12 +119,6 @@ def _in_chunks(compute: Callable[..., Any], hidden_states: torch.Tensor, labels:
         return [compute(hidden_states, labels)]
     chunks = zip(hidden_states.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
     return [checkpoint(compute, *chunk, use_reentrant=False) for chunk in chunks]
-
-
-def _head_logits(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    # Accelerate upcasts model outputs to fp32; lm_head is called outside the model, so cast back to its dtype.
-    logits: torch.Tensor = head(hidden_states.to(head.weight.dtype))
-    return logits
 
 
 @contextmanager

@@ -343,11 +343,6 @@ def test_k32_gradients_can_be_asked_for_without_a_backward_pass(
     assert error(dict(zip(trained, found, strict=True)), separate(model, [branches(3)])[1]) < TOLERANCE[dtype_of(model)]
 
 
-def test_k32_the_head_computes_in_its_own_precision() -> None:
-    head = torch.nn.Linear(8, 5, bias=False, dtype=torch.bfloat16)
-    assert packed_module._head_logits(head, torch.ones(2, 8)).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("spare", "calls"),
     # One full chunk is kept for the backward pass; of two, each is computed a second time there.
