@@ -13,6 +13,9 @@ from lora_llava.data.images.read import FORMATS
 from lora_llava.data.images.root import IMAGE_SUFFIXES
 from lora_llava.errors import DataError
 
+_READ = (*IMAGE_SUFFIXES, ".jfif")
+"""Extensions by which `datasets` takes a file for an image, as far as the kit reads them."""
+
 
 class Listing(NamedTuple):
     """The files below a directory, as sorted paths relative to it."""
@@ -41,6 +44,15 @@ def list_images(directory: Path) -> Listing:
     if not listing.images:
         raise DataError(f"{directory}: holds no images (known formats: {', '.join(FORMATS)}); correct it")
     return Listing(sorted(listing.images), sorted(listing.others))
+
+
+def passed_over(directory: Path) -> list[str]:
+    """List the files in folders of images that a reader of a directory leaves out: by their names they are no images.
+
+    Tables and cards are not among them. Raises DataError as `list_images` does.
+    """
+    names = (name for names in list_images(directory) for name in names if "/" in name)
+    return sorted(name for name in names if not name.lower().endswith(_READ) and Path(name).stem != "metadata")
 
 
 def _unreadable(error: OSError) -> None:

@@ -43,6 +43,7 @@ _TURNS = {
 }
 """By EXIF orientation: what makes the image upright."""
 _DICOM_MARK = slice(128, 132)
+_HEIF_MARK = slice(4, 8)
 """Where a DICOM file has the letters DICM."""
 
 
@@ -105,7 +106,10 @@ def decode_image(data: bytes, name: str, *, window: Window | None = None) -> Ima
                 "or save it as PNG or TIFF of 16-bit gray (docs/convert.md)",
                 _BAD,
             ) from None
-        raise DataError(f"{name}: not an image of a known format; allowed are {', '.join(FORMATS)}", _BAD) from None
+        if data[_HEIF_MARK] == b"ftyp":
+            raise DataError(f"{name}: a HEIC or AVIF file, as phones write them; save it as JPEG", _BAD) from None
+        allowed = ", ".join(FORMATS)
+        raise DataError(f"{name}: not an image of a known format; allowed are {allowed}: save it so", _BAD) from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: far more than {MAX_PIXELS:,} pixels; make it smaller", _BAD) from None
     except Exception as error:  # noqa: BLE001 - a decoder raises anything for broken bytes

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_llava.data.images.directory import passed_over
 from lora_llava.data.load import held_out_source
 from lora_llava.data.sources.missing import missing
-from lora_llava.planning.preflight.findings import Finding, Problem
+from lora_llava.data.sources.saved import is_saved
+from lora_llava.errors import DataError
+from lora_llava.planning.preflight.findings import Finding, Notice, Problem
 from lora_llava.planning.preflight.setup import Setup
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.names import nearest
+from lora_llava.system.text import counted, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,17 @@ def hub_data_is_available(setup: Setup) -> Iterator[Finding]:
     for key, data in sources(setup.recipe):
         if not is_local(data.path) and (problem := missing(data, setup.near)) is not None:
             yield Problem(f"{key}.path", *problem)
+
+
+def folders_hold_images(setup: Setup) -> Iterator[Finding]:
+    """Folders of images hold nothing else: what is not named like an image, as a photo in HEIC, is left out."""
+    for key, data in sources(setup.recipe):
+        path = Path(data.path).expanduser()
+        if path.is_dir() and not is_saved(path):
+            with suppress(DataError):
+                if names := passed_over(path):
+                    what = f"{counted(len(names), 'file')} left out, not named like an image: {listed(names, 3)}."
+                    yield Notice(f"{key}.path", f"{what} Photos in HEIC: save them as JPEG")
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:

@@ -37,6 +37,7 @@ CHECKS: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
 """
 NOTICES: tuple[Callable[[Setup], Iterable[Finding]], ...] = (
     text_side.template_is_the_bases,
+    data.folders_hold_images,
     shipping.exports_that_fail,
 )
 """Slower checks that only give notices; run if there is no problem."""

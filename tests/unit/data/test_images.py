@@ -61,6 +61,10 @@ def test_a_dicom_file_is_called_one() -> None:
     assert "not an image of a known format" in refused(bytes(127) + b"DICM" + bytes(64))
 
 
+def test_a_photo_of_a_phone_is_called_one() -> None:
+    assert "a HEIC or AVIF file, as phones write them; save it as JPEG" in refused(b"\0\0\0\x18ftypheic" + bytes(64))
+
+
 @pytest.mark.fault("images: a web page saved as .jpg")
 def test_a_file_is_judged_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "page.jpg"
