@@ -225,11 +225,10 @@ def read_manifest(directory: Path) -> Manifest:
     manifest = _manifest_from(data, path, "take the artifact from its source again")
     weights = directory / WEIGHTS
     if not weights.is_file():
-        raise ArtifactError(f"{directory}: {WEIGHTS} is missing")
+        raise ArtifactError(f"{directory}: {WEIGHTS} is missing; take the artifact from its source again")
     if (sha256 := file_sha256(weights)) != manifest.adapter_sha256:
-        raise ArtifactError(
-            f"{weights} was altered: its sha256 is {sha256}, the manifest has {manifest.adapter_sha256}"
-        )
+        altered = f"was altered: its sha256 is {sha256}, the manifest has {manifest.adapter_sha256}"
+        raise ArtifactError(f"{weights} {altered}; take the artifact from its source again")
     check_unchanged(asdict(manifest), directory)
     return manifest
 

@@ -76,11 +76,12 @@ def predict(
     base_model: str | None,
     **options: Any,
 ) -> None:
-    """Answer the questions of a dataset, or one question about a folder of images.
+    """Answer questions in bulk, without references.
 
-    MODEL is what a stage wrote, or a merged model: a directory, or USER/REPO[@REVISION] on the Hub. Every answer comes
-    with its log-probability, in the order of the data and next to its other columns. Run the same command again to
-    continue one that was stopped. See docs/predict.md.
+    The questions are those of a dataset, or one about each image of a folder. MODEL is what a stage wrote, or a merged
+    model: a directory, or USER/REPO[@REVISION] on the Hub. Every answer comes with its log-probability, in the order of
+    the data and next to its other columns. Run the same command again to continue one that was stopped. See
+    docs/predict.md.
     """
     if (data is None) == (images is None):
         raise click.UsageError("give --data, or --images with --question")

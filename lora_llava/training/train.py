@@ -188,7 +188,8 @@ def _build_model(
     stage: Stage, plan: MemoryPlan, machine: Machine, dtype: torch.dtype, console: Console
 ) -> tuple[LoadedModel, list[PartParameters]]:
     """Load the base as the recipe and the memory plan say, and make it the model of the stage."""
-    phase(f"{stage.name}: loading the base{', in 4 bits' if stage.nf4 else ''}")
+    dequantized = ", dequantized once" if plan.keep_dequantized else ""
+    phase(f"{stage.name}: loading the base{f', in 4 bits{dequantized}' if stage.nf4 else ''}")
     loaded = load_base(
         stage.base_directory,
         stage.base,

@@ -59,7 +59,9 @@ def test_python_m_runs_the_command_line() -> None:
     assert done.stdout == f"lora-llava {__version__}\n"
 
 
-COMMANDS = "quickstart convert check finetune eval chat merge export import inspect recipes env".split()
+COMMANDS = (
+    "quickstart init convert check finetune eval predict pairs chat merge export import push inspect recipes env"
+).split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -150,6 +152,7 @@ def test_the_recipe_file_with_the_nearest_name_is_suggested(tmp_path: Path) -> N
 
 def test_recipes_are_listed_and_copied_once(tmp_path: Path) -> None:
     listed = CliRunner().invoke(cli, ["recipes", "list"])
+    assert all(line.endswith(".") for line in listed.output.splitlines())
     names = [line.split()[0] for line in listed.output.splitlines()]
     assert names == sorted(bundled_recipes())
     target = tmp_path / "mine.yaml"

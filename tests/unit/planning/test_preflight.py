@@ -86,6 +86,12 @@ def test_a_packaged_tower_that_does_not_exist_is_named(project: Project) -> None
     assert "the package holds no package:tower. It holds package:vision_tower." in result.stderr
 
 
+def test_a_llava_named_as_a_language_model_is_told_where_it_belongs(project: Project) -> None:
+    result = command("dry run", project, "base={language_model: ./base, vision_tower: 'package:vision_tower'}")
+    assert result.exit_code == 2
+    assert "It is a whole LLaVA: name it in base.model_name_or_path, without" in result.stderr
+
+
 def test_k4_the_directory_of_a_run_is_looked_at_by_all_three(project: Project) -> None:
     short = ["stages.align=null", "stages.instruct.max_steps=1", "stages.instruct.data.validation=null"]
     assert command("finetune", project, *short).exit_code == 0

@@ -34,6 +34,7 @@ _A_LLAVA = (
     "Name a converted LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf; or the parts in base.language_model and "
     "base.vision_tower."
 )
+_A_WHOLE_LLAVA = "It is a whole LLaVA: name it in base.model_name_or_path, without language_model and vision_tower."
 
 
 def base_can_be_used(setup: Setup) -> Iterator[Finding]:
@@ -138,7 +139,8 @@ def _llava(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _language_model(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (kind := config.get("model_type", "llama")) != "llama":
-        yield f"the language model is {kind!r}, needed 'llama': {_LLAMA}", "Name one of these."
+        fix = _A_WHOLE_LLAVA if kind == "llava" else "Name one of these."
+        yield f"the language model is {kind!r}, needed 'llama': {_LLAMA}", fix
         return
     yield from _sizes(config, TEXT_SIZES, "language model")
 
