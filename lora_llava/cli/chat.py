@@ -55,6 +55,8 @@ def chat(
     ARTIFACT is what a stage wrote, or a merged model: a directory, or USER/REPO[@REVISION] on the Hub. Without a
     QUESTION, the chat continues until an empty line or `exit`. Only answers go to stdout.
     """
+    if question is None and sys.stdin is None:
+        raise click.UsageError("stdin is closed, so no question can be read from it; give a QUESTION")
     artifact = open_model(artifact, base_model)
     if not artifact.exists():
         raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")

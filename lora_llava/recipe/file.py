@@ -209,7 +209,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r:.80}: write it as key.sub=value")
     _check_key(key)
     # Build a separate tree: the value may be a mapping that contains paths.
-    tree: dict[str, Any] = {names[-1]: parse_yaml(text, f"override {key}")}
+    tree: dict[str, Any] = {names[-1]: _value(text, key)}
     for name in reversed(names[:-1]):
         tree = {name: tree}
     _resolve_paths(tree, Path.cwd(), f"override {key}")
@@ -220,6 +220,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
             data[name] = {}
         data, tree = data[name], tree[name]
     data[names[-1]] = tree[names[-1]]
+
+
+def _value(text: str, key: str) -> Any:
+    """Parse the value of an override. Unlike in a file, " #" begins no comment: paths and texts may hold it."""
+    value, text = parse_yaml(text, f"override {key}"), text.strip()
+    is_cut = isinstance(value, str | None) and text.removeprefix(value or "").lstrip().startswith("#")
+    return text if is_cut else value
 
 
 def _check_key(key: str) -> None:

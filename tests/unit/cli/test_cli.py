@@ -150,6 +150,13 @@ def test_the_recipe_file_with_the_nearest_name_is_suggested(tmp_path: Path) -> N
     assert "the bundled ones are" in other
 
 
+def test_a_chat_without_stdin_asks_for_the_question(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.stdin = None; from lora_llava.cli import cli; cli()"]
+    done = subprocess.run([*command, "chat", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "stdin is closed, so no question can be read from it; give a QUESTION" in done.stderr
+
+
 def test_recipes_are_listed_and_copied_once(tmp_path: Path) -> None:
     listed = CliRunner().invoke(cli, ["recipes", "list"])
     assert all(line.endswith(".") for line in listed.output.splitlines())

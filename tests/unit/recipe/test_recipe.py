@@ -154,6 +154,13 @@ def test_overrides_are_yaml_and_typed(tmp_path: Path) -> None:
     assert recipe.stage("instruct").learning_rate == 3e-5
 
 
+@pytest.mark.fault("recipe: a path with # on the command line")
+@pytest.mark.parametrize("name", ["scans #2", "#2", "a # b # c", "a#b"])
+def test_an_override_has_no_comments(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), [f"output_dir={tmp_path / 'x'}{name}", f"card.limits={name}"])
+    assert (recipe.output_dir, recipe.card.limits) == (tmp_path / f"x{name}", name)
+
+
 @pytest.mark.fault("recipe: an override of an unknown key, without a value, or without `=`")
 @pytest.mark.parametrize(
     ("override", "words"),
