@@ -21,7 +21,7 @@ from lora_llava.data.images.directory import list_images
 from lora_llava.data.images.root import ImageRoot
 from lora_llava.data.load import drop_unusable, load_records
 from lora_llava.data.mixing import source_names
-from lora_llava.data.record import Record, Scalar, with_answer_prompt
+from lora_llava.data.record import Record, Scalar, check_text, with_answer_prompt
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings, QuestionSettings
 from lora_llava.system.progress import note
@@ -161,6 +161,7 @@ def load_image_questions(directory: Path, question: str, data: QuestionSettings)
     """
     if not question.strip() or IMAGE_PLACEHOLDER in question:
         raise DataError(f"question {question!r:.80}: write a text without {IMAGE_PLACEHOLDER}")
+    check_text(question, "question")
     bad, skipped = BadRecords.by_settings(data), []
     root = ImageRoot(directory, "image", data)
     turns = with_answer_prompt([Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.strip()}")], data.answer_prompt)

@@ -13,7 +13,7 @@ import torch
 from lora_llava.artifact import Usage, load_model, template_to_ask
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER, Turn
 from lora_llava.data.images.read import open_image
-from lora_llava.data.record import ImageSource, Record
+from lora_llava.data.record import ImageSource, Record, check_text
 from lora_llava.errors import DataError
 from lora_llava.generation.answers import answer_text, end_token_ids, image_tensor, last_question
 from lora_llava.generation.decoding import CachedConversation
@@ -68,6 +68,7 @@ class Chat:
         """
         if IMAGE_PLACEHOLDER in question:
             raise DataError(f"a question must not hold {IMAGE_PLACEHOLDER}; the image is put in front of the first")
+        check_text(question, "question")
         begins = self.image is not None and not self.turns
         turn = Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}" if begins else question)
         record = Record("chat", self.image, (*self.turns, turn), f"question {len(self.turns) // 2 + 1}")

@@ -35,8 +35,8 @@ class Images:
 
     by_key: dict[str, dict[str, ImageSource]] = field(default_factory=dict)
     """By the recipe key of their data; an image that several sources share is listed under the first."""
-    problems: list[Finding] = field(default_factory=list)
-    """Why data could not be read."""
+    findings: list[Finding] = field(default_factory=list)
+    """Why data could not be read, and which images are in training and test."""
 
 
 def read_images(recipe: Recipe) -> Images:
@@ -45,16 +45,21 @@ def read_images(recipe: Recipe) -> Images:
     Sources with `on_bad_record: skip` are left out: the run opens all their images itself before it plans.
     """
     images = Images()
-    known: set[str] = set()
+    known, trained = set[str](), set[str]()
     for key, data in _local_sources(recipe):
         try:
             records = _read(data, key, _template(recipe, key))
         except DataError as error:
-            images.problems.append(Problem(key, str(error), ""))
+            images.findings.append(Problem(key, str(error), ""))
             continue
         shown = {record.image.identity: record.image for record in records if record.image is not None}
         images.by_key[key] = {name: image for name, image in shown.items() if name not in known}
         known |= shown.keys()
+        if not key.startswith("evaluation"):
+            trained |= set() if key.endswith(".validation") else shown.keys()
+        elif both := len(shown.keys() & trained):
+            what = f"{both:,} of {counted(len(shown), 'image')} {'is' if both == 1 else 'are'} in the training data too"
+            images.findings.append(Notice(key, f"{what}, so the score is better than on new images"))
     return images
 
 

@@ -80,7 +80,7 @@ def _look_at_data(setup: Setup) -> Findings:
 
     findings = Findings()
     images_of_run = images.read_images(setup.recipe)
-    findings.add(images_of_run.problems)
+    findings.add(images_of_run.findings)
     findings.add(images.images_can_be_opened(images_of_run))
     findings.add(images.images_have_their_names(images_of_run))
     counts = {key: len(sources) for key, sources in images_of_run.by_key.items()}

@@ -107,6 +107,11 @@ def folder_settings(folder: Path, **settings: Any) -> QuestionSettings:
     return QuestionSettings.model_validate({"path": str(folder), "columns": COLUMNS, **settings})
 
 
+def test_a_question_that_is_no_unicode_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="question: character 3 is half of a surrogate pair; write the text again"):
+        load_image_questions(folder, "Pr\udcfcfen?", folder_settings(folder))
+
+
 def test_every_image_of_a_folder_is_asked_in_order(folder: Path) -> None:
     questions = load_image_questions(folder, "what is it?", folder_settings(folder, answer_prompt="One word."))
     names = ["10.png", "a:1.png", "b/2.PNG", "unnamed"]

@@ -124,7 +124,18 @@ def test_an_evaluation_may_hold_a_blank_answer_as_an_open_question(project: Proj
     record = {"id": "t", "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": " "}]}
     (project.directory / "test.json").write_text(json.dumps([record]), encoding="utf-8")
     recipe = load_recipe(project.recipe, ["evaluation={data: {path: ./test.json}}"])
-    assert read_images(recipe).problems == []
+    assert read_images(recipe).findings == []
+
+
+def test_an_evaluation_on_images_of_the_training_is_said(project: Project) -> None:
+    records = json.loads((project.directory / "train.json").read_text(encoding="utf-8"))[:1]
+    (project.directory / "images" / "new.png").write_bytes((project.directory / "images" / "0.png").read_bytes())
+    both = [*records, records[0] | {"id": "new", "image": "new.png"}]
+    (project.directory / "test.json").write_text(json.dumps(both), encoding="utf-8")
+    said = "evaluation.data: 1 of 2 images is in the training data too, so the score is better than on new images"
+    assert [str(finding) for finding in read_images(load_recipe(project.recipe, [EVALUATION])).findings] == [said]
+    (project.directory / "test.json").write_text(json.dumps(both[1:]), encoding="utf-8")
+    assert read_images(load_recipe(project.recipe, [EVALUATION])).findings == []
 
 
 def test_the_features_of_all_sources_need_room(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
