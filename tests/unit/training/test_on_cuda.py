@@ -10,7 +10,7 @@ import ctypes
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS
 
 import lora_llava
+from lora_llava.generation import decoding
+from lora_llava.generation.decoding import greedy_decode
+from lora_llava.generation.prompts import Prompt
 from lora_llava.modeling import attention as attention_module
-from lora_llava.modeling.attention import block_mask_tensors, set_attention, with_block_lists
+from lora_llava.modeling.attention import block_mask_tensors, set_attention, to_device, with_block_lists
 from lora_llava.modeling.fused import compiled
 from lora_llava.modeling.fused.compiled import CompiledElementwise
 from lora_llava.modeling.fused.functions import output_backward, output_forward, qkv_backward, qkv_forward
 from lora_llava.modeling.fused.layer import fuse_layers
 from lora_llava.modeling.packed import llava_in
-from lora_llava.modeling.structure import FLEX, TREES
+from lora_llava.modeling.structure import FLEX, SDPA, TREES
+from lora_llava.recipe.stages import PreferSettings
 from lora_llava.training.objectives.by_source import LossBySource
+from lora_llava.training.objectives.preference import PairSums, PreferenceObjective
 from lora_llava.training.parallel.gradients import WholeGradients
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers import steps
 from tests.helpers.layers import Layers, training_model
 from tests.helpers.steps import made_rows, made_trainer
+from tests.helpers.tiny import BOS_ID, EOS_ID, IMAGE_ID, NUM_IMAGE_TOKENS
+from tests.parity.test_preference import TEXTS, pair, row_of_pairs
 from tests.unit.modeling.test_fused import layers_of
 
 CARD = torch.device("cuda", 0)
@@ -72,7 +79,7 @@ class Waits(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is torch.ops.aten._local_scalar_dense.default and args[0].device == CARD:
             self._note("read")
-            return 1.0
+            return 1.0 if args[0].is_floating_point() else args[0].dtype == torch.bool or 1
         result = function(*args, **kwargs)
         if function in COPIES and not kwargs.get("non_blocking", args[2] if len(args) > 2 else False):
             source = args[1] if function is COPIES[1] else args[0]
@@ -159,6 +166,30 @@ def test_validation_waits_after_its_last_row(monkeypatch: pytest.MonkeyPatch, tm
     rows = card.trainer.train_dataset
     batches = card.trainer.rows_loader()
     assert card.waited(lambda: card.trainer.held_out.mean(rows, batches)) == {"read in validation._measure_all": 2}
+
+
+def test_a_row_of_pairs_mixes_no_devices_and_does_not_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card = OnCard(monkeypatch, tmp_path, TREES)
+    pairs = [pair(*texts) for texts in TEXTS]
+    row = row_of_pairs(pairs, torch.zeros(len(pairs), 2, dtype=torch.float64))
+    objective = PreferenceObjective(PreferSettings.model_construct(sft_weight=0.1))
+    assert not card.waited(lambda: objective.loss(card.trainer.model, to_device(row, CARD), 1))
+    assert card.waited(lambda: objective.take_sums(CARD)) == {"read in preference.take_sums": len(fields(PairSums))}
+
+
+def test_decoding_mixes_no_devices_and_reads_a_token_of_each_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = OnCard(monkeypatch, tmp_path, SDPA)
+    monkeypatch.setattr(decoding, "_free_bytes", lambda _: None)
+    ids = [BOS_ID, *[IMAGE_ID] * NUM_IMAGE_TOKENS]
+    prompts = [Prompt([*ids, 50 + number, 60], len(ids), lambda: torch.zeros(3, 28, 28), 0) for number in range(3)]
+    answers: list[list[int]] = []
+    found = card.waited(
+        lambda: answers.extend(greedy_decode(card.trainer.model, prompts, eos_token_ids=[EOS_ID], max_new_tokens=2))
+    )
+    assert answers == [[1, 1]] * 3
+    assert found["read in decoding._most_likely"] == 6
 
 
 def test_the_gradients_of_a_layer_mix_no_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
