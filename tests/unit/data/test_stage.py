@@ -61,6 +61,19 @@ def test_counts_are_those_of_what_comes_out() -> None:
     assert encoded.num_cut == 1
 
 
+def test_conversations_about_an_image_are_a_group_if_their_system_prompt_is_the_same() -> None:
+    asked = [dataclasses.replace(record("a", name), system="Be brief.") for name in ("two", "four")]
+    records = [record("a", "one"), asked[0], record("a", "three"), asked[1]]
+    encoded = EncodedRecords(records, get_template("vicuna_v1"), tiny_tokenizer(), **OPTIONS)
+    assert [item.group for item in encoded.items] == [0, 1, 0, 1]
+
+
+def test_sources_are_told_apart_if_there_are_several() -> None:
+    records = [dataclasses.replace(record(None, name), source=name) for name in ("own", "replay", "own")]
+    for count, expected in ((1, ()), (2, ("own", "replay")), (3, ("own", "replay"))):
+        assert sized(records[:count], [Size(5, 0, 1, False)] * count).sources == expected
+
+
 def test_the_first_that_cannot_be_trained_on_is_named() -> None:
     with pytest.raises(DataError, match=r"at two: .*empty"):
         EncodedRecords(
@@ -129,13 +142,15 @@ def test_k32_the_longest_conversation_is_that_of_training_and_validation(by_hand
     # Apart 82 tokens: 5 conversations of 15 and a text of 7. Two trees of two, or one of four, save 2 or 3 prefixes.
     [("tree", 2, 62), ("tree", 4, 52), ("none", 4, 82)],
 )
-def test_k32_the_sampled_steps_follow_packing_and_branches(
-    by_hand: StageRecords, packing: Any, branches: int, computed: int
+def test_k32_the_sampled_steps_follow_packing_branches_and_processes(
+    by_hand: StageRecords, monkeypatch: pytest.MonkeyPatch, packing: Any, branches: int, computed: int
 ) -> None:
     stage = settings(packing=packing, branches_per_tree=branches, batch_size=6)
     sampled = by_hand.sample_steps(stage, seed=0)
     assert sampled.row_lengths(64).sum() == computed
-    assert sampled.num_separate_tokens == 82
+    assert (sampled.num_separate_tokens, sampled.ranks) == (82, 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert by_hand.sample_steps(stage, seed=0).row_lengths(64).shape[1] % 3 == 0
 
 
 def test_k32_a_planned_stage_counts_and_says_what_it_holds(by_hand: StageRecords) -> None:
@@ -151,6 +166,9 @@ def test_k32_a_planned_stage_counts_and_says_what_it_holds(by_hand: StageRecords
         "6 conversations and 2 for validation; 1 optimizer step, none of them warmup; 1 micro-batch a step; "
         "52 tokens, 37% saved by packing; 1 conversation cut short by max_length"
     )
+    data.encoded.are_pairs = True
+    assert data.summary().startswith("6 pairs and 2 for validation; ")
+    assert data.summary().endswith("; 1 pair cut short by max_length")
 
 
 def test_k32_a_plan_follows_row_length_branches_packing_seed_and_processes(
@@ -296,8 +314,11 @@ def test_k32_a_record_that_cannot_be_encoded_is_skipped_or_stops_the_reading(tmp
 
 
 def test_what_the_weight_of_a_source_repeats_is_no_repetition() -> None:
-    one, other = record("a", "one"), record("a", "one")
+    # The same file by another name.
+    one, other = record("a", "one"), dataclasses.replace(record("a", "one"), image=ImageSource("b", Path("a"), None))
     asked = dataclasses.replace(other, system="Be brief.")
     assert _repeated([one, one, one]) == ""
     assert _repeated([one, one, asked]) == ""
+    pairs = [dataclasses.replace(one, rejected="no"), dataclasses.replace(other, rejected="never")]
+    assert _repeated(pairs) == ""
     assert _repeated([one, one, other]) == "1 of 2 records repeat another: same image, same text"

@@ -175,6 +175,8 @@ def test_a_pair_is_one_item() -> None:
     encoded: list[Encoded] = [pair] * 3
     row = PackedRows([((0,), (1,), (2,))], records, encoded, lambda _: image(0, torch.float32), NAMES)[0]
     assert row["sources"].tolist() == [1, 0, 1]
+    # As exact as they were computed.
+    assert row["reference"].dtype == torch.float64
     row["pixel_values"] = torch.stack([image(number, torch.float32) for number in range(3)])
     objective, model = PreferenceObjective(prefer_settings()), build_model()
     loss, losses = objective.loss_by_item(model, row, 3)
