@@ -129,6 +129,8 @@ def reset_peak_memory() -> None:
     import torch
 
     if torch.cuda.is_available():
+        # What is only cached is not needed from here on.
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return
     with suppress(OSError):
@@ -141,7 +143,8 @@ def peak_memory_bytes() -> int:
     import torch
 
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        # CUDA graphs compute in memory that is reserved, but not allocated while they are replayed.
+        return int(torch.cuda.max_memory_reserved())
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage, whose peak includes that of the parent process.

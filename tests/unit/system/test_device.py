@@ -95,7 +95,7 @@ class Card:
     """Takes the calls to a CUDA device of 80 GiB, of which another process holds 2 GiB."""
 
     def __init__(self, patch: pytest.MonkeyPatch, reserved: int = 0) -> None:
-        self.share, self.shares, self.resets = 1.0, [], 0
+        self.share, self.shares = 1.0, []
         self.free, self.total = 78 * GIB, 80 * GIB
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "mem_get_info", lambda: (self.free - reserved, self.total))
@@ -103,7 +103,6 @@ class Card:
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         patch.setattr(torch.cuda, "set_per_process_memory_fraction", self.cap)
         patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: self.share)
-        patch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
 
     shares: list[float]
 
@@ -111,9 +110,6 @@ class Card:
         assert 0.0 <= share <= 1.0
         self.share = share
         self.shares.append(share)
-
-    def reset(self) -> None:
-        self.resets += 1
 
 
 def test_memory_caps_the_process_on_cuda_and_the_cap_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +137,17 @@ def test_no_memory_given_is_no_cap_and_more_than_the_card_has_is_its_own(
     assert card.shares == shares
 
 
-def test_the_peak_on_cuda_is_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card(monkeypatch)
+def test_the_peak_on_cuda_is_what_was_reserved_since_it_is_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA graphs compute in is reserved alone; what an earlier phase left in the cache is not counted."""
+    Card(monkeypatch)
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * GIB)
     reset_peak_memory()
-    assert card.resets == 1
+    assert calls == ["empty", "reset"]
+    assert peak_memory_bytes() == 7 * GIB
 
 
 def test_a_cap_on_a_cpu_changes_nothing() -> None:
