@@ -202,12 +202,14 @@ class CheckpointSaver:
         """Copy weights and state of this step, and start to write them after `better`, weights that are held."""
         step = trainer.state.global_step
         loss = self.last_loss[1] if self.last_loss and self.last_loss[0] == step else None
-        weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
-        state = training_state.HeldState.of(optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler, generators)
         # While weights are held, theirs is the best loss.
         is_best = loss is not None and (self.best is None or loss < self.best)
         if better is not None and (is_best or better.progress.step == step):
             better = None
+        if better is not None:
+            self.num_saved += 1
+        weights = HeldWeights.of(trainer.model, self._progress(trainer, step, loss))
+        state = training_state.HeldState.of(optimizer, trainer.lr_scheduler, trainer.state, trainer.scaler, generators)
 
         def write() -> None:
             if better is not None:

@@ -327,6 +327,7 @@ def test_k31_held_weights_are_written_with_the_next_checkpoint_unless_it_is_bett
     held = read_verified(saver.parent / "step-2")
     assert (held.resumable, held.progress.step, held.progress.eval_loss) == (False, 2, 0.3)
     assert (held.memory_plan, held.facts) == ({"tokens": 7}, FACTS)
+    assert read_verified(saver.parent / "step-4").progress.num_saved == saver.cost()["checkpoints_saved"] == 2
     for step, weights in ((2, best), (4, trained(trainer.model))):
         assert same(load_file(saver.parent / f"step-{step}" / WEIGHTS), weights)
     assert saver.last_whole() == "checkpoints/instruct/step-4"
@@ -342,7 +343,7 @@ def test_k31_held_weights_give_way_to_better_ones_and_to_the_same_step(tmp_path:
     save(saver, trainer)
     assert {path.name for path in saver.parent.iterdir()} == {"step-4", "step-5"}
     assert read_verified(saver.parent / "step-5").resumable
-    assert saver.held is None
+    assert (saver.held, saver.num_saved) == (None, 2)
 
 
 @pytest.mark.parametrize(("same_optimizer", "exact"), [(True, True), (True, False), (False, True)])
