@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-from lora_llava.artifact import MANIFEST, library_versions
+from lora_llava.artifact import library_versions
 from lora_llava.cli.common import file_size
 from lora_llava.formats.llava_hf import expected_shapes, write_json, write_weights
+from lora_llava.formats.manifest import MANIFEST
 from lora_llava.formats.names import WEIGHTS, memory_name
 from lora_llava.formats.processor import save_processor
 from lora_llava.modeling.assemble import save_config

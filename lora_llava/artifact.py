@@ -22,37 +22,32 @@ from lora_llava.conversation.templates import TEMPLATES, Template, get_template
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import expected_shapes
-from lora_llava.formats.manifest import is_hub_id, manifest_problem
+from lora_llava.formats.manifest import BASE_OPTION, FORMAT, MANIFEST, base_of, manifest_problem
 from lora_llava.formats.names import MERGE_REPORT, WEIGHTS
 from lora_llava.formats.peft_adapter import Adapter
 from lora_llava.formats.processor import save_processor
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import PREPROCESSOR, PROCESSOR
 from lora_llava.modeling.base import BaseIdentity, LoadedModel, check_finite, hash_weights, load_base
-from lora_llava.modeling.identity import BASE_OPTION, Fields, base_fields, check_base_files, check_unchanged, record
+from lora_llava.modeling.identity import Fields, base_fields, check_base_files, check_unchanged, record
 from lora_llava.modeling.merged import check_merged
 from lora_llava.modeling.metadata import hub_errors, locate, read_config
 from lora_llava.recipe.stages import AspectRatio, StageName
-from lora_llava.run_directory.claim import restore_around
+from lora_llava.run_directory.claim import is_artifact, require_artifact
 from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import (
     Place,
     file_sha256,
-    joined,
     json_text,
     place_new,
     read_json,
     refuse_irregular,
-    shown_path,
     staged,
 )
 from lora_llava.system.hub.artifact import located
 from lora_llava.system.text import dtype_name, first_line
 
-MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-FORMAT = 2
-"""Version of the manifest; a reader refuses a newer one."""
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lora-llava")
 
@@ -111,20 +106,6 @@ class Usage:
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that determine what a run computes."""
     return {name: version(name) for name in _LIBRARIES}
-
-
-def is_artifact(directory: Path) -> bool:
-    """Tell whether a directory is an artifact or a whole model; ArtifactError if it is neither."""
-    restore_around(directory)
-    if (directory / MANIFEST).is_file():
-        return True
-    if (directory / "config.json").is_file():
-        return False
-    raise ArtifactError(
-        f"{directory} is neither an artifact (it has no {MANIFEST}) nor a model (no config.json). Give the directory "
-        "of a stage, such as runs/NAME/instruct, or of a merged model. Convert adapters and checkpoints of other "
-        "tools with: lora-llava import"
-    )
 
 
 def read_usage(directory: Path, template: str | None = None) -> Usage:
@@ -211,13 +192,8 @@ def load_model(
 
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an artifact and check the adapter against it; ArtifactError says what is wrong."""
-    restore_around(directory)
     path = directory / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(
-            f"{directory} is not an artifact: it has no {MANIFEST}. Give the directory of a stage, such as "
-            "runs/NAME/instruct."
-        )
+    require_artifact(directory)
     refuse_irregular(directory, ArtifactError)
     data = read_json(path, ArtifactError, "take it from its source again")
     if isinstance(version := data.get("format"), int) and version > FORMAT:
@@ -349,28 +325,8 @@ def load_artifact(
 
 
 def find_base(manifest: Manifest, artifact: Path, base: str | None = None) -> Path:
-    """Return the directory of an artifact's base: `base` (directory or hub id), or the location in its manifest.
-
-    Raises ArtifactError, which names the base that is needed, if there is no such directory.
-    """
-    name, revision, path = (manifest.base[key] for key in ("name", "revision", "path"))
-    if base is None and path and not joined(artifact, path).is_dir():
-        missing = shown_path(joined(artifact, path))
-        raise ArtifactError(f"{artifact} was moved away from its base: {missing} does not exist. {_needed(manifest)}")
-    if base is None and not path and revision is None:
-        raise ArtifactError(
-            f"{artifact} was trained on a local directory, and its manifest does not say which. {_needed(manifest)}"
-        )
-    if base is not None and not Path(base).expanduser().is_dir() and not ("/" in base and is_hub_id(base)):
-        raise ArtifactError(f"{BASE_OPTION} {base}: the directory does not exist. {_needed(manifest)}")
-    return locate(base or (str(joined(artifact, path)) if path else name), revision)[0]
-
-
-def _needed(manifest: Manifest) -> str:
-    return (
-        f"Give its base with {BASE_OPTION} DIR: {manifest.base['name']}, whose weights have the sha256 "
-        f"{manifest.base['weights_sha256']}"
-    )
+    """Return the directory of an artifact's base, as `base_of` names it; one of the Hub is downloaded."""
+    return locate(base_of(manifest.base, artifact, base), manifest.base["revision"])[0]
 
 
 def add_adapter(loaded: LoadedModel, directory: Path, name: str) -> Usage:

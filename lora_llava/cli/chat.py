@@ -12,7 +12,7 @@ import click
 from lora_llava.cli.common import make_console, open_model, quiet_libraries
 from lora_llava.cli.options import PATH, base_option, template_option
 from lora_llava.errors import DataError
-from lora_llava.system.names import nearest
+from lora_llava.system.names import path_hint
 from lora_llava.system.text import printable_lines
 
 if TYPE_CHECKING:
@@ -58,12 +58,8 @@ def chat(
     if question is None and sys.stdin is None:
         raise click.UsageError("stdin is closed, so no question can be read from it; give a QUESTION")
     artifact = open_model(artifact, base_model)
-    if not artifact.exists():
-        raise click.BadParameter(f"{artifact} does not exist", param_hint="ARTIFACT")
     if image is not None and not image.exists():
-        near = nearest(image.name, [image.parent])
-        hint = f"Did you mean {image.with_name(near)}?" if near else "Correct the path."
-        raise DataError(f"--image {image} does not exist. {hint}")
+        raise DataError(f"--image {image} does not exist. {path_hint(image)}")
     quiet_libraries()
     console = make_console(stderr=True)
     with console.status("loading the model"):

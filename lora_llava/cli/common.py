@@ -15,7 +15,7 @@ import click
 
 from lora_llava.errors import LoraLlavaError, RecipeError, RunInterruptedError, is_panic
 from lora_llava.system import quiet, ranks, text
-from lora_llava.system.names import nearest
+from lora_llava.system.names import did_you_mean, nearest
 from lora_llava.system.progress import phase, shown_on
 
 if TYPE_CHECKING:
@@ -194,9 +194,9 @@ def open_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
             raise RecipeError(
                 f"there is no file {name}; {key} is a bundled recipe. Copy it first: lora-llava recipes copy {key}"
             )
-        near = nearest(Path(name).name, [Path(name).parent])
+        near = nearest(path.name, [path.parent])
         if near is not None and near.endswith((".yaml", ".yml")):
-            raise RecipeError(f"there is no recipe file {name}; did you mean {Path(name).with_name(near)}?")
+            raise RecipeError(f"there is no recipe file {name}. {did_you_mean(path.with_name(near))}")
         raise RecipeError(f"there is no recipe file {name}; the bundled ones are {', '.join(sorted(bundled))}")
     return load_recipe(path, overrides)
 
@@ -215,14 +215,11 @@ def look_ahead(
     check_setup(Setup.of(recipe, start, Path(file), here=here), console, data=data)
 
 
-def open_model(model: Path, base_model: str | None) -> Path:
-    """Return the directory of a model, downloaded if it is one of the Hub.
-
-    Raises HubError, or PreflightError if its files, or those of an artifact's base, show that it cannot be loaded.
-    """
+def open_model(model: Path, base_model: str | None, copied_to: Path | None = None) -> Path:
+    """Return the directory of a model, downloaded if it is one of the Hub. Raises HubError, or as `refuse_model`."""
     from lora_llava.planning.preflight import shipping
     from lora_llava.system.hub.artifact import located
 
     directory = located(model)
-    shipping.refuse_model(directory, base_model)
+    shipping.refuse_model(directory, base_model, copied_to)
     return directory

@@ -85,8 +85,8 @@ def evaluate(
     settings = _evaluation_settings(options)
     artifact = open_model(artifact, base_model)
     quiet_libraries()
-    from lora_llava.artifact import is_artifact
     from lora_llava.evaluation.run import Candidate, evaluate_candidate
+    from lora_llava.run_directory.claim import is_artifact
     from lora_llava.system.hub.artifact import located
 
     if not is_artifact(artifact):

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
 import click
 
 from lora_llava.cli.common import leave_torch_out, make_console, open_recipe, quiet_libraries
+from lora_llava.system.text import dtype_name
+
+_PACKAGES = (
+    "lora-llava", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "Pillow",
+)  # fmt: skip
 
 
 @click.command()
@@ -30,9 +39,31 @@ def inspect(recipe: str, overrides: tuple[str, ...], index: int, stage: str | No
 def env() -> None:
     """Show versions, device and memory, for a bug report."""
     quiet_libraries()
-    from lora_llava.system.environment import describe_environment
+    import psutil
+    import torch
 
-    rows = describe_environment()
+    from lora_llava.system.device import pick_device, pick_dtype
+
+    rows = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    rows.update({name: _version(name) for name in _PACKAGES})
+    rows["device"] = "CPU"
+    if (device := pick_device()).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        rows["device"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+        rows["device memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
+        rows["devices"] = str(torch.cuda.device_count())
+        rows["CUDA"] = str(torch.version.cuda)
+    rows["precision: auto"] = dtype_name(pick_dtype("auto", device))
+    rows["CPU cores"] = str(os.cpu_count())
+    rows["torch threads"] = str(torch.get_num_threads())
+    rows["memory"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     width = max(len(name) for name in rows)
     for name, value in rows.items():
         click.echo(f"{name:<{width}}  {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

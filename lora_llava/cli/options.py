@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from click.core import ParameterSource
 from lora_llava.conversation.templates import TEMPLATES
 from lora_llava.errors import RecipeError
 from lora_llava.recipe.choices import MetricSetting
-from lora_llava.system.text import printable
+from lora_llava.system.names import did_you_mean, similar
+from lora_llava.system.text import listed, printable
 
 PATH = click.Path(path_type=Path)
 """Type of an option or argument that names a file or directory, which need not exist."""
@@ -173,8 +173,7 @@ def settings_errors() -> Iterator[None]:
             names = [part for part in details["loc"] if isinstance(part, str) and part not in ("data", "others")]
             text = details["msg"].removeprefix("Value error, ")
             if details["type"] == "extra_forbidden" and names[:-1] == ["columns"]:
-                near = difflib.get_close_matches(names[-1], ColumnSettings.model_fields, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ColumnSettings.model_fields)}"
-                text = f"unknown key; {hint}"
+                known = ColumnSettings.model_fields
+                text = f"unknown key. {did_you_mean(similar(names[-1], known), f'There are {listed([*known])}.')}"
             lines.append((f"--{'.'.join(names)}: " if names else "") + text)
         raise click.UsageError("\n".join(dict.fromkeys(lines))) from error

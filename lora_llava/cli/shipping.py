@@ -10,7 +10,7 @@ import click
 
 from lora_llava.cli.common import file_size, loading_console, open_model, print_lines
 from lora_llava.cli.options import PATH, base_option, onto_option, template_option
-from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export import FORMATS, check_export
 from lora_llava.shipping.export import export as export_model
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers.options import ImportOptions
@@ -39,7 +39,10 @@ def merge(
     adapter.
     """
     refuse_existing(output)
-    artifact = open_model(artifact, base_model)
+    artifact = open_model(artifact, base_model, output if dtype is None else None)
+    from lora_llava.run_directory.claim import require_artifact
+
+    require_artifact(artifact)
     console = loading_console()
     import torch
 
@@ -84,10 +87,12 @@ def export(
     OUTPUT must not exist. It is created only after the result has been checked.
     """
     refuse_existing(output)
-    model = open_model(model, base_model)
-    console = loading_console()
     base: Any = onto  # checked by click
-    report = export_model(model, output, layout, ExportOptions(base_model=base_model, base=base, **options))
+    how = ExportOptions(base_model=base_model, base=base, **options)
+    model = check_export(model, layout, how)
+    open_model(model, base_model, output if layout in ("hf", "vllm") else None)
+    console = loading_console()
+    report = export_model(model, output, layout, how)
     print_lines(report["summary"], console)
 
 

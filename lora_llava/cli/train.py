@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from lora_llava.cli.common import (
 from lora_llava.errors import RecipeError
 from lora_llava.system import ranks
 from lora_llava.system.files import disk_errors, new_file
+from lora_llava.system.names import did_you_mean, similar
 from lora_llava.system.progress import phase
 from lora_llava.system.text import printable
 
@@ -190,9 +190,9 @@ def _copy_recipe(name: str, target: Path | None) -> None:
     bundled = bundled_recipes()
     source = bundled.get(name.removesuffix(".yaml"))
     if source is None:
-        near = difflib.get_close_matches(name.removesuffix(".yaml"), bundled, 1)
-        hint = f". Did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"there is no recipe {name}; the bundled ones are {', '.join(sorted(bundled))}{hint}")
+        there = f"The bundled ones are {', '.join(sorted(bundled))}."
+        hint = did_you_mean(similar(name.removesuffix(".yaml"), bundled), there)
+        raise RecipeError(f"there is no recipe {name}. {hint}")
     target = target or Path(source.name)
     if os.path.lexists(target) and target.is_dir():
         target /= source.name

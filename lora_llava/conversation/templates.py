@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from lora_llava.errors import ModelError, RecipeError
+from lora_llava.system.names import did_you_mean, similar
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,8 @@ TEMPLATES: dict[str, Template] = {
 def get_template(name: str, system: str | None = None) -> Template:
     """Return a template; `system` replaces its system prompt (empty: none). Raises RecipeError."""
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TEMPLATES)}."
-        raise RecipeError(f"template: there is no template {name!r}; {hint}")
+        hint = did_you_mean(similar(name, TEMPLATES), f"There are {', '.join(TEMPLATES)}.")
+        raise RecipeError(f"template: there is no template {name!r}. {hint}")
     template = TEMPLATES[name]
     if system is None:
         return template

@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lora_llava.data.mixing import source_names
 from lora_llava.data.record import Record, Scalar, check_text, with_answer_prompt
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings, QuestionSettings
+from lora_llava.system.names import did_you_mean, similar
 from lora_llava.system.progress import note
 from lora_llava.system.text import counted, listed
 
@@ -261,7 +261,6 @@ def check_keys(questions: Sequence[Question], by: Sequence[str]) -> None:
     known = sorted({key for question in questions for key, _ in question.record.extra})
     for key in by:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             have = f"they have {listed(known)}" if known else "they have no other keys"
-            raise DataError(f"evaluation.by: no record has the key or column {key!r}; {hint}{have}", "key")
+            hint = did_you_mean(similar(key, known))
+            raise DataError(f"evaluation.by: no record has the key or column {key!r}; {have}. {hint}".rstrip(), "key")

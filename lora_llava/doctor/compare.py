@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lora_llava.conversation.encode import IMAGE_PLACEHOLDER
-from lora_llava.data.bad_records import BadRecord
 from lora_llava.data.images.grayscale import MIN_LEVELS
 from lora_llava.data.mixing import split_leaks
 from lora_llava.data.record import ImageSource, Record
@@ -53,11 +52,6 @@ def finding_at(kind: str, source: Source, record: Record, problem: str, *images:
 def finding_about(kind: str, source: Source, problem: str) -> Finding:
     """Return a finding about a whole source."""
     return Finding(kind, source.name, source.data_name, 0, None, problem)
-
-
-def finding_from_bad_record(source: Source, bad: BadRecord) -> Finding:
-    """Return a finding for a record that was set aside."""
-    return Finding(bad.kind, source.name, bad.data, bad.record, bad.id, bad.problem)
 
 
 def compare_sides(survey: Survey) -> Iterator[Finding]:

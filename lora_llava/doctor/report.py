@@ -15,7 +15,7 @@ from typing import Any
 from lora_llava import __version__
 from lora_llava.data.bad_records import BadRecord, write_bad_records
 from lora_llava.doctor.catalogue import EXCLUDABLE, KINDS, SEVERITIES, Severity
-from lora_llava.doctor.compare import Finding, compare_sides, finding_about, finding_at, finding_from_bad_record
+from lora_llava.doctor.compare import Finding, compare_sides, finding_about, finding_at
 from lora_llava.doctor.content.answers import answer_findings
 from lora_llava.doctor.content.boxes import box_findings
 from lora_llava.doctor.content.references import reference_findings
@@ -136,7 +136,7 @@ def _bad_records_of(source: Source) -> Iterator[Finding]:
         yield Finding(first.kind, source.name, source.data_name, first.record, first.id, problem, count=count)
         bad = [record for record in bad if _reason(record) != reason]
     for record in bad:
-        yield finding_from_bad_record(source, record)
+        yield Finding(record.kind, source.name, record.data, record.record, record.id, record.problem)
 
 
 def _reason(bad: BadRecord) -> str:

@@ -1,15 +1,23 @@
-"""What the values of a manifest must be before they become paths, ids, code or settings. Without torch."""
+"""The manifest of an artifact: what its values must be before they are used, and where its base is. Without torch."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from lora_llava.errors import ArtifactError
 from lora_llava.recipe.stages import STAGES
+from lora_llava.system.files import joined, shown_path
 from lora_llava.system.text import texts_in
 
+MANIFEST = "manifest.json"
+FORMAT = 2
+"""Version of the manifest; a reader refuses a newer one."""
+BASE_OPTION = "--base-model"
+"""Every command that takes an artifact has this option, for a base that is not where the manifest says."""
 _Check = Callable[[Any], bool]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
@@ -54,6 +62,28 @@ def manifest_problem(data: Mapping[str, Any]) -> str | None:
     if (text := next((text for text in texts_in(data) if not _text(text)), None)) is not None:
         return f"it holds {text!r:.80}, which is no text"
     return None
+
+
+def base_of(base: Mapping[str, Any], artifact: Path, given: str | None) -> str:
+    """Return the directory or Hub id of an artifact's base: `given`, or what `base` of its manifest says.
+
+    Raises ArtifactError, which names the base that is needed, if there is no such directory.
+    """
+    local = joined(artifact, base["path"]) if base["path"] else None
+    needed = (
+        f"Give its base with {BASE_OPTION} DIR: {base['name']}, whose weights have the sha256 {base['weights_sha256']}"
+    )
+    if given is not None:
+        if not Path(given).expanduser().is_dir() and not ("/" in given and is_hub_id(given)):
+            raise ArtifactError(f"{BASE_OPTION} {given}: the directory does not exist. {needed}")
+        return given
+    if local is not None and not local.is_dir():
+        raise ArtifactError(f"{artifact} was moved away from its base: {shown_path(local)} does not exist. {needed}")
+    if local is None and base["revision"] is None:
+        raise ArtifactError(
+            f"{artifact} was trained on a local directory, and its manifest does not say which. {needed}"
+        )
+    return str(local or base["name"])
 
 
 def _text(value: Any) -> bool:

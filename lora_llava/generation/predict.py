@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_llava.artifact import Usage, is_artifact, read_manifest
+from lora_llava.artifact import Usage, read_manifest
 from lora_llava.data.bad_records import write_bad_records
 from lora_llava.data.load import fingerprint
 from lora_llava.data.questions import (
@@ -34,6 +34,7 @@ from lora_llava.modeling.base import LoadedModel, hash_weights
 from lora_llava.modeling.folded import folded
 from lora_llava.modeling.identity import artifact_fields, base_fields, identity_of
 from lora_llava.recipe.stages import QuestionSettings
+from lora_llava.run_directory.claim import is_artifact
 from lora_llava.system.device import pick_device, pick_dtype
 from lora_llava.system.files import disk_errors, new_file, shown_path
 from lora_llava.system.progress import Bar

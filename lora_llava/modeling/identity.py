@@ -20,6 +20,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from lora_llava.conversation.endings import stated_ends
 from lora_llava.errors import ArtifactError, ModelError
+from lora_llava.formats.manifest import BASE_OPTION
 from lora_llava.formats.names import ADAPTER_CONFIG
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.metadata import hub_errors, read_config
@@ -49,9 +50,6 @@ _VISION = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
     "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
 )  # fmt: skip
-BASE_OPTION = "--base-model"
-"""Every command that takes an artifact has this option, for a base that is not where the manifest says."""
-
 _QUANTIZATION = ("type", "double_quant", "compute_dtype")
 _EARLIER = {
     "size": f"{BASE}{_CONFIG}: vision_config.image_size",

@@ -98,7 +98,8 @@ class _LayerTimer:
     """The first of two layers, as the stage trains it: quantized, adapted, with the attention of the run."""
 
     def __init__(self, shapes: StageShapes, attention: Attention, device: torch.device) -> None:
-        self.device, self.attention, self.dtype = device, attention, _torch_dtype(shapes)
+        self.device, self.attention = device, attention
+        self.dtype: torch.dtype = getattr(torch, dtype_name(shapes.dtype))
         config = copy.deepcopy(shapes.config)
         text = config.text_config
         # The last layer differs from all others, so the one that is timed must not be the last.
@@ -151,11 +152,6 @@ class _LayerTimer:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _torch_dtype(shapes: StageShapes) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, dtype_name(shapes.dtype))
-    return dtype
 
 
 def _row(tokens: int) -> Batch:

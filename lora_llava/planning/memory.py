@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import LlavaConfig
 
-from lora_llava.data.packing import Row, conversations, row_length
+from lora_llava.data.packing import conversations, row_length
 from lora_llava.data.stage import StageData
 from lora_llava.formats.shapes import attention_widths
 from lora_llava.modeling.structure import (
@@ -138,11 +138,8 @@ def expected_memory(optim: str, parameters: list[PartParameters], *, offloads: b
 def largest_row(data: StageData) -> tuple[int, int]:
     """Return the most tokens, and the most supervised tokens, of any micro-batch."""
     rows = [row for step in data.plan.steps for row in step if row]
-    return max(row_length(row, data.encoded.items) for row in rows), max(_row_supervised(row, data) for row in rows)
-
-
-def _row_supervised(row: Row, data: StageData) -> int:
-    return sum(data.encoded.num_supervised[index] for index in conversations([row]))
+    supervised = (sum(data.encoded.num_supervised[index] for index in conversations([row])) for row in rows)
+    return max(row_length(row, data.encoded.items) for row in rows), max(supervised)
 
 
 def activation_bytes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -20,6 +19,7 @@ from pydantic_core import ErrorDetails
 from lora_llava.recipe.fields import Form, Names, Settings, section_in
 from lora_llava.recipe.names import meant_by
 from lora_llava.recipe.settings import Recipe
+from lora_llava.system.names import did_you_mean, similar
 from lora_llava.system.text import printable
 
 _MAX_SHOWN = 80
@@ -160,8 +160,8 @@ def _hint(field: FieldInfo, text: str, value: Any) -> str:
         return "; remove the quotes"
     if "a list" in text and value:
         return f"; write [{printable(value[:_MAX_SHOWN])}]"
-    near = difflib.get_close_matches(value.lower(), re.findall(r"'([^']+)'", text), 1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = similar(value.lower(), re.findall(r"'([^']+)'", text), 0.5)
+    return f". {did_you_mean(near)}" if near else ""
 
 
 def _is_number(text: str) -> bool:

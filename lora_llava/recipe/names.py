@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from lora_llava.recipe.fields import Settings, settings_of
 from lora_llava.recipe.settings import Recipe
+from lora_llava.system.names import did_you_mean, similar
 from lora_llava.system.text import listed
 
 _DOCS = "docs/settings.md"
@@ -152,7 +152,7 @@ _TEXT_OF = {name: text for names, text in _REPLACED.items() for name in names.sp
 
 
 def meant_by(above: Sequence[str], name: str, section: type[Settings] | None) -> str:
-    """Return a hint, starting with `; `, for the key `name` that `section`, at the path `above`, does not have."""
+    """Return a hint, to follow the message, for the key `name` that `section`, at the path `above`, does not have."""
     word = name.strip().lower().replace("-", "_")
     if word in _TEXT_OF:
         return f"; {_TEXT_OF[word]}"
@@ -160,7 +160,7 @@ def meant_by(above: Sequence[str], name: str, section: type[Settings] | None) ->
     key = _in_other_section(above, word) or _by_synonym(above, word) or _by_spelling(above, word, fields)
     section_key = ".".join(above)
     if key is not None:
-        return f"; did you mean {key.removeprefix(f'{section_key}.')}?"
+        return f". {did_you_mean(key.removeprefix(f'{section_key}.'))}"
     if fields and len(fields) <= _MAX_LISTED_KEYS:
         return f"; {section_key or 'a recipe'} has {listed(fields)}"
     return f"; {_DOCS} lists every setting"
@@ -192,13 +192,12 @@ def _in_other_section(above: Sequence[str], word: str) -> str | None:
 
 def _by_spelling(above: Sequence[str], word: str, fields: list[str]) -> str | None:
     """Return a key with a similar spelling: in this section, then in all, then among other tools' names."""
-    if near := difflib.get_close_matches(word, fields, 1):
-        return ".".join([*above, near[0]])
-    names = {key.rpartition(".")[2] for key in all_keys()}
-    if near := difflib.get_close_matches(word, names, 1, cutoff=0.75):
-        return _in_other_section(above, near[0])
-    near = difflib.get_close_matches(word, _KEY_OF, 1, cutoff=0.8)
-    return _by_synonym(above, near[0]) if near else None
+    if near := similar(word, fields):
+        return ".".join([*above, near])
+    if near := similar(word, {key.rpartition(".")[2] for key in all_keys()}, 0.75):
+        return _in_other_section(above, near)
+    near = similar(word, _KEY_OF, 0.8)
+    return _by_synonym(above, near) if near else None
 
 
 def _nearest(keys: Sequence[str], above: Sequence[str]) -> str | None:

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from lora_llava.errors import TrainingError
+from lora_llava.errors import ArtifactError, TrainingError
+from lora_llava.formats.manifest import MANIFEST
 from lora_llava.run_directory.exchange import Exchange, finish_exchange, run_exchange
 from lora_llava.run_directory.lock import is_locked, locked
 from lora_llava.run_directory.output import BASE, DIRECTORIES, FEATURES, TRAIN_LOG
@@ -132,6 +133,30 @@ def restore_around(directory: Path) -> None:
         if (root / STATE / EXCHANGE).is_file() and not is_locked(root):
             with suppress(TrainingError), locked(root):
                 restore(root)
+
+
+def is_artifact(directory: Path) -> bool:
+    """Tell whether a directory is an artifact or a whole model; ArtifactError if it is neither."""
+    restore_around(directory)
+    if (directory / MANIFEST).is_file():
+        return True
+    if (directory / "config.json").is_file():
+        return False
+    raise ArtifactError(
+        f"{directory} is neither an artifact (it has no {MANIFEST}) nor a model (no config.json). Give the directory "
+        "of a stage, such as runs/NAME/instruct, or of a merged model. Convert adapters and checkpoints of other "
+        "tools with: lora-llava import"
+    )
+
+
+def require_artifact(directory: Path) -> None:
+    """Raise ArtifactError for a directory that is no artifact."""
+    restore_around(directory)
+    if not (directory / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{directory} is not an artifact: it has no {MANIFEST}. Give the directory of a stage, such as "
+            "runs/NAME/instruct."
+        )
 
 
 def place(

@@ -198,7 +198,8 @@ def _overwrite_problems(
         elif existing:
             yield _not_ours(root, list(existing))
         return
-    changed = [name for paths in existing.values() for name in paths if _is_changed(written, name)]
+    names = [name for paths in existing.values() for name in paths]
+    changed = [name for name in names if name in written.versions and not written.is_ours(name)]
     for name in changed:
         yield DirectoryProblem(
             f"{shown_path(root / name)} was changed since the run wrote it; --overwrite replaces only what a run wrote",
@@ -208,10 +209,6 @@ def _overwrite_problems(
     foreign = [name for name in existing if not any(f"{path}/".startswith(f"{name}/") for path in written.versions)]
     if foreign:
         yield _not_ours(root, foreign)
-
-
-def _is_changed(written: Written, name: str) -> bool:
-    return name in written.versions and not written.is_ours(name)
 
 
 def _not_ours(root: Path, names: list[str]) -> DirectoryProblem:

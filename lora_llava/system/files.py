@@ -301,17 +301,17 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(path: Path, kind: type[LoraLlavaError] = RecipeError) -> Iterator[Path]:
+def new_file(path: Path) -> Iterator[Path]:
     """Yield a path to write a file to; when the block succeeds, it becomes `path`, whose directories are created.
 
-    Raises `kind` if `path` exists. After an error, nothing is left.
+    Raises RecipeError if `path` exists. After an error, nothing is left.
     """
-    refuse_existing(path, kind)
+    refuse_existing(path, RecipeError)
     created = make_directories(path.parent)
     try:
         with staged_file(path) as temporary:
             yield temporary
-            refuse_existing(path, kind)
+            refuse_existing(path, RecipeError)
     except BaseException:
         remove_empty(created)
         raise

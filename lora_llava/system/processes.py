@@ -17,6 +17,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 _CHUNKS_PER_WORKER = 8
 _MAX_CHUNK_SIZE = 256
+_NO_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)
+"""Leave Ctrl-C to the parent process."""
 
 _job: tuple[Callable[[Any], Any], Sequence[Any]] | None = None
 """Work and items, which forked processes inherit; set for the duration of a call."""
@@ -34,12 +36,11 @@ def in_processes(
     on_crash: Callable[[T], R],
     workers: int | None = None,
     label: str | None = None,
-    advance: Advance | None = None,
 ) -> list[R]:
     """Return `work(item)` for all items, in order; only results are sent between processes.
 
-    `label`: name of the items in the progress bar. `advance`: called with the number of newly finished items.
-    `on_crash`: returns the result of an item that crashes its process, as hostile bytes can in a C library.
+    `label`: name of the items in the progress bar. `on_crash`: returns the result of an item that crashes its process,
+    as hostile bytes can in a C library.
     """
     global _job
     workers = workers or available_cores()
@@ -47,18 +48,12 @@ def in_processes(
     chunks = [(start, min(start + size, len(items))) for start in range(0, len(items), size)]
     _job = (work, items)
     try:
-        with counting(label or "", len(items) if label else 0) as shown:
-
-            def report(count: int) -> None:
-                shown(count)
-                if advance is not None:
-                    advance(count)
-
+        with counting(label or "", len(items) if label else 0) as advance:
             # All processes are forked at once, needed or not.
-            done = _run(chunks, min(workers, len(chunks)), report) if chunks else {}
+            done = _run(chunks, min(workers, len(chunks)), advance) if chunks else {}
             for chunk in chunks:
                 if chunk not in done:
-                    done.update(_one_by_one(chunk, on_crash, items, report))
+                    done.update(_one_by_one(chunk, on_crash, items, advance))
     finally:
         _job = None
     return [result for chunk in sorted(done) for result in done[chunk]]
@@ -67,7 +62,7 @@ def in_processes(
 def _run(chunks: Sequence[tuple[int, int]], workers: int, advance: Advance) -> dict[tuple[int, int], list[Any]]:
     """Run chunks of items; those unfinished when a process crashed are missing from the result."""
     done: dict[tuple[int, int], list[Any]] = {}
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _ignore_interrupts)
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, _NO_INTERRUPTS)
     try:
         with warnings.catch_warnings():
             # Python warns about forks with threads; these children only decode and take none of the threads' locks.
@@ -105,8 +100,3 @@ def _run_chunk(chunk: tuple[int, int]) -> list[Any]:
     assert _job is not None
     work, items = _job
     return [work(item) for item in items[slice(*chunk)]]
-
-
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

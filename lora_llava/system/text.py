@@ -9,6 +9,8 @@ from typing import Any
 
 _MAX_LISTED = 8
 """Maximum names that a message lists."""
+_MAX_SAID = 300
+"""Maximum characters of what an error of a library says."""
 
 # Cc: control characters, Cf: format characters such as direction overrides, Cs: lone surrogates, Zl and Zp: separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -59,10 +61,10 @@ def code_span(text: str) -> str:
     return f"`{printable(' '.join(text.split())).replace('`', chr(39))}`"
 
 
-def first_line(error: BaseException, most: int = 300) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error of a library says, as one printable line without a final period; its type if nothing."""
     lines = str(error).strip().splitlines()
-    return printable(lines[0].strip().rstrip("."), most) if lines else type(error).__name__
+    return printable(lines[0].strip().rstrip("."), _MAX_SAID) if lines else type(error).__name__
 
 
 def is_unicode(text: str) -> bool:

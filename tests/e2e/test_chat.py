@@ -290,7 +290,7 @@ def test_k10_a_model_that_says_nothing_is_refused_with_the_way_to_name_its_templ
     assert "--template plain or vicuna_v1 or chatml" in result.stderr
     named = run("chat", base, "--image", picture, QUESTION, "--template", "chatml")
     assert named.stdout == words() + "\n"
-    assert "did you mean chatml" in run("chat", base, QUESTION, "--template", "chatlm").stderr
+    assert "Did you mean chatml" in run("chat", base, QUESTION, "--template", "chatlm").stderr
 
 
 def test_k10_a_template_is_not_forced_upon_an_artifact(speaker: Path) -> None:

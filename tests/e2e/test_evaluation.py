@@ -150,7 +150,7 @@ def test_k38_eval_by_a_key_and_a_key_that_is_not_there(project: Path, tmp_path: 
     assert "by patient" in shown
     refused = CliRunner().invoke(cli, ["eval", artifact, *data, "--by", "patiet", "--output", str(tmp_path / "b")])
     assert refused.exit_code == 1
-    assert "did you mean 'patient'?" in refused.stderr
+    assert "Did you mean patient?" in refused.stderr
     assert not (tmp_path / "b").exists()
 
 

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_llava.errors import DataError, RecipeError
+from lora_llava.errors import DataError
 from lora_llava.system.files import staged_result
+from lora_llava.system.forms import Form, refuse_unused
 from lora_llava.system.text import counted, listed, printable
 
 if TYPE_CHECKING:
     from lora_llava.data.convert.writer import ConvertOptions, Report, Writer
 
-    _Converter = Callable[[Path, Path, ConvertOptions], Writer]
-
 REPORT = "report.json"
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """What a file system says of names that it cannot hold side by side."""
-
-
-def _lazy(module: str, function: str) -> _Converter:
-    def converter(source: Path, output: Path, options: ConvertOptions) -> Writer:
-        run: _Converter = getattr(import_module(f"lora_llava.data.convert.{module}"), function)
-        return run(source, output, options)
-
-    return converter
-
-
-KINDS: dict[str, _Converter] = {
-    "coco": _lazy("coco", "convert_coco"),
-    "labelstudio": _lazy("labelstudio", "convert_labelstudio"),
-    "visual-genome": _lazy("visual_genome", "convert_visual_genome"),
-    "rsvqa": _lazy("rsvqa", "convert_rsvqa"),
-    "r2gen": _lazy("r2gen", "convert_r2gen"),
-    "cvat": _lazy("cvat", "convert_cvat"),
-    "dicom": _lazy("dicom", "convert_dicom"),
+_DRAWN = ("images", "seed", "per_image")
+KINDS = {
+    "coco": Form(f"{__package__}.coco", "convert_coco", (*_DRAWN, "question")),
+    "labelstudio": Form(f"{__package__}.labelstudio", "convert_labelstudio", (*_DRAWN, "question")),
+    "visual-genome": Form(f"{__package__}.visual_genome", "convert_visual_genome", _DRAWN),
+    "rsvqa": Form(f"{__package__}.rsvqa", "convert_rsvqa", ("images",)),
+    "r2gen": Form(f"{__package__}.r2gen", "convert_r2gen", ("images", "question")),
+    "cvat": Form(f"{__package__}.cvat", "convert_cvat", _DRAWN),
+    "dicom": Form(f"{__package__}.dicom", "convert_dicom", ("question", "table", "encoding", "window")),
 }
-"""Converters by the name of the form."""
-_ONLY_FOR = {
-    "images": ("coco", "labelstudio", "visual-genome", "rsvqa", "r2gen", "cvat"),
-    "seed": ("coco", "labelstudio", "visual-genome", "cvat"),
-    "per_image": ("coco", "labelstudio", "visual-genome", "cvat"),
-    "question": ("coco", "labelstudio", "r2gen", "dicom"),
-    "table": ("dicom",),
-    "encoding": ("dicom",),
-    "window": ("dicom",),
-}
-"""The kinds that take an option of ConvertOptions."""
+"""Converters by the name of the form, with the fields of ConvertOptions that they take."""
 
 
 def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> dict[str, Any]:
@@ -62,12 +40,13 @@ def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> d
     nothing can be converted, ArtifactError if `output` exists or the disk is full, RecipeError for an option that the
     kind does not take.
     """
-    _refuse_unused(kind, options)
+    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    refuse_unused(KINDS, kind, given)
     if options.images is not None and not options.images.is_dir():
         raise DataError(f"--images {options.images}: is not a directory; name the one with the images")
     with staged_result(output) as staging:
         try:
-            writer = KINDS[kind](source, staging, options)
+            writer: Writer = KINDS[kind](source, staging, options)
         except OSError as error:
             if error.errno not in _NAME_ERRORS:
                 raise
@@ -78,14 +57,6 @@ def convert(kind: str, source: Path, output: Path, options: ConvertOptions) -> d
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (staging / REPORT).write_text(text, encoding="utf-8")
     return {**content, "examples": writer.report.examples}
-
-
-def _refuse_unused(kind: str, options: ConvertOptions) -> None:
-    for field in fields(options):
-        kinds = _ONLY_FOR[field.name]
-        if getattr(options, field.name) != field.default and kind not in kinds:
-            option = f"--{field.name.replace('_', '-')}"
-            raise RecipeError(f"{option} has no effect on {kind}, only on {listed(kinds)}; leave it out")
 
 
 def _first_drops(report: Report) -> str:

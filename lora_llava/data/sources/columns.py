@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +37,7 @@ from lora_llava.recipe.columns import ColumnSettings, fields_in, is_template
 from lora_llava.recipe.fields import data_name
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.hub.network import bounded
+from lora_llava.system.names import did_you_mean, similar
 from lora_llava.system.text import listed, printable, python_literal
 
 _FILES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
@@ -350,9 +350,8 @@ def _check_columns(needed: list[str], present: list[str], name: str, data: DataS
             continue
         key = "group" if column == data.group else "where" if column in (data.where or ()) else "columns"
         hint = f"; correct {key}"
-        near = difflib.get_close_matches(column, [str(label) for label in present], 1)
-        if near:
-            hint = f"; did you mean {printable(near[0])}?"
+        if near := similar(column, map(str, present)):
+            hint = f". {did_you_mean(near)}"
         elif key == "columns" and (proposed := propose_columns(present)):
             hint = f". To have it read: {proposed}"
         shown = listed([printable(str(label)) for label in present], 20)

@@ -13,7 +13,7 @@ from lora_llava.errors import DataError
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.hub.network import offline
-from lora_llava.system.names import nearest
+from lora_llava.system.names import did_you_mean, nearest, path_hint
 from lora_llava.system.text import is_unicode, printable
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -50,16 +50,13 @@ def missing(data: DataSettings, near: Sequence[Path] = (Path(),)) -> tuple[str, 
     directories = [directory / path.parent for directory in near]
     is_id = _HUB_ID.match(data.path) and not is_local(data.path) and not _OF_FILES.search(data.path)
     if not is_id:
-        hint = nearest(path.name, directories)
-        return f"{path} does not exist", f"Did you mean {path.with_name(hint)}?" if hint else "Correct the path."
+        return f"{path} does not exist", path_hint(path, directories)
     cached = _is_cached(data.path)
     # Asked for by its revision, or read before: the Hub is meant.
     is_meant = cached or data.revision is not None
     if not is_meant and (hint := nearest(path.name, directories, _MIN_SIMILARITY)):
-        fix = (
-            f"Did you mean {path.with_name(hint)}? If a data set of the Hub is meant, name its revision, such as main."
-        )
-        return f"{path} does not exist here", fix
+        fix = "If a data set of the Hub is meant, name its revision, such as main."
+        return f"{path} does not exist here", f"{did_you_mean(path.with_name(hint))} {fix}"
     # Asked of cached data, too: it has the libraries leave a Hub alone that cannot be reached.
     if offline() and not cached:
         what = f"{data.path} is not here, is not in the Hub's cache, and the Hub cannot be reached"

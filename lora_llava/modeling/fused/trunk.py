@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -21,13 +21,8 @@ from lora_llava.modeling.attention import block_mask_tensors, clone_mask
 from lora_llava.modeling.fused.functions import output_backward, output_forward, qkv_backward, qkv_forward
 
 Run = Callable[[], None]
-
-
-class Capture(Protocol):
-    """Turns a function of static buffers into one that repeats it."""
-
-    def __call__(self, function: Run) -> Run:
-        """Return what repeats the operators of `function` on the same tensors; need not run it."""
+Capture = Callable[[Run], Run]
+"""Turns a function of static buffers into one that repeats its operators on the same tensors; need not run it."""
 
 
 class CudaGraphs:

@@ -18,7 +18,7 @@ from lora_llava.planning.preflight.setup import Setup
 from lora_llava.recipe.fields import is_local
 from lora_llava.recipe.settings import Recipe
 from lora_llava.recipe.stages import DataSettings
-from lora_llava.system.names import nearest
+from lora_llava.system.names import path_hint
 from lora_llava.system.text import counted, listed
 
 
@@ -95,8 +95,7 @@ def _unreadable(data_path: _DataPath) -> tuple[str, str] | None:
     if path.is_symlink() and not path.exists():
         return f"{path} is a link to {path.readlink()}, which is not there", "Restore that, or correct the path."
     if not path.exists():
-        hint = nearest(path.name, [path.parent])
-        return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."
+        return f"{path} does not exist", path_hint(path)
     if data_path.is_directory is True and not path.is_dir():
         return f"{path} is a file, a directory is needed", "Give the directory that image paths start from."
     if data_path.is_directory is False and path.is_dir():

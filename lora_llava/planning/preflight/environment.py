@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from lora_llava.planning.preflight.findings import Finding, Findings, Problem
 from lora_llava.planning.preflight.setup import Setup
 from lora_llava.system.device import has_driver
+from lora_llava.system.names import did_you_mean, similar
 from lora_llava.system.ranks import is_alone, world_size
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -70,9 +70,8 @@ def trackers_are_installed(setup: Setup) -> Iterator[Finding]:
         if name in ("none", "all"):
             continue
         if name not in _TRACKERS:
-            near = difflib.get_close_matches(name.lower(), _TRACKERS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_TRACKERS)}."
-            yield Problem("report_to", f"no tracker is called {name}", hint)
+            fix = did_you_mean(similar(name.lower(), _TRACKERS), f"There are {', '.join(_TRACKERS)}.")
+            yield Problem("report_to", f"no tracker is called {name}", fix)
             continue
         modules, package = _TRACKERS[name]
         if not all(_is_installed(module) for module in modules) and not _is_installed(_OTHER_MODULES.get(name, "")):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_llava.errors import ModelError, PreflightError
+from lora_llava.errors import ArtifactError, ModelError, PreflightError, RecipeError
+from lora_llava.formats.manifest import BASE_OPTION, MANIFEST, base_of, manifest_problem
 from lora_llava.formats.shapes import LlavaShape, hidden_state_index
 from lora_llava.planning.preflight.findings import Finding, Findings, Notice, Problem
 from lora_llava.planning.preflight.model.base import model_problems, unreadable
 from lora_llava.planning.preflight.model.files import find_model
 from lora_llava.planning.preflight.model.text_side import custom_readers, reader_problems
+from lora_llava.planning.preflight.model.weights import read_weights
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.settings import PROJECTOR_ACTIVATIONS, AdapterSettings
 from lora_llava.recipe.stages import trains_lora
-from lora_llava.system.files import find_json, joined, refuse_irregular
+from lora_llava.run_directory.claim import is_artifact
+from lora_llava.system.files import find_json, refuse_irregular
+from lora_llava.system.names import path_hint
 
 _GGUF_ROPES, _LLAVA_ROPES = ("default", "linear", "llama3"), ("default", "linear", "dynamic")
 _MAX_VLLM_RANK = 512
@@ -37,19 +42,35 @@ def exports_that_fail(setup: Setup) -> Iterator[Finding]:
         )
 
 
-def refuse_model(path: Path, base: str | None) -> None:
-    """Raise PreflightError if the files of an artifact's base, or of a whole model, show that it cannot be loaded.
+def refuse_model(path: Path, base: str | None, copied_to: Path | None = None) -> None:
+    """Raise an error if the files of a whole model, or of an artifact's base, show that it cannot be loaded.
 
-    `base` overrides the artifact's own path of its base. If `path` is not a directory, the command reports that.
+    RecipeError if it does not exist, or is a whole model for which `base` is given; ArtifactError if it is neither, or
+    without its base; PreflightError if the base is damaged. `base` overrides the artifact's own path of its base.
+    `copied_to`: an output that takes as much space as the weights; ArtifactError if its disk has less.
     """
+    if not path.exists():
+        raise RecipeError(f"{path} does not exist. {path_hint(path)}")
     refuse_irregular(path, ModelError)
-    manifest = find_json(path / "manifest.json")
-    if manifest is not None:
-        name = base or _base_of(path, manifest)
-    else:
-        name = str(path) if (path / "config.json").is_file() else None
-    if name is not None:
-        refuse_base(name)
+    name = str(path)
+    if is_artifact(path):
+        manifest = find_json(path / MANIFEST)
+        if manifest is None or manifest_problem(manifest) is not None:
+            # Reported where it is read.
+            return
+        name = base_of(manifest["base"], path, base)
+    elif base is not None:
+        raise RecipeError(f"{path} is a whole model and needs no base; leave {BASE_OPTION} out")
+    refuse_base(name)
+    weights = Path(name).expanduser()
+    if copied_to is not None and weights.is_dir():
+        nearest = next(path for path in copied_to.absolute().parents if path.is_dir())
+        free, needed = shutil.disk_usage(nearest).free / 2**30, read_weights(weights).bytes / 2**30
+        if needed > free:
+            raise ArtifactError(
+                f"{copied_to} takes {needed:.1f} GiB, as the weights in {weights}, and {free:.1f} GiB are free on its "
+                "disk; free some space, or name an output on another disk"
+            )
 
 
 def refuse_base(name: str) -> None:
@@ -72,13 +93,6 @@ def refuse_source(path: Path) -> None:
     problems = [*unreadable(find_json(path / "config.json") or {}), *custom_readers(path)]
     if problems:
         raise PreflightError([f"{path}: {what}. {fix}" for what, fix in problems])
-
-
-def _base_of(path: Path, manifest: dict[str, object]) -> str | None:
-    base = manifest.get("base")
-    if not isinstance(base, dict):
-        return None
-    return str(joined(path, str(base["path"]))) if base.get("path") else str(base.get("name"))
 
 
 def no_gguf(shape: LlavaShape) -> Iterator[str]:

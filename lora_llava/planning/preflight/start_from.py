@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_llava.errors import ArtifactError, ModelError
+from lora_llava.formats.manifest import FORMAT, MANIFEST
 from lora_llava.formats.names import ADAPTER_CONFIG, PEFT_PREFIX, PROJECTOR_PREFIX, WEIGHTS, canonical_name, split_lora
 from lora_llava.formats.shapes import LlavaShape, Shape
 from lora_llava.planning.preflight.findings import Finding, Problem
@@ -13,11 +14,9 @@ from lora_llava.planning.preflight.model.weights import Tensor, read_header, sho
 from lora_llava.planning.preflight.setup import LLAVA, Setup
 from lora_llava.recipe.stages import STAGES, trains_lora
 from lora_llava.system.files import file_sha256, find_json
-from lora_llava.system.names import nearest
+from lora_llava.system.names import path_hint
 
 _KEY = "start_from"
-_MANIFEST = "manifest.json"
-_FORMAT = 2
 _NEEDED = ("stage", "base", "adapter_sha256", "quantization", "template", "images", "data")
 _LAYERS = "language_model.model."
 _AGAIN = "Take the artifact from its source again."
@@ -49,7 +48,7 @@ def preference_has_a_start(setup: Setup) -> Iterator[Finding]:
     if "prefer" not in recipe.stage_names or "instruct" in recipe.stage_names or recipe.base.model_name_or_path:
         return
     start = recipe.start_from
-    stage = "" if start is None else str((find_json(start / _MANIFEST) or {}).get("stage"))
+    stage = "" if start is None else str((find_json(start / MANIFEST) or {}).get("stage"))
     if not trains_lora(stage):
         given = "no stage before it" if start is None else f"only {start}, of stage {stage},"
         yield Problem(
@@ -64,7 +63,7 @@ def _altered(path: Path, setup: Setup) -> Iterator[Finding]:
     # Imported here: it reads tokenizers with transformers.
     from lora_llava.modeling.identity import base_fields, check_unchanged, compare_base
 
-    manifest = find_json(path / _MANIFEST) or {}
+    manifest = find_json(path / MANIFEST) or {}
     model = dict(setup.usable()).get(LLAVA)
     try:
         check_unchanged(manifest, path)
@@ -78,11 +77,10 @@ def _altered(path: Path, setup: Setup) -> Iterator[Finding]:
 
 def _not_an_artifact(path: Path) -> tuple[str, str] | None:
     if not path.exists():
-        hint = nearest(path.name, [path.parent])
-        return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."
-    if (path / _MANIFEST).is_file():
+        return f"{path} does not exist", path_hint(path)
+    if (path / MANIFEST).is_file():
         return None
-    below = [name for name in reversed(STAGES) if (path / name / _MANIFEST).is_file()]
+    below = [name for name in reversed(STAGES) if (path / name / MANIFEST).is_file()]
     if below:
         return f"{path} is the directory of a run, the artifact of a stage is needed", f"Name {path / below[0]}."
     hint = (
@@ -90,17 +88,17 @@ def _not_an_artifact(path: Path) -> tuple[str, str] | None:
         if (path / ADAPTER_CONFIG).is_file()
         else ("Name the directory of a stage, such as runs/NAME/instruct.")
     )
-    return f"{path} is not an artifact: it has no {_MANIFEST}", hint
+    return f"{path} is not an artifact: it has no {MANIFEST}", hint
 
 
 def _damage(path: Path) -> Iterator[tuple[str, str]]:
     """Yield what is damaged; only the first is reported."""
-    manifest, config = find_json(path / _MANIFEST), find_json(path / ADAPTER_CONFIG)
+    manifest, config = find_json(path / MANIFEST), find_json(path / ADAPTER_CONFIG)
     if manifest is None or any(key not in manifest for key in _NEEDED):
-        yield f"{path / _MANIFEST} is damaged", _AGAIN
+        yield f"{path / MANIFEST} is damaged", _AGAIN
         return
-    if isinstance(manifest.get("format"), int) and manifest["format"] > _FORMAT:
-        yield f"{path / _MANIFEST} has format {manifest['format']}, newer than this program's {_FORMAT}", "Update it."
+    if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
+        yield f"{path / MANIFEST} has format {manifest['format']}, newer than this program's {FORMAT}", "Update it."
     if config is None:
         yield f"{path / ADAPTER_CONFIG} is missing or damaged", _AGAIN
     weights = path / WEIGHTS

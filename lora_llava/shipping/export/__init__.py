@@ -1,63 +1,46 @@
-"""Export an artifact or a model to the layouts of other tools.
-
-FORMATS names the module and the function of each layout; the module, with torch, is imported when it is called.
-"""
+"""Export an artifact or a model to the layouts of other tools. Without torch, which the module of a layout imports."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
-from lora_llava.errors import RecipeError
-from lora_llava.shipping.export.options import Exporter, ExportOptions, ExportReport
-from lora_llava.system.text import listed
+from lora_llava.errors import ArtifactError, RecipeError
+from lora_llava.shipping.export.options import ExportOptions, ExportReport
+from lora_llava.system.forms import Form, refuse_unused
+from lora_llava.system.hub.artifact import located
 
-
-def _lazy(module: str, function: str) -> Exporter:
-    def exporter(source: Path, output: Path, options: ExportOptions) -> ExportReport:
-        from lora_llava.modeling.merged import check_merged
-
-        check_merged(source)
-        run: Exporter = getattr(import_module(f"{__name__}.{module}"), function)
-        return run(source, output, options)
-
-    return exporter
-
-
-FORMATS: dict[str, Exporter] = {
-    "hf": _lazy("hf", "export_hf"),
-    "llava": _lazy("llava", "export_llava"),
-    "gguf": _lazy("gguf.model", "export_gguf"),
-    "gguf-lora": _lazy("gguf.lora", "export_gguf_lora"),
-    "vllm": _lazy("vllm", "export_vllm"),
+FORMATS = {
+    "hf": Form(f"{__name__}.hf", "export_hf", ("onto",)),
+    "llava": Form(f"{__name__}.llava", "export_llava", ("vision_tower",)),
+    "gguf": Form(f"{__name__}.gguf.model", "export_gguf", ("onto", "outtype")),
+    "gguf-lora": Form(f"{__name__}.gguf.lora", "export_gguf_lora", ("onto", "outtype")),
+    "vllm": Form(f"{__name__}.vllm", "export_vllm", ("onto",)),
 }
-"""Exporters by the layout's name on the command line."""
-_ONLY_FOR = {
-    "--onto": ("base", ("hf", "gguf", "gguf-lora", "vllm")),
-    "--vision-tower": ("vision_tower", ("llava",)),
-    "--outtype": ("outtype", ("gguf", "gguf-lora")),
+"""Exporters by the layout's name on the command line, with the options that they take.
+
+An exporter writes `source` (an artifact, or a model in the llava-hf layout) to a new directory `output`.
+"""
+_OF_ADAPTERS = {
+    "gguf-lora": "export it with --format gguf",
+    "vllm": "vLLM serves it directly: vllm serve DIR",
 }
-"""Options that only some layouts take: their names on the command line and in ExportOptions, and the layouts."""
+"""Layouts that take an artifact alone, and what to do with a whole model instead."""
 
 
 def export(source: Path | str, output: Path | str, layout: str, options: ExportOptions | None = None) -> ExportReport:
     """Write an artifact or a model in the llava-hf layout to `output`, which must not exist, in another layout.
 
-    `layout`: a key of FORMATS. Returns what was written and how it was checked. Raises RecipeError for an unknown
-    layout, ArtifactError or ModelError for a model that cannot be exported.
+    `layout`: a key of FORMATS. Returns what was written and how it was checked. Raises errors as `check_export` does,
+    and ArtifactError or ModelError for a model that cannot be exported.
     """
-    if layout not in FORMATS:
-        raise RecipeError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
     options = options or ExportOptions()
-    _refuse_unused(layout, options)
-    from lora_llava.artifact import is_artifact, read_usage
-    from lora_llava.system.hub.artifact import located
+    model = check_export(source, layout, options)
+    from lora_llava.artifact import read_usage
+    from lora_llava.modeling.merged import check_merged
 
-    model = located(source)
     usage = read_usage(model, options.template)
-    if (options.base_model or options.base) and not is_artifact(model):
-        raise RecipeError(f"{model} is a whole model and needs no base; leave --base-model and --onto out")
-    report = FORMATS[layout](model, Path(output), options)
+    check_merged(model)
+    report: ExportReport = FORMATS[layout](model, Path(output), options)
     if (window := usage.window) is not None:
         low, high = window
         report["window"] = list(window)
@@ -68,8 +51,25 @@ def export(source: Path | str, output: Path | str, layout: str, options: ExportO
     return report
 
 
-def _refuse_unused(layout: str, options: ExportOptions) -> None:
-    """Raise RecipeError for an option that the layout does not take."""
-    for option, (name, layouts) in _ONLY_FOR.items():
-        if getattr(options, name) is not None and layout not in layouts:
-            raise RecipeError(f"{option} has no effect on --format {layout}, only on {listed(layouts)}; leave it out")
+def check_export(source: Path | str, layout: str, options: ExportOptions) -> Path:
+    """Return the directory of a model to export, downloaded if it is one of the Hub, before anything large is imported.
+
+    Raises RecipeError for an unknown layout, or an option that the layout or the model does not take; ArtifactError for
+    a directory that is no model, and for a whole model where the layout takes an adapter.
+    """
+    if layout not in FORMATS:
+        raise RecipeError(f"layout {layout!r} is unknown; one of {', '.join(FORMATS)}")
+    given = {"onto": options.base, "vision_tower": options.vision_tower, "outtype": options.outtype}
+    refuse_unused(FORMATS, layout, [name for name, value in given.items() if value is not None], "--format ")
+    if layout == "gguf-lora" and options.outtype not in (None, "f32", "f16"):
+        raise RecipeError(f"--outtype {options.outtype}: of gguf-lora f32 or f16; the base's own file may have any")
+    # Imported here: the command line lists FORMATS before it imports pydantic.
+    from lora_llava.run_directory.claim import is_artifact
+
+    model = located(source)
+    if not is_artifact(model):
+        if options.base_model or options.base:
+            raise RecipeError(f"{model} is a whole model and needs no base; leave --base-model and --onto out")
+        if layout in _OF_ADAPTERS:
+            raise ArtifactError(f"{model} is a whole model and has no adapter; {_OF_ADAPTERS[layout]}")
+    return model

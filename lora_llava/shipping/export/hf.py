@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lora_llava.artifact import is_artifact, read_usage
+from lora_llava.artifact import read_usage
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.conversation.templates import Template
@@ -14,6 +14,7 @@ from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import add_old_files, add_old_names
 from lora_llava.modeling.merged import update_identity
 from lora_llava.modeling.metadata import read_config
+from lora_llava.run_directory.claim import is_artifact
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import merge_artifact, summary
 from lora_llava.system.files import staged_result

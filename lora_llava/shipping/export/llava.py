@@ -12,7 +12,7 @@ from transformers import LlavaConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from lora_llava.artifact import Manifest, is_artifact, read_usage
+from lora_llava.artifact import Manifest, read_usage
 from lora_llava.conversation.endings import write_generation_config
 from lora_llava.errors import ArtifactError, ModelError
 from lora_llava.formats.adapter_config import write_adapter_config
@@ -44,6 +44,7 @@ from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.formats.transformers_4 import PREPROCESSOR, PROCESSOR, join_merges, with_old_names
 from lora_llava.modeling.metadata import read_config
 from lora_llava.planning.preflight.shipping import no_llava
+from lora_llava.run_directory.claim import is_artifact
 from lora_llava.shipping.export.hf import copy_surroundings
 from lora_llava.shipping.export.options import ExportOptions, ExportReport, record_source
 from lora_llava.shipping.merge.run import open_source

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +36,6 @@ def record_source(staging: Path, source: Path) -> None:
     """Write the commit of a model from the Hub to `export_report.json`; a local directory has none to record."""
     if (facts := source_facts(source)) is not None:
         (staging / REPORT).write_text(json_text({"hub": facts}, indent=2) + "\n", encoding="utf-8")
-
-
-Exporter = Callable[[Path, Path, ExportOptions], ExportReport]
-"""Writes `source` (an artifact, or a model in the llava-hf layout) to a new directory `output`."""
 
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

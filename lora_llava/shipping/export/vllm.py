@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig
 from torch.nn.functional import pad
 
-from lora_llava.artifact import is_artifact
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.adapter_config import write_adapter_config
 from lora_llava.formats.llava_hf import WeightFiles, expected_shapes, save_tensors, write_json, write_weights
@@ -65,11 +64,6 @@ def export_vllm(source: Path, output: Path, options: ExportOptions) -> ExportRep
     Both are read back and compared with the artifact on its base. Raises ArtifactError for a whole model, for forms
     that vLLM refuses, and if rounding does not explain the difference.
     """
-    if not is_artifact(source):
-        raise ArtifactError(
-            f"{source} is a whole model; vLLM serves it directly: {shlex.join(('vllm', 'serve', str(source)))}. This "
-            "format takes an artifact."
-        )
     served = _served_layers(Adapter(source), source)
     with staged_result(output) as staging:
         opened = open_source(source, options.base_model)

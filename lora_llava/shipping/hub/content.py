@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import MANIFEST, RECIPE, portable
+from lora_llava.artifact import RECIPE, portable
 from lora_llava.errors import ArtifactError
+from lora_llava.formats.manifest import MANIFEST
 from lora_llava.formats.names import ADAPTER_CONFIG, MERGE_REPORT, WEIGHTS
 from lora_llava.formats.weight_files import INDEX, SINGLE, weight_files
 from lora_llava.recipe.fields import is_local

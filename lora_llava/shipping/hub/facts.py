@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_llava.artifact import MANIFEST, RECIPE, Manifest, is_artifact, merged_manifest, read_manifest
+from lora_llava.artifact import RECIPE, Manifest, merged_manifest, read_manifest
 from lora_llava.errors import ArtifactError
 from lora_llava.evaluation.compare import ACCURACY, SAMPLES
 from lora_llava.formats.llava_hf import WeightFiles
+from lora_llava.formats.manifest import MANIFEST
 from lora_llava.formats.names import MERGE_REPORT
 from lora_llava.modeling.merged import check_merged
 from lora_llava.modeling.metadata import read_config
 from lora_llava.recipe.file import read_recipe
 from lora_llava.recipe.stages import STAGES
 from lora_llava.run_directory import output
-from lora_llava.shipping.hub.results import accuracy_problem, summary_problem
+from lora_llava.run_directory.claim import is_artifact
+from lora_llava.shipping.hub.results import accuracy_problems, summary_problems
 from lora_llava.system.files import read_json, refuse_irregular
 
 PICTURES = (output.LOSS_PLOT, SAMPLES)
@@ -89,16 +91,16 @@ def gather(source: Path, run: Path | None) -> Facts:
         manifest,
         merge,
         recipe,
-        summary=_read_results(run / output.SUMMARY, summary_problem),
-        accuracy=_read_results(tested / ACCURACY, accuracy_problem) if tested else {},
+        summary=_read_results(run / output.SUMMARY, summary_problems),
+        accuracy=_read_results(tested / ACCURACY, accuracy_problems) if tested else {},
         pictures={name: path for name, path in pictures.items() if path.is_file()},
     )
 
 
-def _read_results(path: Path, problem_in: Callable[[Mapping[str, Any]], str | None]) -> dict[str, Any]:
+def _read_results(path: Path, problems_in: Callable[[Mapping[str, Any]], Iterator[str]]) -> dict[str, Any]:
     """Read a file of results; ArtifactError if the card cannot show what it holds."""
     results = _read_json(path)
-    if (problem := problem_in(results)) is not None:
+    if (problem := next(problems_in(results), None)) is not None:
         raise ArtifactError(f"{path} is damaged ({problem}); remove it to publish without its information")
     return results
 

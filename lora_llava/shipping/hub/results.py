@@ -18,17 +18,8 @@ _STAGE_NUMBERS = (
 )  # fmt: skip
 
 
-def summary_problem(summary: Mapping[str, Any]) -> str | None:
-    """Return the first value of a summary.json that the card cannot show, with what it must be."""
-    return next(_in_summary(summary), None)
-
-
-def accuracy_problem(accuracy: Mapping[str, Any]) -> str | None:
-    """Return the first value of an accuracy.json that the card cannot show, with what it must be."""
-    return next(_in_accuracy(accuracy), None)
-
-
-def _in_summary(summary: Mapping[str, Any]) -> Iterator[str]:
+def summary_problems(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the values of a summary.json that the card cannot show, with what they must be."""
     yield from _numbers(summary, ("peak_memory_bytes",), "", optional=True)
     seconds = summary.get("seconds")
     yield from _mapping(seconds, "seconds", lambda values, where: _numbers(values, list(values), where))
@@ -38,7 +29,8 @@ def _in_summary(summary: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _in_accuracy(accuracy: Mapping[str, Any]) -> Iterator[str]:
+def accuracy_problems(accuracy: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the values of an accuracy.json that the card cannot show, with what they must be."""
     yield from _numbers(accuracy, ("questions", "images"), "", optional=True)
     if (metric := accuracy.get("metric")) is not None and metric not in list(METRIC_NAMES):
         yield _wrong("metric", metric, f"one of {', '.join(METRIC_NAMES)}")

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from lora_llava.artifact import MANIFEST, save_artifact, write_artifact
+from lora_llava.artifact import save_artifact, write_artifact
 from lora_llava.data.images.fingerprint import picture_facts
 from lora_llava.data.load import fingerprint
 from lora_llava.data.stage import StageData
+from lora_llava.formats.manifest import MANIFEST
 from lora_llava.formats.names import WEIGHTS
 from lora_llava.modeling.base import LoadedModel
 from lora_llava.recipe.file import dump_resolved

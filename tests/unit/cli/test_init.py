@@ -340,11 +340,11 @@ def test_headings_that_are_not_known_are_named_by_an_option(
         (
             "image=Bild,question=Frage,answer=Befunde",
             1,
-            "there is no 'Befunde'; it has Bild, Frage, Befund; did you mean Befund?",
+            "there is no 'Befunde'; it has Bild, Frage, Befund. Did you mean Befund?",
         ),
         ("image", 2, "write it as image=COLUMN,question=COLUMN,answer=COLUMN"),
-        ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture: unknown key; there are image"),
-        ("imgae=Bild,question=Frage,answer=Befund", 2, "--columns.imgae: unknown key; did you mean image?"),
+        ("picture=Bild,question=Frage,answer=Befund", 2, "--columns.picture: unknown key. There are image"),
+        ("imgae=Bild,question=Frage,answer=Befund", 2, "--columns.imgae: unknown key. Did you mean image?"),
         ("image=Bild,question=Frage", 2, "--columns"),
         ("{image: Bild, question: {txt: Was}, answer: Befund}", 2, "--columns.question: must be a column"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lora_llava.modeling.stages import build_stage, parameter_table
 from lora_llava.modeling.structure import BF16, FP32, PROJECTOR, image_tokens, stage_parameters
 from lora_llava.recipe.file import load_recipe
 from lora_llava.recipe.settings import AdapterSettings
+from tests.helpers.artifacts import make_artifact
 from tests.helpers.runs import write_data, write_recipe
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 
@@ -259,3 +261,43 @@ def test_k62_a_micro_batch_too_small_names_both_lengths(
     config, tokenizer = describe_base(settings.base)
     longest = read_records(settings.stage("instruct"), tokenizer, image_tokens(config), settings.seed).longest
     assert f"{longest.where} has {longest.length} tokens" in said
+
+
+REFUSED = """
+import json, sys
+from click.testing import CliRunner
+from lora_llava.cli import cli
+for args in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code in (1, 2), done.output
+    assert not {"torch", "transformers", "peft"} & sys.modules.keys(), args
+    print(done.stderr)
+"""
+
+
+def test_a_model_that_does_not_fit_its_command_is_refused_before_torch(tiny_base: Path, tmp_path: Path) -> None:
+    made = make_artifact(tiny_base, tmp_path / "instruct")
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(made, tmp_path / "elsewhere/deep")
+    base, whole = ["--base-model", tiny_base], ["export", tiny_base, "out", "--format"]
+    cases = {
+        "instructs does not exist. Did you mean": ["merge", tmp_path / "instructs", "out"],
+        "is not an artifact: it has no manifest.json": ["merge", tiny_base, "out"],
+        "was moved away from its base": ["merge", moved, "out"],
+        "--base-model typo: the directory does not exist": ["merge", moved, "out", "--base-model", "typo"],
+        "is neither an artifact (it has no manifest.json) nor": ["export", tmp_path, "out", "--format", "hf"],
+        "--outtype has no effect on --format hf": ["export", moved, "out", *base, "--format", "hf", "--outtype", "f16"],
+        "of gguf-lora f32 or f16": ["export", moved, "out", *base, "--format", "gguf-lora", "--outtype", "q8_0"],
+        "is a whole model and needs no base": [*whole, "hf", *base],
+        "has no adapter; export it with --format gguf": [*whole, "gguf-lora"],
+        "has no adapter; vLLM serves it directly": [*whole, "vllm"],
+        "whole model and needs no base; leave --base-model out": ["chat", tiny_base, "How many?", *base],
+    }
+    (tmp_path / "instruct").mkdir()
+    arguments = json.dumps([[str(part) for part in args] for args in cases.values()])
+    command = [sys.executable, "-c", REFUSED, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.strip().split("\n\n")
+    assert len(said) == len(cases)
+    assert [message for message, line in zip(cases, said, strict=True) if message not in line] == []

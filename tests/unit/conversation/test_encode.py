@@ -226,9 +226,9 @@ def test_tokenizer_without_the_markers_is_refused() -> None:
 
 
 def test_unknown_template_names_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="did you mean vicuna_v1"):
+    with pytest.raises(RecipeError, match="Did you mean vicuna_v1"):
         get_template("vicuna")
-    with pytest.raises(RecipeError, match="use one of plain, vicuna_v1, chatml"):
+    with pytest.raises(RecipeError, match="There are plain, vicuna_v1, chatml"):
         get_template("zzz")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lora_llava.data.bad_records import BadRecord, Exclusions
 from lora_llava.data.load import fingerprint, load_records, load_split
 from lora_llava.errors import DataError
 from lora_llava.recipe.stages import DataSettings
+from lora_llava.system import processes
 from lora_llava.system.processes import in_processes
 from tests.helpers.faulty import encoded, entry, plant, scene, sound_data
 
@@ -174,14 +176,15 @@ def test_planted_faults_can_be_skipped_too(tmp_path: Path) -> None:
     assert len(records) == before + sum(part == "instruct" for _, part, _ in planted) - len(expected)
 
 
-def test_an_item_that_kills_its_process_is_the_only_one_lost() -> None:
+def test_an_item_that_kills_its_process_is_the_only_one_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(item: int) -> int:
         if item in (3, 37):
             os._exit(9)
         return item * item
 
     heard: list[int] = []
-    done = in_processes(work, range(50), on_crash=lambda item: -item, workers=2, advance=heard.append)
+    monkeypatch.setattr(processes, "counting", lambda *_: nullcontext(heard.append))
+    done = in_processes(work, range(50), on_crash=lambda item: -item, workers=2)
     assert done == [-item if item in (3, 37) else item * item for item in range(50)]
     assert sum(heard) == 50
     assert in_processes(work, [], on_crash=lambda item: item) == []

@@ -377,7 +377,7 @@ def test_k23_a_misspelled_group_is_named_as_such(tmp_path: Path) -> None:
             "group": "prat",
         }
     )
-    with pytest.raises(DataError, match=r"group: there is no 'prat'; it has file, part, .*; did you mean part\?"):
+    with pytest.raises(DataError, match=r"group: there is no 'prat'; it has file, part, .*\. Did you mean part\?"):
         load_records(settings)
 
 

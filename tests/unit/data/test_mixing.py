@@ -178,7 +178,7 @@ def test_a_single_source_is_written_without_the_keys_of_a_mix(tmp_path: Path) ->
     [
         ("[{path: a.json}, {path: b.json, share: 1.3}]", r"data\.1\.share: must be a number greater than 0 and less"),
         ("[{path: a.json, share: 1.3}, {path: b.json}]", r"data\.share: must be a number greater than 0 and less"),
-        ("[{path: a.json}, {path: b.json, wieght: 2}]", r"data\.1\.wieght: unknown key; did you mean weight\?"),
+        ("[{path: a.json}, {path: b.json, wieght: 2}]", r"data\.1\.wieght: unknown key\. Did you mean weight\?"),
         ("[{path: a.json}, {path: b.json}, {share: 0.1}]", r"data\.2\.path: is missing; write "),
         ("[{path: a.json}, {path: b.json, validation: {share: 2}}]", r"data\.1\.validation\.share: must be a number"),
     ],

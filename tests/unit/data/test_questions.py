@@ -65,7 +65,7 @@ def test_k38_by_names_a_key_of_the_data(tmp_path: Path) -> None:
     made = load(tmp_path, [turns("a?", "1")], by=("patient",), patient=7, modality="CT", ok=True)
     [one] = made.questions
     assert [one.value(key) for key in ("patient", "modality", "ok", "nothing")] == ["7", "CT", "true", "(none)"]
-    with pytest.raises(DataError, match=r"by: no record has the key or column 'patiet'; did you mean 'patient'\?"):
+    with pytest.raises(DataError, match=r"key or column 'patiet'; they have .*\. Did you mean patient\?"):
         load(tmp_path, [turns("a?", "1")], by=("patiet",), patient=7)
     with pytest.raises(DataError, match="they have no other keys"):
         load(tmp_path, [turns("a?", "1")], by=("patient",))

@@ -91,7 +91,7 @@ def test_k23_no_setting_answers_with_words_of_the_library(monkeypatch: pytest.Mo
         ("stages.instruct.learning_rate", "0.1", "must be a number greater than 0, not '0.1'; remove the quotes"),
         ("stages.instruct.learning_rate", float("nan"), "a number greater than 0, not NaN; it must be finite"),
         ("stages.instruct.max_length", 0, "must be an integer of at least 1, not 0"),
-        ("stages.instruct.packing", "trees", "must be 'tree' or 'none', not 'trees'; did you mean tree?"),
+        ("stages.instruct.packing", "trees", "must be 'tree' or 'none', not 'trees'. Did you mean tree?"),
         ("stages.instruct.data.validation", 0.1, "write {share: 0.1} or {path: FILE}, not 0.1"),
         ("stages.instruct.data.validation", "val.json", "write {share: 0.1} or {path: FILE}, not 'val.json'"),
         ("evaluation", "test.json", "write {data: {path: FILE}}, not 'test.json'"),
@@ -165,7 +165,7 @@ def test_k23_one_tracker_needs_no_list(tmp_path: Path) -> None:
 )
 def test_k23_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, key: str, meant: str) -> None:
     for lines in (problems(tmp_path, with_value(key, 1)), problems(tmp_path, plain_recipe(), f"{key}=1")):
-        assert any(re.search(rf"unknown key.*; did you mean {re.escape(meant)}\?$", line) for line in lines), lines
+        assert any(re.search(rf"unknown key.*\. Did you mean {re.escape(meant)}\?$", line) for line in lines), lines
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_it_takes_over_lora_and_format_of_an_artifact_of_instruct(tmp_path: Path
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"beta": 0}, "beta"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "it applies to loss sigmoid, not ipo"),
-        ({"loss_type": "ipo"}, "did you mean loss"),
+        ({"loss_type": "ipo"}, "Did you mean loss"),
     ],
 )
 def test_settings_that_it_cannot_have_are_refused(tmp_path: Path, settings: dict[str, Any], problem: str) -> None:

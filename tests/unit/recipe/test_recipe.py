@@ -54,8 +54,8 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, number: str) -> No
 def test_every_problem_is_reported_at_once_with_its_path(tmp_path: Path) -> None:
     text = MINIMAL.replace("learning_rate", "lerning_rate").replace("name: small", "name: small\nseed: -1\nadaptor: {}")
     message = refused(tmp_path, text)
-    assert "stages.instruct.lerning_rate: unknown key; did you mean learning_rate?" in message
-    assert "adaptor: unknown key; did you mean adapter?" in message
+    assert "stages.instruct.lerning_rate: unknown key. Did you mean learning_rate?" in message
+    assert "adaptor: unknown key. Did you mean adapter?" in message
     assert "seed:" in message
     assert message.count("\n") == 2
 
@@ -168,7 +168,7 @@ def test_an_override_has_no_comments(tmp_path: Path, name: str) -> None:
         ("seed", "key.sub=value"),
         ("=3", "key.sub=value"),
         ("stages..x=3", "key.sub=value"),
-        ("sed=3", "did you mean seed?"),
+        ("sed=3", "Did you mean seed?"),
         ("stages.instruct.lr=3", "unknown key stages.instruct.lr"),
         ("seed.deep=3", "unknown key seed.deep"),
         ("seed=[1", "not valid YAML"),

@@ -18,7 +18,7 @@ from lora_llava.artifact import load_artifact
 from lora_llava.cli import cli
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import WeightFiles
-from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export import export as export_model
 from lora_llava.shipping.export import vllm as vllm_export
 from lora_llava.shipping.export.options import ExportOptions
 from tests.helpers.artifacts import CPU, logits, make_artifact, plain_peft
@@ -74,7 +74,7 @@ def vllm_accepts(directory: Path, max_lora_rank: int) -> dict[str, float]:
 
 
 def export(source: Path, output: Path, **options: Any) -> dict[str, Any]:
-    return FORMATS["vllm"](source, output, ExportOptions(**options))
+    return export_model(source, output, "vllm", ExportOptions(**options))
 
 
 def load_pair(directory: Path) -> Any:

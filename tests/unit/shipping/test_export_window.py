@@ -22,7 +22,9 @@ def test_an_export_says_which_grays_become_black_and_white(
 ) -> None:
     usage = replace(Usage(None, "pad", None), window=window)
     monkeypatch.setattr(artifact, "read_usage", lambda *_: usage)
-    monkeypatch.setattr(shipping, "open_model", lambda model, _: model)
+    monkeypatch.setattr(shipping, "check_export", lambda model, *_: model)
+    monkeypatch.setattr(shipping, "open_model", lambda model, *_: model)
+    monkeypatch.setattr(exports, "check_export", lambda model, *_: model)
     monkeypatch.setitem(exports.FORMATS, "hf", lambda *_: {"summary": ["done"]})
     if from_command:
         output = CliRunner().invoke(cli, ["export", str(tmp_path), str(tmp_path / "out"), "--format", "hf"]).stdout

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from lora_llava.cli import cli
 from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import save_tensors
+from lora_llava.planning.preflight.shipping import refuse_model
 from lora_llava.shipping.export import export
 from lora_llava.shipping.export.options import ExportOptions
 from lora_llava.shipping.importers import import_any
@@ -53,6 +59,21 @@ def test_k71_a_full_disk_is_one_line_with_the_file(tiny_base: Path, tmp_path: Pa
     assert "File too large (" in said and " MiB are free there). Nothing was written; free some space" in said
     assert "os error" not in said
     assert not (tmp_path / "results").exists()
+
+
+def test_a_disk_without_room_for_the_weights_is_refused_before_they_are_read(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tiny_base / "model.safetensors").stat().st_size
+    artifact, out = make_artifact(tiny_base, tmp_path / "artifact"), tmp_path / "results" / "out"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    for model in (artifact, tiny_base):
+        refuse_model(model, None, out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    for command in ("merge", "export --format hf", "export --format vllm"):
+        refused = CliRunner().invoke(cli, [*command.split(), str(artifact), str(out)])
+        assert refused.exit_code == 1, refused.output
+        assert re.search(r"out takes 0\.0 GiB, as the weights in .*; free some space", refused.stderr), refused.stderr
 
 
 def test_k71_a_full_disk_while_an_adapter_is_imported(tiny_base: Path, tmp_path: Path) -> None:

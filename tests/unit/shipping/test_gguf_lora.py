@@ -13,7 +13,7 @@ import torch
 from lora_llava.artifact import load_model
 from lora_llava.errors import ArtifactError, RecipeError
 from lora_llava.formats.peft_adapter import Adapter
-from lora_llava.shipping.export import FORMATS
+from lora_llava.shipping.export import export as export_model
 from lora_llava.shipping.export.gguf import lora as gguf_lora
 from lora_llava.shipping.export.gguf.file import deinterleave
 from lora_llava.shipping.export.options import ExportOptions
@@ -25,7 +25,7 @@ from tests.unit.shipping.test_export_gguf import IDS
 
 
 def export(source: Path, output: Path, layout: str = "gguf-lora", **options: Any) -> list[str]:
-    lines: list[str] = FORMATS[layout](source, output, ExportOptions(**options))["summary"]
+    lines: list[str] = export_model(source, output, layout, ExportOptions(**options))["summary"]
     return lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from lora_llava.planning.preflight.model import weights
 from lora_llava.planning.preflight.model.files import ModelFiles
 from lora_llava.planning.preflight.setup import LANGUAGE_MODEL, LLAVA, VISION_TOWER, Setup
 from lora_llava.recipe.stages import trains_lora
+from lora_llava.system.names import did_you_mean, similar
 
 _LLAMA = "the kit trains language models of the Llama architecture: Llama, Vicuna, TinyLlama, SmolLM2"
 _TOWERS = "the kit reads CLIP vision towers, such as openai/clip-vit-large-patch14-336"
@@ -58,10 +58,8 @@ def adapter_has_its_layers(setup: Setup) -> Iterator[Finding]:
     layers = [name.partition(".")[2] for name in LINEAR_LAYERS]
     for name in targets:
         if name not in layers:
-            near = difflib.get_close_matches(name, layers, n=1)
-            what = f"the language model has no linear layer {name}"
-            hint = f"Did you mean {near[0]}? " if near else ""
-            yield Problem("adapter.target_modules", what, f"{hint}There are {', '.join(layers)}.")
+            fix = did_you_mean(similar(name, layers), f"There are {', '.join(layers)}.")
+            yield Problem("adapter.target_modules", f"the language model has no linear layer {name}", fix)
 
 
 def model_problems(key: str, model: ModelFiles) -> Iterator[Problem]:

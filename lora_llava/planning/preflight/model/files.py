@@ -10,7 +10,7 @@ from typing import Any
 from lora_llava.errors import ModelError
 from lora_llava.recipe.fields import PACKAGED, is_local, packaged
 from lora_llava.system.files import read_json
-from lora_llava.system.names import nearest
+from lora_llava.system.names import did_you_mean, nearest, path_hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file:
     """Find a model's files; a name that is not a directory is treated as a hub id."""
     directory = _directory(name)
     if gguf_file is not None and directory is not None:
-        problem = None if (directory / gguf_file).is_file() else _no_file(directory / gguf_file)
+        problem = None
+        if not (directory / gguf_file).is_file():
+            hint = did_you_mean(nearest(gguf_file, [directory]), "Correct base.gguf_file.")
+            problem = f"{directory / gguf_file} does not exist", hint
         return ModelFiles(name, directory, problem=problem, gguf_file=gguf_file)
     if directory is None and name.startswith(PACKAGED):
         return ModelFiles(name, None, problem=(f"the package holds no {name}", f"It holds {PACKAGED}vision_tower."))
@@ -47,8 +50,8 @@ def find_model(name: str, revision: str | None, near: Sequence[Path], gguf_file:
         directory, problem = find_on_hub(name, revision, gguf_file or "config.json")
         if directory is None:
             what, fix = problem
-            hint = nearest(Path(name).name, near)
-            return ModelFiles(name, None, problem=(what, f"Did you mean {hint}? {fix}" if hint else fix))
+            hint = did_you_mean(nearest(Path(name).name, near))
+            return ModelFiles(name, None, problem=(what, f"{hint} {fix}".lstrip()))
         if gguf_file is not None:
             return ModelFiles(name, directory, gguf_file=gguf_file)
         return replace(read_config(name, directory), from_hub=True)
@@ -72,14 +75,8 @@ def _directory(name: str) -> Path | None:
     return directory if directory.is_dir() else None
 
 
-def _no_file(path: Path) -> tuple[str, str]:
-    hint = nearest(path.name, [path.parent])
-    return f"{path} does not exist", f"Did you mean {hint}?" if hint else "Correct base.gguf_file."
-
-
 def _no_directory(name: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.exists():
         return f"{name} is a file", "Give the directory of the model."
-    hint = nearest(path.name, [path.parent])
-    return f"{name} does not exist", f"Did you mean {hint}?" if hint else "Correct the path."
+    return f"{name} does not exist", path_hint(path)

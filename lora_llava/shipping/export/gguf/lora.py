@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from gguf import Keys
 
-from lora_llava.artifact import is_artifact
 from lora_llava.conversation.chat_template import TEMPLATE_FILE, chat_template
-from lora_llava.errors import ArtifactError, RecipeError
+from lora_llava.errors import ArtifactError
 from lora_llava.formats.llava_hf import expected_shapes
 from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.formats.peft_adapter import Adapter
@@ -47,13 +46,9 @@ def export_gguf_lora(source: Path, output: Path, options: ExportOptions) -> Expo
     express: DoRA, no LoRA, or other changes to the language model.
     """
     outtype = out_type(options, "f32")
-    if outtype not in ("f32", "f16"):
-        raise RecipeError(f"--outtype {outtype}: of gguf-lora f32 or f16; the base's own file may have any")
-    if not is_artifact(source):
-        raise ArtifactError(f"{source} is a whole model and has no adapter; export it with --format gguf")
+    _check_form(Adapter(source), source)
     with staged_result(output) as staging:
         opened = open_source(source, options.base_model)
-        _check_form(opened)
         check_gguf_support(opened.config)
         fields, tensors = _lora_file(opened, output.name, outtype)
         write_gguf(staging / _LORA_FILE, ARCHITECTURE, fields, tensors)
@@ -95,17 +90,15 @@ def _distance(source: Source) -> LogitDifference:
     return difference(logits_of(shipped, asked), artifact_logits(source, "dequantized", asked), asked)
 
 
-def _check_form(source: Source) -> None:
+def _check_form(adapter: Adapter, source: Path) -> None:
     """Raise ArtifactError for an adapter that llama.cpp's LoRA cannot express."""
-    adapter = source.adapter
     if adapter.config.use_dora:
-        raise ArtifactError(f"{source.artifact} is DoRA, whose row norms llama.cpp's LoRA cannot hold. {_INSTEAD}")
+        raise ArtifactError(f"{source} is DoRA, whose row norms llama.cpp's LoRA cannot hold. {_INSTEAD}")
     if not any(name.startswith(LANGUAGE_MODEL_PREFIX) for name in adapter.layers):
-        raise ArtifactError(f"{source.artifact} holds no LoRA on the language model, only a projector. {_INSTEAD}")
+        raise ArtifactError(f"{source} holds no LoRA on the language model, only a projector. {_INSTEAD}")
     if replaced := [name for name in adapter.replaced if name.startswith(LANGUAGE_MODEL_PREFIX)]:
         raise ArtifactError(
-            f"{source.artifact} replaces {', '.join(sorted(replaced)[:3])}, which llama.cpp's LoRA cannot hold. "
-            f"{_INSTEAD}"
+            f"{source} replaces {', '.join(sorted(replaced)[:3])}, which llama.cpp's LoRA cannot hold. {_INSTEAD}"
         )
 
 

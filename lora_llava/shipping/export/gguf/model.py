@@ -10,7 +10,7 @@ from typing import cast, get_args
 import torch
 from transformers import LlavaConfig
 
-from lora_llava.artifact import Usage, is_artifact, read_usage
+from lora_llava.artifact import Usage, read_usage
 from lora_llava.conversation.endings import end_token_ids, stated_ends
 from lora_llava.conversation.templates import Template
 from lora_llava.errors import RecipeError
@@ -18,6 +18,7 @@ from lora_llava.formats.llava_hf import WeightFiles
 from lora_llava.formats.names import LANGUAGE_MODEL_PREFIX
 from lora_llava.formats.tokenizer import read_tokenizer
 from lora_llava.modeling.metadata import read_config
+from lora_llava.run_directory.claim import is_artifact
 from lora_llava.shipping.export.gguf.file import F16, OutType, Tensor, as_stored, general_fields, write_gguf
 from lora_llava.shipping.export.gguf.mmproj import FILE, check_gguf_support, image_notes, write_mmproj
 from lora_llava.shipping.export.gguf.ollama import modelfile
