@@ -61,7 +61,7 @@ _SYNONYMS = {
     "stages.instruct.data.validation.path": "eval_dataset val_dataset validation_file eval_data val_data eval_file "
     "validation_data eval_data_path val_data_path validation_dataset",
     "stages.align": "pretrain pretraining stage1 alignment",
-    "stages.instruct": "finetune tune sft stage2 instruction instruct_tuning",
+    "stages.instruct": "train training finetune tune sft stage2 instruction instruct_tuning",
     "stages.prefer": "dpo preference stage3 rlhf",
     "adapter": "lora peft lora_config peft_config qlora lora_enable use_lora use_peft",
     "adapter.r": "lora_r lora_rank rank lora_dim lora_dimension",

@@ -136,6 +136,7 @@ def test_k23_one_tracker_needs_no_list(tmp_path: Path) -> None:
         ("learning-rate", "stages.instruct.learning_rate"),
         ("stages.instruct.lr", "learning_rate"),
         ("stages.align.lr", "learning_rate"),
+        ("stages.train", "instruct"),
         ("stages.instruct.epochs", "num_train_epochs"),
         ("epochs", "stages.instruct.num_train_epochs"),
         ("batch", "stages.instruct.batch_size"),
