@@ -214,6 +214,13 @@ KINDS: dict[str, Kind] = {
         "may put one in each split.",
         "Keep one file and name it in all records.",
     ),
+    "no_image": Kind(
+        "note",
+        "Records without an image, where others have one",
+        "The column of the image is empty, as it is below the first row of merged cells in a workbook. The records are "
+        "trained on as text alone.",
+        "Nothing, if they are questions about no image; otherwise fill in the column.",
+    ),
     "mixed_languages": Kind(
         "note",
         "Questions in several languages",

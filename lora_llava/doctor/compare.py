@@ -60,6 +60,7 @@ def compare_sides(survey: Survey) -> Iterator[Finding]:
         yield from _duplicate_ids(source)
         yield from _image_findings(survey, source)
         yield from _gray_ranges(survey, source)
+        yield from _without_image(source)
         for record in source.records:
             text = "\0".join(turn.text for turn in record.turns)
             if marker := next((mark for mark in ("USER:", "ASSISTANT:") if mark in text), None):
@@ -166,6 +167,17 @@ def _gray_ranges(survey: Survey, source: Source) -> Iterator[Finding]:
         f"{max(lows):g}, their highest {min(highs):g} to {max(highs):g}; {how}{lost}"
     )
     yield Finding("gray_range", source.name, source.data_name, record.number, None, problem, (image,), len(deep))
+
+
+def _without_image(source: Source) -> Iterator[Finding]:
+    """Yield one finding for all records of a source whose column of the image is empty, if others have an image."""
+    columns = source.data.columns
+    without = [record for record in source.records if record.image is None]
+    if columns is None or columns.image is None or not 0 < len(without) < len(source.records):
+        return
+    first, number = without[0], len(without)
+    problem = f"{first.where}: {columns.image} is empty, as in {counted(number, 'record')} of {len(source.records):,}"
+    yield Finding("no_image", source.name, source.data_name, first.number, None, problem, (), number)
 
 
 def _same_questions(survey: Survey, side: Side) -> Iterator[Finding]:

@@ -365,6 +365,8 @@ class Peeked(NamedTuple):
     rows: list[dict[str, Any]]
     """Flat values alone, if the data are no file of text."""
     splits: list[str]
+    error: DataError | None = None
+    """Why the first entry of a file of text cannot be read; None if it can."""
 
 
 def peek(data: DataSettings) -> Peeked:
@@ -372,8 +374,10 @@ def peek(data: DataSettings) -> Peeked:
     refuse_missing(data)
     path = Path(data.path)
     if path.suffix in _FILES and not path.is_dir():
-        rows = [entry.value for entry in islice(file_entries(path, data), _MAX_PEEKED) if isinstance(entry.value, dict)]
-        return Peeked(list(dict.fromkeys(name for row in rows for name in row)), rows, [])
+        entries = list(islice(file_entries(path, data), _MAX_PEEKED))
+        rows = [entry.value for entry in entries if isinstance(entry.value, dict)]
+        error = entries[0].error if entries else None
+        return Peeked(list(dict.fromkeys(name for row in rows for name in row)), rows, [], error)
     table, _ = _open_table(path, data)
     flat = table.select_columns(_flat_columns(table)).select(range(min(_MAX_PEEKED, len(table))))
     rows = [entry.value for entry in _rows(flat, location_root(path))]

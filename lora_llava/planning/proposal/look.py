@@ -29,7 +29,7 @@ from lora_llava.data.sources.missing import refuse_missing
 from lora_llava.errors import DataError
 from lora_llava.planning.proposal.conversions import Conversion, conversion_of, is_readable_dicom
 from lora_llava.planning.proposal.images import find_images
-from lora_llava.planning.proposal.values import columns_option
+from lora_llava.planning.proposal.values import columns_option, image_columns
 from lora_llava.recipe.stages import DataSettings
 from lora_llava.system.text import counted, listed, printable
 
@@ -194,12 +194,14 @@ def _table(name: str, form: str, path: str | Path, given: _Given, directory: Pat
         data["split"] = split
     peeked = peek(DataSettings(**{"split": "train", **data}))
     look = Look(f"{form} with the columns {listed([printable(column) for column in peeked.names], 12)}", data)
+    if not peeked.names and peeked.error is not None:
+        raise peeked.error
     if not peeked.names:
         raise DataError(f"{name}: {form}: holds no records: objects with keys, or rows below a line of column names")
     if given.columns is not None:
         data["columns"] = dict(given.columns)
     else:
-        _set_columns(name, form, data, peeked)
+        _set_columns(name, look, peeked)
     image = data["columns"].get("image")
     if directory is not None:
         _set_root(look, peeked.rows, image, directory)
@@ -216,8 +218,9 @@ def _training_split(path: Path) -> str:
     return (named or (names if len(names) == 1 else ["train"]))[0]
 
 
-def _set_columns(name: str, form: str, data: dict[str, Any], peeked: Peeked) -> None:
+def _set_columns(name: str, look: Look, peeked: Peeked) -> None:
     """Infer `columns`. Raises DataError with the option that names them, if they cannot be inferred."""
+    data = look.data
     known, proposed = known_form(peeked.names), propose_columns(peeked.names)
     if known is not None:
         data["columns"] = known.columns.model_dump(exclude_none=True)
@@ -225,9 +228,24 @@ def _set_columns(name: str, form: str, data: dict[str, Any], peeked: Peeked) -> 
             data["each"] = known.each
     elif proposed:
         data |= yaml.safe_load("{" + proposed + "}")
+        _set_image(look, peeked)
     else:
+        form = look.form.partition(" with the columns")[0]
         raise DataError(f"{name}: {form}: {_advice(peeked)}", "form")
     _set_choices(data["columns"], peeked)
+
+
+def _set_image(look: Look, peeked: Peeked) -> None:
+    """Let a column whose name does not say it be that of the image, if its values are names of images."""
+    columns = look.data["columns"]
+    if "image" in columns:
+        return
+    images = image_columns(peeked.rows, [name for name in peeked.names if name not in columns.values()])
+    if images:
+        look.data["columns"] = {"image": images[0], **columns}
+    if len(images) > 1:
+        others = listed([printable(name) for name in images[1:]])
+        look.notes.append(f"A record has one image, that of {printable(images[0])}; not used: {others}.")
 
 
 def _advice(peeked: Peeked) -> str:
@@ -266,7 +284,6 @@ def _set_root(look: Look, rows: Sequence[Mapping[str, Any]], image: str | None, 
     others = [name for name in rows[0] if columns and name not in (image, *answer)]
     paths = find_images(rows, image, others + answer, directory)
     if paths.share == 0.0:
-        look.notes.append(f"None of the first images was found below {directory}; set image_root.")
         return
     if paths.equal:
         look.notes.append(
@@ -344,10 +361,13 @@ def _images(directory: Path, given: _Given) -> Look:
     folders = sorted({Path(name).parts[0] for name in listing.images if len(Path(name).parts) > 1})
     flat = sum(len(Path(name).parts) == 1 for name in listing.images)
     if flat or len(folders) < 2:
+        tables = [path for path in sorted(directory.glob("*/*")) if path.suffix in _FILES and path.name not in _CARDS]
+        hint = f", or name the data file {tables[0]}" if tables else ""
         raise DataError(
             f"{directory}: holds {counted(len(listing.images), 'image')} ({flat:,} not in a folder, "
             f"{counted(len(folders), 'folder')}), but no questions and answers. Put the images of each class into a "
-            "folder named like it, or add a table such as answers.csv with the columns image, question and answer",
+            "folder named like it, or add a table such as answers.csv with the columns image, question and answer"
+            f"{hint}",
             "form",
         )
     splits = {split: name for split, words in _SPLITS.items() for name in folders if name.lower() in words}

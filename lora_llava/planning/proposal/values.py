@@ -35,15 +35,21 @@ def columns_option(rows: Sequence[Mapping[str, Any]], names: Collection[str], ot
     return "--columns " + shlex.quote(",".join(f"{kind}={name or _UNKNOWN}" for kind, name in parts.items()))
 
 
+def image_columns(rows: Sequence[Mapping[str, Any]], names: Collection[str]) -> list[str]:
+    """Return the columns of which most values end like names of images."""
+    return [name for name in names if _share(_texts(rows, name), _IMAGES) > _SHARE]
+
+
 def _texts(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return [value.strip() for row in rows if isinstance(value := row.get(name), str) and value.strip()]
 
 
 def _column(texts: Mapping[str, Sequence[str]], endings: tuple[str, ...]) -> str | None:
     """Return the column of which most values end like this; None if fewer than half of any column do."""
-    shares = {
-        name: sum(value.lower().endswith(endings) for value in values) / max(len(values), 1)
-        for name, values in texts.items()
-    }
+    shares = {name: _share(values, endings) for name, values in texts.items()}
     best = max(shares, key=lambda name: shares[name], default=None)
     return best if best is not None and shares[best] > _SHARE else None
+
+
+def _share(values: Sequence[str], endings: tuple[str, ...]) -> float:
+    return sum(value.lower().endswith(endings) for value in values) / max(len(values), 1)

@@ -25,6 +25,7 @@ from tests.helpers.published_sets import (
     visual_genome,
 )
 from tests.helpers.raw_data import CONVERTED, COUNT, READ, llava_json, table, wrong
+from tests.helpers.workbook import write_workbook
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +241,37 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, message:
     result = run("init", name)
     assert result.exit_code == 1
     assert message in said(result)
+
+
+@pytest.mark.parametrize("form", ["one", "two", "keyed"])
+def test_a_column_of_image_names_is_the_image_whatever_its_name(tiny_base: Path, form: str) -> None:
+    rows = []
+    for number in range(COUNT):
+        picture(Path("pictures") / f"{number}.png", (12, 10), number)
+        rows.append({"scan": f"{number}.png", "question": f"Is it {number}?", "answer": "yes"})
+    if form == "keyed":
+        content = json.dumps({row.pop("scan"): row for row in rows})
+    else:
+        content = json.dumps([row | ({"before": "0.png"} if form == "two" else {}) for row in rows])
+    Path("t.json").write_text(content, encoding="utf-8")
+    recipe = initialized(Path("t.json"), tiny_base)
+    columns = recipe["stages"]["instruct"]["data"]["columns"]
+    assert columns["image"] == ("id" if form == "keyed" else "scan")
+    note = "A record has one image, that of scan; not used: before."
+    assert (note in Path("recipe.yaml").read_text(encoding="utf-8")) is (form == "two")
+
+
+def test_the_reason_why_no_row_of_a_workbook_is_read_is_given() -> None:
+    write_workbook(Path("t.xlsx"), {"A": [[None, "image", "question", "answer"], [0, "a.png", "Is it?", "yes"]]})
+    assert "t.xlsx, line 2: a value in column 1, which has no name in the first row; name it" in said(
+        run("init", "t.xlsx")
+    )
+
+
+def test_a_data_file_below_a_directory_of_images_is_named() -> None:
+    picture(Path("data/train/0.png"), (9, 9), 0)
+    Path("data/train/metadata.csv").write_text("file_name,text\n0.png,a crack\n", encoding="utf-8")
+    assert f"or name the data file {Path.cwd()}/data/train/metadata.csv" in said(run("init", "data"))
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_named(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from lora_llava.doctor.catalogue import KINDS
 from lora_llava.doctor.compare import normalized
 from lora_llava.doctor.content.scripts import script_of
 from tests.helpers.faulty import encoded, entry, scene, sound_data, write_recipe
+from tests.helpers.workbook import write_workbook
 from tests.unit.data.test_grayscale import SCAN
 from tests.unit.doctor.test_doctor import check, found_in, report_in
 
@@ -240,6 +242,30 @@ def test_another_extension_is_a_note(tiny_base: Path, tmp_path: Path) -> None:
     report = checked(tmp_path, tiny_base, images, train, tested)
     assert found_in(report) == {("other_extension", "instruct", "r3-0")}
     assert problems(report, "other_extension")["r3-0"].endswith("3.JPG is 3.png")
+
+
+@pytest.mark.parametrize(("empty", "said"), [(0, None), (2, "record 2 (line 3): image is empty, as in 2 records of 6")])
+def test_records_without_an_image_are_a_note_where_others_have_one(
+    tiny_base: Path, tmp_path: Path, empty: int, said: str | None
+) -> None:
+    images, train, tested = sound_data()
+    path = write_recipe(tmp_path, tiny_base, images, train, tested)
+    rows = [["image", "question", "answer"], *([f"{number}.png", "What?", f"thing {number}"] for number in range(6))]
+    for row in rows[2 : 2 + empty]:
+        # As in the second row of merged cells.
+        row[0], row[1] = None, f"What, {row[2]}?"
+    write_workbook(tmp_path / "t.xlsx", {"A": rows})
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    columns = {"image": "image", "question": "question", "answer": "answer"}
+    recipe["stages"]["instruct"]["data"] = {"path": "t.xlsx", "image_root": "images", "columns": columns}
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    check(str(path), "evaluation=null")
+    report = report_in(tmp_path / "run" / "check")
+    found = {kind["kind"]: kind for kind in report["findings"]}
+    assert ("no_image" in found) is (said is not None)
+    if said is not None:
+        assert found["no_image"]["count"] == empty
+        assert said in found["no_image"]["records"][0]["problem"]
 
 
 def test_every_kind_says_what_to_do_and_is_in_the_documentation() -> None:

@@ -180,7 +180,7 @@ def _entries(rows: Iterator[_Row], path: Path) -> Iterator[Entry]:
             values = {column: value for column, value in cells if value is not None}
             if names and (beyond := values.keys() - names.keys()):
                 problem = f"a value in column {min(beyond)}, which has no name in the first row"
-                raise DataError(f"{where}: {problem}; name it")
+                raise DataError(f"{where}: {problem}; name it, or remove the rows above the names")
         except DataError as error:
             yield Entry(None, row.number, error)
             continue
