@@ -132,7 +132,7 @@ def test_the_validation_share_is_that_of_a_run_which_skips_records_that_cannot_b
     tiny_base: Path, tmp_path: Path
 ) -> None:
     images, train, tested = sound_data()
-    train[3:3] = [entry(f"long-{number}", f"{number}.png", "why " * 200, "because") for number in range(5)]
+    train[3:3] = [entry(f"long-{number}", f"{number + 8}.png", "why " * 200, "because") for number in range(5)]
     path = write_recipe(tmp_path, tiny_base, images, train, tested, on_bad_record="skip")
     recipe = load_recipe(path, ["evaluation=null", "stages.instruct.data.validation={share: 0.3}"])
     surveyed = survey(recipe, 1)
