@@ -36,6 +36,8 @@ _PNG_DEPTH = 24
 _CELLS = 8
 _BLOCK = 64
 """Images that are compared at once."""
+_VALUES = 8
+"""Values of many images that are compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ def near_pairs(asked: list[ImageFacts], known: list[ImageFacts]) -> list[tuple[i
     hashes = np.array([known[index].dhash for index in different], dtype=np.uint64)
     joined = b"".join(known[index].colors for index in different)
     colors = np.ascontiguousarray(np.frombuffer(joined, np.uint8).reshape(len(different), -1).T.astype(np.int16))
-    middle = np.median(colors, axis=1)
+    middle = colors.mean(axis=1)
     of_bytes: dict[bytes, list[int]] = {}
     for position, index in enumerate(different):
         of_bytes.setdefault(known[index].sha256, []).append(position)
@@ -198,21 +200,22 @@ def _nearest(
 ) -> int | None:
     """Return the first candidate with the smallest difference in color; None if none is a near duplicate.
 
-    `own`: values of an image, (192,); `colors`: of all known ones, (192, known); `middle`: their medians, (192,).
-    Thousands of images may be alike: they are compared in growing parts, and value by value while many may be nearer.
+    `own`: values of an image, (192,); `colors`: of all known ones, (192, known); `middle`: their means, (192,).
+    Thousands of images may be alike: they are compared in growing parts, and by some values after the other while many
+    may be nearer.
     """
     if not len(candidates):
         return None
     # The values that are least usual tell the image from most others.
-    telling = np.argsort(-np.abs(own - middle), kind="stable")
+    telling = np.argsort(-np.abs(own - middle), kind="stable").reshape(-1, _VALUES, 1)
     smallest, nearest = _MAX_COLOR_DIFFERENCE + 1, None
     start, size = 0, _BLOCK
     while start < len(candidates) and smallest > 0:
         left = candidates[start : start + size]
-        for value in telling:
+        for values in telling:
             if len(left) <= _BLOCK:
                 break
-            left = left[np.abs(colors[value, left] - own[value]) < smallest]
+            left = left[np.abs(colors[values, left] - own[values]).max(axis=0) < smallest]
         differences = np.abs(colors[:, left] - own[:, None]).max(axis=0)
         if len(left) and differences.min() < smallest:
             smallest, nearest = int(differences.min()), int(left[differences.argmin()])

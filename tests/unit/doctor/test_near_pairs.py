@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from lora_llava.doctor import images
 from lora_llava.doctor.images import ImageFacts, near_pairs
 
 
@@ -43,3 +47,17 @@ def test_the_pairs_are_those_of_a_plain_comparison(noise: int, cells: int, conte
     asked = dark(40, noise, cells, 2, contents=contents) + known[:5]
     assert near_pairs(asked, known) == plain(asked, known)
     assert near_pairs(asked, []) == near_pairs([], known) == []
+
+
+def test_of_images_that_look_equal_two_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    nearest = images._nearest
+
+    def counting(own: Any, colors: Any, candidates: Any, middle: Any) -> int | None:
+        compared.append(len(candidates))
+        return nearest(own, colors, candidates, middle)
+
+    monkeypatch.setattr(images, "_nearest", counting)
+    black = [replace(facts, dhash=0) for facts in dark(400, 0, 0, 1)]
+    assert near_pairs(black[:200], black[200:]) == [(index, 0) for index in range(200)]
+    assert compared == [2] * 200
