@@ -82,7 +82,7 @@ class StageMonitor(Check):
     def on_step(self, step: CompletedStep) -> str | None:
         """Record a step that is about to be applied; return a warning if the training diverged."""
         self.see_step(step.number, step.norms)
-        if (before := self.see_loss(step.number, step.loss)) is None:
+        if (before := self.see_loss(step.loss)) is None:
             return None
         return (
             f"step {step.number}: the loss rose from {before:.4f} to {step.loss:.4f}: the training diverged, or these "
@@ -109,8 +109,8 @@ class StageMonitor(Check):
                 self.warn(kind, text)
         validation.metrics |= self.take_warnings()
 
-    def see_loss(self, step: int, loss: float) -> float | None:
-        """Record the loss of a step; return the loss before it if it has just diverged, for the first time."""
+    def see_loss(self, loss: float) -> float | None:
+        """Record the loss of a step; return the best mean before it if it has just diverged, for the first time."""
         before = self.trend.diverged(loss)
         if before is None or "diverged" in self.warned:
             return None

@@ -64,10 +64,10 @@ def test_k7_sound_curves_do_not_diverge(questions: int) -> None:
 def test_k7_divergence_is_told_once_and_goes_on_from_its_state() -> None:
     losses = [0.4, 0.3, 0.5, 0.4, 0.3, 0.4, 0.35, 4.0, 9.0, 0.3, 9.0]
     whole, parts = StageMonitor(), StageMonitor()
-    found = [step for step, loss in enumerate(losses, start=1) if whole.see_loss(step, loss) is not None]
+    found = [step for step, loss in enumerate(losses, start=1) if whole.see_loss(loss) is not None]
     again = []
     for step, loss in enumerate(losses, start=1):
-        if parts.see_loss(step, loss) is not None:
+        if parts.see_loss(loss) is not None:
             again.append(step)
         other = StageMonitor()
         other.restore(json.loads(json.dumps(parts.state())))
