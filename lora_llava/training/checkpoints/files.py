@@ -109,13 +109,13 @@ def read_verified(directory: Path) -> Checkpoint:
     """Verify every file of a checkpoint and read it; DamagedCheckpointError names the first file that differs."""
     refuse_irregular(directory, DamagedCheckpointError)
     checkpoint, files = _read(directory)
-    present = {path.name for path in directory.iterdir()} - {MANIFEST}
+    present = _file_names(directory) - {MANIFEST}
     # The kit pickles nothing, but a library might load a pickle from this directory.
     if strays := sorted(name for name in present - files.keys() if name.endswith(_PICKLED)):
         raise DamagedCheckpointError(f"it holds {strays[0]}, which the kit did not write; remove that file")
     for name, facts in files.items():
         path = directory / name
-        if name not in present or not path.is_file():
+        if name not in present:
             raise DamagedCheckpointError(f"{name} is missing")
         if (size := path.stat().st_size) != facts["bytes"]:
             raise DamagedCheckpointError(f"{name} has {size:,} bytes, not {facts['bytes']:,}")
@@ -185,7 +185,8 @@ def _remove_checkpoint(directory: Path) -> None:
     """Remove the files of a checkpoint, and its directory if it holds nothing else.
 
     The manifest lists the files and is removed first, so that no partial checkpoint looks complete. If it cannot be
-    read, the manifest of a neighbor gives the names, which are the same.
+    read, the manifest of a neighbor gives the names, which are the same. What is not in the directory itself stays,
+    whatever a manifest says.
     """
     names: set[str] = set()
     for neighbor in (directory, *_directories(directory.parent)):
@@ -193,7 +194,7 @@ def _remove_checkpoint(directory: Path) -> None:
             names = set(_read(neighbor)[1])
             break
     if directory.is_dir():
-        for name in (MANIFEST, *sorted(names)):
+        for name in (MANIFEST, *sorted(names & _file_names(directory))):
             (directory / name).unlink(missing_ok=True)
         with suppress(OSError):
             directory.rmdir()
@@ -212,6 +213,10 @@ def _readable(parent: Path) -> Iterator[Checkpoint]:
             yield _read(directory)[0]
         except DamagedCheckpointError:
             continue
+
+
+def _file_names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from lora_llava.run_directory.claim import move_into
 from lora_llava.run_directory.lock import LOCK, locked
 from lora_llava.run_directory.output import note_skipped, writing_named
 from lora_llava.run_directory.problems import problems_of_output_dir
-from lora_llava.system.files import STAGING, write_text
+from lora_llava.system.files import STAGING, file_sha256, write_text
 from lora_llava.training.checkpoints.differences import _lost_guarantees
 from lora_llava.training.checkpoints.files import (
     MANIFEST,
     DamagedCheckpointError,
     Progress,
+    _signed,
     find_latest,
     prune,
     read_verified,
@@ -93,6 +95,29 @@ def test_missing_and_cut_files_are_noticed(tmp_path: Path, name: str) -> None:
         read_verified(path.parent)
     path.unlink()
     with pytest.raises(DamagedCheckpointError, match=f"{name} is missing"):
+        read_verified(path.parent)
+
+
+def test_a_file_outside_of_its_directory_is_missing_and_never_removed(tmp_path: Path) -> None:
+    outside = tmp_path / "mine.txt"
+    outside.write_text("mine", encoding="utf-8")
+    directory = write(tmp_path / "instruct", 7)
+    content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    del content["sha256"]
+    content["files"]["../../mine.txt"] = {"bytes": 4, "sha256": file_sha256(outside)}
+    (directory / MANIFEST).write_text(_signed(content), encoding="utf-8")
+    with pytest.raises(DamagedCheckpointError, match=r"\.\./\.\./mine\.txt is missing"):
+        read_verified(directory)
+    remove_later(tmp_path / "instruct", 6)
+    assert not directory.exists()
+    assert outside.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_link_to_nothing_is_a_missing_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "instruct", 7) / FILES[0]
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(DamagedCheckpointError, match=f"{FILES[0]} is missing"):
         read_verified(path.parent)
 
 
