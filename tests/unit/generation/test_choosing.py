@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 from typing import Any
 
 import pytest
@@ -78,6 +79,14 @@ def test_draws_follow_the_distribution_at_the_temperature() -> None:
         expected = torch.softmax(logits[0] / temperature, -1).tolist()
         assert [counts[token] / len(logits) for token in range(4)] == pytest.approx(expected, abs=0.015)
         assert counts[2] == 0
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_a_token_without_probability_is_not_drawn_by_the_least_and_the_largest_number(number: float) -> None:
+    draw, stream = Sampled(1.0, ["a"]), Random()
+    stream.random = lambda: number  # type: ignore[method-assign]
+    draw._streams = [stream]
+    assert draw(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), [[0]]) == [[1]]
 
 
 def test_an_answer_depends_on_its_seed_not_on_its_batch(model: Any) -> None:

@@ -205,6 +205,21 @@ def test_activations_are_estimated_to_15_percent(policy: Recompute, is_fused: bo
     assert estimate == pytest.approx(measured.peak, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "is_fused", "copied"),
+    [(torch.float32, True, 4), (torch.bfloat16, True, 2), (torch.float32, False, 0), (torch.bfloat16, False, 2)],
+)
+def test_factors_of_lora_are_copied_by_fused_layers_and_by_autocast(
+    dtype: torch.dtype, is_fused: bool, copied: int
+) -> None:
+    layer = LayerSettings(dtype, lora_rank=16, is_fused=is_fused)
+    without, with_factors = (
+        activation_bytes(llava_7b(), replace(layer, lora_parameters=count), Recompute(True), 1000, 100)
+        for count in (0, 10**6)
+    )
+    assert with_factors - without == copied * 10**6
+
+
 def test_more_memory_is_never_slower_and_everything_fits() -> None:
     plans = [plan(size) for size in (9, 10, 12, 16, 20, 24, 40, 80)]
     assert all(one.bytes_needed <= one.bytes_usable for one in plans)

@@ -193,6 +193,18 @@ def test_the_constants_of_a_machine_are_found(launching: float, token: float, de
     assert max(asked) <= 16_384
 
 
+@pytest.mark.parametrize("tokens", [1, 24, 300, 640, 1024, 1500, 2048 + 650])
+def test_a_timed_row_has_the_tokens_that_it_is_timed_for(tokens: int) -> None:
+    assert calibration._row(tokens)["input_ids"].shape[1] == tokens
+
+
+def test_a_speed_is_described_in_one_line() -> None:
+    times = "and 15 ms + 20 us per token to compute (measured on one layer)"
+    assert str(Speed(0.2, 2e-5, 0.015, is_measured=True)) == f"a row takes 200 ms to launch, {times}"
+    without = times.replace("15 ms + ", "")
+    assert str(Speed(0.2, 2e-5, 0.0, is_measured=True)) == f"a row takes 200 ms to launch, {without}"
+
+
 @pytest.mark.parametrize(
     ("value", "rounded"),
     [(0.0, 0.0), (-1.0, 0.0), (0.123, 0.1), (0.1251, 0.15), (9.8, 10.0), (2.24e-5, 2e-5), (37, 35)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,9 @@ def test_k7_over_fitting_is_a_validation_loss_that_rises_while_training_falls() 
     # Twice by little, or once by much.
     assert kinds(best, validation(80, 1.75, train=0.9)) == set()
     assert kinds(best, validation(80, 1.75, train=0.9), validation(90, 1.75, train=0.8)) == {"over-fitting"}
+    # Where no step was taken before it, nothing is known of the training.
+    assert kinds(replace(best, train_loss=None), validation(80, 1.92, train=0.9), max_steps=200) == set()
+    assert kinds(best, replace(validation(80, 1.92), train_loss=None), max_steps=200) == set()
     # If training has risen too, it is something else.
     assert kinds(best, validation(80, 3.0, train=2.9)) == set()
     [text] = diagnose([best, validation(80, 1.92, train=0.9)], 200, keeps_best=False).values()
@@ -152,8 +156,9 @@ def test_k40_a_model_that_looks_late_is_not_accused() -> None:
 def test_k7_collapsed_is_one_answer_to_different_questions(samples: Any, warned: bool) -> None:
     assert kinds(validation(100, 1.0, samples=tuple(samples))) == ({"collapsed"} if warned else set())
     assert kinds(validation(60, 1.0, samples=tuple(samples))) == set()
-    twice = [validation(step, 1.0, samples=tuple(samples)) for step in (60, 70)]
-    assert kinds(*twice) == ({"collapsed"} if warned else set())
+    thrice = [validation(step, 1.0, samples=tuple(samples)) for step in (60, 70, 80)]
+    for some in (thrice[:2], thrice):
+        assert kinds(*some) == ({"collapsed"} if warned else set())
 
 
 def test_k7_validations_are_read_from_the_log() -> None:

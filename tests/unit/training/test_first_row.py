@@ -17,7 +17,7 @@ from lora_llava.data.record import ImageSource, Record
 from lora_llava.data.rows import Batch, ImageTransform, PackedRows, build_row
 from lora_llava.errors import TrainingError
 from lora_llava.modeling.attention import additive_mask
-from lora_llava.training.checks.first_row import check_first_row
+from lora_llava.training.checks.first_row import MAX_CONVERSATIONS, _first_trees, check_first_row
 from tests.helpers.tiny import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 from tests.parity.test_packed import branches, build_model, conversation
 
@@ -45,8 +45,20 @@ def test_right_packing_passes_and_leaves_the_model_as_it_was(rows: PackedRows) -
 
 
 def test_rows_of_single_conversations_leave_nothing_to_check(rows: PackedRows) -> None:
-    rows.rows = [((0,),), (), ((1,),)]
-    assert check_first_row(build_model(), rows, torch.float32, CPU) is None
+    for some in ([((0,),), (), ((1,),)], [(), ()]):
+        rows.rows = some
+        assert check_first_row(build_model(), rows, torch.float32, CPU) is None
+
+
+def test_of_many_trees_the_widest_are_compared_up_to_a_few_conversations(rows: PackedRows) -> None:
+    assert MAX_CONVERSATIONS == 3
+    for row, compared in [
+        (((0,), (1, 2), (3,), (4,)), ((1, 2), (0,))),
+        (((0,), (1, 2, 3, 4)), ((1, 2, 3),)),
+        (((0,), (1,)), ((0,), (1,))),
+    ]:
+        rows.rows = [row]
+        assert _first_trees(rows) == compared
 
 
 def eager(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,8 @@ def test_what_is_trained_may_change() -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(1)
+    size = sum(one.nbytes for one in model.parameters() if not one.requires_grad)
+    assert frozen.bytes == size + sum(one.nbytes for one in model.buffers())
     assert "the frozen weights did not change" in str(frozen.on_save())
 
 

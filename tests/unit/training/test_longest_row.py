@@ -111,6 +111,14 @@ def test_what_flex_attention_computed_is_gone_before_another_one_tries(monkeypat
     assert len(held) == 3
 
 
+def test_an_error_without_flex_attention_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tried = build_model(), []
+    monkeypatch.setattr(trial, "packed_loss", lambda *inputs: tried.append(inputs) or {}["no such part"])
+    with pytest.raises(KeyError, match="no such part"):
+        trial.try_longest_row(model, rows(), ITEMS, torch.float32, Console(quiet=True))
+    assert len(tried) == 1
+
+
 def test_flex_attention_that_is_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = fails_in_flex(monkeypatch)
     with pytest.raises(TrainingError, match=r"flex_attention does not work with this model .*no such kernel"):

@@ -10,7 +10,9 @@ import torch
 from transformers import TrainerState
 
 from lora_llava.errors import TrainingError
+from lora_llava.recipe.stages import DataSettings, InstructSettings
 from lora_llava.training.checks.check import CompletedStep
+from lora_llava.training.checks.non_finite import skip_limit
 from lora_llava.training.trainer import PackedTrainer
 from tests.helpers.runs import state_of
 from tests.helpers.steps import guard_of, made_rows, made_trainer, same, states_of_steps
@@ -192,3 +194,9 @@ def test_a_trainer_that_trains_again_begins_anew(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.train()
         assert guard_of(trainer).skipped == [1]
+
+
+@pytest.mark.parametrize(("on_non_finite", "most"), [("skip", 7), ("error", 0)])
+def test_steps_are_skipped_only_where_the_recipe_says_so(on_non_finite: Any, most: int) -> None:
+    data = DataSettings(path="train.json")
+    assert skip_limit(InstructSettings(data=data, on_non_finite=on_non_finite, max_non_finite_steps=7)) == most
