@@ -63,9 +63,9 @@ def _guard() -> Iterator[None]:
         guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     except (OSError, ValueError) as error:
         pytest.skip(f"no guards to be found: {error}")
-    guards[_CUDA] = guards[_META]
+    before, guards[_CUDA] = guards[_CUDA], guards[_META]
     yield
-    guards[_CUDA] = None
+    guards[_CUDA] = before
 
 
 class Waits(TorchDispatchMode):
