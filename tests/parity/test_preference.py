@@ -58,6 +58,7 @@ def packed(model: Any, settings: Any, pairs: list[Encoded], rows: list[slice]) -
     for part in rows:
         row = row_of_pairs(pairs[part], reference[part], start=part.start)
         loss = loss + objective.loss(model, row, len(pairs))
+    assert loss.dtype == torch.float32
     return float(loss.detach()), gradients(model, loss)
 
 

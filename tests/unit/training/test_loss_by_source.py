@@ -133,6 +133,8 @@ def test_sums_survive_a_checkpoint_between_two_lines() -> None:
         return sums
 
     first, second = (0.1, 0.2, 0.7), (0.3, 1.1, 5.0)
+    own, *replay = torch.tensor(first).double().tolist()
+    assert of(first).state() == {"own.json": (own, 1.0), "replay": (sum(replay), 2.0)}
     resumed = LossBySource(NAMES, CPU)
     resumed.restore(json.loads(json.dumps(of(first).state())))
     expected = of(first, second).take()
@@ -143,9 +145,14 @@ def test_sums_survive_a_checkpoint_between_two_lines() -> None:
     resumed.add(torch.tensor([1]), torch.tensor([2.0]))
     resumed.end_step(counts=True)
     assert resumed.take() == {"loss/replay": 2.0}
-    # Of a source that the recipe has no more, nothing is left.
+    # Neither of before nor of a source that the recipe has no more is anything left.
+    resumed.add(torch.tensor([0, 1]), torch.tensor([8.0, 9.0]))
+    resumed.end_step(counts=True)
+    resumed.add(torch.tensor([0]), torch.tensor([8.0]))
     resumed.restore({"gone.json": (3.0, 1.0)})
-    assert resumed.take() == {}
+    resumed.add(torch.tensor([0]), torch.tensor([5.0]))
+    resumed.end_step(counts=True)
+    assert resumed.take() == {"loss/own.json": 5.0}
 
 
 def test_of_several_processes_the_first_takes_up_the_sums_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +166,7 @@ def test_of_several_processes_the_first_takes_up_the_sums_of_all(monkeypatch: py
 def test_nothing_in_a_step_waits_for_the_device() -> None:
     """A tensor on the device `meta` has no values: reading one raises."""
     device = torch.device("meta")
-    sums = LossBySource(NAMES, device)
+    sums = LossBySource((*NAMES, "third"), device)
     for counts in (True, False):
         sums.add(torch.zeros(5, dtype=torch.int64, device=device), torch.ones(5, device=device))
         sums.end_step(counts=counts)

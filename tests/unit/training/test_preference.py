@@ -32,7 +32,7 @@ def step(watch: PreferenceWatch, number: int, log_probs: list[list[float]]) -> s
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"), [({}, math.log(2)), ({"loss": "hinge"}, 1.0), ({"loss": "ipo", "beta": 0.5}, 1.0)]
+    ("settings", "expected"), [({}, math.log(2)), ({"loss": "hinge"}, 1.0), ({"loss": "ipo", "beta": 0.2}, 6.25)]
 )
 def test_the_loss_of_no_preference(settings: dict[str, Any], expected: float) -> None:
     made = prefer_settings(**settings)
@@ -87,6 +87,9 @@ def test_the_sums_of_a_step_are_those_of_all_its_finite_rows() -> None:
     # Rewards of the three finite pairs: 0.25 and -0.25, 0 and 0, -2 and 0.
     assert objective.take_sums(torch.device("cpu")) == PairSums(3, -1.75, -0.25, 1, -33.5, -36.5, 2.5)
     assert objective.take_sums(torch.device("cpu")) == PairSums()
+    # In fp64.
+    objective._rows.append(torch.full((7,), 0.1, dtype=torch.float64))
+    assert objective.take_sums(torch.device("cpu")).pairs == 0.1
 
 
 def test_its_state_is_the_same_after_a_checkpoint() -> None:
