@@ -66,8 +66,9 @@ def test_k31_weights_without_time_to_save_are_held_and_are_the_same(recipe: Path
     best = tmp_path / f"run/checkpoints/instruct/step-{best_step(saved)}"
     assert not read_verified(best).resumable
     assert not list(best.glob("optimizer*"))
-    # The first better validation, steps 4 and 8, and the last: no more, however often the loss was the lowest.
-    assert summary["instruct"]["checkpoints_saved"] <= 4
+    # The first better validation; then steps 4 and 8 and the last, each with the best before it: no more, however often
+    # the loss was the lowest.
+    assert summary["instruct"]["checkpoints_saved"] <= 7
     assert read_verified(tmp_path / "run/checkpoints/instruct/step-10").resumable
 
 
