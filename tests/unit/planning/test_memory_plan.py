@@ -37,6 +37,7 @@ from lora_llava.planning.memory import (
     activation_bytes,
     expected_memory,
     in_4_bits,
+    plain_scale_bytes,
 )
 from lora_llava.planning.memory_plan import GIB, MemoryPlan, StageShapes, plan_line, plan_memory, stage_shapes
 from lora_llava.planning.speed import Machine
@@ -203,6 +204,14 @@ def test_activations_are_estimated_to_15_percent(policy: Recompute, is_fused: bo
     estimate = activation_bytes(config, layer, policy, tokens, targets)
     sys.stdout.write(f"estimated {estimate / measured.peak:.3f} of the peak\n")
     assert estimate == pytest.approx(measured.peak, rel=0.15)
+
+
+def test_scales_that_are_not_quantized_take_what_double_quantization_saves() -> None:
+    plain, double = (
+        sum(part.bytes for part in in_4_bits(table_of(64, "instruct"), llava_7b(), setting, torch.bfloat16))
+        for setting in (recipe(quantization={"double_quant": is_double}).quantization for is_double in (False, True))
+    )
+    assert plain_scale_bytes(llava_7b()) == pytest.approx(plain - double, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def test_out_of_memory_names_the_next_smaller_plan(monkeypatch: pytest.MonkeyPat
     size, _, line = str(told.value).partition("--memory ")[2].partition(", which plans ")
     [(usable, planned)] = plans.items()
     assert usable == usable_bytes(CARD.device, memory_size(size)), "a run with the option plans the same"
+    retry = 0.85 * min(chosen.bytes_needed, CARD.usable)
+    assert retry - 0.1 * memory_plan.GIB < usable <= retry
     assert line == plan_line(planned, shapes())
     assert planned.bytes_needed < chosen.bytes_needed
 
