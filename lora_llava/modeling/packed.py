@@ -7,7 +7,7 @@ work, of a model of eight layers a tenth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ def packed_loss(model: Any, batch: Mapping[str, torch.Tensor], num_supervised: t
     """
     hidden_states = _packed_hidden_states(model, batch)
     sums = _chunk_losses(llava_in(model).lm_head, hidden_states, batch["shift_labels"], "sum", torch.float32)
-    return _added(sums) / num_supervised
+    return torch.stack(sums).sum() / num_supervised
 
 
 def packed_loss_by_token(
@@ -70,7 +70,7 @@ def packed_loss_by_token(
         return F.nll_loss(log_probs, targets, reduction="sum"), by_token
 
     sums, by_token = zip(*_in_chunks(chunk_losses, hidden_states, labels), strict=True)
-    return _added(sums) / num_supervised, torch.cat(by_token)
+    return torch.stack(sums).sum() / num_supervised, torch.cat(by_token)
 
 
 def answer_log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -93,10 +93,6 @@ def answer_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     # Not `bincount`, which waits for CUDA to know the size of its result.
     counts = torch.zeros(2 * len(batch["tree_spans"]), dtype=torch.float64, device=answers.device)
     return counts.index_add(0, answers, torch.ones_like(answers, dtype=torch.float64)).view(-1, 2)
-
-
-def _added(sums: Sequence[torch.Tensor]) -> torch.Tensor:
-    return sums[0] if len(sums) == 1 else torch.stack(list(sums)).sum()
 
 
 def _chunk_losses(
@@ -185,11 +181,11 @@ def _only_at(layer: Any, positions: torch.Tensor) -> Iterator[None]:
 def _hook(module: nn.Module, positions: torch.Tensor) -> tuple[Any, Any]:
     length: int
 
-    def gather(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def gather(_module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         nonlocal length
-        hidden_states, *others = inputs
+        [hidden_states] = inputs
         length = hidden_states.shape[1]
-        return hidden_states.index_select(1, positions), *others
+        return hidden_states.index_select(1, positions)
 
     def scatter(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         full = output.new_zeros(output.shape[0], length, output.shape[2])

@@ -17,7 +17,7 @@ from lora_llava.data.rows import Batch, build_row
 from lora_llava.modeling.attention import additive_mask, set_attention, with_sdpa
 from lora_llava.modeling.packed import llava_in, packed_logits, packed_loss
 from lora_llava.modeling.stages import build_stage
-from lora_llava.modeling.structure import SDPA, TREES
+from lora_llava.modeling.structure import LANGUAGE_MODEL, SDPA, TREES
 from lora_llava.recipe.settings import AdapterSettings
 from tests.helpers.tiny import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, tiny_llava, tiny_tokenizer
 
@@ -302,6 +302,21 @@ def test_k32_of_more_than_two_layers_the_last_is_the_one_cut_short() -> None:
     theirs_loss, theirs = separate(deep, trees)
     assert float(ours_loss) == pytest.approx(float(theirs_loss), rel=1e-6)
     assert error(ours, theirs) < TOLERANCE[torch.float32]
+
+
+def test_the_last_layer_computes_only_where_a_token_is_predicted(model: Any) -> None:
+    row = row_of([branches(3)], dtype_of(model))
+    seen: list[int] = []
+    handles = [
+        module.base_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1]))
+        for layer in llava_in(model).get_submodule(LANGUAGE_MODEL).layers
+        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj)
+    ]
+    with torch.no_grad():
+        packed_logits(model, row)
+    for handle in handles:
+        handle.remove()
+    assert seen == [row["input_ids"].shape[1]] * 3 + [len(row["unique_target_positions"])] * 3
 
 
 class Wrapper(torch.nn.Module):
