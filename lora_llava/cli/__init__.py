@@ -27,6 +27,18 @@ def cli(debug: bool) -> None:
     if not debug:
         # Here, since commands read data at different moments; `datasets` looks at it when it is imported.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    _share_cores()
+
+
+def _share_cores() -> None:
+    """Let PyTorch's threads sleep sooner while they wait for each other, unless the environment says how they wait.
+
+    They compute in turns of a fraction of a millisecond, and wait for the slowest. By default they wait for
+    milliseconds in a loop (libgomp: 300,000 rounds), on cores that another process, or even the thread that they wait
+    for, could use. Read when PyTorch is imported; docs/memory.md has the effect.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 for command in (

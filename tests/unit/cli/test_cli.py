@@ -82,6 +82,23 @@ def test_data_sets_are_read_without_bars_of_the_library(monkeypatch: pytest.Monk
         assert os.environ.get(name) == value
 
 
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_the_environment_says_how(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], count: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        # Set first, so that what the command sets is taken back after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert CliRunner().invoke(cli, ["recipes", "list"]).exit_code == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == count
+
+
 def test_version() -> None:
     assert __version__ in CliRunner().invoke(cli, ["--version"]).output
 
