@@ -33,12 +33,12 @@ def cli(debug: bool) -> None:
 def _share_cores() -> None:
     """Let PyTorch's threads sleep sooner while they wait for each other, unless the environment says how they wait.
 
-    They compute in turns of a fraction of a millisecond, and wait for the slowest. By default they wait for
-    milliseconds in a loop (libgomp: 300,000 rounds), on cores that another process, or even the thread that they wait
-    for, could use. Read when PyTorch is imported; docs/memory.md has the effect.
+    They wait for each other many times in a pass. By default (libgomp: 300,000 rounds, about 3 ms) they do so in a
+    loop, on cores that another process, or even the thread that they wait for, could use. PyTorch must not be imported
+    yet; docs/memory.md has the effect.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 for command in (

@@ -84,7 +84,7 @@ def test_data_sets_are_read_without_bars_of_the_library(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("given", "count"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_waiting_threads_sleep_soon_unless_the_environment_says_how(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], count: str | None
