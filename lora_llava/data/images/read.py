@@ -43,8 +43,9 @@ _TURNS = {
 }
 """By EXIF orientation: what makes the image upright."""
 _DICOM_MARK = slice(128, 132)
-_HEIF_MARK = slice(4, 8)
 """Where a DICOM file has the letters DICM."""
+_HEIF_MARK = slice(4, 8)
+"""Where HEIC and AVIF files have the letters ftyp, as videos do."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
